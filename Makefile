@@ -1,0 +1,88 @@
+# Headstart needs python3 (3.10 to 3.13) with pip, make and git. All else is installed into .venv.
+# Try `make help`.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.headstart
+PACKAGES := configs heads data eval train cli
+CONFIG ?= configs/quickstart.yaml
+ARGS ?=
+
+# Should .venv be broken in a way not thought of here, pip refuses to install into the system.
+export PIP_REQUIRE_VIRTUALENV := 1
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup train test test-unit check format build clean links
+
+help: ## show this text
+	@echo "Headstart: a draft head for any Gemma model."
+	@echo
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+	@echo
+	@echo "Start with \`make setup\`, then \`make train\`. Settings go through ARGS, as in"
+	@echo "  make train ARGS='train.steps=100'"
+	@echo "and the recipe through CONFIG (now $(CONFIG)). Another Python: make setup PYTHON=python3.12"
+
+setup: $(STAMP) links ## make .venv with Headstart in it (again only if pyproject.toml changed)
+	@echo "Ready: $$($(BIN)/python --version) in $(VENV)."
+
+# A venv that was cut short while it was made lacks pyvenv.cfg (then its python answers for the
+# system's, where sys.prefix == sys.base_prefix) or pip's RECORD, the last file that is written.
+# Such a venv, or one whose Python is gone, is made anew.
+#
+# Without a GPU the CPU build of torch is tried first: it is a tenth of the size. Not every index
+# has it, so a failure is no error: the plain install below brings the usual build.
+$(STAMP): pyproject.toml
+	@if ! $(BIN)/python -c 'import sys, pip, importlib.metadata as m; sys.exit(sys.prefix == sys.base_prefix or not m.distribution("pip").read_text("RECORD"))' >/dev/null 2>&1; then \
+		command -v '$(PYTHON)' >/dev/null 2>&1 || { echo "Headstart needs Python 3.10 to 3.13, but '$(PYTHON)' was not found: try make setup PYTHON=python3.11" >&2; exit 1; }; \
+		'$(PYTHON)' -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 10) <= v <= (3, 13) else "Headstart needs Python 3.10 to 3.13, but $(PYTHON) is %d.%d: try make setup PYTHON=python3.11" % v)' || exit 1; \
+		echo "Making $(VENV) ..."; \
+		'$(PYTHON)' -m venv --clear $(VENV); \
+	fi
+	@if ! command -v nvidia-smi >/dev/null 2>&1; then \
+		echo "No GPU here: trying the CPU build of torch ..."; \
+		$(BIN)/python -m pip install --quiet --disable-pip-version-check 'torch==2.13.0+cpu' >/dev/null 2>&1 \
+			|| echo "There is none for this Python and platform: taking the usual build."; \
+	fi
+	@echo "Installing Headstart and what it needs (some minutes the first time) ..."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[demo,dev]'
+	@touch $(STAMP)
+
+# mypy and editors find headstart.NAME through these links.
+links:
+	@mkdir -p .types/headstart
+	@for name in $(PACKAGES); do ln -sfn "../../$$name" ".types/headstart/$$name"; done
+
+# accelerate sets OMP_NUM_THREADS to 1 unless it is told otherwise, which halves the speed of a
+# machine with two cores and worse.
+train: $(STAMP) ## train a head and measure it (CONFIG=..., ARGS='key=value ...')
+	@threads=$${OMP_NUM_THREADS:-$$($(BIN)/python -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)')}; \
+	set -x; \
+	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+		--num_cpu_threads_per_process "$$threads" train.py --config $(CONFIG) $(ARGS)
+
+test: $(STAMP) ## run all tests, those on the real Gemma 3 270M too (ARGS='-k name' to choose)
+	@$(BIN)/python -m pytest $(ARGS)
+
+test-unit: $(STAMP) ## run the tests that need no weights
+	@$(BIN)/python -m pytest -m "not real" $(ARGS)
+
+check: $(STAMP) links ## lint, formatting and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP) ## sort imports, fix what can be fixed, format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+build: $(STAMP) ## build the wheel into dist/
+	@rm -rf build # setuptools would pack files that were deleted since the last build
+	$(BIN)/python -m build --quiet --wheel --no-isolation
+
+clean: ## remove build outputs and caches (.venv and runs/ stay)
+	rm -rf build dist ./*.egg-info .types .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find $(PACKAGES) tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	rm -rf __pycache__

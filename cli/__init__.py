@@ -1,0 +1,1 @@
+"""The headstart command: arguments in, one call out."""

@@ -1,0 +1,173 @@
+"""The `headstart` command: arguments in, one call out, an exit code back.
+
+Exit codes: 0 done, 1 a failure explained in one line on stderr, 2 wrong usage, 130 interrupted
+with everything saved.
+"""
+
+import argparse
+import sys
+import traceback
+from importlib.metadata import version
+from pathlib import Path
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    args = _parser().parse_args(argv)
+    # Seconds of imports, so only after the arguments are known to be good.
+    from headstart.heads.versions import check_transformers
+    from headstart.train.loop import Interrupted
+
+    try:
+        check_transformers()
+        args.command(args)
+    except Interrupted as stop:
+        print(f"headstart: {stop}", file=sys.stderr)
+        return 130
+    except KeyboardInterrupt:
+        print(
+            "headstart: interrupted; finished work is kept (train: go on with --resume)",
+            file=sys.stderr,
+        )
+        return 130
+    except Exception as error:
+        if args.debug:
+            traceback.print_exc()
+        else:
+            print(f"headstart: {_one_line(error)} (--debug shows the traceback)", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split()) or "no message"
+    # Ours are ValueErrors and RuntimeErrors with a full sentence; others need their type's name.
+    known = isinstance(error, (ValueError, RuntimeError, ModuleNotFoundError))
+    return text if known else f"{type(error).__name__}: {text}"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="headstart",
+        description="Give any Gemma model its own multi-token-prediction (MTP) draft head.",
+    )
+    parser.add_argument("--version", action="version", version=f"headstart {version('headstart')}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    train = commands.add_parser(
+        "train",
+        help="distill a draft head for a target, then measure it",
+        description="Distill a draft head for a frozen target into a run folder, then measure it. "
+        "`accelerate launch train.py` with the same arguments runs the same code.",
+        epilog="example: headstart train --config configs/quickstart.yaml train.steps=300 "
+        "run.dir=runs/mine",
+    )
+    add_train_arguments(train)
+    train.set_defaults(command=run_train)
+
+    evaluate = commands.add_parser(
+        "eval",
+        help="compare plain and assisted decoding on prompts",
+        description="Decode prompts greedily with transformers' own generate, plainly and with a "
+        "draft head in turn, and report acceptance and speedup.",
+        epilog="example: headstart eval --target gemma3-270m --head runs/quickstart/head "
+        "--prompts data/prompts/text_eval.jsonl --num-assistant-tokens 2,4 --out report/",
+    )
+    _add_eval_arguments(evaluate)
+    evaluate.set_defaults(command=_run_eval)
+    return parser
+
+
+def add_train_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `headstart train` and of `train.py`."""
+    parser.add_argument("--config", required=True, type=Path, metavar="FILE", help="run YAML")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on from the newest checkpoint of the run folder, or start where there is none",
+    )
+    parser.add_argument(
+        "--plan",
+        action="store_true",
+        help="print shapes, sizes and token counts, and stop: no data, no training",
+    )
+    parser.add_argument("--debug", action="store_true", help="show the traceback of a failure")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="dotted overrides of the YAML, such as train.steps=300",
+    )
+
+
+def run_train(args: argparse.Namespace) -> None:
+    """`headstart train`, and `train.py`."""
+    from headstart.configs.loader import load_config
+    from headstart.train.plan import print_plan
+    from headstart.train.run import run
+
+    config = load_config(args.config, args.overrides)
+    if args.plan:
+        print_plan(config)
+    else:
+        run(config, resume=args.resume)
+
+
+def _add_eval_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--target", required=True, help="gemma3-270m, a folder or a Hub id")
+    parser.add_argument("--head", required=True, help="folder or Hub id of a draft head")
+    parser.add_argument("--prompts", required=True, type=Path, metavar="FILE.jsonl")
+    parser.add_argument(
+        "--num-assistant-tokens",
+        type=_counts,
+        default=[2, 4],
+        metavar="K,K",
+        help="draft lengths to measure (default 2,4)",
+    )
+    parser.add_argument("--max-new-tokens", type=_count, default=64, metavar="N")
+    parser.add_argument(
+        "--limit", type=_count, metavar="M", help="measure M prompts, dealt over the categories"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float32"),
+        default="bfloat16",
+        help="of target and head (default bfloat16); in float32 texts must equal plain decoding",
+    )
+    parser.add_argument("--revision", help="Hub revision of the target")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run code of the target's")
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="for report.json")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of a failure")
+
+
+def _run_eval(args: argparse.Namespace) -> None:
+    import torch
+
+    from headstart.eval.report import run_evaluation
+    from headstart.heads.assistant import load_assistant
+    from headstart.heads.targets import load_target
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    target = load_target(args.target, args.dtype, args.revision, args.trust_remote_code, device)
+    assistant = load_assistant(args.head, target.table.dtype, device)
+    run_evaluation(
+        target,
+        assistant,
+        args.head,
+        args.prompts,
+        args.limit,
+        args.num_assistant_tokens,
+        args.max_new_tokens,
+        args.out,
+    )
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not 1 or more")
+    return value
+
+
+def _counts(text: str) -> list[int]:
+    return [_count(part) for part in text.split(",")]

@@ -1,0 +1,86 @@
+"""YAML plus dotted overrides -> `Config`; an error names the key and its nearest valid one."""
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from headstart.configs.schema import Config
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
+    """Read a run configuration.
+
+    Args:
+        path: YAML file.
+        overrides: `section.key=value` strings; values are read as YAML.
+
+    Raises:
+        ValueError: the file is missing or malformed, a key does not exist (the nearest valid key
+            is named), a value has the wrong type, or a combination cannot work.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"no configuration file {path}")
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise ValueError(f"{path}: expected sections such as `train:`, found a bare value")
+    for override in overrides or []:
+        _apply(tree, override)
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        problems = "; ".join(_explain(dict(e)) for e in error.errors())
+        raise ValueError(f"{path}: {problems}") from error
+
+
+def save_config(config: Config, path: Path) -> None:
+    """Write the resolved configuration, every default spelled out, as YAML."""
+    path.write_text(dump_config(config), encoding="utf-8")
+
+
+def dump_config(config: Config) -> str:
+    """The resolved configuration as YAML text; equal texts are equal configurations."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise ValueError(f"override {override!r} is not of the form section.key=value")
+    *parents, leaf = key.split(".")
+    node = tree
+    for parent in parents:
+        node = node.setdefault(parent, {})
+        if not isinstance(node, dict):
+            raise ValueError(f"override {override!r}: {parent} is a value, not a section")
+    try:
+        node[leaf] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"override {override!r}: the value is not YAML") from error
+
+
+def _explain(problem: dict[str, Any]) -> str:
+    location = [str(part) for part in problem["loc"]]
+    key = ".".join(location)
+    if problem["type"] != "extra_forbidden":
+        message = problem["msg"].removeprefix("Value error, ")
+        return f"{key}: {message}" if key else message
+    *parents, leaf = location
+    valid = _keys(parents)
+    nearest = difflib.get_close_matches(leaf, valid, n=1, cutoff=0.0)
+    hint = ".".join([*parents, nearest[0]]) if nearest else ""
+    return f"no key {key}; the nearest valid key is {hint} (valid: {', '.join(valid)})"
+
+
+def _keys(parents: list[str]) -> list[str]:
+    section: type[BaseModel] = Config
+    for parent in parents:
+        default = section.model_fields[parent].default
+        section = type(default)
+    return list(section.model_fields)

@@ -1,0 +1,148 @@
+"""The typed run configuration: one frozen, strict tree, saved resolved with every run.
+
+Every field has a default and a docstring with its unit. A combination that cannot work raises
+when the configuration is loaded, not an hour into the run.
+"""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
+
+
+class Section(BaseModel):
+    """Base of every section: unknown keys are errors, values never change after loading."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True
+    )
+
+
+class RunConfig(Section):
+    dir: Path = Path("runs/quickstart")
+    """Folder of the run: config.yaml, metrics.jsonl, checkpoints/, head/, eval/."""
+    seed: NonNegativeInt = 0
+    """Seed of the data order, the anchors, the negatives and the head's start."""
+
+
+class TargetConfig(Section):
+    name: str = "gemma3-270m"
+    """Built-in name (`gemma3-270m`, `tiny-gemma4`, `tiny-gemma3`), local folder or Hub id."""
+    revision: str | None = None
+    """Hub revision (branch, tag or commit). None: the default branch."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Dtype in which the target generates and in which its activations are stored."""
+    trust_remote_code: bool = False
+    """Whether code shipped with a Hub checkpoint may run. Off unless you turn it on."""
+
+
+class HeadConfig(Section):
+    num_hidden_layers: PositiveInt = 2
+    """Depth, in decoder layers. The last attends as `full_attention`, the others as `sliding`."""
+    hidden_size: PositiveInt | None = None
+    """Width. None: the target's width, which ties the table as it is; narrower: low-rank tie."""
+    intermediate_size: PositiveInt | None = None
+    """MLP width. None: that of the target's source layer for a full-width head, else 4 x width."""
+    num_attention_heads: PositiveInt | None = None
+    """Query heads. None: the target's number."""
+    start: Literal["target", "random"] = "target"
+    """Weights at step 0: the target's own source layers (full width only), or random ones."""
+
+
+class DataConfig(Section):
+    prompts: list[Path] = [Path("data/prompts/text_train.jsonl")]
+    """JSONL files of training prompts, `{"prompt": ...}` or `{"messages": [...]}` a line."""
+    num_conversations: PositiveInt = 512
+    """Training conversations; the target writes each response. Prompts repeat when exhausted."""
+    validation_conversations: PositiveInt = 32
+    """Held-out conversations, greedy, from sources that no training conversation shares."""
+    max_prompt_tokens: PositiveInt = 256
+    """Longer prompts keep their last tokens (unit: tokens)."""
+    max_new_tokens: PositiveInt = 128
+    """Length at which a response is cut (unit: tokens)."""
+    temperatures: list[float] = [0.0, 0.7]
+    """Sampling temperatures, dealt round robin over conversations. 0 is greedy."""
+    generation_batch_size: PositiveInt = 64
+    """Conversations generated at once."""
+    teacher_top_k: PositiveInt = 32
+    """Teacher logits kept a token; the rest of the distribution is kept as one tail mass."""
+    cache_dir: Path | None = None
+    """Where conversations and activations are kept. None: the user's cache folder."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "DataConfig":
+        if not self.prompts:
+            raise ValueError("prompts is empty: name at least one JSONL file")
+        if not self.temperatures or min(self.temperatures) < 0:
+            raise ValueError("temperatures needs one value or more, each 0 (greedy) or above")
+        return self
+
+
+class TrainConfig(Section):
+    steps: PositiveInt = 600
+    """Optimizer steps."""
+    batch_size: PositiveInt = 8
+    """Conversations a step and process, before gradient accumulation."""
+    gradient_accumulation_steps: PositiveInt = 1
+    """Batches whose gradients are summed before one optimizer step."""
+    anchors: PositiveInt = 64
+    """Rows trained of each conversation in a batch, drawn anew each time (unit: tokens)."""
+    rounds: PositiveInt = 4
+    """Unroll K: drafts trained from each row; each reads the head's own hidden state."""
+    round_decay: float = Field(default=0.8, gt=0, le=1)
+    """Weight of round k is round_decay ** (k - 1)."""
+    negatives: PositiveInt = 1024
+    """Tokens drawn at random as shared negatives, beside the teachers' top tokens."""
+    learning_rate: float = Field(default=1e-3, gt=0)
+    """Peak learning rate of AdamW."""
+    warmup_steps: NonNegativeInt = 30
+    """Steps of linear warm-up; a cosine to a tenth of the peak follows."""
+    weight_decay: float = Field(default=0.01, ge=0)
+    """AdamW weight decay, on matrices alone."""
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    """Gradients are scaled down to this global norm."""
+    precision: Literal["bfloat16", "float32"] = "bfloat16"
+    """Compute precision. Weights of the head stay float32; bfloat16 is autocast."""
+    validate_every: PositiveInt = 150
+    """Steps between validations; each may make a new best head."""
+    checkpoint_every: PositiveInt = 150
+    """Steps between checkpoints; the last two are kept."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "TrainConfig":
+        if self.warmup_steps >= self.steps:
+            raise ValueError(f"warmup_steps={self.warmup_steps} must be below steps={self.steps}")
+        return self
+
+
+class EvalConfig(Section):
+    prompts: Path = Path("data/prompts/text_eval.jsonl")
+    """Held-out prompts (JSONL)."""
+    num_assistant_tokens: list[PositiveInt] = [1, 2, 4]
+    """Draft lengths K to measure."""
+    max_new_tokens: PositiveInt = 64
+    """Tokens generated a prompt."""
+    limit: PositiveInt | None = None
+    """Prompts measured, dealt evenly over the categories. None: all of them."""
+    exact_limit: NonNegativeInt = 8
+    """Prompts checked in float32 for equality with plain greedy decoding. 0: no check."""
+
+
+class WandbConfig(Section):
+    mode: Literal["disabled", "offline", "online"] = "disabled"
+    """`offline` writes a local folder and needs no account."""
+    project: str = "headstart"
+    """Project that the run is logged to."""
+
+
+class Config(Section):
+    """The whole configuration of one run."""
+
+    run: RunConfig = RunConfig()
+    target: TargetConfig = TargetConfig()
+    head: HeadConfig = HeadConfig()
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig | None = EvalConfig()
+    """Evaluation after training. null: none."""
+    wandb: WandbConfig = WandbConfig()

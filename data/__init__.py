@@ -1,0 +1,1 @@
+"""Prompts, templates and masks, regeneration, the activation store, and the loader."""

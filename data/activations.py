@@ -1,0 +1,146 @@
+"""What training reads of the target, stored once: a token costs a copy, not a forward.
+
+One safetensors shard holds the concatenated tokens of a few conversations; `index.json` says
+where each begins. Letters: N tokens of a shard, D target width, k teacher tokens, V vocabulary.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from headstart.configs.schema import DataConfig
+from headstart.data.conversations import Conversation, stable_hash, write_atomically
+from headstart.data.progress import progress_bar
+from headstart.heads.demo import cache_dir
+from headstart.heads.gemma3 import SharedKV
+from headstart.heads.targets import Target
+
+BATCH = 8  # conversations a forward and a shard
+LOGIT_ROWS = 128  # rows of V float32 logits held at once
+
+
+@dataclass(frozen=True)
+class Document:
+    """One conversation with its activations; T tokens."""
+
+    id: str
+    prompt_len: int
+    ids: torch.Tensor
+    """[T] int64."""
+    hidden: torch.Tensor
+    """[T, D] post-norm hidden states, in the target's dtype."""
+    shared_kv: SharedKV
+    """Layer type -> (keys, values), each [T, kv heads, head_dim]."""
+    teacher_ids: torch.Tensor
+    """[T, k] int32: the target's top tokens after position t, best first."""
+    teacher_logprobs: torch.Tensor
+    """[T, k] float32 at temperature 1. Rows of the prompt but its last hold zeros."""
+
+
+class ActivationStore(Sequence[Document]):
+    """Random access to stored documents; tensors are memory-mapped until they are read."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.index = json.loads((folder / "index.json").read_text())["documents"]
+        self._shards: dict[str, safe_open] = {}
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, i: int) -> Document:  # type: ignore[override]
+        entry = self.index[i]
+        shard = self._shards.get(entry["shard"])
+        if shard is None:
+            shard = safe_open(self.folder / entry["shard"], framework="pt")
+            self._shards[entry["shard"]] = shard
+        span = slice(entry["start"], entry["start"] + entry["length"])
+        tensors = {name: shard.get_slice(name)[span] for name in shard.keys()}  # noqa: SIM118
+        types = sorted(name.removesuffix(".keys") for name in tensors if name.endswith(".keys"))
+        return Document(
+            id=entry["id"],
+            prompt_len=entry["prompt_len"],
+            ids=tensors["ids"].long(),
+            hidden=tensors["hidden"],
+            shared_kv={t: (tensors[f"{t}.keys"], tensors[f"{t}.values"]) for t in types},
+            teacher_ids=tensors["teacher_ids"],
+            teacher_logprobs=tensors["teacher_logprobs"],
+        )
+
+    @property
+    def response_tokens(self) -> int:
+        return sum(entry["length"] - entry["prompt_len"] for entry in self.index)
+
+
+def extract_activations(
+    target: Target, conversations: list[Conversation], config: DataConfig, description: str
+) -> ActivationStore:
+    """Run the target over the conversations once and store what the head will see.
+
+    Shards appear whole or not at all, and an interrupted call goes on where it stopped.
+    """
+    ids = [c.prompt_ids + c.response_ids for c in conversations]
+    order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
+    batches = [order[i : i + BATCH] for i in range(0, len(order), BATCH)]
+    key = stable_hash(target.fingerprint, ids, config.teacher_top_k, BATCH)
+    folder = (config.cache_dir or cache_dir()) / "activations" / key
+    folder.mkdir(parents=True, exist_ok=True)
+    documents: list[dict[str, object]] = [{} for _ in ids]
+    with progress_bar() as bar:
+        task = bar.add_task(description, total=len(ids), status="")
+        for number, batch in enumerate(batches):
+            name = f"shard-{number:05d}.safetensors"
+            chosen = [conversations[i] for i in batch]
+            if not (folder / name).is_file():
+                work = folder / f"{name}.part"
+                save_file(_extract(target, chosen, config.teacher_top_k), work)
+                work.replace(folder / name)
+            start = 0
+            for i, conversation in zip(batch, chosen, strict=True):
+                documents[i] = {
+                    "id": conversation.id,
+                    "shard": name,
+                    "start": start,
+                    "length": len(ids[i]),
+                    "prompt_len": len(conversation.prompt_ids),
+                }
+                start += len(ids[i])
+            bar.update(task, advance=len(batch))
+    write_atomically(folder / "index.json", json.dumps({"documents": documents}))
+    return ActivationStore(folder)
+
+
+@torch.inference_mode()
+def _extract(
+    target: Target, conversations: list[Conversation], top_k: int
+) -> dict[str, torch.Tensor]:
+    """Tensors of one shard, [N, ...] over the concatenated tokens of the conversations."""
+    rows = [torch.tensor(c.prompt_ids + c.response_ids) for c in conversations]
+    padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    lengths = torch.tensor([len(row) for row in rows])
+    kept = torch.arange(padded.shape[1]) < lengths[:, None]
+    activations = target.activations(padded.to(target.device), kept.long().to(target.device))
+    kept_there = kept.to(target.device)
+    tensors = {"ids": torch.cat(rows).int(), "hidden": activations.hidden[kept_there]}
+    for layer_type, (keys, values) in activations.shared_kv.items():
+        tensors[f"{layer_type}.keys"] = keys.transpose(1, 2)[kept_there]
+        tensors[f"{layer_type}.values"] = values.transpose(1, 2)[kept_there]
+    taught = torch.cat(
+        [
+            torch.arange(len(r)) >= len(c.prompt_ids) - 1
+            for r, c in zip(rows, conversations, strict=True)
+        ]
+    )
+    tensors["teacher_ids"] = torch.zeros(len(taught), top_k, dtype=torch.int32)
+    tensors["teacher_logprobs"] = torch.zeros(len(taught), top_k)
+    for chunk in taught.nonzero()[:, 0].split(LOGIT_ROWS):
+        logits = target.logits(tensors["hidden"][chunk.to(target.device)])
+        best, best_ids = logits.topk(top_k)
+        tensors["teacher_ids"][chunk] = best_ids.int().cpu()
+        tensors["teacher_logprobs"][chunk] = (best - logits.logsumexp(-1, keepdim=True)).cpu()
+    return {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}

@@ -1,0 +1,139 @@
+"""Prompts from JSONL files, and their token ids for a target."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One line of a prompt file."""
+
+    id: str
+    category: str
+    source: str
+    """Where the text comes from; prompts of one source never straddle training and validation."""
+    messages: list[dict[str, Any]]
+    """Chat turns; a plain prompt is one user turn."""
+    raw: bool
+    """True: a text prefix that no chat template may wrap."""
+
+    @property
+    def text(self) -> str:
+        """The prompt as plain text, turns on lines of their own."""
+        return "\n".join(str(turn["content"]) for turn in self.messages)
+
+
+def load_prompts(path: str | Path) -> list[Prompt]:
+    """Read a JSONL file of `{"prompt": ...}` or `{"messages": [...]}` objects.
+
+    Optional keys: `id`, `category`, `source`, `raw`. Other keys are ignored.
+
+    Raises:
+        ValueError: the file is missing or empty, or a line is malformed (file and line named).
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"no prompt file {path}")
+    prompts = []
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                prompts.append(_parse(line, f"{path}:{number}", f"{path.stem}-{number:05d}"))
+    if not prompts:
+        raise ValueError(f"{path} holds no prompts")
+    return prompts
+
+
+def _parse(line: str, where: str, default_id: str) -> Prompt:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: not JSON ({error.msg} at column {error.colno})") from error
+    if not isinstance(row, dict):
+        raise ValueError(f'{where}: expected an object such as {{"prompt": ...}}')
+    messages = row.get("messages")
+    if messages is None:
+        if not isinstance(row.get("prompt"), str) or not row["prompt"]:
+            raise ValueError(f"{where}: needs a non-empty string `prompt` or a list `messages`")
+        messages = [{"role": "user", "content": row["prompt"]}]
+    elif not _are_turns(messages):
+        raise ValueError(f"{where}: `messages` must be a list of objects with role and content")
+    prompt_id = str(row.get("id", default_id))
+    return Prompt(
+        id=prompt_id,
+        category=str(row.get("category", "uncategorised")),
+        source=str(row.get("source", prompt_id)),
+        messages=messages,
+        raw=bool(row.get("raw", False)),
+    )
+
+
+def _are_turns(messages: Any) -> bool:
+    return (
+        isinstance(messages, list)
+        and bool(messages)
+        and all(isinstance(turn, dict) and {"role", "content"} <= turn.keys() for turn in messages)
+    )
+
+
+def encode_prompt(
+    prompt: Prompt, tokenizer: PreTrainedTokenizerBase, max_tokens: int | None = None
+) -> list[int]:
+    """Token ids of a prompt, ready for the target to continue.
+
+    The chat template is used where the tokenizer has one and the prompt is not raw; otherwise
+    the plain text. Longer prompts keep the first token (<bos>) and their last ones.
+    """
+    if tokenizer.chat_template and not prompt.raw:
+        ids = tokenizer.apply_chat_template(
+            prompt.messages, add_generation_prompt=True, return_dict=True
+        )["input_ids"]
+    else:
+        ids = tokenizer(prompt.text)["input_ids"]
+    if max_tokens is not None and len(ids) > max_tokens:
+        ids = [ids[0], *ids[len(ids) - max_tokens + 1 :]]
+    return list(ids)
+
+
+def limit_evenly(prompts: list[Prompt], limit: int | None) -> list[Prompt]:
+    """The first `limit` prompts, dealt round robin over the categories, in file order."""
+    if limit is None or limit >= len(prompts):
+        return prompts
+    by_category: dict[str, list[Prompt]] = {}
+    for prompt in prompts:
+        by_category.setdefault(prompt.category, []).append(prompt)
+    columns = list(by_category.values())
+    dealt = [c[i] for i in range(max(map(len, columns))) for c in columns if i < len(c)]
+    kept = {id(p) for p in dealt[:limit]}
+    return [p for p in prompts if id(p) in kept]
+
+
+def split_by_source(prompts: list[Prompt], held_out: int) -> tuple[list[Prompt], list[Prompt]]:
+    """Split into (training, validation) such that no source is in both.
+
+    Whole sources are held out, in file order from the end, until `held_out` prompts are there.
+
+    Raises:
+        ValueError: too few prompts or sources to hold that many out.
+    """
+    sources = list(dict.fromkeys(p.source for p in prompts))
+    chosen: set[str] = set()
+    count = 0
+    per_source: dict[str, int] = {}
+    for prompt in prompts:
+        per_source[prompt.source] = per_source.get(prompt.source, 0) + 1
+    while count < held_out and len(sources) > 1:
+        source = sources.pop()
+        chosen.add(source)
+        count += per_source[source]
+    if count < held_out:
+        raise ValueError(
+            f"cannot hold out {held_out} validation prompts of {len(prompts)}: "
+            "add prompts or lower data.validation_conversations"
+        )
+    training = [p for p in prompts if p.source not in chosen]
+    return training, [p for p in prompts if p.source in chosen][:held_out]

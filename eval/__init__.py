@@ -1,0 +1,1 @@
+"""Acceptance rules and statistics, decoding runs, benchmarks, reports and plots."""

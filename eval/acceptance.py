@@ -1,0 +1,84 @@
+"""Acceptance as counts that add up over rounds, prompts and processes; divided once, at the end.
+
+Letters: K draft tokens a round.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class AcceptanceCounts:
+    """Counts over rounds; terms as in Leviathan et al. 2023 (arXiv 2211.17192)."""
+
+    rounds: int
+    """Rounds: one draft and one verification each."""
+    drafted: int
+    """Draft tokens proposed."""
+    reached: tuple[int, ...]
+    """[K] rounds that proposed a k-th draft and accepted drafts 1..k-1."""
+    accepted: tuple[int, ...]
+    """[K] rounds that accepted draft k (and so 1..k-1)."""
+
+    @classmethod
+    def of_rounds(
+        cls, rounds: list[tuple[int, int]], num_assistant_tokens: int
+    ) -> "AcceptanceCounts":
+        """From one (proposed, accepted) pair a round; a round without drafts counts as a round."""
+        ks = range(1, num_assistant_tokens + 1)
+        return cls(
+            rounds=len(rounds),
+            drafted=sum(proposed for proposed, _ in rounds),
+            reached=tuple(sum(p >= k and n >= k - 1 for p, n in rounds) for k in ks),
+            accepted=tuple(sum(n >= k for _, n in rounds) for k in ks),
+        )
+
+    def __add__(self, other: "AcceptanceCounts") -> "AcceptanceCounts":
+        return AcceptanceCounts(
+            self.rounds + other.rounds,
+            self.drafted + other.drafted,
+            tuple(a + b for a, b in zip(self.reached, other.reached, strict=True)),
+            tuple(a + b for a, b in zip(self.accepted, other.accepted, strict=True)),
+        )
+
+    @property
+    def acceptance_length(self) -> float:
+        """Mean tokens emitted a round, bonus token included: 1 + mean accepted."""
+        return 1 + sum(self.accepted) / max(self.rounds, 1)
+
+    @property
+    def acceptance_rate(self) -> float:
+        """Accepted draft tokens / proposed draft tokens."""
+        return sum(self.accepted) / max(self.drafted, 1)
+
+    @property
+    def conditional_acceptance_rate(self) -> list[float]:
+        """[K] a_k: P(draft k accepted, given that drafts 1..k-1 were)."""
+        return [a / max(r, 1) for a, r in zip(self.accepted, self.reached, strict=True)]
+
+
+def zero_counts(num_assistant_tokens: int) -> AcceptanceCounts:
+    """The neutral element of the sum."""
+    return AcceptanceCounts.of_rounds([], num_assistant_tokens)
+
+
+def walk_rounds(matches: torch.Tensor, judged: torch.Tensor) -> AcceptanceCounts:
+    """Walk one text as the decoder would: start, accept n drafts, jump n + 1 rows.
+
+    Averaging over all rows instead overstates acceptance: rounds begin where drafts failed.
+
+    Args:
+        matches: [R, K] bool, whether draft k from row r is what the target says, rows in order.
+        judged: [R, K] bool, False where the text ends before draft k.
+
+    Returns:
+        Counts over the rounds walked.
+    """
+    leading = (matches & judged).long().cumprod(dim=1).sum(dim=1).tolist()
+    proposed = judged.sum(dim=1).tolist()
+    rounds, row = [], 0
+    while row < len(leading):
+        rounds.append((proposed[row], leading[row]))
+        row += leading[row] + 1
+    return AcceptanceCounts.of_rounds(rounds, matches.shape[1])

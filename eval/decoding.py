@@ -1,0 +1,109 @@
+"""Plain and assisted greedy decoding with transformers' own `generate`, one prompt at a time.
+
+Target forwards are counted where they happen, by a hook on the target.
+"""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel
+
+from headstart.eval.acceptance import AcceptanceCounts
+from headstart.heads.targets import Target
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """One generation."""
+
+    tokens: list[int]
+    """The new tokens."""
+    seconds: float
+    """Wall time of the whole call, prefill included."""
+    forwards: tuple[tuple[int, int], ...]
+    """Target forwards in order: (tokens in the cache before it, tokens given to it)."""
+
+    def counts(self, prompt_len: int, num_assistant_tokens: int) -> AcceptanceCounts:
+        """Acceptance over the rounds, that is the target forwards after the prefill.
+
+        A round that starts with `seen` tokens cached was given one accepted token and its
+        drafts; the next forward's start, or the end of the text, says how many were accepted.
+        """
+        rounds = self.forwards[1:]
+        # After the last round all tokens but the newest would be in the cache.
+        ends = [seen for seen, _ in rounds[1:]] + [prompt_len + len(self.tokens) - 1]
+        pairs = [
+            (given - 1, end - seen - 1) for (seen, given), end in zip(rounds, ends, strict=True)
+        ]
+        return AcceptanceCounts.of_rounds(pairs, num_assistant_tokens)
+
+
+def greedy(
+    target: Target,
+    prompt_ids: list[int],
+    max_new_tokens: int,
+    assistant: PreTrainedModel | None = None,
+    num_assistant_tokens: int | None = None,
+) -> Decoded:
+    """Greedy `target.model.generate`, assisted by `assistant` where one is given.
+
+    Args:
+        target: batch size 1 is all that assisted decoding takes.
+        prompt_ids: the prompt.
+        max_new_tokens: at most so many tokens are generated.
+        assistant: a head in the native format, on the target's device.
+        num_assistant_tokens: K. The stock decoder reads it from the assistant's
+            `generation_config` and nowhere else, so it is set there.
+    """
+    extra = {}
+    if assistant is not None:
+        assistant.generation_config.num_assistant_tokens = num_assistant_tokens
+        extra["assistant_model"] = assistant
+    stock = target.model.generation_config
+    config = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=stock.eos_token_id,
+        pad_token_id=stock.pad_token_id,
+    )
+    ids = torch.tensor([prompt_ids], device=target.device)
+    with _count_forwards(target.model) as forwards, torch.inference_mode():
+        _synchronize(target.device)
+        start = time.perf_counter()
+        output = target.model.generate(
+            ids, attention_mask=torch.ones_like(ids), generation_config=config, **extra
+        )
+        _synchronize(target.device)
+        seconds = time.perf_counter() - start
+    return Decoded(output[0, len(prompt_ids) :].tolist(), seconds, tuple(forwards))
+
+
+@torch.no_grad()
+def top2_gap(target: Target, ids: list[int]) -> float:
+    """Difference between the target's two best logits after `ids`, from one clean forward."""
+    hidden = target.activations(torch.tensor([ids], device=target.device)).hidden[:, -1]
+    best = target.logits(hidden)[0].topk(2).values
+    return float(best[0] - best[1])
+
+
+@contextmanager
+def _count_forwards(model: PreTrainedModel) -> Iterator[list[tuple[int, int]]]:
+    forwards: list[tuple[int, int]] = []
+
+    def note(module: torch.nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+        ids, cache = kwargs["input_ids"], kwargs["past_key_values"]
+        forwards.append((cache.get_seq_length(), ids.shape[1]))  # type: ignore[attr-defined]
+
+    handle = model.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        yield forwards
+    finally:
+        handle.remove()
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)

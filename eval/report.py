@@ -1,0 +1,242 @@
+"""The evaluation: plain against assisted decoding, interleaved, and its report.json."""
+
+import json
+import os
+import platform
+import random
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from rich.console import Console
+from rich.table import Table
+from transformers import PreTrainedModel
+
+from headstart.data.conversations import write_atomically
+from headstart.data.progress import progress_bar
+from headstart.data.prompts import Prompt, encode_prompt, limit_evenly, load_prompts
+from headstart.eval.acceptance import zero_counts
+from headstart.eval.decoding import Decoded, greedy, top2_gap
+from headstart.heads.assistant import check_pair
+from headstart.heads.targets import Target
+
+SCHEMA = 1
+BOOTSTRAP = 1000
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One prompt decoded plainly and with K draft tokens."""
+
+    prompt: Prompt
+    prompt_len: int
+    plain: Decoded
+    assisted: Decoded
+
+    @property
+    def parted_at(self) -> int | None:
+        """Index of the first token that differs from plain decoding; None: equal."""
+        if self.plain.tokens == self.assisted.tokens:
+            return None
+        pairs = zip(self.plain.tokens, self.assisted.tokens, strict=False)
+        shorter = min(len(self.plain.tokens), len(self.assisted.tokens))
+        return next((i for i, (a, b) in enumerate(pairs) if a != b), shorter)
+
+
+@dataclass
+class Evaluation:
+    """What was measured, by K."""
+
+    head: str
+    max_new_tokens: int
+    dtype: str
+    comparisons: dict[int, list[Comparison]] = field(default_factory=dict)
+    gaps: dict[tuple[int, str], float] = field(default_factory=dict)
+    """(K, prompt id) -> the target's top-2 logit gap where the texts part."""
+
+
+def evaluate(
+    target: Target,
+    assistant: PreTrainedModel,
+    head_name: str,
+    prompts: list[Prompt],
+    num_assistant_tokens: list[int],
+    max_new_tokens: int,
+) -> Evaluation:
+    """Decode every prompt plainly and with each K, one after the other, after a warm-up.
+
+    Raises:
+        ValueError: the head does not fit the target.
+    """
+    check_pair(target, assistant)
+    dtype = str(target.table.dtype).removeprefix("torch.")
+    result = Evaluation(head_name, max_new_tokens, dtype, {k: [] for k in num_assistant_tokens})
+    ids = [encode_prompt(p, target.tokenizer) for p in prompts]
+    for k in [None, *num_assistant_tokens]:  # the warm-up, thrown away
+        greedy(target, ids[0], min(max_new_tokens, 16), assistant if k else None, k)
+    with progress_bar() as bar:
+        task = bar.add_task(f"Decoding ({dtype})", total=len(prompts), status="")
+        for prompt, prompt_ids in zip(prompts, ids, strict=True):
+            plain = greedy(target, prompt_ids, max_new_tokens)
+            for k in num_assistant_tokens:
+                assisted = greedy(target, prompt_ids, max_new_tokens, assistant, k)
+                one = Comparison(prompt, len(prompt_ids), plain, assisted)
+                result.comparisons[k].append(one)
+                if (at := one.parted_at) is not None:
+                    gap = top2_gap(target, prompt_ids + plain.tokens[:at])
+                    result.gaps[k, prompt.id] = gap
+            bar.update(task, advance=1)
+    return result
+
+
+def report(evaluation: Evaluation) -> dict[str, Any]:
+    """The content of report.json (schema 1; docs/report.md explains each field)."""
+    results = []
+    for k, comparisons in evaluation.comparisons.items():
+        categories = sorted({c.prompt.category for c in comparisons})
+        for category in ["all", *(categories if len(categories) > 1 else [])]:
+            chosen = [c for c in comparisons if category in ("all", c.prompt.category)]
+            results.append(_summarise(evaluation, k, category, chosen))
+    return {"schema": SCHEMA, "environment": environment(evaluation), "results": results}
+
+
+def _summarise(
+    evaluation: Evaluation, k: int, category: str, comparisons: list[Comparison]
+) -> dict[str, Any]:
+    counts = zero_counts(k)
+    for c in comparisons:
+        counts += c.assisted.counts(c.prompt_len, k)
+    plain_seconds = sum(c.plain.seconds for c in comparisons)
+    seconds = sum(c.assisted.seconds for c in comparisons)
+    low, high = speedup_interval(comparisons)
+    parted = [c for c in comparisons if c.parted_at is not None]
+    return {
+        "head": evaluation.head,
+        "decoder": "transformers",
+        "num_assistant_tokens": k,
+        "category": category,
+        "prompts": len(comparisons),
+        "acceptance_length": counts.acceptance_length,
+        "acceptance_rate": counts.acceptance_rate,
+        "conditional_acceptance_rate": counts.conditional_acceptance_rate,
+        "tokens_per_second": sum(len(c.assisted.tokens) for c in comparisons) / seconds,
+        "baseline_tokens_per_second": sum(len(c.plain.tokens) for c in comparisons) / plain_seconds,
+        "speedup": plain_seconds / seconds,
+        "speedup_interval": [low, high],
+        "equal_to_plain": not parted,
+        "parted_share": len(parted) / len(comparisons),
+        "parted": [
+            {
+                "id": c.prompt.id,
+                "token": c.parted_at,
+                "top2_logit_gap": evaluation.gaps[k, c.prompt.id],
+            }
+            for c in parted
+        ],
+        "new_tokens": sum(len(c.assisted.tokens) for c in comparisons),
+        "target_forwards": sum(len(c.assisted.forwards) for c in comparisons),
+        "baseline_target_forwards": sum(len(c.plain.forwards) for c in comparisons),
+        "rounds": counts.rounds,
+        "drafted": counts.drafted,
+        "accepted": list(counts.accepted),
+    }
+
+
+def speedup_interval(comparisons: list[Comparison]) -> tuple[float, float]:
+    """95% percentile bootstrap of the speedup, prompts drawn with replacement."""
+    rng = random.Random(0)
+    speedups = sorted(
+        sum(c.plain.seconds for c in draw) / sum(c.assisted.seconds for c in draw)
+        for draw in (rng.choices(comparisons, k=len(comparisons)) for _ in range(BOOTSTRAP))
+    )
+    return speedups[round(0.025 * BOOTSTRAP)], speedups[round(0.975 * BOOTSTRAP) - 1]
+
+
+def environment(evaluation: Evaluation) -> dict[str, Any]:
+    """Where and with what the figures were measured."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "cpu_count": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "dtype": evaluation.dtype,
+        "max_new_tokens": evaluation.max_new_tokens,
+    }
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def print_report(content: dict[str, Any], console: Console | None = None) -> None:
+    """Print the results as a table, and what it takes to read them."""
+    console = console or Console()
+    width = max(r["num_assistant_tokens"] for r in content["results"])
+    env = content["environment"]
+    table = Table(
+        title=f"Greedy decoding, {env['dtype']}, {env['max_new_tokens']} new tokens, "
+        f"{env['threads']} threads of {env['accelerator'] or env['processor']}"
+    )
+    names = ["K", "category", "prompts", "accept. length", "rate"]
+    names += [f"a_{i + 1}" for i in range(width)]
+    names += ["tok/s", "plain tok/s", "speedup (95% interval)", "equal to plain"]
+    for name in names:
+        table.add_column(name, justify="left" if name == "category" else "right")
+    for r in content["results"]:
+        rates = [f"{a:.2f}" for a in r["conditional_acceptance_rate"]]
+        low, high = r["speedup_interval"]
+        equal = "yes" if r["equal_to_plain"] else f"{r['parted_share']:.0%} part"
+        table.add_row(
+            str(r["num_assistant_tokens"]), r["category"], str(r["prompts"]),
+            f"{r['acceptance_length']:.2f}", f"{r['acceptance_rate']:.2f}",
+            *rates, *[""] * (width - len(rates)),
+            f"{r['tokens_per_second']:.1f}", f"{r['baseline_tokens_per_second']:.1f}",
+            f"{r['speedup']:.2f} ({low:.2f} to {high:.2f})", equal,
+            end_section=r is content["results"][-1],
+        )  # fmt: skip
+    console.print(table)
+    gaps = [p["top2_logit_gap"] for r in content["results"] for p in r["parted"]]
+    if gaps:
+        console.print(
+            f"Where texts part, the target's two best logits are at most {max(gaps):.3g} apart: "
+            "another batch shape rounds them the other way."
+        )
+
+
+def run_evaluation(
+    target: Target,
+    assistant: PreTrainedModel,
+    head_name: str,
+    prompts_path: Path,
+    limit: int | None,
+    num_assistant_tokens: list[int],
+    max_new_tokens: int,
+    out: Path,
+) -> dict[str, Any]:
+    """Evaluate a head on a prompt file, print the table and write `out/report.json`.
+
+    Raises:
+        ValueError: bad prompts, or a head that does not fit the target.
+    """
+    prompts = limit_evenly(load_prompts(prompts_path), limit)
+    evaluation = evaluate(
+        target, assistant, head_name, prompts, num_assistant_tokens, max_new_tokens
+    )
+    content = report(evaluation)
+    content["environment"] |= {"target": target.name, "prompts": str(prompts_path)}
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomically(out / "report.json", json.dumps(content, indent=2) + "\n")
+    print_report(content)
+    print(f"Written: {out / 'report.json'}")
+    return content

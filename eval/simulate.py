@@ -1,0 +1,68 @@
+"""Greedy acceptance from stored activations, without decoding.
+
+Exact for greedy drafts on greedy text: draft k counts only when drafts 1..k-1 matched, and then
+the tokens fed to it are the text's own.
+"""
+
+from collections.abc import Iterable
+
+import torch
+
+from headstart.data.activations import ActivationStore
+from headstart.data.loader import Batch, candidate_rows, gather_rows
+from headstart.eval.acceptance import AcceptanceCounts, walk_rounds, zero_counts
+from headstart.heads.targets import Target
+from headstart.heads.unroll import DraftHead
+
+LOGIT_ROWS = 256  # rows of V logits held at once
+DOCUMENTS = 8  # run through the head together
+
+
+@torch.no_grad()
+def simulate_acceptance(
+    head: DraftHead, target: Target, store: ActivationStore, rounds: int, which: Iterable[int]
+) -> AcceptanceCounts:
+    """Acceptance counts of `head` on the stored documents `which`, by walking rounds.
+
+    Args:
+        head: in any mode; its drafts are compared over the whole vocabulary.
+        target: for its embeddings and table.
+        store: activations of greedy conversations.
+        rounds: K.
+        which: indices into the store (a process passes its share).
+    """
+    total = zero_counts(rounds)
+    usable = [i for i in which if len(candidate_rows(store[i]))]
+    for start in range(0, len(usable), DOCUMENTS):
+        documents = [store[i] for i in usable[start : start + DOCUMENTS]]
+        batch = gather_rows(documents, [candidate_rows(d) for d in documents], rounds)
+        batch = batch.to(target.device)
+        matches = _matches(head, target, batch)
+        judged = batch.weights.bool()
+        for b, document in enumerate(documents):
+            count = len(candidate_rows(document))
+            total += walk_rounds(matches[b, :count], judged[b, :count])
+    return total
+
+
+def _matches(head: DraftHead, target: Target, batch: Batch) -> torch.Tensor:
+    """[B, R, K] whether each draft is the target's own argmax, given that the earlier ones are."""
+    dtype = head.assistant.pre_projection.weight.dtype
+    states = head(
+        batch.hidden.to(dtype),
+        target.embed(batch.tokens).to(dtype),
+        batch.rows,
+        {t: (k.to(dtype), v.to(dtype)) for t, (k, v) in batch.shared_kv.items()},
+    )
+    wanted = batch.teacher_ids[..., 0]
+    matches = torch.zeros_like(wanted, dtype=torch.bool)
+    alive = batch.weights[..., 0].bool()
+    for k in range(wanted.shape[-1]):
+        # A draft after a miss is never looked at: no need for its logits over the vocabulary.
+        at = (alive & batch.weights[..., k].bool()).nonzero(as_tuple=True)
+        rows = states[k][at].to(target.table.dtype)
+        drafts = [(chunk @ target.table.T).argmax(-1) for chunk in rows.split(LOGIT_ROWS)]
+        hit = torch.cat(drafts) == wanted[..., k][at] if drafts else alive[at]
+        matches[..., k][at] = hit
+        alive = matches[..., k]
+    return matches

@@ -1,0 +1,1 @@
+"""Targets, draft heads, ordered embeddings, candidate generators, and export."""

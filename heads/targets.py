@@ -1,0 +1,217 @@
+"""Frozen targets behind one small interface.
+
+Letters: B batch, T positions, D target width, V vocabulary.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    DynamicCache,
+    Gemma4ForCausalLM,
+    Gemma4ForConditionalGeneration,
+    Gemma4UnifiedForCausalLM,
+    Gemma4UnifiedForConditionalGeneration,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from headstart.heads.demo import gemma3_270m_dir
+from headstart.heads.gemma3 import Gemma3ForAssistedDecoding, SharedKV
+from headstart.heads.tiny import TINY_TARGETS, byte_tokenizer, tiny_config, tiny_target
+from headstart.heads.versions import check_transformers
+
+SUPPORTED: dict[str, type[PreTrainedModel]] = {
+    "gemma3_text": Gemma3ForAssistedDecoding,
+    "gemma4": Gemma4ForConditionalGeneration,
+    "gemma4_text": Gemma4ForCausalLM,
+    "gemma4_unified": Gemma4UnifiedForConditionalGeneration,
+    "gemma4_unified_text": Gemma4UnifiedForCausalLM,
+}
+"""`config.model_type` -> the class that hands out shared KV and takes an assistant."""
+BUILT_IN = ("gemma3-270m", *TINY_TARGETS)
+
+
+@dataclass(frozen=True)
+class Activations:
+    """What the head sees of the target, for whole sequences."""
+
+    hidden: torch.Tensor
+    """[B, T, D] last hidden states, after the final norm."""
+    shared_kv: SharedKV
+    """Layer type -> (keys, values), each [B, kv heads, T, head_dim]."""
+
+
+class Target:
+    """A frozen Gemma with what a draft head needs of it.
+
+    Args:
+        model: one of the classes in `SUPPORTED`; frozen and put into eval mode here.
+        tokenizer: its tokenizer.
+        name: what reports call it.
+
+    Raises:
+        ValueError: the model cannot serve as a target; the message names what it lacks.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str):
+        _check_supported(model.config)
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.name = name
+        self.config = model.config.get_text_config()
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def table(self) -> torch.nn.Parameter:
+        """[V, D] input embedding table, unscaled; the LM head is tied to it."""
+        return self.model.get_input_embeddings().weight
+
+    @property
+    def source_layers(self) -> dict[str, int]:
+        """Layer type -> index of the layer whose keys and values the head attends to."""
+        return source_layers(self.config)
+
+    @property
+    def layers(self) -> torch.nn.ModuleList:
+        """The decoder layers of the text model."""
+        return self._text_model.layers
+
+    @property
+    def final_norm(self) -> torch.nn.Module:
+        """The norm whose output is the hidden state that the head reads."""
+        return self._text_model.norm
+
+    @property
+    def _text_model(self) -> Any:
+        decoder: Any = self.model.model
+        return decoder.language_model if hasattr(decoder, "language_model") else decoder
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over the text configuration and every weight: equal models, equal prints."""
+        digest = hashlib.sha256(self.config.to_json_string().encode())
+        for name, tensor in sorted(self.model.state_dict().items()):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            flat = tensor.detach().cpu().contiguous().view(-1)
+            digest.update(flat.view(torch.uint8).numpy().data if flat.numel() else b"")
+        return digest.hexdigest()
+
+    @torch.no_grad()
+    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+        """Embeddings as the decoder feeds them to a head: `ids` [...] -> [..., D], scaled."""
+        return self.model.get_input_embeddings()(ids)
+
+    @torch.no_grad()
+    def activations(self, ids: torch.Tensor, mask: torch.Tensor | None = None) -> Activations:
+        """One forward without the LM head.
+
+        Args:
+            ids: [B, T] token ids, padded on the right.
+            mask: [B, T] 1 for tokens, 0 for padding; None: no padding.
+        """
+        if isinstance(self.model, Gemma3ForAssistedDecoding):
+            # A cache without a config keeps every row of the sliding layers too.
+            cache = DynamicCache()
+            outputs = self.model.model(ids, mask, past_key_values=cache, use_cache=True)
+            return Activations(
+                outputs.last_hidden_state, self.model.shared_kv_states(cache, ids.shape[1])
+            )
+        outputs = self.model.model(
+            input_ids=ids, attention_mask=mask, use_cache=False, return_shared_kv_states=True
+        )
+        return Activations(outputs.last_hidden_state, dict(outputs.shared_kv_states))
+
+    @torch.no_grad()
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits as the target emits them: `hidden` [..., D] -> float32 [..., V], soft-capped
+        where the configuration says so. Costs V floats a row: pass rows in chunks."""
+        logits = torch.nn.functional.linear(hidden.to(self.table.dtype), self.table)
+        # The soft cap comes before the cast, in the target's dtype, as in its own forward.
+        if (cap := self.config.final_logit_softcapping) is not None:
+            logits = torch.tanh(logits / cap) * cap
+        return logits.float()
+
+
+def source_layers(config: Any) -> dict[str, int]:
+    """Layer type -> index of the last layer of that type with keys and values of its own."""
+    # Gemma 3 shares no KV and has no such field.
+    own = config.num_hidden_layers - getattr(config, "num_kv_shared_layers", 0)
+    return {layer_type: i for i, layer_type in enumerate(config.layer_types[:own])}
+
+
+def _check_supported(config: Any) -> None:
+    if config.model_type in SUPPORTED:
+        return
+    lacks = "an output `shared_kv_states` that a Gemma 4 assistant can attend to"
+    if config.model_type == "gemma3":
+        lacks = "a text-only class: save its language model as Gemma3ForCausalLM and load that"
+    raise ValueError(
+        f"unsupported target of type {config.model_type!r}: it lacks {lacks}. "
+        f"Supported: {', '.join(sorted(SUPPORTED))}"
+    )
+
+
+def load_target_config(
+    name: str, revision: str | None = None, trust_remote_code: bool = False
+) -> Any:
+    """The configuration of a supported target, without its weights; arguments of `load_target`.
+
+    Raises:
+        ValueError: nothing loadable at `name`, or an unsupported architecture.
+    """
+    if name in TINY_TARGETS:
+        return tiny_config(name)
+    path = gemma3_270m_dir() if name == "gemma3-270m" else name
+    try:
+        config = AutoConfig.from_pretrained(
+            path, revision=revision, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"target {name!r} is no built-in name ({', '.join(BUILT_IN)}), and no folder or Hub id "
+            f"that loads: {reason}"
+        ) from error
+    _check_supported(config)
+    return config
+
+
+def load_target(
+    name: str,
+    dtype: str = "bfloat16",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    device: torch.device | str = "cpu",
+) -> Target:
+    """Load a frozen target.
+
+    Args:
+        name: `gemma3-270m`, `tiny-gemma4`, `tiny-gemma3`, a local folder or a Hub id.
+        dtype: `bfloat16` or `float32`.
+        revision: Hub revision.
+        trust_remote_code: whether code shipped with the checkpoint may run.
+        device: where the weights go.
+
+    Raises:
+        RuntimeError: the installed transformers is outside the tested range.
+        ValueError: nothing loadable at `name`, or an unsupported architecture.
+    """
+    check_transformers()
+    config = load_target_config(name, revision, trust_remote_code)
+    torch_dtype = getattr(torch, dtype)
+    if name in TINY_TARGETS:
+        return Target(tiny_target(name).to(device, torch_dtype), byte_tokenizer(), name)
+    path = gemma3_270m_dir() if name == "gemma3-270m" else name
+    source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    model = SUPPORTED[config.model_type].from_pretrained(path, dtype=torch_dtype, **source)
+    tokenizer = AutoTokenizer.from_pretrained(path, **source)
+    return Target(model.to(device), tokenizer, name)

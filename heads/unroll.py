@@ -1,0 +1,97 @@
+"""The K-round unroll: what the decoder will feed the head, for many rows in parallel.
+
+Row t pairs the embedding of token x_{t+1} with the target's hidden state h_t, stands at position
+t + 1, sees KV rows j <= t, and predicts what the target says after x_{<= t+1}. In round k the row
+reads token x_{t+k} and the head's own hidden state of round k - 1; position and KV stay.
+
+Mirrors `SinglePositionMultiTokenCandidateGenerator.get_candidates` and
+`Gemma4AssistantForCausalLM.create_attention_masks` of transformers 5.20 to 5.22.
+
+Letters: B batch, T positions, R rows of a sequence, K rounds, D target width, H head width.
+"""
+
+import torch
+from torch import nn
+
+from headstart.heads.assistant import Assistant
+from headstart.heads.gemma3 import SharedKV
+
+
+def row_masks(rows: torch.Tensor, kv_len: int, sliding_window: int) -> dict[str, torch.Tensor]:
+    """Which KV rows each training row sees, per layer type.
+
+    The sliding mask of the stock assistant is inclusive (`distance <= sliding_window` from the
+    newest row), so it shows one row more than a Gemma decoder layer: `t - window <= j <= t`.
+
+    Args:
+        rows: [B, R] the row index t.
+        kv_len: T, KV rows of the sequence.
+        sliding_window: of the configuration.
+
+    Returns:
+        Layer type -> bool [B, 1, R, T], True where visible.
+    """
+    t = rows[:, None, :, None]
+    j = torch.arange(kv_len, device=rows.device)
+    full = j <= t
+    return {"full_attention": full, "sliding_attention": full & (j >= t - sliding_window)}
+
+
+class DraftHead(nn.Module):
+    """An assistant in training: the native module, and the projection of a low-rank tie.
+
+    Args:
+        assistant: from `build_assistant`, its table frozen.
+        projection: [D, H] start of the low-rank tie; None for a head as wide as its target.
+    """
+
+    def __init__(self, assistant: Assistant, projection: torch.Tensor | None = None):
+        super().__init__()
+        self.assistant = assistant
+        self.projection = None if projection is None else nn.Parameter(projection.clone())
+
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        token_embeds: torch.Tensor,
+        rows: torch.Tensor,
+        shared_kv: SharedKV,
+    ) -> torch.Tensor:
+        """Run K rounds over the same rows.
+
+        Args:
+            hidden: [B, R, D] the target's h_t.
+            token_embeds: [B, R, K, D] scaled embeddings of x_{t+1} .. x_{t+K}.
+            rows: [B, R] row indices t.
+            shared_kv: layer type -> (keys, values), each [B, kv heads, T, head_dim].
+
+        Returns:
+            [K, B, R, D] states whose product with the target's table is the draft's logits.
+        """
+        kv_len = next(iter(shared_kv.values()))[0].shape[2]
+        window = self.assistant.config.text_config.sliding_window
+        masks = row_masks(rows, kv_len, window)
+        states = []
+        for k in range(token_embeds.shape[2]):
+            inputs = torch.cat([token_embeds[:, :, k], hidden], dim=-1)
+            state = self.assistant.model(
+                inputs_embeds=self.assistant.pre_projection(inputs),
+                attention_mask=masks,
+                position_ids=rows + 1,
+                shared_kv_states=shared_kv,
+                use_cache=False,
+            ).last_hidden_state
+            hidden = self.assistant.post_projection(state)
+            states.append(state if self.projection is None else state @ self.projection.T)
+        return torch.stack(states)
+
+    @torch.no_grad()
+    def table(self, target_table: torch.Tensor) -> torch.Tensor:
+        """[V, H] the LM head to save: the target's table, or its product with the projection."""
+        if self.projection is None:
+            return target_table
+        return target_table.float() @ self.projection
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """Name -> parameter that the optimizer updates; the tied table is not among them."""
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}

@@ -1,0 +1,123 @@
+"""The command as a user runs it: in processes of its own."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from headstart.cli.main import main
+from headstart.configs.loader import load_config
+from headstart.heads.assistant import build_assistant
+from headstart.heads.targets import load_target
+from headstart.heads.unroll import DraftHead
+from headstart.train.plan import plan
+
+ROOT = Path(__file__).resolve().parents[2]
+BIN = Path(sys.executable).parent
+
+
+def run(*command: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [str(part) for part in command], cwd=ROOT, capture_output=True, text=True, timeout=600
+    )
+
+
+def test_version_from_the_console_command_and_the_module() -> None:
+    for command in ([BIN / "headstart"], [sys.executable, "-m", "headstart.cli"]):
+        result = run(*command, "--version")
+        assert result.returncode == 0, result.stderr
+        assert result.stdout.startswith("headstart 0.")
+
+
+def test_accelerate_launch_and_the_console_command_run_the_same_code(tmp_path: Path) -> None:
+    """Train a tiny head both ways: the same losses, a head, and reports."""
+    shared = ["train.steps=6", "eval.limit=2", "eval.max_new_tokens=8", "eval.exact_limit=1"]
+    shared += [f"data.cache_dir={tmp_path / 'cache'}"]
+    launch = ["launch", "--num_processes", "1", "--num_cpu_threads_per_process", "2", "train.py"]
+    ways = {
+        "launch": [BIN / "accelerate", *launch],
+        "console": [BIN / "headstart", "train"],
+    }
+    losses = {}
+    for name, command in ways.items():
+        folder = tmp_path / name
+        result = run(*command, "--config", "configs/tiny.yaml", f"run.dir={folder}", *shared)
+        assert result.returncode == 0, result.stderr
+        rows = (folder / "metrics.jsonl").read_text().splitlines()
+        losses[name] = [json.loads(row)["loss"] for row in rows]
+        assert (folder / "head" / "model.safetensors").is_file()
+        assert (folder / "config.yaml").is_file()
+        report = json.loads((folder / "eval" / "report.json").read_text())
+        assert all(r["equal_to_plain"] for r in report["results"])
+        assert "accept. length" in result.stdout
+    assert losses["launch"] == losses["console"]
+
+    head = tmp_path / "console" / "head"
+    out = tmp_path / "out"
+    prompts = "data/prompts/text_eval.jsonl"
+    arguments = ["--target", "tiny-gemma4", "--head", head, "--prompts", prompts, "--limit", "1"]
+    arguments += ["--num-assistant-tokens", "2,4", "--max-new-tokens", "6", "--dtype", "float32"]
+    result = run(BIN / "headstart", "eval", *arguments, "--out", out)
+    assert result.returncode == 0, result.stderr
+    assert json.loads((out / "report.json").read_text())["schema"] == 1
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["train", "--config", "absent.yaml"], "no configuration file absent.yaml"),
+        (
+            ["train", "--config", "configs/tiny.yaml", "train.stepz=1"],
+            "no key train.stepz; the nearest valid key is train.steps",
+        ),
+        (
+            ["train", "--config", "configs/tiny.yaml", "data.prompts=[absent.jsonl]"],
+            "no prompt file absent.jsonl",
+        ),
+    ],
+)
+def test_a_failure_is_one_line_on_stderr_and_exit_code_1(
+    argv: list[str], message: str, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(ROOT)
+    assert main([*argv, f"run.dir={tmp_path / 'run'}"]) == 1
+    error = capsys.readouterr().err.strip().splitlines()
+    assert message in error[-1]
+    assert "Traceback" not in "".join(error)
+
+
+def test_wrong_usage_is_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
+    for argv in (["train"], ["eval", "--target", "x"], ["no-such-command"], []):
+        with pytest.raises(SystemExit) as stop:
+            main(argv)
+        assert stop.value.code == 2
+    capsys.readouterr()
+
+
+def test_ctrl_c_is_exit_code_130_and_everything_is_saved(tmp_path: Path) -> None:
+    command = [str(BIN / "headstart"), "train", "--config", "configs/tiny.yaml"]
+    command += [f"run.dir={tmp_path / 'run'}", "train.steps=100000", "train.validate_every=99999"]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    log = tmp_path / "run" / "metrics.jsonl"
+    while process.poll() is None and not (log.is_file() and log.read_text().count("\n") >= 3):
+        time.sleep(0.1)
+    process.send_signal(2)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 130, error
+    assert "--resume" in error
+    (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
+    assert json.loads((checkpoint / "state.json").read_text())["step"] >= 3
+
+
+def test_the_plan_counts_what_is_then_trained(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    config = load_config("configs/tiny.yaml")
+    lines = plan(config)
+    head = DraftHead(build_assistant(load_target("tiny-gemma4", "float32"), config.head))
+    trained = sum(p.numel() for p in head.trainable().values())
+    assert lines["parameters trained"] == f"{trained:,}"
+    assert lines["rows a step"].startswith("64 a process")

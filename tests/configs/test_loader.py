@@ -1,0 +1,46 @@
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from headstart.configs.loader import dump_config, load_config
+from headstart.configs.schema import Config
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_shipped_recipe_loads_and_survives_a_round_trip(path: Path) -> None:
+    config = load_config(path)
+    assert Config.model_validate(yaml.safe_load(dump_config(config))) == config
+
+
+def test_overrides_win_over_the_file_and_are_typed() -> None:
+    config = load_config(CONFIGS / "tiny.yaml", ["train.steps=7", "train.warmup_steps=2"])
+    assert (config.train.steps, config.train.warmup_steps) == (7, 2)
+    assert load_config(CONFIGS / "tiny.yaml", ["eval=null"]).eval is None
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "train.lerning_rate=1",
+            "no key train.lerning_rate; the nearest valid key is train.learning_rate",
+        ),
+        ("trian.steps=1", "no key trian; the nearest valid key is train"),
+        ("train.steps=many", "train.steps: Input should be a valid integer"),
+        ("train.warmup_steps=600", "warmup_steps=600 must be below steps=60"),
+        ("data.temperatures=[-1]", "data: temperatures needs"),
+        ("train.steps", "not of the form section.key=value"),
+    ],
+)
+def test_a_bad_key_or_value_is_named_with_its_cure(override: str, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load_config(CONFIGS / "tiny.yaml", [override])
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no configuration file .*absent\.yaml"):
+        load_config(tmp_path / "absent.yaml")

@@ -1,0 +1,152 @@
+"""Decoding with the stock `generate`, on tiny targets and a head that accepts sometimes."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+from transformers.generation.candidate_generator import (
+    SinglePositionMultiTokenCandidateGenerator,
+)
+
+from headstart.configs.schema import DataConfig, HeadConfig
+from headstart.data.activations import extract_activations
+from headstart.data.conversations import Conversation
+from headstart.data.prompts import Prompt
+from headstart.eval.decoding import greedy, top2_gap
+from headstart.eval.report import evaluate, print_report, report, run_evaluation
+from headstart.eval.simulate import simulate_acceptance
+from headstart.heads.assistant import build_assistant
+from headstart.heads.targets import Target
+from headstart.heads.unroll import DraftHead
+from tests.conftest import make_target
+
+FAMILIES = ["gemma3", "gemma4-kv-sharing", "gemma4-multimodal", "gemma4-unified"]
+
+
+def lucky_head(target: Target) -> PreTrainedModel:
+    """A head whose last state is the target's, so that some drafts are right by luck."""
+    return build_assistant(target, HeadConfig()).eval()
+
+
+def prompts(count: int) -> list[Prompt]:
+    return [
+        Prompt(f"p{i}", "ab"[i % 2], f"s{i}", [{"role": "user", "content": "xyz" * (i + 1)}], True)
+        for i in range(count)
+    ]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_assisted_greedy_text_equals_plain_greedy_text_in_float32(family: str) -> None:
+    target = make_target(family)
+    for i in range(3):
+        ids = torch.randint(4, 260, (5 + 9 * i,)).tolist()
+        plain = greedy(target, ids, 40)
+        assisted = greedy(target, ids, 40, lucky_head(target), 3)
+        assert assisted.tokens == plain.tokens
+        assert len(plain.forwards) == len(plain.tokens)
+
+
+def test_accepted_drafts_are_those_that_transformers_reports(
+    tiny: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The counts come from target forwards; transformers tells its generator the same."""
+    told: list[int] = []
+
+    def note(self: Any, input_ids: Any, scores: Any, num_matches: int) -> None:
+        told.append(int(num_matches))
+
+    monkeypatch.setattr(
+        SinglePositionMultiTokenCandidateGenerator, "update_candidate_strategy", note
+    )
+    accepted = 0
+    for i in range(6):
+        told.clear()
+        ids = torch.randint(4, 260, (4 + i,), generator=torch.Generator().manual_seed(i)).tolist()
+        decoded = greedy(tiny, ids, 30, lucky_head(tiny), 3)
+        counts = decoded.counts(len(ids), 3)
+        assert sum(counts.accepted) == sum(told[1:])  # the first call is the prefill's
+        assert counts.rounds == len(told) - 1 == len(decoded.forwards) - 1
+        accepted += sum(counts.accepted)
+    assert accepted > 0, "a head that never accepts makes this test empty"
+
+
+@torch.no_grad()
+def test_simulated_acceptance_is_that_of_a_decoder_that_recomputes_everything(tiny: Target) -> None:
+    """Walked rounds on stored activations against a plain loop: no cache, clean KV, own drafts."""
+    assistant, rounds = lucky_head(tiny), 3
+    head = DraftHead(assistant)
+    prompt = torch.randint(4, 260, (6,), generator=torch.Generator().manual_seed(3)).tolist()
+    text = prompt + greedy(tiny, prompt, 40).tokens
+    conversation = Conversation("c", "c", prompt, text[6:], 0.0, "length")
+    store = extract_activations(tiny, [conversation], DataConfig(), "x")
+    simulated = simulate_acceptance(head, tiny, store, rounds, [0])
+
+    accepted, walked, length = [0] * rounds, 0, 7  # one token from the prefill
+    while length < len(text) - 1:
+        ids = torch.tensor([text[:length]])
+        seen = tiny.activations(ids[:, :-1])
+        row = torch.tensor([[length - 2]])
+        fed, drafts = ids[:, -1:], []
+        for _ in range(rounds):
+            states = head(seen.hidden[:, -1:], tiny.embed(fed)[:, None], row, seen.shared_kv)
+            drafts.append(int((states[-1, 0, 0] @ tiny.table.T).argmax()))
+            fed = torch.cat([fed, torch.tensor([[drafts[-1]]])], dim=1)
+        n = 0
+        while n < rounds and length + n < len(text) and drafts[n] == text[length + n]:
+            accepted[n] += 1
+            n += 1
+        walked, length = walked + 1, length + n + 1
+    assert simulated.accepted == tuple(accepted)
+    assert simulated.rounds == walked
+    assert sum(accepted) > 0
+
+
+def test_the_report_holds_the_schema_that_others_read(tiny: Target, tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_text(
+        "".join(
+            json.dumps({"prompt": "xyz" * (i + 1), "category": "ab"[i % 2]}) + "\n"
+            for i in range(5)
+        )
+    )
+    run_evaluation(
+        tiny, lucky_head(tiny), "heads/x", tmp_path / "p.jsonl", 4, [2, 3], 20, tmp_path / "out"
+    )
+    content = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert content["schema"] == 1
+    assert content["environment"]["dtype"] == "float32"
+    keys = {(r["num_assistant_tokens"], r["category"], r["prompts"]) for r in content["results"]}
+    assert keys == {(k, c, n) for k in (2, 3) for c, n in (("all", 4), ("a", 2), ("b", 2))}
+    for r in content["results"]:
+        assert r["head"] == "heads/x"
+        assert r["decoder"] == "transformers"
+        assert r["equal_to_plain"] is True
+        assert len(r["conditional_acceptance_rate"]) == r["num_assistant_tokens"]
+        assert r["acceptance_length"] == 1 + sum(r["accepted"]) / r["rounds"]
+        assert r["acceptance_rate"] == sum(r["accepted"]) / r["drafted"]
+        assert r["target_forwards"] == r["rounds"] + r["prompts"]
+        assert r["new_tokens"] == sum(r["accepted"]) + r["rounds"] + r["prompts"]
+        assert r["baseline_target_forwards"] == r["new_tokens"]
+        low, high = r["speedup_interval"]
+        assert low <= r["speedup"] <= high
+
+
+def test_texts_that_part_are_counted_with_their_logit_gap(
+    tiny: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A target that changes its mind between the two decodings must not go unnoticed."""
+    evaluation = evaluate(tiny, lucky_head(tiny), "h", prompts(2), [2], 12)
+    broken = evaluation.comparisons[2][0]
+    broken.assisted.tokens[5] += 1
+    assert broken.parted_at == 5
+    ids = [2, 5, 6]
+    evaluation.gaps[2, "p0"] = top2_gap(tiny, ids)
+    logits = tiny.model(torch.tensor([ids])).logits[0, -1].sort(descending=True).values
+    assert evaluation.gaps[2, "p0"] == pytest.approx(float(logits[0] - logits[1]), abs=1e-5)
+    whole = report(evaluation)["results"][0]
+    assert whole["equal_to_plain"] is False
+    assert whole["parted_share"] == 0.5
+    assert whole["parted"][0]["token"] == 5
+    print_report(report(evaluation))

@@ -1,0 +1,133 @@
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from headstart.configs.schema import HeadConfig
+from headstart.heads.assistant import (
+    build_assistant,
+    check_pair,
+    load_assistant,
+    low_rank_start,
+    save_assistant,
+)
+from headstart.heads.targets import Target
+from headstart.heads.unroll import DraftHead
+from tests.conftest import make_target
+
+
+def test_plain_transformers_loads_what_was_saved(target: Target, tmp_path: Path) -> None:
+    """Same class, same tensors, K set; the table is the target's."""
+    assistant = build_assistant(target, HeadConfig())
+    head = DraftHead(assistant)
+    save_assistant(assistant, head.table(target.table), tmp_path / "head", 5, torch.float32)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "head")
+    assert type(loaded) is type(assistant)
+    assert loaded.generation_config.num_assistant_tokens == 5
+    for name, tensor in assistant.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+    assert torch.equal(loaded.lm_head.weight, target.table)
+    check_pair(target, load_assistant(tmp_path / "head", torch.float32))
+
+
+def test_a_full_width_head_shares_the_targets_table_and_does_not_train_it() -> None:
+    target = make_target("gemma4")
+    head = DraftHead(build_assistant(target, HeadConfig()))
+    assert head.assistant.lm_head.weight is target.table
+    assert not any(p is target.table for p in head.trainable().values())
+
+
+@torch.no_grad()
+def test_a_narrow_heads_saved_table_gives_the_logits_that_were_trained(tmp_path: Path) -> None:
+    target = make_target("gemma4")
+    assistant = build_assistant(target, HeadConfig(hidden_size=32))
+    head = DraftHead(assistant, torch.randn(48, 32))
+    ids = torch.randint(4, 260, (1, 12))
+    seen, rows = target.activations(ids), torch.arange(11)[None]
+    state = head(seen.hidden[:, :-1], target.embed(ids[:, 1:, None]), rows, seen.shared_kv)
+    save_assistant(assistant, head.table(target.table), tmp_path / "head", 4, torch.float32)
+    saved = load_assistant(tmp_path / "head", torch.float32)
+    assert saved.lm_head.weight.shape == (320, 32)
+    narrow = DraftHead(saved)(
+        seen.hidden[:, :-1], target.embed(ids[:, 1:, None]), rows, seen.shared_kv
+    )
+    torch.testing.assert_close(
+        narrow @ saved.lm_head.weight.T, state @ target.table.T, atol=1e-4, rtol=1e-4
+    )
+
+
+def test_the_data_aware_start_beats_the_plain_svd_on_what_the_target_says() -> None:
+    """Skewed hidden states and a few likely tokens: the SVD of the table alone knows of neither."""
+    torch.manual_seed(0)
+    table = torch.randn(500, 24)
+    hidden = torch.randn(4000, 24) * torch.logspace(0.5, -1.5, 24)
+    wanted = (hidden @ table.T).argmax(-1)
+    counts = torch.bincount(wanted, minlength=500).float() + 1e-3
+
+    def agreement(projection: torch.Tensor) -> float:
+        best = projection @ torch.linalg.pinv(projection)
+        return float(((hidden @ best @ table.T).argmax(-1) == wanted).float().mean())
+
+    plain = torch.linalg.svd(table, full_matrices=False).Vh[:8].T
+    # The head is free in how it fills its H states: give both starts their least-squares Q.
+    aware = low_rank_start(table, hidden, counts, 8)
+    moment = hidden.T @ hidden
+    best_q = torch.linalg.solve(aware.T @ torch.linalg.solve(moment, aware), aware.T)
+    reconstructed = hidden @ torch.linalg.solve(moment, best_q.T) @ aware.T
+    aware_agreement = float(((reconstructed @ table.T).argmax(-1) == wanted).float().mean())
+    assert aware_agreement > agreement(plain) + 0.2
+
+
+@pytest.mark.parametrize("family", ["gemma3", "gemma4"])
+def test_query_norms_start_at_the_targets_scale(family: str) -> None:
+    """Gemma 3 divides scores by sqrt(query_pre_attn_scalar), Gemma 4 assistants never do."""
+    target = make_target(family)
+    with torch.no_grad():
+        for layer in target.layers:
+            layer.self_attn.q_norm.weight.normal_()
+    assistant = build_assistant(target, HeadConfig())
+    for layer, layer_type in zip(
+        assistant.model.layers, ("sliding_attention", "full_attention"), strict=True
+    ):
+        source = target.layers[target.source_layers[layer_type]].self_attn
+        x = torch.randn(3, layer.self_attn.head_dim)
+        wanted = source.q_norm(x) * source.scaling
+        torch.testing.assert_close(layer.self_attn.q_norm(x), wanted, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "values"),
+    [
+        ({"backbone_hidden_size": 64}, ("backbone_hidden_size is 64", "hidden_size is 48")),
+        ({"vocab_size": 640}, ("vocab_size is 640", "vocab_size is 320")),
+        ({"sliding_window": 16}, ("sliding_window is 16", "sliding_window is 8")),
+    ],
+)
+def test_a_head_of_another_target_is_refused_with_both_values(
+    changes: dict[str, int], values: tuple[str, str]
+) -> None:
+    target = make_target("gemma4")
+    assistant = build_assistant(target, HeadConfig())
+    for key, value in changes.items():
+        owner = assistant.config if hasattr(assistant.config, key) else assistant.config.text_config
+        setattr(owner, key, value)
+    with pytest.raises(ValueError, match="does not fit gemma4") as error:
+        check_pair(target, assistant)
+    assert all(value in str(error.value) for value in values)
+
+
+def test_impossible_shapes_are_refused_with_their_cure() -> None:
+    target = make_target("gemma4")
+    with pytest.raises(ValueError, match=r"hidden_size=64 is above the target's 48"):
+        build_assistant(target, HeadConfig(hidden_size=64))
+    with pytest.raises(ValueError, match=r"num_attention_heads=3 is no multiple .* 2 KV heads"):
+        build_assistant(target, HeadConfig(num_attention_heads=3))
+
+
+def test_a_folder_that_is_no_head_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no draft head at"):
+        load_assistant(tmp_path, torch.float32)
+    make_target("gemma4").model.config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="not a Gemma 4 assistant"):
+        load_assistant(tmp_path, torch.float32)

