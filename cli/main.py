@@ -15,9 +15,12 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     args = _parser().parse_args(argv)
     # Seconds of imports, so only after the arguments are known to be good.
+    from transformers.utils.logging import disable_progress_bar
+
     from headstart.heads.versions import check_transformers
     from headstart.train.loop import Interrupted
 
+    disable_progress_bar()  # ours say more; "Loading weights" took a second
     try:
         check_transformers()
         args.command(args)

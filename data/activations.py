@@ -8,6 +8,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -47,14 +48,16 @@ class ActivationStore(Sequence[Document]):
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.index = json.loads((folder / "index.json").read_text())["documents"]
+        self.entries: list[dict[str, Any]] = json.loads((folder / "index.json").read_text())[
+            "documents"
+        ]
         self._shards: dict[str, safe_open] = {}
 
     def __len__(self) -> int:
-        return len(self.index)
+        return len(self.entries)
 
     def __getitem__(self, i: int) -> Document:  # type: ignore[override]
-        entry = self.index[i]
+        entry = self.entries[i]
         shard = self._shards.get(entry["shard"])
         if shard is None:
             shard = safe_open(self.folder / entry["shard"], framework="pt")
@@ -74,7 +77,7 @@ class ActivationStore(Sequence[Document]):
 
     @property
     def response_tokens(self) -> int:
-        return sum(entry["length"] - entry["prompt_len"] for entry in self.index)
+        return sum(entry["length"] - entry["prompt_len"] for entry in self.entries)
 
 
 def extract_activations(

@@ -50,7 +50,7 @@ class TemperatureMixture(LogitsProcessor):
         self.temperatures = torch.tensor([t for t in temperatures if t > 0])[:, None]
         self.generator = torch.Generator().manual_seed(seed)
 
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """`scores` [B, V] -> the same with +inf at the chosen tokens."""
         if not len(self.sampled):
             return scores

@@ -119,7 +119,7 @@ class AnchorLoader:
         world_size: int = 1,
     ):
         self.store = store
-        self.usable = [i for i, e in enumerate(store.index) if e["length"] - e["prompt_len"] >= 2]
+        self.usable = [i for i, e in enumerate(store.entries) if e["length"] - e["prompt_len"] >= 2]
         if not self.usable:
             raise ValueError(
                 "no conversation has a response of two tokens or more: nothing to train"

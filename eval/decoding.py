@@ -34,9 +34,10 @@ class Decoded:
         """
         rounds = self.forwards[1:]
         # After the last round all tokens but the newest would be in the cache.
-        ends = [seen for seen, _ in rounds[1:]] + [prompt_len + len(self.tokens) - 1]
+        starts = [seen for seen, _ in rounds] + [prompt_len + len(self.tokens) - 1]
         pairs = [
-            (given - 1, end - seen - 1) for (seen, given), end in zip(rounds, ends, strict=True)
+            (given - 1, end - seen - 1)
+            for (seen, given), end in zip(rounds, starts[1:], strict=True)
         ]
         return AcceptanceCounts.of_rounds(pairs, num_assistant_tokens)
 

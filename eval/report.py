@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import random
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -181,16 +182,17 @@ def _processor() -> str:
 
 def print_report(content: dict[str, Any], console: Console | None = None) -> None:
     """Print the results as a table, and what it takes to read them."""
-    console = console or Console()
+    # Outside a terminal rich assumes 80 columns and would fold every cell.
+    console = console or Console(width=None if sys.stdout.isatty() else 120)
     width = max(r["num_assistant_tokens"] for r in content["results"])
     env = content["environment"]
     table = Table(
         title=f"Greedy decoding, {env['dtype']}, {env['max_new_tokens']} new tokens, "
         f"{env['threads']} threads of {env['accelerator'] or env['processor']}"
     )
-    names = ["K", "category", "prompts", "accept. length", "rate"]
+    names = ["K", "category", "n", "acceptance length", "rate"]
     names += [f"a_{i + 1}" for i in range(width)]
-    names += ["tok/s", "plain tok/s", "speedup (95% interval)", "equal to plain"]
+    names += ["tok/s", "plain", "speedup (95%)", "equal to plain"]
     for name in names:
         table.add_column(name, justify="left" if name == "category" else "right")
     for r in content["results"]:
@@ -202,7 +204,7 @@ def print_report(content: dict[str, Any], console: Console | None = None) -> Non
             f"{r['acceptance_length']:.2f}", f"{r['acceptance_rate']:.2f}",
             *rates, *[""] * (width - len(rates)),
             f"{r['tokens_per_second']:.1f}", f"{r['baseline_tokens_per_second']:.1f}",
-            f"{r['speedup']:.2f} ({low:.2f} to {high:.2f})", equal,
+            f"{r['speedup']:.2f} ({low:.2f}-{high:.2f})", equal,
             end_section=r is content["results"][-1],
         )  # fmt: skip
     console.print(table)

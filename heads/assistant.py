@@ -6,7 +6,7 @@ Letters: D target width, H head width, V vocabulary, N tokens.
 import json
 import shutil
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import nn
@@ -127,7 +127,7 @@ def _set_table(assistant: Assistant, table: nn.Parameter) -> None:
 
 def _scale(norm: nn.Module) -> torch.Tensor:
     """The factor that a norm applies: Gemma 3 stores w of a `1 + w` norm, Gemma 4 the factor."""
-    weight: torch.Tensor = norm.weight.float()
+    weight = cast(torch.Tensor, norm.weight).float()
     return 1 + weight if type(norm).__name__.startswith("Gemma3") else weight
 
 
@@ -154,13 +154,13 @@ def _start_from_target(assistant: Assistant, target: Target) -> None:
         source = target.layers[target.source_layers[layer_type]]
         for name, module in layer.named_modules():
             if isinstance(module, nn.Linear):
-                weight = source.get_submodule(name).weight
+                weight = cast(nn.Linear, source.get_submodule(name)).weight
                 if weight.shape == module.weight.shape:
                     module.weight.copy_(weight)
             elif name.endswith("layernorm"):
                 module.weight.copy_(_scale(source.get_submodule(name)))
         if hasattr(source, "layer_scalar"):
-            layer.layer_scalar.copy_(source.layer_scalar)
+            layer.layer_scalar.copy_(cast(torch.Tensor, source.layer_scalar))
     assistant.model.norm.weight.copy_(_scale(target.final_norm))
     width = target.config.hidden_size
     identity = torch.eye(width, device=target.device)
@@ -218,7 +218,8 @@ def save_assistant(
     work = folder.with_name(folder.name + ".saving")
     shutil.rmtree(work, ignore_errors=True)
     state = {k: v.to(dtype) for k, v in assistant.state_dict().items()}
-    state["model.embed_tokens.weight"] = state["lm_head.weight"] = table.to(dtype)
+    # Detached, or `assign` would turn the target's own table into a trainable parameter.
+    state["model.embed_tokens.weight"] = state["lm_head.weight"] = table.detach().to(dtype)
     native = type(assistant)(assistant.config)
     native.load_state_dict(state, assign=True)
     native.tie_weights()
@@ -234,7 +235,7 @@ def _write_global_head_dim(path: Path) -> None:
     # transformers >= 5.19 writes only per_layer_config; other engines read global_head_dim.
     config = json.loads(path.read_text())
     text = config["text_config"]
-    full = next(iter(text.get("per_layer_config", {}).values()), {})
+    full: dict[str, int] = next(iter(text.get("per_layer_config", {}).values()), {})
     text["global_head_dim"] = full.get("head_dim", text["head_dim"])
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 

@@ -81,14 +81,15 @@ class Target:
         return source_layers(self.config)
 
     @property
-    def layers(self) -> torch.nn.ModuleList:
+    def layers(self) -> Any:
         """The decoder layers of the text model."""
         return self._text_model.layers
 
     @property
     def final_norm(self) -> torch.nn.Module:
         """The norm whose output is the hidden state that the head reads."""
-        return self._text_model.norm
+        norm: torch.nn.Module = self._text_model.norm
+        return norm
 
     @property
     def _text_model(self) -> Any:

@@ -3,6 +3,7 @@
 They cover every architecture whose weights are not at hand, in tests and in `configs/tiny.yaml`.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ _TEXT: dict[str, Any] = {
     "head_dim": 16,
     "sliding_window": 8,
     "max_position_embeddings": 1024,
-    "initializer_range": 0.2,  # large enough that greedy text does not settle on one token
+    "initializer_range": 0.2,  # large enough that attention and MLP have a say
     "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2,
 }
 _GEMMA4: dict[str, Any] = {
@@ -60,12 +61,25 @@ def tiny_config(name: str) -> Gemma3TextConfig | Gemma4TextConfig:
 
 def tiny_target(name: str) -> PreTrainedModel:
     """The model of `tiny_config(name)`, with the same weights each time."""
-    config = tiny_config(name)
-    with torch.random.fork_rng(devices=[]):
+    cls = Gemma3ForAssistedDecoding if name == "tiny-gemma3" else Gemma4ForCausalLM
+    return random_model(lambda: cls(tiny_config(name)))
+
+
+def random_model(build: Callable[[], PreTrainedModel]) -> PreTrainedModel:
+    """A model with seeded random weights whose greedy text is varied.
+
+    The residual stream of a random model still holds the embedding of its last token, so a tied
+    LM head repeats that token for ever. Random signs in the final norm break this.
+    """
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
-        if name == "tiny-gemma3":
-            return Gemma3ForAssistedDecoding(config)
-        return Gemma4ForCausalLM(config)
+        model = build()
+        decoder: Any = model.model
+        norm = (decoder.language_model if hasattr(decoder, "language_model") else decoder).norm
+        signs = torch.randint(0, 2, norm.weight.shape) * 2.0 - 1.0
+        # Gemma 3 stores w of a `1 + w` norm.
+        norm.weight.copy_(signs - 1 if type(norm).__name__.startswith("Gemma3") else signs)
+    return model
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

@@ -24,6 +24,7 @@ from headstart.heads.tiny import (
     byte_tokenizer,
     gemma3_config,
     gemma4_text_config,
+    random_model,
 )
 
 PER_LAYER = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCAB_SIZE}
@@ -72,8 +73,7 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
 
 def make_target(family: str, dtype: torch.dtype = torch.float32) -> Target:
     """A tiny random target of a family, the same each time."""
-    torch.manual_seed(0)
-    return Target(FAMILIES[family]().to(dtype), byte_tokenizer(), family)
+    return Target(random_model(FAMILIES[family]).to(dtype), byte_tokenizer(), family)
 
 
 @pytest.fixture(params=FAMILIES)

@@ -7,16 +7,9 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
 
 from headstart.heads.unroll import DraftHead
 
-# Keys by parameter name, so that a checkpoint does not depend on the order of parameters.
-OPTIONS = StateDictOptions(full_state_dict=True, flatten_optimizer_state_dict=True)
 KEEP = 2
 
 
@@ -43,11 +36,13 @@ def save_checkpoint(
     save_file(
         {k: p.detach().contiguous() for k, p in head.trainable().items()}, work / "head.safetensors"
     )
-    moments = get_optimizer_state_dict(head, optimizer, options=OPTIONS)
-    tensors = {k: v for k, v in moments.items() if isinstance(v, torch.Tensor)}
-    scalars = {k: v for k, v in moments.items() if not isinstance(v, torch.Tensor)}
-    save_file({k: v.contiguous() for k, v in tensors.items()}, work / "optimizer.safetensors")
-    (work / "state.json").write_text(json.dumps({"step": step, "optimizer": scalars, **state}))
+    moments = {
+        f"{name}.{key}": value.contiguous()
+        for name, parameter in head.trainable().items()
+        for key, value in optimizer.state[parameter].items()
+    }
+    save_file(moments, work / "optimizer.safetensors")
+    (work / "state.json").write_text(json.dumps({"step": step, **state}))
     shutil.rmtree(path, ignore_errors=True)
     work.rename(path)
     for old in checkpoints(folder)[:-KEEP]:
@@ -81,6 +76,7 @@ def load_checkpoint(
         for name, parameter in parameters.items():
             parameter.copy_(weights[name])
     state: dict[str, Any] = json.loads((path / "state.json").read_text())
-    moments = {**load_file(path / "optimizer.safetensors"), **state.pop("optimizer")}
-    set_optimizer_state_dict(head, optimizer, moments, options=OPTIONS)
+    for key, value in load_file(path / "optimizer.safetensors").items():
+        name, _, moment = key.rpartition(".")
+        optimizer.state[parameters[name]][moment] = value
     return state

@@ -316,10 +316,11 @@ def _stop_signals() -> Iterator[list[int]]:
         signal.signal(number, earlier[number])
 
     earlier: dict[int, Any] = {}
-    for number in (signal.SIGINT, signal.SIGTERM):
-        earlier[number] = signal.signal(number, note)
+    each: int
+    for each in (signal.SIGINT, signal.SIGTERM):
+        earlier[each] = signal.signal(each, note)
     try:
         yield received
     finally:
-        for number, handler in earlier.items():
-            signal.signal(number, handler)
+        for each, handler in earlier.items():
+            signal.signal(each, handler)

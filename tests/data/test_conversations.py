@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -40,11 +41,11 @@ def test_an_interrupted_generation_ends_as_an_uninterrupted_one(
     calls = []
     answer = conversations._answer
 
-    def fail_on_second(*args: object) -> object:
+    def fail_on_second(*args: Any) -> object:
         calls.append(args)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return answer(*args)  # type: ignore[arg-type]
+        return answer(*args)
 
     monkeypatch.setattr(conversations, "_answer", fail_on_second)
     with pytest.raises(KeyboardInterrupt):
@@ -61,7 +62,7 @@ def test_the_mixture_draws_from_the_softmax_at_each_rows_temperature() -> None:
     logits = torch.randn(8)
     draws = 20_000
     mixture = TemperatureMixture([0.0] + [0.7] * draws, seed=1)
-    chosen = mixture(torch.zeros(1, 1, dtype=torch.long), logits.repeat(draws + 1, 1)).argmax(-1)  # type: ignore[arg-type]
+    chosen = mixture(torch.zeros(1, 1, dtype=torch.long), logits.repeat(draws + 1, 1)).argmax(-1)
     assert int(chosen[0]) == int(logits.argmax())
     expected = (logits / 0.7).softmax(-1) * draws
     observed = torch.bincount(chosen[1:], minlength=8)

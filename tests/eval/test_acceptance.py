@@ -8,7 +8,7 @@ def test_rounds_are_walked_and_not_averaged() -> None:
     matches = torch.tensor([[1, 0, 1], [1, 1, 1], [0, 1, 1], [1, 1, 0], [1, 1, 1]]).bool()
     judged = torch.tensor([[1, 1, 1], [1, 1, 1], [1, 1, 1], [1, 1, 0], [1, 0, 0]]).bool()
     counts = walk_rounds(matches, judged)
-    assert counts == AcceptanceCounts(rounds=3, drafted=8, reached=(3, 2, 1), accepted=(2, 1, 0))
+    assert counts == AcceptanceCounts(rounds=3, drafted=8, reached=(3, 2, 0), accepted=(2, 1, 0))
     assert counts.acceptance_length == 1 + 3 / 3
     assert counts.acceptance_rate == 3 / 8
     assert counts.conditional_acceptance_rate == [2 / 3, 1 / 2, 0]

@@ -58,7 +58,7 @@ def test_an_unsupported_model_is_told_what_it_lacks(
 
 
 def test_a_missing_target_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match="'no/such-model' is no built-in name"):
         load_target("no/such-model")
 

@@ -13,8 +13,6 @@ from safetensors.torch import load_file
 
 from headstart.configs.loader import load_config
 from headstart.configs.schema import Config, HeadConfig
-from headstart.data.activations import ActivationStore, extract_activations
-from headstart.data.conversations import Conversation
 from headstart.data.loader import candidate_rows, gather_rows
 from headstart.eval.decoding import greedy
 from headstart.heads.assistant import build_assistant, load_assistant
@@ -24,6 +22,7 @@ from headstart.train import loop
 from headstart.train.checkpoints import checkpoints
 from headstart.train.loop import Interrupted, export_head, learning_rate, objective, train
 from tests.conftest import make_target
+from tests.overfit import greedy_store, overfit
 
 ROOT = Path(__file__).resolve().parents[2]
 K = 3
@@ -37,32 +36,10 @@ def tiny_config(tmp_path: Path, *overrides: str) -> Config:
     )
 
 
-def greedy_store(target: Target, tmp_path: Path) -> tuple[list[int], ActivationStore]:
-    """One greedy text, twice as long as the sliding window, and its activations."""
-    prompt = torch.randint(4, 260, (6,), generator=torch.Generator().manual_seed(0)).tolist()
-    text = greedy(target, prompt, 24).tokens
-    conversation = Conversation("c", "c", prompt, text, 0.0, "length")
-    config = tiny_config(tmp_path).data
-    return prompt, extract_activations(target, [conversation], config, "x")
-
-
-def acceptance_after_overfitting(
-    target: Target, tmp_path: Path, shift: int = 0, steps: int = 250
-) -> float:
+def acceptance_after_overfitting(target: Target, tmp_path: Path, shift: int = 0) -> float:
     """Train a head on one text, save it, and decode that text with the stock `generate`."""
-    prompt, store = greedy_store(target, tmp_path)
-    torch.manual_seed(0)
-    head = DraftHead(build_assistant(target, HeadConfig()))
-    batch = gather_rows([store[0]], [candidate_rows(store[0])], K)
-    batch.tokens = torch.roll(batch.tokens, shift, dims=1)
-    optimizer = torch.optim.AdamW(head.trainable().values(), lr=3e-3)
-    for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, 10, 3e-3)
-        sums = objective(head, target, batch, torch.ones(K), 64, step, Accelerator())
-        (sums["loss_sum"] / sums["loss_count"]).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    prompt, store = greedy_store(target)
+    head = overfit(target, store, steps=500, rounds=K, shift=shift)
     export_head(head, target, tmp_path / "head", K)
     assistant = load_assistant(tmp_path / "head", torch.float32)
     # The text's last tokens are never drafted from in training: nothing follows them there.
@@ -78,15 +55,15 @@ def test_a_head_overfitted_on_one_text_is_always_accepted_by_generate(
 
 
 def test_the_same_head_fails_when_the_pairing_is_shifted_by_one(tmp_path: Path) -> None:
-    """x_t with h_t in place of x_{t+1} with h_t."""
+    """x_{t+1} with h_{t+1} in place of h_t: the head learns to be the target's own LM head."""
     assert acceptance_after_overfitting(make_target("gemma3"), tmp_path, shift=1) < 0.9
 
 
 @pytest.mark.parametrize("head_config", [HeadConfig(), HeadConfig(hidden_size=32)])
 def test_gradients_reach_all_of_the_head_and_none_of_the_target(
-    target: Target, head_config: HeadConfig, tmp_path: Path
+    target: Target, head_config: HeadConfig
 ) -> None:
-    _, store = greedy_store(target, tmp_path)
+    _, store = greedy_store(target)
     narrow = torch.randn(48, 32) if head_config.hidden_size else None
     head = DraftHead(build_assistant(target, head_config), narrow)
     before = target.fingerprint
@@ -132,7 +109,7 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(
         train(cut)
     with pytest.raises(ValueError, match="holds a run already: go on with --resume"):
         train(cut)
-    with pytest.raises(ValueError, match=r"another configuration .*steps: 21.*, was .*steps: 20"):
+    with pytest.raises(ValueError, match=r"another configuration: .*steps: 21.*, was .*steps: 20"):
         train(tiny_config(tmp_path / "cut", *overrides, "train.steps=21"), resume=True)
     train(cut, resume=True)
 

@@ -1,0 +1,48 @@
+"""A head trained on a single greedy text: the smallest head that is really accepted."""
+
+import torch
+from accelerate import Accelerator
+
+from headstart.configs.schema import DataConfig, HeadConfig
+from headstart.data.activations import ActivationStore, extract_activations
+from headstart.data.conversations import Conversation
+from headstart.data.loader import candidate_rows, gather_rows
+from headstart.eval.decoding import greedy
+from headstart.heads.assistant import build_assistant
+from headstart.heads.targets import Target
+from headstart.heads.unroll import DraftHead
+from headstart.train.loop import learning_rate, objective
+
+
+def greedy_store(target: Target, tokens: int = 24) -> tuple[list[int], ActivationStore]:
+    """A prompt whose greedy continuation is varied and does not end early, and its activations."""
+    for seed in range(100):
+        generator = torch.Generator().manual_seed(seed)
+        prompt = torch.randint(4, 260, (6,), generator=generator).tolist()
+        text = greedy(target, prompt, tokens).tokens
+        if len(text) == tokens and len(set(text)) > 0.6 * tokens:
+            break
+    else:
+        raise AssertionError("no varied text in 100 tries")
+    conversation = Conversation("c", "c", prompt, text, 0.0, "length")
+    return prompt, extract_activations(target, [conversation], DataConfig(teacher_top_k=16), "x")
+
+
+def overfit(
+    target: Target, store: ActivationStore, steps: int, rounds: int, shift: int = 0
+) -> DraftHead:
+    """Train on the store's one text; `shift` pairs each token with a later hidden state."""
+    torch.manual_seed(0)
+    head = DraftHead(build_assistant(target, HeadConfig()))
+    batch = gather_rows([store[0]], [candidate_rows(store[0])], rounds)
+    batch.hidden = torch.roll(batch.hidden, -shift, dims=1)
+    optimizer = torch.optim.AdamW(head.trainable().values(), lr=3e-3)
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, steps, 10, 3e-3)
+        sums = objective(head, target, batch, torch.ones(rounds), 64, step, Accelerator())
+        (sums["loss_sum"] / sums["loss_count"]).backward()
+        torch.nn.utils.clip_grad_norm_(head.trainable().values(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    return head
