@@ -118,13 +118,13 @@ class TrainConfig(Section):
 class EvalConfig(Section):
     prompts: Path = Path("data/prompts/text_eval.jsonl")
     """Held-out prompts (JSONL)."""
-    num_assistant_tokens: list[PositiveInt] = [1, 2, 4]
+    num_assistant_tokens: list[PositiveInt] = [2, 4]
     """Draft lengths K to measure."""
     max_new_tokens: PositiveInt = 64
     """Tokens generated a prompt."""
     limit: PositiveInt | None = None
     """Prompts measured, dealt evenly over the categories. None: all of them."""
-    exact_limit: NonNegativeInt = 8
+    exact_limit: NonNegativeInt = 4
     """Prompts checked in float32 for equality with plain greedy decoding. 0: no check."""
 
 

@@ -183,7 +183,7 @@ def _processor() -> str:
 def print_report(content: dict[str, Any], console: Console | None = None) -> None:
     """Print the results as a table, and what it takes to read them."""
     # Outside a terminal rich assumes 80 columns and would fold every cell.
-    console = console or Console(width=None if sys.stdout.isatty() else 120)
+    console = console or Console(width=None if sys.stdout.isatty() else 132)
     width = max(r["num_assistant_tokens"] for r in content["results"])
     env = content["environment"]
     table = Table(
@@ -192,9 +192,9 @@ def print_report(content: dict[str, Any], console: Console | None = None) -> Non
     )
     names = ["K", "category", "n", "acceptance length", "rate"]
     names += [f"a_{i + 1}" for i in range(width)]
-    names += ["tok/s", "plain", "speedup (95%)", "equal to plain"]
+    names += ["tok/s", "plain", "speedup (95%)", "equal"]
     for name in names:
-        table.add_column(name, justify="left" if name == "category" else "right")
+        table.add_column(name, justify="left" if name == "category" else "right", no_wrap=True)
     for r in content["results"]:
         rates = [f"{a:.2f}" for a in r["conditional_acceptance_rate"]]
         low, high = r["speedup_interval"]
