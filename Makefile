@@ -55,14 +55,10 @@ links:
 	@mkdir -p .types/headstart
 	@for name in $(PACKAGES); do ln -sfn "../../$$name" ".types/headstart/$$name"; done
 
-# accelerate sets OMP_NUM_THREADS to 1 unless it is told otherwise, which halves the speed of a
-# machine with two cores and worse.
 # --resume: an interrupted `make train` goes on, a finished one measures its head again.
+# Several processes go through `accelerate launch train.py`, which takes the same arguments.
 train: $(STAMP) ## train a head and measure it (CONFIG=..., ARGS='key=value ...')
-	@threads=$${OMP_NUM_THREADS:-$$($(BIN)/python -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)')}; \
-	set -x; \
-	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
-		--num_cpu_threads_per_process "$$threads" train.py --resume --config $(CONFIG) $(ARGS)
+	$(BIN)/headstart train --resume --config $(CONFIG) $(ARGS)
 
 test: $(STAMP) ## run all tests, those on the real Gemma 3 270M too (ARGS='-k name' to choose)
 	@$(BIN)/python -m pytest $(ARGS)

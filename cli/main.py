@@ -13,25 +13,20 @@ from pathlib import Path
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code."""
-    args = _parser().parse_args(argv)
-    # Seconds of imports, so only after the arguments are known to be good.
-    from transformers.utils.logging import disable_progress_bar
-
-    from headstart.heads.versions import check_transformers
-    from headstart.train.loop import Interrupted
-
-    disable_progress_bar()  # ours say more; "Loading weights" took a second
+    args = _parse(argv)
     try:
+        # Seconds of imports, so only after the arguments are known to be good; and the version
+        # before the classes that another release may lack.
+        from headstart.heads.versions import check_transformers
+
         check_transformers()
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()  # ours say more; "Loading weights" took a second
         args.command(args)
-    except Interrupted as stop:
-        print(f"headstart: {stop}", file=sys.stderr)
-        return 130
-    except KeyboardInterrupt:
-        print(
-            "headstart: interrupted; finished work is kept (train: go on with --resume)",
-            file=sys.stderr,
-        )
+    except KeyboardInterrupt as stop:
+        what = str(stop) or "interrupted; finished work is kept (train: go on with --resume)"
+        print(f"headstart: {what}", file=sys.stderr)
         return 130
     except Exception as error:
         if args.debug:
@@ -40,6 +35,18 @@ def main(argv: list[str] | None = None) -> int:
             print(f"headstart: {_one_line(error)} (--debug shows the traceback)", file=sys.stderr)
         return 1
     return 0
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = _parser()
+    # argparse takes positionals from one place only; overrides may stand between options too.
+    args, rest = parser.parse_known_args(argv)
+    odd = [part for part in rest if part.startswith("-") or "=" not in part]
+    if odd or (rest and "overrides" not in args):
+        parser.error(f"unrecognized arguments: {' '.join(odd or rest)}")
+    if rest:
+        args.overrides += rest
+    return args
 
 
 def _one_line(error: Exception) -> str:
@@ -65,8 +72,8 @@ def _parser() -> argparse.ArgumentParser:
         epilog="example: headstart train --config configs/quickstart.yaml train.steps=300 "
         "run.dir=runs/mine",
     )
-    add_train_arguments(train)
-    train.set_defaults(command=run_train)
+    _add_train_arguments(train)
+    train.set_defaults(command=_run_train)
 
     evaluate = commands.add_parser(
         "eval",
@@ -81,8 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def add_train_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `headstart train` and of `train.py`."""
+def _add_train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", required=True, type=Path, metavar="FILE", help="run YAML")
     parser.add_argument(
         "--resume",
@@ -103,8 +109,7 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run_train(args: argparse.Namespace) -> None:
-    """`headstart train`, and `train.py`."""
+def _run_train(args: argparse.Namespace) -> None:
     from headstart.configs.loader import load_config
     from headstart.train.plan import print_plan
     from headstart.train.run import run

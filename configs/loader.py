@@ -30,6 +30,9 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
         raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):
         raise ValueError(f"{path}: expected sections such as `train:`, found a bare value")
+    run = tree.setdefault("run", {})
+    if isinstance(run, dict):
+        run.setdefault("dir", f"runs/{path.stem}")
     for override in overrides or []:
         _apply(tree, override)
     try:

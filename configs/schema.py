@@ -19,8 +19,9 @@ class Section(BaseModel):
 
 
 class RunConfig(Section):
-    dir: Path = Path("runs/quickstart")
-    """Folder of the run: config.yaml, metrics.jsonl, checkpoints/, head/, eval/."""
+    dir: Path = Path("runs/unnamed")
+    """Folder of the run: config.yaml, metrics.jsonl, checkpoints/, head/, eval/. From a file
+    NAME.yaml it is runs/NAME unless the file or an override says otherwise."""
     seed: NonNegativeInt = 0
     """Seed of the data order, the anchors, the negatives and the head's start."""
 
@@ -87,8 +88,9 @@ class TrainConfig(Section):
     """Batches whose gradients are summed before one optimizer step."""
     anchors: PositiveInt = 64
     """Rows trained of each conversation in a batch, drawn anew each time (unit: tokens)."""
-    rounds: PositiveInt = 4
-    """Unroll K: drafts trained from each row; each reads the head's own hidden state."""
+    rounds: int = Field(default=4, ge=2)
+    """Unroll K: drafts trained from each row. At least 2: from the second on a draft reads the
+    head's own hidden state, and one alone would leave `post_projection` untrained."""
     round_decay: float = Field(default=0.8, gt=0, le=1)
     """Weight of round k is round_decay ** (k - 1)."""
     negatives: PositiveInt = 1024
@@ -102,11 +104,12 @@ class TrainConfig(Section):
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Gradients are scaled down to this global norm."""
     precision: Literal["bfloat16", "float32"] = "bfloat16"
-    """Compute precision. Weights of the head stay float32; bfloat16 is autocast."""
+    """Compute precision. Weights of the head stay float32; bfloat16 is autocast, and pays on CPUs
+    whose instruction set has it (avx512_bf16 or AMX) as well as on GPUs."""
     validate_every: PositiveInt = 150
     """Steps between validations; each may make a new best head."""
     checkpoint_every: PositiveInt = 150
-    """Steps between checkpoints; the last two are kept."""
+    """Steps between checkpoints; the last two are kept, and the best head beside them."""
 
     @model_validator(mode="after")
     def _check(self) -> "TrainConfig":

@@ -15,12 +15,14 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from headstart.configs.schema import DataConfig
-from headstart.data.conversations import Conversation, stable_hash, write_atomically
+from headstart.data.conversations import Conversation, stable_hash
 from headstart.data.progress import progress_bar
 from headstart.heads.demo import cache_dir
+from headstart.heads.files import part_name, write_atomically
 from headstart.heads.gemma3 import SharedKV
 from headstart.heads.targets import Target
 
+FORMAT = 1  # of the cache: raise it when the same settings come to store something else
 BATCH = 8  # conversations a forward and a shard
 LOGIT_ROWS = 128  # rows of V float32 logits held at once
 
@@ -75,9 +77,9 @@ class ActivationStore(Sequence[Document]):
             teacher_logprobs=tensors["teacher_logprobs"],
         )
 
-    @property
-    def response_tokens(self) -> int:
-        return sum(entry["length"] - entry["prompt_len"] for entry in self.entries)
+    def with_response_of(self, tokens: int) -> list[int]:
+        """Indices of the documents whose response has at least so many tokens."""
+        return [i for i, e in enumerate(self.entries) if e["length"] - e["prompt_len"] >= tokens]
 
 
 def extract_activations(
@@ -90,7 +92,8 @@ def extract_activations(
     ids = [c.prompt_ids + c.response_ids for c in conversations]
     order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
     batches = [order[i : i + BATCH] for i in range(0, len(order), BATCH)]
-    key = stable_hash(target.fingerprint, ids, config.teacher_top_k, BATCH)
+    prompt_lens = [len(c.prompt_ids) for c in conversations]
+    key = stable_hash(FORMAT, target.fingerprint, ids, prompt_lens, config.teacher_top_k, BATCH)
     folder = (config.cache_dir or cache_dir()) / "activations" / key
     folder.mkdir(parents=True, exist_ok=True)
     documents: list[dict[str, object]] = [{} for _ in ids]
@@ -100,7 +103,7 @@ def extract_activations(
             name = f"shard-{number:05d}.safetensors"
             chosen = [conversations[i] for i in batch]
             if not (folder / name).is_file():
-                work = folder / f"{name}.part"
+                work = part_name(folder / name)
                 save_file(_extract(target, chosen, config.teacher_top_k), work)
                 work.replace(folder / name)
             start = 0

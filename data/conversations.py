@@ -5,7 +5,6 @@ Letters: B batch, V vocabulary.
 
 import hashlib
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -16,7 +15,10 @@ from headstart.configs.schema import DataConfig
 from headstart.data.progress import progress_bar
 from headstart.data.prompts import Prompt, encode_prompt
 from headstart.heads.demo import cache_dir
+from headstart.heads.files import write_atomically
 from headstart.heads.targets import Target
+
+FORMAT = 1  # of the cache: raise it when the same settings come to give other conversations
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,9 @@ def generate_conversations(
     size = config.generation_batch_size
     batches = [jobs[i : i + size] for i in range(0, len(jobs), size)]
     settings = [[prompts[i].id, ids, temperatures[i]] for i, ids in jobs]
-    key = stable_hash(target.fingerprint, settings, config.max_new_tokens, size, seed)
+    key = stable_hash(
+        FORMAT, target.fingerprint, _eos_ids(target), settings, config.max_new_tokens, size, seed
+    )
     folder = (config.cache_dir or cache_dir()) / "conversations" / key
     folder.mkdir(parents=True, exist_ok=True)
 
@@ -121,13 +125,6 @@ def generate_conversations(
 def stable_hash(*parts: object) -> str:
     """Sixteen hex digits of the SHA-256 of the parts' JSON."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file that is there whole or not at all."""
-    work = path.with_name(f"{path.name}.{os.getpid()}.part")
-    work.write_text(text, encoding="utf-8")
-    work.replace(path)
 
 
 def _eos_ids(target: Target) -> list[int]:

@@ -119,28 +119,33 @@ class AnchorLoader:
         world_size: int = 1,
     ):
         self.store = store
-        self.usable = [i for i, e in enumerate(store.entries) if e["length"] - e["prompt_len"] >= 2]
+        self.usable = store.with_response_of(2)
         if not self.usable:
             raise ValueError(
                 "no conversation has a response of two tokens or more: nothing to train"
             )
         self.batch_size, self.anchors, self.rounds = batch_size, anchors, rounds
         self.seed, self.rank, self.world_size = seed, rank, world_size
+        self._epoch, self._documents = -1, list[int]()
 
     def batch(self, number: int) -> Batch:
         """Batch `number` (from 0) of this process."""
         first = (number * self.world_size + self.rank) * self.batch_size
         documents, rows = [], []
         for position in range(first, first + self.batch_size):
-            document = self.store[self._document(position)]
+            epoch, offset = divmod(position, len(self.usable))
+            document = self.store[self._order(epoch)[offset]]
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + position)
             candidates = candidate_rows(document)
-            order = torch.randperm(len(candidates), generator=generator)
+            shuffled = torch.randperm(len(candidates), generator=generator)
             documents.append(document)
-            rows.append(candidates[order[: self.anchors]].sort().values)
+            rows.append(candidates[shuffled[: self.anchors]].sort().values)
         return gather_rows(documents, rows, self.rounds)
 
-    def _document(self, position: int) -> int:
-        epoch, offset = divmod(position, len(self.usable))
-        generator = torch.Generator().manual_seed(self.seed * 7_919 + epoch)
-        return self.usable[int(torch.randperm(len(self.usable), generator=generator)[offset])]
+    def _order(self, epoch: int) -> list[int]:
+        """Document indices in the order of an epoch; the last epoch asked for is remembered."""
+        if epoch != self._epoch:
+            generator = torch.Generator().manual_seed(self.seed * 7_919 + epoch)
+            shuffled = torch.randperm(len(self.usable), generator=generator).tolist()
+            self._epoch, self._documents = epoch, [self.usable[i] for i in shuffled]
+        return self._documents

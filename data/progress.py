@@ -1,5 +1,6 @@
 """The one look of every progress bar."""
 
+from accelerate import PartialState
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -10,10 +11,11 @@ from rich.progress import (
 )
 
 
-def progress_bar(disable: bool = False) -> Progress:
+def progress_bar() -> Progress:
     """A bar with a count, the elapsed and the remaining time, and a free `status` field.
 
-    Outside a terminal rich prints the last state once, so logs stay short.
+    Only the main process shows it. Outside a terminal rich prints the last state once, so logs
+    stay short.
     """
     return Progress(
         TextColumn("{task.description}"),
@@ -23,5 +25,5 @@ def progress_bar(disable: bool = False) -> Progress:
         TextColumn("eta"),
         TimeRemainingColumn(),
         TextColumn("{task.fields[status]}"),
-        disable=disable,
+        disable=not PartialState().is_main_process,
     )

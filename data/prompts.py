@@ -1,11 +1,14 @@
 """Prompts from JSONL files, and their token ids for a target."""
 
 import json
+import random
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from transformers import PreTrainedTokenizerBase
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -106,34 +109,44 @@ def limit_evenly(prompts: list[Prompt], limit: int | None) -> list[Prompt]:
     by_category: dict[str, list[Prompt]] = {}
     for prompt in prompts:
         by_category.setdefault(prompt.category, []).append(prompt)
-    columns = list(by_category.values())
-    dealt = [c[i] for i in range(max(map(len, columns))) for c in columns if i < len(c)]
-    kept = {id(p) for p in dealt[:limit]}
+    kept = {id(p) for p in _round_robin(list(by_category.values()))[:limit]}
     return [p for p in prompts if id(p) in kept]
 
 
-def split_by_source(prompts: list[Prompt], held_out: int) -> tuple[list[Prompt], list[Prompt]]:
+def split_by_source(
+    prompts: list[Prompt], held_out: int, seed: int
+) -> tuple[list[Prompt], list[Prompt]]:
     """Split into (training, validation) such that no source is in both.
 
-    Whole sources are held out, in file order from the end, until `held_out` prompts are there.
+    Whole sources are held out, drawn with `seed` and dealt over the categories; one with more
+    prompts than are still wanted stays in training.
 
     Raises:
         ValueError: too few prompts or sources to hold that many out.
     """
-    sources = list(dict.fromkeys(p.source for p in prompts))
-    chosen: set[str] = set()
-    count = 0
-    per_source: dict[str, int] = {}
+    groups: dict[str, list[Prompt]] = {}
     for prompt in prompts:
-        per_source[prompt.source] = per_source.get(prompt.source, 0) + 1
-    while count < held_out and len(sources) > 1:
-        source = sources.pop()
-        chosen.add(source)
-        count += per_source[source]
-    if count < held_out:
+        groups.setdefault(prompt.source, []).append(prompt)
+    by_category: dict[str, list[str]] = {}
+    for source in random.Random(seed).sample(sorted(groups), len(groups)):
+        by_category.setdefault(groups[source][0].category, []).append(source)
+    chosen: set[str] = set()
+    missing = held_out
+    for source in _round_robin(list(by_category.values())):
+        if len(groups[source]) <= missing:
+            chosen.add(source)
+            missing -= len(groups[source])
+    if missing or len(chosen) == len(groups):
         raise ValueError(
-            f"cannot hold out {held_out} validation prompts of {len(prompts)}: "
-            "add prompts or lower data.validation_conversations"
+            f"cannot hold out {held_out} validation prompts of {len(prompts)} from "
+            f"{len(groups)} sources: whole sources are held out, so add prompts or sources, or "
+            "lower data.validation_conversations"
         )
     training = [p for p in prompts if p.source not in chosen]
-    return training, [p for p in prompts if p.source in chosen][:held_out]
+    return training, [p for p in prompts if p.source in chosen]
+
+
+def _round_robin(columns: list[list[T]]) -> list[T]:
+    """The first of each column, then the second of each, and so on."""
+    longest = max(map(len, columns))
+    return [column[i] for i in range(longest) for column in columns if i < len(column)]

@@ -5,7 +5,7 @@ import os
 import platform
 import random
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,12 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel
 
-from headstart.data.conversations import write_atomically
 from headstart.data.progress import progress_bar
 from headstart.data.prompts import Prompt, encode_prompt, limit_evenly, load_prompts
 from headstart.eval.acceptance import zero_counts
 from headstart.eval.decoding import Decoded, greedy, top2_gap
 from headstart.heads.assistant import check_pair
+from headstart.heads.files import write_atomically
 from headstart.heads.targets import Target
 
 SCHEMA = 1
@@ -35,6 +35,8 @@ class Comparison:
     prompt_len: int
     plain: Decoded
     assisted: Decoded
+    top2_gap: float | None = None
+    """The target's top-2 logit gap where the texts part."""
 
     @property
     def parted_at(self) -> int | None:
@@ -53,9 +55,7 @@ class Evaluation:
     head: str
     max_new_tokens: int
     dtype: str
-    comparisons: dict[int, list[Comparison]] = field(default_factory=dict)
-    gaps: dict[tuple[int, str], float] = field(default_factory=dict)
-    """(K, prompt id) -> the target's top-2 logit gap where the texts part."""
+    comparisons: dict[int, list[Comparison]]
 
 
 def evaluate(
@@ -84,15 +84,14 @@ def evaluate(
             for k in num_assistant_tokens:
                 assisted = greedy(target, prompt_ids, max_new_tokens, assistant, k)
                 one = Comparison(prompt, len(prompt_ids), plain, assisted)
-                result.comparisons[k].append(one)
                 if (at := one.parted_at) is not None:
-                    gap = top2_gap(target, prompt_ids + plain.tokens[:at])
-                    result.gaps[k, prompt.id] = gap
+                    one = replace(one, top2_gap=top2_gap(target, prompt_ids + plain.tokens[:at]))
+                result.comparisons[k].append(one)
             bar.update(task, advance=1)
     return result
 
 
-def report(evaluation: Evaluation) -> dict[str, Any]:
+def report(evaluation: Evaluation, device: torch.device) -> dict[str, Any]:
     """The content of report.json (schema 1; docs/report.md explains each field)."""
     results = []
     for k, comparisons in evaluation.comparisons.items():
@@ -100,7 +99,7 @@ def report(evaluation: Evaluation) -> dict[str, Any]:
         for category in ["all", *(categories if len(categories) > 1 else [])]:
             chosen = [c for c in comparisons if category in ("all", c.prompt.category)]
             results.append(_summarise(evaluation, k, category, chosen))
-    return {"schema": SCHEMA, "environment": environment(evaluation), "results": results}
+    return {"schema": SCHEMA, "environment": environment(evaluation, device), "results": results}
 
 
 def _summarise(
@@ -129,12 +128,7 @@ def _summarise(
         "equal_to_plain": not parted,
         "parted_share": len(parted) / len(comparisons),
         "parted": [
-            {
-                "id": c.prompt.id,
-                "token": c.parted_at,
-                "top2_logit_gap": evaluation.gaps[k, c.prompt.id],
-            }
-            for c in parted
+            {"id": c.prompt.id, "token": c.parted_at, "top2_logit_gap": c.top2_gap} for c in parted
         ],
         "new_tokens": sum(len(c.assisted.tokens) for c in comparisons),
         "target_forwards": sum(len(c.assisted.forwards) for c in comparisons),
@@ -155,17 +149,17 @@ def speedup_interval(comparisons: list[Comparison]) -> tuple[float, float]:
     return speedups[round(0.025 * BOOTSTRAP)], speedups[round(0.975 * BOOTSTRAP) - 1]
 
 
-def environment(evaluation: Evaluation) -> dict[str, Any]:
+def environment(evaluation: Evaluation, device: torch.device) -> dict[str, Any]:
     """Where and with what the figures were measured."""
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "platform": platform.platform(),
+        "platform": f"{platform.system()} {platform.machine()}",
         "processor": _processor(),
         "cpu_count": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "accelerator": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         "dtype": evaluation.dtype,
         "max_new_tokens": evaluation.max_new_tokens,
     }
@@ -211,8 +205,8 @@ def print_report(content: dict[str, Any], console: Console | None = None) -> Non
     gaps = [p["top2_logit_gap"] for r in content["results"] for p in r["parted"]]
     if gaps:
         console.print(
-            f"Where texts part, the target's two best logits are at most {max(gaps):.3g} apart: "
-            "another batch shape rounds them the other way."
+            f"Where texts part from plain decoding, the target's two best logits are at most "
+            f"{max(gaps):.3g} apart (docs/report.md says what is normal)."
         )
 
 
@@ -235,7 +229,7 @@ def run_evaluation(
     evaluation = evaluate(
         target, assistant, head_name, prompts, num_assistant_tokens, max_new_tokens
     )
-    content = report(evaluation)
+    content = report(evaluation, target.device)
     content["environment"] |= {"target": target.name, "prompts": str(prompts_path)}
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(out / "report.json", json.dumps(content, indent=2) + "\n")

@@ -1,7 +1,7 @@
 """Greedy acceptance from stored activations, without decoding.
 
-Exact for greedy drafts on greedy text: draft k counts only when drafts 1..k-1 matched, and then
-the tokens fed to it are the text's own.
+Exact for greedy drafts on greedy text: a draft is right when it is the text's next token, and draft
+k counts only when drafts 1..k-1 were right, so that the tokens fed to it are the text's own.
 """
 
 from collections.abc import Iterable
@@ -32,21 +32,24 @@ def simulate_acceptance(
         which: indices into the store (a process passes its share).
     """
     total = zero_counts(rounds)
-    usable = [i for i in which if len(candidate_rows(store[i]))]
-    for start in range(0, len(usable), DOCUMENTS):
-        documents = [store[i] for i in usable[start : start + DOCUMENTS]]
-        batch = gather_rows(documents, [candidate_rows(d) for d in documents], rounds)
-        batch = batch.to(target.device)
-        matches = _matches(head, target, batch)
-        judged = batch.weights.bool()
-        for b, document in enumerate(documents):
-            count = len(candidate_rows(document))
-            total += walk_rounds(matches[b, :count], judged[b, :count])
+    usable = store.with_response_of(2)
+    chosen = [i for i in which if i in usable]
+    for start in range(0, len(chosen), DOCUMENTS):
+        documents = [store[i] for i in chosen[start : start + DOCUMENTS]]
+        rows = [candidate_rows(d) for d in documents]
+        batch = gather_rows(documents, rows, rounds).to(target.device)
+        wanted = torch.zeros_like(batch.tokens)
+        for b, (document, r) in enumerate(zip(documents, rows, strict=True)):
+            following = r[:, None] + torch.arange(2, rounds + 2)
+            wanted[b, : len(r)] = document.ids[following.clamp_max(len(document.ids) - 1)]
+        matches, judged = _matches(head, target, batch, wanted), batch.weights.bool()
+        for b, r in enumerate(rows):
+            total += walk_rounds(matches[b, : len(r)], judged[b, : len(r)])
     return total
 
 
-def _matches(head: DraftHead, target: Target, batch: Batch) -> torch.Tensor:
-    """[B, R, K] whether each draft is the target's own argmax, given that the earlier ones are."""
+def _matches(head: DraftHead, target: Target, batch: Batch, wanted: torch.Tensor) -> torch.Tensor:
+    """[B, R, K] whether each draft is the token `wanted` there, given that the earlier ones are."""
     dtype = head.assistant.pre_projection.weight.dtype
     states = head(
         batch.hidden.to(dtype),
@@ -54,7 +57,6 @@ def _matches(head: DraftHead, target: Target, batch: Batch) -> torch.Tensor:
         batch.rows,
         {t: (k.to(dtype), v.to(dtype)) for t, (k, v) in batch.shared_kv.items()},
     )
-    wanted = batch.teacher_ids[..., 0]
     matches = torch.zeros_like(wanted, dtype=torch.bool)
     alive = batch.weights[..., 0].bool()
     for k in range(wanted.shape[-1]):

@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from headstart.configs.schema import HeadConfig
+from headstart.heads.files import part_name, replace_folder
 from headstart.heads.targets import Target, source_layers
 
 Assistant: TypeAlias = Gemma4AssistantForCausalLM | Gemma4UnifiedAssistantForCausalLM
@@ -206,7 +207,7 @@ def save_assistant(
 ) -> None:
     """Write a folder that plain transformers loads with `from_pretrained`.
 
-    The folder is replaced whole: a crash leaves the earlier one or the new one.
+    The folder is written beside its place and then put there (`replace_folder`).
 
     Args:
         assistant: the head; its own table is ignored.
@@ -215,20 +216,20 @@ def save_assistant(
         num_assistant_tokens: K that `generate` reads from the folder.
         dtype: of the saved weights.
     """
-    work = folder.with_name(folder.name + ".saving")
+    work = part_name(folder)
     shutil.rmtree(work, ignore_errors=True)
     state = {k: v.to(dtype) for k, v in assistant.state_dict().items()}
     # Detached, or `assign` would turn the target's own table into a trainable parameter.
     state["model.embed_tokens.weight"] = state["lm_head.weight"] = table.detach().to(dtype)
-    native = type(assistant)(assistant.config)
+    with torch.device("meta"):  # no memory for a table that is replaced at once
+        native = type(assistant)(assistant.config)
     native.load_state_dict(state, assign=True)
     native.tie_weights()
     native.generation_config = GenerationConfig(num_assistant_tokens=num_assistant_tokens)
     native.config.dtype = dtype
     native.save_pretrained(work)
     _write_global_head_dim(work / "config.json")
-    shutil.rmtree(folder, ignore_errors=True)
-    work.rename(folder)
+    replace_folder(work, folder)
 
 
 def _write_global_head_dim(path: Path) -> None:

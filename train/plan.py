@@ -1,4 +1,4 @@
-"""`headstart train --plan`: what a run will hold and read, from configurations alone."""
+"""`headstart train --plan`: what a run will hold and read, from the configurations."""
 
 import torch
 from rich.console import Console
@@ -19,7 +19,7 @@ def print_plan(config: Config, console: Console | None = None) -> None:
 
 
 def plan(config: Config) -> dict[str, str]:
-    """Shapes, parameters, tokens and bytes of a run; no weights are read.
+    """Shapes, parameters, tokens and bytes of a run; no weights are loaded.
 
     Token counts are upper bounds: a response may end before `max_new_tokens`.
     """

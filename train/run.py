@@ -9,12 +9,17 @@ from headstart.heads.assistant import load_assistant
 from headstart.heads.targets import load_target
 from headstart.train.loop import train
 
+NEARLY_TIED = 1e-3  # float32 logits closer than this may swap with the shape of a batch
+
 
 def run(config: Config, resume: bool = False) -> None:
     """Train into `config.run.dir`, then evaluate its best head as `config.eval` says.
 
     The reports land in `eval/` (in the target's dtype) and `eval/exact/` (float32, where every
     text must equal plain greedy decoding).
+
+    Raises:
+        RuntimeError: it does not.
     """
     train(config, resume)
     state = PartialState()
@@ -30,7 +35,7 @@ def run(config: Config, resume: bool = False) -> None:
         target = load_target(t.name, dtype, t.revision, t.trust_remote_code, state.device)
         head = config.run.dir / "head"
         assistant = load_assistant(head, getattr(torch, dtype), state.device)
-        run_evaluation(
+        content = run_evaluation(
             target,
             assistant,
             str(head),
@@ -40,3 +45,9 @@ def run(config: Config, resume: bool = False) -> None:
             config.eval.max_new_tokens,
             out,
         )
+        gaps = [p["top2_logit_gap"] for r in content["results"] for p in r["parted"]]
+        if dtype == "float32" and gaps and max(gaps) > NEARLY_TIED:
+            raise RuntimeError(
+                f"assisted decoding gave other text than plain decoding in float32, at a logit gap "
+                f"of {max(gaps):.3g}: this is a fault, see {out / 'report.json'}"
+            )

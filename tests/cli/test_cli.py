@@ -90,8 +90,24 @@ def test_a_failure_is_one_line_on_stderr_and_exit_code_1(
     assert "Traceback" not in "".join(error)
 
 
+def test_overrides_may_stand_between_options(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    argv = ["train", "train.steps=7", "--config", "configs/tiny.yaml", "--plan", "train.anchors=5"]
+    assert main([*argv, f"run.dir={tmp_path}"]) == 0
+    text = capsys.readouterr().out
+    assert "7 (140 rows in all)" in text
+
+
 def test_wrong_usage_is_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
-    for argv in (["train"], ["eval", "--target", "x"], ["no-such-command"], []):
+    for argv in (
+        ["train"],
+        ["eval", "--target", "x"],
+        ["no-such-command"],
+        [],
+        ["train", "--config", "x", "--nope"],
+    ):
         with pytest.raises(SystemExit) as stop:
             main(argv)
         assert stop.value.code == 2

@@ -63,11 +63,14 @@ def test_a_long_prompt_keeps_its_beginning_of_sequence_and_its_end(tmp_path: Pat
 
 def test_no_source_is_both_trained_and_validated_on() -> None:
     prompts = load_prompts(PROMPTS / "text_train.jsonl")
-    training, validation = split_by_source(prompts, 32)
+    training, validation = split_by_source(prompts, 32, seed=0)
     assert len(validation) == 32
     assert not {p.source for p in training} & {p.source for p in validation}
+    categories = [p.category for p in validation]
+    assert min(categories.count(c) for c in ("code", "docs", "speech")) >= 8
+    assert len(training) + 32 == len(prompts)
     with pytest.raises(ValueError, match="cannot hold out 4 validation prompts of 4"):
-        split_by_source(prompts[:4], 4)
+        split_by_source(prompts[:4], 4, seed=0)
 
 
 def test_a_limit_is_dealt_over_the_categories() -> None:

@@ -11,9 +11,9 @@ from transformers.generation.candidate_generator import (
     SinglePositionMultiTokenCandidateGenerator,
 )
 
-from headstart.data.prompts import Prompt
-from headstart.eval.decoding import greedy, top2_gap
-from headstart.eval.report import evaluate, print_report, report, run_evaluation
+from headstart.data.prompts import Prompt, encode_prompt
+from headstart.eval.decoding import Decoded, greedy
+from headstart.eval.report import evaluate, report, run_evaluation
 from headstart.eval.simulate import simulate_acceptance
 from headstart.heads.targets import Target
 from headstart.heads.unroll import DraftHead
@@ -141,17 +141,23 @@ def test_the_report_holds_the_schema_that_others_read(tiny: Target, tmp_path: Pa
 def test_texts_that_part_are_counted_with_their_logit_gap(
     tiny: Target, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A target that changes its mind between the two decodings must not go unnoticed."""
-    evaluation = evaluate(tiny, half_trained_head(tiny), "h", prompts(2), [2], 12)
-    broken = evaluation.comparisons[2][0]
-    broken.assisted.tokens[5] += 1
-    assert broken.parted_at == 5
-    ids = [2, 5, 6]
-    evaluation.gaps[2, "p0"] = top2_gap(tiny, ids)
-    logits = tiny.model(torch.tensor([ids])).logits[0, -1].sort(descending=True).values
-    assert evaluation.gaps[2, "p0"] == pytest.approx(float(logits[0] - logits[1]), abs=1e-5)
-    whole = report(evaluation)["results"][0]
+    """A decoder that changes the target's mind must not go unnoticed."""
+
+    def meddle(*args: Any) -> Decoded:
+        decoded = greedy(*args)
+        if args[-1] == 2 and len(args[1]) == 4:  # assisted, the first prompt
+            decoded.tokens[5] += 1
+        return decoded
+
+    monkeypatch.setattr("headstart.eval.report.greedy", meddle)
+    whole = report(evaluate(tiny, half_trained_head(tiny), "h", prompts(2), [2], 12), tiny.device)[
+        "results"
+    ][0]
     assert whole["equal_to_plain"] is False
     assert whole["parted_share"] == 0.5
-    assert whole["parted"][0]["token"] == 5
-    print_report(report(evaluation))
+    (parted,) = whole["parted"]
+    ids = encode_prompt(prompts(1)[0], tiny.tokenizer)
+    ids += greedy(tiny, ids, 12).tokens[:5]
+    logits = tiny.model(torch.tensor([ids])).logits[0, -1].sort(descending=True).values
+    gap = float(logits[0] - logits[1])
+    assert parted == {"id": "p0", "token": 5, "top2_logit_gap": pytest.approx(gap, abs=1e-5)}
