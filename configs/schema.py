@@ -106,7 +106,7 @@ class TrainConfig(Section):
     precision: Literal["bfloat16", "float32"] = "bfloat16"
     """Compute precision. Weights of the head stay float32; bfloat16 is autocast, and pays on CPUs
     whose instruction set has it (avx512_bf16 or AMX) as well as on GPUs."""
-    validate_every: PositiveInt = 150
+    validate_every: PositiveInt = 125
     """Steps between validations; each may make a new best head."""
     checkpoint_every: PositiveInt = 150
     """Steps between checkpoints; the last two are kept, and the best head beside them."""

@@ -15,8 +15,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from headstart.configs.schema import DataConfig
-from headstart.data.conversations import Conversation, stable_hash
+from headstart.data.conversations import Conversation, generate_batches, stable_hash
 from headstart.data.progress import progress_bar
+from headstart.data.prompts import Prompt
+from headstart.data.recording import top_logprobs
 from headstart.heads.demo import cache_dir
 from headstart.heads.files import part_name, write_atomically
 from headstart.heads.gemma3 import SharedKV
@@ -82,6 +84,50 @@ class ActivationStore(Sequence[Document]):
         return [i for i, e in enumerate(self.entries) if e["length"] - e["prompt_len"] >= tokens]
 
 
+def generate_activations(
+    target: Target,
+    prompts: list[Prompt],
+    temperatures: list[float],
+    config: DataConfig,
+    seed: int,
+    description: str,
+) -> ActivationStore:
+    """Let the target continue every prompt and keep what it computed on the way.
+
+    Saves the second pass of `extract_activations`. Arguments as in `generate_batches`; the
+    documents come in the order of the batches.
+    """
+    folder, _ = generate_batches(target, prompts, temperatures, config, seed, description)
+    if not (folder / "index.json").is_file():
+        shards = {
+            path.with_suffix(".safetensors").name: [
+                Conversation(**row) for row in json.loads(path.read_text())
+            ]
+            for path in sorted(folder.glob("batch-*.json"))
+        }
+        _write_index(folder, shards)
+    return ActivationStore(folder)
+
+
+def _write_index(folder: Path, shards: dict[str, list[Conversation]]) -> None:
+    documents = []
+    for shard, conversations in shards.items():
+        start = 0
+        for c in conversations:
+            length = len(c.prompt_ids) + len(c.response_ids)
+            documents.append(
+                {
+                    "id": c.id,
+                    "shard": shard,
+                    "start": start,
+                    "length": length,
+                    "prompt_len": len(c.prompt_ids),
+                }
+            )
+            start += length
+    write_atomically(folder / "index.json", json.dumps({"documents": documents}))
+
+
 def extract_activations(
     target: Target, conversations: list[Conversation], config: DataConfig, description: str
 ) -> ActivationStore:
@@ -90,34 +136,23 @@ def extract_activations(
     Shards appear whole or not at all, and an interrupted call goes on where it stopped.
     """
     ids = [c.prompt_ids + c.response_ids for c in conversations]
-    order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
-    batches = [order[i : i + BATCH] for i in range(0, len(order), BATCH)]
     prompt_lens = [len(c.prompt_ids) for c in conversations]
     key = stable_hash(FORMAT, target.fingerprint, ids, prompt_lens, config.teacher_top_k, BATCH)
     folder = (config.cache_dir or cache_dir()) / "activations" / key
     folder.mkdir(parents=True, exist_ok=True)
-    documents: list[dict[str, object]] = [{} for _ in ids]
+    shards = {
+        f"shard-{i:05d}.safetensors": conversations[i : i + BATCH]
+        for i in range(0, len(conversations), BATCH)
+    }
     with progress_bar() as bar:
         task = bar.add_task(description, total=len(ids), status="")
-        for number, batch in enumerate(batches):
-            name = f"shard-{number:05d}.safetensors"
-            chosen = [conversations[i] for i in batch]
+        for name, batch in shards.items():
             if not (folder / name).is_file():
                 work = part_name(folder / name)
-                save_file(_extract(target, chosen, config.teacher_top_k), work)
+                save_file(_extract(target, batch, config.teacher_top_k), work)
                 work.replace(folder / name)
-            start = 0
-            for i, conversation in zip(batch, chosen, strict=True):
-                documents[i] = {
-                    "id": conversation.id,
-                    "shard": name,
-                    "start": start,
-                    "length": len(ids[i]),
-                    "prompt_len": len(conversation.prompt_ids),
-                }
-                start += len(ids[i])
             bar.update(task, advance=len(batch))
-    write_atomically(folder / "index.json", json.dumps({"documents": documents}))
+    _write_index(folder, shards)
     return ActivationStore(folder)
 
 
@@ -146,7 +181,7 @@ def _extract(
     tensors["teacher_logprobs"] = torch.zeros(len(taught), top_k)
     for chunk in taught.nonzero()[:, 0].split(LOGIT_ROWS):
         logits = target.logits(tensors["hidden"][chunk.to(target.device)])
-        best, best_ids = logits.topk(top_k)
+        best_ids, logprobs = top_logprobs(logits, top_k)
         tensors["teacher_ids"][chunk] = best_ids.int().cpu()
-        tensors["teacher_logprobs"][chunk] = (best - logits.logsumexp(-1, keepdim=True)).cpu()
+        tensors["teacher_logprobs"][chunk] = logprobs.cpu()
     return {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}

@@ -9,13 +9,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from headstart.configs.schema import DataConfig
 from headstart.data.progress import progress_bar
 from headstart.data.prompts import Prompt, encode_prompt
+from headstart.data.recording import Recorder
 from headstart.heads.demo import cache_dir
-from headstart.heads.files import write_atomically
+from headstart.heads.files import part_name, write_atomically
 from headstart.heads.targets import Target
 
 FORMAT = 1  # of the cache: raise it when the same settings come to give other conversations
@@ -67,15 +69,18 @@ class TemperatureMixture(LogitsProcessor):
         return scores
 
 
-def generate_conversations(
+def generate_batches(
     target: Target,
     prompts: list[Prompt],
     temperatures: list[float],
     config: DataConfig,
     seed: int,
     description: str,
-) -> list[Conversation]:
-    """Let the target continue every prompt; reuse what an earlier call has finished.
+) -> tuple[Path, list[int]]:
+    """Let the target continue every prompt and keep what it computes on the way.
+
+    Each batch is a file of conversations and a shard of their activations (`Recorder`), from the
+    same forwards; what an earlier call has finished is reused.
 
     Args:
         target: the model that writes.
@@ -87,7 +92,8 @@ def generate_conversations(
         description: label of the progress bar.
 
     Returns:
-        Conversations in the order of `prompts`.
+        The folder of `batch-NNNNN.json` and `.safetensors` files, one for each batch, and the
+        indices of `prompts` in the order in which the files hold them.
     """
     jobs = [
         (i, encode_prompt(p, target.tokenizer, config.max_prompt_tokens))
@@ -99,12 +105,12 @@ def generate_conversations(
     batches = [jobs[i : i + size] for i in range(0, len(jobs), size)]
     settings = [[prompts[i].id, ids, temperatures[i]] for i, ids in jobs]
     key = stable_hash(
-        FORMAT, target.fingerprint, _eos_ids(target), settings, config.max_new_tokens, size, seed
-    )
+        FORMAT, target.fingerprint, _eos_ids(target), settings, config.max_new_tokens, size, seed,
+        config.teacher_top_k,
+    )  # fmt: skip
     folder = (config.cache_dir or cache_dir()) / "conversations" / key
     folder.mkdir(parents=True, exist_ok=True)
-
-    done: dict[int, Conversation] = {}
+    tokens = 0
     with progress_bar() as bar:
         task = bar.add_task(description, total=len(jobs), status="")
         for number, batch in enumerate(batches):
@@ -113,13 +119,24 @@ def generate_conversations(
                 rows = [prompts[i] for i, _ in batch]
                 heats = [temperatures[i] for i, _ in batch]
                 ids = [prompt_ids for _, prompt_ids in batch]
-                answers = _answer(target, ids, heats, config.max_new_tokens, seed + number)
+                recorder = Recorder(target, config.teacher_top_k)
+                answers = _answer(
+                    target, ids, heats, config.max_new_tokens, seed + number, recorder
+                )
+                # First the shard, then the text: where the text is, the shard is whole.
+                shard = path.with_suffix(".safetensors")
+                save_file(recorder.tensors(ids, answers), part_name(shard))
+                part_name(shard).replace(shard)
                 _write(path, rows, ids, heats, answers, _eos_ids(target))
-            for (i, _), row in zip(batch, json.loads(path.read_text()), strict=True):
-                done[i] = Conversation(**row)
-            tokens = sum(len(c.response_ids) for c in done.values())
+            tokens += sum(len(row["response_ids"]) for row in json.loads(path.read_text()))
             bar.update(task, advance=len(batch), status=f"{tokens} tokens")
-    return [done[i] for i in range(len(prompts))]
+    return folder, [i for i, _ in jobs]
+
+
+def read_conversations(folder: Path) -> list[Conversation]:
+    """What `generate_batches` wrote, batch after batch."""
+    paths = sorted(folder.glob("batch-*.json"))
+    return [Conversation(**row) for path in paths for row in json.loads(path.read_text())]
 
 
 def stable_hash(*parts: object) -> str:
@@ -141,22 +158,33 @@ def _answer(
     temperatures: list[float],
     max_new_tokens: int,
     seed: int,
+    recorder: Recorder,
 ) -> list[list[int]]:
     """Responses of one batch, without padding; the end-of-sequence token is kept."""
     inputs = target.tokenizer.pad(
         {"input_ids": prompt_ids}, padding_side="left", return_tensors="pt"
     ).to(target.device)
     eos_ids = _eos_ids(target)
-    output = target.model.generate(
-        **inputs,
-        generation_config=GenerationConfig(
-            do_sample=False,
-            max_new_tokens=max_new_tokens,
-            eos_token_id=eos_ids,
-            pad_token_id=target.tokenizer.pad_token_id,
-        ),
-        logits_processor=LogitsProcessorList([TemperatureMixture(temperatures, seed)]),
+    # The recorder comes first: it is to see the logits as the target emits them.
+    processors = LogitsProcessorList([recorder, TemperatureMixture(temperatures, seed)])
+    # The prefill cuts the last row out of each sequence, and over such a strided input torch's
+    # linear runs one product a sequence on a CPU: a minute for 64 prompts of Gemma 3 270M.
+    compact = target.model.get_output_embeddings().register_forward_pre_hook(
+        lambda module, args: (args[0].contiguous(),)
     )
+    with recorder:
+        output = target.model.generate(
+            **inputs,
+            generation_config=GenerationConfig(
+                do_sample=False,
+                max_new_tokens=max_new_tokens,
+                eos_token_id=eos_ids,
+                pad_token_id=target.tokenizer.pad_token_id,
+            ),
+            past_key_values=recorder.cache,
+            logits_processor=processors,
+        )
+    compact.remove()
     responses = output[:, inputs["input_ids"].shape[1] :].tolist()
     return [_cut_after(response, eos_ids) for response in responses]
 

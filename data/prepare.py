@@ -3,8 +3,7 @@
 import random
 
 from headstart.configs.schema import DataConfig
-from headstart.data.activations import ActivationStore, extract_activations
-from headstart.data.conversations import generate_conversations
+from headstart.data.activations import ActivationStore, generate_activations
 from headstart.data.prompts import Prompt, load_prompts, split_by_source
 from headstart.heads.targets import Target
 
@@ -23,12 +22,10 @@ def prepare_stores(
     training, validation = split_by_source(prompts, data.validation_conversations, seed)
     chosen = deal(training, data.num_conversations, seed)
     heats = [data.temperatures[i % len(data.temperatures)] for i in range(len(chosen))]
-    written = generate_conversations(target, chosen, heats, data, seed, "Generating")
     greedy = [0.0] * len(validation)
-    held_out = generate_conversations(target, validation, greedy, data, seed, "  held out")
     return (
-        extract_activations(target, written, data, "Extracting"),
-        extract_activations(target, held_out, data, "  held out"),
+        generate_activations(target, chosen, heats, data, seed, "Generating"),
+        generate_activations(target, validation, greedy, data, seed, "  held out"),
     )
 
 

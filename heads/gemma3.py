@@ -40,11 +40,32 @@ class Gemma3ForAssistedDecoding(Gemma3ForCausalLM):
             shared[layer_type] = (layer.keys[:, :, -rows:], layer.values[:, :, -rows:])
         return shared
 
-    def forward(self, *args: Any, return_shared_kv_states: bool = False, **kwargs: Any) -> Any:
+    def forward(  # every name spelled out: `generate` reads the signature to see what it may pass
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: DynamicCache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        return_shared_kv_states: bool = False,
+        **kwargs: Any,
+    ) -> Any:
         """As `Gemma3ForCausalLM.forward`; `return_shared_kv_states` adds `shared_kv_states`."""
-        past = kwargs.get("past_key_values")
-        seen = 0 if past is None else past.get_seq_length()
-        outputs = super().forward(*args, **kwargs)
+        seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+        outputs = super().forward(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            labels=labels,
+            use_cache=use_cache,
+            logits_to_keep=logits_to_keep,
+            **kwargs,
+        )
         if return_shared_kv_states:
             cache = outputs.past_key_values
             outputs["shared_kv_states"] = self.shared_kv_states(

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from headstart.configs.schema import DataConfig, HeadConfig
-from headstart.data.activations import extract_activations
-from headstart.data.conversations import generate_conversations
+from headstart.data.activations import generate_activations
 from headstart.data.prompts import encode_prompt, limit_evenly, load_prompts
 from headstart.eval.decoding import greedy
 from headstart.heads.assistant import build_assistant, check_pair
@@ -72,14 +71,15 @@ def test_assisted_text_equals_plain_text_in_float32(gemma: Target) -> None:
         assert greedy(gemma, ids, 24, assistant, 4).tokens == plain.tokens
 
 
-def test_stored_activations_are_those_of_a_clean_forward(gemma: Target, tmp_path: Path) -> None:
+def test_recorded_activations_are_those_of_a_clean_forward(gemma: Target, tmp_path: Path) -> None:
     config = DataConfig(cache_dir=tmp_path, max_new_tokens=12, generation_batch_size=2)
     prompts = limit_evenly(load_prompts(PROMPTS), 2)
-    conversations = generate_conversations(gemma, prompts, [0.0, 0.0], config, 0, "x")
-    store = extract_activations(gemma, conversations, config, "x")
+    store = generate_activations(gemma, prompts, [0.0, 0.0], config, 0, "x")
     for document in store:
-        seen = gemma.activations(document.ids[None])
-        torch.testing.assert_close(document.hidden, seen.hidden[0], atol=1e-3, rtol=1e-3)
+        seen, last = gemma.activations(document.ids[None]), len(document.ids) - 1
+        torch.testing.assert_close(
+            document.hidden[:last], seen.hidden[0, :last], atol=1e-3, rtol=1e-3
+        )
         # The text is greedy, so the teacher's best token is the one that was written.
         taught = document.teacher_ids[document.prompt_len - 1 : -1, 0]
         assert torch.equal(taught.long(), document.ids[document.prompt_len :])

@@ -6,10 +6,12 @@ import torch
 
 from headstart.configs.schema import DataConfig
 from headstart.data import activations
-from headstart.data.activations import ActivationStore, extract_activations
+from headstart.data.activations import ActivationStore, extract_activations, generate_activations
 from headstart.data.conversations import Conversation
 from headstart.data.loader import AnchorLoader, candidate_rows, gather_rows
+from headstart.data.prompts import Prompt
 from headstart.heads.targets import Target
+from tests.conftest import make_target
 
 CONFIG = DataConfig(teacher_top_k=5)
 
@@ -101,3 +103,32 @@ def test_a_batch_depends_on_its_number_alone(store: ActivationStore) -> None:
     assert torch.equal(first.batch(3).rows, again.rows)
     assert torch.equal(first.batch(3).hidden, again.hidden)
     assert not torch.equal(other.tokens, again.tokens)
+
+
+@pytest.mark.parametrize("family", ["gemma3", "gemma4-kv-sharing", "gemma4-moe"])
+def test_what_is_recorded_while_generating_is_what_a_clean_forward_gives(
+    family: str, tmp_path: Path
+) -> None:
+    """Mixed prompt lengths (left padding), texts beyond the sliding window, early ends."""
+    target = make_target(family)
+    prompts = [
+        Prompt(f"p{i}", "c", f"s{i}", [{"role": "user", "content": "abc" * (i + 1)}], raw=True)
+        for i in range(5)
+    ]
+    config = CONFIG.model_copy(update={"max_new_tokens": 14, "generation_batch_size": 3})
+    heats = [0.0, 1.0, 0.0, 1.0, 1.0]
+    store = generate_activations(target, prompts, heats, config, 0, "x")
+    assert len(store) == 5
+    for document in store:
+        seen = target.activations(document.ids[None])
+        last = len(document.ids) - 1  # the target never ran on the last token
+        close: dict[str, Any] = {"atol": 1e-4, "rtol": 1e-4}
+        torch.testing.assert_close(document.hidden[:last], seen.hidden[0, :last], **close)
+        for layer_type, (keys, values) in document.shared_kv.items():
+            wanted = [kv[0, :, :last].transpose(0, 1) for kv in seen.shared_kv[layer_type]]
+            torch.testing.assert_close(keys[:last], wanted[0], **close)
+            torch.testing.assert_close(values[:last], wanted[1], **close)
+        taught = slice(document.prompt_len - 1, last)
+        best = target.logits(seen.hidden[0]).log_softmax(-1).topk(5)
+        torch.testing.assert_close(document.teacher_logprobs[taught], best.values[taught], **close)
+        assert torch.equal(document.teacher_ids[taught].long(), best.indices[taught])

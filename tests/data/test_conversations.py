@@ -6,7 +6,12 @@ import torch
 
 from headstart.configs.schema import DataConfig
 from headstart.data import conversations
-from headstart.data.conversations import TemperatureMixture, generate_conversations
+from headstart.data.conversations import (
+    Conversation,
+    TemperatureMixture,
+    generate_batches,
+    read_conversations,
+)
 from headstart.data.prompts import Prompt
 from headstart.heads.targets import Target
 
@@ -15,6 +20,17 @@ def _prompts(count: int) -> list[Prompt]:
     return [
         Prompt(f"p{i}", "c", f"s{i}", [{"role": "user", "content": "abc" * (i + 1)}], raw=True)
         for i in range(count)
+    ]
+
+
+def generate_conversations(*args: Any) -> list[Conversation]:
+    """In the order of the prompts."""
+    folder, order = generate_batches(*args)
+    return [
+        c
+        for _, c in sorted(
+            zip(order, read_conversations(folder), strict=True), key=lambda pair: pair[0]
+        )
     ]
 
 

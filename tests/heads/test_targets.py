@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,6 +28,21 @@ def test_activations_and_logits_are_those_of_the_targets_own_forward(target: Tar
     assert set(seen.shared_kv) == {"sliding_attention", "full_attention"}
     for keys, values in seen.shared_kv.values():
         assert keys.shape[2] == values.shape[2] == 20
+
+
+def test_generate_knows_what_it_may_pass_to_a_target(target: Target) -> None:
+    """It reads the signature of `forward`: without `position_ids` a padded batch is rotated wrong,
+    and without `logits_to_keep` a prefill runs the LM head over the whole prompt."""
+    calls: list[dict[str, Any]] = []
+    hook = target.model.register_forward_pre_hook(
+        lambda module, args, kwargs: calls.append(kwargs), with_kwargs=True
+    )
+    ids = torch.tensor([[0, 0, 2, 5, 6], [2, 7, 8, 9, 10]])
+    target.model.generate(ids, attention_mask=(ids > 0).long(), max_new_tokens=2, do_sample=False)
+    hook.remove()
+    assert calls[0]["position_ids"].tolist()[1] == [0, 1, 2, 3, 4]
+    assert calls[0]["position_ids"].tolist()[0][2:] == [0, 1, 2]
+    assert calls[0]["logits_to_keep"] == 1
 
 
 def test_gemma4_teachers_are_soft_capped() -> None:
