@@ -15,9 +15,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from headstart.configs.schema import DataConfig
-from headstart.data.conversations import Conversation, generate_batches, stable_hash
+from headstart.data.conversations import Conversation, batch_files, read_batch, stable_hash
 from headstart.data.progress import progress_bar
-from headstart.data.prompts import Prompt
 from headstart.data.recording import top_logprobs
 from headstart.heads.demo import cache_dir
 from headstart.heads.files import part_name, write_atomically
@@ -84,26 +83,11 @@ class ActivationStore(Sequence[Document]):
         return [i for i, e in enumerate(self.entries) if e["length"] - e["prompt_len"] >= tokens]
 
 
-def generate_activations(
-    target: Target,
-    prompts: list[Prompt],
-    temperatures: list[float],
-    config: DataConfig,
-    seed: int,
-    description: str,
-) -> ActivationStore:
-    """Let the target continue every prompt and keep what it computed on the way.
-
-    Saves the second pass of `extract_activations`. Arguments as in `generate_batches`; the
-    documents come in the order of the batches.
-    """
-    folder, _ = generate_batches(target, prompts, temperatures, config, seed, description)
+def open_recorded(folder: Path) -> ActivationStore:
+    """The activations that `generate_batches` recorded, in the order of its batches."""
     if not (folder / "index.json").is_file():
         shards = {
-            path.with_suffix(".safetensors").name: [
-                Conversation(**row) for row in json.loads(path.read_text())
-            ]
-            for path in sorted(folder.glob("batch-*.json"))
+            path.with_suffix(".safetensors").name: read_batch(path) for path in batch_files(folder)
         }
         _write_index(folder, shards)
     return ActivationStore(folder)

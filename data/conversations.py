@@ -128,15 +128,19 @@ def generate_batches(
                 save_file(recorder.tensors(ids, answers), part_name(shard))
                 part_name(shard).replace(shard)
                 _write(path, rows, ids, heats, answers, _eos_ids(target))
-            tokens += sum(len(row["response_ids"]) for row in json.loads(path.read_text()))
+            tokens += sum(len(c.response_ids) for c in read_batch(path))
             bar.update(task, advance=len(batch), status=f"{tokens} tokens")
     return folder, [i for i, _ in jobs]
 
 
-def read_conversations(folder: Path) -> list[Conversation]:
-    """What `generate_batches` wrote, batch after batch."""
-    paths = sorted(folder.glob("batch-*.json"))
-    return [Conversation(**row) for path in paths for row in json.loads(path.read_text())]
+def batch_files(folder: Path) -> list[Path]:
+    """The files of conversations in a folder of `generate_batches`, in order."""
+    return sorted(folder.glob("batch-*.json"))
+
+
+def read_batch(path: Path) -> list[Conversation]:
+    """The conversations of one of them."""
+    return [Conversation(**row) for row in json.loads(path.read_text())]
 
 
 def stable_hash(*parts: object) -> str:

@@ -3,7 +3,8 @@
 import random
 
 from headstart.configs.schema import DataConfig
-from headstart.data.activations import ActivationStore, generate_activations
+from headstart.data.activations import ActivationStore, open_recorded
+from headstart.data.conversations import generate_batches
 from headstart.data.prompts import Prompt, load_prompts, split_by_source
 from headstart.heads.targets import Target
 
@@ -23,10 +24,9 @@ def prepare_stores(
     chosen = deal(training, data.num_conversations, seed)
     heats = [data.temperatures[i % len(data.temperatures)] for i in range(len(chosen))]
     greedy = [0.0] * len(validation)
-    return (
-        generate_activations(target, chosen, heats, data, seed, "Generating"),
-        generate_activations(target, validation, greedy, data, seed, "  held out"),
-    )
+    written, _ = generate_batches(target, chosen, heats, data, seed, "Generating")
+    held_out, _ = generate_batches(target, validation, greedy, data, seed, "  held out")
+    return open_recorded(written), open_recorded(held_out)
 
 
 def deal(prompts: list[Prompt], count: int, seed: int) -> list[Prompt]:

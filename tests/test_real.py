@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from headstart.configs.schema import DataConfig, HeadConfig
-from headstart.data.activations import generate_activations
+from headstart.data.activations import open_recorded
+from headstart.data.conversations import generate_batches
 from headstart.data.prompts import encode_prompt, limit_evenly, load_prompts
 from headstart.eval.decoding import greedy
 from headstart.heads.assistant import build_assistant, check_pair
@@ -74,7 +75,7 @@ def test_assisted_text_equals_plain_text_in_float32(gemma: Target) -> None:
 def test_recorded_activations_are_those_of_a_clean_forward(gemma: Target, tmp_path: Path) -> None:
     config = DataConfig(cache_dir=tmp_path, max_new_tokens=12, generation_batch_size=2)
     prompts = limit_evenly(load_prompts(PROMPTS), 2)
-    store = generate_activations(gemma, prompts, [0.0, 0.0], config, 0, "x")
+    store = open_recorded(generate_batches(gemma, prompts, [0.0, 0.0], config, 0, "x")[0])
     for document in store:
         seen, last = gemma.activations(document.ids[None]), len(document.ids) - 1
         torch.testing.assert_close(

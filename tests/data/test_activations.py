@@ -6,8 +6,8 @@ import torch
 
 from headstart.configs.schema import DataConfig
 from headstart.data import activations
-from headstart.data.activations import ActivationStore, extract_activations, generate_activations
-from headstart.data.conversations import Conversation
+from headstart.data.activations import ActivationStore, extract_activations, open_recorded
+from headstart.data.conversations import Conversation, generate_batches
 from headstart.data.loader import AnchorLoader, candidate_rows, gather_rows
 from headstart.data.prompts import Prompt
 from headstart.heads.targets import Target
@@ -117,7 +117,7 @@ def test_what_is_recorded_while_generating_is_what_a_clean_forward_gives(
     ]
     config = CONFIG.model_copy(update={"max_new_tokens": 14, "generation_batch_size": 3})
     heats = [0.0, 1.0, 0.0, 1.0, 1.0]
-    store = generate_activations(target, prompts, heats, config, 0, "x")
+    store = open_recorded(generate_batches(target, prompts, heats, config, 0, "x")[0])
     assert len(store) == 5
     for document in store:
         seen = target.activations(document.ids[None])

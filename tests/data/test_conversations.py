@@ -9,8 +9,9 @@ from headstart.data import conversations
 from headstart.data.conversations import (
     Conversation,
     TemperatureMixture,
+    batch_files,
     generate_batches,
-    read_conversations,
+    read_batch,
 )
 from headstart.data.prompts import Prompt
 from headstart.heads.targets import Target
@@ -26,12 +27,9 @@ def _prompts(count: int) -> list[Prompt]:
 def generate_conversations(*args: Any) -> list[Conversation]:
     """In the order of the prompts."""
     folder, order = generate_batches(*args)
-    return [
-        c
-        for _, c in sorted(
-            zip(order, read_conversations(folder), strict=True), key=lambda pair: pair[0]
-        )
-    ]
+    written = [c for path in batch_files(folder) for c in read_batch(path)]
+    by_prompt = dict(zip(order, written, strict=True))
+    return [by_prompt[i] for i in range(len(order))]
 
 
 CONFIG = DataConfig(max_new_tokens=12, generation_batch_size=3)
