@@ -5,6 +5,7 @@ After a rejection the stock decoder shows the head stale KV (docs/alignment.md);
 below and is not trained to.
 """
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +16,13 @@ from transformers.generation.candidate_generator import (
 )
 
 from headstart.configs.schema import HeadConfig
-from headstart.heads.assistant import Assistant, build_assistant
+from headstart.heads.assistant import (
+    Assistant,
+    build_assistant,
+    check_pair,
+    load_assistant,
+    save_assistant,
+)
 from headstart.heads.targets import Activations, Target
 from headstart.heads.unroll import DraftHead
 from tests.conftest import make_target
@@ -168,6 +175,41 @@ def test_second_round_equals_training_unless_a_draft_was_rejected(family: str, p
 
     assert gap(accepted=K) < 1e-4
     assert gap(accepted=1) > 1e-3, "the stock decoder no longer shows stale KV: update the docs"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["gemma3", "gemma4-moe"])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"num_hidden_layers": 1},
+        {"num_hidden_layers": 3, "intermediate_size": 40},
+        {"num_attention_heads": 2},
+        {"hidden_size": 32},
+    ],
+    ids=str,
+)
+def test_heads_of_other_shapes_equal_the_stock_generator_once_saved(
+    family: str, shape: dict[str, int], tmp_path: Path
+) -> None:
+    """Trained form against saved form; a narrow head's table is materialised in between."""
+    target = make_target(family)
+    head = noisy_head(target, **shape)
+    if "hidden_size" in shape:
+        head.projection = torch.nn.Parameter(torch.randn(48, 32))
+    save_assistant(head.assistant, head.table(target.table), tmp_path / "h", K, torch.float32)
+    saved = load_assistant(tmp_path / "h", torch.float32)
+    check_pair(target, saved)
+    ids = torch.randint(4, 260, (1, TOKENS))
+    seen = target.activations(ids)
+    for t in (2, 12, 28):
+        tokens, wanted = stock_drafts(
+            target, saved, ids[:, : t + 2], prefill(target, ids[:, : t + 1])
+        )
+        fed = torch.cat([ids[0, t + 1 : t + 2], tokens[:-1]])[None]
+        logits = training_logits(target, head, seen, torch.tensor([t]), fed)[:, 0]
+        # The product with the projection makes logits of a few hundred.
+        torch.testing.assert_close(logits, wanted, atol=1e-4, rtol=1e-5)
 
 
 @torch.no_grad()
