@@ -43,7 +43,11 @@ class Document:
     teacher_ids: torch.Tensor
     """[T, k] int32: the target's top tokens after position t, best first."""
     teacher_logprobs: torch.Tensor
-    """[T, k] float32 at temperature 1. Rows of the prompt but its last hold zeros."""
+    """[T, k] float32 at temperature 1. Rows of the prompt but its last hold zeros.
+
+    Of a text recorded while it was written the last row of every tensor but `ids` holds zeros:
+    the target never ran on its last token, and no training row reads it.
+    """
 
 
 class ActivationStore(Sequence[Document]):
