@@ -5,7 +5,7 @@ when the configuration is loaded, not an hour into the run.
 """
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
 
@@ -50,13 +50,46 @@ class HeadConfig(Section):
     """Weights at step 0: the target's own source layers (full width only), or random ones."""
 
 
+class SourceConfig(Section):
+    """Where prompts, or whole conversations, come from. A bare string in YAML is its `path`."""
+
+    path: str
+    """A local file (JSONL, Parquet, Arrow, CSV or plain text), a folder or glob of such files, or
+    the id of a Hugging Face dataset."""
+    name: str | None = None
+    """Configuration of a Hub dataset that has several."""
+    split: str = "train"
+    """Split of a Hub dataset, slices such as `train[:1000]` included."""
+    revision: str | None = None
+    """Hub revision (branch, tag or commit). None: the default branch."""
+    streaming: bool = False
+    """Read a Hub dataset over the network row by row; nothing is downloaded whole."""
+    columns: dict[str, str] = {}
+    """Our names -> the source's, where it is not recognised: `messages`, `prompt`, `response`,
+    `text`, `id`, `category`, `source`, `tools`, `raw`."""
+    weight: float | None = Field(default=None, gt=0)
+    """Share of the conversations, relative to the other sources. None for all: by size."""
+    limit: PositiveInt | None = None
+    """Usable rows read at most, from the first on."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_path(cls, value: object) -> object:
+        return {"path": str(value)} if isinstance(value, str | Path) else value
+
+
 class DataConfig(Section):
-    prompts: list[Path] = [Path("data/prompts/text_train.jsonl")]
-    """JSONL files of training prompts, `{"prompt": ...}` or `{"messages": [...]}` a line."""
+    prompts: list[SourceConfig] = [SourceConfig(path="data/prompts/text_train.jsonl")]
+    """Sources of training prompts; the target writes the responses."""
     num_conversations: PositiveInt = 512
     """Training conversations; the target writes each response. Prompts repeat when exhausted."""
     validation_conversations: PositiveInt = 32
     """Held-out conversations, greedy, from sources that no training conversation shares."""
+    max_bad_rows: float = Field(default=0.01, ge=0, lt=1)
+    """Share of a source's rows that may be unusable; they are skipped and counted. More of them
+    stop the run."""
+    chat_template_kwargs: dict[str, Any] = {}
+    """Passed to the target's chat template, such as `enable_thinking: true`."""
     max_prompt_tokens: PositiveInt = 256
     """Longer prompts keep their last tokens (unit: tokens)."""
     max_new_tokens: PositiveInt = 128
@@ -73,7 +106,9 @@ class DataConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> "DataConfig":
         if not self.prompts:
-            raise ValueError("prompts is empty: name at least one JSONL file")
+            raise ValueError("prompts is empty: name at least one source")
+        if 0 < sum(source.weight is None for source in self.prompts) < len(self.prompts):
+            raise ValueError("prompts: give every source a weight, or none of them")
         if not self.temperatures or min(self.temperatures) < 0:
             raise ValueError("temperatures needs one value or more, each 0 (greedy) or above")
         return self

@@ -14,8 +14,9 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from headstart.configs.schema import DataConfig
 from headstart.data.progress import progress_bar
-from headstart.data.prompts import Prompt, encode_prompt
+from headstart.data.prompts import Prompt
 from headstart.data.recording import Recorder
+from headstart.data.templates import encode_prompt
 from headstart.heads.demo import cache_dir
 from headstart.heads.files import part_name, write_atomically
 from headstart.heads.targets import Target

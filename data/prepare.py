@@ -19,7 +19,7 @@ def prepare_stores(
     Raises:
         ValueError: a prompt file is missing or malformed, or too small to hold out from.
     """
-    prompts = [p for path in data.prompts for p in load_prompts(path)]
+    prompts = [p for source in data.prompts for p in load_prompts(source.path)]
     training, validation = split_by_source(prompts, data.validation_conversations, seed)
     chosen = deal(training, data.num_conversations, seed)
     heats = [data.temperatures[i % len(data.temperatures)] for i in range(len(chosen))]

@@ -1,12 +1,10 @@
-"""Prompts from JSONL files, and their token ids for a target."""
+"""Prompts from JSONL files."""
 
 import json
 import random
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
-
-from transformers import PreTrainedTokenizerBase
 
 T = TypeVar("T")
 
@@ -20,9 +18,12 @@ class Prompt:
     source: str
     """Where the text comes from; prompts of one source never straddle training and validation."""
     messages: list[dict[str, Any]]
-    """Chat turns; a plain prompt is one user turn."""
+    """Chat turns; a plain prompt is one user turn. Where the source has an answer, the last turn
+    is the assistant's."""
     raw: bool
-    """True: a text prefix that no chat template may wrap."""
+    """True: plain text that no chat template may wrap."""
+    tools: list[dict[str, Any]] | None = None
+    """JSON schemas of the functions that the assistant may call."""
 
     @property
     def text(self) -> str:
@@ -81,25 +82,6 @@ def _are_turns(messages: Any) -> bool:
         and bool(messages)
         and all(isinstance(turn, dict) and {"role", "content"} <= turn.keys() for turn in messages)
     )
-
-
-def encode_prompt(
-    prompt: Prompt, tokenizer: PreTrainedTokenizerBase, max_tokens: int | None = None
-) -> list[int]:
-    """Token ids of a prompt, ready for the target to continue.
-
-    The chat template is used where the tokenizer has one and the prompt is not raw; otherwise
-    the plain text. Longer prompts keep the first token (<bos>) and their last ones.
-    """
-    if tokenizer.chat_template and not prompt.raw:
-        ids = tokenizer.apply_chat_template(
-            prompt.messages, add_generation_prompt=True, return_dict=True
-        )["input_ids"]
-    else:
-        ids = tokenizer(prompt.text)["input_ids"]
-    if max_tokens is not None and len(ids) > max_tokens:
-        ids = [ids[0], *ids[len(ids) - max_tokens + 1 :]]
-    return list(ids)
 
 
 def limit_evenly(prompts: list[Prompt], limit: int | None) -> list[Prompt]:

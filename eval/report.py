@@ -16,7 +16,8 @@ from rich.table import Table
 from transformers import PreTrainedModel
 
 from headstart.data.progress import progress_bar
-from headstart.data.prompts import Prompt, encode_prompt, limit_evenly, load_prompts
+from headstart.data.prompts import Prompt, limit_evenly, load_prompts
+from headstart.data.templates import encode_prompt
 from headstart.eval.acceptance import zero_counts
 from headstart.eval.decoding import Decoded, greedy, top2_gap
 from headstart.heads.assistant import check_pair

@@ -8,7 +8,8 @@ import torch
 from headstart.configs.schema import DataConfig, HeadConfig
 from headstart.data.activations import open_recorded
 from headstart.data.conversations import generate_batches
-from headstart.data.prompts import encode_prompt, limit_evenly, load_prompts
+from headstart.data.prompts import limit_evenly, load_prompts
+from headstart.data.templates import encode_prompt
 from headstart.eval.decoding import greedy
 from headstart.heads.assistant import build_assistant, check_pair
 from headstart.heads.demo import GGUF_SHA256, check_sha256, gemma3_270m_dir

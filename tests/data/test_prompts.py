@@ -3,7 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from headstart.data.prompts import encode_prompt, limit_evenly, load_prompts, split_by_source
+from headstart.data.prompts import limit_evenly, load_prompts, split_by_source
+from headstart.data.templates import encode_prompt
 from headstart.heads.tiny import byte_tokenizer
 
 PROMPTS = Path(__file__).resolve().parents[2] / "data" / "prompts"

@@ -11,7 +11,8 @@ from transformers.generation.candidate_generator import (
     SinglePositionMultiTokenCandidateGenerator,
 )
 
-from headstart.data.prompts import Prompt, encode_prompt
+from headstart.data.prompts import Prompt
+from headstart.data.templates import encode_prompt
 from headstart.eval.decoding import Decoded, greedy
 from headstart.eval.report import evaluate, report, run_evaluation
 from headstart.eval.simulate import simulate_acceptance
