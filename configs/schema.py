@@ -81,8 +81,16 @@ class SourceConfig(Section):
 class DataConfig(Section):
     prompts: list[SourceConfig] = [SourceConfig(path="data/prompts/text_train.jsonl")]
     """Sources of training prompts; the target writes the responses."""
-    num_conversations: PositiveInt = 512
-    """Training conversations; the target writes each response. Prompts repeat when exhausted."""
+    conversations: Path | None = None
+    """Folder of `headstart regenerate`: its conversations are trained on, none are generated."""
+    store: Path | None = None
+    """Folder of `headstart extract`, or of `headstart regenerate --extract`: its activations are
+    trained on, the target runs over no text."""
+    online: bool = False
+    """True: the target runs inside the training step and no activations are stored."""
+    num_conversations: PositiveInt | None = None
+    """Training conversations, dealt over the prompts, which repeat when exhausted. None: every
+    prompt once."""
     validation_conversations: PositiveInt = 32
     """Held-out conversations, greedy, from sources that no training conversation shares."""
     max_bad_rows: float = Field(default=0.01, ge=0, lt=1)
@@ -100,6 +108,12 @@ class DataConfig(Section):
     """Conversations generated at once."""
     teacher_top_k: PositiveInt = 32
     """Teacher logits kept a token; the rest of the distribution is kept as one tail mass."""
+    storage: Literal["target", "int8"] = "target"
+    """How hidden states, keys and values are stored: in the target's dtype, or as int8 with a
+    scale a row, about half the size of bfloat16 (docs/data.md says what it costs)."""
+    max_tokens: int = Field(default=4096, ge=8)
+    """Longer conversations are cut into pieces that overlap by half, so that every token keeps
+    context before it (unit: tokens)."""
     cache_dir: Path | None = None
     """Where conversations and activations are kept. None: the user's cache folder."""
 
@@ -109,6 +123,10 @@ class DataConfig(Section):
             raise ValueError("prompts is empty: name at least one source")
         if 0 < sum(source.weight is None for source in self.prompts) < len(self.prompts):
             raise ValueError("prompts: give every source a weight, or none of them")
+        if self.conversations is not None and self.store is not None:
+            raise ValueError("name data.conversations or data.store, not both")
+        if self.online and (self.store is not None or self.storage != "target"):
+            raise ValueError("data.online stores nothing: leave out data.store and data.storage")
         if not self.temperatures or min(self.temperatures) < 0:
             raise ValueError("temperatures needs one value or more, each 0 (greedy) or above")
         return self
@@ -119,6 +137,9 @@ class TrainConfig(Section):
     """Optimizer steps."""
     batch_size: PositiveInt = 8
     """Conversations a step and process, before gradient accumulation."""
+    pack_tokens: PositiveInt | None = None
+    """Conversations share rows of so many tokens, which saves padding where lengths differ. None:
+    a row each."""
     gradient_accumulation_steps: PositiveInt = 1
     """Batches whose gradients are summed before one optimizer step."""
     anchors: PositiveInt = 64

@@ -1,14 +1,17 @@
 """Batches of training rows, each a function of the seed and its number alone.
 
-Letters: B conversations, R anchors (rows) of each, K rounds, T positions (padded), D target width,
-k teacher tokens.
+Letters: B rows of keys and values, each of one conversation or of several that are packed,
+R anchors (training rows) in each, K rounds, T positions (padded), D target width, k teacher tokens.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
 
-from headstart.data.activations import ActivationStore, Document
+from headstart.data.packing import pack
+from headstart.data.shards import Document
+from headstart.data.store import Documents
 from headstart.heads.gemma3 import SharedKV
 
 
@@ -18,7 +21,9 @@ class Batch:
 
     document_ids: list[str]
     rows: torch.Tensor
-    """[B, R] row index t."""
+    """[B, R] index of the KV row of t."""
+    starts: torch.Tensor
+    """[B, R] index of the first KV row of the same conversation; t is `rows - starts`."""
     hidden: torch.Tensor
     """[B, R, D] the target's h_t."""
     tokens: torch.Tensor
@@ -46,43 +51,81 @@ class Batch:
 
 
 def candidate_rows(document: Document) -> torch.Tensor:
-    """Rows from which the decoder may draft: x_{t+1} is a token of the response, and a token
-    follows it to be predicted."""
-    return torch.arange(document.prompt_len - 1, len(document.ids) - 2)
+    """Rows t from which the decoder may draft: the target wrote x_{t+1} and x_{t+2}."""
+    return (document.loss_mask[1:-1] & document.loss_mask[2:]).nonzero()[:, 0]
 
 
-def gather_rows(documents: list[Document], rows: list[torch.Tensor], rounds: int) -> Batch:
-    """Collate chosen rows of some documents; shorter row lists are filled with weight 0."""
-    count = max(len(r) for r in rows)
-    longest = max(len(d.ids) for d in documents)
-    per_document = []
-    for document, chosen in zip(documents, rows, strict=True):
-        filled = torch.cat([chosen, chosen.new_zeros(count - len(chosen))])
-        real = torch.arange(count) < len(chosen)
-        # Position of draft k's teacher: t + k. It counts where x_{t+k+1} exists in the response.
-        at = filled[:, None] + torch.arange(1, rounds + 1)
-        last = len(document.ids) - 1
-        weights = ((at < last) & real[:, None]).float()
-        at = at.clamp_max(last)
-        per_document.append(
-            {
-                "rows": filled,
-                "hidden": document.hidden[filled],
-                "tokens": document.ids[at],
-                "teacher_ids": document.teacher_ids[at].long(),
-                "teacher_logprobs": document.teacher_logprobs[at],
-                "weights": weights,
-            }
-        )
-    stacked = {name: torch.stack([d[name] for d in per_document]) for name in per_document[0]}
+def gather_rows(
+    documents: list[Document],
+    rows: list[torch.Tensor],
+    rounds: int,
+    pack_tokens: int | None = None,
+) -> Batch:
+    """Collate chosen rows of some documents; shorter row lists are filled with weight 0.
+
+    Args:
+        documents: any.
+        rows: of each document, from `candidate_rows`.
+        rounds: K.
+        pack_tokens: documents share rows of so many tokens, longest first; None: a row each.
+    """
+    lengths = [len(d.ids) for d in documents]
+    packs = [[i] for i in range(len(documents))]
+    if pack_tokens is not None:
+        packs = pack(lengths, pack_tokens)
+    count = max(1, *(sum(len(rows[i]) for i in members) for members in packs))
+    longest = max(sum(lengths[i] for i in members) for members in packs)
+    gathered = []
+    for members in packs:
+        parts, start = [], 0
+        for i in members:
+            parts.append(_rows_of(documents[i], rows[i], rounds, start))
+            start += lengths[i]
+        joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        gathered.append({name: _filled(tensor, count) for name, tensor in joined.items()})
+    stacked = {name: torch.stack([row[name] for row in gathered]) for name in gathered[0]}
     shared_kv = {
         layer_type: (
-            _pad_kv([d.shared_kv[layer_type][0] for d in documents], longest),
-            _pad_kv([d.shared_kv[layer_type][1] for d in documents], longest),
+            _pad_kv([_joined(documents, members, layer_type, 0) for members in packs], longest),
+            _pad_kv([_joined(documents, members, layer_type, 1) for members in packs], longest),
         )
         for layer_type in documents[0].shared_kv
     }
-    return Batch(document_ids=[d.id for d in documents], shared_kv=shared_kv, **stacked)
+    ids = [documents[i].id for members in packs for i in members]
+    return Batch(document_ids=ids, shared_kv=shared_kv, **stacked)
+
+
+def _rows_of(
+    document: Document, chosen: torch.Tensor, rounds: int, start: int
+) -> dict[str, torch.Tensor]:
+    """Tensors [R, ...] of the chosen rows of a document whose KV rows begin at `start`."""
+    last = len(document.ids) - 1
+    # Position of draft k's teacher: t + k.
+    at = chosen[:, None] + torch.arange(1, rounds + 1)
+    # It counts where the target wrote x_{t+k+1} and all between.
+    written = document.loss_mask[(at + 1).clamp_max(last)] & (at < last)
+    at = at.clamp_max(last)
+    return {
+        "rows": chosen + start,
+        "starts": torch.full_like(chosen, start),
+        "hidden": document.hidden[chosen],
+        "tokens": document.ids[at],
+        "teacher_ids": document.teacher_ids[at].long(),
+        "teacher_logprobs": document.teacher_logprobs[at],
+        "weights": written.long().cumprod(-1).float(),
+    }
+
+
+def _filled(tensor: torch.Tensor, count: int) -> torch.Tensor:
+    """[n, ...] -> [count, ...] with zeros: a weight of 0, and row 0, which sees itself."""
+    return torch.cat([tensor, tensor.new_zeros(count - len(tensor), *tensor.shape[1:])])
+
+
+def _joined(
+    documents: list[Document], members: list[int], layer_type: str, which: int
+) -> torch.Tensor:
+    """Keys (0) or values (1) of the documents of one row, [T, heads, dim]."""
+    return torch.cat([documents[i].shared_kv[layer_type][which] for i in members])
 
 
 def _pad_kv(tensors: list[torch.Tensor], length: int) -> torch.Tensor:
@@ -100,52 +143,55 @@ class AnchorLoader:
     asks for the next number.
 
     Args:
-        store: the conversations.
-        batch_size: B, a process.
-        anchors: R.
+        documents: the conversations' activations.
+        batch_size: conversations a batch, of a process.
+        anchors: training rows drawn of each conversation.
         rounds: K.
         seed: of the order and the anchors.
+        pack_tokens: conversations share rows of so many tokens; None: a row each.
         rank, world_size: each process reads its own share of every global batch.
     """
 
     def __init__(
         self,
-        store: ActivationStore,
+        documents: Documents,
         batch_size: int,
         anchors: int,
         rounds: int,
         seed: int,
+        pack_tokens: int | None = None,
         rank: int = 0,
         world_size: int = 1,
     ):
-        self.store = store
-        self.usable = store.with_response_of(2)
+        self.documents = documents
+        self.usable = [i for i, entry in enumerate(documents.entries) if entry.trained >= 2]
         if not self.usable:
             raise ValueError(
                 "no conversation has a response of two tokens or more: nothing to train"
             )
         self.batch_size, self.anchors, self.rounds = batch_size, anchors, rounds
+        self.pack_tokens = pack_tokens
         self.seed, self.rank, self.world_size = seed, rank, world_size
-        self._epoch, self._documents = -1, list[int]()
+        self._epoch, self._order_of_epoch = -1, list[int]()
 
     def batch(self, number: int) -> Batch:
         """Batch `number` (from 0) of this process."""
         first = (number * self.world_size + self.rank) * self.batch_size
-        documents, rows = [], []
-        for position in range(first, first + self.batch_size):
-            epoch, offset = divmod(position, len(self.usable))
-            document = self.store[self._order(epoch)[offset]]
+        positions = range(first, first + self.batch_size)
+        places = [divmod(position, len(self.usable)) for position in positions]
+        documents = self.documents.read([self._order(epoch)[offset] for epoch, offset in places])
+        rows = []
+        for position, document in zip(positions, documents, strict=True):
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + position)
             candidates = candidate_rows(document)
             shuffled = torch.randperm(len(candidates), generator=generator)
-            documents.append(document)
             rows.append(candidates[shuffled[: self.anchors]].sort().values)
-        return gather_rows(documents, rows, self.rounds)
+        return gather_rows(documents, rows, self.rounds, self.pack_tokens)
 
-    def _order(self, epoch: int) -> list[int]:
+    def _order(self, epoch: int) -> Sequence[int]:
         """Document indices in the order of an epoch; the last epoch asked for is remembered."""
         if epoch != self._epoch:
             generator = torch.Generator().manual_seed(self.seed * 7_919 + epoch)
             shuffled = torch.randperm(len(self.usable), generator=generator).tolist()
-            self._epoch, self._documents = epoch, [self.usable[i] for i in shuffled]
-        return self._documents
+            self._epoch, self._order_of_epoch = epoch, [self.usable[i] for i in shuffled]
+        return self._order_of_epoch

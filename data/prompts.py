@@ -1,19 +1,25 @@
-"""Prompts from JSONL files."""
+"""Prompts: rows recognised, bad ones counted, sources mixed and split."""
 
-import json
 import random
-from dataclasses import dataclass
+import sys
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
-T = TypeVar("T")
+from headstart.configs.schema import SourceConfig
+from headstart.data.rows import COLUMNS, BadRow, layout_of, messages_of, objects, renamed, turn_text
+from headstart.data.sources import Place, Row, read_rows
+
+HOPELESS = 1000
+"""Bad rows without a single usable one after which nothing more is read."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One line of a prompt file."""
+    """One row of a prompt source."""
 
     id: str
+    """Unique within its source."""
     category: str
     source: str
     """Where the text comes from; prompts of one source never straddle training and validation."""
@@ -26,62 +32,166 @@ class Prompt:
     """JSON schemas of the functions that the assistant may call."""
 
     @property
+    def question(self) -> list[dict[str, Any]]:
+        """The turns without the answer: what a target is asked."""
+        return self.messages[:-1] if self.messages[-1]["role"] == "assistant" else self.messages
+
+    @property
     def text(self) -> str:
-        """The prompt as plain text, turns on lines of their own."""
-        return "\n".join(str(turn["content"]) for turn in self.messages)
+        """The question as plain text, turns on lines of their own."""
+        return "\n".join(turn_text(turn) for turn in self.question if "content" in turn)
 
 
-def load_prompts(path: str | Path) -> list[Prompt]:
-    """Read a JSONL file of `{"prompt": ...}` or `{"messages": [...]}` objects.
+class Sourced(Protocol):
+    """What can be split by source: prompts, and conversations alike."""
 
-    Optional keys: `id`, `category`, `source`, `raw`. Other keys are ignored.
+    @property
+    def source(self) -> str: ...
+    @property
+    def category(self) -> str: ...
+
+
+T = TypeVar("T")
+S = TypeVar("S", bound=Sourced)
+
+
+def load_prompts(source: str | Path | SourceConfig, max_bad_rows: float = 0.0) -> list[Prompt]:
+    """Read the prompts of a source (`SourceConfig` says what can be one).
+
+    A row is recognised by its columns: `messages` (OpenAI), `conversations` (ShareGPT), `prompt`
+    with `response` or `completion`, `instruction` with `input` and `output` (Alpaca), or `text`,
+    which is raw; `source.columns` names others. Optional columns: `id`, `category`, `source`,
+    `raw`, `tools`. Other columns are ignored.
+
+    Args:
+        source: a path, a Hub id, or either with its settings.
+        max_bad_rows: share of the rows read that may be unusable. They are skipped, and counted
+            in one line on stderr. 0: the first one is an error.
 
     Raises:
-        ValueError: the file is missing or empty, or a line is malformed (file and line named).
+        ValueError: the source is missing or empty, has too many bad rows (the first of each kind
+            is named with file and line), or lacks a column that `source.columns` names.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"no prompt file {path}")
-    prompts = []
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                prompts.append(_parse(line, f"{path}:{number}", f"{path.stem}-{number:05d}"))
-    if not prompts:
-        raise ValueError(f"{path} holds no prompts")
-    return prompts
+    if not isinstance(source, SourceConfig):
+        source = SourceConfig(path=str(source))
+    if unknown := source.columns.keys() - set(COLUMNS):
+        raise ValueError(f"{source.path}: columns maps {min(unknown)}; known: {', '.join(COLUMNS)}")
+    prompts: list[Prompt] = []
+    skipped: dict[str, tuple[int, str]] = {}  # reason -> count, first place
+    seen: set[str] = set()  # columns
+    for place, row in read_rows(source):
+        try:
+            seen.update(row if isinstance(row, dict) else ())
+            prompts.append(_prompt(row, place, source.columns))
+        except BadRow as error:
+            if not max_bad_rows:
+                raise ValueError(f"{place}: {error}") from None
+            reason, _, detail = str(error).partition(" (")
+            first = f"first {place} ({detail}" if detail else f"first {place}"
+            count, first = skipped.get(reason, (0, first))
+            skipped[reason] = count + 1, first
+            if not prompts and sum(n for n, _ in skipped.values()) >= HOPELESS:
+                break
+        if len(prompts) == source.limit:
+            break
+    _check(source, len(prompts), skipped, seen, max_bad_rows)
+    return _with_unique_ids(prompts)
 
 
-def _parse(line: str, where: str, default_id: str) -> Prompt:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not JSON ({error.msg} at column {error.colno})") from error
-    if not isinstance(row, dict):
-        raise ValueError(f'{where}: expected an object such as {{"prompt": ...}}')
-    messages = row.get("messages")
-    if messages is None:
-        if not isinstance(row.get("prompt"), str) or not row["prompt"]:
-            raise ValueError(f"{where}: needs a non-empty string `prompt` or a list `messages`")
-        messages = [{"role": "user", "content": row["prompt"]}]
-    elif not _are_turns(messages):
-        raise ValueError(f"{where}: `messages` must be a list of objects with role and content")
-    prompt_id = str(row.get("id", default_id))
+def _check(
+    source: SourceConfig,
+    usable: int,
+    skipped: dict[str, tuple[int, str]],
+    seen: set[str],
+    max_bad_rows: float,
+) -> None:
+    bad = sum(count for count, _ in skipped.values())
+    if not usable and not bad:
+        raise ValueError(f"{source.path} holds no prompts")
+    if absent := sorted(set(source.columns.values()) - seen):
+        raise ValueError(
+            f"{source.path}: no row has the column {absent[0]} that columns names "
+            f"(columns: {', '.join(sorted(seen))})"
+        )
+    worst_first = sorted(skipped.items(), key=lambda item: -item[1][0])
+    reasons = "; ".join(f"{count} {reason}, {first}" for reason, (count, first) in worst_first)
+    if bad > max_bad_rows * (usable + bad):
+        raise ValueError(
+            f"{source.path}: {bad} of {usable + bad} rows are unusable ({reasons}); mend them, or "
+            f"raise data.max_bad_rows, now {max_bad_rows:g}"
+        )
+    if bad:
+        print(f"{source.path}: {usable} rows, {bad} skipped ({reasons})", file=sys.stderr)
+
+
+def _with_unique_ids(prompts: list[Prompt]) -> list[Prompt]:
+    """Later stages key on ids, so one that comes again becomes `id~2`, `id~3` and so on."""
+    taken = {p.id for p in prompts}
+    times: dict[str, int] = {}
+    unique = []
+    for prompt in prompts:
+        times[prompt.id] = number = times.get(prompt.id, 0) + 1
+        if number > 1:
+            while (new := f"{prompt.id}~{number}") in taken:
+                number += 1
+            times[prompt.id] = number
+            taken.add(new)
+            prompt = replace(prompt, id=new)
+        unique.append(prompt)
+    return unique
+
+
+def _prompt(row: Row, place: Place, columns: dict[str, str]) -> Prompt:
+    if isinstance(row, str):
+        raise BadRow(row)
+    row = renamed(row, columns)
+    layout = layout_of(row)
+    prompt_id = str(row.get("id", place.id))
     return Prompt(
         id=prompt_id,
         category=str(row.get("category", "uncategorised")),
         source=str(row.get("source", prompt_id)),
-        messages=messages,
-        raw=bool(row.get("raw", False)),
+        messages=messages_of(row, layout),
+        raw=str(row.get("raw", layout == "text")).lower() in ("true", "1"),
+        tools=(objects(row["tools"], "tools") or None) if "tools" in row else None,
     )
 
 
-def _are_turns(messages: Any) -> bool:
-    return (
-        isinstance(messages, list)
-        and bool(messages)
-        and all(isinstance(turn, dict) and {"role", "content"} <= turn.keys() for turn in messages)
-    )
+def deal(sources: list[tuple[list[Prompt], float | None]], count: int, seed: int) -> list[Prompt]:
+    """`count` prompts of several sources, in a shuffled order, starting over where they run out.
+
+    Args:
+        sources: prompts, and the weight of their share of `count` (of all sources or of none).
+            Shares are exact to a prompt: largest remainder. Without weights all are one pool.
+        count: prompts dealt.
+        seed: of every order.
+
+    Raises:
+        ValueError: a source that is to be dealt from is empty.
+    """
+    rng = random.Random(seed)
+    weights = [weight for _, weight in sources if weight is not None]
+    if not weights:
+        return _deal([p for prompts, _ in sources for p in prompts], count, rng)
+    assert len(weights) == len(sources), "the configuration gives all sources a weight, or none"
+    shares = [count * weight / sum(weights) for weight in weights]
+    counts = [int(share) for share in shares]
+    by_remainder = sorted(range(len(shares)), key=lambda i: counts[i] - shares[i])
+    for i in by_remainder[: count - sum(counts)]:
+        counts[i] += 1
+    dealt = [
+        p for (prompts, _), n in zip(sources, counts, strict=True) for p in _deal(prompts, n, rng)
+    ]
+    return rng.sample(dealt, len(dealt))
+
+
+def _deal(prompts: list[Prompt], count: int, rng: random.Random) -> list[Prompt]:
+    if count and not prompts:
+        raise ValueError("a source of prompts has none left to train on")
+    dealt: list[Prompt] = []
+    while len(dealt) < count:
+        dealt += rng.sample(prompts, len(prompts))
+    return dealt[:count]
 
 
 def limit_evenly(prompts: list[Prompt], limit: int | None) -> list[Prompt]:
@@ -95,9 +205,7 @@ def limit_evenly(prompts: list[Prompt], limit: int | None) -> list[Prompt]:
     return [p for p in prompts if id(p) in kept]
 
 
-def split_by_source(
-    prompts: list[Prompt], held_out: int, seed: int
-) -> tuple[list[Prompt], list[Prompt]]:
+def split_by_source(prompts: list[S], held_out: int, seed: int) -> tuple[list[S], list[S]]:
     """Split into (training, validation) such that no source is in both.
 
     Whole sources are held out, drawn with `seed` and dealt over the categories; one with more
@@ -106,7 +214,7 @@ def split_by_source(
     Raises:
         ValueError: too few prompts or sources to hold that many out.
     """
-    groups: dict[str, list[Prompt]] = {}
+    groups: dict[str, list[S]] = {}
     for prompt in prompts:
         groups.setdefault(prompt.source, []).append(prompt)
     by_category: dict[str, list[str]] = {}

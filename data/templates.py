@@ -1,24 +1,290 @@
 """Token ids of prompts and conversations for a target, and which of them it wrote."""
 
+import json
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import chain, pairwise
+from typing import Any
+
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from headstart.data.prompts import Prompt
+from headstart.data.rows import turn_text
+
+Messages = list[dict[str, Any]]
+Spans = list[tuple[int, int]]
+
+# Contents of the conversations that are rendered to find a template's marks.
+_ASKED, _WROTE, _AGAIN, _RETURNED = "probeasked", "probewrote", "probeagain", "probereturned"
+
+
+@dataclass(frozen=True)
+class TurnFormat:
+    """The text by which a chat template marks what the assistant wrote."""
+
+    opening: str
+    """Stands before an assistant's turn in a rendered conversation: `<start_of_turn>model\\n`."""
+    generation: str
+    """The generation prompt: the opening and what may follow it, such as an empty thought."""
+    end: str
+    """The control token with which the assistant ends its turn."""
+    only_turns: bool
+    """True: between an end and the next mark there is nothing but white space."""
+    pause: str | None
+    """The control token with which it waits for a tool; None: tools answer in their own turns."""
+    resume: str | None
+    """The control token after a tool's response, where it goes on writing in the same turn."""
+    marks: tuple[str, ...]
+    """All of these and the other control tokens around turns, longest first."""
 
 
 def encode_prompt(
-    prompt: Prompt, tokenizer: PreTrainedTokenizerBase, max_tokens: int | None = None
+    prompt: Prompt,
+    tokenizer: PreTrainedTokenizerBase,
+    max_tokens: int | None = None,
+    chat_template_kwargs: dict[str, Any] | None = None,
 ) -> list[int]:
     """Token ids of a prompt, ready for the target to continue.
 
     The chat template is used where the tokenizer has one and the prompt is not raw; otherwise
-    the plain text. Longer prompts keep the first token (<bos>) and their last ones.
+    the plain text. An answer at the end is left out, since the target is to write its own; earlier
+    ones stay. Longer prompts than `max_tokens` keep the first token (<bos>) and their last ones.
+    `chat_template_kwargs` are variables of the template, such as `enable_thinking`.
+
+    Raises:
+        ValueError: the template refuses the conversation, or there is nothing before the answer.
     """
-    if tokenizer.chat_template and not prompt.raw:
-        ids = tokenizer.apply_chat_template(
-            prompt.messages, add_generation_prompt=True, return_dict=True
-        )["input_ids"]
+    if not prompt.question:
+        raise ValueError("there is nothing before the assistant's answer")
+    if prompt.raw or not tokenizer.chat_template:
+        ids = list(tokenizer(prompt.text)["input_ids"])
     else:
-        ids = tokenizer(prompt.text)["input_ids"]
+        template = tokenizer.get_chat_template(tools=prompt.tools)
+        kwargs = {**(chat_template_kwargs or {}), "add_generation_prompt": True}
+        ids = _ids(_render(tokenizer, template, kwargs, prompt.question, prompt.tools), tokenizer)
     if max_tokens is not None and len(ids) > max_tokens:
         ids = [ids[0], *ids[len(ids) - max_tokens + 1 :]]
-    return list(ids)
+    return ids
+
+
+def encode_conversation(
+    prompt: Prompt,
+    tokenizer: PreTrainedTokenizerBase,
+    stop_ids: list[int],
+    chat_template_kwargs: dict[str, Any] | None = None,
+) -> tuple[list[int], Spans]:
+    """Token ids of a whole conversation, and the half-open spans that the assistant wrote.
+
+    A span begins after the generation prompt and ends with the control token by which the
+    assistant ends its turn or waits for a tool. What a tool returned is in none, nor is the
+    newline that a template adds after a turn. Each span is tokenised by itself, as it is when the
+    target decodes: Gemma's tokenizer would merge a newline of the template with those of the text.
+
+    Before the last turn stands the whole generation prompt, as when the target writes that turn:
+    Gemma 4's larger models have an empty thought there, which the template leaves out of the
+    history (https://ai.google.dev/gemma/docs/core/prompt-formatting-gemma4).
+
+    Raw prompts, and all where the tokenizer has no template, are plain text: the span is the
+    answer and <eos>, or all after <bos> of a raw prompt without an answer.
+
+    Raises:
+        ValueError: no assistant turn; the template refuses the conversation or does not mark its
+            turns; a text holds a mark of the template; or turns are missing in what it renders.
+    """
+    if prompt.raw or not tokenizer.chat_template:
+        return _encode_plain(prompt, tokenizer)
+    messages, kwargs = prompt.messages, chat_template_kwargs or {}
+    if not any(turn["role"] == "assistant" for turn in messages):
+        raise ValueError("no assistant turn")
+    template = tokenizer.get_chat_template(tools=prompt.tools)
+    text = _render(tokenizer, template, kwargs, messages, prompt.tools)
+    # Rows of a table hold None where others hold calls.
+    with_tools = any(
+        turn["role"] == "tool" or turn.get("tool_calls") or turn.get("tool_responses")
+        for turn in messages
+    )
+    key = json.dumps(kwargs, sort_keys=True)
+    turns = _turn_format(tokenizer, template, key, tuple(stop_ids), with_tools)
+    contents = _json([messages, prompt.tools])
+    if mark := next((mark for mark in turns.marks if _json(mark)[1:-1] in contents), None):
+        raise ValueError(f"a text holds {mark!r}, by which the chat template marks turns")
+    written = _find_written(text, turns)
+    _check_number(written, messages)
+    if messages[-1]["role"] == "assistant":
+        text, written = _complete_generation_prompt(text, written, turns)
+    ids: list[int] = []
+    spans = []
+    for i, (start, end) in enumerate(pairwise([0, *chain(*written), len(text)])):
+        piece = _ids(text[start:end], tokenizer)
+        if i % 2:
+            spans.append((len(ids), len(ids) + len(piece)))
+        ids += piece
+    return ids, spans
+
+
+def _encode_plain(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], Spans]:
+    ids = list(tokenizer(prompt.text)["input_ids"])
+    if len(prompt.question) < len(prompt.messages):
+        start = len(ids)
+        ids += [*_ids(turn_text(prompt.messages[-1]), tokenizer), tokenizer.eos_token_id]
+    elif prompt.raw:
+        start = int(ids[:1] == [tokenizer.bos_token_id])
+    else:
+        raise ValueError("no assistant turn")
+    if start == len(ids):
+        raise ValueError("the text is empty")
+    return ids, [(start, len(ids))]
+
+
+def _ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Without <bos>: where a target wants it, it stands in the text of its template."""
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _render(
+    tokenizer: PreTrainedTokenizerBase,
+    template: str,
+    kwargs: dict[str, Any],
+    messages: Messages,
+    tools: list[dict[str, Any]] | None = None,
+) -> str:
+    try:
+        text: str = tokenizer.apply_chat_template(
+            messages, tools=tools, chat_template=template, tokenize=False, **kwargs
+        )
+    except (TemplateError, TypeError) as error:  # TypeError: say, a template adds None to a text
+        raise ValueError(f"the chat template refuses the conversation: {error}") from error
+    return text
+
+
+@lru_cache(maxsize=16)
+def _turn_format(
+    tokenizer: PreTrainedTokenizerBase,
+    template: str,
+    kwargs_json: str,
+    stop_ids: tuple[int, ...],
+    with_tools: bool,
+) -> TurnFormat:
+    """Derive the marks from what the template makes of a few probes."""
+    kwargs = json.loads(kwargs_json)
+    known = tokenizer.added_tokens_decoder.keys() | stop_ids
+
+    def controls(text: str) -> list[str]:
+        tokens = [tokenizer.decode([i]) for i in _ids(text, tokenizer) if i in known]
+        return [token for token in tokens if token.strip()]  # Gemma's newlines are added tokens
+
+    def render(*more: dict[str, Any], **extra: Any) -> str:
+        return _render(tokenizer, template, kwargs | extra, [user, *more])
+
+    user = {"role": "user", "content": _ASKED}
+    answer = [{"role": "assistant", "content": _WROTE}, {"role": "user", "content": _AGAIN}]
+    asked, prompted, whole = render(), render(add_generation_prompt=True), render(*answer)
+    # What stands before an answer in the history, and where the target writes one.
+    history = _between(whole, _ASKED, _WROTE).removeprefix(asked.partition(_ASKED)[2])
+    generation = prompted.removeprefix(asked) or history
+    opening = min(generation, history, key=len)
+    if not (opening and history.startswith(opening) and generation.startswith(opening)):
+        raise ValueError(
+            f"the chat template begins assistant turns with {history!r}, but its generation "
+            f"prompt is {generation!r}"
+        )
+    closing = _between(whole, _WROTE, _AGAIN)
+    if not controls(closing):
+        raise ValueError(f"no control token in {closing!r}, the end of an assistant turn")
+    end, *others = controls(closing)
+    pause, resume = _tool_marks(render, controls, opening, answer) if with_tools else (None, None)
+    stops = (tokenizer.decode([i]) for i in stop_ids)
+    marks = {opening, *controls(opening), end, *others, pause, resume, *stops}
+    return TurnFormat(
+        opening=opening,
+        generation=generation,
+        end=end,
+        only_turns=bool(others) and not closing.partition(end)[2].partition(others[0])[0].strip(),
+        pause=pause,
+        resume=resume,
+        marks=tuple(sorted(filter(None, marks), key=len, reverse=True)),
+    )
+
+
+def _tool_marks(
+    render: Callable[..., str],
+    controls: Callable[[str], list[str]],
+    opening: str,
+    answer: Messages,
+) -> tuple[str | None, str | None]:
+    """`pause` and `resume` of a template."""
+    function = {"name": "f", "arguments": {"a": "b"}}
+    call = {"type": "function", "id": "call00001", "function": function}
+    called = {"role": "assistant", "content": "", "tool_calls": [call]}
+    returned = {"role": "tool", "name": "f", "tool_call_id": "call00001", "content": _RETURNED}
+    whole = render(called, returned, *answer)
+    response = _between(whole, _RETURNED, _WROTE)
+    if opening in response:
+        return None, None
+    # These are texts: the assistant's own part ends where the response could be missing.
+    before = controls(os.path.commonprefix([render(called), whole]))  # noqa: RUF071
+    after = controls(response)
+    if not before or not after:
+        raise ValueError(f"no control token around the response of a tool in {whole!r}")
+    return before[-1], after[-1]
+
+
+def _between(text: str, left: str, right: str) -> str:
+    if left not in text or right not in text.partition(left)[2]:
+        raise ValueError(f"the chat template leaves a turn out: {left} or {right} of {text!r}")
+    return text.partition(left)[2].partition(right)[0]
+
+
+def _find_written(text: str, turns: TurnFormat) -> Spans:
+    """The spans of characters that the assistant wrote."""
+    spans = []
+    start = ended = None  # where the assistant began to write; where its last turn ended
+    pattern = "|".join([*map(re.escape, turns.marks), r"\Z"])  # \Z: the end of the text
+    for match in re.finditer(pattern, text):
+        mark, (left, right) = match.group(), match.span()
+        if ended is not None and turns.only_turns and text[ended:left].strip():
+            cut = text[ended:left][:80]
+            raise ValueError(f"the chat template ends an assistant turn too early: before {cut!r}")
+        ended = None
+        if start is not None:
+            # A pause alone is the template's own: it stands before a second tool's response.
+            if mark == turns.end or (mark == turns.pause and text[start:left].strip()):
+                spans.append((start, right))
+                ended = right if mark == turns.end else None
+            start = None
+        elif mark == turns.resume:
+            start = right
+        if mark == turns.opening:
+            longer = text.startswith(turns.generation, left)
+            start = left + len(turns.generation if longer else turns.opening)
+    return spans
+
+
+def _check_number(written: Spans, messages: Messages) -> None:
+    """A template may leave turns out, or hold examples of its own."""
+    turns = [turn for turn in messages if turn["role"] == "assistant"]
+    # Google's form: the call, its response and what was written after it are one message.
+    twofold = [turn for turn in turns if turn.get("tool_responses") and turn.get("content")]
+    number = len(turns) + len(twofold)
+    if len(written) != number:
+        raise ValueError(f"the chat template renders {len(written)} of {number} assistant turns")
+
+
+def _complete_generation_prompt(text: str, written: Spans, turns: TurnFormat) -> tuple[str, Spans]:
+    """Put what the history lacks of the generation prompt before the last turn."""
+    *earlier, (start, end) = written
+    opened = text.endswith(turns.opening, 0, start)  # not so after the response of a tool
+    lacking = turns.generation[len(turns.opening) :]
+    thought = lacking.partition("\n")[0]
+    if not opened or (thought and text.startswith(thought, start)):
+        return text, written  # an answer with a thought of its own needs no empty one
+    written = [*earlier, (start + len(lacking), end + len(lacking))]
+    return text[:start] + lacking + text[start:], written

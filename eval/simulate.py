@@ -5,11 +5,12 @@ k counts only when drafts 1..k-1 were right, so that the tokens fed to it are th
 """
 
 from collections.abc import Iterable
+from itertools import pairwise
 
 import torch
 
-from headstart.data.activations import ActivationStore
 from headstart.data.loader import Batch, candidate_rows, gather_rows
+from headstart.data.store import Documents
 from headstart.eval.acceptance import AcceptanceCounts, walk_rounds, zero_counts
 from headstart.heads.targets import Target
 from headstart.heads.unroll import DraftHead
@@ -20,22 +21,21 @@ DOCUMENTS = 8  # run through the head together
 
 @torch.no_grad()
 def simulate_acceptance(
-    head: DraftHead, target: Target, store: ActivationStore, rounds: int, which: Iterable[int]
+    head: DraftHead, target: Target, stored: Documents, rounds: int, which: Iterable[int]
 ) -> AcceptanceCounts:
-    """Acceptance counts of `head` on the stored documents `which`, by walking rounds.
+    """Acceptance counts of `head` on the documents `which`, by walking rounds.
 
     Args:
         head: in any mode; its drafts are compared over the whole vocabulary.
         target: for its embeddings and table.
-        store: activations of greedy conversations.
+        stored: activations of greedy conversations.
         rounds: K.
-        which: indices into the store (a process passes its share).
+        which: their indices (a process passes its share).
     """
     total = zero_counts(rounds)
-    usable = store.with_response_of(2)
-    chosen = [i for i in which if i in usable]
+    chosen = [i for i in which if stored.entries[i].trained >= 2]
     for start in range(0, len(chosen), DOCUMENTS):
-        documents = [store[i] for i in chosen[start : start + DOCUMENTS]]
+        documents = stored.read(chosen[start : start + DOCUMENTS])
         rows = [candidate_rows(d) for d in documents]
         batch = gather_rows(documents, rows, rounds).to(target.device)
         wanted = torch.zeros_like(batch.tokens)
@@ -44,8 +44,16 @@ def simulate_acceptance(
             wanted[b, : len(r)] = document.ids[following.clamp_max(len(document.ids) - 1)]
         matches, judged = _matches(head, target, batch, wanted), batch.weights.bool()
         for b, r in enumerate(rows):
-            total += walk_rounds(matches[b, : len(r)], judged[b, : len(r)])
+            for answer in _answers(r):
+                total += walk_rounds(matches[b, answer], judged[b, answer])
     return total
+
+
+def _answers(rows: torch.Tensor) -> list[slice]:
+    """Where rows follow one another: each answer of a conversation is walked by itself."""
+    breaks = ((rows[1:] - rows[:-1]) != 1).nonzero()[:, 0] + 1
+    edges = [0, *breaks.tolist(), len(rows)]
+    return [slice(a, b) for a, b in pairwise(edges) if a < b]
 
 
 def _matches(head: DraftHead, target: Target, batch: Batch, wanted: torch.Tensor) -> torch.Tensor:
@@ -56,6 +64,7 @@ def _matches(head: DraftHead, target: Target, batch: Batch, wanted: torch.Tensor
         target.embed(batch.tokens).to(dtype),
         batch.rows,
         {t: (k.to(dtype), v.to(dtype)) for t, (k, v) in batch.shared_kv.items()},
+        batch.starts,
     )
     matches = torch.zeros_like(wanted, dtype=torch.bool)
     alive = batch.weights[..., 0].bool()

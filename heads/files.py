@@ -29,3 +29,13 @@ def replace_folder(work: Path, folder: Path) -> None:
         folder.rename(earlier)
     work.rename(folder)
     shutil.rmtree(earlier, ignore_errors=True)
+
+
+def clear_leftovers(folder: Path) -> None:
+    """Delete what killed processes left behind while they wrote into `folder`.
+
+    Only where nobody else is writing. safetensors writes under a hidden name of its own first.
+    """
+    for pattern in ("*.part", ".tmp*"):
+        for path in folder.glob(pattern):
+            path.unlink(missing_ok=True)

@@ -4,6 +4,7 @@ Letters: B batch, T positions, D target width, V vocabulary.
 """
 
 import hashlib
+import json
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -17,6 +18,7 @@ from transformers import (
     Gemma4ForConditionalGeneration,
     Gemma4UnifiedForCausalLM,
     Gemma4UnifiedForConditionalGeneration,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -47,28 +49,65 @@ class Activations:
     """Layer type -> (keys, values), each [B, kv heads, T, head_dim]."""
 
 
-class Target:
+class TargetTokens:
+    """What is known of a target without its weights: enough to ask a server that holds them.
+
+    Args:
+        tokenizer: the target's.
+        name: what reports call it.
+        revision: of the Hub; None: a folder, or the default branch.
+        eos_ids: tokens with which it ends a text.
+    """
+
+    fingerprint: str | None = None
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        name: str,
+        revision: str | None,
+        eos_ids: list[int],
+    ):
+        self.tokenizer = tokenizer
+        self.name = name
+        self.revision = revision
+        self.eos_ids = eos_ids
+
+    @cached_property
+    def tokenizer_hash(self) -> str:
+        """SHA-256 over the vocabulary: equal hashes, ids that mean the same."""
+        vocabulary = sorted(self.tokenizer.get_vocab().items())
+        return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()
+
+
+class Target(TargetTokens):
     """A frozen Gemma with what a draft head needs of it.
 
     Args:
         model: one of the classes in `SUPPORTED`; frozen and put into eval mode here.
         tokenizer: its tokenizer.
         name: what reports call it.
+        revision: of the Hub.
 
     Raises:
         ValueError: the model cannot serve as a target; the message names what it lacks.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        name: str,
+        revision: str | None = None,
+    ):
         _check_supported(model.config)
         if model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
             raise ValueError(
                 f"unsupported target {name}: it lacks tied embeddings (its LM head is a table of "
                 "its own, which the head could not share)"
             )
+        super().__init__(tokenizer, name, revision, _eos_ids(model.generation_config, tokenizer))
         self.model = model.eval().requires_grad_(False)
-        self.tokenizer = tokenizer
-        self.name = name
         self.config = model.config.get_text_config()
 
     @property
@@ -102,7 +141,7 @@ class Target:
         return decoder.language_model if hasattr(decoder, "language_model") else decoder
 
     @cached_property
-    def fingerprint(self) -> str:
+    def fingerprint(self) -> str:  # type: ignore[override]
         """SHA-256 over the text configuration and every weight: equal models, equal prints."""
         digest = hashlib.sha256(self.config.to_json_string().encode())
         for name, tensor in sorted(self.model.state_dict().items()):
@@ -145,6 +184,11 @@ class Target:
         if (cap := self.config.final_logit_softcapping) is not None:
             logits = torch.tanh(logits / cap) * cap
         return logits.float()
+
+
+def _eos_ids(config: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    eos = tokenizer.eos_token_id if config.eos_token_id is None else config.eos_token_id
+    return eos if isinstance(eos, list) else [eos]
 
 
 def source_layers(config: Any) -> dict[str, int]:
@@ -226,4 +270,26 @@ def load_target(
     source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     model = SUPPORTED[config.model_type].from_pretrained(path, dtype=torch_dtype, **source)
     tokenizer = AutoTokenizer.from_pretrained(path, **source)
-    return Target(model.to(device), tokenizer, name)
+    return Target(model.to(device), tokenizer, name, revision)
+
+
+def load_target_tokens(
+    name: str, revision: str | None = None, trust_remote_code: bool = False
+) -> TargetTokens:
+    """The tokenizer of a supported target and how its texts end; arguments of `load_target`.
+
+    Raises:
+        ValueError: nothing loadable at `name`, or an unsupported architecture.
+    """
+    config = load_target_config(name, revision, trust_remote_code)
+    if name in TINY_TARGETS:
+        return TargetTokens(byte_tokenizer(), name, None, [byte_tokenizer().eos_token_id])
+    path = gemma3_270m_dir() if name == "gemma3-270m" else name
+    try:
+        generation = GenerationConfig.from_pretrained(path, revision=revision)
+    except OSError:  # the checkpoint has none
+        generation = GenerationConfig.from_model_config(config)
+    tokenizer = AutoTokenizer.from_pretrained(
+        path, revision=revision, trust_remote_code=trust_remote_code
+    )
+    return TargetTokens(tokenizer, name, revision, _eos_ids(generation, tokenizer))

@@ -17,15 +17,18 @@ from headstart.heads.assistant import Assistant
 from headstart.heads.gemma3 import SharedKV
 
 
-def row_masks(rows: torch.Tensor, kv_len: int, sliding_window: int) -> dict[str, torch.Tensor]:
+def row_masks(
+    rows: torch.Tensor, starts: torch.Tensor, kv_len: int, sliding_window: int
+) -> dict[str, torch.Tensor]:
     """Which KV rows each training row sees, per layer type.
 
     The sliding mask of the stock assistant is inclusive (`distance <= sliding_window` from the
     newest row), so it shows one row more than a Gemma decoder layer: `t - window <= j <= t`.
 
     Args:
-        rows: [B, R] the row index t.
-        kv_len: T, KV rows of the sequence.
+        rows: [B, R] index of the KV row of t.
+        starts: [B, R] index of the first KV row of the same text: others may be packed before it.
+        kv_len: T, KV rows.
         sliding_window: of the configuration.
 
     Returns:
@@ -33,7 +36,7 @@ def row_masks(rows: torch.Tensor, kv_len: int, sliding_window: int) -> dict[str,
     """
     t = rows[:, None, :, None]
     j = torch.arange(kv_len, device=rows.device)
-    full = j <= t
+    full = (j <= t) & (j >= starts[:, None, :, None])
     return {"full_attention": full, "sliding_attention": full & (j >= t - sliding_window)}
 
 
@@ -56,28 +59,31 @@ class DraftHead(nn.Module):
         token_embeds: torch.Tensor,
         rows: torch.Tensor,
         shared_kv: SharedKV,
+        starts: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Run K rounds over the same rows.
 
         Args:
             hidden: [B, R, D] the target's h_t.
             token_embeds: [B, R, K, D] scaled embeddings of x_{t+1} .. x_{t+K}.
-            rows: [B, R] row indices t.
+            rows: [B, R] index of the KV row of t.
             shared_kv: layer type -> (keys, values), each [B, kv heads, T, head_dim].
+            starts: [B, R] index of the first KV row of the same text; None: 0, nothing is packed.
 
         Returns:
             [K, B, R, D] states whose product with the target's table is the draft's logits.
         """
+        starts = torch.zeros_like(rows) if starts is None else starts
         kv_len = next(iter(shared_kv.values()))[0].shape[2]
         window = self.assistant.config.text_config.sliding_window
-        masks = row_masks(rows, kv_len, window)
+        masks = row_masks(rows, starts, kv_len, window)
         states = []
         for k in range(token_embeds.shape[2]):
             inputs = torch.cat([token_embeds[:, :, k], hidden], dim=-1)
             state = self.assistant.model(
                 inputs_embeds=self.assistant.pre_projection(inputs),
                 attention_mask=masks,
-                position_ids=rows + 1,
+                position_ids=rows - starts + 1,
                 shared_kv_states=shared_kv,
                 use_cache=False,
             ).last_hidden_state

@@ -3,9 +3,10 @@
 import torch
 
 from headstart.configs.schema import DataConfig, HeadConfig
-from headstart.data.activations import ActivationStore, extract_activations
-from headstart.data.conversations import Conversation
+from headstart.data.conversations import answered
+from headstart.data.extraction import OnlineActivations
 from headstart.data.loader import candidate_rows, gather_rows
+from headstart.data.shards import Document
 from headstart.eval.decoding import greedy
 from headstart.heads.assistant import build_assistant
 from headstart.heads.targets import Target
@@ -14,7 +15,7 @@ from headstart.train.loop import learning_rate
 from headstart.train.objectives import batch_sums
 
 
-def greedy_store(target: Target, tokens: int = 24) -> tuple[list[int], ActivationStore]:
+def greedy_document(target: Target, tokens: int = 24) -> tuple[list[int], Document]:
     """A prompt whose greedy continuation is varied and does not end early, and its activations."""
     for seed in range(100):
         generator = torch.Generator().manual_seed(seed)
@@ -24,17 +25,18 @@ def greedy_store(target: Target, tokens: int = 24) -> tuple[list[int], Activatio
             break
     else:
         raise AssertionError("no varied text in 100 tries")
-    conversation = Conversation("c", "c", prompt, text, 0.0, "length")
-    return prompt, extract_activations(target, [conversation], DataConfig(teacher_top_k=16), "x")
+    conversation = answered(prompt, text, id="c", category="c", source="c")
+    seen = OnlineActivations(target, [conversation], DataConfig(teacher_top_k=16))
+    return prompt, seen.read([0])[0]
 
 
 def overfit(
-    target: Target, store: ActivationStore, steps: int, rounds: int, shift: int = 0
+    target: Target, document: Document, steps: int, rounds: int, shift: int = 0
 ) -> DraftHead:
-    """Train on the store's one text; `shift` pairs each token with a later hidden state."""
+    """Train on one text; `shift` pairs each token with a later hidden state."""
     torch.manual_seed(0)
     head = DraftHead(build_assistant(target, HeadConfig()))
-    batch = gather_rows([store[0]], [candidate_rows(store[0])], rounds)
+    batch = gather_rows([document], [candidate_rows(document)], rounds)
     batch.hidden = torch.roll(batch.hidden, -shift, dims=1)
     optimizer = torch.optim.AdamW(head.trainable().values(), lr=3e-3)
     for step in range(steps):

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from headstart.configs.schema import DataConfig, HeadConfig
-from headstart.data.activations import open_recorded
-from headstart.data.conversations import generate_batches
 from headstart.data.prompts import limit_evenly, load_prompts
+from headstart.data.regenerate import make_jobs, regenerate
+from headstart.data.store import ActivationStore
 from headstart.data.templates import encode_prompt
 from headstart.eval.decoding import greedy
 from headstart.heads.assistant import build_assistant, check_pair
@@ -37,6 +37,20 @@ def test_the_assembled_weights_are_the_ones_tested_with(tmp_path: Path) -> None:
         file.write(bytes([byte[0] ^ 1]))
     with pytest.raises(ValueError, match="expected a5fd3b"):
         check_sha256(path, GGUF_SHA256)
+
+
+def test_plain_text_begins_with_bos_without_which_the_target_is_lost(gemma: Target) -> None:
+    ids = gemma.tokenizer("The whale swam slowly around the ship, and the crew watched it.")
+    ids = ids["input_ids"]
+    assert ids[0] == gemma.tokenizer.bos_token_id
+    assert ids.count(ids[0]) == 1
+
+    def nats_a_token(ids: list[int]) -> float:
+        logprobs = gemma.logits(gemma.activations(torch.tensor([ids])).hidden[0]).log_softmax(-1)
+        following = torch.tensor(ids[1:])
+        return -float(logprobs[:-1].gather(1, following[:, None])[-10:].mean())
+
+    assert nats_a_token(ids) < nats_a_token(ids[1:]) - 0.5
 
 
 def test_the_second_start_converts_nothing(gemma: Target, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,14 +88,15 @@ def test_assisted_text_equals_plain_text_in_float32(gemma: Target) -> None:
 
 
 def test_recorded_activations_are_those_of_a_clean_forward(gemma: Target, tmp_path: Path) -> None:
-    config = DataConfig(cache_dir=tmp_path, max_new_tokens=12, generation_batch_size=2)
-    prompts = limit_evenly(load_prompts(PROMPTS), 2)
-    store = open_recorded(generate_batches(gemma, prompts, [0.0, 0.0], config, 0, "x")[0])
-    for document in store:
+    config = DataConfig(max_new_tokens=12, generation_batch_size=2)
+    jobs = make_jobs(limit_evenly(load_prompts(PROMPTS), 2), [0.0, 0.0], gemma, config)
+    regenerate(gemma, jobs, config, 0, tmp_path, extract=True)
+    for document in ActivationStore(tmp_path, gemma).read([0, 1]):
         seen, last = gemma.activations(document.ids[None]), len(document.ids) - 1
         torch.testing.assert_close(
             document.hidden[:last], seen.hidden[0, :last], atol=1e-3, rtol=1e-3
         )
         # The text is greedy, so the teacher's best token is the one that was written.
-        taught = document.teacher_ids[document.prompt_len - 1 : -1, 0]
-        assert torch.equal(taught.long(), document.ids[document.prompt_len :])
+        written = document.loss_mask.nonzero()[:, 0]
+        assert len(written) == 12
+        assert torch.equal(document.teacher_ids[written - 1, 0].long(), document.ids[written])

@@ -11,10 +11,10 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, set_seed
 
 from headstart.configs.schema import Config
-from headstart.data.activations import ActivationStore
 from headstart.data.loader import AnchorLoader
-from headstart.data.prepare import prepare_stores
+from headstart.data.prepare import prepare_documents
 from headstart.data.progress import progress_bar
+from headstart.data.store import Documents
 from headstart.eval.simulate import simulate_acceptance
 from headstart.heads.assistant import build_assistant, low_rank_start, save_assistant
 from headstart.heads.targets import Target, load_target
@@ -52,7 +52,8 @@ def train(config: Config, resume: bool = False) -> None:
     with accelerator.main_process_first():
         t = config.target
         target = load_target(t.name, t.dtype, t.revision, t.trust_remote_code, accelerator.device)
-        training, validation = prepare_stores(target, config.data, seed)
+        held_out = config.eval.prompts if config.eval else None
+        training, validation = prepare_documents(target, config.data, seed, held_out)
 
     head = build_head(target, config, training).to(accelerator.device)
     optimizer = torch.optim.AdamW(_parameter_groups(head, c.weight_decay), lr=c.learning_rate)
@@ -63,7 +64,7 @@ def train(config: Config, resume: bool = False) -> None:
         accelerator.print(f"Resuming {run} after step {step}")
     model, optimizer = accelerator.prepare(head, optimizer)
     loader = AnchorLoader(
-        training, c.batch_size, c.anchors, c.rounds, seed,
+        training, c.batch_size, c.anchors, c.rounds, seed, c.pack_tokens,
         accelerator.process_index, accelerator.num_processes,
     )  # fmt: skip
     if accelerator.is_main_process:
@@ -148,14 +149,15 @@ def export_head(head: DraftHead, target: Target, folder: Path, rounds: int) -> N
     save_assistant(head.assistant, table, folder, rounds, target.table.dtype)
 
 
-def build_head(target: Target, config: Config, store: ActivationStore) -> DraftHead:
-    """The head at step 0; a narrow one starts its low-rank tie from the store's activations."""
+def build_head(target: Target, config: Config, training: Documents) -> DraftHead:
+    """The head at step 0; a narrow one starts its low-rank tie from some of the activations."""
     assistant = build_assistant(target, config.head)
     width = assistant.config.text_config.hidden_size
     if width == target.config.hidden_size:
         return DraftHead(assistant)
-    documents = [store[i] for i in range(min(len(store), 256))]
-    taught = [slice(d.prompt_len - 1, None) for d in documents]
+    documents = training.read(range(min(len(training.entries), 256)))
+    # Rows that teach: the target wrote the next token.
+    taught = [d.loss_mask.roll(-1).index_fill(0, torch.tensor([-1]), False) for d in documents]
     hidden = torch.cat([d.hidden[rows] for d, rows in zip(documents, taught, strict=True)])
     # The teacher's top tokens stand in for the token distribution, smoothed over the rest.
     weights = torch.full((len(target.table),), 1e-9)
@@ -177,12 +179,12 @@ def _parameter_groups(head: DraftHead, weight_decay: float) -> list[dict[str, An
 
 
 def _validate(
-    accelerator: Accelerator, head: DraftHead, target: Target, store: ActivationStore, rounds: int
+    accelerator: Accelerator, head: DraftHead, target: Target, validation: Documents, rounds: int
 ) -> float:
     """Acceptance length on the held-out conversations, every process walking its share."""
-    share = range(accelerator.process_index, len(store), accelerator.num_processes)
+    share = range(accelerator.process_index, len(validation.entries), accelerator.num_processes)
     with accelerator.autocast():
-        counts = simulate_acceptance(head, target, store, rounds, share)
+        counts = simulate_acceptance(head, target, validation, rounds, share)
     sums = torch.tensor([sum(counts.accepted), counts.rounds], device=accelerator.device)
     accepted, walked = accelerator.reduce(sums).tolist()
     return 1 + accepted / max(walked, 1)

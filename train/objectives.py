@@ -112,8 +112,9 @@ def batch_sums(
     dtype = torch.bfloat16 if bfloat16 else torch.float32
     shared_kv = {t: (k.to(dtype), v.to(dtype)) for t, (k, v) in batch.shared_kv.items()}
     with torch.autocast(batch.rows.device.type, torch.bfloat16, enabled=bfloat16):
+        embeds = target.embed(batch.tokens).float()
         states = model(
-            batch.hidden.float(), target.embed(batch.tokens).float(), batch.rows, shared_kv
+            batch.hidden.float(), embeds, batch.rows, shared_kv, batch.starts
         )  # [K, B, R, D]
         table = target.table[candidates.ids].to(dtype)
         logits = torch.nn.functional.linear(states.flatten(0, 2), table)  # [K*B*R, C]

@@ -6,6 +6,7 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM
 
 from headstart.configs.schema import Config
+from headstart.data.store import bytes_per_token
 from headstart.heads.assistant import assistant_config
 from headstart.heads.targets import load_target_config, source_layers
 
@@ -34,10 +35,9 @@ def plan(config: Config) -> dict[str, str]:
     if text.hidden_size < source.hidden_size:
         trained += source.hidden_size * text.hidden_size  # the projection of the low-rank tie
     width = 2 if t.dtype == "bfloat16" else 4
-    kv = {k: source.per_layer_config[i] for k, i in source_layers(source).items()}
-    kv_values = sum(2 * shape.num_key_value_heads * shape.head_dim for shape in kv.values())
-    token = (source.hidden_size + kv_values) * width + 8 * d.teacher_top_k + 4
-    tokens = d.num_conversations * (d.max_prompt_tokens + d.max_new_tokens)
+    token = bytes_per_token(source, width, d.teacher_top_k, d.storage)
+    per_conversation = d.max_prompt_tokens + d.max_new_tokens
+    count = d.num_conversations
     rows = c.batch_size * c.gradient_accumulation_steps * c.anchors
     return {
         "target": f"{t.name} ({source.model_type}, width {source.hidden_size}, "
@@ -50,9 +50,16 @@ def plan(config: Config) -> dict[str, str]:
         if text.hidden_size == source.hidden_size
         else "none: low-rank tie, materialised when saved",
         "training memory of the head": _bytes(trained * 16) + " (weights, gradients, two moments)",
-        "conversations": f"{d.num_conversations:,} and {d.validation_conversations:,} held out",
-        "tokens": f"at most {tokens:,}, {d.num_conversations * d.max_new_tokens:,} of them answers",
-        "activation store": f"at most {_bytes(tokens * token)} ({token:,} bytes a token)",
+        "conversations": f"{f'{count:,}' if count else 'one a prompt'} and "
+        f"{d.validation_conversations:,} held out",
+        "tokens": f"at most {count * per_conversation:,}, {count * d.max_new_tokens:,} of them "
+        "answers"
+        if count
+        else f"at most {per_conversation:,} a conversation, {d.max_new_tokens:,} of them answers",
+        "activation store": "none: the target runs inside the training step"
+        if d.online
+        else f"{token:,} bytes a token, at most "
+        + (_bytes(count * per_conversation * token) if count else "that of all prompts"),
         "rows a step": f"{rows:,} a process, {c.rounds} rounds each",
         "steps": f"{c.steps:,} ({c.steps * rows:,} rows in all)",
     }

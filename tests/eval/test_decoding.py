@@ -11,6 +11,9 @@ from transformers.generation.candidate_generator import (
     SinglePositionMultiTokenCandidateGenerator,
 )
 
+from headstart.configs.schema import DataConfig
+from headstart.data.conversations import answered
+from headstart.data.extraction import OnlineActivations
 from headstart.data.prompts import Prompt
 from headstart.data.templates import encode_prompt
 from headstart.eval.decoding import Decoded, greedy
@@ -19,14 +22,14 @@ from headstart.eval.simulate import simulate_acceptance
 from headstart.heads.targets import Target
 from headstart.heads.unroll import DraftHead
 from tests.conftest import make_target
-from tests.overfit import greedy_store, overfit
+from tests.overfit import greedy_document, overfit
 
 FAMILIES = ["gemma3", "gemma4-kv-sharing", "gemma4-multimodal", "gemma4-unified"]
 
 
 def half_trained_head(target: Target) -> PreTrainedModel:
     """A head that is accepted now and then on the text that it was trained on."""
-    return overfit(target, greedy_store(target)[1], steps=25, rounds=3).eval().assistant
+    return overfit(target, greedy_document(target)[1], steps=25, rounds=3).eval().assistant
 
 
 def prompts(count: int) -> list[Prompt]:
@@ -41,7 +44,7 @@ def test_assisted_greedy_text_equals_plain_greedy_text_in_float32(family: str) -
     target = make_target(family)
     assistant = half_trained_head(target)
     accepted = 0
-    for ids in [greedy_store(target)[0], *([5 + i] * (4 + 9 * i) for i in range(3))]:
+    for ids in [greedy_document(target)[0], *([5 + i] * (4 + 9 * i) for i in range(3))]:
         plain = greedy(target, ids, 40)
         assisted = greedy(target, ids, 40, assistant, 3)
         assert assisted.tokens == plain.tokens
@@ -63,7 +66,7 @@ def test_accepted_drafts_are_those_that_transformers_reports(
         SinglePositionMultiTokenCandidateGenerator, "update_candidate_strategy", note
     )
     assistant, accepted = half_trained_head(tiny), 0
-    for ids in [greedy_store(tiny)[0], [5, 6, 7], [100] * 12]:
+    for ids in [greedy_document(tiny)[0], [5, 6, 7], [100] * 12]:
         told.clear()
         decoded = greedy(tiny, ids, 30, assistant, 3)
         counts = decoded.counts(len(ids), 3)
@@ -79,9 +82,11 @@ def test_simulated_acceptance_is_that_of_a_decoder_that_recomputes_everything(ti
     rounds = 3
     with torch.enable_grad():
         head = DraftHead(half_trained_head(tiny))
-    prompt, store = greedy_store(tiny)
-    text = store[0].ids.tolist()
-    simulated = simulate_acceptance(head, tiny, store, rounds, [0])
+    prompt, document = greedy_document(tiny)
+    text = document.ids.tolist()
+    conversation = answered(prompt, text[len(prompt) :], id="c", category="c", source="c")
+    seen_text = OnlineActivations(tiny, [conversation], DataConfig(teacher_top_k=16))
+    simulated = simulate_acceptance(head, tiny, seen_text, rounds, [0])
 
     accepted, walked, length = [0] * rounds, 0, len(prompt) + 1  # one token from the prefill
     while length < len(text):

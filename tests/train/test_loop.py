@@ -23,7 +23,7 @@ from headstart.train.loop import export_head, learning_rate, train
 from headstart.train.objectives import Candidates, batch_sums
 from headstart.train.stopping import Interrupted
 from tests.conftest import make_target
-from tests.overfit import greedy_store, overfit
+from tests.overfit import greedy_document, overfit
 
 ROOT = Path(__file__).resolve().parents[2]
 K = 3
@@ -44,8 +44,8 @@ def weights_hash(target: Target) -> str:
 
 def acceptance_after_overfitting(target: Target, tmp_path: Path, shift: int = 0) -> float:
     """Train a head on one text, save it, and decode that text with the stock `generate`."""
-    prompt, store = greedy_store(target)
-    head = overfit(target, store, steps=500, rounds=K, shift=shift)
+    prompt, document = greedy_document(target)
+    head = overfit(target, document, steps=500, rounds=K, shift=shift)
     export_head(head, target, tmp_path / "head", K)
     assistant = load_assistant(tmp_path / "head", torch.float32)
     # The text's last tokens are never drafted from in training: nothing follows them there.
@@ -69,11 +69,11 @@ def test_the_same_head_fails_when_the_pairing_is_shifted_by_one(tmp_path: Path) 
 def test_gradients_reach_all_of_the_head_and_none_of_the_target(
     target: Target, head_config: HeadConfig
 ) -> None:
-    _, store = greedy_store(target)
+    _, document = greedy_document(target)
     narrow = torch.randn(48, 32) if head_config.hidden_size else None
     head = DraftHead(build_assistant(target, head_config), narrow)
     before = weights_hash(target)
-    batch = gather_rows([store[0]], [candidate_rows(store[0])], 2)
+    batch = gather_rows([document], [candidate_rows(document)], 2)
     optimizer = torch.optim.AdamW(head.trainable().values(), lr=1e-2)
     for step in range(2):
         sums = batch_sums(head, target, batch, torch.ones(2), 64, step, bfloat16=False)

@@ -1,0 +1,209 @@
+"""One pass of the target over conversations: what the head will see, stored or handed on at once.
+
+Letters: N tokens of a shard, T positions, k teacher tokens, V vocabulary.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+
+from headstart.configs.schema import DataConfig
+from headstart.data.conversations import Conversation
+from headstart.data.packing import cut
+from headstart.data.progress import progress_bar
+from headstart.data.recording import top_logprobs
+from headstart.data.shards import (
+    Document,
+    Entry,
+    Shard,
+    shard_path,
+    shard_paths,
+    shard_settings,
+    write_shard,
+)
+from headstart.data.store import (
+    ActivationStore,
+    check_space,
+    read_index,
+    stored_bytes,
+    write_index,
+)
+from headstart.heads.files import clear_leftovers
+from headstart.heads.targets import Target
+
+SHARD = 64  # conversations a shard, at most
+SHARD_TOKENS = 65_536  # likewise, but for a longer conversation
+BATCH_TOKENS = 2048  # tokens a forward, padding included
+LOGIT_ROWS = 128  # rows of V logits held at once
+
+
+def extract(
+    target: Target,
+    conversations: Iterable[Conversation],
+    count: int,
+    tokens: int,
+    config: DataConfig,
+    folder: Path,
+    description: str = "Extracting",
+) -> ActivationStore:
+    """Run the target over the conversations once and store what the head will see.
+
+    Shards appear whole or not at all, and a call that was cut short goes on where it stopped.
+    Conversations are read as they are needed: memory does not grow with their number.
+
+    Args:
+        target: the model whose activations are stored.
+        conversations: in an order that is the same each time.
+        count: how many they are, for the progress bar.
+        tokens: in all of them, for the size.
+        config: the teacher's top k, the storage, and the length at which conversations are cut.
+        folder: of the store.
+        description: label of the progress bar.
+
+    Raises:
+        ValueError: the folder holds another store, a damaged shard, or the disk is too small.
+        OSError: the disk is full; finished shards are kept.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    finished = (folder / "index.json").is_file()
+    if not finished:
+        clear_leftovers(folder)
+    settings = shard_settings(target, config.teacher_top_k, config.storage)
+    each = stored_bytes(target, config)
+    check_space(folder, each * tokens - sum(p.stat().st_size for p in shard_paths(folder)))
+    paths: list[Path] = []
+    with progress_bar() as bar:
+        task = bar.add_task(description, total=count, status="")
+        for batch in _chunks(conversations):
+            pieces = [piece for c in batch for piece in cut(c, config.max_tokens)]
+            path = shard_path(folder, len(paths))
+            if not path.is_file():
+                tensors = extract_tensors(target, pieces, config.teacher_top_k)
+                write_shard(path, tensors, entries_of(pieces, tensors), settings)
+            elif Shard(path, settings).read_ids() != [i for piece in pieces for i in piece.ids]:
+                raise ValueError(
+                    f"{path} holds other conversations: name another folder, or delete this one"
+                )
+            paths.append(path)
+            bar.update(task, advance=len(batch))
+    if not paths:
+        raise ValueError("there are no conversations to extract")
+    if not (finished and [folder / s["file"] for s in read_index(folder)["shards"]] == paths):
+        write_index(folder, paths, settings)
+    return ActivationStore(folder, target)
+
+
+def _chunks(conversations: Iterable[Conversation]) -> Iterator[list[Conversation]]:
+    """The conversations of each shard: a function of them alone."""
+    chunk: list[Conversation] = []
+    tokens = 0
+    for c in conversations:
+        if chunk and (len(chunk) == SHARD or tokens + len(c.ids) > SHARD_TOKENS):
+            yield chunk
+            chunk, tokens = [], 0
+        chunk.append(c)
+        tokens += len(c.ids)
+    if chunk:
+        yield chunk
+
+
+class OnlineActivations:
+    """Documents whose activations are computed when they are read; nothing is stored.
+
+    Args:
+        target: the model that runs, inside the training step.
+        conversations: the documents; longer ones than `config.max_tokens` are cut.
+        config: for the teacher's top k.
+    """
+
+    def __init__(self, target: Target, conversations: list[Conversation], config: DataConfig):
+        self.target, self.top_k = target, config.teacher_top_k
+        self.pieces = [piece for c in conversations for piece in cut(c, config.max_tokens)]
+        self.entries: Sequence[Entry] = [_entry(piece, None) for piece in self.pieces]
+
+    def read(self, which: Sequence[int]) -> list[Document]:
+        """The documents with these indices, from forwards over them now."""
+        pieces = [self.pieces[i] for i in which]
+        tensors = extract_tensors(self.target, pieces, self.top_k)
+        starts = torch.tensor([0] + [len(p.ids) for p in pieces]).cumsum(0).tolist()
+        return [
+            Document.of({n: t[a:b] for n, t in tensors.items()}, piece.id)
+            for piece, (a, b) in zip(pieces, pairwise(starts), strict=True)
+        ]
+
+
+def entries_of(conversations: list[Conversation], tensors: dict[str, torch.Tensor]) -> list[Entry]:
+    """The index entries of one shard's documents."""
+    entries, start = [], 0
+    for c in conversations:
+        rows = slice(start, start + len(c.ids))
+        taught = tensors["loss_mask"][rows].roll(-1)
+        taught[-1] = False  # the mask of the first token says nothing of the last row
+        mass = tensors["teacher_logprobs"][rows][taught].exp().sum(-1)
+        entries.append(_entry(c, float(mass.mean()) if len(mass) else None))
+        start += len(c.ids)
+    return entries
+
+
+def _entry(c: Conversation, top_k_mass: float | None) -> Entry:
+    return Entry(
+        c.id, c.category, c.source, len(c.ids), c.trained, c.temperature, top_k_mass
+    )  # fmt: skip
+
+
+@torch.inference_mode()
+def extract_tensors(
+    target: Target, conversations: list[Conversation], top_k: int
+) -> dict[str, torch.Tensor]:
+    """The tensors of one shard (`data/shards.py`), [N, ...] over the tokens of the conversations.
+
+    The LM head runs on rows whose next token the assistant wrote alone: the others teach nothing.
+    """
+    by_length = sorted(range(len(conversations)), key=lambda i: -len(conversations[i].ids))
+    parts: list[dict[str, torch.Tensor]] = [{} for _ in conversations]
+    while by_length:
+        longest = len(conversations[by_length[0]].ids)
+        size = max(1, BATCH_TOKENS // longest)
+        batch, by_length = by_length[:size], by_length[size:]
+        for i, part in zip(batch, _run(target, [conversations[i] for i in batch]), strict=True):
+            parts[i] = part
+    tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    taught = torch.cat([_taught(c) for c in conversations])
+    tensors["teacher_ids"] = torch.zeros(len(taught), top_k, dtype=torch.int32)
+    tensors["teacher_logprobs"] = torch.zeros(len(taught), top_k)
+    for chunk in taught.nonzero()[:, 0].split(LOGIT_ROWS):
+        logits = target.logits(tensors["hidden"][chunk].to(target.device))
+        best_ids, logprobs = top_logprobs(logits, top_k)
+        tensors["teacher_ids"][chunk] = best_ids.int().cpu()
+        tensors["teacher_logprobs"][chunk] = logprobs.cpu()
+    return tensors
+
+
+def _run(target: Target, conversations: list[Conversation]) -> list[dict[str, torch.Tensor]]:
+    """Ids, mask, hidden states and shared KV of each conversation, from one padded forward."""
+    rows = [torch.tensor(c.ids) for c in conversations]
+    padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(target.device)
+    lengths = torch.tensor([len(row) for row in rows], device=target.device)
+    kept = torch.arange(padded.shape[1], device=target.device) < lengths[:, None]
+    seen = target.activations(padded, kept.long())
+    parts = []
+    for b, (c, row) in enumerate(zip(conversations, rows, strict=True)):
+        part = {"ids": row.int(), "loss_mask": torch.zeros(len(row), dtype=torch.bool)}
+        for start, end in c.spans:
+            part["loss_mask"][start:end] = True
+        part["hidden"] = seen.hidden[b, : len(row)].cpu()
+        for layer_type, (keys, values) in seen.shared_kv.items():
+            part[f"{layer_type}.keys"] = keys[b, :, : len(row)].transpose(0, 1).cpu()
+            part[f"{layer_type}.values"] = values[b, :, : len(row)].transpose(0, 1).cpu()
+        parts.append(part)
+    return parts
+
+
+def _taught(c: Conversation) -> torch.Tensor:
+    """[T] bool: rows whose next token the assistant wrote."""
+    taught = torch.zeros(len(c.ids), dtype=torch.bool)
+    for start, end in c.spans:
+        taught[max(start - 1, 0) : end - 1] = True
+    return taught

@@ -1,0 +1,338 @@
+"""On-policy conversations: the target answers the prompts, batched and resumable.
+
+Letters: B batch, V vocabulary.
+"""
+
+import asyncio
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import Progress, TaskID
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+
+from headstart.configs.schema import DataConfig
+from headstart.data.conversations import (
+    Conversation,
+    answered,
+    claim_folder,
+    part_path,
+    read_part,
+    stable_hash,
+    write_part,
+)
+from headstart.data.extraction import entries_of
+from headstart.data.progress import progress_bar
+from headstart.data.prompts import Prompt
+from headstart.data.recording import Recorder
+from headstart.data.server import AnswerServer
+from headstart.data.shards import shard_path, shard_settings, write_shard
+from headstart.data.store import check_space, stored_bytes, write_index
+from headstart.data.templates import encode_prompt
+from headstart.heads.targets import Target, TargetTokens
+
+
+@dataclass(frozen=True)
+class Job:
+    """One answer to be written."""
+
+    id: str
+    prompt: Prompt
+    prompt_ids: list[int]
+    temperature: float
+
+
+def make_jobs(
+    prompts: list[Prompt], temperatures: list[float], tokens: TargetTokens, config: DataConfig
+) -> list[Job]:
+    """The prompts as token ids, longest first, each with an id of its own and its temperature.
+
+    Raises:
+        ValueError: the target's chat template refuses more prompts than `data.max_bad_rows`.
+    """
+    jobs, refused, used = [], list[str](), Counter[str]()
+    for prompt, temperature in zip(prompts, temperatures, strict=True):
+        used[prompt.id] += 1  # a prompt may be answered several times
+        job_id = prompt.id if used[prompt.id] == 1 else f"{prompt.id}#{used[prompt.id]}"
+        try:
+            ids = encode_prompt(
+                prompt, tokens.tokenizer, config.max_prompt_tokens, config.chat_template_kwargs
+            )
+        except ValueError as error:
+            refused.append(f"{prompt.id}: {error}")
+            continue
+        jobs.append(Job(job_id, prompt, ids, temperature))
+    if refused:
+        report = f"{len(refused)} of {len(prompts)} prompts do not fit the chat template of "
+        report += f"{tokens.name} (first {refused[0]})"
+        if len(refused) > config.max_bad_rows * len(prompts):
+            raise ValueError(f"{report}; data.max_bad_rows={config.max_bad_rows:g} allows fewer")
+        print(f"{report}; skipped")
+    # Equal lengths together: less padding. Longest first: memory runs out at once or never.
+    return sorted(jobs, key=lambda job: -len(job.prompt_ids))
+
+
+class TemperatureMixture(LogitsProcessor):
+    """Chooses the next token of every sequence at a temperature of its own.
+
+    Used with `do_sample=False`: the chosen token gets an infinite score, so that the argmax takes
+    it. Sampling by inverse CDF needs one uniform number a row; `torch.multinomial` draws V of
+    them, which on a CPU took as long as the whole decoding step.
+
+    Args:
+        temperatures: [B]; 0 is greedy.
+        seed: of the uniform numbers.
+    """
+
+    def __init__(self, temperatures: list[float], seed: int):
+        self.sampled = torch.tensor([i for i, t in enumerate(temperatures) if t > 0])
+        self.temperatures = torch.tensor([t for t in temperatures if t > 0])[:, None]
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """`scores` [B, V] -> the same with +inf at the chosen tokens."""
+        if not len(self.sampled):
+            return scores
+        rows = self.sampled.to(scores.device)
+        logits = scores[rows].float() / self.temperatures.to(scores.device)
+        cdf = logits.softmax(-1).cumsum(-1)
+        uniform = torch.rand(len(rows), 1, generator=self.generator).to(scores.device)
+        # cdf ends a rounding error away from 1: scale by what it really ends at.
+        tokens = torch.searchsorted(cdf, uniform * cdf[:, -1:]).clamp_max(scores.shape[-1] - 1)
+        scores = scores.clone()
+        scores[rows, tokens[:, 0]] = torch.inf
+        return scores
+
+
+def conversation_settings(
+    jobs: list[Job], tokens: TargetTokens, config: DataConfig, seed: int, extract: bool
+) -> dict[str, Any]:
+    """What decides the conversations: equal settings, equal answers (of one machine)."""
+    asked = [[job.id, job.prompt_ids, job.temperature] for job in jobs]
+    return {
+        "target": tokens.name,
+        "revision": tokens.revision,
+        "fingerprint": tokens.fingerprint,
+        "tokenizer": tokens.tokenizer_hash,
+        "eos_ids": tokens.eos_ids,
+        "prompts": stable_hash(asked),
+        "conversations": len(jobs),
+        "max_new_tokens": config.max_new_tokens,
+        "generation_batch_size": config.generation_batch_size,
+        "seed": seed,
+        "teacher_top_k": config.teacher_top_k if extract else None,
+        "storage": config.storage if extract else None,
+    }
+
+
+def regenerate(
+    target: Target,
+    jobs: list[Job],
+    config: DataConfig,
+    seed: int,
+    folder: Path,
+    extract: bool,
+    description: str = "Generating",
+) -> None:
+    """Let the target answer in process, and keep what it computes on the way where asked to.
+
+    What an earlier call with the same settings has finished stays as it is.
+
+    Args:
+        target: the model that writes.
+        jobs: from `make_jobs`.
+        config: lengths, batch size, and how activations are stored.
+        seed: each batch is a function of it and of the batch's number alone, so that a resumed
+            call ends with the same conversations as an uninterrupted one.
+        folder: for one Parquet part and, with `extract`, one shard of activations a batch.
+        extract: whether to write the activation store from the same forwards.
+        description: label of the progress bar.
+
+    Raises:
+        ValueError: the folder was begun with other settings, or its disk is too small.
+        OSError: the disk is full; finished parts are kept.
+    """
+    batches = _batches(jobs, config)
+    claim_folder(folder, conversation_settings(jobs, target, config, seed, extract), len(batches))
+    settings = shard_settings(target, config.teacher_top_k, config.storage)
+    if extract:
+        missing = [b for i, b in enumerate(batches) if not part_path(folder, i).is_file()]
+        tokens = sum(len(j.prompt_ids) + config.max_new_tokens for b in missing for j in b)
+        each = stored_bytes(target, config)
+        check_space(folder, tokens * each)
+    with progress_bar() as bar:
+        task = bar.add_task(description, total=len(jobs), status="")
+        done = _Done(bar, task)
+        for number, batch in enumerate(batches):
+            path = part_path(folder, number)
+            if not path.is_file():
+                recorder = Recorder(target, config.teacher_top_k) if extract else None
+                answers = answer(target, batch, config.max_new_tokens, seed + number, recorder)
+                written = _conversations(batch, answers, target.eos_ids)
+                if recorder is not None:
+                    # First the shard, then the text: where the text is, the shard is whole.
+                    tensors = recorder.tensors([job.prompt_ids for job in batch], answers)
+                    entries = entries_of(written, tensors)
+                    write_shard(shard_path(folder, number), tensors, entries, settings)
+                write_part(path, written, target.tokenizer, target.name, target.revision)
+            done.add(path)
+    if extract and not (folder / "index.json").is_file():
+        write_index(folder, [shard_path(folder, i) for i in range(len(batches))], settings)
+
+
+def regenerate_by_server(
+    server: AnswerServer,
+    tokens: TargetTokens,
+    jobs: list[Job],
+    config: DataConfig,
+    seed: int,
+    folder: Path,
+) -> int:
+    """Let an OpenAI-compatible server answer; otherwise as `regenerate`.
+
+    Several batches are under way at once, so that one long answer holds up none of the others.
+
+    Returns:
+        How many answers came back as text alone and were tokenised again.
+
+    Raises:
+        ValueError, RuntimeError: what `AnswerServer` raises; finished parts are kept.
+    """
+    batches = _batches(jobs, config)
+    claim_folder(
+        folder, conversation_settings(jobs, tokens, config, seed, extract=False), len(batches)
+    )
+    retokenised = 0
+
+    async def write(number: int, batch: list[Job], done: _Done) -> None:
+        nonlocal retokenised
+        path = part_path(folder, number)
+        if not path.is_file():
+            first = number * config.generation_batch_size
+            answers = await asyncio.gather(
+                *(
+                    server.answer(
+                        job.prompt_ids, job.temperature, seed + first + i, config.max_new_tokens
+                    )
+                    for i, job in enumerate(batch)
+                )
+            )
+            retokenised += sum(answer.retokenised for answer in answers)
+            written = _conversations(batch, [a.ids for a in answers], tokens.eos_ids)
+            write_part(path, written, tokens.tokenizer, tokens.name, tokens.revision)
+        done.add(path)
+
+    async def write_all(done: _Done) -> None:
+        # Enough batches under way to keep the server busy, and no more: a kill loses those.
+        at_once = asyncio.Semaphore(1 + -(-server.concurrency // config.generation_batch_size))
+
+        async def bounded(number: int, batch: list[Job]) -> None:
+            async with at_once:
+                await write(number, batch, done)
+
+        async with server:
+            await server.check()
+            for note in server.notes:
+                print(note)
+            await asyncio.gather(*(bounded(number, batch) for number, batch in enumerate(batches)))
+
+    with progress_bar() as bar:
+        task = bar.add_task("Generating", total=len(jobs), status="")
+        asyncio.run(write_all(_Done(bar, task)))
+    return retokenised
+
+
+class _Done:
+    """Counts finished parts on a progress bar."""
+
+    def __init__(self, bar: Progress, task: TaskID):
+        self.bar, self.task, self.tokens = bar, task, 0
+
+    def add(self, path: Path) -> None:
+        conversations = read_part(path)
+        self.tokens += sum(c.trained for c in conversations)
+        self.bar.update(self.task, advance=len(conversations), status=f"{self.tokens} tokens")
+
+
+def _batches(jobs: list[Job], config: DataConfig) -> list[list[Job]]:
+    size = config.generation_batch_size
+    return [jobs[i : i + size] for i in range(0, len(jobs), size)]
+
+
+def _conversations(
+    jobs: list[Job], answers: list[list[int]], eos_ids: list[int]
+) -> list[Conversation]:
+    return [
+        answered(
+            job.prompt_ids,
+            ids,
+            id=job.id,
+            category=job.prompt.category,
+            source=job.prompt.source,
+            temperature=job.temperature,
+            finish_reason="stop" if ids and ids[-1] in eos_ids else "length",
+        )
+        for job, ids in zip(jobs, answers, strict=True)
+    ]
+
+
+@torch.inference_mode()
+def answer(
+    target: Target, jobs: list[Job], max_new_tokens: int, seed: int, recorder: Recorder | None
+) -> list[list[int]]:
+    """Responses of one batch, without padding; the end-of-sequence token is kept."""
+    inputs = target.tokenizer.pad(
+        {"input_ids": [job.prompt_ids for job in jobs]}, padding_side="left", return_tensors="pt"
+    ).to(target.device)
+    mixture = TemperatureMixture([job.temperature for job in jobs], seed)
+    settings = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=target.eos_ids,
+        pad_token_id=target.tokenizer.pad_token_id,
+    )
+    with compact_lm_head(target):
+        if recorder is None:
+            output = target.model.generate(
+                **inputs,
+                generation_config=settings,
+                logits_processor=LogitsProcessorList([mixture]),
+            )
+        else:
+            with recorder:
+                output = target.model.generate(
+                    **inputs,
+                    generation_config=settings,
+                    past_key_values=recorder.cache,
+                    # The recorder is to see the logits as the target emits them.
+                    logits_processor=LogitsProcessorList([recorder, mixture]),
+                )
+    responses = output[:, inputs["input_ids"].shape[1] :].tolist()
+    return [_cut_after(response, target.eos_ids) for response in responses]
+
+
+@contextmanager
+def compact_lm_head(target: Target) -> Iterator[None]:
+    """Make the LM head's input contiguous.
+
+    The prefill cuts the last row out of each sequence, and over such a strided input torch's linear
+    runs one product a sequence on a CPU: a minute for 64 prompts of Gemma 3 270M.
+    """
+    hook = target.model.get_output_embeddings().register_forward_pre_hook(
+        lambda module, args: (args[0].contiguous(),)
+    )
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _cut_after(ids: list[int], stops: list[int]) -> list[int]:
+    for i, token in enumerate(ids):
+        if token in stops:
+            return ids[: i + 1]
+    return ids

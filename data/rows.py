@@ -1,0 +1,131 @@
+"""Rows recognised: the layouts of common data sets, brought into chat turns.
+
+A row that cannot be used raises `BadRow` with a reason that can be counted.
+"""
+
+import json
+from typing import Any
+
+LAYOUTS = ("messages", "conversations", "prompt", "instruction", "text")
+"""Columns that a row is recognised by; the first one present decides."""
+COLUMNS = ("messages", "prompt", "response", "text", "id", "category", "source", "tools", "raw")
+"""What the `columns` of a source can map."""
+ROLES = {
+    "system": "system", "developer": "system",
+    "user": "user", "human": "user",
+    "assistant": "assistant", "model": "assistant", "gpt": "assistant", "bot": "assistant",
+    "tool": "tool", "function": "tool", "observation": "tool",
+}  # fmt: skip
+"""Roles of OpenAI, Gemma and ShareGPT -> the four that templates know."""
+TURN_KEYS = ("name", "tool_call_id", "tool_responses", "reasoning", "reasoning_content")
+"""Kept of a turn beside role, content and tool calls: what templates may read."""
+
+
+class BadRow(ValueError):
+    """The reason; what stands in parentheses is not counted apart."""
+
+
+def turn_text(turn: dict[str, Any]) -> str:
+    """The text of a turn; none where it only calls tools."""
+    content = turn.get("content", "")
+    return content if isinstance(content, str) else "".join(part["text"] for part in content)
+
+
+def renamed(row: dict[str, Any], columns: dict[str, str]) -> dict[str, Any]:
+    """The row under our names, without empty cells.
+
+    A layout that `columns` maps is the only one looked at.
+    """
+    chosen = [ours for ours in columns if ours in LAYOUTS]
+    for ours in chosen:
+        if columns[ours] not in row:
+            raise BadRow(f"no column {columns[ours]} (columns: {', '.join(sorted(row))})")
+    kept = {k: v for k, v in row.items() if k not in columns and not (chosen and k in LAYOUTS)}
+    kept |= {ours: row[theirs] for ours, theirs in columns.items() if theirs in row}
+    return {k: v for k, v in kept.items() if k in LAYOUTS or v not in (None, "")}
+
+
+def layout_of(row: dict[str, Any]) -> str:
+    """The first of `LAYOUTS` that the row has."""
+    for name in LAYOUTS:
+        if row.get(name) is not None:
+            return name
+    if row.keys().isdisjoint(LAYOUTS):
+        raise BadRow(f"no recognised column (columns: {', '.join(sorted(row))})")
+    raise BadRow("empty prompt")
+
+
+def messages_of(row: dict[str, Any], layout: str) -> list[dict[str, Any]]:
+    """The turns of a row, its answer last if there is one; at least one is the user's."""
+    messages = _messages(row, layout)
+    asked = [turn_text(turn) for turn in messages if turn["role"] == "user"]
+    if not asked:
+        raise BadRow("no user turn")
+    if not all(text.strip() for text in asked):
+        raise BadRow("empty prompt")
+    return messages
+
+
+def _messages(row: dict[str, Any], layout: str) -> list[dict[str, Any]]:
+    if layout in ("messages", "conversations"):
+        return [_turn(turn) for turn in objects(row[layout], layout)]
+    turns = _turns(row, layout, "user")
+    if layout == "prompt":
+        turns += _turns(row, "response", "assistant") or _turns(row, "completion", "assistant")
+    if layout == "instruction":
+        both = [turn_text(turn) for turn in turns + _turns(row, "input", "user")]
+        turns = [{"role": "user", "content": "\n\n".join(t for t in both if t.strip())}]
+        turns += _turns(row, "output", "assistant") or _turns(row, "response", "assistant")
+    return turns
+
+
+def _turns(row: dict[str, Any], name: str, role: str) -> list[dict[str, Any]]:
+    """A column as turns: a text is one of `role`, a list is turns already (as in TRL)."""
+    value = row.get(name)
+    if isinstance(value, str):
+        return [{"role": role, "content": value}]
+    if value is None or isinstance(value, list):
+        return [_turn(turn) for turn in objects(value or [], name)]
+    raise BadRow(f"`{name}` is not text")
+
+
+def objects(value: Any, name: str) -> list[dict[str, Any]]:
+    """A list of objects, or the JSON of one; `name` is its column."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            raise BadRow(f"`{name}` is not JSON") from None
+    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
+        raise BadRow(f"`{name}` is not a list of objects")
+    return value
+
+
+def _turn(turn: dict[str, Any]) -> dict[str, Any]:
+    """A turn of OpenAI's or ShareGPT's kind in OpenAI's."""
+    turn = {key: value for key, value in turn.items() if value is not None}
+    name = turn.get("role", turn.get("from"))
+    if name is None:
+        raise BadRow("turn without a role")
+    role = ROLES.get(str(name).lower())
+    if role is None:
+        raise BadRow(f"unknown role {str(name)[:40]!r}")
+    kept = {key: turn[key] for key in TURN_KEYS if key in turn}
+    if turn.get("tool_calls"):
+        kept["tool_calls"] = objects(turn["tool_calls"], "tool_calls")
+    content = turn.get("content", turn.get("value"))
+    if content is None:
+        if role != "assistant" or "tool_calls" not in kept:
+            raise BadRow("turn without content")
+        return {"role": role, **kept}
+    if not isinstance(content, str):
+        content = _text_parts(content)
+    return {"role": role, "content": content, **kept}
+
+
+def _text_parts(content: Any) -> list[dict[str, Any]]:
+    parts = objects(content, "content")
+    for part in parts:
+        if not isinstance(part.get("text"), str):
+            raise BadRow(f"content that is not text (a part of type {part.get('type')!r})")
+    return [{"type": "text", "text": part["text"]} for part in parts]

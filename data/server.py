@@ -1,0 +1,296 @@
+"""Answers of a server that runs the target behind the OpenAI API: vLLM, SGLang, llama.cpp.
+
+Prompts go out as token ids, so that no second tokenizer sees them, and token ids come back where
+the server has them: several sequences of ids spell one text. `/v1/completions` gives them, the
+end-of-sequence token included, as
+
+- `choices[0].token_ids`, asked for by `return_token_ids`: vLLM since August 2025 and SGLang since
+  July 2026 (https://github.com/vllm-project/vllm/pull/22587,
+  https://github.com/sgl-project/sglang/pull/30917);
+- `__verbose.tokens`, asked for by `verbose` and `return_tokens`: llama.cpp since June 2026
+  (https://github.com/ggml-org/llama.cpp/pull/24864);
+- log-probabilities, which carry an `id` (llama.cpp) or `token_id:N` as their text (vLLM).
+
+All three ignore fields that they do not know, so one request fits them all.
+"""
+
+import asyncio
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+MAX_RETRIES = 45
+"""Of each request. openai waits 0.5, 1, 2, 4 and from then on 8 seconds, less up to a quarter
+drawn at random: about five minutes, time to start a server again and to load its weights."""
+TIMEOUT_SECONDS = 3600
+"""For a whole answer, of which nothing is heard before it is complete; it may queue for long."""
+PROBE = "A café sells 12 naïve cups, 日本語.\n"
+"""What both tokenizers are asked for, and the prompt of the first request."""
+KEPT = "What is finished is kept: start the server and give the same command again"
+
+PLAIN_SAMPLING: dict[str, Any] = {
+    # Servers have defaults of their own (llama.cpp: top 40, min-p 0.05) or take the model's (Gemma:
+    # top 64, top-p 0.95), but wanted is the model's own distribution.
+    "top_k": -1,  # off: SGLang and older vLLM refuse 0, llama.cpp makes it 0
+    "min_p": 0.0, "ignore_eos": False, "add_special_tokens": False,
+    "repetition_penalty": 1.0, "skip_special_tokens": False,  # vLLM, SGLang
+    "samplers": ["temperature"], "mirostat": 0, "dynatemp_range": 0.0,  # llama.cpp
+    # With llama.cpp's cache an answer also depends on what its slot computed before
+    # (https://github.com/ggml-org/llama.cpp/issues/2838).
+    "cache_prompt": False,
+}  # fmt: skip
+WITH_IDS = PLAIN_SAMPLING | {"return_token_ids": True, "return_tokens": True, "verbose": True}
+# Not from the start: they made llama.cpp a quarter slower (270M, CPU), and it drops them where a
+# text ends inside a character.
+WITH_LOGPROBS = WITH_IDS | {"logprobs": 1, "return_tokens_as_token_ids": True}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One response of the target."""
+
+    ids: list[int]
+    """Ends with an end-of-sequence token where `finish_reason` is `stop`."""
+    finish_reason: str
+    """`stop`, or `length`: cut off after `max_new_tokens`, at the end of the server's context, or
+    by a stop rule of the server's that is none of the target's."""
+    retokenised: bool
+    """The server gave text alone: the target may have written other ids."""
+
+
+class AnswerServer:
+    """A client of the server: `check` it first; `async with` closes its connections.
+
+    The key is read from `OPENAI_API_KEY`. What may pass (no connection, HTTP 408, 409, 429, 5xx:
+    llama.cpp says 503 while it loads) is tried again for about five minutes.
+
+    Args:
+        url: of the server, with or without `/v1`.
+        model: its name there; None: the only one that the server lists.
+        concurrency: requests under way at once.
+        tokenizer: the target's.
+        eos_ids: the target's end-of-sequence tokens; the first stands for one that the server
+            does not name.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        model: str | None,
+        concurrency: int,
+        tokenizer: PreTrainedTokenizerBase,
+        eos_ids: list[int],
+    ):
+        from openai import AsyncOpenAI, Timeout  # half a second that nobody else should pay
+
+        self.url = url.rstrip("/").removesuffix("/v1")
+        self.model = model
+        self.concurrency = concurrency
+        self.tokenizer = tokenizer
+        self.eos_ids = eos_ids
+        self.notes: list[str] = []
+        """What the user should know of this server, filled by `check`."""
+        self._extras = WITH_IDS
+        self._slots = asyncio.Semaphore(concurrency)
+        self._client = AsyncOpenAI(
+            base_url=f"{self.url}/v1",
+            api_key=os.environ.get("OPENAI_API_KEY") or "none",
+            max_retries=MAX_RETRIES,
+            timeout=Timeout(TIMEOUT_SECONDS, connect=10),
+        )
+
+    async def __aenter__(self) -> "AnswerServer":
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        await self._client.close()
+
+    async def check(self) -> None:
+        """Find the model and how to ask it for ids, and see that it is the target.
+
+        Raises:
+            ValueError: nothing answers at the URL (at once, without retries); no such model, or
+                several; the server refuses a short request, adds tokens to it, or tokenises
+                otherwise than the target.
+            RuntimeError: a server is there, but did not come up in five minutes.
+        """
+        self.notes.clear()
+        with self._explained():
+            self.model = await self._find_model()
+            await self._compare_tokenizers()
+            await self._choose_extras()
+
+    async def answer(
+        self, prompt_ids: list[int], temperature: float, seed: int, max_new_tokens: int
+    ) -> Answer:
+        """Let the target answer one prompt, sampling from its own distribution.
+
+        Args:
+            prompt_ids: the whole prompt, <bos> included.
+            temperature: 0 is greedy.
+            seed: its lower 31 bits are sent, which every server takes. It makes an answer
+                repeatable as far as the server does: floats differ with the batch that a request
+                falls into, and SGLang heeds seeds only with deterministic inference on.
+            max_new_tokens: limit of the response, its end-of-sequence token included.
+
+        Raises:
+            ValueError: the server refuses the request, or its ids are outside the vocabulary.
+            RuntimeError: the server stayed away for five minutes, or broke the answer off.
+        """
+        async with self._slots:
+            with self._explained():
+                body = await self._complete(
+                    prompt_ids, temperature, seed, max_new_tokens, self._extras
+                )
+        return read_answer(body, self.tokenizer, self.eos_ids)
+
+    async def _complete(
+        self, ids: list[int], temperature: float, seed: int, limit: int, extras: dict[str, Any]
+    ) -> dict[str, Any]:
+        assert self.model is not None, "check() comes first"
+        completion = await self._client.completions.create(
+            model=self.model, prompt=ids, max_tokens=limit, temperature=temperature, top_p=1.0,
+            seed=seed % 2**31, extra_body=extras,
+        )  # fmt: skip
+        return completion.to_dict(warnings=False)  # llama.cpp's types are not quite openai's
+
+    async def _find_model(self) -> str:
+        from openai import APIConnectionError, APIStatusError, NotFoundError
+
+        try:
+            await self._client.with_options(max_retries=0).models.list()
+        except APIConnectionError as error:
+            raise ValueError(
+                f"no OpenAI-compatible server answers at {self.url}: {error.__cause__ or error}; "
+                "start one with e.g. `vllm serve TARGET` or `llama-server -m TARGET.gguf`"
+            ) from error
+        except APIStatusError:
+            pass  # somebody is there, perhaps loading weights: from here on with patience
+        try:
+            served = [model.id async for model in self._client.models.list()]
+        except NotFoundError:
+            served = []  # it does not list its models
+        names = ", ".join(served) or "no model"
+        if self.model is None and len(served) != 1:
+            raise ValueError(f"name the model: {self.url} lists {names}")
+        if self.model is not None and served and self.model not in served:
+            raise ValueError(f"{self.url} does not serve {self.model!r}; it lists {names}")
+        return self.model or served[0]
+
+    async def _compare_tokenizers(self) -> None:
+        from openai import APIError
+
+        vllm = {"model": self.model, "prompt": PROBE, "add_special_tokens": False}  # and SGLang
+        llama_cpp = {"content": PROBE, "add_special": False}
+        try:
+            body: Any = await self._client.with_options(max_retries=2).post(
+                f"{self.url}/tokenize", cast_to=object, body=vllm | llama_cpp
+            )
+        except APIError:
+            return  # not offered
+        theirs = body.get("tokens") if isinstance(body, dict) else None
+        ours = self.tokenizer(PROBE, add_special_tokens=False)["input_ids"]
+        if theirs is not None and theirs != ours:
+            raise ValueError(
+                f"{self.url} runs another model: its tokenizer makes {theirs} of {PROBE!r}, the "
+                f"target's makes {ours}"
+            )
+
+    async def _choose_extras(self) -> None:
+        from openai import BadRequestError, UnprocessableEntityError
+
+        prompt_ids = self.tokenizer(PROBE)["input_ids"]
+        accepted: list[dict[str, Any]] = []
+        for extras in (WITH_IDS, WITH_LOGPROBS, {}):
+            try:
+                body = await self._complete(prompt_ids, 0.0, 0, 1, extras)
+            except (BadRequestError, UnprocessableEntityError):
+                if not extras and not accepted:
+                    raise
+                continue
+            counted = (body.get("usage") or {}).get("prompt_tokens", len(prompt_ids))
+            if counted != len(prompt_ids):
+                raise ValueError(f"{self.url} makes {counted} tokens of {len(prompt_ids)} ids")
+            read_answer(body, self.tokenizer, self.eos_ids)
+            accepted.append(extras)
+            if server_ids(body) is not None:
+                self._extras = extras
+                break
+        else:
+            self._extras = accepted[0]
+            self.notes.append("the server gives text alone, which is tokenised again")
+        if not self._extras:
+            self.notes.append("it refuses settings, so its own top-k and penalties may apply")
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """openai's errors as ours, in one line."""
+        from openai import APIConnectionError, APIStatusError
+
+        try:
+            yield
+        except (APIConnectionError, APIStatusError) as error:
+            status = error.status_code if isinstance(error, APIStatusError) else None
+            if status in (401, 403):  # what a server says of a key may quote it
+                raise ValueError(f"{self.url} refuses the key in OPENAI_API_KEY") from None
+            said = error.body.get("message") if isinstance(error.body, dict) else error.body
+            reason = " ".join(str(said or error.__cause__ or error).split())
+            if status is None or status >= 500 or status in (408, 409, 429):
+                raise RuntimeError(
+                    f"{self.url} gave no answer in {MAX_RETRIES + 1} attempts ({reason}). {KEPT}"
+                ) from error
+            raise ValueError(f"{self.url} refuses with HTTP {status}: {reason}") from error
+
+
+def read_answer(
+    body: dict[str, Any], tokenizer: PreTrainedTokenizerBase, eos_ids: list[int]
+) -> Answer:
+    """The first choice of a response of `/v1/completions`; raises as `AnswerServer.answer`."""
+    choice = body["choices"][0]
+    stopped = choice["finish_reason"] == "stop"
+    if not stopped and choice["finish_reason"] != "length":
+        raise RuntimeError(f"the server broke an answer off ({choice['finish_reason']}). {KEPT}")
+    given = server_ids(body)
+    retokenised = given is None
+    ids = given or tokenizer(choice["text"], add_special_tokens=False)["input_ids"]
+    if stopped and not set(eos_ids) & set(ids) and (retokenised or _written(body) != len(ids)):
+        # vLLM names a stop token other than the model's first, SGLang any; a text is a stop word.
+        stop = choice.get("stop_reason", choice.get("matched_stop"))
+        if not isinstance(stop, str):
+            ids = [*ids, eos_ids[0] if stop is None else stop]
+    if max(ids, default=0) >= len(tokenizer):
+        raise ValueError(
+            f"the server runs another model: its token {max(ids)} is outside the target's "
+            f"vocabulary of {len(tokenizer)}"
+        )
+    # The server may know fewer end tokens than the target has, and write on.
+    ends = [i for i, token in enumerate(ids) if token in eos_ids]
+    if ends:
+        return Answer(ids[: ends[0] + 1], "stop", retokenised)
+    return Answer(ids, "length", retokenised)
+
+
+def server_ids(body: dict[str, Any]) -> list[int] | None:
+    """The token ids in a response; None: it has none, or fewer than it says were written."""
+    choice = body["choices"][0]
+    logprobs = choice.get("logprobs") or {}
+    ids = choice.get("token_ids") or (body.get("__verbose") or {}).get("tokens")
+    if not ids and logprobs.get("content"):
+        ids = [entry["id"] for entry in logprobs["content"] if "id" in entry]
+    if not ids and logprobs.get("tokens"):
+        ids = [int(t.split(":")[1]) for t in logprobs["tokens"] if t.startswith("token_id:")]
+    if not ids:
+        return None
+    missing = (_written(body) or len(ids)) - len(ids)
+    # An end token may be counted and yet be left out.
+    whole = missing == 0 or (missing == 1 and choice["finish_reason"] == "stop")
+    return list(ids) if whole else None
+
+
+def _written(body: dict[str, Any]) -> int | None:
+    count: int | None = (body.get("usage") or {}).get("completion_tokens")
+    return count

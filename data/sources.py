@@ -1,0 +1,284 @@
+"""Raw rows from any source: local files of several kinds, folders, globs, Hugging Face datasets.
+
+A row is a dict, or a string: the reason why this row is unusable. One bad row never fails its
+file; a file that cannot be read at all is a `ValueError`. Nothing is held in memory but the row
+in hand (and the row group of a Parquet file).
+"""
+
+import codecs
+import csv
+import glob
+import gzip
+import io
+import json
+import re
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from headstart.configs.schema import SourceConfig
+
+Row = dict[str, Any] | str
+"""The columns of a row, or the reason why it is unusable."""
+
+FILES = {
+    ".jsonl": "json", ".ndjson": "json", ".json": "json", ".parquet": "parquet", ".arrow": "arrow",
+    ".csv": "csv", ".tsv": "csv", ".txt": "text", ".md": "text",
+}  # fmt: skip
+"""How each kind of file is read. JSON, CSV and text may be compressed: `.jsonl.gz`."""
+
+HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a row stands; as a string `prompts.jsonl:3`, or `train.parquet[17]` without lines."""
+
+    name: str
+    """The file, or the id of the Hub dataset."""
+    number: int
+    """Line, from 1; or row, from 0."""
+    is_line: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.name}:{self.number}" if self.is_line else f"{self.name}[{self.number}]"
+
+    @property
+    def id(self) -> str:
+        """An id for the row if it has none of its own, such as `prompts-00003`."""
+        return f"{Path(self.name.removesuffix('.gz')).stem}-{self.number:05d}"
+
+
+def read_rows(source: SourceConfig) -> Iterator[tuple[Place, Row]]:
+    """The rows of a source, in order, each with its place.
+
+    A path that exists is read from disk: a file by its ending, a folder of `save_to_disk`, or all
+    the files of known endings under a folder or that a glob matches, in sorted order (take one
+    split of a downloaded dataset with a glob: `data/train-*.parquet`). Anything else that does
+    not look like a path is the id of a Hugging Face dataset. Code of a dataset is never run.
+
+    Raises:
+        ValueError: a source that is missing, of an unknown kind, or that cannot be loaded.
+    """
+    path = Path(source.path).expanduser()
+    if _is_saved(path):
+        yield from _saved_rows(path, source.split)
+    elif path.exists() or glob.has_magic(source.path):
+        for file in _files(path):
+            yield from _file_rows(file)
+    elif _kind(path) or not HUB_ID.fullmatch(source.path):
+        raise ValueError(f"no prompt file {source.path}")
+    else:
+        yield from _hub_rows(source)
+
+
+def _kind(path: Path) -> str | None:
+    return FILES.get(Path(path.name.removesuffix(".gz")).suffix)
+
+
+def _is_saved(path: Path) -> bool:
+    return (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
+
+
+def _files(path: Path) -> list[Path]:
+    if path.is_file():
+        if _kind(path):
+            return [path]
+        raise ValueError(f"{path}: unknown kind of file; rename or convert it: {', '.join(FILES)}")
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.is_file() and _kind(file))
+        # README.md and LICENSE.txt stand beside many a data set, and are no prompts.
+        files = [file for file in files if _kind(file) != "text"] or files
+    else:
+        matches = sorted(map(Path, glob.glob(str(path), recursive=True)))
+        files = [file for file in matches if file.is_file() and _kind(file)]
+    if not files:
+        raise ValueError(f"no prompt file {path}: nothing there that ends in {', '.join(FILES)}")
+    return files
+
+
+def _file_rows(path: Path) -> Iterator[tuple[Place, Row]]:
+    try:
+        match _kind(path):
+            case "json" if not _is_array(path):
+                yield from _lines(path, _json_row)
+            case "json":
+                yield from _numbered(path, _array_rows(path))
+            case "text":
+                yield from _lines(path, _text_row)
+            case "csv":
+                yield from _numbered(path, _csv_rows(path))
+            case kind:
+                assert kind is not None
+                yield from _numbered(path, _columnar_rows(path, kind))
+    # EOFError and zlib.error: a damaged .gz.
+    except (OSError, EOFError, zlib.error, ValueError, RecursionError, csv.Error) as error:
+        raise ValueError(f"cannot read {path}: {_one_line(error)}") from error
+
+
+def _numbered(path: Path, rows: Iterable[Row]) -> Iterator[tuple[Place, Row]]:
+    for number, row in enumerate(rows):
+        yield Place(str(path), number), row
+
+
+def _open(path: Path) -> IO[bytes]:
+    """The bytes of a file, decompressed."""
+    return gzip.open(path) if path.suffix == ".gz" else path.open("rb")  # type: ignore[return-value]
+
+
+def _lines(path: Path, parse: Callable[[bytes], Any]) -> Iterator[tuple[Place, Row]]:
+    with _open(path) as file:
+        for number, line in enumerate(file, start=1):
+            line = (line.removeprefix(codecs.BOM_UTF8) if number == 1 else line).strip()
+            if line:
+                yield Place(str(path), number, is_line=True), _parsed(line, parse)
+
+
+def _parsed(line: bytes, parse: Callable[[bytes], Any]) -> Row:
+    try:
+        row = parse(line)
+    except UnicodeError as error:
+        return _not_text(error)
+    except json.JSONDecodeError as error:
+        return f"not JSON ({error.msg} at column {error.colno})"
+    except (ValueError, RecursionError) as error:  # an endless number, endless nesting
+        return f"not JSON ({error})"
+    return row if isinstance(row, dict) else 'not an object such as {"prompt": ...}'
+
+
+def _json_row(line: bytes) -> Any:
+    row = json.loads(line.decode())
+    if SURROGATE.search(line):
+        _check_text(row)
+    return row
+
+
+def _text_row(line: bytes) -> dict[str, Any]:
+    return {"prompt": line.decode()}
+
+
+def _check_text(row: Any) -> None:
+    """Raises UnicodeError for half a surrogate pair: a str may hold it, but no tokenizer."""
+    json.dumps(row, ensure_ascii=False).encode()
+
+
+def _not_text(error: UnicodeError) -> str:
+    return "not UTF-8" if isinstance(error, UnicodeDecodeError) else "half a surrogate pair"
+
+
+def _is_array(path: Path) -> bool:
+    """Whether a `.json` file is one array of rows, as Alpaca's and ShareGPT's are."""
+    if Path(path.name.removesuffix(".gz")).suffix != ".json":
+        return False
+    with _open(path) as file:
+        return file.read(4096).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
+
+
+def _array_rows(path: Path) -> Iterator[Row]:
+    with _open(path) as file:
+        rows = json.loads(file.read().decode("utf-8-sig"))
+    for row in rows:
+        yield _parsed(json.dumps(row).encode(), _json_row)
+
+
+def _csv_rows(path: Path) -> Iterator[Row]:
+    """Cells as they stand: `datasets` reads through pandas, which makes 7 of 007, None of NA."""
+    csv.field_size_limit(2**31 - 1)  # Python's limit of 131,072 characters is below a long prompt
+    delimiter = "\t" if ".tsv" in path.suffixes else ","
+    with io.TextIOWrapper(
+        _open(path), encoding="utf-8-sig", errors="surrogateescape", newline=""
+    ) as file:
+        # Strict: a stray quote would otherwise swallow the rest of the file as one cell.
+        for row in csv.DictReader(file, delimiter=delimiter, strict=True):
+            yield _csv_row(row)
+
+
+def _csv_row(row: dict[Any, Any]) -> Row:
+    if None in row:
+        return "more cells than columns"
+    try:
+        _check_text(row)
+    except UnicodeError:
+        return "not UTF-8"
+    return row
+
+
+def _columnar_rows(path: Path, kind: str) -> Iterator[Row]:
+    import datasets
+
+    datasets.disable_progress_bars()
+    # Escaped, since `datasets` takes file names for patterns.
+    files = glob.escape(str(path))
+    for row in datasets.load_dataset(kind, data_files=files, split="train", streaming=True):
+        yield _filled(row)
+
+
+def _saved_rows(path: Path, split: str) -> Iterator[tuple[Place, Row]]:
+    import datasets
+
+    try:
+        rows = datasets.load_from_disk(str(path))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read {path}: {_one_line(error)}") from error
+    if isinstance(rows, datasets.DatasetDict):
+        if split not in rows:
+            raise ValueError(f"{path} has no split {split}: set `split`, one of {list(rows)}")
+        rows = rows[split]
+    yield from _numbered(path, map(_filled, rows))
+
+
+def _hub_rows(source: SourceConfig) -> Iterator[tuple[Place, Row]]:
+    import datasets
+
+    datasets.disable_progress_bars()
+    try:
+        rows = datasets.load_dataset(
+            source.path,
+            source.name,
+            split=source.split,
+            revision=source.revision,
+            streaming=source.streaming,
+        )
+        for number, row in enumerate(rows):
+            yield Place(source.path, number), _filled(row)
+    # RuntimeError: the dataset is a script.
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        raise ValueError(
+            f"cannot load the dataset {source.path} from the Hugging Face Hub: "
+            f"{_one_line(error)}; {_cure(source, error)}"
+        ) from error
+
+
+def _cure(source: SourceConfig, error: Exception) -> str:
+    text = str(error)
+    if "Config name is missing" in text or "BuilderConfig" in text:
+        return "set the source's `name` to one of its configurations"
+    if "split" in text:
+        return "set the source's `split`" + (
+            " (slices do not stream: use `limit`)" if source.streaming and "[" in text else ""
+        )
+    if isinstance(error, RuntimeError):
+        return "code of a dataset is never run: download its data files and name those"
+    return (
+        "no local file has this name either; check the spelling and the network, and for a private "
+        "or gated dataset ask for access and run `hf auth login`"
+    )
+
+
+def _one_line(error: Exception) -> str:
+    """The message without the line breaks and the examples that follow it."""
+    return " ".join(str(error).split("\nExample")[0].split()).rstrip(".")
+
+
+def _filled(row: dict[str, Any]) -> dict[str, Any]:
+    return {column: _without_nulls(value) for column, value in row.items()}
+
+
+def _without_nulls(value: Any) -> Any:
+    """Without the keys that Arrow adds, as None, to the structs that lack them."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(v) for key, v in value.items() if v is not None}
+    return [_without_nulls(v) for v in value] if isinstance(value, list) else value

@@ -1,0 +1,130 @@
+"""Extraction: what is stored is what a clean forward gives, and what the online mode gives."""
+
+import resource
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from headstart.configs.schema import DataConfig
+from headstart.data import extraction
+from headstart.data.conversations import Conversation
+from headstart.data.extraction import OnlineActivations, extract
+from headstart.data.loader import AnchorLoader
+from headstart.data.store import ActivationStore
+from headstart.heads.targets import Target
+from headstart.train.loop import build_head
+from headstart.train.objectives import batch_sums
+from tests.conftest import make_target
+from tests.samples import conversations
+from tests.train.test_loop import tiny_config
+
+CONFIG = DataConfig(teacher_top_k=5)
+
+
+def extract_all(
+    target: Target, rows: list[Conversation], folder: Path, config: DataConfig = CONFIG
+) -> ActivationStore:
+    return extract(target, rows, len(rows), sum(len(r.ids) for r in rows), config, folder)
+
+
+@pytest.fixture(autouse=True)
+def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(extraction, "SHARD", 4)
+
+
+def test_what_is_stored_is_what_one_clean_forward_gives(target: Target, tmp_path: Path) -> None:
+    rows = conversations(11)
+    store = extract_all(target, rows, tmp_path)
+    assert len(store) == 11
+    for conversation, document in zip(rows, store.read(range(11)), strict=True):
+        seen = target.activations(torch.tensor([conversation.ids]))
+        assert document.ids.tolist() == conversation.ids
+        assert document.loss_mask.nonzero()[:, 0].tolist() == list(range(5, len(conversation.ids)))
+        close: dict[str, Any] = {"atol": 1e-5, "rtol": 1e-4}
+        torch.testing.assert_close(document.hidden, seen.hidden[0], **close)
+        for layer_type, (keys, values) in document.shared_kv.items():
+            wanted = seen.shared_kv[layer_type]
+            torch.testing.assert_close(keys.transpose(0, 1), wanted[0][0], **close)
+            torch.testing.assert_close(values.transpose(0, 1), wanted[1][0], **close)
+        best = target.logits(seen.hidden[0]).log_softmax(-1).topk(5)
+        taught = slice(4, -1)
+        torch.testing.assert_close(
+            document.teacher_logprobs[taught], best.values[taught], atol=1e-4, rtol=1e-4
+        )
+        assert torch.equal(document.teacher_ids[taught].long(), best.indices[taught])
+        untaught = document.teacher_logprobs[[0, 1, 2, 3, -1]]
+        assert not untaught.any(), "the LM head does not run where nothing is to be learnt"
+
+
+def test_the_index_says_what_mass_the_top_k_hold(tiny: Target, tmp_path: Path) -> None:
+    store = extract_all(tiny, conversations(3), tmp_path)
+    for entry, document in zip(store.entries, store.read(range(3)), strict=True):
+        logprobs = tiny.logits(document.hidden).log_softmax(-1)[4:-1]
+        assert entry.top_k_mass == pytest.approx(
+            float(logprobs.topk(5).values.exp().sum(-1).mean()), abs=1e-5
+        )
+
+
+def test_an_interrupted_extraction_keeps_its_shards(
+    tiny: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = extraction.extract_tensors, []
+
+    def count(*args: Any) -> object:
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(extraction, "extract_tensors", count)
+    with pytest.raises(KeyboardInterrupt):
+        extract_all(tiny, conversations(11), tmp_path)
+    with pytest.raises(ValueError, match="is unfinished: run the command that makes it again"):
+        ActivationStore(tmp_path)
+    assert len(extract_all(tiny, conversations(11), tmp_path)) == 11
+    assert len(calls) == 4, "the first shard was kept, the second and third were made"
+
+
+def test_a_store_of_other_conversations_is_not_gone_on_with(tiny: Target, tmp_path: Path) -> None:
+    extract_all(tiny, conversations(5), tmp_path)
+    with pytest.raises(ValueError, match="holds other conversations: name another folder"):
+        extract_all(tiny, conversations(6)[1:], tmp_path)
+
+
+def test_the_online_mode_gives_the_loss_of_the_stored_one(target: Target, tmp_path: Path) -> None:
+    """Over several batches, with conversations cut to pieces."""
+    config = DataConfig(teacher_top_k=16, max_tokens=24)
+    rows = conversations(9)
+    stored = extract_all(target, rows, tmp_path, config)
+    online = OnlineActivations(target, rows, config)
+    assert len(stored) == len(online.entries) > 9
+    run = tiny_config(tmp_path, "head.start=random")
+    head = build_head(target, run, stored)
+    weights = torch.tensor([1.0, 0.8, 0.64])
+    loaders = [AnchorLoader(documents, 4, 8, 3, seed=1) for documents in (stored, online)]
+    for number in range(4):
+        sums = [
+            batch_sums(head, target, loader.batch(number), weights, 64, number, bfloat16=False)
+            for loader in loaders
+        ]
+        per_row = [float(s["loss_sum"].detach() / s["rows"]) for s in sums]
+        assert per_row[0] == pytest.approx(per_row[1], abs=1e-5)
+
+
+def test_memory_does_not_grow_with_the_number_of_conversations(tmp_path: Path) -> None:
+    """Peak resident memory against the bytes that went through."""
+    target = make_target("gemma4")
+    one = conversations(1)[0]
+    small = DataConfig(teacher_top_k=256)
+    per_conversation = 12 * (256 * 8 + 500)
+
+    def peak_after(count: int, name: str) -> int:
+        stream = (one for _ in range(count))
+        extract(target, stream, count, 12 * count, small, tmp_path / name)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    first = peak_after(64, "warm")
+    grown = peak_after(2000, "many") - first
+    assert grown < 0.5 * 2000 * per_conversation, "less than half of what was written"

@@ -1,0 +1,154 @@
+"""SIGKILL at random moments, and disks that fill up: a resumed call ends with the same content."""
+
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from headstart.configs.schema import DataConfig
+from headstart.data import extraction
+from headstart.data.conversations import finished_parts, read_part
+from headstart.data.extraction import extract
+from headstart.data.regenerate import regenerate
+from headstart.data.store import ActivationStore
+from headstart.heads.targets import Target, load_target
+from tests.samples import conversations, jobs
+
+KILLS = 20
+CONFIG = DataConfig(max_new_tokens=6, generation_batch_size=2, teacher_top_k=4)
+
+
+def run_regenerate(target: Target, folder: Path) -> None:
+    asked = jobs(target, [0.0, 1.0] * 12, CONFIG)
+    regenerate(target, asked, CONFIG, 7, folder, extract=True)
+
+
+def run_extract(target: Target, folder: Path) -> None:
+    extraction.SHARD = 2  # in a process of its own
+    rows = conversations(40)
+    extract(target, rows, len(rows), sum(len(row.ids) for row in rows), CONFIG, folder)
+
+
+def child(work: Callable[[Target, Path], None], folder: Path, ready: Path) -> None:
+    """What is killed: begins when the target is there, so that kills fall into the work."""
+    torch.set_num_threads(1)
+    sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    target = load_target("tiny-gemma4", "float32")
+    ready.touch()
+    work(target, folder)
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """Every file: what a killed process left behind is to be cleared away too."""
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+@pytest.mark.parametrize("work", [run_regenerate, run_extract])
+def test_kills_at_random_moments_lose_only_the_batch_in_flight(
+    work: Callable[[Target, Path], None], tmp_path: Path
+) -> None:
+    """Each resumed process is killed again, at a moment drawn over the length of a whole run."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    ready = tmp_path / "ready"
+
+    def start(folder: Path) -> tuple[multiprocessing.process.BaseProcess, float]:
+        ready.unlink(missing_ok=True)
+        process = context.Process(target=child, args=(work, folder, ready))
+        process.start()
+        while process.is_alive() and not ready.exists():
+            time.sleep(0.002)
+        return process, time.monotonic()
+
+    process, begun = start(tmp_path / "whole")
+    process.join()
+    assert process.exitcode == 0
+    length = time.monotonic() - begun
+    expected = content(tmp_path / "whole")
+
+    rng = random.Random(0)
+    kills, round_number = 0, 0
+    finished: set[str] = set()
+    while kills < KILLS:
+        folder = tmp_path / f"cut-{round_number}"
+        process, _ = start(folder)
+        process.join(timeout=rng.uniform(0, 0.7 * length))
+        if process.exitcode is None:
+            os.kill(process.pid or 0, signal.SIGKILL)
+            process.join()
+            assert process.exitcode == -signal.SIGKILL
+            kills += 1
+        now = {p.name for p in folder.glob("[ps]*-*") if not p.name.endswith(".part")}
+        assert finished <= now, "nothing that was finished is lost"
+        finished = now
+        if process.exitcode == 0:  # it came through between kills: begin another
+            assert content(folder) == expected
+            round_number, finished = round_number + 1, set()
+    process, _ = start(folder)
+    process.join()
+    assert process.exitcode == 0
+    assert content(folder) == expected
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 300 KiB; skipped where mounting is not allowed."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=300k", "none", str(folder)]
+    if subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("needs the right to mount a tmpfs")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def fill(folder: Path, leave: int) -> None:
+    status = os.statvfs(folder)
+    (folder / "filler").write_bytes(b"x" * max(0, status.f_bavail * status.f_frsize - leave))
+
+
+@pytest.mark.parametrize("work", [run_regenerate, run_extract])
+def test_a_disk_that_fills_up_stops_the_run_and_loses_nothing(
+    work: Callable[[Target, Path], None],
+    small_disk: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Something else takes the room that the check found; then the room is given back."""
+    monkeypatch.setattr(extraction, "SHARD", 2)
+    target = load_target("tiny-gemma4", "float32")
+    work(target, tmp_path / "whole")
+    out = small_disk / "out"
+    out.mkdir()
+    fill(small_disk, 150 * 1024)
+    with pytest.raises(ValueError, match="its disk has 0 MiB free: make room"):
+        work(target, out)
+    monkeypatch.setattr("headstart.data.extraction.check_space", lambda *args: None)
+    monkeypatch.setattr("headstart.data.regenerate.check_space", lambda *args: None)
+    with pytest.raises(OSError, match=r"could not be written .*: make room, then run the same"):
+        work(target, out)
+    assert (
+        1
+        <= len(list(out.glob("shard-*.safetensors")))
+        < len(list((tmp_path / "whole").glob("shard-*.safetensors")))
+    )
+    (small_disk / "filler").unlink()
+    subprocess.run(["mount", "-o", "remount,size=8m", str(small_disk)], check=True)
+    work(target, out)
+    assert content(out) == content(tmp_path / "whole")
+
+
+def test_a_finished_run_is_read_back(tmp_path: Path) -> None:
+    target = load_target("tiny-gemma4", "float32")
+    run_regenerate(target, tmp_path)
+    rows = [c for part in finished_parts(tmp_path) for c in read_part(part)]
+    assert len({c.id for c in rows}) == len(rows) == 24
+    assert len(ActivationStore(tmp_path, target)) == 24

@@ -1,0 +1,222 @@
+"""Regeneration in process: what the target says, batched, resumed, and recorded on the way."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from headstart.configs.schema import DataConfig
+from headstart.data import regenerate as module
+from headstart.data.conversations import (
+    Conversation,
+    count_tokens,
+    finished_parts,
+    part_path,
+    read_part,
+)
+from headstart.data.prompts import Prompt
+from headstart.data.regenerate import TemperatureMixture, make_jobs, regenerate
+from headstart.data.store import ActivationStore
+from headstart.heads.targets import Target, load_target_tokens
+from tests.conftest import make_target
+from tests.samples import jobs, prompts
+
+CONFIG = DataConfig(max_new_tokens=12, generation_batch_size=3, teacher_top_k=5)
+
+
+def written(folder: Path) -> list[Conversation]:
+    return [c for part in finished_parts(folder) for c in read_part(part)]
+
+
+def test_a_greedy_response_is_what_the_target_says_one_token_at_a_time(
+    tiny: Target, tmp_path: Path
+) -> None:
+    regenerate(tiny, jobs(tiny, [0.0] * 5, CONFIG), CONFIG, 0, tmp_path, extract=False)
+    for conversation in written(tmp_path):
+        ((start, _),) = conversation.spans
+        ids = conversation.ids[:start]
+        for token in conversation.ids[start:]:
+            hidden = tiny.activations(torch.tensor([ids])).hidden[:, -1]
+            assert token == int(tiny.logits(hidden).argmax())
+            ids.append(token)
+
+
+@pytest.mark.parametrize("extract", [False, True])
+def test_an_interrupted_generation_ends_as_an_uninterrupted_one(
+    extract: bool, tiny: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = jobs(tiny, [0.0, 1.0] * 4, CONFIG)
+    regenerate(tiny, asked, CONFIG, 3, tmp_path / "whole", extract)
+    real, calls = module.answer, []
+
+    def fail_on_second(*args: Any) -> object:
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(module, "answer", fail_on_second)
+    with pytest.raises(KeyboardInterrupt):
+        regenerate(tiny, asked, CONFIG, 3, tmp_path / "cut", extract)
+    with pytest.raises(ValueError, match="is unfinished: 2 of 3 parts are missing"):
+        finished_parts(tmp_path / "cut")
+    regenerate(tiny, asked, CONFIG, 3, tmp_path / "cut", extract)
+    assert written(tmp_path / "cut") == written(tmp_path / "whole")
+    assert len(calls) == 4, "the first batch was kept, the second and third were made anew"
+    regenerate(tiny, asked, CONFIG, 3, tmp_path / "cut", extract)
+    assert len(calls) == 4, "a finished folder is reused whole"
+    if extract:
+        names = sorted(path.name for path in (tmp_path / "whole").glob("*.safetensors"))
+        for name in names:
+            ours, theirs = (tmp_path / side / name for side in ("cut", "whole"))
+            assert ours.read_bytes() == theirs.read_bytes()
+
+
+def test_recording_changes_no_conversation(tiny: Target, tmp_path: Path) -> None:
+    asked = jobs(tiny, [0.0, 1.0] * 4, CONFIG)
+    for extract in (False, True):
+        regenerate(tiny, asked, CONFIG, 3, tmp_path / str(extract), extract)
+    assert written(tmp_path / "True") == written(tmp_path / "False")
+
+
+@pytest.mark.parametrize("change", ["seed", "max_new_tokens", "prompts", "extract", "target"])
+def test_a_folder_of_other_settings_is_not_gone_on_with(
+    change: str, tiny: Target, tmp_path: Path
+) -> None:
+    heats, config, target = [0.0] * 3, CONFIG, tiny
+    regenerate(tiny, jobs(tiny, heats, CONFIG), CONFIG, 0, tmp_path, extract=False)
+    if change == "max_new_tokens":
+        config = CONFIG.model_copy(update={"max_new_tokens": 13})
+    if change == "prompts":
+        heats = [0.0, 0.0, 1.0]
+    if change == "target":
+        target = make_target("gemma3")
+    seed, extract = int(change == "seed"), change == "extract"
+    before = sorted(path.name for path in tmp_path.iterdir())
+    with pytest.raises(
+        ValueError, match=r"made with \w+=.*, now .*: give it back, or name another"
+    ):
+        regenerate(target, jobs(target, heats, config), config, seed, tmp_path, extract)
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_a_part_says_what_was_asked_and_how_it_was_answered(tiny: Target, tmp_path: Path) -> None:
+    regenerate(tiny, jobs(tiny, [0.0, 0.7, 1.0], CONFIG), CONFIG, 0, tmp_path, extract=False)
+    rows = pq.read_table(part_path(tmp_path, 0)).to_pylist()
+    assert [row["temperature"] for row in rows] == [1.0, 0.7, 0.0], "longest prompt first"
+    for row in rows:
+        assert row["prompt"] == tiny.tokenizer.decode(row["prompt_ids"])
+        assert row["response"] == tiny.tokenizer.decode(
+            row["response_ids"], skip_special_tokens=True
+        )
+        stopped = row["response_ids"][-1] in tiny.eos_ids
+        assert row["finish_reason"] == ("stop" if stopped else "length")
+        assert stopped or len(row["response_ids"]) == 12
+        assert row["target"] == "gemma4-kv-sharing"
+    conversations = written(tmp_path)
+    assert count_tokens(finished_parts(tmp_path)) == (3, sum(len(c.ids) for c in conversations))
+
+
+def test_a_damaged_part_is_named_with_its_cure(tiny: Target, tmp_path: Path) -> None:
+    asked = jobs(tiny, [0.0] * 6, CONFIG)
+    regenerate(tiny, asked, CONFIG, 0, tmp_path, extract=False)
+    expected = written(tmp_path)
+    path = part_path(tmp_path, 1)
+    whole = path.read_bytes()
+    for content in (whole[:100], whole[: len(whole) // 2], b"", b"no parquet"):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"part-00001.*delete it, then run the command"):
+            written(tmp_path)
+    path.unlink()
+    regenerate(tiny, asked, CONFIG, 0, tmp_path, extract=False)
+    assert written(tmp_path) == expected
+
+
+def test_a_prompt_that_is_asked_twice_has_two_ids(tiny: Target) -> None:
+    twice = [prompts(2)[0], prompts(2)[1], prompts(2)[0]]
+    made = make_jobs(twice, [0.0, 0.0, 0.7], tiny, CONFIG)
+    assert sorted(job.id for job in made) == ["p0", "p0#2", "p1"]
+
+
+def test_prompts_that_the_template_refuses_are_counted(
+    tiny: Target, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny.tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'system' %}"
+        "{{ raise_exception('System role not supported') }}{% endif %}"
+        "{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    )
+    good = [Prompt(f"p{i}", "c", "s", [{"role": "user", "content": "a"}], False) for i in range(9)]
+    bad = Prompt("odd", "c", "s", [{"role": "system", "content": "a"}, *good[0].messages], False)
+    lenient = CONFIG.model_copy(update={"max_bad_rows": 0.1})
+    assert len(make_jobs([*good, bad], [0.0] * 10, tiny, lenient)) == 9
+    assert "1 of 10 prompts do not fit the chat template" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"odd: .*System role not supported.*data.max_bad_rows"):
+        make_jobs([*good, bad], [0.0] * 10, tiny, CONFIG)
+
+
+def test_what_a_server_needs_is_known_without_weights() -> None:
+    tokens = load_target_tokens("tiny-gemma4")
+    target = make_target("gemma4-kv-sharing")
+    assert tokens.tokenizer_hash == target.tokenizer_hash
+    assert tokens.eos_ids == target.eos_ids
+    assert tokens.fingerprint is None
+
+
+@pytest.mark.parametrize("family", ["gemma3", "gemma4-kv-sharing", "gemma4-moe"])
+def test_what_is_recorded_while_generating_is_what_a_clean_forward_gives(
+    family: str, tmp_path: Path
+) -> None:
+    """Mixed prompt lengths (left padding), texts beyond the sliding window, early ends."""
+    target = make_target(family)
+    config = CONFIG.model_copy(update={"max_new_tokens": 14})
+    heats = [0.0, 1.0, 0.0, 1.0, 1.0]
+    regenerate(target, jobs(target, heats, config), config, 0, tmp_path, extract=True)
+    store = ActivationStore(tmp_path, target)
+    assert len(store) == 5
+    for entry, document in zip(store.entries, store.read(range(5)), strict=True):
+        seen = target.activations(document.ids[None])
+        last = len(document.ids) - 1  # the target never ran on the last token
+        close: dict[str, Any] = {"atol": 1e-4, "rtol": 1e-4}
+        torch.testing.assert_close(document.hidden[:last], seen.hidden[0, :last], **close)
+        for layer_type, (keys, values) in document.shared_kv.items():
+            wanted = [kv[0, :, :last].transpose(0, 1) for kv in seen.shared_kv[layer_type]]
+            torch.testing.assert_close(keys[:last], wanted[0], **close)
+            torch.testing.assert_close(values[:last], wanted[1], **close)
+        taught = document.loss_mask.nonzero()[:, 0] - 1
+        assert len(taught) == entry.trained
+        best = target.logits(seen.hidden[0]).log_softmax(-1).topk(5)
+        torch.testing.assert_close(document.teacher_logprobs[taught], best.values[taught], **close)
+        assert torch.equal(document.teacher_ids[taught].long(), best.indices[taught])
+        mass = best.values[taught].exp().sum(-1).mean()
+        assert entry.top_k_mass == pytest.approx(float(mass), abs=1e-4)
+
+
+def test_the_mixture_draws_from_the_softmax_at_each_rows_temperature() -> None:
+    """Chi-square over 20,000 draws of 8 tokens: below the 99.9% quantile for 7 degrees (24.3)."""
+    torch.manual_seed(0)
+    logits = torch.randn(8)
+    draws = 20_000
+    mixture = TemperatureMixture([0.0] + [0.7] * draws, seed=1)
+    chosen = mixture(torch.zeros(1, 1, dtype=torch.long), logits.repeat(draws + 1, 1)).argmax(-1)
+    assert int(chosen[0]) == int(logits.argmax())
+    expected = (logits / 0.7).softmax(-1) * draws
+    observed = torch.bincount(chosen[1:], minlength=8)
+    assert float(((observed - expected) ** 2 / expected).sum()) < 24.3
+
+
+def test_nothing_of_ours_stays_in_a_target_whose_generation_fails(
+    tiny: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(tiny.model, "generate", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        regenerate(tiny, jobs(tiny, [0.0], CONFIG), CONFIG, 0, tmp_path, extract=True)
+    assert not tiny.final_norm._forward_hooks
+    assert not tiny.model.get_output_embeddings()._forward_pre_hooks
+    assert json.loads((tmp_path / "conversations.json").read_text())["parts"] == 1
