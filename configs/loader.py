@@ -10,18 +10,28 @@ from pydantic import BaseModel, ValidationError
 from headstart.configs.schema import Config
 
 
-def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
+def load_config(path: str | Path | None, overrides: list[str] | None = None) -> Config:
     """Read a run configuration.
 
     Args:
-        path: YAML file.
+        path: YAML file; None: defaults, and no evaluation.
         overrides: `section.key=value` strings; values are read as YAML.
 
     Raises:
         ValueError: the file is missing or malformed, a key does not exist (the nearest valid key
             is named), a value has the wrong type, or a combination cannot work.
     """
-    path = Path(path)
+    tree = {"eval": None} if path is None else _read_tree(Path(path))
+    for override in overrides or []:
+        _apply(tree, override)
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        problems = "; ".join(_explain(dict(e)) for e in error.errors())
+        raise ValueError(f"{path or 'the settings'}: {problems}") from error
+
+
+def _read_tree(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"no configuration file {path}")
     try:
@@ -33,13 +43,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     run = tree.setdefault("run", {})
     if isinstance(run, dict):
         run.setdefault("dir", f"runs/{path.stem}")
-    for override in overrides or []:
-        _apply(tree, override)
-    try:
-        return Config.model_validate(tree)
-    except ValidationError as error:
-        problems = "; ".join(_explain(dict(e)) for e in error.errors())
-        raise ValueError(f"{path}: {problems}") from error
+    return tree
 
 
 def save_config(config: Config, path: Path) -> None:

@@ -161,12 +161,8 @@ def extract_tensors(
 
     The LM head runs on rows whose next token the assistant wrote alone: the others teach nothing.
     """
-    by_length = sorted(range(len(conversations)), key=lambda i: -len(conversations[i].ids))
     parts: list[dict[str, torch.Tensor]] = [{} for _ in conversations]
-    while by_length:
-        longest = len(conversations[by_length[0]].ids)
-        size = max(1, BATCH_TOKENS // longest)
-        batch, by_length = by_length[:size], by_length[size:]
+    for batch in forward_batches(conversations):
         for i, part in zip(batch, _run(target, [conversations[i] for i in batch]), strict=True):
             parts[i] = part
     tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
@@ -179,6 +175,15 @@ def extract_tensors(
         tensors["teacher_ids"][chunk] = best_ids.int().cpu()
         tensors["teacher_logprobs"][chunk] = logprobs.cpu()
     return tensors
+
+
+def forward_batches(conversations: list[Conversation]) -> Iterator[list[int]]:
+    """Indices of conversations that run together, of like lengths and `BATCH_TOKENS` at most."""
+    by_length = sorted(range(len(conversations)), key=lambda i: -len(conversations[i].ids))
+    while by_length:
+        size = max(1, BATCH_TOKENS // len(conversations[by_length[0]].ids))
+        yield by_length[:size]
+        by_length = by_length[size:]
 
 
 def _run(target: Target, conversations: list[Conversation]) -> list[dict[str, torch.Tensor]]:

@@ -1,8 +1,6 @@
 """The evaluation: plain against assisted decoding, interleaved, and its report.json."""
 
 import json
-import os
-import platform
 import random
 import sys
 from dataclasses import dataclass, replace
@@ -10,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel
@@ -20,6 +17,7 @@ from headstart.data.prompts import Prompt, limit_evenly, load_prompts
 from headstart.data.templates import encode_prompt
 from headstart.eval.acceptance import zero_counts
 from headstart.eval.decoding import Decoded, greedy, top2_gap
+from headstart.eval.environment import environment
 from headstart.heads.assistant import check_pair
 from headstart.heads.files import write_atomically
 from headstart.heads.targets import Target
@@ -100,7 +98,11 @@ def report(evaluation: Evaluation, device: torch.device) -> dict[str, Any]:
         for category in ["all", *(categories if len(categories) > 1 else [])]:
             chosen = [c for c in comparisons if category in ("all", c.prompt.category)]
             results.append(_summarise(evaluation, k, category, chosen))
-    return {"schema": SCHEMA, "environment": environment(evaluation, device), "results": results}
+    where = environment(device) | {
+        "dtype": evaluation.dtype,
+        "max_new_tokens": evaluation.max_new_tokens,
+    }
+    return {"schema": SCHEMA, "environment": where, "results": results}
 
 
 def _summarise(
@@ -148,31 +150,6 @@ def speedup_interval(comparisons: list[Comparison]) -> tuple[float, float]:
         for draw in (rng.choices(comparisons, k=len(comparisons)) for _ in range(BOOTSTRAP))
     )
     return speedups[round(0.025 * BOOTSTRAP)], speedups[round(0.975 * BOOTSTRAP) - 1]
-
-
-def environment(evaluation: Evaluation, device: torch.device) -> dict[str, Any]:
-    """Where and with what the figures were measured."""
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "platform": f"{platform.system()} {platform.machine()}",
-        "processor": _processor(),
-        "cpu_count": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "accelerator": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
-        "dtype": evaluation.dtype,
-        "max_new_tokens": evaluation.max_new_tokens,
-    }
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def print_report(content: dict[str, Any], console: Console | None = None) -> None:

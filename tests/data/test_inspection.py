@@ -1,0 +1,359 @@
+"""What `headstart data inspect` says of a data set is what is in it."""
+
+import io
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from headstart.configs.schema import DataConfig, SourceConfig
+from headstart.data.conversations import (
+    Conversation,
+    answered,
+    claim_folder,
+    finished_parts,
+    part_path,
+    read_part,
+    write_part,
+)
+from headstart.data.extraction import extract
+from headstart.data.inspection import (
+    INSPECTABLE,
+    inspect_conversations,
+    inspect_path,
+    inspect_source,
+    inspect_store,
+)
+from headstart.data.regenerate import regenerate
+from headstart.data.shards import Entry, shard_path, shard_settings, write_shard
+from headstart.data.store import write_index
+from headstart.data.summary import Count, Summary, histogram
+from headstart.heads.targets import load_target
+from tests.samples import conversations, jobs
+
+TARGET = load_target("tiny-gemma4", "float32")
+CONFIG = DataConfig(max_new_tokens=6, generation_batch_size=2, teacher_top_k=3)
+MADE = {
+    "target": "tiny-gemma4",
+    "revision": None,
+    "fingerprint": "0123456789abcdef",
+    "tokenizer": TARGET.tokenizer_hash,
+    "max_new_tokens": 9,
+    "seed": 4,
+}
+
+
+def ids(text: str) -> list[int]:
+    """One token a byte, without <bos>."""
+    return list(TARGET.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def said(asked: str, answer: str, temperature: float = 0.0, **names: Any) -> Conversation:
+    names = {"id": "x", "category": "c", "source": "s", "finish_reason": "stop", **names}
+    return answered([2, *ids(asked)], [*ids(answer), 1], temperature=temperature, **names)
+
+
+def make_folder(folder: Path, rows: list[Conversation], **changes: Any) -> Path:
+    claim_folder(folder, {**MADE, "conversations": len(rows), **changes}, 1)
+    write_part(part_path(folder, 0), rows, TARGET.tokenizer, "tiny-gemma4", None)
+    return folder
+
+
+def make_store(folder: Path, texts: list[Conversation], masses: list[float]) -> Path:
+    """A store whose tensors are zeros but for ids and mask."""
+    n = sum(len(c.ids) for c in texts)
+    mask = [any(a <= i < b for a, b in c.spans) for c in texts for i in range(len(c.ids))]
+    tensors = {
+        "ids": torch.tensor([i for c in texts for i in c.ids], dtype=torch.int32),
+        "loss_mask": torch.tensor(mask),
+        "hidden": torch.zeros(n, 2),
+        "teacher_ids": torch.zeros(n, 3, dtype=torch.int32),
+        "teacher_logprobs": torch.zeros(n, 3),
+    }
+    entries = [
+        Entry(c.id, c.category, c.source, len(c.ids), c.trained, c.temperature, mass)
+        for c, mass in zip(texts, masses, strict=True)
+    ]
+    settings = shard_settings(TARGET, 3, "target")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_shard(shard_path(folder, 0), tensors, entries, settings)
+    write_index(folder, [shard_path(folder, 0)], settings)
+    return folder
+
+
+def printed(path: Path | str, colour: bool = False, **options: Any) -> str:
+    out = io.StringIO()
+    look: dict[str, Any] = {"force_terminal": True, "color_system": "standard"} if colour else {}
+    # An environment of its own: NO_COLOR and the like change what rich does.
+    inspect_path(path, console=Console(file=out, width=132, _environ={}, **look), **options)
+    return out.getvalue()
+
+
+def source_summary(path: Path, tokens: bool = False, **settings: Any) -> Summary:
+    source = SourceConfig(path=str(path), **settings)
+    return inspect_source(source, 3, TARGET if tokens else None, DataConfig())
+
+
+@pytest.fixture(scope="module")
+def regenerated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five answers at two temperatures in three parts, and their activations."""
+    folder = tmp_path_factory.mktemp("regenerated")
+    asked = jobs(TARGET, [0.0, 0.7, 0.0, 0.7, 0.0], CONFIG)
+    regenerate(TARGET, asked, CONFIG, 0, folder, extract=True)
+    return folder
+
+
+def test_the_counts_of_a_regenerated_folder_are_those_by_hand(regenerated: Path) -> None:
+    answers = [c.trained for part in finished_parts(regenerated) for c in read_part(part)]
+    summary = inspect_conversations(regenerated, 3)
+    prompts = [16, 13, 10, 7, 4]  # <bos> and i + 1 times "abc", longest first
+    assert summary.lengths["prompt"] == prompts
+    assert summary.lengths["trained"] == answers
+    assert summary.total == Count(5, sum(prompts) + sum(answers), sum(answers))
+    assert summary.groups["category"] == {"c": summary.total}
+    greedy = summary.groups["temperature"]["0 (greedy)"]
+    assert greedy.documents == 3
+    assert greedy.trained == answers[0] + answers[2] + answers[4]
+    assert sum(count.documents for count in summary.groups["finish"].values()) == 5
+    assert summary.sources == 5
+    assert summary.unit == "tokens"
+    assert "5 of 5" in summary.facts["conversations"]
+    assert summary.facts["fingerprint"] == TARGET.fingerprint[:12]
+    assert not summary.notes
+    text = printed(regenerated)
+    assert f"{sum(answers) / summary.total.length:.1%}" in text
+    assert text.count("⟦") == text.count("⟧") == 3, "each text is shown once"
+    assert f"Conversations in {regenerated}" in text
+    assert f"Activation store in {regenerated}" in text
+
+
+def test_the_store_of_the_same_forwards_has_the_same_counts(regenerated: Path) -> None:
+    texts, store = inspect_conversations(regenerated, 5), inspect_store(regenerated, 5)
+    assert store.lengths == texts.lengths
+    assert store.repeats == texts.repeats
+    assert store.groups["temperature"] == texts.groups["temperature"]
+    assert [e.pieces for e in store.examples] == [e.pieces for e in texts.examples]
+    size = sum(path.stat().st_size for path in regenerated.glob("shard-*"))
+    assert f"{size / store.total.length:,.0f} bytes a token, 3 shards" in store.facts["on disk"]
+    assert store.facts["stored"] == "float32, storage=target, top k 3"
+    assert store.facts["checksums"] == "verified"
+    assert len(store.masses) == 5
+
+
+def test_unfinished_folders_are_read_as_far_as_they_go(regenerated: Path, tmp_path: Path) -> None:
+    shutil.copytree(regenerated, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "index.json").unlink()
+    part_path(tmp_path, 1).unlink()
+    shard_path(tmp_path, 2).unlink()
+    texts, store = inspect_conversations(tmp_path, 0), inspect_store(tmp_path, 0)
+    assert (texts.total.documents, store.total.documents) == (3, 4)
+    assert "Unfinished: 2 of 3 parts" in texts.notes[0]
+    assert "Unfinished: no index.json, 2 shards so far" in store.notes[0]
+    for path in tmp_path.glob("part-*"):
+        path.unlink()
+    assert inspect_conversations(tmp_path, 3).total == Count()
+    assert "0 of 3 parts" in printed(tmp_path)
+
+
+def test_duplicates_are_counted_and_greedy_ones_among_them(tmp_path: Path) -> None:
+    rows = [
+        said("one", "yes"),
+        said("one", "yes"),
+        said("one", "yes", 0.7),
+        said("one", "no", 0.7),
+        said("two", "yes", 0.7),
+        said("two", "yes", 0.7),
+        said("two", "other"),
+        said("", "yes"),
+        said("", "no"),
+    ]
+    summary = inspect_conversations(make_folder(tmp_path, rows), 0)
+    assert summary.repeats["whole"] == (3, 1)
+    assert summary.repeats["prompt"] == (5, 1), "<bos> alone is no prompt"
+    assert "Documents equal to an earlier one: 3 (1 of them greedy both times)" in printed(tmp_path)
+
+
+def test_marks_stand_exactly_around_the_trained_tokens(tmp_path: Path) -> None:
+    turns = [ids("Hi"), ids("yes"), ids("more?"), ids("no")]
+    text = [2, *turns[0], *turns[1], *turns[2], *turns[3]]
+    two = Conversation("two", "c", "s", text, [(3, 6), (11, 13)])
+    make_store(tmp_path / "store", [two], [0.5])
+    (example,) = inspect_store(tmp_path / "store", 1).examples
+    assert example.pieces == [
+        ("<bos>Hi", False), ("yes", True), ("more?", False), ("no", True)
+    ]  # fmt: skip
+    assert "\n<bos>Hi⟦yes⟧more?⟦no⟧\n" in printed(tmp_path / "store")
+    coloured = printed(tmp_path / "store", colour=True)
+    assert "Hi\x1b[7;32myes\x1b[0mmore?\x1b[7;32mno\x1b[0m" in coloured
+    assert "⟦" not in coloured
+
+
+def test_no_text_is_taken_for_markup_or_moves_the_cursor(tmp_path: Path) -> None:
+    odd = "[bold]a[/] [/red] :smile: \\[x] \x1b[2J\r\x9b1m" + "wide " * 21 + "end"
+    row = said("a\nb", odd, category="[/] [bold]", id="[red]")
+    make_folder(tmp_path, [row])
+    for colour in (False, True):
+        text = printed(tmp_path, colour)
+        assert "[bold]a[/] [/red] :smile: \\[x] ␛[2J␍\ufffd1m" in text
+        assert "[/] [bold]" in text.partition("[red]: [/] [bold], ")[0], "in the table of counts"
+        assert "\x1b[2J" not in text
+        assert "wide " * 21 + "end" in text, "a text is not folded"
+    assert "<bos>a↵\nb⟦[bold]a" in printed(tmp_path)
+
+
+def test_a_long_text_is_cut_within_its_pieces(tmp_path: Path) -> None:
+    make_folder(tmp_path, [said("a" * 1000, "b" * 1000)])
+    ((asked, answer),) = [example.pieces for example in inspect_conversations(tmp_path, 1).examples]
+    assert asked == ("<bos>" + "a" * 74 + " … 851 tokens … " + "a" * 75, False)
+    assert answer == ("b" * 75 + " … 851 tokens … " + "b" * 74 + "<eos>", True)
+
+
+@pytest.mark.parametrize("wrong", ["target", "tokenizer"])
+def test_without_the_tokenizer_token_ids_are_shown(wrong: str, tmp_path: Path) -> None:
+    make_folder(tmp_path, [said("a", "b")], **{wrong: str(tmp_path / "moved")})
+    summary = inspect_conversations(tmp_path, 1)
+    assert summary.examples[0].pieces == [(f"2 {ids('a')[0]} ", False), (f"{ids('b')[0]} 1 ", True)]
+    assert "Examples show token ids" in summary.notes[0]
+    assert "\n" not in summary.notes[0]
+    with pytest.raises(ValueError, match="nowhere/at/all"):
+        inspect_conversations(tmp_path, 1, tokenizer_of="nowhere/at/all")
+    if wrong == "target":
+        assert (
+            inspect_conversations(tmp_path, 1, "tiny-gemma4").examples[0].pieces[0][0] == "<bos>a"
+        )
+
+
+def test_the_teachers_mass_is_given_by_mean_low_percentile_and_minimum(tmp_path: Path) -> None:
+    masses = [0.99] * 38 + [0.5, 0.25]
+    make_store(tmp_path, [said("a", "b")] * 40, masses)
+    assert inspect_store(tmp_path, 0).masses == masses
+    mean = f"{sum(masses) / 40:.2%} of the probability, mean over documents"
+    assert f"{mean} (5th percentile 50.00%, minimum 25.00%)" in printed(tmp_path)
+
+
+def test_damage_is_found_in_small_stores_and_large_ones_are_not_verified(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    extract(TARGET, conversations(3), 3, 60, CONFIG, tmp_path)
+    path = shard_path(tmp_path, 0)
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(bytes(content))
+    with pytest.raises(ValueError, match=r"shard-00000.*delete it, then run the command"):
+        printed(tmp_path)
+    index = (tmp_path / "index.json").read_text()
+    (tmp_path / "index.json").unlink()
+    with pytest.raises(ValueError, match=r"shard-00000.*delete it, then run the command"):
+        printed(tmp_path)
+    (tmp_path / "index.json").write_text(index)
+    monkeypatch.setattr("headstart.data.inspection.VERIFIED_BELOW", 1)
+    assert "not verified" in inspect_store(tmp_path, 0).facts["checksums"]
+    path.unlink()
+    with pytest.raises(ValueError, match=r"shard-00000\.safetensors is missing"):
+        printed(tmp_path)
+
+
+def prompt_file(folder: Path) -> Path:
+    rows = [
+        {"prompt": "How are you?", "response": "Very well, thank you.", "category": "chat"},
+        {"prompt": "How are you?", "category": "chat"},
+        {"text": "Once upon a time", "source": "tale"},
+        {"messages": [{"role": "user", "content": "a b"}, {"role": "bot", "content": "c"}] * 2},
+        {"prompt": ""},
+        {"prompt": " "},
+        {"messages": [{"role": "nobody", "content": "x"}]},
+    ]
+    path = folder / "some.jsonl"
+    path.write_text("\n".join([*map(json.dumps, rows), "{"]))
+    return path
+
+
+def test_rows_of_prompts_are_counted_in_words_by_layout_and_bad_ones_by_reason(
+    tmp_path: Path,
+) -> None:
+    path = prompt_file(tmp_path)
+    summary = source_summary(path)
+    assert summary.unit == "words"
+    assert summary.total == Count(4, 7 + 3 + 4 + 6, 4 + 0 + 4 + 2)
+    assert summary.groups["layout"] == {
+        "prompt": Count(2, 10, 4), "text": Count(1, 4, 4), "messages": Count(1, 6, 2)
+    }  # fmt: skip
+    assert summary.groups["category"]["chat"].documents == 2
+    assert summary.repeats == {"whole": (0, 0), "prompt": (1, 0)}
+    counts = {reason: count for reason, (count, _) in summary.bad.items()}
+    assert counts == {"empty prompt": 2, "unknown role 'nobody'": 1, "not JSON": 1}
+    assert summary.bad["empty prompt"][1] == f"{path}:5"
+    assert summary.bad["not JSON"][1].endswith("in double quotes at column 2")
+    assert "4 of 8 rows are unusable, more than data.max_bad_rows=0.01" in summary.notes[0]
+    text = printed(path)
+    assert "user: How are you?↵\n⟦Very well, thank you.⟧" in text or "⟦Once upon a time⟧" in text
+    assert "empty prompt" in text
+
+
+def test_with_a_tokenizer_rows_are_counted_in_tokens(tmp_path: Path) -> None:
+    path = prompt_file(tmp_path)
+    summary = source_summary(path, tokens=True)
+    whole = [1 + 12 + 21 + 1, 1 + 12, 1 + 16, 1 + len("a b\nc\na b") + 1 + 1]
+    assert summary.lengths["all"] == whole
+    assert summary.lengths["trained"] == [22, 0, 16, 2]
+    assert "trained tokens" in printed(path, tokenizer_of="tiny-gemma4")
+
+
+def test_the_settings_of_a_source_are_heeded(tmp_path: Path) -> None:
+    path = tmp_path / "odd.jsonl"
+    path.write_text('{"q": "a b c"}\n' * 5)
+    source = SourceConfig(path=str(path), columns={"prompt": "q"}, limit=2)
+    text = printed(path, config=DataConfig(prompts=[source]), examples=1)
+    assert "user: a b c" in text
+    assert source_summary(path, columns={"prompt": "q"}, limit=2).total == Count(2, 6, 0)
+
+
+def test_the_examples_are_a_seeded_draw_from_all_documents(tmp_path: Path) -> None:
+    path = tmp_path / "many.jsonl"
+    path.write_text("\n".join(json.dumps({"prompt": f"p{i}", "id": f"p{i}"}) for i in range(200)))
+    headings = [e.heading for e in source_summary(path).examples]
+    assert headings == [e.heading for e in source_summary(path).examples]
+    numbers = [int(heading.partition(":")[0][1:]) for heading in headings]
+    assert numbers == sorted(numbers)
+    assert max(numbers) > 50, "not the first ones"
+
+
+@pytest.mark.parametrize("name", ["nothing/here/at-all", "empty"])
+def test_a_path_that_is_nothing_is_an_error_that_names_what_can_be(
+    name: str, tmp_path: Path
+) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="no prompt file") as error:
+        printed(tmp_path / name)
+    assert INSPECTABLE in str(error.value)
+
+
+def test_an_empty_file_holds_no_prompts(tmp_path: Path) -> None:
+    (tmp_path / "empty.jsonl").write_text("\n")
+    with pytest.raises(ValueError, match=r"empty\.jsonl holds no prompts$"):
+        printed(tmp_path / "empty.jsonl")
+
+
+@given(st.lists(st.integers(0, 100_000), min_size=1))
+def test_a_histogram_holds_every_value_once_in_few_buckets(values: list[int]) -> None:
+    buckets = histogram(values)
+    assert sum(n for _, n in buckets) == len(values)
+    assert len(buckets) <= 11
+    for edges, n in buckets:
+        low, _, high = edges.removeprefix("≥ ").replace(",", "").partition("-")
+        last = 10**9 if edges.startswith("≥") else int(high or low)
+        assert n == sum(int(low) <= value <= last for value in values)
+
+
+def test_the_edges_of_a_histogram_are_round() -> None:
+    assert histogram([0, 1, 1, 3]) == [("0", 1), ("1", 2), ("2", 0), ("3", 1)]
+    assert histogram([7] * 97 + [13, 13, 900]) == [
+        (str(i), {7: 97, 13: 2}.get(i, 0)) for i in range(7, 14)
+    ] + [("≥ 14", 1)]
+    assert [edges for edges, _ in histogram([120, 4_700])][:2] == ["0-499", "500-999"]

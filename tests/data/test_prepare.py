@@ -1,0 +1,153 @@
+"""The ways to a run's activations: prompts, conversations, a store, or none stored at all."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from headstart.configs.schema import Config, DataConfig
+from headstart.data.commands import run_extract, run_regenerate
+from headstart.data.conversations import finished_parts, read_part
+from headstart.data.prepare import prepare_documents
+from headstart.data.store import ActivationStore
+from headstart.heads.targets import load_target
+from headstart.train.loop import train
+from tests.train.test_loop import metrics, tiny_config, weights
+
+
+def small(folder: Path, *overrides: str) -> Config:
+    return tiny_config(folder, "train.steps=6", "train.validate_every=3", *overrides)
+
+
+@pytest.fixture
+def stored(tmp_path: Path) -> Path:
+    """What `headstart regenerate --extract` leaves: conversations and their store."""
+    run_regenerate(small(tmp_path / "none"), tmp_path / "stored", extracting=True, device="cpu")
+    return tmp_path / "stored"
+
+
+def test_training_reads_prompts_conversations_and_stores_alike(
+    stored: Path, tmp_path: Path
+) -> None:
+    """A store made while generating, one extracted afterwards, and none: the same losses."""
+    run_extract(small(tmp_path / "none"), str(stored), tmp_path / "extracted", "cpu")
+    ways = {
+        "recorded": f"data.store={stored}",
+        "extracted": f"data.store={tmp_path / 'extracted'}",
+        "conversations": f"data.conversations={stored}",
+    }
+    losses = {}
+    for name, way in ways.items():
+        train(small(tmp_path / name, way))
+        losses[name] = [row["loss"] for row in metrics(tmp_path / name)]
+    train(small(tmp_path / "online", f"data.conversations={stored}", "data.online=true"))
+    losses["online"] = [row["loss"] for row in metrics(tmp_path / "online")]
+    assert losses["extracted"] == losses["conversations"]
+    assert losses["online"] == pytest.approx(losses["extracted"], abs=1e-5)
+    assert losses["recorded"] == pytest.approx(losses["extracted"], abs=1e-3)
+
+
+def test_the_online_mode_trains_on_prompts_and_stores_no_activations(tmp_path: Path) -> None:
+    cache = [f"data.cache_dir={tmp_path / 'cache'}"]
+    train(small(tmp_path / "online", "data.online=true", *cache))
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))
+    train(small(tmp_path / "stored", *cache))
+    assert list((tmp_path / "cache").rglob("*.safetensors"))
+    pairs = zip(metrics(tmp_path / "online"), metrics(tmp_path / "stored"), strict=True)
+    for online, on_disk in pairs:
+        assert online["loss"] == pytest.approx(on_disk["loss"], abs=1e-3)
+
+
+def test_packing_changes_no_step(stored: Path, tmp_path: Path) -> None:
+    """With the whole vocabulary as candidates nothing depends on the order of the rows."""
+    everything = ["train.negatives=20000", f"data.store={stored}"]
+    train(small(tmp_path / "rows", *everything))
+    train(small(tmp_path / "packed", *everything, "train.pack_tokens=160"))
+    losses = [[row["loss"] for row in metrics(tmp_path / name)] for name in ("rows", "packed")]
+    assert losses[1] == pytest.approx(losses[0], rel=2e-2)
+    ours, theirs = weights(tmp_path / "packed"), weights(tmp_path / "rows")
+    assert all(torch.allclose(ours[name], theirs[name], atol=2e-2) for name in ours)
+
+
+def test_held_out_documents_of_a_store_are_greedy_and_of_other_sources(stored: Path) -> None:
+    target = load_target("tiny-gemma4", "float32")
+    data = DataConfig(store=stored, validation_conversations=3)
+    training, validation = prepare_documents(target, data, 0, None)
+    assert len(validation.entries) == 3
+    assert all(entry.temperature == 0 for entry in validation.entries)
+    assert not {e.source for e in training.entries} & {e.source for e in validation.entries}
+    everything = ActivationStore(stored).entries
+    kept = [e for e in everything if e.source not in {v.source for v in validation.entries}]
+    assert list(training.entries) == kept
+    (document,) = validation.read([1])
+    assert document.id == validation.entries[1].id
+
+
+def test_a_store_without_greedy_text_cannot_validate(tmp_path: Path) -> None:
+    config = small(tmp_path / "none", "data.temperatures=[1.0]")
+    run_regenerate(config, tmp_path / "sampled", extracting=True, device="cpu")
+    with pytest.raises(ValueError, match=r"written at temperature 0: regenerate with 0 among"):
+        train(small(tmp_path / "run", f"data.store={tmp_path / 'sampled'}"))
+
+
+def test_a_store_of_another_target_is_named(stored: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"was made for tiny-gemma4 with fingerprint .*tiny-gemma3"
+    ):
+        train(small(tmp_path / "run", f"data.store={stored}", "target.name=tiny-gemma3"))
+
+
+def test_copies_of_evaluation_prompts_are_not_answered(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = [f"Question {i}: what do {i} whales and {i + 1} ships weigh?" for i in range(9)]
+    for name, rows in (("train", texts), ("eval", [texts[4].upper()])):
+        lines = [json.dumps({"prompt": text}) + "\n" for text in rows]
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+    config = small(
+        tmp_path / "none", f"data.prompts=[{tmp_path / 'train.jsonl'}]",
+        "data.num_conversations=null", f"eval.prompts={tmp_path / 'eval.jsonl'}",
+    )  # fmt: skip
+    run_regenerate(config, tmp_path / "out", extracting=False, device="cpu")
+    assert "1 exact and 0 near duplicates" in capsys.readouterr().out
+    rows = [row for part in finished_parts(tmp_path / "out") for row in read_part(part)]
+    assert sorted(row.id for row in rows) == [f"train-0000{i + 1}" for i in range(9) if i != 4]
+
+
+def test_whole_conversations_of_any_source_are_extracted_with_their_masks(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": "one two", "response": " three", "id": "a"},
+        {"text": "a whole document", "id": "b"},
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run_extract(small(tmp_path / "none"), str(path), tmp_path / "store", "cpu")
+    store = ActivationStore(tmp_path / "store")
+    tokenizer = load_target("tiny-gemma4").tokenizer
+    texts = {}
+    for document in store.read([0, 1]):
+        texts[document.id] = tokenizer.decode(document.ids[document.loss_mask])
+    assert texts["a"] == " three<eos>"
+    assert texts["b"] == "a whole document"
+
+
+def test_a_server_hands_out_no_activations(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"leave out --extract, and run `headstart extract`"):
+        run_regenerate(small(tmp_path), tmp_path / "out", True, "cpu", url="http://127.0.0.1:1")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["data.store=a", "data.conversations=b"], "name data.conversations or data.store"),
+        (["data.online=true", "data.store=a"], "data.online stores nothing"),
+        (["data.online=true", "data.storage=int8"], "data.online stores nothing"),
+        (["data.prompts=[{path: a, weight: 1}, b]"], "give every source a weight, or none"),
+    ],
+)
+def test_settings_that_cannot_go_together_are_refused(
+    overrides: list[str], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        small(tmp_path, *overrides)

@@ -1,0 +1,70 @@
+"""The benchmarks run, compare like with like, and say what they say in the file too."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from headstart.configs.loader import load_config
+from headstart.data.extraction import extract
+from headstart.eval.benchmarks import bare_forwards, run_benchmark, stepwise_difference
+from headstart.heads.targets import Target
+from tests.data.test_extraction import CONFIG
+from tests.samples import conversations
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.parametrize(
+    ("name", "ratios"),
+    [
+        ("extract", {"extract_over_forward", "fused_over_regenerate"}),
+        ("regenerate", {"batched_over_single"}),
+    ],
+)
+def test_a_benchmark_prints_and_writes_its_ratios(
+    name: str, ratios: set[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts = ROOT / "data" / "prompts" / "text_train.jsonl"
+    overrides = [
+        "target.name=tiny-gemma4", "target.dtype=float32", "data.max_new_tokens=6",
+        f"data.prompts=[{prompts}]", "data.max_prompt_tokens=16",
+    ]  # fmt: skip
+    run_benchmark(name, load_config(None, overrides), 6, "cpu", tmp_path / "out.json")
+    content = json.loads((tmp_path / "out.json").read_text())
+    assert content["ratios"].keys() == ratios
+    assert all(value > 0 for value in content["ratios"].values())
+    assert content["environment"]["prompts"] == 6
+    printed = capsys.readouterr().out
+    assert all(ratio in printed for ratio in ratios)
+    if name == "extract":
+        assert content["stepwise"]["same best token"] == 1.0
+        assert content["stepwise"]["hidden relative error"] < 1e-5
+
+
+def test_the_forward_to_compare_with_runs_every_token_through_the_lm_head(
+    tiny: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = conversations(9)
+    seen = []
+    tiny.model.get_output_embeddings().register_forward_hook(
+        lambda module, args, output: seen.append(output.shape[0] * output.shape[1])
+    )
+    bare_forwards(tiny, rows)
+    assert sum(seen) >= sum(len(row.ids) for row in rows)
+
+
+def test_a_difference_is_found_where_there_is_one(tiny: Target, tmp_path: Path) -> None:
+    rows = conversations(4)
+    tokens = sum(len(row.ids) for row in rows)
+    clean = extract(tiny, rows, 4, tokens, CONFIG, tmp_path / "clean")
+    same = stepwise_difference(tiny, clean, clean)
+    assert same["hidden relative error"] == 0
+    with torch.no_grad():
+        tiny.final_norm.weight *= 1.1
+    del tiny.__dict__["fingerprint"]
+    moved = extract(tiny, rows, 4, tokens, CONFIG, tmp_path / "moved")
+    found = stepwise_difference(tiny, moved, clean)
+    assert found["hidden relative error"] == pytest.approx(0.1, abs=1e-3)
+    assert found["full_attention.keys relative error"] == 0
