@@ -7,7 +7,16 @@ when the configuration is loaded, not an hour into the run.
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
 
 
 class Section(BaseModel):
@@ -80,7 +89,7 @@ class SourceConfig(Section):
 
 class DataConfig(Section):
     prompts: list[SourceConfig] = [SourceConfig(path="data/prompts/text_train.jsonl")]
-    """Sources of training prompts; the target writes the responses."""
+    """Sources of training prompts, one or a list; the target writes the responses."""
     conversations: Path | None = None
     """Folder of `headstart regenerate`: its conversations are trained on, none are generated."""
     store: Path | None = None
@@ -98,12 +107,13 @@ class DataConfig(Section):
     stop the run."""
     chat_template_kwargs: dict[str, Any] = {}
     """Passed to the target's chat template, such as `enable_thinking: true`."""
-    max_prompt_tokens: PositiveInt = 256
+    max_prompt_tokens: PositiveInt = 1024
     """Longer prompts keep their last tokens (unit: tokens)."""
     max_new_tokens: PositiveInt = 128
     """Length at which a response is cut (unit: tokens)."""
-    temperatures: list[float] = [0.0, 0.7]
-    """Sampling temperatures, dealt round robin over conversations. 0 is greedy."""
+    temperatures: list[NonNegativeFloat | Literal["model"]] = [0.0, 0.7]
+    """Sampling temperatures, dealt round robin over conversations. 0 is greedy; `model` is the
+    target's own setting: temperature, top-k and top-p of its generation configuration."""
     generation_batch_size: PositiveInt = 64
     """Conversations generated at once."""
     teacher_top_k: PositiveInt = 32
@@ -117,6 +127,11 @@ class DataConfig(Section):
     cache_dir: Path | None = None
     """Where conversations and activations are kept. None: the user's cache folder."""
 
+    @field_validator("prompts", mode="before")
+    @classmethod
+    def _one_source(cls, value: object) -> object:
+        return [value] if isinstance(value, str | dict) else value
+
     @model_validator(mode="after")
     def _check(self) -> "DataConfig":
         if not self.prompts:
@@ -127,8 +142,8 @@ class DataConfig(Section):
             raise ValueError("name data.conversations or data.store, not both")
         if self.online and (self.store is not None or self.storage != "target"):
             raise ValueError("data.online stores nothing: leave out data.store and data.storage")
-        if not self.temperatures or min(self.temperatures) < 0:
-            raise ValueError("temperatures needs one value or more, each 0 (greedy) or above")
+        if not self.temperatures:
+            raise ValueError("temperatures needs one value or more: 0 (greedy), above, or model")
         return self
 
 

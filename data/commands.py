@@ -8,7 +8,7 @@ from headstart.data.conversations import MANIFEST, Conversation
 from headstart.data.extraction import extract
 from headstart.data.prepare import (
     check_tokenizer,
-    deal_temperatures,
+    deal_sampling,
     deal_training_prompts,
     extract_folder,
 )
@@ -56,7 +56,7 @@ def run_regenerate(
     sources = [(load_prompts(source, d.max_bad_rows), source.weight) for source in d.prompts]
     held_out = config.eval.prompts if config.eval else None
     prompts = deal_training_prompts(sources, d, config.run.seed, held_out)
-    jobs = make_jobs(prompts, deal_temperatures(d, len(prompts)), tokens, d)
+    jobs = make_jobs(prompts, deal_sampling(d, tokens, len(prompts)), tokens, d)
     if url is None:
         regenerate(target, jobs, d, config.run.seed, out, extracting)
     else:

@@ -20,6 +20,7 @@ from headstart.heads.files import clear_leftovers, part_name, write_atomically
 
 FORMAT = 2  # of the folder: raise it when the same settings come to give other conversations
 MANIFEST = "conversations.json"
+DIGEST = b"headstart.sha256"  # of the rows, in the metadata of the schema
 SCHEMA = pa.schema(
     [
         ("id", pa.string()),
@@ -153,8 +154,9 @@ def write_part(
         )
     work = part_name(path)
     try:
-        table = pa.Table.from_pylist(rows, schema=SCHEMA)
-        pq.write_table(table, work, compression="zstd", write_page_checksum=True)
+        schema = SCHEMA.with_metadata({DIGEST: _digest(rows)})
+        table = pa.Table.from_pylist(rows, schema=schema)
+        pq.write_table(table, work, compression="zstd")
         with work.open("rb") as file:
             os.fsync(file.fileno())
         work.replace(path)
@@ -166,6 +168,10 @@ def write_part(
         ) from error
 
 
+def _digest(rows: list[dict[str, Any]]) -> bytes:
+    return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest().encode()
+
+
 def read_part(path: Path) -> list[Conversation]:
     """The conversations of one Parquet file.
 
@@ -173,8 +179,11 @@ def read_part(path: Path) -> list[Conversation]:
         ValueError: it is cut short or damaged.
     """
     try:
-        table = pq.read_table(path, schema=SCHEMA, page_checksum_verification=True)
-    except (pa.ArrowInvalid, OSError) as error:
+        table = pq.read_table(path)
+        rows = table.to_pylist()
+        if (table.schema.metadata or {})[DIGEST] != _digest(rows):
+            raise ValueError("its SHA-256 does not match")
+    except (pa.ArrowException, OSError, KeyError, ValueError, OverflowError) as error:
         raise ValueError(
             f"{path} is cut short or damaged ({error}): delete it, then run the command that made "
             "it again, which redoes it alone"
@@ -182,7 +191,7 @@ def read_part(path: Path) -> list[Conversation]:
     names = ("id", "category", "source", "temperature", "finish_reason")
     return [
         answered(row["prompt_ids"], row["response_ids"], **{name: row[name] for name in names})
-        for row in table.to_pylist()
+        for row in rows
     ]
 
 

@@ -26,7 +26,6 @@ from headstart.data.shards import (
 from headstart.data.store import (
     ActivationStore,
     check_space,
-    read_index,
     stored_bytes,
     write_index,
 )
@@ -67,8 +66,7 @@ def extract(
         OSError: the disk is full; finished shards are kept.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    finished = (folder / "index.json").is_file()
-    if not finished:
+    if not (folder / "index.json").is_file():
         clear_leftovers(folder)
     settings = shard_settings(target, config.teacher_top_k, config.storage)
     each = stored_bytes(target, config)
@@ -80,6 +78,7 @@ def extract(
             pieces = [piece for c in batch for piece in cut(c, config.max_tokens)]
             path = shard_path(folder, len(paths))
             if not path.is_file():
+                (folder / "index.json").unlink(missing_ok=True)
                 tensors = extract_tensors(target, pieces, config.teacher_top_k)
                 write_shard(path, tensors, entries_of(pieces, tensors), settings)
             elif Shard(path, settings).read_ids() != [i for piece in pieces for i in piece.ids]:
@@ -90,7 +89,7 @@ def extract(
             bar.update(task, advance=len(batch))
     if not paths:
         raise ValueError("there are no conversations to extract")
-    if not (finished and [folder / s["file"] for s in read_index(folder)["shards"]] == paths):
+    if not (folder / "index.json").is_file():
         write_index(folder, paths, settings)
     return ActivationStore(folder, target)
 
@@ -132,6 +131,11 @@ class OnlineActivations:
             Document.of({n: t[a:b] for n, t in tensors.items()}, piece.id)
             for piece, (a, b) in zip(pieces, pairwise(starts), strict=True)
         ]
+
+    def prompts(self) -> Iterator[list[int]]:
+        """The token ids of each document before the first that is trained, in order."""
+        for piece in self.pieces:
+            yield piece.ids[: piece.spans[0][0] if piece.spans else len(piece.ids)]
 
 
 def entries_of(conversations: list[Conversation], tensors: dict[str, torch.Tensor]) -> list[Entry]:

@@ -15,7 +15,7 @@ from rich.console import Console
 from headstart.configs.schema import DataConfig, SourceConfig
 from headstart.data.conversations import MANIFEST, Conversation, part_path, read_manifest, read_part
 from headstart.data.progress import progress_bar
-from headstart.data.prompts import Prompt, _prompt
+from headstart.data.prompts import Prompt, prompt_of
 from headstart.data.rows import layout_of, renamed, turn_text
 from headstart.data.shards import Shard, shard_paths
 from headstart.data.sources import read_rows
@@ -220,7 +220,7 @@ def _shard(
     store: ActivationStore | None, number: int, path: Path, made: dict[str, Any], verify: bool
 ) -> Shard:
     if store is not None and verify:
-        return store._shard(number)  # verified, also against the index
+        return store.shard(number)  # verified, also against the index
     shard = Shard(path, made)
     if verify:
         shard.verify()
@@ -229,7 +229,7 @@ def _shard(
 
 def _documents(shard: Shard) -> Iterator[Seen]:
     ids, start = shard.read_ids(), 0
-    mask: torch.Tensor = shard._file.get_tensor("loss_mask")
+    mask: torch.Tensor = shard.read_mask()
     for e in shard.entries:
         end = start + e.length
         edges = torch.nn.functional.pad(mask[start:end].int(), (1, 1)).diff().nonzero()[:, 0]
@@ -249,7 +249,7 @@ def _read_source(
     usable = 0
     for place, row in _counted(read_rows(source), "Reading"):
         try:
-            prompt = _prompt(row, place, source.columns)
+            prompt = prompt_of(row, place, source.columns)
             assert isinstance(row, dict), "a string is the reason of a bad row"
             layout = layout_of(renamed(row, source.columns))
             ids, spans = _encoded(prompt, layout, tokens, kwargs)

@@ -1,6 +1,6 @@
 """From the sources of a run to the activations it trains on and those it is validated on."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from headstart.configs.schema import DataConfig
@@ -19,7 +19,7 @@ from headstart.data.regenerate import Job, conversation_settings, make_jobs, reg
 from headstart.data.shards import Document, Entry
 from headstart.data.store import ActivationStore, Documents
 from headstart.heads.demo import cache_dir
-from headstart.heads.targets import Target, TargetTokens
+from headstart.heads.targets import Sampling, Target, TargetTokens
 
 
 class Chosen:
@@ -32,6 +32,11 @@ class Chosen:
     def read(self, which: Sequence[int]) -> list[Document]:
         """The documents with these indices among the chosen ones."""
         return self.documents.read([self.which[i] for i in which])
+
+    def prompts(self) -> Iterator[list[int]]:
+        """The token ids of each chosen document before the first that is trained."""
+        everything = list(self.documents.prompts())
+        return (everything[i] for i in self.which)
 
 
 def prepare_documents(
@@ -51,18 +56,20 @@ def prepare_documents(
         ValueError: a source is missing, malformed or too small to hold out from, or a folder is
             of another target.
     """
-    if data.store is not None:
-        return split_documents(
-            ActivationStore(data.store, target), data.validation_conversations, seed
-        )
-    if data.conversations is not None:
-        documents = _activations_of(target, data, data.conversations)
+    if data.store is not None or data.conversations is not None:
+        documents: Documents
+        if data.store is not None:
+            documents = ActivationStore(data.store, target)
+        else:
+            documents = _activations_of(target, data)
+        if held_out is not None:
+            documents = without_contaminated(documents, target, held_out)
         return split_documents(documents, data.validation_conversations, seed)
     training, validation = choose_prompts(data, seed, held_out)
-    heats = deal_temperatures(data, len(training))
-    greedy = [0.0] * len(validation)
+    sampling = deal_sampling(data, target, len(training))
+    greedy = [Sampling(0.0)] * len(validation)
     return (
-        _answered(target, make_jobs(training, heats, target, data), data, seed, "Generating"),
+        _answered(target, make_jobs(training, sampling, target, data), data, seed, "Generating"),
         _answered(target, make_jobs(validation, greedy, target, data), data, seed, "  held out"),
     )
 
@@ -106,9 +113,10 @@ def deal_training_prompts(
     return deal(sources, count, seed)
 
 
-def deal_temperatures(data: DataConfig, count: int) -> list[float]:
+def deal_sampling(data: DataConfig, tokens: TargetTokens, count: int) -> list[Sampling]:
     """`data.temperatures`, round robin."""
-    return [data.temperatures[i % len(data.temperatures)] for i in range(count)]
+    ways = [tokens.own_sampling if t == "model" else Sampling(t) for t in data.temperatures]
+    return [ways[i % len(ways)] for i in range(count)]
 
 
 def split_documents(documents: Documents, held_out: int, seed: int) -> tuple[Documents, Documents]:
@@ -143,8 +151,23 @@ def _answered(
     return OnlineActivations(target, read_folder(folder), data)
 
 
-def _activations_of(target: Target, data: DataConfig, folder: Path) -> Documents:
-    """Of the conversations of a folder of `headstart regenerate`."""
+def without_contaminated(documents: Documents, target: Target, held_out: Path) -> Documents:
+    """The documents whose prompt is no copy of an evaluation prompt; prints how many are."""
+    asked = [
+        Prompt(str(i), "", "", [{"role": "user", "content": text}], raw=True)
+        for i, text in enumerate(
+            target.tokenizer.decode(ids, skip_special_tokens=True) for ids in documents.prompts()
+        )
+    ]
+    kept, found = remove_contaminated(asked, load_prompts(held_out))
+    print(f"Conversations against {held_out}: {found.describe()}")
+    return Chosen(documents, [int(prompt.id) for prompt in kept])
+
+
+def _activations_of(target: Target, data: DataConfig) -> Documents:
+    """Of the conversations of `headstart regenerate` that `data` names."""
+    folder = data.conversations
+    assert folder is not None
     check_tokenizer(folder, target)
     if data.online:
         return OnlineActivations(target, read_folder(folder), data)

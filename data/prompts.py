@@ -82,7 +82,7 @@ def load_prompts(source: str | Path | SourceConfig, max_bad_rows: float = 0.0) -
     for place, row in read_rows(source):
         try:
             seen.update(row if isinstance(row, dict) else ())
-            prompts.append(_prompt(row, place, source.columns))
+            prompts.append(prompt_of(row, place, source.columns))
         except BadRow as error:
             if not max_bad_rows:
                 raise ValueError(f"{place}: {error}") from None
@@ -141,7 +141,8 @@ def _with_unique_ids(prompts: list[Prompt]) -> list[Prompt]:
     return unique
 
 
-def _prompt(row: Row, place: Place, columns: dict[str, str]) -> Prompt:
+def prompt_of(row: Row, place: Place, columns: dict[str, str]) -> Prompt:
+    """The prompt that a row holds; raises `BadRow` with the reason where it holds none."""
     if isinstance(row, str):
         raise BadRow(row)
     row = renamed(row, columns)

@@ -1,19 +1,16 @@
-"""On-policy conversations: the target answers the prompts, batched and resumable.
-
-Letters: B batch, V vocabulary.
-"""
+"""On-policy conversations: the target answers the prompts, batched and resumable."""
 
 import asyncio
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.progress import Progress, TaskID
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessorList
 
 from headstart.configs.schema import DataConfig
 from headstart.data.conversations import (
@@ -29,11 +26,12 @@ from headstart.data.extraction import entries_of
 from headstart.data.progress import progress_bar
 from headstart.data.prompts import Prompt
 from headstart.data.recording import Recorder
+from headstart.data.sampling import SamplingMixture
 from headstart.data.server import AnswerServer
 from headstart.data.shards import shard_path, shard_settings, write_shard
 from headstart.data.store import check_space, stored_bytes, write_index
 from headstart.data.templates import encode_prompt
-from headstart.heads.targets import Target, TargetTokens
+from headstart.heads.targets import Sampling, Target, TargetTokens
 
 
 @dataclass(frozen=True)
@@ -43,19 +41,19 @@ class Job:
     id: str
     prompt: Prompt
     prompt_ids: list[int]
-    temperature: float
+    sampling: Sampling
 
 
 def make_jobs(
-    prompts: list[Prompt], temperatures: list[float], tokens: TargetTokens, config: DataConfig
+    prompts: list[Prompt], sampling: list[Sampling], tokens: TargetTokens, config: DataConfig
 ) -> list[Job]:
-    """The prompts as token ids, longest first, each with an id of its own and its temperature.
+    """The prompts as token ids, longest first, each with an id of its own and its sampling.
 
     Raises:
         ValueError: the target's chat template refuses more prompts than `data.max_bad_rows`.
     """
     jobs, refused, used = [], list[str](), Counter[str]()
-    for prompt, temperature in zip(prompts, temperatures, strict=True):
+    for prompt, drawn in zip(prompts, sampling, strict=True):
         used[prompt.id] += 1  # a prompt may be answered several times
         job_id = prompt.id if used[prompt.id] == 1 else f"{prompt.id}#{used[prompt.id]}"
         try:
@@ -65,7 +63,7 @@ def make_jobs(
         except ValueError as error:
             refused.append(f"{prompt.id}: {error}")
             continue
-        jobs.append(Job(job_id, prompt, ids, temperature))
+        jobs.append(Job(job_id, prompt, ids, drawn))
     if refused:
         report = f"{len(refused)} of {len(prompts)} prompts do not fit the chat template of "
         report += f"{tokens.name} (first {refused[0]})"
@@ -76,43 +74,11 @@ def make_jobs(
     return sorted(jobs, key=lambda job: -len(job.prompt_ids))
 
 
-class TemperatureMixture(LogitsProcessor):
-    """Chooses the next token of every sequence at a temperature of its own.
-
-    Used with `do_sample=False`: the chosen token gets an infinite score, so that the argmax takes
-    it. Sampling by inverse CDF needs one uniform number a row; `torch.multinomial` draws V of
-    them, which on a CPU took as long as the whole decoding step.
-
-    Args:
-        temperatures: [B]; 0 is greedy.
-        seed: of the uniform numbers.
-    """
-
-    def __init__(self, temperatures: list[float], seed: int):
-        self.sampled = torch.tensor([i for i, t in enumerate(temperatures) if t > 0])
-        self.temperatures = torch.tensor([t for t in temperatures if t > 0])[:, None]
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """`scores` [B, V] -> the same with +inf at the chosen tokens."""
-        if not len(self.sampled):
-            return scores
-        rows = self.sampled.to(scores.device)
-        logits = scores[rows].float() / self.temperatures.to(scores.device)
-        cdf = logits.softmax(-1).cumsum(-1)
-        uniform = torch.rand(len(rows), 1, generator=self.generator).to(scores.device)
-        # cdf ends a rounding error away from 1: scale by what it really ends at.
-        tokens = torch.searchsorted(cdf, uniform * cdf[:, -1:]).clamp_max(scores.shape[-1] - 1)
-        scores = scores.clone()
-        scores[rows, tokens[:, 0]] = torch.inf
-        return scores
-
-
 def conversation_settings(
     jobs: list[Job], tokens: TargetTokens, config: DataConfig, seed: int, extract: bool
 ) -> dict[str, Any]:
     """What decides the conversations: equal settings, equal answers (of one machine)."""
-    asked = [[job.id, job.prompt_ids, job.temperature] for job in jobs]
+    asked = [[job.id, job.prompt_ids, astuple(job.sampling)] for job in jobs]
     return {
         "target": tokens.name,
         "revision": tokens.revision,
@@ -160,7 +126,7 @@ def regenerate(
     claim_folder(folder, conversation_settings(jobs, target, config, seed, extract), len(batches))
     settings = shard_settings(target, config.teacher_top_k, config.storage)
     if extract:
-        missing = [b for i, b in enumerate(batches) if not part_path(folder, i).is_file()]
+        missing = [batch for i, batch in enumerate(batches) if not _is_done(folder, i, extract)]
         tokens = sum(len(j.prompt_ids) + config.max_new_tokens for b in missing for j in b)
         each = stored_bytes(target, config)
         check_space(folder, tokens * each)
@@ -169,7 +135,8 @@ def regenerate(
         done = _Done(bar, task)
         for number, batch in enumerate(batches):
             path = part_path(folder, number)
-            if not path.is_file():
+            if not _is_done(folder, number, extract):
+                (folder / "index.json").unlink(missing_ok=True)
                 recorder = Recorder(target, config.teacher_top_k) if extract else None
                 answers = answer(target, batch, config.max_new_tokens, seed + number, recorder)
                 written = _conversations(batch, answers, target.eos_ids)
@@ -216,7 +183,7 @@ def regenerate_by_server(
             answers = await asyncio.gather(
                 *(
                     server.answer(
-                        job.prompt_ids, job.temperature, seed + first + i, config.max_new_tokens
+                        job.prompt_ids, job.sampling, seed + first + i, config.max_new_tokens
                     )
                     for i, job in enumerate(batch)
                 )
@@ -258,6 +225,11 @@ class _Done:
         self.bar.update(self.task, advance=len(conversations), status=f"{self.tokens} tokens")
 
 
+def _is_done(folder: Path, number: int, extract: bool) -> bool:
+    paths = [part_path(folder, number)] + [shard_path(folder, number)] * extract
+    return all(path.is_file() for path in paths)
+
+
 def _batches(jobs: list[Job], config: DataConfig) -> list[list[Job]]:
     size = config.generation_batch_size
     return [jobs[i : i + size] for i in range(0, len(jobs), size)]
@@ -273,7 +245,7 @@ def _conversations(
             id=job.id,
             category=job.prompt.category,
             source=job.prompt.source,
-            temperature=job.temperature,
+            temperature=job.sampling.temperature,
             finish_reason="stop" if ids and ids[-1] in eos_ids else "length",
         )
         for job, ids in zip(jobs, answers, strict=True)
@@ -288,7 +260,7 @@ def answer(
     inputs = target.tokenizer.pad(
         {"input_ids": [job.prompt_ids for job in jobs]}, padding_side="left", return_tensors="pt"
     ).to(target.device)
-    mixture = TemperatureMixture([job.temperature for job in jobs], seed)
+    mixture = SamplingMixture([job.sampling for job in jobs], seed)
     settings = GenerationConfig(
         do_sample=False,
         max_new_tokens=max_new_tokens,

@@ -23,6 +23,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from headstart.heads.targets import Sampling
+
 MAX_RETRIES = 45
 """Of each request. openai waits 0.5, 1, 2, 4 and from then on 8 seconds, less up to a quarter
 drawn at random: about five minutes, time to start a server again and to load its weights."""
@@ -38,7 +40,8 @@ PLAIN_SAMPLING: dict[str, Any] = {
     "top_k": -1,  # off: SGLang and older vLLM refuse 0, llama.cpp makes it 0
     "min_p": 0.0, "ignore_eos": False, "add_special_tokens": False,
     "repetition_penalty": 1.0, "skip_special_tokens": False,  # vLLM, SGLang
-    "samplers": ["temperature"], "mirostat": 0, "dynatemp_range": 0.0,  # llama.cpp
+    # llama.cpp
+    "samplers": ["temperature", "top_k", "top_p"], "mirostat": 0, "dynatemp_range": 0.0,
     # With llama.cpp's cache an answer also depends on what its slot computed before
     # (https://github.com/ggml-org/llama.cpp/issues/2838).
     "cache_prompt": False,
@@ -125,13 +128,13 @@ class AnswerServer:
             await self._choose_extras()
 
     async def answer(
-        self, prompt_ids: list[int], temperature: float, seed: int, max_new_tokens: int
+        self, prompt_ids: list[int], sampling: Sampling, seed: int, max_new_tokens: int
     ) -> Answer:
         """Let the target answer one prompt, sampling from its own distribution.
 
         Args:
             prompt_ids: the whole prompt, <bos> included.
-            temperature: 0 is greedy.
+            sampling: greedy, or its temperature, top-k and top-p.
             seed: its lower 31 bits are sent, which every server takes. It makes an answer
                 repeatable as far as the server does: floats differ with the batch that a request
                 falls into, and SGLang heeds seeds only with deterministic inference on.
@@ -144,17 +147,19 @@ class AnswerServer:
         async with self._slots:
             with self._explained():
                 body = await self._complete(
-                    prompt_ids, temperature, seed, max_new_tokens, self._extras
+                    prompt_ids, sampling, seed, max_new_tokens, self._extras
                 )
         return read_answer(body, self.tokenizer, self.eos_ids)
 
     async def _complete(
-        self, ids: list[int], temperature: float, seed: int, limit: int, extras: dict[str, Any]
+        self, ids: list[int], sampling: Sampling, seed: int, limit: int, extras: dict[str, Any]
     ) -> dict[str, Any]:
         assert self.model is not None, "check() comes first"
+        if extras and sampling.top_k is not None:
+            extras = extras | {"top_k": sampling.top_k}
         completion = await self._client.completions.create(
-            model=self.model, prompt=ids, max_tokens=limit, temperature=temperature, top_p=1.0,
-            seed=seed % 2**31, extra_body=extras,
+            model=self.model, prompt=ids, max_tokens=limit, temperature=sampling.temperature,
+            top_p=sampling.top_p, seed=seed % 2**31, extra_body=extras,
         )  # fmt: skip
         return completion.to_dict(warnings=False)  # llama.cpp's types are not quite openai's
 
@@ -207,7 +212,7 @@ class AnswerServer:
         accepted: list[dict[str, Any]] = []
         for extras in (WITH_IDS, WITH_LOGPROBS, {}):
             try:
-                body = await self._complete(prompt_ids, 0.0, 0, 1, extras)
+                body = await self._complete(prompt_ids, Sampling(0.0), 0, 1, extras)
             except (BadRequestError, UnprocessableEntityError):
                 if not extras and not accepted:
                     raise

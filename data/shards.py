@@ -187,7 +187,7 @@ class Shard:
         try:
             self._file = safe_open(path, framework="pt")
             metadata = self._file.metadata() or {}
-            self._sha256, _, self._header = metadata["headstart"].partition(" ")
+            self.sha256, _, self._header = metadata["headstart"].partition(" ")
             header = json.loads(self._header)
             self.settings: dict[str, Any] = header["settings"]
             self.entries = [Entry(**entry) for entry in header["documents"]]
@@ -211,7 +211,7 @@ class Shard:
     def verify(self) -> None:
         """Raise `ValueError` unless header and tensors are those that were written."""
         tensors = {name: self._file.get_tensor(name) for name in self.names}
-        if _digest(tensors, self._header) != self._sha256:
+        if _digest(tensors, self._header) != self.sha256:
             raise ValueError(refusal(self.path, "is damaged (its SHA-256 does not match)"))
 
     def read(self, start: int, entry: Entry) -> Document:
@@ -229,6 +229,19 @@ class Shard:
         """The token ids of all its documents, one after the other."""
         ids: list[int] = self._file.get_tensor("ids").tolist()
         return ids
+
+    def read_mask(self) -> torch.Tensor:
+        """The loss masks of all its documents, [N] bool."""
+        mask: torch.Tensor = self._file.get_tensor("loss_mask")
+        return mask
+
+    def tensor_shapes(self) -> dict[str, dict[str, Any]]:
+        """Name -> dtype and shape of one token's values."""
+        parts = {name: self._file.get_slice(name) for name in self.names}
+        return {
+            name: {"dtype": str(part.get_dtype()), "shape": part.get_shape()[1:]}
+            for name, part in parts.items()
+        }
 
 
 def refusal(path: Path, what: str) -> str:

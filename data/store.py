@@ -4,10 +4,11 @@ A store is a folder of shards (`data/shards.py`) and an `index.json`. Whatever s
 finished work; the index is drawn up from their headers at the end.
 """
 
+import hashlib
 import json
 import shutil
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,6 +19,7 @@ from headstart.heads.files import write_atomically
 from headstart.heads.targets import Target, source_layers
 
 OPEN_SHARDS = 32  # memory maps held at once
+SAID_ABOVE = 1 << 20  # bytes
 
 
 class Documents(Protocol):
@@ -27,6 +29,9 @@ class Documents(Protocol):
 
     def read(self, which: Sequence[int]) -> list[Document]:
         """The documents with these indices."""
+
+    def prompts(self) -> Iterator[list[int]]:
+        """The token ids of each document before the first that is trained, in order."""
 
 
 def bytes_per_token(config: Any, width: int, top_k: int, storage: Storage) -> int:
@@ -51,8 +56,12 @@ def stored_bytes(target: Target, data: DataConfig) -> int:
 
 
 def check_space(folder: Path, needed: int) -> None:
-    """Raise `ValueError` where `needed` bytes are more than the disk of `folder` has free."""
+    """Say how many bytes are to be written; raise `ValueError` where the disk has fewer free."""
     free = shutil.disk_usage(folder).free
+    if needed > SAID_ABOVE:
+        print(
+            f"{folder}: up to {needed / 2**20:,.0f} MiB to write, {free / 2**20:,.0f} MiB free"
+        )  # fmt: skip
     if needed > free:
         raise ValueError(
             f"{folder} needs up to {needed / 2**20:,.0f} MiB and its disk has "
@@ -72,19 +81,22 @@ def write_index(folder: Path, shards: list[Path], settings: dict[str, Any]) -> N
     shapes: dict[str, Any] = {}
     for path in shards:
         shard = Shard(path, settings)
-        for name in shard.names:
-            part = shard._file.get_slice(name)
-            shapes[name] = {"dtype": str(part.get_dtype()), "shape": part.get_shape()[1:]}
+        shapes = shard.tensor_shapes()
         rows.append(
             {
                 "file": path.name,
                 "bytes": path.stat().st_size,
-                "sha256": shard._sha256,
+                "sha256": shard.sha256,
                 "documents": [asdict(e) for e in shard.entries],
             }
         )
     content = {**settings, "tensors": shapes, "shards": rows}
+    content["sha256"] = _digest(content)
     write_atomically(folder / "index.json", json.dumps(content) + "\n")
+
+
+def _digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 class ActivationStore:
@@ -107,7 +119,7 @@ class ActivationStore:
         if target is not None:
             check_made_for(self.index, target, folder)
         self.settings = {
-            k: v for k, v in self.index.items() if k not in ("tensors", "shards")
+            k: v for k, v in self.index.items() if k not in ("tensors", "shards", "sha256")
         }  # fmt: skip
         entries: list[Entry] = []
         self._places: list[tuple[int, int]] = []  # shard number, first token
@@ -130,15 +142,27 @@ class ActivationStore:
         documents = []
         for i in which:
             number, start = self._places[i]
-            documents.append(self._shard(number).read(start, self.entries[i]))
+            documents.append(self.shard(number).read(start, self.entries[i]))
         return documents
+
+    def prompts(self) -> Iterator[list[int]]:
+        """The token ids of each document before the first that is trained, in order."""
+        for row in self.index["shards"]:
+            shard = Shard(self.folder / row["file"], self.settings)
+            ids, mask, start = shard.read_ids(), shard.read_mask(), 0
+            for entry in shard.entries:
+                trained = mask[start : start + entry.length].nonzero()
+                length = int(trained[0]) if len(trained) else entry.length
+                yield ids[start : start + length]
+                start += entry.length
 
     def verify(self) -> None:
         """Raise `ValueError` unless every shard is whole."""
         for number in range(len(self.index["shards"])):
-            self._shard(number)
+            self.shard(number)
 
-    def _shard(self, number: int) -> Shard:
+    def shard(self, number: int) -> Shard:
+        """One of the shards, verified; the files stay open, a bounded number of them."""
         if number in self._open:
             self._open.move_to_end(number)
             return self._open[number]
@@ -148,7 +172,7 @@ class ActivationStore:
             raise ValueError(f"{path} is missing: run the command that made the store again")
         shard = Shard(path, self.settings)
         if number not in self._verified:
-            if shard._sha256 != row["sha256"]:
+            if shard.sha256 != row["sha256"]:
                 raise ValueError(refusal(path, "is not the shard that the index names"))
             shard.verify()
             self._verified.add(number)
@@ -172,14 +196,21 @@ def read_index(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{folder} {state}")
     try:
         index: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if index["format"] != FORMAT:
-            raise ValueError(
-                f"{path} is of format {index['format']}, this version reads {FORMAT}: extract again"
-            )
+        made_of = index["format"]
+        intact = _digest({k: v for k, v in index.items() if k != "sha256"}) == index["sha256"]
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path} is damaged ({error}): delete it and run the command that made it again"
         ) from error
+    if made_of != FORMAT:
+        raise ValueError(
+            f"{path} is of format {made_of}, this version reads {FORMAT}: extract again"
+        )
+    if not intact:
+        raise ValueError(
+            f"{path} is damaged (its SHA-256 does not match): delete it and run the command that "
+            "made it again"
+        )
     return index
 
 

@@ -16,7 +16,7 @@ from headstart.configs.schema import Config
 from headstart.data.conversations import Conversation, finished_parts, read_part
 from headstart.data.extraction import extract, forward_batches
 from headstart.data.loader import candidate_rows
-from headstart.data.prepare import deal_temperatures
+from headstart.data.prepare import deal_sampling
 from headstart.data.prompts import load_prompts
 from headstart.data.regenerate import Job, make_jobs, regenerate
 from headstart.data.store import ActivationStore
@@ -46,7 +46,7 @@ def run_benchmark(name: str, config: Config, prompts: int, device: str, out: Pat
     target = load_target(t.name, t.dtype, t.revision, t.trust_remote_code, device)
     source = config.data.prompts[0].model_copy(update={"limit": prompts})
     rows = load_prompts(source, config.data.max_bad_rows)
-    jobs = make_jobs(rows, deal_temperatures(config.data, len(rows)), target, config.data)
+    jobs = make_jobs(rows, deal_sampling(config.data, target, len(rows)), target, config.data)
     measure = bench_extract if name == "extract" else bench_regenerate
     figures = measure(target, jobs, config)
     content = {

@@ -49,6 +49,18 @@ class Activations:
     """Layer type -> (keys, values), each [B, kv heads, T, head_dim]."""
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """How a target chooses its next token."""
+
+    temperature: float
+    """0: greedy."""
+    top_k: int | None = None
+    """Only the k most likely tokens; None: all."""
+    top_p: float = 1.0
+    """Only the most likely tokens that hold this much probability together."""
+
+
 class TargetTokens:
     """What is known of a target without its weights: enough to ask a server that holds them.
 
@@ -56,7 +68,7 @@ class TargetTokens:
         tokenizer: the target's.
         name: what reports call it.
         revision: of the Hub; None: a folder, or the default branch.
-        eos_ids: tokens with which it ends a text.
+        generation: its generation configuration.
     """
 
     fingerprint: str | None = None
@@ -66,12 +78,29 @@ class TargetTokens:
         tokenizer: PreTrainedTokenizerBase,
         name: str,
         revision: str | None,
-        eos_ids: list[int],
+        generation: GenerationConfig,
     ):
         self.tokenizer = tokenizer
         self.name = name
         self.revision = revision
-        self.eos_ids = eos_ids
+        self.generation = generation
+
+    @property
+    def eos_ids(self) -> list[int]:
+        """Tokens with which the target ends a text."""
+        eos = self.generation.eos_token_id
+        eos = self.tokenizer.eos_token_id if eos is None else eos
+        return eos if isinstance(eos, list) else [eos]
+
+    @property
+    def own_sampling(self) -> Sampling:
+        """What the target's checkpoint says of sampling; plain where it says nothing."""
+        g = self.generation
+        return Sampling(
+            1.0 if g.temperature is None else g.temperature,
+            g.top_k or None,
+            1.0 if g.top_p is None else g.top_p,
+        )
 
     @cached_property
     def tokenizer_hash(self) -> str:
@@ -106,7 +135,7 @@ class Target(TargetTokens):
                 f"unsupported target {name}: it lacks tied embeddings (its LM head is a table of "
                 "its own, which the head could not share)"
             )
-        super().__init__(tokenizer, name, revision, _eos_ids(model.generation_config, tokenizer))
+        super().__init__(tokenizer, name, revision, model.generation_config)
         self.model = model.eval().requires_grad_(False)
         self.config = model.config.get_text_config()
 
@@ -184,11 +213,6 @@ class Target(TargetTokens):
         if (cap := self.config.final_logit_softcapping) is not None:
             logits = torch.tanh(logits / cap) * cap
         return logits.float()
-
-
-def _eos_ids(config: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    eos = tokenizer.eos_token_id if config.eos_token_id is None else config.eos_token_id
-    return eos if isinstance(eos, list) else [eos]
 
 
 def source_layers(config: Any) -> dict[str, int]:
@@ -283,7 +307,7 @@ def load_target_tokens(
     """
     config = load_target_config(name, revision, trust_remote_code)
     if name in TINY_TARGETS:
-        return TargetTokens(byte_tokenizer(), name, None, [byte_tokenizer().eos_token_id])
+        return TargetTokens(byte_tokenizer(), name, None, GenerationConfig())
     path = gemma3_270m_dir() if name == "gemma3-270m" else name
     try:
         generation = GenerationConfig.from_pretrained(path, revision=revision)
@@ -292,4 +316,4 @@ def load_target_tokens(
     tokenizer = AutoTokenizer.from_pretrained(
         path, revision=revision, trust_remote_code=trust_remote_code
     )
-    return TargetTokens(tokenizer, name, revision, _eos_ids(generation, tokenizer))
+    return TargetTokens(tokenizer, name, revision, generation)

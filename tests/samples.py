@@ -6,7 +6,7 @@ from headstart.configs.schema import DataConfig
 from headstart.data.conversations import Conversation, answered
 from headstart.data.prompts import Prompt
 from headstart.data.regenerate import Job, make_jobs
-from headstart.heads.targets import TargetTokens
+from headstart.heads.targets import Sampling, TargetTokens
 
 
 def conversations(count: int, prompt_tokens: int = 5) -> list[Conversation]:
@@ -30,4 +30,5 @@ def prompts(count: int) -> list[Prompt]:
 
 def jobs(tokens: TargetTokens, temperatures: list[float], config: DataConfig) -> list[Job]:
     """A job for each temperature."""
-    return make_jobs(prompts(len(temperatures)), temperatures, tokens, config)
+    sampling = [Sampling(t) for t in temperatures]
+    return make_jobs(prompts(len(temperatures)), sampling, tokens, config)

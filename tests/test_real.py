@@ -13,7 +13,7 @@ from headstart.data.templates import encode_prompt
 from headstart.eval.decoding import greedy
 from headstart.heads.assistant import build_assistant, check_pair
 from headstart.heads.demo import GGUF_SHA256, check_sha256, gemma3_270m_dir
-from headstart.heads.targets import Target, load_target
+from headstart.heads.targets import Sampling, Target, load_target
 from tests.heads.test_parity import noisy_head, prefill, stock_drafts, training_logits
 
 pytestmark = pytest.mark.real
@@ -89,7 +89,7 @@ def test_assisted_text_equals_plain_text_in_float32(gemma: Target) -> None:
 
 def test_recorded_activations_are_those_of_a_clean_forward(gemma: Target, tmp_path: Path) -> None:
     config = DataConfig(max_new_tokens=12, generation_batch_size=2)
-    jobs = make_jobs(limit_evenly(load_prompts(PROMPTS), 2), [0.0, 0.0], gemma, config)
+    jobs = make_jobs(limit_evenly(load_prompts(PROMPTS), 2), [Sampling(0.0)] * 2, gemma, config)
     regenerate(gemma, jobs, config, 0, tmp_path, extract=True)
     for document in ActivationStore(tmp_path, gemma).read([0, 1]):
         seen, last = gemma.activations(document.ids[None]), len(document.ids) - 1

@@ -111,8 +111,28 @@ def test_copies_of_evaluation_prompts_are_not_answered(
     )  # fmt: skip
     run_regenerate(config, tmp_path / "out", extracting=False, device="cpu")
     assert "1 exact and 0 near duplicates" in capsys.readouterr().out
-    rows = [row for part in finished_parts(tmp_path / "out") for row in read_part(part)]
-    assert sorted(row.id for row in rows) == [f"train-0000{i + 1}" for i in range(9) if i != 4]
+    answers = [row for part in finished_parts(tmp_path / "out") for row in read_part(part)]
+    assert sorted(answer.id for answer in answers) == [
+        f"train-0000{i + 1}" for i in range(9) if i != 4
+    ]
+
+
+@pytest.mark.parametrize("way", ["store", "conversations"])
+def test_copies_of_evaluation_prompts_are_not_trained_on_from_stored_work_either(
+    way: str, stored: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = load_target("tiny-gemma4", "float32")
+    everything = ActivationStore(stored)
+    tokens = everything.read([2])[0]
+    copy = target.tokenizer.decode(tokens.ids[~tokens.loss_mask], skip_special_tokens=True)
+    (tmp_path / "eval.jsonl").write_text(json.dumps({"prompt": copy.upper()}) + "\n")
+    data = DataConfig(**{way: stored}, validation_conversations=2, teacher_top_k=16)  # type: ignore[arg-type]
+    training, validation = prepare_documents(target, data, 0, tmp_path / "eval.jsonl")
+    ids = {entry.id for part in (training, validation) for entry in part.entries}
+    assert everything.entries[2].id not in ids
+    assert "exact and 0 near duplicates" in capsys.readouterr().out
+    (document,) = training.read([1])
+    assert document.id == training.entries[1].id
 
 
 def test_whole_conversations_of_any_source_are_extracted_with_their_masks(tmp_path: Path) -> None:

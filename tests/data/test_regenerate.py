@@ -7,6 +7,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import torch
+from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from headstart.configs.schema import DataConfig
 from headstart.data import regenerate as module
@@ -17,13 +18,16 @@ from headstart.data.conversations import (
     part_path,
     read_part,
 )
+from headstart.data.prepare import deal_sampling
 from headstart.data.prompts import Prompt
-from headstart.data.regenerate import TemperatureMixture, make_jobs, regenerate
+from headstart.data.regenerate import make_jobs, regenerate
+from headstart.data.sampling import SamplingMixture
 from headstart.data.store import ActivationStore
-from headstart.heads.targets import Target, load_target_tokens
+from headstart.heads.targets import Sampling, Target, load_target_tokens
 from tests.conftest import make_target
 from tests.samples import jobs, prompts
 
+GREEDY = Sampling(0.0)
 CONFIG = DataConfig(max_new_tokens=12, generation_batch_size=3, teacher_top_k=5)
 
 
@@ -135,9 +139,37 @@ def test_a_damaged_part_is_named_with_its_cure(tiny: Target, tmp_path: Path) -> 
     assert written(tmp_path) == expected
 
 
+def test_one_flipped_bit_of_a_part_changes_no_conversation_unseen(
+    tiny: Target, tmp_path: Path
+) -> None:
+    """Most are found; a few fall on bytes that hold nothing."""
+    regenerate(tiny, jobs(tiny, [0.0] * 3, CONFIG), CONFIG, 0, tmp_path, extract=False)
+    (expected,), path = [written(tmp_path)], part_path(tmp_path, 0)
+    whole, found = path.read_bytes(), 0
+    places = range(0, len(whole), 11)
+    for at in places:
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 16]) + whole[at + 1 :])
+        try:
+            assert read_part(path) == expected
+        except ValueError as error:
+            assert "part-00000.parquet is cut short or damaged" in str(error)  # noqa: PT017
+            found += 1
+    assert found > 0.5 * len(places)
+
+
+def test_a_shard_or_part_that_was_deleted_is_made_anew(tiny: Target, tmp_path: Path) -> None:
+    asked = jobs(tiny, [0.0, 1.0] * 3, CONFIG)
+    regenerate(tiny, asked, CONFIG, 0, tmp_path, extract=True)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    for name in ("shard-00001.safetensors", "part-00000.parquet", "index.json"):
+        (tmp_path / name).unlink()
+        regenerate(tiny, asked, CONFIG, 0, tmp_path, extract=True)
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
 def test_a_prompt_that_is_asked_twice_has_two_ids(tiny: Target) -> None:
     twice = [prompts(2)[0], prompts(2)[1], prompts(2)[0]]
-    made = make_jobs(twice, [0.0, 0.0, 0.7], tiny, CONFIG)
+    made = make_jobs(twice, [GREEDY, GREEDY, Sampling(0.7)], tiny, CONFIG)
     assert sorted(job.id for job in made) == ["p0", "p0#2", "p1"]
 
 
@@ -152,10 +184,10 @@ def test_prompts_that_the_template_refuses_are_counted(
     good = [Prompt(f"p{i}", "c", "s", [{"role": "user", "content": "a"}], False) for i in range(9)]
     bad = Prompt("odd", "c", "s", [{"role": "system", "content": "a"}, *good[0].messages], False)
     lenient = CONFIG.model_copy(update={"max_bad_rows": 0.1})
-    assert len(make_jobs([*good, bad], [0.0] * 10, tiny, lenient)) == 9
+    assert len(make_jobs([*good, bad], [GREEDY] * 10, tiny, lenient)) == 9
     assert "1 of 10 prompts do not fit the chat template" in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"odd: .*System role not supported.*data.max_bad_rows"):
-        make_jobs([*good, bad], [0.0] * 10, tiny, CONFIG)
+        make_jobs([*good, bad], [GREEDY] * 10, tiny, CONFIG)
 
 
 def test_what_a_server_needs_is_known_without_weights() -> None:
@@ -195,17 +227,37 @@ def test_what_is_recorded_while_generating_is_what_a_clean_forward_gives(
         assert entry.top_k_mass == pytest.approx(float(mass), abs=1e-4)
 
 
-def test_the_mixture_draws_from_the_softmax_at_each_rows_temperature() -> None:
-    """Chi-square over 20,000 draws of 8 tokens: below the 99.9% quantile for 7 degrees (24.3)."""
+@pytest.mark.parametrize(
+    "sampling",
+    [Sampling(0.7), Sampling(1.0, top_k=5), Sampling(1.3, top_p=0.8), Sampling(0.9, 6, 0.9)],
+)
+def test_the_mixture_draws_from_the_distribution_of_each_row(sampling: Sampling) -> None:
+    """Chi-square over 20,000 draws of 8 tokens, below its 99.9% quantile for 7 degrees (24.3)."""
     torch.manual_seed(0)
     logits = torch.randn(8)
     draws = 20_000
-    mixture = TemperatureMixture([0.0] + [0.7] * draws, seed=1)
+    mixture = SamplingMixture([GREEDY] + [sampling] * draws, seed=1)
     chosen = mixture(torch.zeros(1, 1, dtype=torch.long), logits.repeat(draws + 1, 1)).argmax(-1)
     assert int(chosen[0]) == int(logits.argmax())
-    expected = (logits / 0.7).softmax(-1) * draws
+    warpers = [TemperatureLogitsWarper(sampling.temperature)]
+    warpers += [TopKLogitsWarper(sampling.top_k)] if sampling.top_k else []
+    warpers += [TopPLogitsWarper(sampling.top_p)]
+    warped = logits[None]
+    for warper in warpers:  # those of `generate`, in its order
+        warped = warper(torch.zeros(1, 1, dtype=torch.long), warped)
+    expected = warped[0].softmax(-1) * draws
     observed = torch.bincount(chosen[1:], minlength=8)
-    assert float(((observed - expected) ** 2 / expected).sum()) < 24.3
+    assert not observed[expected == 0].any()
+    kept = expected > 0
+    assert float(((observed - expected)[kept] ** 2 / expected[kept]).sum()) < 24.3
+
+
+def test_a_target_has_sampling_settings_of_its_own(tiny: Target) -> None:
+    assert tiny.own_sampling == Sampling(1.0)
+    tiny.model.generation_config.update(temperature=0.9, top_k=64, top_p=0.95)
+    config = CONFIG.model_copy(update={"temperatures": [0.0, "model"]})
+    own = Sampling(0.9, 64, 0.95)
+    assert deal_sampling(config, tiny, 3) == [GREEDY, own, GREEDY]
 
 
 def test_nothing_of_ours_stays_in_a_target_whose_generation_fails(

@@ -21,10 +21,11 @@ from headstart.data import server
 from headstart.data.prompts import load_prompts
 from headstart.data.server import Answer, AnswerServer, read_answer, server_ids
 from headstart.data.templates import encode_prompt
-from headstart.heads.targets import load_target
+from headstart.heads.targets import Sampling, load_target
 from headstart.heads.tiny import byte_tokenizer
 from tests.llama_server import LlamaServer, real_gguf
 
+GREEDY, WARM = Sampling(0.0), Sampling(0.7)
 TOKENIZER = byte_tokenizer()
 EOS = [1, 3]
 TEXT = "naïve"
@@ -99,13 +100,15 @@ def fake() -> Iterator[Fake]:
         http.shutdown()
 
 
-def answers(url: str, count: int = 1, model: str | None = None) -> tuple[list[Answer], list[str]]:
+def answers(
+    url: str, count: int = 1, model: str | None = None, sampling: Sampling = WARM
+) -> tuple[list[Answer], list[str]]:
     """`count` answers at once, and the notes."""
 
     async def run() -> tuple[list[Answer], list[str]]:
         async with AnswerServer(url, model, 2, TOKENIZER, EOS) as client:
             await client.check()
-            jobs = [client.answer(PROMPT, 0.7, seed, 5) for seed in range(count)]
+            jobs = [client.answer(PROMPT, sampling, seed, 5) for seed in range(count)]
             return await asyncio.gather(*jobs), client.notes
 
     return asyncio.run(run())
@@ -181,6 +184,13 @@ def test_prompts_go_out_as_ids_and_sampling_is_plain(fake: Fake) -> None:
     assert "logprobs" not in request
     assert "stop" not in request
     assert len(fake.asked) == 2  # the probe found ids, so nothing else was tried
+
+
+def test_the_targets_own_top_k_and_top_p_go_out_with_the_request(fake: Fake) -> None:
+    fake.reply = lambda _: (200, VLLM)
+    answers(fake.url, sampling=Sampling(1.0, top_k=64, top_p=0.95))
+    request = fake.asked[-1]
+    assert (request["temperature"], request["top_k"], request["top_p"]) == (1.0, 64, 0.95)
 
 
 def test_log_probabilities_are_asked_for_only_where_nothing_else_brings_ids(fake: Fake) -> None:
@@ -306,11 +316,12 @@ def test_llama_cpp_answers_as_the_target_does(
         async with AnswerServer(url, None, 3, target.tokenizer, [1]) as client:
             await client.check()
             bodies.clear()
-            greedy = await asyncio.gather(*(client.answer(x, 0.0, 0, 16) for x in prompts))
-            sampled = [await client.answer(prompts[0], 1.0, seed, 8) for seed in (5, 5, 6)]
+            plain = Sampling(1.0)
+            greedy = await asyncio.gather(*(client.answer(x, GREEDY, 0, 16) for x in prompts))
+            sampled = [await client.answer(prompts[0], plain, seed, 8) for seed in (5, 5, 6)]
             client._extras = client._extras | {"logit_bias": [[1, 100]]}
             assert not client.notes
-            return [greedy, sampled, [await client.answer(prompts[0], 0.0, 0, 8)]]
+            return [greedy, sampled, [await client.answer(prompts[0], GREEDY, 0, 8)]]
 
     with LlamaServer(gguf, tmp_path / "log") as llama:
         greedy, sampled, ended = asyncio.run(run(llama.url))
@@ -349,7 +360,7 @@ def test_answers_survive_a_server_that_is_killed_and_started_again(
     async def run(llama: LlamaServer) -> list[Answer]:
         async with AnswerServer(llama.url, None, 6, tokenizer, [1]) as client:
             await client.check()
-            jobs = [asyncio.create_task(client.answer(ids, 0.0, 0, 50)) for ids in prompts]
+            jobs = [asyncio.create_task(client.answer(ids, GREEDY, 0, 50)) for ids in prompts]
             # Two slots for six prompts: when one is done, others are under way and waiting.
             await asyncio.wait(jobs, return_when=asyncio.FIRST_COMPLETED)
             llama.kill()

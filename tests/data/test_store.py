@@ -181,7 +181,7 @@ def test_a_foreign_shard_is_not_taken_for_finished_work(tmp_path: Path) -> None:
     [
         ("{", "is damaged"),
         ("[]", "is damaged"),
-        ('{"format": 1}', "is of format 1, this version reads"),
+        ('{"format": 1, "sha256": ""}', "is of format 1, this version reads"),
     ],
 )
 def test_a_damaged_index_is_an_error_with_its_cure(text: str, message: str, tmp_path: Path) -> None:
@@ -194,6 +194,16 @@ def test_a_damaged_index_is_an_error_with_its_cure(text: str, message: str, tmp_
         ActivationStore(tmp_path)
     with pytest.raises(ValueError, match="holds no activation store"):
         ActivationStore(tmp_path / "nothing")
+
+
+def test_one_changed_figure_of_the_index_is_found(tmp_path: Path) -> None:
+    make_store(tmp_path, [[3, 2]])
+    path = tmp_path / "index.json"
+    text = path.read_text()
+    assert '"length": 3' in text
+    path.write_text(text.replace('"length": 3', '"length": 2'))
+    with pytest.raises(ValueError, match=r"index.json is damaged \(its SHA-256 does not match\)"):
+        ActivationStore(tmp_path)
 
 
 def test_the_index_names_target_shapes_and_checksums(tmp_path: Path) -> None:

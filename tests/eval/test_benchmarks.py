@@ -62,7 +62,7 @@ def test_a_difference_is_found_where_there_is_one(tiny: Target, tmp_path: Path) 
     same = stepwise_difference(tiny, clean, clean)
     assert same["hidden relative error"] == 0
     with torch.no_grad():
-        tiny.final_norm.weight *= 1.1
+        tiny.final_norm.get_parameter("weight").mul_(1.1)
     del tiny.__dict__["fingerprint"]
     moved = extract(tiny, rows, 4, tokens, CONFIG, tmp_path / "moved")
     found = stepwise_difference(tiny, moved, clean)

@@ -1,0 +1,154 @@
+"""The commands around data: regenerate, extract, data inspect, bench."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from headstart.cli.arguments import count, default_device
+
+
+def add_data_commands(commands: Any) -> None:
+    """Add them to the subparsers of `headstart`."""
+    regenerate = commands.add_parser(
+        "regenerate",
+        help="let the target answer prompts: the conversations that a head is trained on",
+        description="Let the target answer the prompts of data.prompts, in process or through a "
+        "server with the OpenAI API, into a folder of Parquet files. An interrupted call goes on "
+        "where it stopped. Copies of the configuration's evaluation prompts are left out.",
+        epilog="examples: headstart regenerate --out conversations target.name=ORG/my-gemma "
+        "data.prompts='[my_prompts.jsonl]'  |  the same with --extract, which writes the "
+        "activations too  |  the same with --server http://localhost:8000, where vLLM, SGLang or "
+        "llama.cpp runs the target",
+    )
+    _add_regenerate_arguments(regenerate)
+    regenerate.set_defaults(command=_run_regenerate)
+
+    extract = commands.add_parser(
+        "extract",
+        help="store the target's activations over conversations",
+        description="Run the target once over conversations and store what the head will see: "
+        "train on it with data.store=DIR. An interrupted call goes on where it stopped.",
+        epilog="example: headstart extract --conversations conversations --out store "
+        "target.name=ORG/my-gemma data.storage=int8",
+    )
+    extract.add_argument(
+        "--conversations",
+        required=True,
+        metavar="PATH",
+        help="folder of `headstart regenerate`, or any source of whole conversations: a JSONL, "
+        "Parquet, Arrow or CSV file, a folder of them, or a Hub dataset",
+    )
+    _add_data_arguments(extract)
+    extract.set_defaults(command=_run_extract)
+    _add_data_command(commands)
+    _add_bench_command(commands)
+
+
+def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to write")
+    _add_config_arguments(parser)
+
+
+def _add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--config", type=Path, metavar="FILE", help="run YAML (default: the built-in defaults)"
+    )
+    parser.add_argument("--debug", action="store_true", help="show the traceback of a failure")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="settings, such as target.name=ORG/my-gemma or data.max_new_tokens=512",
+    )
+
+
+def _add_regenerate_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--extract", action="store_true", help="store the activations from the same forwards"
+    )
+    parser.add_argument(
+        "--server", metavar="URL", help="let this OpenAI-compatible server answer ($OPENAI_API_KEY)"
+    )
+    parser.add_argument("--model", help="the target's name there (default: the only one)")
+    parser.add_argument(
+        "--concurrency",
+        type=count,
+        default=16,
+        metavar="N",
+        help="requests to the server under way at once (default 16)",
+    )
+    _add_data_arguments(parser)
+
+
+def _run_regenerate(args: argparse.Namespace) -> None:
+    from headstart.configs.loader import load_config
+    from headstart.data.commands import run_regenerate
+
+    config = load_config(args.config, args.overrides)
+    run_regenerate(
+        config, args.out, args.extract, default_device(), args.server, args.model, args.concurrency
+    )
+
+
+def _run_extract(args: argparse.Namespace) -> None:
+    from headstart.configs.loader import load_config
+    from headstart.data.commands import run_extract
+
+    run_extract(
+        load_config(args.config, args.overrides), args.conversations, args.out, default_device()
+    )
+
+
+def _add_data_command(commands: Any) -> None:
+    data = commands.add_parser("data", help="look at prompts, conversations and activations")
+    kinds = data.add_subparsers(required=True, metavar="COMMAND")
+    inspect = kinds.add_parser(
+        "inspect",
+        help="counts, lengths, masks, duplicates and examples of a data set",
+        description="Print what PATH holds: counts, length histograms, mask coverage, the share "
+        "of mass that the teacher's top k keep, duplicates, a few examples with the trained tokens "
+        "marked, and bytes a token.",
+        epilog="example: headstart data inspect conversations --examples 2",
+    )
+    inspect.add_argument(
+        "path", help="folder of `regenerate` or `extract`, or any source of prompts"
+    )
+    inspect.add_argument(
+        "--examples", type=int, default=3, metavar="N", help="rendered (default 3)"
+    )
+    inspect.add_argument(
+        "--target", metavar="NAME", help="whose tokenizer counts the tokens of a source of prompts"
+    )
+    inspect.add_argument("--debug", action="store_true", help="show the traceback of a failure")
+    inspect.set_defaults(command=_run_inspect)
+
+
+def _run_inspect(args: argparse.Namespace) -> None:
+    from headstart.data.inspection import inspect_path
+
+    inspect_path(args.path, args.examples, args.target)
+
+
+def _add_bench_command(commands: Any) -> None:
+    bench = commands.add_parser(
+        "bench",
+        help="measure speed ratios on this machine",
+        description="Measure what a step costs against what it cannot do without, in one run, "
+        "interleaved; print the ratios.",
+        epilog="example: headstart bench extract --json extract.json",
+    )
+    bench.add_argument("name", choices=("extract", "regenerate"), help="what is measured")
+    bench.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+    bench.add_argument(
+        "--prompts", type=count, default=64, metavar="N", help="prompts measured (default 64)"
+    )
+    _add_config_arguments(bench)
+    bench.set_defaults(command=_run_bench)
+
+
+def _run_bench(args: argparse.Namespace) -> None:
+    from headstart.configs.loader import load_config
+    from headstart.eval.benchmarks import run_benchmark
+
+    config = load_config(args.config, args.overrides)
+    run_benchmark(args.name, config, args.prompts, default_device(), args.json)
