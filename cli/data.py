@@ -119,14 +119,16 @@ def _add_data_command(commands: Any) -> None:
     inspect.add_argument(
         "--target", metavar="NAME", help="whose tokenizer counts the tokens of a source of prompts"
     )
-    inspect.add_argument("--debug", action="store_true", help="show the traceback of a failure")
+    _add_config_arguments(inspect)
     inspect.set_defaults(command=_run_inspect)
 
 
 def _run_inspect(args: argparse.Namespace) -> None:
+    from headstart.configs.loader import load_config
     from headstart.data.inspection import inspect_path
 
-    inspect_path(args.path, args.examples, args.target)
+    data = load_config(args.config, args.overrides).data
+    inspect_path(args.path, args.examples, args.target, data)
 
 
 def _add_bench_command(commands: Any) -> None:

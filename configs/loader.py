@@ -2,7 +2,7 @@
 
 import difflib
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -63,7 +63,9 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     *parents, leaf = key.split(".")
     node = tree
     for parent in parents:
-        node = node.setdefault(parent, {})
+        if node.get(parent) is None:  # absent, or switched off as `eval: null`
+            node[parent] = {}
+        node = node[parent]
         if not isinstance(node, dict):
             raise ValueError(f"override {override!r}: {parent} is a value, not a section")
     try:
@@ -88,6 +90,13 @@ def _explain(problem: dict[str, Any]) -> str:
 def _keys(parents: list[str]) -> list[str]:
     section: type[BaseModel] = Config
     for parent in parents:
-        default = section.model_fields[parent].default
-        section = type(default)
+        if not parent.isdigit():  # an item of a list: its section is known already
+            section = _section_in(section.model_fields[parent].annotation) or section
     return list(section.model_fields)
+
+
+def _section_in(annotation: Any) -> type[BaseModel] | None:
+    """The section that a field holds, by itself, in a list or as one of several types."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next(filter(None, map(_section_in, get_args(annotation))), None)

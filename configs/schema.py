@@ -11,7 +11,6 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    NonNegativeFloat,
     NonNegativeInt,
     PositiveInt,
     field_validator,
@@ -111,7 +110,7 @@ class DataConfig(Section):
     """Longer prompts keep their last tokens (unit: tokens)."""
     max_new_tokens: PositiveInt = 128
     """Length at which a response is cut (unit: tokens)."""
-    temperatures: list[NonNegativeFloat | Literal["model"]] = [0.0, 0.7]
+    temperatures: list[float | Literal["model"]] = [0.0, 0.7]
     """Sampling temperatures, dealt round robin over conversations. 0 is greedy; `model` is the
     target's own setting: temperature, top-k and top-p of its generation configuration."""
     generation_batch_size: PositiveInt = 64
@@ -142,7 +141,7 @@ class DataConfig(Section):
             raise ValueError("name data.conversations or data.store, not both")
         if self.online and (self.store is not None or self.storage != "target"):
             raise ValueError("data.online stores nothing: leave out data.store and data.storage")
-        if not self.temperatures:
+        if not self.temperatures or any(t != "model" and t < 0 for t in self.temperatures):
             raise ValueError("temperatures needs one value or more: 0 (greedy), above, or model")
         return self
 

@@ -6,15 +6,12 @@ from typing import Any
 from headstart.configs.schema import Config
 from headstart.data.conversations import MANIFEST, Conversation
 from headstart.data.extraction import extract
-from headstart.data.prepare import (
-    check_tokenizer,
-    deal_sampling,
-    deal_training_prompts,
-    extract_folder,
-)
-from headstart.data.prompts import load_prompts
+from headstart.data.packing import length_when_cut
+from headstart.data.prepare import deal_prompts, deal_sampling, extract_folder, load_sources
+from headstart.data.prompts import load_prompts, report_refused
 from headstart.data.regenerate import make_jobs, regenerate, regenerate_by_server
 from headstart.data.server import AnswerServer
+from headstart.data.store import ActivationStore
 from headstart.data.templates import encode_conversation
 from headstart.heads.targets import TargetTokens, load_target, load_target_tokens
 
@@ -47,16 +44,17 @@ def run_regenerate(
             "a server hands out text, no activations: leave out --extract, and run `headstart "
             "extract` over what it wrote"
         )
+    if url is None and model is not None:
+        raise ValueError("--model names the target at a server: give --server too")
     t, d = config.target, config.data
+    held_out = config.eval.prompts if config.eval else None
+    prompts = deal_prompts(load_sources(d, held_out), d, config.run.seed)
     tokens: TargetTokens
     if url is None:
         tokens = target = load_target(t.name, t.dtype, t.revision, t.trust_remote_code, device)
     else:
         tokens = load_target_tokens(t.name, t.revision, t.trust_remote_code)
-    sources = [(load_prompts(source, d.max_bad_rows), source.weight) for source in d.prompts]
-    held_out = config.eval.prompts if config.eval else None
-    prompts = deal_training_prompts(sources, d, config.run.seed, held_out)
-    jobs = make_jobs(prompts, deal_sampling(d, tokens, len(prompts)), tokens, d)
+    jobs = make_jobs(prompts, deal_sampling(d, tokens, prompts), tokens, d)
     if url is None:
         regenerate(target, jobs, d, config.run.seed, out, extracting)
     else:
@@ -64,7 +62,21 @@ def run_regenerate(
         retokenised = regenerate_by_server(server, tokens, jobs, d, config.run.seed, out)
         if retokenised:
             print(f"{retokenised} answers came as text alone and were tokenised again")
-    print(f"Written: {out} ({len(jobs)} conversations)")
+    print(f"Written: {out} ({len(jobs):,} conversations)")
+    if extracting:
+        print(describe_store(ActivationStore(out)))
+
+
+def describe_store(store: ActivationStore) -> str:
+    """One line: documents, tokens, bytes a token, and the share of mass that the top k keep."""
+    kept = [(e.top_k_mass, e.trained) for e in store.entries if e.top_k_mass is not None]
+    mass = sum(m * n for m, n in kept) / max(sum(n for _, n in kept), 1)
+    tokens = sum(e.length for e in store.entries)
+    size = sum(shard["bytes"] for shard in store.index["shards"])
+    return (
+        f"Activations: {len(store):,} documents, {tokens:,} tokens, {size / tokens:,.0f} bytes a "
+        f"token; the teacher's top {store.index['teacher_top_k']} keep {mass:.2%} of the mass"
+    )
 
 
 def run_extract(config: Config, conversations: str, out: Path, device: Any) -> None:
@@ -83,19 +95,13 @@ def run_extract(config: Config, conversations: str, out: Path, device: Any) -> N
     target = load_target(t.name, t.dtype, t.revision, t.trust_remote_code, device)
     folder = Path(conversations)
     if (folder / MANIFEST).is_file():
-        check_tokenizer(folder, target)
         store = extract_folder(target, folder, d, out)
     else:
         rows = encode_source(conversations, target, config)
-        tokens = sum(len(row.ids) for row in rows)
-        store = extract(target, rows, len(rows), tokens, d, out)
-    masses = [e.top_k_mass for e in store.entries if e.top_k_mass is not None]
-    size = sum(shard["bytes"] for shard in store.index["shards"])
-    tokens = sum(e.length for e in store.entries)
-    print(
-        f"Written: {out} ({len(store):,} documents, {tokens:,} tokens, {size / tokens:,.0f} bytes "
-        f"each, mean mass of the top {d.teacher_top_k}: {sum(masses) / max(len(masses), 1):.4f})"
-    )
+        tokens = sum(length_when_cut(len(row.ids), d.max_tokens) for row in rows)
+        store = extract(target, rows, tokens, d, out)
+    print(f"Written: {out}")
+    print(describe_store(store))
 
 
 def encode_source(path: str, tokens: TargetTokens, config: Config) -> list[Conversation]:
@@ -108,20 +114,16 @@ def encode_source(path: str, tokens: TargetTokens, config: Config) -> list[Conve
     d = config.data
     source = next((s for s in d.prompts if s.path == path), path)
     prompts = load_prompts(source, d.max_bad_rows)
-    rows, refused = [], list[str]()
+    rows: list[Conversation] = []
+    refused: list[tuple[str, str]] = []
     for prompt in prompts:
         try:
             ids, spans = encode_conversation(
                 prompt, tokens.tokenizer, tokens.eos_ids, d.chat_template_kwargs
             )
         except ValueError as error:
-            refused.append(f"{prompt.id}: {error}")
+            refused.append((prompt.id, str(error)))
             continue
         rows.append(Conversation(prompt.id, prompt.category, prompt.source, ids, spans))
-    if refused:
-        report = f"{len(refused)} of {len(prompts)} conversations cannot be used (first: "
-        report += f"{refused[0]})"
-        if len(refused) > d.max_bad_rows * len(prompts):
-            raise ValueError(f"{report}; data.max_bad_rows={d.max_bad_rows:g} allows fewer")
-        print(f"{report}; skipped")
+    report_refused(refused, len(prompts), d.max_bad_rows)
     return rows

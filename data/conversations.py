@@ -6,7 +6,8 @@ A folder holds `conversations.json` (with what they were made, and in how many p
 
 import hashlib
 import json
-import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from transformers import PreTrainedTokenizerBase
 
-from headstart.heads.files import clear_leftovers, part_name, write_atomically
+from headstart.heads.files import whole_file
 
 FORMAT = 2  # of the folder: raise it when the same settings come to give other conversations
 MANIFEST = "conversations.json"
@@ -84,17 +85,19 @@ def claim_folder(folder: Path, settings: dict[str, Any], parts: int) -> None:
     settings = {"format": FORMAT, **settings, "parts": parts}
     if path.is_file():
         there = read_manifest(folder)
-        for key, wanted in settings.items():
-            if there.get(key) != wanted:
+        # A fingerprint says more than a name, which may change with the folder.
+        names = {"target", "revision"} if settings["fingerprint"] else set()
+        for key in [key for key in settings if key not in names]:
+            if there.get(key) != settings[key]:
                 raise ValueError(
-                    f"{folder} holds conversations made with {key}={there.get(key)}, now {wanted}: "
-                    "give it back, or name another folder"
+                    f"{folder} holds conversations made with {key}={there.get(key)}, now "
+                    f"{settings[key]}: give it back, or name another folder"
                 )
-        if all(part_path(folder, i).is_file() for i in range(parts)):
-            return
-    folder.mkdir(parents=True, exist_ok=True)
-    clear_leftovers(folder)
-    write_atomically(path, json.dumps(settings, indent=2) + "\n")
+        return
+    if (folder / "index.json").is_file() or any(folder.glob("*-*.safetensors")):
+        raise ValueError(f"{folder} holds an activation store: name another folder")
+    with whole_file(path) as work:
+        work.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -152,20 +155,9 @@ def write_part(
                 "revision": revision,
             }
         )
-    work = part_name(path)
-    try:
-        schema = SCHEMA.with_metadata({DIGEST: _digest(rows)})
-        table = pa.Table.from_pylist(rows, schema=schema)
-        pq.write_table(table, work, compression="zstd")
-        with work.open("rb") as file:
-            os.fsync(file.fileno())
-        work.replace(path)
-    except OSError as error:
-        work.unlink(missing_ok=True)
-        raise OSError(
-            f"{path} could not be written ({error}); finished parts are kept: make room, then run "
-            "the same command again"
-        ) from error
+    schema = SCHEMA.with_metadata({DIGEST: _digest(rows)})
+    with whole_file(path) as work:
+        pq.write_table(pa.Table.from_pylist(rows, schema=schema), work, compression="zstd")
 
 
 def _digest(rows: list[dict[str, Any]]) -> bytes:
@@ -178,16 +170,11 @@ def read_part(path: Path) -> list[Conversation]:
     Raises:
         ValueError: it is cut short or damaged.
     """
-    try:
+    with _explained(path):
         table = pq.read_table(path)
         rows = table.to_pylist()
         if (table.schema.metadata or {})[DIGEST] != _digest(rows):
             raise ValueError("its SHA-256 does not match")
-    except (pa.ArrowException, OSError, KeyError, ValueError, OverflowError) as error:
-        raise ValueError(
-            f"{path} is cut short or damaged ({error}): delete it, then run the command that made "
-            "it again, which redoes it alone"
-        ) from error
     names = ("id", "category", "source", "temperature", "finish_reason")
     return [
         answered(row["prompt_ids"], row["response_ids"], **{name: row[name] for name in names})
@@ -211,11 +198,26 @@ def finished_parts(folder: Path) -> list[Path]:
     return parts
 
 
-def count_tokens(parts: list[Path]) -> tuple[int, int]:
-    """Conversations and tokens in some parts, without holding them."""
-    conversations, tokens = 0, 0
+def conversation_lengths(parts: list[Path]) -> Iterator[int]:
+    """Tokens of each conversation in some parts, without holding them.
+
+    Raises:
+        ValueError: a part is cut short or damaged.
+    """
     for path in parts:
-        table = pq.read_table(path, columns=["prompt_ids", "response_ids"])
-        conversations += len(table)
-        tokens += sum(pc.sum(pc.list_value_length(c)).as_py() or 0 for c in table.columns)
-    return conversations, tokens
+        with _explained(path):
+            table = pq.read_table(path, columns=["prompt_ids", "response_ids"])
+            lengths = pc.add(*(pc.list_value_length(column) for column in table.columns))
+        yield from lengths.to_pylist()
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """What a damaged Parquet file raises, as one `ValueError` with its cure."""
+    try:
+        yield
+    except (pa.ArrowException, OSError, KeyError, ValueError, OverflowError) as error:
+        raise ValueError(
+            f"{path} is cut short or damaged ({error}): delete it, then run the command that made "
+            "it again, which redoes it alone"
+        ) from error

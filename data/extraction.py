@@ -4,14 +4,15 @@ Letters: N tokens of a shard, T positions, k teacher tokens, V vocabulary.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
 import torch
 
 from headstart.configs.schema import DataConfig
-from headstart.data.conversations import Conversation
-from headstart.data.packing import cut
+from headstart.data.conversations import MANIFEST, Conversation
+from headstart.data.packing import trainable
 from headstart.data.progress import progress_bar
 from headstart.data.recording import top_logprobs
 from headstart.data.shards import (
@@ -29,7 +30,7 @@ from headstart.data.store import (
     stored_bytes,
     write_index,
 )
-from headstart.heads.files import clear_leftovers
+from headstart.heads.files import alone_in
 from headstart.heads.targets import Target
 
 SHARD = 64  # conversations a shard, at most
@@ -41,7 +42,6 @@ LOGIT_ROWS = 128  # rows of V logits held at once
 def extract(
     target: Target,
     conversations: Iterable[Conversation],
-    count: int,
     tokens: int,
     config: DataConfig,
     folder: Path,
@@ -50,60 +50,77 @@ def extract(
     """Run the target over the conversations once and store what the head will see.
 
     Shards appear whole or not at all, and a call that was cut short goes on where it stopped.
-    Conversations are read as they are needed: memory does not grow with their number.
+    Conversations are read as they are needed: memory does not grow with their number. Those with
+    nothing to draft (no answer of two tokens) are left out.
 
     Args:
         target: the model whose activations are stored.
         conversations: in an order that is the same each time.
-        count: how many they are, for the progress bar.
-        tokens: in all of them, for the size.
+        tokens: in all of them when cut, or a bound: for the progress bar and the size.
         config: the teacher's top k, the storage, and the length at which conversations are cut.
         folder: of the store.
         description: label of the progress bar.
 
     Raises:
-        ValueError: the folder holds another store, a damaged shard, or the disk is too small.
+        ValueError: the folder holds something else, a damaged shard, the disk is too small, or
+            there is nothing to train on.
         OSError: the disk is full; finished shards are kept.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / "index.json").is_file():
-        clear_leftovers(folder)
     settings = shard_settings(target, config.teacher_top_k, config.storage)
-    each = stored_bytes(target, config)
-    check_space(folder, each * tokens - sum(p.stat().st_size for p in shard_paths(folder)))
+    index = folder / "index.json"
     paths: list[Path] = []
-    with progress_bar() as bar:
-        task = bar.add_task(description, total=count, status="")
-        for batch in _chunks(conversations):
-            pieces = [piece for c in batch for piece in cut(c, config.max_tokens)]
+    with alone_in(folder), progress_bar() as bar:
+        if (folder / MANIFEST).is_file():
+            raise ValueError(f"{folder} holds conversations: name another folder for the store")
+        there = sum(path.stat().st_size for path in shard_paths(folder))
+        check_space(folder, stored_bytes(target, config) * tokens - there)
+        task = bar.add_task(description, total=tokens, status="tokens")
+        for pieces in _chunks(trainable(conversations, config.max_tokens)):
             path = shard_path(folder, len(paths))
-            if not path.is_file():
-                (folder / "index.json").unlink(missing_ok=True)
+            paths.append(path)
+            if path.is_file():
+                _check_same(Shard(path, settings), pieces)
+            else:
+                index.unlink(missing_ok=True)
                 tensors = extract_tensors(target, pieces, config.teacher_top_k)
                 write_shard(path, tensors, entries_of(pieces, tensors), settings)
-            elif Shard(path, settings).read_ids() != [i for piece in pieces for i in piece.ids]:
-                raise ValueError(
-                    f"{path} holds other conversations: name another folder, or delete this one"
-                )
-            paths.append(path)
-            bar.update(task, advance=len(batch))
-    if not paths:
-        raise ValueError("there are no conversations to extract")
-    if not (folder / "index.json").is_file():
-        write_index(folder, paths, settings)
+            bar.update(task, advance=sum(len(piece.ids) for piece in pieces))
+        if not paths:
+            raise ValueError("no conversation has an answer of two tokens: nothing to train on")
+        if surplus := sorted(set(shard_paths(folder)) - set(paths)):
+            raise ValueError(
+                f"{surplus[0]} and {len(surplus) - 1} more are of other conversations: delete "
+                "them, or name another folder"
+            )
+        if not index.is_file():
+            write_index(folder, paths, settings)
     return ActivationStore(folder, target)
 
 
-def _chunks(conversations: Iterable[Conversation]) -> Iterator[list[Conversation]]:
-    """The conversations of each shard: a function of them alone."""
+def _check_same(shard: Shard, pieces: list[Conversation]) -> None:
+    """Raise `ValueError` unless a finished shard is of just these pieces."""
+    theirs = [replace(entry, top_k_mass=None) for entry in shard.entries]
+    same = (
+        theirs == [_entry(piece, None) for piece in pieces]
+        and shard.read_ids() == [i for piece in pieces for i in piece.ids]
+        and torch.equal(shard.read_mask(), torch.cat([_loss_mask(piece) for piece in pieces]))
+    )
+    if not same:
+        raise ValueError(
+            f"{shard.path} holds other conversations: name another folder, or delete this one"
+        )
+
+
+def _chunks(pieces: Iterable[Conversation]) -> Iterator[list[Conversation]]:
+    """The pieces of each shard: a function of them alone."""
     chunk: list[Conversation] = []
     tokens = 0
-    for c in conversations:
-        if chunk and (len(chunk) == SHARD or tokens + len(c.ids) > SHARD_TOKENS):
+    for piece in pieces:
+        if chunk and (len(chunk) == SHARD or tokens + len(piece.ids) > SHARD_TOKENS):
             yield chunk
             chunk, tokens = [], 0
-        chunk.append(c)
-        tokens += len(c.ids)
+        chunk.append(piece)
+        tokens += len(piece.ids)
     if chunk:
         yield chunk
 
@@ -119,7 +136,7 @@ class OnlineActivations:
 
     def __init__(self, target: Target, conversations: list[Conversation], config: DataConfig):
         self.target, self.top_k = target, config.teacher_top_k
-        self.pieces = [piece for c in conversations for piece in cut(c, config.max_tokens)]
+        self.pieces = list(trainable(conversations, config.max_tokens))
         self.entries: Sequence[Entry] = [_entry(piece, None) for piece in self.pieces]
 
     def read(self, which: Sequence[int]) -> list[Document]:
@@ -133,9 +150,9 @@ class OnlineActivations:
         ]
 
     def prompts(self) -> Iterator[list[int]]:
-        """The token ids of each document before the first that is trained, in order."""
+        """The token ids of each document that the target did not write, in order."""
         for piece in self.pieces:
-            yield piece.ids[: piece.spans[0][0] if piece.spans else len(piece.ids)]
+            yield torch.tensor(piece.ids)[~_loss_mask(piece)].tolist()
 
 
 def entries_of(conversations: list[Conversation], tensors: dict[str, torch.Tensor]) -> list[Entry]:
@@ -199,9 +216,7 @@ def _run(target: Target, conversations: list[Conversation]) -> list[dict[str, to
     seen = target.activations(padded, kept.long())
     parts = []
     for b, (c, row) in enumerate(zip(conversations, rows, strict=True)):
-        part = {"ids": row.int(), "loss_mask": torch.zeros(len(row), dtype=torch.bool)}
-        for start, end in c.spans:
-            part["loss_mask"][start:end] = True
+        part = {"ids": row.int(), "loss_mask": _loss_mask(c)}
         part["hidden"] = seen.hidden[b, : len(row)].cpu()
         for layer_type, (keys, values) in seen.shared_kv.items():
             part[f"{layer_type}.keys"] = keys[b, :, : len(row)].transpose(0, 1).cpu()
@@ -210,9 +225,15 @@ def _run(target: Target, conversations: list[Conversation]) -> list[dict[str, to
     return parts
 
 
+def _loss_mask(c: Conversation) -> torch.Tensor:
+    """[T] bool: tokens that the assistant wrote."""
+    mask = torch.zeros(len(c.ids), dtype=torch.bool)
+    for start, end in c.spans:
+        mask[start:end] = True
+    return mask
+
+
 def _taught(c: Conversation) -> torch.Tensor:
     """[T] bool: rows whose next token the assistant wrote."""
-    taught = torch.zeros(len(c.ids), dtype=torch.bool)
-    for start, end in c.spans:
-        taught[max(start - 1, 0) : end - 1] = True
-    return taught
+    mask = _loss_mask(c)
+    return torch.cat([mask[1:], mask.new_zeros(1)])

@@ -1,6 +1,6 @@
 """Cutting long conversations and packing short ones, document boundaries respected."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from headstart.data.conversations import Conversation
@@ -9,9 +9,9 @@ from headstart.data.conversations import Conversation
 def cut(conversation: Conversation, max_tokens: int) -> list[Conversation]:
     """Cut a conversation into pieces of at most `max_tokens`, each with context before it.
 
-    Every token that is drafted from the whole conversation is drafted from exactly one piece. Each
-    later piece begins with the conversation's first token (<bos>) and about half its length of
-    context, on which nothing is trained.
+    Every token that is drafted first in a round is so in exactly one piece; later drafts end with
+    their piece. Each later piece begins with the conversation's first token (<bos>) and about half
+    its length of context, on which nothing is trained.
 
     Args:
         conversation: any.
@@ -37,6 +37,22 @@ def cut(conversation: Conversation, max_tokens: int) -> list[Conversation]:
             return pieces
         trained_from = end
         start = end - max_tokens // 2
+
+
+def trainable(conversations: Iterable[Conversation], max_tokens: int) -> Iterator[Conversation]:
+    """The pieces of conversations that something can be drafted in: two tokens of one answer."""
+    for conversation in conversations:
+        for piece in cut(conversation, max_tokens):
+            if any(end - start > 1 for start, end in piece.spans):
+                yield piece
+
+
+def length_when_cut(length: int, max_tokens: int) -> int:
+    """Tokens in all pieces of a conversation of `length` tokens, at most."""
+    if length <= max_tokens:
+        return length
+    steps = -(-(length - max_tokens) // (max_tokens - 1 - max_tokens // 2))
+    return length + steps * (max_tokens // 2 + 1)
 
 
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:

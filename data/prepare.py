@@ -1,23 +1,27 @@
 """From the sources of a run to the activations it trains on and those it is validated on."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from headstart.configs.schema import DataConfig
 from headstart.data.contamination import remove_contaminated
 from headstart.data.conversations import (
     Conversation,
-    count_tokens,
+    conversation_lengths,
     finished_parts,
     read_manifest,
     read_part,
     stable_hash,
 )
 from headstart.data.extraction import OnlineActivations, extract
+from headstart.data.packing import length_when_cut
+from headstart.data.progress import say
 from headstart.data.prompts import Prompt, deal, load_prompts, split_by_source
 from headstart.data.regenerate import Job, conversation_settings, make_jobs, regenerate
 from headstart.data.shards import Document, Entry
 from headstart.data.store import ActivationStore, Documents
+from headstart.data.templates import encode_prompt
 from headstart.heads.demo import cache_dir
 from headstart.heads.targets import Sampling, Target, TargetTokens
 
@@ -32,11 +36,6 @@ class Chosen:
     def read(self, which: Sequence[int]) -> list[Document]:
         """The documents with these indices among the chosen ones."""
         return self.documents.read([self.which[i] for i in which])
-
-    def prompts(self) -> Iterator[list[int]]:
-        """The token ids of each chosen document before the first that is trained."""
-        everything = list(self.documents.prompts())
-        return (everything[i] for i in self.which)
 
 
 def prepare_documents(
@@ -57,66 +56,87 @@ def prepare_documents(
             of another target.
     """
     if data.store is not None or data.conversations is not None:
-        documents: Documents
-        if data.store is not None:
-            documents = ActivationStore(data.store, target)
-        else:
-            documents = _activations_of(target, data)
-        if held_out is not None:
-            documents = without_contaminated(documents, target, held_out)
-        return split_documents(documents, data.validation_conversations, seed)
-    training, validation = choose_prompts(data, seed, held_out)
-    sampling = deal_sampling(data, target, len(training))
-    greedy = [Sampling(0.0)] * len(validation)
-    return (
-        _answered(target, make_jobs(training, sampling, target, data), data, seed, "Generating"),
-        _answered(target, make_jobs(validation, greedy, target, data), data, seed, "  held out"),
-    )
-
-
-def choose_prompts(
-    data: DataConfig, seed: int, held_out: Path | None
-) -> tuple[list[Prompt], list[Prompt]]:
-    """Training prompts as they are dealt, and validation prompts of other sources."""
-    sources = [
-        (load_prompts(source, data.max_bad_rows), source.weight) for source in data.prompts
-    ]  # fmt: skip
+        return _prepare_stored(target, data, seed, held_out)
+    sources = load_sources(data, held_out)
     everything = [prompt for prompts, _ in sources for prompt in prompts]
     _, validation = split_by_source(everything, data.validation_conversations, seed)
     kept_out = {prompt.source for prompt in validation}
     sources = [([p for p in prompts if p.source not in kept_out], w) for prompts, w in sources]
-    return deal_training_prompts(sources, data, seed, held_out), validation
+    training = deal_prompts(sources, data, seed)
+    jobs = make_jobs(training, deal_sampling(data, target, training), target, data)
+    return (
+        _answered(target, jobs, data, seed, "Generating"),
+        _greedy_answers(target, validation, data, seed),
+    )
 
 
-def deal_training_prompts(
-    sources: list[tuple[list[Prompt], float | None]],
-    data: DataConfig,
-    seed: int,
-    held_out: Path | None,
+def _prepare_stored(
+    target: Target, data: DataConfig, seed: int, held_out: Path | None
+) -> tuple[Documents, Documents]:
+    """From `data.store` or `data.conversations`."""
+    stored: ActivationStore | OnlineActivations
+    if data.store is not None:
+        stored = ActivationStore(data.store, target)
+        say(
+            f"{data.store}: {len(stored.entries):,} documents; of data.* only "
+            "validation_conversations applies to them"
+        )
+    else:
+        stored = _activations_of(target, data)
+    documents = without_contaminated(stored, target, data, held_out)
+    if any(entry.temperature == 0 for entry in documents.entries):
+        return split_documents(documents, data.validation_conversations, seed)
+    say("No greedy text of this target there to validate on: data.prompts are answered for it")
+    prompts = [prompt for group, _ in load_sources(data, held_out) for prompt in group]
+    _, validation = split_by_source(prompts, data.validation_conversations, seed)
+    sources = {prompt.source for prompt in validation}
+    kept = [i for i, entry in enumerate(documents.entries) if entry.source not in sources]
+    return Chosen(documents, kept), _greedy_answers(target, validation, data, seed)
+
+
+def load_sources(
+    data: DataConfig, held_out: Path | None
+) -> list[tuple[list[Prompt], float | None]]:
+    """The prompts of each source and its weight, without copies of evaluation prompts; prints how
+    many those are."""
+    sources = [(load_prompts(s, data.max_bad_rows), s.weight) for s in data.prompts]
+    if held_out is None:
+        say("Contamination: not checked, there are no evaluation prompts (eval.prompts)")
+        return sources
+    evaluation = load_prompts(held_out)
+    cleaned = []
+    for (prompts, weight), source in zip(sources, data.prompts, strict=True):
+        kept, found = remove_contaminated(prompts, evaluation)
+        say(f"{source.path} against {held_out}: {found.describe()}")
+        cleaned.append((kept, weight))
+    return cleaned
+
+
+def deal_prompts(
+    sources: list[tuple[list[Prompt], float | None]], data: DataConfig, seed: int
 ) -> list[Prompt]:
-    """The mixture of the sources, without copies of evaluation prompts.
+    """`data.num_conversations` prompts of the mixture.
 
     Raises:
-        ValueError: nothing is left.
+        ValueError: none is left.
     """
-    if held_out is not None:
-        evaluation = load_prompts(held_out)
-        cleaned = [(remove_contaminated(prompts, evaluation), w) for prompts, w in sources]
-        for (_, found), source in zip((c for c, _ in cleaned), data.prompts, strict=True):
-            print(f"{source.path} against {held_out}: {found.describe()}")
-        sources = [(prompts, weight) for (prompts, _), weight in cleaned]
     if not any(prompts for prompts, _ in sources):
         raise ValueError(
             "no training prompts are left: all of them are held out or copies of evaluation prompts"
         )
-    count = data.num_conversations or sum(len(prompts) for prompts, _ in sources)
-    return deal(sources, count, seed)
+    return deal(sources, data.num_conversations or sum(len(p) for p, _ in sources), seed)
 
 
-def deal_sampling(data: DataConfig, tokens: TargetTokens, count: int) -> list[Sampling]:
-    """`data.temperatures`, round robin."""
+def deal_sampling(data: DataConfig, tokens: TargetTokens, prompts: list[Prompt]) -> list[Sampling]:
+    """`data.temperatures`, round robin over the prompts, and over the times each is answered."""
     ways = [tokens.own_sampling if t == "model" else Sampling(t) for t in data.temperatures]
-    return [ways[i % len(ways)] for i in range(count)]
+    next_way: dict[int, int] = {}
+    dealt = []
+    for prompt in prompts:
+        way = next_way.get(id(prompt), len(next_way))
+        next_way[id(prompt)] = way + 1
+        dealt.append(ways[way % len(ways)])
+    return dealt
 
 
 def split_documents(documents: Documents, held_out: int, seed: int) -> tuple[Documents, Documents]:
@@ -126,17 +146,18 @@ def split_documents(documents: Documents, held_out: int, seed: int) -> tuple[Doc
         ValueError: too few greedy documents or sources to hold that many out.
     """
     entries = documents.entries
-    greedy = [entry for entry in entries if entry.temperature == 0]
-    if not greedy:
-        raise ValueError(
-            "validation walks greedy text, and no conversation here was written at temperature 0: "
-            "regenerate with 0 among data.temperatures"
-        )
-    _, chosen = split_by_source(greedy, held_out, seed)
+    _, chosen = split_by_source([e for e in entries if e.temperature == 0], held_out, seed)
     sources = {entry.source for entry in chosen}
     kept = [i for i, entry in enumerate(entries) if entry.source not in sources]
     validation = [i for i, e in enumerate(entries) if e.source in sources and e.temperature == 0]
     return Chosen(documents, kept), Chosen(documents, validation)
+
+
+def _greedy_answers(
+    target: Target, prompts: list[Prompt], data: DataConfig, seed: int
+) -> Documents:
+    jobs = make_jobs(prompts, [Sampling(0.0)] * len(prompts), target, data)
+    return _answered(target, jobs, data, seed, "  held out")
 
 
 def _answered(
@@ -148,29 +169,52 @@ def _answered(
     regenerate(target, jobs, data, seed, folder, extracted, description)
     if extracted:
         return ActivationStore(folder, target)
-    return OnlineActivations(target, read_folder(folder), data)
+    return OnlineActivations(target, list(stream_folder(folder, target)), data)
 
 
-def without_contaminated(documents: Documents, target: Target, held_out: Path) -> Documents:
-    """The documents whose prompt is no copy of an evaluation prompt; prints how many are."""
-    asked = [
-        Prompt(str(i), "", "", [{"role": "user", "content": text}], raw=True)
-        for i, text in enumerate(
-            target.tokenizer.decode(ids, skip_special_tokens=True) for ids in documents.prompts()
+def without_contaminated(
+    stored: ActivationStore | OnlineActivations,
+    target: Target,
+    data: DataConfig,
+    held_out: Path | None,
+) -> Documents:
+    """The documents whose prompt is no copy of an evaluation prompt; prints how many are.
+
+    What is stored are tokens, so a document's prompt is the text of all that the target did not
+    write, marks of the chat template included; each evaluation prompt is looked for as it is, and
+    as the template renders it.
+    """
+    everything = range(len(stored.entries))
+    if held_out is None:
+        say("Contamination: not checked, there are no evaluation prompts (eval.prompts)")
+        return Chosen(stored, everything)
+    evaluation = load_prompts(held_out)
+    tokenizer = target.tokenizer
+    rendered = [
+        tokenizer.decode(
+            encode_prompt(prompt, tokenizer, None, data.chat_template_kwargs),
+            skip_special_tokens=True,
         )
+        for prompt in evaluation
     ]
-    kept, found = remove_contaminated(asked, load_prompts(held_out))
-    print(f"Conversations against {held_out}: {found.describe()}")
-    return Chosen(documents, [int(prompt.id) for prompt in kept])
+    evaluation += [_as_prompt(p.id, text) for p, text in zip(evaluation, rendered, strict=True)]
+    texts = (tokenizer.decode(ids, skip_special_tokens=True) for ids in stored.prompts())
+    asked = [_as_prompt(str(i), text) for i, text in enumerate(texts)]
+    kept, found = remove_contaminated(asked, evaluation)
+    say(f"Conversations against {held_out}: {found.describe()}")
+    return Chosen(stored, [int(prompt.id) for prompt in kept])
 
 
-def _activations_of(target: Target, data: DataConfig) -> Documents:
+def _as_prompt(prompt_id: str, text: str) -> Prompt:
+    return Prompt(prompt_id, "", "", [{"role": "user", "content": text}], raw=True)
+
+
+def _activations_of(target: Target, data: DataConfig) -> ActivationStore | OnlineActivations:
     """Of the conversations of `headstart regenerate` that `data` names."""
     folder = data.conversations
     assert folder is not None
-    check_tokenizer(folder, target)
     if data.online:
-        return OnlineActivations(target, read_folder(folder), data)
+        return OnlineActivations(target, list(stream_folder(folder, target)), data)
     settings = [
         read_manifest(folder), target.fingerprint, str(target.table.dtype), data.teacher_top_k,
         data.storage, data.max_tokens,
@@ -182,25 +226,34 @@ def _activations_of(target: Target, data: DataConfig) -> Documents:
 
 def extract_folder(target: Target, folder: Path, data: DataConfig, out: Path) -> ActivationStore:
     """Extract the conversations of `headstart regenerate`, a part at a time."""
-    parts = finished_parts(folder)
-    count, tokens = count_tokens(parts)
-    stream = (conversation for part in parts for conversation in read_part(part))
-    return extract(target, stream, count, tokens, data, out)
+    lengths = conversation_lengths(finished_parts(folder))
+    tokens = sum(length_when_cut(length, data.max_tokens) for length in lengths)
+    return extract(target, stream_folder(folder, target), tokens, data, out)
 
 
-def read_folder(folder: Path) -> list[Conversation]:
-    """All conversations of `headstart regenerate`."""
-    return [conversation for part in finished_parts(folder) for conversation in read_part(part)]
+def stream_folder(folder: Path, tokens: TargetTokens) -> Iterator[Conversation]:
+    """The conversations of `headstart regenerate`, a part at a time.
 
+    Those of another model lose their temperature: they are not this target's greedy text.
 
-def check_tokenizer(folder: Path, tokens: TargetTokens) -> None:
-    """Raise `ValueError`, naming both, where the ids of a folder mean something else."""
+    Raises:
+        ValueError: the folder is unfinished, damaged, or tokenised for another vocabulary.
+    """
     manifest = read_manifest(folder)
     if manifest["tokenizer"] != tokens.tokenizer_hash:
         raise ValueError(
             f"{folder} was tokenised for {manifest['target']} ({manifest['tokenizer'][:12]}), and "
             f"{tokens.name} has another tokenizer ({tokens.tokenizer_hash[:12]}): regenerate it"
         )
+    if manifest["fingerprint"] is None:  # a server wrote it, which shows no weights
+        same = manifest["target"] == tokens.name
+    else:
+        same = manifest["fingerprint"] == tokens.fingerprint
+    if not same:
+        say(f"{folder} was written by {manifest['target']}, which is not this {tokens.name}")
+    for part in finished_parts(folder):
+        for conversation in read_part(part):
+            yield conversation if same else replace(conversation, temperature=None)
 
 
 def _cache(data: DataConfig) -> Path:

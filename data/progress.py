@@ -27,3 +27,9 @@ def progress_bar() -> Progress:
         TextColumn("{task.fields[status]}"),
         disable=not PartialState().is_main_process,
     )
+
+
+def say(line: str) -> None:
+    """Print a line, once for all processes of a run."""
+    if PartialState().is_main_process:
+        print(line, flush=True)

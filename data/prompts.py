@@ -124,6 +124,30 @@ def _check(
         print(f"{source.path}: {usable} rows, {bad} skipped ({reasons})", file=sys.stderr)
 
 
+def report_refused(refused: list[tuple[str, str]], total: int, max_bad_rows: float) -> None:
+    """Count rows that a target's template refuses, by reason, in one line on stderr.
+
+    Args:
+        refused: (prompt id, reason) of each.
+        total: rows, good and bad.
+        max_bad_rows: share of them that may be refused.
+
+    Raises:
+        ValueError: more of them are.
+    """
+    if not refused:
+        return
+    reasons: dict[str, list[str]] = {}
+    for prompt_id, reason in refused:
+        reasons.setdefault(reason, []).append(prompt_id)
+    worst_first = sorted(reasons.items(), key=lambda item: -len(item[1]))
+    listed = "; ".join(f"{len(ids)} {reason}, first {ids[0]}" for reason, ids in worst_first[:5])
+    line = f"{len(refused)} of {total} rows cannot be used with this target ({listed})"
+    if len(refused) > max_bad_rows * total:
+        raise ValueError(f"{line}; mend them, or raise data.max_bad_rows, now {max_bad_rows:g}")
+    print(f"{line}: skipped", file=sys.stderr)
+
+
 def _with_unique_ids(prompts: list[Prompt]) -> list[Prompt]:
     """Later stages key on ids, so one that comes again becomes `id~2`, `id~3` and so on."""
     taken = {p.id for p in prompts}

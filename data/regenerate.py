@@ -1,7 +1,6 @@
 """On-policy conversations: the target answers the prompts, batched and resumable."""
 
 import asyncio
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass
@@ -23,14 +22,15 @@ from headstart.data.conversations import (
     write_part,
 )
 from headstart.data.extraction import entries_of
-from headstart.data.progress import progress_bar
-from headstart.data.prompts import Prompt
+from headstart.data.progress import progress_bar, say
+from headstart.data.prompts import Prompt, report_refused
 from headstart.data.recording import Recorder
 from headstart.data.sampling import SamplingMixture
 from headstart.data.server import AnswerServer
 from headstart.data.shards import shard_path, shard_settings, write_shard
 from headstart.data.store import check_space, stored_bytes, write_index
-from headstart.data.templates import encode_prompt
+from headstart.data.templates import encode_prompt, shortened
+from headstart.heads.files import alone_in
 from headstart.heads.targets import Sampling, Target, TargetTokens
 
 
@@ -52,24 +52,30 @@ def make_jobs(
     Raises:
         ValueError: the target's chat template refuses more prompts than `data.max_bad_rows`.
     """
-    jobs, refused, used = [], list[str](), Counter[str]()
+    jobs: list[Job] = []
+    refused: list[tuple[str, str]] = []
+    taken, cut_short = set[str](), 0
     for prompt, drawn in zip(prompts, sampling, strict=True):
-        used[prompt.id] += 1  # a prompt may be answered several times
-        job_id = prompt.id if used[prompt.id] == 1 else f"{prompt.id}#{used[prompt.id]}"
+        job_id, times = prompt.id, 1
+        while job_id in taken:  # a prompt may be answered several times
+            times += 1
+            job_id = f"{prompt.id}#{times}"
+        taken.add(job_id)
         try:
             ids = encode_prompt(
-                prompt, tokens.tokenizer, config.max_prompt_tokens, config.chat_template_kwargs
+                prompt, tokens.tokenizer, chat_template_kwargs=config.chat_template_kwargs
             )
         except ValueError as error:
-            refused.append(f"{prompt.id}: {error}")
+            refused.append((prompt.id, str(error)))
             continue
-        jobs.append(Job(job_id, prompt, ids, drawn))
-    if refused:
-        report = f"{len(refused)} of {len(prompts)} prompts do not fit the chat template of "
-        report += f"{tokens.name} (first {refused[0]})"
-        if len(refused) > config.max_bad_rows * len(prompts):
-            raise ValueError(f"{report}; data.max_bad_rows={config.max_bad_rows:g} allows fewer")
-        print(f"{report}; skipped")
+        cut_short += len(ids) > config.max_prompt_tokens
+        jobs.append(Job(job_id, prompt, shortened(ids, config.max_prompt_tokens), drawn))
+    report_refused(refused, len(prompts), config.max_bad_rows)
+    if cut_short:
+        say(
+            f"{cut_short} of {len(prompts)} prompts are longer than data.max_prompt_tokens="
+            f"{config.max_prompt_tokens} and keep their last tokens"
+        )
     # Equal lengths together: less padding. Longest first: memory runs out at once or never.
     return sorted(jobs, key=lambda job: -len(job.prompt_ids))
 
@@ -122,15 +128,23 @@ def regenerate(
         ValueError: the folder was begun with other settings, or its disk is too small.
         OSError: the disk is full; finished parts are kept.
     """
+    longest = max(len(job.prompt_ids) for job in jobs) + config.max_new_tokens
+    if extract and longest > config.max_tokens:
+        raise ValueError(
+            f"activations of {longest} tokens are longer than data.max_tokens={config.max_tokens}: "
+            "raise it, or leave out --extract and run `headstart extract`, which cuts them"
+        )
     batches = _batches(jobs, config)
-    claim_folder(folder, conversation_settings(jobs, target, config, seed, extract), len(batches))
+    made_with = conversation_settings(jobs, target, config, seed, extract)
     settings = shard_settings(target, config.teacher_top_k, config.storage)
-    if extract:
-        missing = [batch for i, batch in enumerate(batches) if not _is_done(folder, i, extract)]
-        tokens = sum(len(j.prompt_ids) + config.max_new_tokens for b in missing for j in b)
-        each = stored_bytes(target, config)
-        check_space(folder, tokens * each)
-    with progress_bar() as bar:
+    with alone_in(folder), progress_bar() as bar:
+        claim_folder(folder, made_with, len(batches))
+        if extract:
+            missing = [b for i, b in enumerate(batches) if not _is_done(folder, i, extract)]
+            prompt_tokens = sum(len(job.prompt_ids) for batch in missing for job in batch)
+            answers = sum(len(batch) for batch in missing) * config.max_new_tokens
+            each = stored_bytes(target, config)
+            check_space(folder, each * (prompt_tokens + answers), each * prompt_tokens)
         task = bar.add_task(description, total=len(jobs), status="")
         done = _Done(bar, task)
         for number, batch in enumerate(batches):
@@ -138,17 +152,17 @@ def regenerate(
             if not _is_done(folder, number, extract):
                 (folder / "index.json").unlink(missing_ok=True)
                 recorder = Recorder(target, config.teacher_top_k) if extract else None
-                answers = answer(target, batch, config.max_new_tokens, seed + number, recorder)
-                written = _conversations(batch, answers, target.eos_ids)
+                responses = answer(target, batch, config.max_new_tokens, seed + number, recorder)
+                written = _conversations(batch, responses, target.eos_ids)
                 if recorder is not None:
                     # First the shard, then the text: where the text is, the shard is whole.
-                    tensors = recorder.tensors([job.prompt_ids for job in batch], answers)
+                    tensors = recorder.tensors([job.prompt_ids for job in batch], responses)
                     entries = entries_of(written, tensors)
                     write_shard(shard_path(folder, number), tensors, entries, settings)
                 write_part(path, written, target.tokenizer, target.name, target.revision)
             done.add(path)
-    if extract and not (folder / "index.json").is_file():
-        write_index(folder, [shard_path(folder, i) for i in range(len(batches))], settings)
+        if extract and not (folder / "index.json").is_file():
+            write_index(folder, [shard_path(folder, i) for i in range(len(batches))], settings)
 
 
 def regenerate_by_server(
@@ -170,9 +184,7 @@ def regenerate_by_server(
         ValueError, RuntimeError: what `AnswerServer` raises; finished parts are kept.
     """
     batches = _batches(jobs, config)
-    claim_folder(
-        folder, conversation_settings(jobs, tokens, config, seed, extract=False), len(batches)
-    )
+    made_with = conversation_settings(jobs, tokens, config, seed, extract=False)
     retokenised = 0
 
     async def write(number: int, batch: list[Job], done: _Done) -> None:
@@ -202,12 +214,21 @@ def regenerate_by_server(
                 await write(number, batch, done)
 
         async with server:
-            await server.check()
+            if not all(_is_done(folder, i, extract=False) for i in range(len(batches))):
+                await server.check()
             for note in server.notes:
-                print(note)
-            await asyncio.gather(*(bounded(number, batch) for number, batch in enumerate(batches)))
+                say(note)
+            ends = await asyncio.gather(
+                *(bounded(number, batch) for number, batch in enumerate(batches)),
+                # What is under way is finished and kept, whatever becomes of one request.
+                return_exceptions=True,
+            )
+        for failure in ends:
+            if isinstance(failure, BaseException):
+                raise failure
 
-    with progress_bar() as bar:
+    with alone_in(folder), progress_bar() as bar:
+        claim_folder(folder, made_with, len(batches))
         task = bar.add_task("Generating", total=len(jobs), status="")
         asyncio.run(write_all(_Done(bar, task)))
     return retokenised

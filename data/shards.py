@@ -8,7 +8,6 @@ Letters: N tokens of a shard, T tokens of a document, D target width, k teacher 
 
 import hashlib
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from headstart.heads.files import part_name
+from headstart.heads.files import whole_file
 from headstart.heads.gemma3 import SharedKV
 from headstart.heads.targets import Target
 
@@ -142,24 +141,9 @@ def write_shard(
             stored[name] = tensor
     stored = {name: tensor.contiguous() for name, tensor in stored.items()}
     header = json.dumps({"settings": settings, "documents": [asdict(e) for e in entries]})
-    work = part_name(path)
-    try:
+    with whole_file(path) as work:
         # One entry alone: safetensors writes several in an order that changes from run to run.
         save_file(stored, work, metadata={"headstart": f"{_digest(stored, header)} {header}"})
-        _to_disk(work)
-        work.replace(path)
-    except (OSError, SafetensorError) as error:
-        work.unlink(missing_ok=True)
-        raise OSError(
-            f"{path} could not be written ({error}); finished shards are kept: make room, then run "
-            "the same command again"
-        ) from error
-
-
-def _to_disk(path: Path) -> None:
-    """After this a power cut cannot leave a renamed file without its content."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
 
 
 def _digest(tensors: dict[str, torch.Tensor], header: str) -> str:
@@ -192,6 +176,7 @@ class Shard:
             self.settings: dict[str, Any] = header["settings"]
             self.entries = [Entry(**entry) for entry in header["documents"]]
         except (
+            OSError,
             SafetensorError,
             json.JSONDecodeError,
             UnicodeDecodeError,
@@ -200,7 +185,8 @@ class Shard:
         ) as e:
             raise ValueError(refusal(path, f"is cut short or no shard ({e})")) from e
         if settings is not None:
-            for key, wanted in settings.items():
+            for key in settings.keys() - {"target"}:  # its name may change, its fingerprint not
+                wanted = settings[key]
                 if (found := self.settings.get(key)) != wanted:
                     raise ValueError(
                         f"{path} is of another store: its {key} is {found}, this one's {wanted}; "

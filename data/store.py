@@ -13,9 +13,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
+
 from headstart.configs.schema import DataConfig
+from headstart.data.progress import say
 from headstart.data.shards import FORMAT, Document, Entry, Shard, Storage, refusal, shard_paths
-from headstart.heads.files import write_atomically
+from headstart.heads.files import whole_file
 from headstart.heads.targets import Target, source_layers
 
 OPEN_SHARDS = 32  # memory maps held at once
@@ -29,9 +32,6 @@ class Documents(Protocol):
 
     def read(self, which: Sequence[int]) -> list[Document]:
         """The documents with these indices."""
-
-    def prompts(self) -> Iterator[list[int]]:
-        """The token ids of each document before the first that is trained, in order."""
 
 
 def bytes_per_token(config: Any, width: int, top_k: int, storage: Storage) -> int:
@@ -55,14 +55,20 @@ def stored_bytes(target: Target, data: DataConfig) -> int:
     return bytes_per_token(target.config, width, data.teacher_top_k, data.storage)
 
 
-def check_space(folder: Path, needed: int) -> None:
-    """Say how many bytes are to be written; raise `ValueError` where the disk has fewer free."""
+def check_space(folder: Path, needed: int, at_least: int | None = None) -> None:
+    """Say how many bytes are to be written; raise `ValueError` where the disk has fewer free.
+
+    Args:
+        folder: to write into.
+        needed: bytes, or an upper bound of them.
+        at_least: a lower bound, where the size is not known: the disk must have that much.
+    """
     free = shutil.disk_usage(folder).free
     if needed > SAID_ABOVE:
-        print(
+        say(
             f"{folder}: up to {needed / 2**20:,.0f} MiB to write, {free / 2**20:,.0f} MiB free"
         )  # fmt: skip
-    if needed > free:
+    if (needed if at_least is None else at_least) > free:
         raise ValueError(
             f"{folder} needs up to {needed / 2**20:,.0f} MiB and its disk has "
             f"{free / 2**20:,.0f} MiB free: make room, name another folder, or store less "
@@ -92,7 +98,8 @@ def write_index(folder: Path, shards: list[Path], settings: dict[str, Any]) -> N
         )
     content = {**settings, "tensors": shapes, "shards": rows}
     content["sha256"] = _digest(content)
-    write_atomically(folder / "index.json", json.dumps(content) + "\n")
+    with whole_file(folder / "index.json") as work:
+        work.write_text(json.dumps(content) + "\n", encoding="utf-8")
 
 
 def _digest(content: dict[str, Any]) -> str:
@@ -125,7 +132,7 @@ class ActivationStore:
         self._places: list[tuple[int, int]] = []  # shard number, first token
         for number, shard in enumerate(self.index["shards"]):
             start = 0
-            for row in shard["documents"]:
+            for row in shard.pop("documents"):
                 entry = Entry(**row)
                 entries.append(entry)
                 self._places.append((number, start))
@@ -146,14 +153,13 @@ class ActivationStore:
         return documents
 
     def prompts(self) -> Iterator[list[int]]:
-        """The token ids of each document before the first that is trained, in order."""
+        """The token ids of each document that the target did not write, in order."""
         for row in self.index["shards"]:
             shard = Shard(self.folder / row["file"], self.settings)
-            ids, mask, start = shard.read_ids(), shard.read_mask(), 0
+            ids, mask, start = torch.tensor(shard.read_ids()), shard.read_mask(), 0
             for entry in shard.entries:
-                trained = mask[start : start + entry.length].nonzero()
-                length = int(trained[0]) if len(trained) else entry.length
-                yield ids[start : start + length]
+                span = slice(start, start + entry.length)
+                yield ids[span][~mask[span]].tolist()
                 start += entry.length
 
     def verify(self) -> None:

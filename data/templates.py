@@ -66,9 +66,14 @@ def encode_prompt(
         template = tokenizer.get_chat_template(tools=prompt.tools)
         kwargs = {**(chat_template_kwargs or {}), "add_generation_prompt": True}
         ids = _ids(_render(tokenizer, template, kwargs, prompt.question, prompt.tools), tokenizer)
-    if max_tokens is not None and len(ids) > max_tokens:
-        ids = [ids[0], *ids[len(ids) - max_tokens + 1 :]]
-    return ids
+    return ids if max_tokens is None else shortened(ids, max_tokens)
+
+
+def shortened(ids: list[int], max_tokens: int) -> list[int]:
+    """The first token (<bos>) and the last ones, `max_tokens` at most."""
+    if len(ids) <= max_tokens:
+        return ids
+    return [ids[0], *ids[len(ids) - max_tokens + 1 :]]
 
 
 def encode_conversation(

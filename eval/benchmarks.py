@@ -20,13 +20,13 @@ from headstart.data.prepare import deal_sampling
 from headstart.data.prompts import load_prompts
 from headstart.data.regenerate import Job, make_jobs, regenerate
 from headstart.data.store import ActivationStore
-from headstart.eval.decoding import greedy
+from headstart.eval.decoding import greedy, synchronize
 from headstart.eval.environment import environment
 from headstart.heads.files import write_atomically
 from headstart.heads.targets import Target, load_target
 
 TURNS = 2  # of each side; the quicker one counts, since what disturbs a machine only slows it
-SINGLE = 16  # prompts answered one by one, spread over the lengths
+SINGLE = 8  # prompts answered one by one, spread over the lengths
 
 
 def run_benchmark(name: str, config: Config, prompts: int, device: str, out: Path | None) -> None:
@@ -42,11 +42,13 @@ def run_benchmark(name: str, config: Config, prompts: int, device: str, out: Pat
     Raises:
         ValueError: bad prompts or target.
     """
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
     t = config.target
     target = load_target(t.name, t.dtype, t.revision, t.trust_remote_code, device)
     source = config.data.prompts[0].model_copy(update={"limit": prompts})
     rows = load_prompts(source, config.data.max_bad_rows)
-    jobs = make_jobs(rows, deal_sampling(config.data, target, len(rows)), target, config.data)
+    jobs = make_jobs(rows, deal_sampling(config.data, target, rows), target, config.data)
     measure = bench_extract if name == "extract" else bench_regenerate
     figures = measure(target, jobs, config)
     content = {
@@ -88,15 +90,15 @@ def bench_extract(target: Target, jobs: list[Job], config: Config) -> dict[str, 
 
             return run
 
-        alone, fused = in_turns(generating(False), generating(True))
+        alone, fused = in_turns(target, generating(False), generating(True))
         recorded = work / "True-0"
         rows = [row for part in finished_parts(recorded) for row in read_part(part)]
         tokens = sum(len(row.ids) for row in rows)
 
         def extracting(turn: int) -> None:
-            extract(target, rows, len(rows), tokens, data, work / f"store-{turn}", "  extracting")
+            extract(target, rows, tokens, data, work / f"store-{turn}", "  extracting")
 
-        forward, stored = in_turns(lambda turn: bare_forwards(target, rows), extracting)
+        forward, stored = in_turns(target, lambda turn: bare_forwards(target, rows), extracting)
         difference = stepwise_difference(
             target, ActivationStore(recorded), ActivationStore(work / "store-0")
         )
@@ -126,7 +128,7 @@ def bench_regenerate(target: Target, jobs: list[Job], config: Config) -> dict[st
         `batched_over_single`: tokens a second of `regenerate` / of one-by-one greedy `generate`.
     """
     chosen = jobs[:: max(1, len(jobs) // SINGLE)]
-    single: list[tuple[int, float]] = []
+    singles: list[int] = []
     with tempfile.TemporaryDirectory() as root:
 
         def batched(turn: int) -> None:
@@ -134,29 +136,34 @@ def bench_regenerate(target: Target, jobs: list[Job], config: Config) -> dict[st
             regenerate(target, jobs, config.data, config.run.seed, folder, False, "  batched")
 
         def one_by_one(turn: int) -> None:
-            greedy(target, chosen[0].prompt_ids, 8)  # a warm-up
-            for job in chosen[turn::TURNS]:
+            singles.clear()
+            for job in chosen:
                 decoded = greedy(target, job.prompt_ids, config.data.max_new_tokens)
-                single.append((len(decoded.tokens), decoded.seconds))
+                singles.append(len(decoded.tokens))
 
-        seconds, _ = in_turns(batched, one_by_one)
+        greedy(target, chosen[0].prompt_ids, 8)  # a warm-up
+        seconds, seconds_single = in_turns(target, batched, one_by_one)
         parts = finished_parts(Path(root) / "0")
         tokens = sum(row.trained for part in parts for row in read_part(part))
-    per_second = sum(n for n, _ in single) / sum(s for _, s in single)
+    rates = {"batched": tokens / seconds, "one by one": sum(singles) / seconds_single}
     return {
-        "ratios": {"batched_over_single": tokens / seconds / per_second},
-        "tokens_per_second": {"batched": tokens / seconds, "one by one": per_second},
-        "one_by_one_prompts": len(single),
+        "ratios": {"batched_over_single": rates["batched"] / rates["one by one"]},
+        "tokens_per_second": rates,
+        "one_by_one_prompts": len(singles),
     }
 
 
-def in_turns(first: Callable[[int], None], second: Callable[[int], None]) -> tuple[float, float]:
+def in_turns(
+    target: Target, first: Callable[[int], None], second: Callable[[int], None]
+) -> tuple[float, float]:
     """The quickest of `TURNS` turns of each, in seconds: first, second, second, first."""
     seconds: dict[int, list[float]] = {0: [], 1: []}
     for turn in range(TURNS):
         for side in (0, 1) if turn % 2 == 0 else (1, 0):
+            synchronize(target.device)
             start = time.perf_counter()
             (first, second)[side](turn)
+            synchronize(target.device)
             seconds[side].append(time.perf_counter() - start)
     return min(seconds[0]), min(seconds[1])
 

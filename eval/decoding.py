@@ -72,12 +72,12 @@ def greedy(
     )
     ids = torch.tensor([prompt_ids], device=target.device)
     with _count_forwards(target.model) as forwards, torch.inference_mode():
-        _synchronize(target.device)
+        synchronize(target.device)
         start = time.perf_counter()
         output = target.model.generate(
             ids, attention_mask=torch.ones_like(ids), generation_config=config, **extra
         )
-        _synchronize(target.device)
+        synchronize(target.device)
         seconds = time.perf_counter() - start
     return Decoded(output[0, len(prompt_ids) :].tolist(), seconds, tuple(forwards))
 
@@ -105,6 +105,7 @@ def _count_forwards(model: PreTrainedModel) -> Iterator[list[tuple[int, int]]]:
         handle.remove()
 
 
-def _synchronize(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
+    """Wait for what an accelerator has under way, so that a clock says what it took."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)

@@ -1,8 +1,16 @@
 """Files and folders that are there whole or not at all."""
 
+import fcntl
 import os
 import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors import SafetensorError
+
+WRITING = ".writing"  # the folder of files that are not yet whole
 
 
 def part_name(path: Path) -> Path:
@@ -31,11 +39,45 @@ def replace_folder(work: Path, folder: Path) -> None:
     shutil.rmtree(earlier, ignore_errors=True)
 
 
-def clear_leftovers(folder: Path) -> None:
-    """Delete what killed processes left behind while they wrote into `folder`.
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Work in a folder while other processes that would do so wait.
 
-    Only where nobody else is writing. safetensors writes under a hidden name of its own first.
+    What a killed process left half-written there is cleared away. The lock goes with the process
+    that holds it, however that ends.
     """
-    for pattern in ("*.part", ".tmp*"):
-        for path in folder.glob(pattern):
-            path.unlink(missing_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"{folder}: another process works there, waiting for it", file=sys.stderr)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        shutil.rmtree(folder / WRITING, ignore_errors=True)
+        try:
+            yield
+        finally:
+            shutil.rmtree(folder / WRITING, ignore_errors=True)
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Gives a place to write to; what was written there then appears at `path` in one step.
+
+    Raises:
+        OSError: with what to do, when the disk is full.
+    """
+    work = path.parent / WRITING / path.name
+    try:
+        work.parent.mkdir(exist_ok=True)
+        yield work
+        with work.open("rb") as file:
+            # After this a power cut cannot leave the new name without its content.
+            os.fsync(file.fileno())
+        work.replace(path)
+    except (OSError, SafetensorError) as error:
+        work.unlink(missing_ok=True)
+        raise OSError(
+            f"{path} could not be written ({error}); finished files are kept: make room, then run "
+            "the same command again"
+        ) from error

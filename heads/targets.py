@@ -67,7 +67,7 @@ class TargetTokens:
     Args:
         tokenizer: the target's.
         name: what reports call it.
-        revision: of the Hub; None: a folder, or the default branch.
+        revision: commit on the Hub, where it comes from there.
         generation: its generation configuration.
     """
 
@@ -172,7 +172,10 @@ class Target(TargetTokens):
     @cached_property
     def fingerprint(self) -> str:  # type: ignore[override]
         """SHA-256 over the text configuration and every weight: equal models, equal prints."""
-        digest = hashlib.sha256(self.config.to_json_string().encode())
+        config = self.config.to_dict()
+        for what_changes_no_value in ("transformers_version", "_name_or_path"):
+            config.pop(what_changes_no_value, None)
+        digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
         for name, tensor in sorted(self.model.state_dict().items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             flat = tensor.detach().cpu().contiguous().view(-1)
@@ -294,7 +297,13 @@ def load_target(
     source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     model = SUPPORTED[config.model_type].from_pretrained(path, dtype=torch_dtype, **source)
     tokenizer = AutoTokenizer.from_pretrained(path, **source)
-    return Target(model.to(device), tokenizer, name, revision)
+    return Target(model.to(device), tokenizer, name, _commit(config) or revision)
+
+
+def _commit(config: Any) -> str | None:
+    """The commit that a configuration was read from; None: a folder."""
+    commit: str | None = getattr(config, "_commit_hash", None)
+    return commit
 
 
 def load_target_tokens(
@@ -316,4 +325,4 @@ def load_target_tokens(
     tokenizer = AutoTokenizer.from_pretrained(
         path, revision=revision, trust_remote_code=trust_remote_code
     )
-    return TargetTokens(tokenizer, name, revision, generation)
+    return TargetTokens(tokenizer, name, config._commit_hash or revision, generation)

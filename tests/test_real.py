@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from headstart.configs.schema import DataConfig, HeadConfig
+from headstart.data.prepare import extract_folder
 from headstart.data.prompts import limit_evenly, load_prompts
 from headstart.data.regenerate import make_jobs, regenerate
 from headstart.data.store import ActivationStore
 from headstart.data.templates import encode_prompt
+from headstart.eval.benchmarks import stepwise_difference
 from headstart.eval.decoding import greedy
 from headstart.heads.assistant import build_assistant, check_pair
 from headstart.heads.demo import GGUF_SHA256, check_sha256, gemma3_270m_dir
@@ -100,3 +102,19 @@ def test_recorded_activations_are_those_of_a_clean_forward(gemma: Target, tmp_pa
         written = document.loss_mask.nonzero()[:, 0]
         assert len(written) == 12
         assert torch.equal(document.teacher_ids[written - 1, 0].long(), document.ids[written])
+
+
+def test_what_decoding_step_by_step_changes_in_bfloat16_is_bounded(tmp_path: Path) -> None:
+    """Of the dtype in which stores are made; docs/data.md has figures of a longer run."""
+    gemma = load_target("gemma3-270m", "bfloat16")
+    config = DataConfig(max_new_tokens=24, generation_batch_size=8)
+    prompts = limit_evenly(load_prompts(PROMPTS), 8)
+    jobs = make_jobs(prompts, [Sampling(0.0), Sampling(0.7)] * 4, gemma, config)
+    regenerate(gemma, jobs, config, 0, tmp_path / "recorded", extract=True)
+    clean = extract_folder(gemma, tmp_path / "recorded", config, tmp_path / "clean")
+    apart = stepwise_difference(gemma, ActivationStore(tmp_path / "recorded"), clean)
+    assert apart.pop("same best token") > 0.9
+    assert apart.pop("best log-probability, mean difference") < 0.1
+    assert len(apart) == 5, "hidden states, keys and values of both layer types"
+    for name, error in apart.items():
+        assert 0 < error < 0.05, name

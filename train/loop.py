@@ -155,18 +155,20 @@ def build_head(target: Target, config: Config, training: Documents) -> DraftHead
     width = assistant.config.text_config.hidden_size
     if width == target.config.hidden_size:
         return DraftHead(assistant)
-    documents = training.read(range(min(len(training.entries), 256)))
-    # Rows that teach: the target wrote the next token.
-    taught = [d.loss_mask.roll(-1).index_fill(0, torch.tensor([-1]), False) for d in documents]
-    hidden = torch.cat([d.hidden[rows] for d, rows in zip(documents, taught, strict=True)])
+    hidden = []
     # The teacher's top tokens stand in for the token distribution, smoothed over the rest.
     weights = torch.full((len(target.table),), 1e-9)
-    for d, rows in zip(documents, taught, strict=True):
-        p = d.teacher_logprobs[rows].exp()
-        weights.index_add_(0, d.teacher_ids[rows].long().flatten(), p.flatten())
+    for i in range(min(len(training.entries), 256)):
+        (document,) = training.read([i])
+        taught = document.loss_mask.nonzero()[:, 0] - 1  # the target wrote the next token
+        taught = taught[taught >= 0]
+        hidden.append(document.hidden[taught])
+        p = document.teacher_logprobs[taught].exp()
+        weights.index_add_(0, document.teacher_ids[taught].long().flatten(), p.flatten())
     device = target.table.device
     return DraftHead(
-        assistant, low_rank_start(target.table, hidden.to(device), weights.to(device), width)
+        assistant,
+        low_rank_start(target.table, torch.cat(hidden).to(device), weights.to(device), width),
     )
 
 

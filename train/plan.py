@@ -5,8 +5,10 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM
 
-from headstart.configs.schema import Config
-from headstart.data.store import bytes_per_token
+from headstart.configs.schema import Config, DataConfig
+from headstart.data.conversations import conversation_lengths, finished_parts
+from headstart.data.packing import length_when_cut
+from headstart.data.store import bytes_per_token, read_index
 from headstart.heads.assistant import assistant_config
 from headstart.heads.targets import load_target_config, source_layers
 
@@ -36,8 +38,6 @@ def plan(config: Config) -> dict[str, str]:
         trained += source.hidden_size * text.hidden_size  # the projection of the low-rank tie
     width = 2 if t.dtype == "bfloat16" else 4
     token = bytes_per_token(source, width, d.teacher_top_k, d.storage)
-    per_conversation = d.max_prompt_tokens + d.max_new_tokens
-    count = d.num_conversations
     rows = c.batch_size * c.gradient_accumulation_steps * c.anchors
     return {
         "target": f"{t.name} ({source.model_type}, width {source.hidden_size}, "
@@ -50,18 +50,44 @@ def plan(config: Config) -> dict[str, str]:
         if text.hidden_size == source.hidden_size
         else "none: low-rank tie, materialised when saved",
         "training memory of the head": _bytes(trained * 16) + " (weights, gradients, two moments)",
-        "conversations": f"{f'{count:,}' if count else 'one a prompt'} and "
-        f"{d.validation_conversations:,} held out",
-        "tokens": f"at most {count * per_conversation:,}, {count * d.max_new_tokens:,} of them "
-        "answers"
-        if count
-        else f"at most {per_conversation:,} a conversation, {d.max_new_tokens:,} of them answers",
-        "activation store": "none: the target runs inside the training step"
-        if d.online
-        else f"{token:,} bytes a token, at most "
-        + (_bytes(count * per_conversation * token) if count else "that of all prompts"),
+        **_plan_data(d, token),
         "rows a step": f"{rows:,} a process, {c.rounds} rounds each",
         "steps": f"{c.steps:,} ({c.steps * rows:,} rows in all)",
+    }
+
+
+def _plan_data(d: DataConfig, token: int) -> dict[str, str]:
+    """Conversations, tokens and bytes; `token` bytes are stored of each."""
+    if d.store is not None:
+        shards = read_index(d.store)["shards"]
+        documents = [entry for shard in shards for entry in shard["documents"]]
+        return {
+            "conversations": f"{len(documents):,} of {d.store}, "
+            f"{d.validation_conversations:,} of them held out",
+            "tokens": f"{sum(entry['length'] for entry in documents):,}, "
+            f"{sum(entry['trained'] for entry in documents):,} of them answers",
+            "activation store": f"{_bytes(sum(shard['bytes'] for shard in shards))}, there already",
+        }
+    count: int | None = d.num_conversations
+    named = "one a prompt" if count is None else f"{count:,}"
+    if d.conversations is not None:
+        lengths = list(conversation_lengths(finished_parts(d.conversations)))
+        tokens = sum(length_when_cut(length, d.max_tokens) for length in lengths)
+        words, size = f"{tokens:,} of {d.conversations}", f"at most {_bytes(tokens * token)}"
+        named = f"{len(lengths):,}"
+    else:
+        each = d.max_prompt_tokens + d.max_new_tokens
+        words = f"at most {each:,} a conversation, {d.max_new_tokens:,} of them answers"
+        size = "as many as the prompts make"
+        if count is not None:
+            words = f"at most {count * each:,}, {count * d.max_new_tokens:,} of them answers"
+            size = f"at most {_bytes(count * each * token)}"
+    return {
+        "conversations": f"{named} and {d.validation_conversations:,} held out",
+        "tokens": words,
+        "activation store": "none: the target runs inside the training step"
+        if d.online
+        else f"{size} ({token:,} bytes a token)",
     }
 
 

@@ -65,6 +65,34 @@ def test_accelerate_launch_and_the_console_command_run_the_same_code(tmp_path: P
     assert json.loads((out / "report.json").read_text())["schema"] == 1
 
 
+def test_the_pieces_of_the_data_pipeline_from_the_command_line(tmp_path: Path) -> None:
+    """regenerate, extract, inspect, train on the store: each in a process of its own."""
+    settings = ["--config", "configs/tiny.yaml", "data.max_new_tokens=12"]
+    conversations, store = tmp_path / "conversations", tmp_path / "store"
+    steps: list[list[object]] = [
+        ["regenerate", *settings, "--out", conversations],
+        ["extract", *settings, "--conversations", conversations, "--out", store],
+        ["data", "inspect", conversations, "--examples", "1"],
+        ["data", "inspect", store],
+        [
+            "train", *settings, f"data.store={store}", "data.validation_conversations=2",
+            f"run.dir={tmp_path / 'run'}", "train.steps=6", "eval=null",
+        ],
+    ]  # fmt: skip
+    output = []
+    for step in steps:
+        result = run(BIN / "headstart", *step)
+        assert result.returncode == 0, result.stderr
+        output.append(result.stdout)
+    assert "Contamination: 0 exact and 0 near" in output[0]
+    assert "keep" in output[1]
+    assert "of the mass" in output[1]
+    assert "⟦" in output[2]
+    assert "16 of 16" in output[2]
+    assert "checksums" in output[3]
+    assert (tmp_path / "run" / "head" / "model.safetensors").is_file()
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -98,6 +126,33 @@ def test_overrides_may_stand_between_options(
     assert main([*argv, f"run.dir={tmp_path}"]) == 0
     text = capsys.readouterr().out
     assert "7 (140 rows in all)" in text
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["extract", "--conversations", "absent.jsonl", "--out", "x"], "absent.jsonl"),
+        (["data", "inspect", "absent.jsonl"], "no prompt file absent.jsonl"),
+        (["regenerate", "--out", "x", "data.prompts=absent.jsonl"], "no prompt file absent.jsonl"),
+        (["regenerate", "--out", "x", "--model", "m"], "give --server too"),
+        (
+            ["regenerate", "--out", "x", "--server", "http://127.0.0.1:9"],
+            "no OpenAI-compatible server answers at http://127.0.0.1:9",
+        ),
+    ],
+)
+def test_data_commands_explain_what_is_missing(
+    argv: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(ROOT)
+    argv = [str(tmp_path / "x") if part == "x" else part for part in argv]
+    if argv[:2] != ["data", "inspect"]:
+        argv = [*argv, "target.name=tiny-gemma4", "target.dtype=float32"]
+    assert main(argv) == 1
+    error = capsys.readouterr().err.strip().splitlines()
+    assert message in error[-1]
+    assert "Traceback" not in "".join(error)
 
 
 def test_wrong_usage_is_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:

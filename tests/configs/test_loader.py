@@ -44,3 +44,19 @@ def test_a_bad_key_or_value_is_named_with_its_cure(override: str, message: str) 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no configuration file .*absent\.yaml"):
         load_config(tmp_path / "absent.yaml")
+
+
+def test_a_typo_inside_a_source_of_a_list_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"nearest valid key is data.prompts.0.weight"):
+        load_config(None, ["data.prompts=[{path: a, wieght: 1}]"])
+
+
+def test_a_section_that_is_off_is_opened_by_an_override() -> None:
+    assert load_config(None).eval is None
+    config = load_config(None, ["eval.prompts=held_out.jsonl"])
+    assert config.eval is not None
+    assert str(config.eval.prompts) == "held_out.jsonl"
+
+
+def test_one_source_needs_no_list() -> None:
+    assert [s.path for s in load_config(None, ["data.prompts=a.jsonl"]).data.prompts] == ["a.jsonl"]

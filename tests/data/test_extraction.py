@@ -1,6 +1,7 @@
 """Extraction: what is stored is what a clean forward gives, and what the online mode gives."""
 
 import resource
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,11 @@ import torch
 
 from headstart.configs.schema import DataConfig
 from headstart.data import extraction
-from headstart.data.conversations import Conversation
+from headstart.data.conversations import Conversation, answered
 from headstart.data.extraction import OnlineActivations, extract
 from headstart.data.loader import AnchorLoader
-from headstart.data.store import ActivationStore
+from headstart.data.packing import length_when_cut
+from headstart.data.store import ActivationStore, bytes_per_token
 from headstart.heads.targets import Target
 from headstart.train.loop import build_head
 from headstart.train.objectives import batch_sums
@@ -26,7 +28,8 @@ CONFIG = DataConfig(teacher_top_k=5)
 def extract_all(
     target: Target, rows: list[Conversation], folder: Path, config: DataConfig = CONFIG
 ) -> ActivationStore:
-    return extract(target, rows, len(rows), sum(len(r.ids) for r in rows), config, folder)
+    tokens = sum(length_when_cut(len(row.ids), config.max_tokens) for row in rows)
+    return extract(target, rows, tokens, config, folder)
 
 
 @pytest.fixture(autouse=True)
@@ -87,10 +90,50 @@ def test_an_interrupted_extraction_keeps_its_shards(
     assert len(calls) == 4, "the first shard was kept, the second and third were made"
 
 
-def test_a_store_of_other_conversations_is_not_gone_on_with(tiny: Target, tmp_path: Path) -> None:
-    extract_all(tiny, conversations(5), tmp_path)
-    with pytest.raises(ValueError, match="holds other conversations: name another folder"):
-        extract_all(tiny, conversations(6)[1:], tmp_path)
+@pytest.mark.parametrize("change", ["ids", "spans", "source", "temperature", "fewer"])
+def test_a_store_of_other_conversations_is_not_gone_on_with(
+    change: str, tiny: Target, tmp_path: Path
+) -> None:
+    rows = conversations(9)
+    extract_all(tiny, rows, tmp_path)
+    if change == "fewer":
+        rows = rows[:4]
+    else:
+        c = rows[5]
+        ids, spans = [*c.ids[:-1], c.ids[-1] ^ 1], [(c.spans[0][0] + 1, c.spans[0][1])]
+        other: dict[str, Any] = {"ids": ids, "spans": spans, "source": "x", "temperature": 1.0}
+        rows[5] = replace(c, **{change: other[change]})
+    with pytest.raises(ValueError, match=r"of other conversations|holds other conversations"):
+        extract_all(tiny, rows, tmp_path)
+
+
+def test_nobody_elses_files_are_touched(tiny: Target, tmp_path: Path) -> None:
+    for name in ("film.mkv.part", ".tmpstuff", "notes.json"):
+        (tmp_path / name).write_text("mine")
+    extract_all(tiny, conversations(2), tmp_path)
+    for name in ("film.mkv.part", ".tmpstuff", "notes.json"):
+        assert (tmp_path / name).read_text() == "mine"
+
+
+def test_conversations_with_nothing_to_draft_are_left_out(tiny: Target, tmp_path: Path) -> None:
+    rows = conversations(6)
+    rows[2] = replace(rows[2], spans=[(5, 6)])
+    assert [e.id for e in extract_all(tiny, rows, tmp_path / "a").entries] == [
+        "c0", "c1", "c3", "c4", "c5",
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match="no conversation has an answer of two tokens"):
+        extract_all(tiny, [rows[2]], tmp_path / "b")
+
+
+def test_pieces_of_long_conversations_are_within_the_predicted_size(
+    tiny: Target, tmp_path: Path
+) -> None:
+    rows = conversations(30)
+    for max_tokens in (9, 16, 40):
+        config = CONFIG.model_copy(update={"max_tokens": max_tokens})
+        predicted = sum(length_when_cut(len(row.ids), max_tokens) for row in rows)
+        store = extract_all(tiny, rows, tmp_path / str(max_tokens), config)
+        assert sum(entry.length for entry in store.entries) <= predicted
 
 
 def test_the_online_mode_gives_the_loss_of_the_stored_one(target: Target, tmp_path: Path) -> None:
@@ -114,17 +157,21 @@ def test_the_online_mode_gives_the_loss_of_the_stored_one(target: Target, tmp_pa
 
 
 def test_memory_does_not_grow_with_the_number_of_conversations(tmp_path: Path) -> None:
-    """Peak resident memory against the bytes that went through."""
+    """Peak resident memory against the bytes that went through; no two conversations are equal."""
     target = make_target("gemma4")
-    one = conversations(1)[0]
-    small = DataConfig(teacher_top_k=256)
-    per_conversation = 12 * (256 * 8 + 500)
+    config = DataConfig(teacher_top_k=256)
+    per_conversation = 12 * bytes_per_token(target.config, 4, 256, "target")
 
     def peak_after(count: int, name: str) -> int:
-        stream = (one for _ in range(count))
-        extract(target, stream, count, 12 * count, small, tmp_path / name)
+        stream = (
+            answered(
+                [2, i % 256 + 4, i // 256 + 4], [5 + i % 7] * 9, id=str(i), category="", source=""
+            )
+            for i in range(count)
+        )
+        extract(target, stream, 12 * count, config, tmp_path / name)
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
-    first = peak_after(64, "warm")
-    grown = peak_after(2000, "many") - first
-    assert grown < 0.5 * 2000 * per_conversation, "less than half of what was written"
+    first = peak_after(100, "warm")
+    grown = peak_after(3000, "many") - first
+    assert grown < 0.2 * 2900 * per_conversation, "a fifth of what was written"

@@ -240,7 +240,7 @@ def test_the_teachers_mass_is_given_by_mean_low_percentile_and_minimum(tmp_path:
 def test_damage_is_found_in_small_stores_and_large_ones_are_not_verified(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    extract(TARGET, conversations(3), 3, 60, CONFIG, tmp_path)
+    extract(TARGET, conversations(3), 60, CONFIG, tmp_path)
     path = shard_path(tmp_path, 0)
     content = bytearray(path.read_bytes())
     content[-5] ^= 1

@@ -1,5 +1,6 @@
 """SIGKILL at random moments, and disks that fill up: a resumed call ends with the same content."""
 
+import errno
 import multiprocessing
 import os
 import random
@@ -34,7 +35,7 @@ def run_regenerate(target: Target, folder: Path) -> None:
 def run_extract(target: Target, folder: Path) -> None:
     extraction.SHARD = 2  # in a process of its own
     rows = conversations(40)
-    extract(target, rows, len(rows), sum(len(row.ids) for row in rows), CONFIG, folder)
+    extract(target, rows, sum(len(row.ids) for row in rows), CONFIG, folder)
 
 
 def child(work: Callable[[Target, Path], None], folder: Path, ready: Path) -> None:
@@ -48,7 +49,8 @@ def child(work: Callable[[Target, Path], None], folder: Path, ready: Path) -> No
 
 def content(folder: Path) -> dict[str, bytes]:
     """Every file: what a killed process left behind is to be cleared away too."""
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+    names = {path.name for path in folder.iterdir()} - {".lock"}
+    return {name: (folder / name).read_bytes() for name in sorted(names)}
 
 
 @pytest.mark.parametrize("work", [run_regenerate, run_extract])
@@ -86,7 +88,7 @@ def test_kills_at_random_moments_lose_only_the_batch_in_flight(
             process.join()
             assert process.exitcode == -signal.SIGKILL
             kills += 1
-        now = {p.name for p in folder.glob("[ps]*-*") if not p.name.endswith(".part")}
+        now = {path.name for path in folder.glob("[ps]*-*")}
         assert finished <= now, "nothing that was finished is lost"
         finished = now
         if process.exitcode == 0:  # it came through between kills: begin another
@@ -144,6 +146,58 @@ def test_a_disk_that_fills_up_stops_the_run_and_loses_nothing(
     subprocess.run(["mount", "-o", "remount,size=8m", str(small_disk)], check=True)
     work(target, out)
     assert content(out) == content(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("work", [run_regenerate, run_extract])
+def test_an_error_of_the_disk_in_any_file_is_told_with_its_cure(
+    work: Callable[[Target, Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At each file that is written, the manifest, shards, parts and the index: no room."""
+    monkeypatch.setattr(extraction, "SHARD", 20)
+    target, real, calls = load_target("tiny-gemma4", "float32"), os.fsync, [0]
+    work(target, tmp_path / "whole")
+
+    def full(failing: int) -> Callable[[int], None]:
+        def fsync(descriptor: int) -> None:
+            calls[0] += 1
+            if calls[0] == failing:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            real(descriptor)
+
+        return fsync
+
+    stops = 0
+    for failing in range(1, 100):
+        calls[0] = 0
+        monkeypatch.setattr(os, "fsync", full(failing))
+        try:
+            work(target, tmp_path / "cut")
+        except OSError as error:
+            assert "make room, then run the same command again" in str(error)  # noqa: PT017
+            stops += 1
+        else:
+            break
+    assert stops >= 3
+    monkeypatch.setattr(os, "fsync", real)
+    work(target, tmp_path / "cut")
+    assert content(tmp_path / "cut") == content(tmp_path / "whole")
+
+
+def test_two_processes_in_one_folder_do_the_work_once(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    folder = tmp_path / "both"
+    processes = [
+        context.Process(target=child, args=(run_regenerate, folder, tmp_path / f"ready-{i}"))
+        for i in range(3)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    run_regenerate(load_target("tiny-gemma4", "float32"), tmp_path / "one")
+    assert content(folder) == content(tmp_path / "one")
 
 
 def test_a_finished_run_is_read_back(tmp_path: Path) -> None:

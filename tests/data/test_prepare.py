@@ -8,9 +8,12 @@ import torch
 
 from headstart.configs.schema import Config, DataConfig
 from headstart.data.commands import run_extract, run_regenerate
-from headstart.data.conversations import finished_parts, read_part
-from headstart.data.prepare import prepare_documents
+from headstart.data.conversations import answered, finished_parts, read_part
+from headstart.data.extraction import OnlineActivations
+from headstart.data.prepare import prepare_documents, stream_folder, without_contaminated
+from headstart.data.prompts import Prompt
 from headstart.data.store import ActivationStore
+from headstart.data.templates import encode_prompt
 from headstart.heads.targets import load_target
 from headstart.train.loop import train
 from tests.train.test_loop import metrics, tiny_config, weights
@@ -84,11 +87,30 @@ def test_held_out_documents_of_a_store_are_greedy_and_of_other_sources(stored: P
     assert document.id == validation.entries[1].id
 
 
-def test_a_store_without_greedy_text_cannot_validate(tmp_path: Path) -> None:
-    config = small(tmp_path / "none", "data.temperatures=[1.0]")
-    run_regenerate(config, tmp_path / "sampled", extracting=True, device="cpu")
-    with pytest.raises(ValueError, match=r"written at temperature 0: regenerate with 0 among"):
-        train(small(tmp_path / "run", f"data.store={tmp_path / 'sampled'}"))
+def test_a_store_without_greedy_text_is_validated_on_prompts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A store of anybody's conversations, whose text is not the target's greedy one."""
+    rows = [{"prompt": f"one {i}", "response": " two three"} for i in range(9)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run_extract(small(tmp_path / "none"), str(path), tmp_path / "store", "cpu")
+    train(small(tmp_path / "run", f"data.store={tmp_path / 'store'}"))
+    assert "acceptance_length" in metrics(tmp_path / "run")[-1]
+    assert "data.prompts are answered for it" in capsys.readouterr().out
+
+
+def test_text_of_another_model_is_not_walked_as_the_targets_own(
+    stored: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A fine-tune has the vocabulary of its base model, and other greedy text."""
+    tuned = load_target("tiny-gemma4", "float32")
+    with torch.no_grad():
+        tuned.layers[0].mlp.up_proj.weight[0, 0] += 1
+    own = list(stream_folder(stored, load_target("tiny-gemma4", "float32")))
+    assert {row.temperature for row in own} == {0.0, 1.0}
+    assert {row.temperature for row in stream_folder(stored, tuned)} == {None}
+    assert "which is not this tiny-gemma4" in capsys.readouterr().out
 
 
 def test_a_store_of_another_target_is_named(stored: Path, tmp_path: Path) -> None:
@@ -115,6 +137,32 @@ def test_copies_of_evaluation_prompts_are_not_answered(
     assert sorted(answer.id for answer in answers) == [
         f"train-0000{i + 1}" for i in range(9) if i != 4
     ]
+
+
+def test_copies_of_short_chat_prompts_are_found_behind_the_template(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = load_target("tiny-gemma4", "float32")
+    target.tokenizer.chat_template = (
+        "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }} [end]\n{% endfor %}"
+        "{% if add_generation_prompt %}[assistant] {% endif %}"
+    )
+    texts = ["What is love?", "What is war, and why?"]
+    rows = [
+        Prompt(str(i), "", "", [{"role": "user", "content": t}], False) for i, t in enumerate(texts)
+    ]
+    ids = [encode_prompt(row, target.tokenizer) for row in rows]
+    stored = OnlineActivations(
+        target,
+        [answered(x, [5, 6, 7], id=str(i), category="", source="") for i, x in enumerate(ids)],
+        DataConfig(teacher_top_k=4),
+    )
+    (tmp_path / "eval.jsonl").write_text('{"prompt": "what is LOVE"}\n')
+    kept = without_contaminated(stored, target, DataConfig(), tmp_path / "eval.jsonl")
+    assert [entry.id for entry in kept.entries] == ["1"]
+    assert "1 exact" in capsys.readouterr().out
+    without_contaminated(stored, target, DataConfig(), None)
+    assert "not checked" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("way", ["store", "conversations"])
@@ -146,6 +194,7 @@ def test_whole_conversations_of_any_source_are_extracted_with_their_masks(tmp_pa
     store = ActivationStore(tmp_path / "store")
     tokenizer = load_target("tiny-gemma4").tokenizer
     texts = {}
+    assert {entry.temperature for entry in store.entries} == {None}
     for document in store.read([0, 1]):
         texts[document.id] = tokenizer.decode(document.ids[document.loss_mask])
     assert texts["a"] == " three<eos>"

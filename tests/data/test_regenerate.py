@@ -13,19 +13,20 @@ from headstart.configs.schema import DataConfig
 from headstart.data import regenerate as module
 from headstart.data.conversations import (
     Conversation,
-    count_tokens,
+    conversation_lengths,
     finished_parts,
     part_path,
     read_part,
 )
+from headstart.data.extraction import extract
 from headstart.data.prepare import deal_sampling
 from headstart.data.prompts import Prompt
 from headstart.data.regenerate import make_jobs, regenerate
 from headstart.data.sampling import SamplingMixture
 from headstart.data.store import ActivationStore
 from headstart.heads.targets import Sampling, Target, load_target_tokens
-from tests.conftest import make_target
-from tests.samples import jobs, prompts
+from tests.conftest import FAMILIES, make_target
+from tests.samples import conversations, jobs, prompts
 
 GREEDY = Sampling(0.0)
 CONFIG = DataConfig(max_new_tokens=12, generation_batch_size=3, teacher_top_k=5)
@@ -81,8 +82,8 @@ def test_an_interrupted_generation_ends_as_an_uninterrupted_one(
 
 def test_recording_changes_no_conversation(tiny: Target, tmp_path: Path) -> None:
     asked = jobs(tiny, [0.0, 1.0] * 4, CONFIG)
-    for extract in (False, True):
-        regenerate(tiny, asked, CONFIG, 3, tmp_path / str(extract), extract)
+    for recording in (False, True):
+        regenerate(tiny, asked, CONFIG, 3, tmp_path / str(recording), recording)
     assert written(tmp_path / "True") == written(tmp_path / "False")
 
 
@@ -121,7 +122,8 @@ def test_a_part_says_what_was_asked_and_how_it_was_answered(tiny: Target, tmp_pa
         assert stopped or len(row["response_ids"]) == 12
         assert row["target"] == "gemma4-kv-sharing"
     conversations = written(tmp_path)
-    assert count_tokens(finished_parts(tmp_path)) == (3, sum(len(c.ids) for c in conversations))
+    lengths = list(conversation_lengths(finished_parts(tmp_path)))
+    assert lengths == [len(c.ids) for c in conversations]
 
 
 def test_a_damaged_part_is_named_with_its_cure(tiny: Target, tmp_path: Path) -> None:
@@ -134,6 +136,8 @@ def test_a_damaged_part_is_named_with_its_cure(tiny: Target, tmp_path: Path) -> 
         path.write_bytes(content)
         with pytest.raises(ValueError, match=r"part-00001.*delete it, then run the command"):
             written(tmp_path)
+        with pytest.raises(ValueError, match=r"part-00001.*delete it, then run the command"):
+            list(conversation_lengths(finished_parts(tmp_path)))
     path.unlink()
     regenerate(tiny, asked, CONFIG, 0, tmp_path, extract=False)
     assert written(tmp_path) == expected
@@ -167,6 +171,38 @@ def test_a_shard_or_part_that_was_deleted_is_made_anew(tiny: Target, tmp_path: P
         assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+def test_a_store_is_not_overwritten_with_conversations_nor_the_reverse(
+    tiny: Target, tmp_path: Path
+) -> None:
+    rows = conversations(3)
+    extract(tiny, rows, 60, CONFIG, tmp_path / "store")
+    before = sorted(path.read_bytes() for path in (tmp_path / "store").iterdir())
+    asked = jobs(tiny, [0.0] * 3, CONFIG)
+    with pytest.raises(ValueError, match="holds an activation store: name another folder"):
+        regenerate(tiny, asked, CONFIG, 0, tmp_path / "store", extract=True)
+    assert sorted(path.read_bytes() for path in (tmp_path / "store").iterdir()) == before
+    regenerate(tiny, asked, CONFIG, 0, tmp_path / "text", extract=True)
+    with pytest.raises(ValueError, match="holds conversations: name another folder"):
+        extract(tiny, rows, 60, CONFIG, tmp_path / "text")
+
+
+def test_recorded_activations_are_never_longer_than_stored_ones_may_be(
+    tiny: Target, tmp_path: Path
+) -> None:
+    short = CONFIG.model_copy(update={"max_tokens": 20})
+    with pytest.raises(ValueError, match=r"longer than data.max_tokens=20: raise it"):
+        regenerate(tiny, jobs(tiny, [0.0] * 4, short), short, 0, tmp_path, extract=True)
+
+
+def test_prompts_that_are_cut_short_are_counted(
+    tiny: Target, capsys: pytest.CaptureFixture[str]
+) -> None:
+    short = CONFIG.model_copy(update={"max_prompt_tokens": 10})
+    made = jobs(tiny, [0.0] * 4, short)
+    assert max(len(job.prompt_ids) for job in made) == 10
+    assert "1 of 4 prompts are longer than data.max_prompt_tokens=10" in capsys.readouterr().out
+
+
 def test_a_prompt_that_is_asked_twice_has_two_ids(tiny: Target) -> None:
     twice = [prompts(2)[0], prompts(2)[1], prompts(2)[0]]
     made = make_jobs(twice, [GREEDY, GREEDY, Sampling(0.7)], tiny, CONFIG)
@@ -185,8 +221,10 @@ def test_prompts_that_the_template_refuses_are_counted(
     bad = Prompt("odd", "c", "s", [{"role": "system", "content": "a"}, *good[0].messages], False)
     lenient = CONFIG.model_copy(update={"max_bad_rows": 0.1})
     assert len(make_jobs([*good, bad], [GREEDY] * 10, tiny, lenient)) == 9
-    assert "1 of 10 prompts do not fit the chat template" in capsys.readouterr().out
-    with pytest.raises(ValueError, match=r"odd: .*System role not supported.*data.max_bad_rows"):
+    assert "1 of 10 rows cannot be used" in capsys.readouterr().err
+    with pytest.raises(
+        ValueError, match=r"System role not supported, first odd.*data.max_bad_rows"
+    ):
         make_jobs([*good, bad], [GREEDY] * 10, tiny, CONFIG)
 
 
@@ -198,7 +236,7 @@ def test_what_a_server_needs_is_known_without_weights() -> None:
     assert tokens.fingerprint is None
 
 
-@pytest.mark.parametrize("family", ["gemma3", "gemma4-kv-sharing", "gemma4-moe"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_what_is_recorded_while_generating_is_what_a_clean_forward_gives(
     family: str, tmp_path: Path
 ) -> None:
@@ -257,7 +295,10 @@ def test_a_target_has_sampling_settings_of_its_own(tiny: Target) -> None:
     tiny.model.generation_config.update(temperature=0.9, top_k=64, top_p=0.95)
     config = CONFIG.model_copy(update={"temperatures": [0.0, "model"]})
     own = Sampling(0.9, 64, 0.95)
-    assert deal_sampling(config, tiny, 3) == [GREEDY, own, GREEDY]
+    a, b, c = prompts(3)
+    assert deal_sampling(config, tiny, [a, b, c]) == [GREEDY, own, GREEDY]
+    # A prompt that is answered again is answered in the next way, wherever it comes.
+    assert deal_sampling(config, tiny, [a, b, b, a]) == [GREEDY, own, GREEDY, own]
 
 
 def test_nothing_of_ours_stays_in_a_target_whose_generation_fails(

@@ -102,7 +102,7 @@ def test_the_predicted_size_is_the_size_on_disk(family: str, storage: str, tmp_p
     target, rows = make_target(family), conversations(40)
     tokens = sum(len(row.ids) for row in rows)
     config = DataConfig(teacher_top_k=16, storage=storage)  # type: ignore[arg-type]
-    extract(target, rows, len(rows), tokens, config, tmp_path)
+    extract(target, rows, tokens, config, tmp_path)
     predicted = tokens * bytes_per_token(target.config, 4, 16, storage)  # type: ignore[arg-type]
     headers = 40 * 250
     assert predicted <= shard_path(tmp_path, 0).stat().st_size <= predicted + headers

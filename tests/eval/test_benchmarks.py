@@ -58,13 +58,13 @@ def test_the_forward_to_compare_with_runs_every_token_through_the_lm_head(
 def test_a_difference_is_found_where_there_is_one(tiny: Target, tmp_path: Path) -> None:
     rows = conversations(4)
     tokens = sum(len(row.ids) for row in rows)
-    clean = extract(tiny, rows, 4, tokens, CONFIG, tmp_path / "clean")
+    clean = extract(tiny, rows, tokens, CONFIG, tmp_path / "clean")
     same = stepwise_difference(tiny, clean, clean)
     assert same["hidden relative error"] == 0
     with torch.no_grad():
         tiny.final_norm.get_parameter("weight").mul_(1.1)
     del tiny.__dict__["fingerprint"]
-    moved = extract(tiny, rows, 4, tokens, CONFIG, tmp_path / "moved")
+    moved = extract(tiny, rows, tokens, CONFIG, tmp_path / "moved")
     found = stepwise_difference(tiny, moved, clean)
     assert found["hidden relative error"] == pytest.approx(0.1, abs=1e-3)
     assert found["full_attention.keys relative error"] == 0
