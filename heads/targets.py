@@ -325,4 +325,4 @@ def load_target_tokens(
     tokenizer = AutoTokenizer.from_pretrained(
         path, revision=revision, trust_remote_code=trust_remote_code
     )
-    return TargetTokens(tokenizer, name, config._commit_hash or revision, generation)
+    return TargetTokens(tokenizer, name, _commit(config) or revision, generation)

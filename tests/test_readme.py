@@ -1,4 +1,4 @@
-"""The README's figures are those of the result files, which `headstart eval` wrote."""
+"""Figures in README and docs are those of the result files, which the program wrote."""
 
 import json
 from pathlib import Path
@@ -30,3 +30,14 @@ def test_the_table_in_the_readme_is_that_of_the_result_files() -> None:
             if name == "quickstart.json" or result["category"] == "all":
                 assert row(result) in readme, f"{name} holds: {row(result)}"
         assert name in readme
+
+
+def test_the_tables_of_the_data_page_are_those_of_the_benchmarks() -> None:
+    page = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+    for name in ("bench-extract.json", "bench-regenerate.json"):
+        figures = json.loads((ROOT / "docs" / "results" / name).read_text(encoding="utf-8"))
+        assert name in page
+        for ratio, value in figures["ratios"].items():
+            assert f"(`{ratio}`) | {value:.2f} |" in page
+        for what, value in figures.get("stepwise", {}).items():
+            assert f"| {what} | {value:.3g} |" in page

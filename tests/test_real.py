@@ -65,8 +65,13 @@ def test_the_second_start_converts_nothing(gemma: Target, monkeypatch: pytest.Mo
 
 @torch.no_grad()
 def test_training_rows_equal_the_stock_generator(gemma: Target) -> None:
-    """As for the tiny targets, at rows within and beyond the sliding window of 512."""
-    head = noisy_head(gemma)
+    """As for the tiny targets, at rows within and beyond the sliding window of 512.
+
+    In float64: values at <bos> are so large that float32 sums of 600 rows, in another order, part
+    by more than a fault might.
+    """
+    gemma = Target(load_target("gemma3-270m", "float32").model.double(), gemma.tokenizer, "double")
+    head = noisy_head(gemma).double()
     text = " ".join(p.text for p in load_prompts(PROMPTS)[:8])
     ids = torch.tensor([gemma.tokenizer(text)["input_ids"][:600]])
     assert ids.shape[1] == 600
@@ -76,8 +81,7 @@ def test_training_rows_equal_the_stock_generator(gemma: Target) -> None:
         tokens, wanted = stock_drafts(gemma, head.assistant, ids[:, : t + 2], outputs)
         fed = torch.cat([ids[0, t + 1 : t + 2], tokens[:-1]])[None]
         logits = training_logits(gemma, head, seen, torch.tensor([t]), fed)[:, 0]
-        # Logits reach tens here, and 600 rows of float32 sums differ in their order.
-        torch.testing.assert_close(logits, wanted, atol=1e-3, rtol=1e-4)
+        torch.testing.assert_close(logits, wanted, atol=1e-4, rtol=1e-4)
 
 
 def test_assisted_text_equals_plain_text_in_float32(gemma: Target) -> None:
