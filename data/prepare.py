@@ -15,10 +15,11 @@ from headstart.data.conversations import (
     stable_hash,
 )
 from headstart.data.extraction import OnlineActivations, extract
+from headstart.data.jobs import Job, conversation_settings, make_jobs
 from headstart.data.packing import length_when_cut
 from headstart.data.progress import say
 from headstart.data.prompts import Prompt, deal, load_prompts, split_by_source
-from headstart.data.regenerate import Job, conversation_settings, make_jobs, regenerate
+from headstart.data.regenerate import regenerate
 from headstart.data.shards import Document, Entry
 from headstart.data.store import ActivationStore, Documents
 from headstart.data.templates import encode_prompt

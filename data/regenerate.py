@@ -3,9 +3,7 @@
 import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.progress import Progress, TaskID
@@ -13,92 +11,21 @@ from transformers import GenerationConfig, LogitsProcessorList
 
 from headstart.configs.schema import DataConfig
 from headstart.data.conversations import (
-    Conversation,
-    answered,
     claim_folder,
     part_path,
     read_part,
-    stable_hash,
     write_part,
 )
 from headstart.data.extraction import entries_of
+from headstart.data.jobs import Job, batches_of, conversation_settings, conversations_of
 from headstart.data.progress import progress_bar, say
-from headstart.data.prompts import Prompt, report_refused
 from headstart.data.recording import Recorder
 from headstart.data.sampling import SamplingMixture
 from headstart.data.server import AnswerServer
 from headstart.data.shards import shard_path, shard_settings, write_shard
 from headstart.data.store import check_space, stored_bytes, write_index
-from headstart.data.templates import encode_prompt, shortened
 from headstart.heads.files import alone_in
-from headstart.heads.targets import Sampling, Target, TargetTokens
-
-
-@dataclass(frozen=True)
-class Job:
-    """One answer to be written."""
-
-    id: str
-    prompt: Prompt
-    prompt_ids: list[int]
-    sampling: Sampling
-
-
-def make_jobs(
-    prompts: list[Prompt], sampling: list[Sampling], tokens: TargetTokens, config: DataConfig
-) -> list[Job]:
-    """The prompts as token ids, longest first, each with an id of its own and its sampling.
-
-    Raises:
-        ValueError: the target's chat template refuses more prompts than `data.max_bad_rows`.
-    """
-    jobs: list[Job] = []
-    refused: list[tuple[str, str]] = []
-    taken, cut_short = set[str](), 0
-    for prompt, drawn in zip(prompts, sampling, strict=True):
-        job_id, times = prompt.id, 1
-        while job_id in taken:  # a prompt may be answered several times
-            times += 1
-            job_id = f"{prompt.id}#{times}"
-        taken.add(job_id)
-        try:
-            ids = encode_prompt(
-                prompt, tokens.tokenizer, chat_template_kwargs=config.chat_template_kwargs
-            )
-        except ValueError as error:
-            refused.append((prompt.id, str(error)))
-            continue
-        cut_short += len(ids) > config.max_prompt_tokens
-        jobs.append(Job(job_id, prompt, shortened(ids, config.max_prompt_tokens), drawn))
-    report_refused(refused, len(prompts), config.max_bad_rows)
-    if cut_short:
-        say(
-            f"{cut_short} of {len(prompts)} prompts are longer than data.max_prompt_tokens="
-            f"{config.max_prompt_tokens} and keep their last tokens"
-        )
-    # Equal lengths together: less padding. Longest first: memory runs out at once or never.
-    return sorted(jobs, key=lambda job: -len(job.prompt_ids))
-
-
-def conversation_settings(
-    jobs: list[Job], tokens: TargetTokens, config: DataConfig, seed: int, extract: bool
-) -> dict[str, Any]:
-    """What decides the conversations: equal settings, equal answers (of one machine)."""
-    asked = [[job.id, job.prompt_ids, astuple(job.sampling)] for job in jobs]
-    return {
-        "target": tokens.name,
-        "revision": tokens.revision,
-        "fingerprint": tokens.fingerprint,
-        "tokenizer": tokens.tokenizer_hash,
-        "eos_ids": tokens.eos_ids,
-        "prompts": stable_hash(asked),
-        "conversations": len(jobs),
-        "max_new_tokens": config.max_new_tokens,
-        "generation_batch_size": config.generation_batch_size,
-        "seed": seed,
-        "teacher_top_k": config.teacher_top_k if extract else None,
-        "storage": config.storage if extract else None,
-    }
+from headstart.heads.targets import Target, TargetTokens
 
 
 def regenerate(
@@ -134,7 +61,7 @@ def regenerate(
             f"activations of {longest} tokens are longer than data.max_tokens={config.max_tokens}: "
             "raise it, or leave out --extract and run `headstart extract`, which cuts them"
         )
-    batches = _batches(jobs, config)
+    batches = batches_of(jobs, config)
     made_with = conversation_settings(jobs, target, config, seed, extract)
     settings = shard_settings(target, config.teacher_top_k, config.storage)
     with alone_in(folder), progress_bar() as bar:
@@ -153,7 +80,7 @@ def regenerate(
                 (folder / "index.json").unlink(missing_ok=True)
                 recorder = Recorder(target, config.teacher_top_k) if extract else None
                 responses = answer(target, batch, config.max_new_tokens, seed + number, recorder)
-                written = _conversations(batch, responses, target.eos_ids)
+                written = conversations_of(batch, responses, target.eos_ids)
                 if recorder is not None:
                     # First the shard, then the text: where the text is, the shard is whole.
                     tensors = recorder.tensors([job.prompt_ids for job in batch], responses)
@@ -183,7 +110,7 @@ def regenerate_by_server(
     Raises:
         ValueError, RuntimeError: what `AnswerServer` raises; finished parts are kept.
     """
-    batches = _batches(jobs, config)
+    batches = batches_of(jobs, config)
     made_with = conversation_settings(jobs, tokens, config, seed, extract=False)
     retokenised = 0
 
@@ -201,7 +128,7 @@ def regenerate_by_server(
                 )
             )
             retokenised += sum(answer.retokenised for answer in answers)
-            written = _conversations(batch, [a.ids for a in answers], tokens.eos_ids)
+            written = conversations_of(batch, [a.ids for a in answers], tokens.eos_ids)
             write_part(path, written, tokens.tokenizer, tokens.name, tokens.revision)
         done.add(path)
 
@@ -249,28 +176,6 @@ class _Done:
 def _is_done(folder: Path, number: int, extract: bool) -> bool:
     paths = [part_path(folder, number)] + [shard_path(folder, number)] * extract
     return all(path.is_file() for path in paths)
-
-
-def _batches(jobs: list[Job], config: DataConfig) -> list[list[Job]]:
-    size = config.generation_batch_size
-    return [jobs[i : i + size] for i in range(0, len(jobs), size)]
-
-
-def _conversations(
-    jobs: list[Job], answers: list[list[int]], eos_ids: list[int]
-) -> list[Conversation]:
-    return [
-        answered(
-            job.prompt_ids,
-            ids,
-            id=job.id,
-            category=job.prompt.category,
-            source=job.prompt.source,
-            temperature=job.sampling.temperature,
-            finish_reason="stop" if ids and ids[-1] in eos_ids else "length",
-        )
-        for job, ids in zip(jobs, answers, strict=True)
-    ]
 
 
 @torch.inference_mode()

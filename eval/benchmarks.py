@@ -15,10 +15,11 @@ from rich.table import Table
 from headstart.configs.schema import Config
 from headstart.data.conversations import Conversation, finished_parts, read_part
 from headstart.data.extraction import extract, forward_batches
+from headstart.data.jobs import Job, make_jobs
 from headstart.data.loader import candidate_rows
 from headstart.data.prepare import deal_sampling
 from headstart.data.prompts import load_prompts
-from headstart.data.regenerate import Job, make_jobs, regenerate
+from headstart.data.regenerate import regenerate
 from headstart.data.store import ActivationStore
 from headstart.eval.decoding import greedy, synchronize
 from headstart.eval.environment import environment

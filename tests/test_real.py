@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from headstart.configs.schema import DataConfig, HeadConfig
+from headstart.data.jobs import make_jobs
 from headstart.data.prepare import extract_folder
 from headstart.data.prompts import limit_evenly, load_prompts
-from headstart.data.regenerate import make_jobs, regenerate
+from headstart.data.regenerate import regenerate
 from headstart.data.store import ActivationStore
 from headstart.data.templates import encode_prompt
 from headstart.eval.benchmarks import stepwise_difference

@@ -19,9 +19,10 @@ from headstart.data.conversations import (
     read_part,
 )
 from headstart.data.extraction import extract
+from headstart.data.jobs import make_jobs
 from headstart.data.prepare import deal_sampling
 from headstart.data.prompts import Prompt
-from headstart.data.regenerate import make_jobs, regenerate
+from headstart.data.regenerate import regenerate
 from headstart.data.sampling import SamplingMixture
 from headstart.data.store import ActivationStore
 from headstart.heads.targets import Sampling, Target, load_target_tokens
