@@ -41,3 +41,7 @@ def test_the_tables_of_the_data_page_are_those_of_the_benchmarks() -> None:
             assert f"(`{ratio}`) | {value:.2f} |" in page
         for what, value in figures.get("stepwise", {}).items():
             assert f"| {what} | {value:.3g} |" in page
+    for storage in ("target", "int8"):
+        name = f"storage-{storage}.json"
+        report = json.loads((ROOT / "docs" / "results" / name).read_text(encoding="utf-8"))
+        assert f"{report['results'][0]['acceptance_length']:.2f} ([results](results/{name}))" in page
