@@ -44,4 +44,6 @@ def test_the_tables_of_the_data_page_are_those_of_the_benchmarks() -> None:
     for storage in ("target", "int8"):
         name = f"storage-{storage}.json"
         report = json.loads((ROOT / "docs" / "results" / name).read_text(encoding="utf-8"))
-        assert f"{report['results'][0]['acceptance_length']:.2f} ([results](results/{name}))" in page
+        assert (
+            f"{report['results'][0]['acceptance_length']:.2f} ([results](results/{name}))" in page
+        )
