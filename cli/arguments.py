@@ -1,6 +1,7 @@
 """What several commands parse alike."""
 
 import argparse
+from pathlib import Path
 
 
 def count(text: str) -> int:
@@ -21,3 +22,23 @@ def default_device() -> str:
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def add_config_arguments(parser: argparse.ArgumentParser, required: bool = False) -> None:
+    """Add `--config`, `--debug` and the `key=value` settings.
+
+    Args:
+        parser: of a command.
+        required: whether the command makes no sense without a run YAML.
+    """
+    default = "" if required else " (default: the built-in defaults)"
+    parser.add_argument(
+        "--config", required=required, type=Path, metavar="FILE", help=f"run YAML{default}"
+    )
+    parser.add_argument("--debug", action="store_true", help="show the traceback of a failure")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="settings, such as target.name=ORG/my-gemma or train.steps=300",
+    )

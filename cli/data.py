@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from headstart.cli.arguments import count, default_device
+from headstart.cli.arguments import add_config_arguments, count, default_device
 
 
 def add_data_commands(commands: Any) -> None:
@@ -46,20 +46,7 @@ def add_data_commands(commands: Any) -> None:
 
 def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to write")
-    _add_config_arguments(parser)
-
-
-def _add_config_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--config", type=Path, metavar="FILE", help="run YAML (default: the built-in defaults)"
-    )
-    parser.add_argument("--debug", action="store_true", help="show the traceback of a failure")
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="key=value",
-        help="settings, such as target.name=ORG/my-gemma or data.max_new_tokens=512",
-    )
+    add_config_arguments(parser)
 
 
 def _add_regenerate_arguments(parser: argparse.ArgumentParser) -> None:
@@ -119,7 +106,7 @@ def _add_data_command(commands: Any) -> None:
     inspect.add_argument(
         "--target", metavar="NAME", help="whose tokenizer counts the tokens of a source of prompts"
     )
-    _add_config_arguments(inspect)
+    add_config_arguments(inspect)
     inspect.set_defaults(command=_run_inspect)
 
 
@@ -144,7 +131,7 @@ def _add_bench_command(commands: Any) -> None:
     bench.add_argument(
         "--prompts", type=count, default=64, metavar="N", help="prompts measured (default 64)"
     )
-    _add_config_arguments(bench)
+    add_config_arguments(bench)
     bench.set_defaults(command=_run_bench)
 
 

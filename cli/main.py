@@ -10,7 +10,7 @@ import traceback
 from importlib.metadata import version
 from pathlib import Path
 
-from headstart.cli.arguments import count, counts, default_device
+from headstart.cli.arguments import add_config_arguments, count, counts, default_device
 from headstart.cli.data import add_data_commands
 
 
@@ -94,7 +94,6 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_train_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", required=True, type=Path, metavar="FILE", help="run YAML")
     parser.add_argument(
         "--resume",
         action="store_true",
@@ -105,13 +104,7 @@ def _add_train_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="print shapes, sizes and token counts, and stop: no data, no training",
     )
-    parser.add_argument("--debug", action="store_true", help="show the traceback of a failure")
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="key=value",
-        help="dotted overrides of the YAML, such as train.steps=300",
-    )
+    add_config_arguments(parser, required=True)
 
 
 def _run_train(args: argparse.Namespace) -> None:

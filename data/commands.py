@@ -14,7 +14,8 @@ from headstart.data.regenerate import regenerate, regenerate_by_server
 from headstart.data.server import AnswerServer
 from headstart.data.store import ActivationStore
 from headstart.data.templates import encode_conversation
-from headstart.heads.targets import TargetTokens, load_target, load_target_tokens
+from headstart.heads.targets import load_target, load_target_tokens
+from headstart.heads.tokens import TargetTokens
 
 
 def run_regenerate(

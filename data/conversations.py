@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from transformers import PreTrainedTokenizerBase
 
-from headstart.heads.files import whole_file
+from headstart.heads.files import whole_file, write_atomically
 
 FORMAT = 2  # of the folder: raise it when the same settings come to give other conversations
 MANIFEST = "conversations.json"
@@ -62,9 +62,7 @@ class Conversation:
         return sum(end - start for start, end in self.spans)
 
 
-def answered(
-    prompt_ids: list[int], response_ids: list[int], **names: Any
-) -> Conversation:  # fmt: skip
+def answered(prompt_ids: list[int], response_ids: list[int], **names: Any) -> Conversation:
     """A prompt and the target's answer to it; `names` are the other fields of `Conversation`."""
     span = (len(prompt_ids), len(prompt_ids) + len(response_ids))
     return Conversation(ids=prompt_ids + response_ids, spans=[span], **names)
@@ -96,8 +94,7 @@ def claim_folder(folder: Path, settings: dict[str, Any], parts: int) -> None:
         return
     if (folder / "index.json").is_file() or any(folder.glob("*-*.safetensors")):
         raise ValueError(f"{folder} holds an activation store: name another folder")
-    with whole_file(path) as work:
-        work.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    write_atomically(path, json.dumps(settings, indent=2) + "\n")
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

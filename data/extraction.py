@@ -24,12 +24,7 @@ from headstart.data.shards import (
     shard_settings,
     write_shard,
 )
-from headstart.data.store import (
-    ActivationStore,
-    check_space,
-    stored_bytes,
-    write_index,
-)
+from headstart.data.store import ActivationStore, check_space, stored_bytes, write_index
 from headstart.heads.files import alone_in
 from headstart.heads.targets import Target
 
@@ -160,18 +155,14 @@ def entries_of(conversations: list[Conversation], tensors: dict[str, torch.Tenso
     entries, start = [], 0
     for c in conversations:
         rows = slice(start, start + len(c.ids))
-        taught = tensors["loss_mask"][rows].roll(-1)
-        taught[-1] = False  # the mask of the first token says nothing of the last row
-        mass = tensors["teacher_logprobs"][rows][taught].exp().sum(-1)
+        mass = tensors["teacher_logprobs"][rows][_taught(c)].exp().sum(-1)
         entries.append(_entry(c, float(mass.mean()) if len(mass) else None))
         start += len(c.ids)
     return entries
 
 
 def _entry(c: Conversation, top_k_mass: float | None) -> Entry:
-    return Entry(
-        c.id, c.category, c.source, len(c.ids), c.trained, c.temperature, top_k_mass
-    )  # fmt: skip
+    return Entry(c.id, c.category, c.source, len(c.ids), c.trained, c.temperature, top_k_mass)
 
 
 @torch.inference_mode()

@@ -22,7 +22,8 @@ from headstart.data.sources import read_rows
 from headstart.data.store import ActivationStore
 from headstart.data.summary import Seen, Summary, print_summary, summarise
 from headstart.data.templates import encode_conversation, encode_prompt
-from headstart.heads.targets import TargetTokens, load_target_tokens
+from headstart.heads.targets import load_target_tokens
+from headstart.heads.tokens import TargetTokens
 
 VERIFIED_BELOW = 2 * 2**30  # bytes: a few seconds of hashing
 INSPECTABLE = (

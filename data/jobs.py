@@ -8,7 +8,7 @@ from headstart.data.conversations import Conversation, answered, stable_hash
 from headstart.data.progress import say
 from headstart.data.prompts import Prompt, report_refused
 from headstart.data.templates import encode_prompt, shortened
-from headstart.heads.targets import Sampling, TargetTokens
+from headstart.heads.tokens import Sampling, TargetTokens
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,8 @@ from headstart.data.shards import Document, Entry
 from headstart.data.store import ActivationStore, Documents
 from headstart.data.templates import encode_prompt
 from headstart.heads.demo import cache_dir
-from headstart.heads.targets import Sampling, Target, TargetTokens
+from headstart.heads.targets import Target
+from headstart.heads.tokens import Sampling, TargetTokens
 
 
 class Chosen:

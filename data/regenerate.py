@@ -25,7 +25,8 @@ from headstart.data.server import AnswerServer
 from headstart.data.shards import shard_path, shard_settings, write_shard
 from headstart.data.store import check_space, stored_bytes, write_index
 from headstart.heads.files import alone_in
-from headstart.heads.targets import Target, TargetTokens
+from headstart.heads.targets import Target
+from headstart.heads.tokens import TargetTokens
 
 
 def regenerate(

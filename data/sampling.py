@@ -6,7 +6,7 @@ Letters: B batch, V vocabulary.
 import torch
 from transformers import LogitsProcessor
 
-from headstart.heads.targets import Sampling
+from headstart.heads.tokens import Sampling
 
 
 class SamplingMixture(LogitsProcessor):

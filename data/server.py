@@ -18,12 +18,12 @@ import asyncio
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from headstart.heads.targets import Sampling
+from headstart.data.answers import KEPT, Answer, read_answer, server_ids
+from headstart.heads.tokens import Sampling
 
 MAX_RETRIES = 45
 """Of each request. openai waits 0.5, 1, 2, 4 and from then on 8 seconds, less up to a quarter
@@ -32,7 +32,6 @@ TIMEOUT_SECONDS = 3600
 """For a whole answer, of which nothing is heard before it is complete; it may queue for long."""
 PROBE = "A café sells 12 naïve cups, 日本語.\n"
 """What both tokenizers are asked for, and the prompt of the first request."""
-KEPT = "What is finished is kept: start the server and give the same command again"
 
 PLAIN_SAMPLING: dict[str, Any] = {
     # Servers have defaults of their own (llama.cpp: top 40, min-p 0.05) or take the model's (Gemma:
@@ -50,19 +49,6 @@ WITH_IDS = PLAIN_SAMPLING | {"return_token_ids": True, "return_tokens": True, "v
 # Not from the start: they made llama.cpp a quarter slower (270M, CPU), and it drops them where a
 # text ends inside a character.
 WITH_LOGPROBS = WITH_IDS | {"logprobs": 1, "return_tokens_as_token_ids": True}
-
-
-@dataclass(frozen=True)
-class Answer:
-    """One response of the target."""
-
-    ids: list[int]
-    """Ends with an end-of-sequence token where `finish_reason` is `stop`."""
-    finish_reason: str
-    """`stop`, or `length`: cut off after `max_new_tokens`, at the end of the server's context, or
-    by a stop rule of the server's that is none of the target's."""
-    retokenised: bool
-    """The server gave text alone: the target may have written other ids."""
 
 
 class AnswerServer:
@@ -249,53 +235,3 @@ class AnswerServer:
                     f"{self.url} gave no answer in {MAX_RETRIES + 1} attempts ({reason}). {KEPT}"
                 ) from error
             raise ValueError(f"{self.url} refuses with HTTP {status}: {reason}") from error
-
-
-def read_answer(
-    body: dict[str, Any], tokenizer: PreTrainedTokenizerBase, eos_ids: list[int]
-) -> Answer:
-    """The first choice of a response of `/v1/completions`; raises as `AnswerServer.answer`."""
-    choice = body["choices"][0]
-    stopped = choice["finish_reason"] == "stop"
-    if not stopped and choice["finish_reason"] != "length":
-        raise RuntimeError(f"the server broke an answer off ({choice['finish_reason']}). {KEPT}")
-    given = server_ids(body)
-    retokenised = given is None
-    ids = given or tokenizer(choice["text"], add_special_tokens=False)["input_ids"]
-    if stopped and not set(eos_ids) & set(ids) and (retokenised or _written(body) != len(ids)):
-        # vLLM names a stop token other than the model's first, SGLang any; a text is a stop word.
-        stop = choice.get("stop_reason", choice.get("matched_stop"))
-        if not isinstance(stop, str):
-            ids = [*ids, eos_ids[0] if stop is None else stop]
-    if max(ids, default=0) >= len(tokenizer):
-        raise ValueError(
-            f"the server runs another model: its token {max(ids)} is outside the target's "
-            f"vocabulary of {len(tokenizer)}"
-        )
-    # The server may know fewer end tokens than the target has, and write on.
-    ends = [i for i, token in enumerate(ids) if token in eos_ids]
-    if ends:
-        return Answer(ids[: ends[0] + 1], "stop", retokenised)
-    return Answer(ids, "length", retokenised)
-
-
-def server_ids(body: dict[str, Any]) -> list[int] | None:
-    """The token ids in a response; None: it has none, or fewer than it says were written."""
-    choice = body["choices"][0]
-    logprobs = choice.get("logprobs") or {}
-    ids = choice.get("token_ids") or (body.get("__verbose") or {}).get("tokens")
-    if not ids and logprobs.get("content"):
-        ids = [entry["id"] for entry in logprobs["content"] if "id" in entry]
-    if not ids and logprobs.get("tokens"):
-        ids = [int(t.split(":")[1]) for t in logprobs["tokens"] if t.startswith("token_id:")]
-    if not ids:
-        return None
-    missing = (_written(body) or len(ids)) - len(ids)
-    # An end token may be counted and yet be left out.
-    whole = missing == 0 or (missing == 1 and choice["finish_reason"] == "stop")
-    return list(ids) if whole else None
-
-
-def _written(body: dict[str, Any]) -> int | None:
-    count: int | None = (body.get("usage") or {}).get("completion_tokens")
-    return count

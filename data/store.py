@@ -18,7 +18,7 @@ import torch
 from headstart.configs.schema import DataConfig
 from headstart.data.progress import say
 from headstart.data.shards import FORMAT, Document, Entry, Shard, Storage, refusal, shard_paths
-from headstart.heads.files import whole_file
+from headstart.heads.files import write_atomically
 from headstart.heads.targets import Target, source_layers
 
 OPEN_SHARDS = 32  # memory maps held at once
@@ -98,8 +98,7 @@ def write_index(folder: Path, shards: list[Path], settings: dict[str, Any]) -> N
         )
     content = {**settings, "tensors": shapes, "shards": rows}
     content["sha256"] = _digest(content)
-    with whole_file(folder / "index.json") as work:
-        work.write_text(json.dumps(content) + "\n", encoding="utf-8")
+    write_atomically(folder / "index.json", json.dumps(content) + "\n")
 
 
 def _digest(content: dict[str, Any]) -> str:

@@ -5,7 +5,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -20,9 +20,8 @@ def part_name(path: Path) -> Path:
 
 def write_atomically(path: Path, text: str) -> None:
     """Write a text file: a reader, or a crash, finds the earlier content or the new one."""
-    work = part_name(path)
-    work.write_text(text, encoding="utf-8")
-    work.replace(path)
+    with whole_file(path) as work:
+        work.write_text(text, encoding="utf-8")
 
 
 def replace_folder(work: Path, folder: Path) -> None:
@@ -67,7 +66,7 @@ def whole_file(path: Path) -> Iterator[Path]:
     Raises:
         OSError: with what to do, when the disk is full.
     """
-    work = path.parent / WRITING / path.name
+    work = path.parent / WRITING / f"{os.getpid()}-{path.name}"
     try:
         work.parent.mkdir(exist_ok=True)
         yield work
@@ -81,3 +80,5 @@ def whole_file(path: Path) -> Iterator[Path]:
             f"{path} could not be written ({error}); finished files are kept: make room, then run "
             "the same command again"
         ) from error
+    with suppress(OSError):  # another file is being written there
+        work.parent.rmdir()

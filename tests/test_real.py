@@ -16,7 +16,8 @@ from headstart.eval.benchmarks import stepwise_difference
 from headstart.eval.decoding import greedy
 from headstart.heads.assistant import build_assistant, check_pair
 from headstart.heads.demo import GGUF_SHA256, check_sha256, gemma3_270m_dir
-from headstart.heads.targets import Sampling, Target, load_target
+from headstart.heads.targets import Target, load_target
+from headstart.heads.tokens import Sampling
 from tests.heads.test_parity import noisy_head, prefill, stock_drafts, training_logits
 
 pytestmark = pytest.mark.real

@@ -19,7 +19,7 @@ from headstart.heads.targets import Target
 from headstart.train.loop import build_head
 from headstart.train.objectives import batch_sums
 from tests.conftest import make_target
-from tests.samples import conversations
+from tests.samples import conversations, interrupt_second_call
 from tests.train.test_loop import tiny_config
 
 CONFIG = DataConfig(teacher_top_k=5)
@@ -73,15 +73,7 @@ def test_the_index_says_what_mass_the_top_k_hold(tiny: Target, tmp_path: Path) -
 def test_an_interrupted_extraction_keeps_its_shards(
     tiny: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, calls = extraction.extract_tensors, []
-
-    def count(*args: Any) -> object:
-        calls.append(args)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return real(*args)
-
-    monkeypatch.setattr(extraction, "extract_tensors", count)
+    calls = interrupt_second_call(monkeypatch, extraction, "extract_tensors")
     with pytest.raises(KeyboardInterrupt):
         extract_all(tiny, conversations(11), tmp_path)
     with pytest.raises(ValueError, match="is unfinished: run the command that makes it again"):

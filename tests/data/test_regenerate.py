@@ -25,9 +25,10 @@ from headstart.data.prompts import Prompt
 from headstart.data.regenerate import regenerate
 from headstart.data.sampling import SamplingMixture
 from headstart.data.store import ActivationStore
-from headstart.heads.targets import Sampling, Target, load_target_tokens
+from headstart.heads.targets import Target, load_target_tokens
+from headstart.heads.tokens import Sampling
 from tests.conftest import FAMILIES, make_target
-from tests.samples import conversations, jobs, prompts
+from tests.samples import conversations, interrupt_second_call, jobs, prompts
 
 GREEDY = Sampling(0.0)
 CONFIG = DataConfig(max_new_tokens=12, generation_batch_size=3, teacher_top_k=5)
@@ -56,15 +57,7 @@ def test_an_interrupted_generation_ends_as_an_uninterrupted_one(
 ) -> None:
     asked = jobs(tiny, [0.0, 1.0] * 4, CONFIG)
     regenerate(tiny, asked, CONFIG, 3, tmp_path / "whole", extract)
-    real, calls = module.answer, []
-
-    def fail_on_second(*args: Any) -> object:
-        calls.append(args)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return real(*args)
-
-    monkeypatch.setattr(module, "answer", fail_on_second)
+    calls = interrupt_second_call(monkeypatch, module, "answer")
     with pytest.raises(KeyboardInterrupt):
         regenerate(tiny, asked, CONFIG, 3, tmp_path / "cut", extract)
     with pytest.raises(ValueError, match="is unfinished: 2 of 3 parts are missing"):

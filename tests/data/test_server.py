@@ -18,11 +18,13 @@ import pytest
 import torch
 
 from headstart.data import server
+from headstart.data.answers import Answer, read_answer, server_ids
 from headstart.data.prompts import load_prompts
-from headstart.data.server import Answer, AnswerServer, read_answer, server_ids
+from headstart.data.server import AnswerServer
 from headstart.data.templates import encode_prompt
-from headstart.heads.targets import Sampling, load_target
+from headstart.heads.targets import load_target
 from headstart.heads.tiny import byte_tokenizer
+from headstart.heads.tokens import Sampling
 from tests.llama_server import LlamaServer, real_gguf
 
 GREEDY, WARM = Sampling(0.0), Sampling(0.7)
