@@ -41,7 +41,6 @@ def add_data_commands(commands: Any) -> None:
     _add_data_arguments(extract)
     extract.set_defaults(command=_run_extract)
     _add_data_command(commands)
-    _add_bench_command(commands)
 
 
 def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
@@ -116,28 +115,3 @@ def _run_inspect(args: argparse.Namespace) -> None:
 
     data = load_config(args.config, args.overrides).data
     inspect_path(args.path, args.examples, args.target, data)
-
-
-def _add_bench_command(commands: Any) -> None:
-    bench = commands.add_parser(
-        "bench",
-        help="measure speed ratios on this machine",
-        description="Measure what a step costs against what it cannot do without, in one run, "
-        "interleaved; print the ratios.",
-        epilog="example: headstart bench extract --json extract.json",
-    )
-    bench.add_argument("name", choices=("extract", "regenerate"), help="what is measured")
-    bench.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
-    bench.add_argument(
-        "--prompts", type=count, default=64, metavar="N", help="prompts measured (default 64)"
-    )
-    add_config_arguments(bench)
-    bench.set_defaults(command=_run_bench)
-
-
-def _run_bench(args: argparse.Namespace) -> None:
-    from headstart.configs.loader import load_config
-    from headstart.eval.benchmarks import run_benchmark
-
-    config = load_config(args.config, args.overrides)
-    run_benchmark(args.name, config, args.prompts, default_device(), args.json)

@@ -11,7 +11,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 from headstart.cli.arguments import add_config_arguments, count, counts, default_device
+from headstart.cli.bench import add_bench_commands
 from headstart.cli.data import add_data_commands
+from headstart.cli.heads import add_heads_commands
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -79,6 +81,8 @@ def _parser() -> argparse.ArgumentParser:
     train.set_defaults(command=_run_train)
 
     add_data_commands(commands)
+    add_heads_commands(commands)
+    add_bench_commands(commands)
 
     evaluate = commands.add_parser(
         "eval",
@@ -136,9 +140,10 @@ def _add_eval_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--dtype",
-        choices=("bfloat16", "float32"),
-        default="bfloat16",
-        help="of target and head (default bfloat16); in float32 texts must equal plain decoding",
+        choices=("auto", "bfloat16", "float32"),
+        default="auto",
+        help="of target and head; in float32 texts must equal plain decoding (default auto: what "
+        "pays on this machine)",
     )
     parser.add_argument("--revision", help="Hub revision of the target")
     parser.add_argument("--trust-remote-code", action="store_true", help="run code of the target's")

@@ -7,6 +7,7 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from headstart.configs.hardware import natural_dtype
 from headstart.configs.schema import Config
 
 
@@ -25,10 +26,22 @@ def load_config(path: str | Path | None, overrides: list[str] | None = None) -> 
     for override in overrides or []:
         _apply(tree, override)
     try:
-        return Config.model_validate(tree)
+        config = Config.model_validate(tree)
     except ValidationError as error:
         problems = "; ".join(_explain(dict(e)) for e in error.errors())
         raise ValueError(f"{path or 'the settings'}: {problems}") from error
+    return _without_auto(config)
+
+
+def _without_auto(config: Config) -> Config:
+    """The same with the dtypes of this machine, so that what is saved says what was computed."""
+    dtype = natural_dtype()
+    update: dict[str, Any] = {}
+    if config.target.dtype == "auto":
+        update["target"] = config.target.model_copy(update={"dtype": dtype})
+    if config.train.precision == "auto":
+        update["train"] = config.train.model_copy(update={"precision": dtype})
+    return config.model_copy(update=update)
 
 
 def _read_tree(path: Path) -> dict[str, Any]:

@@ -39,8 +39,9 @@ class TargetConfig(Section):
     """Built-in name (`gemma3-270m`, `tiny-gemma4`, `tiny-gemma3`), local folder or Hub id."""
     revision: str | None = None
     """Hub revision (branch, tag or commit). None: the default branch."""
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Dtype in which the target generates and in which its activations are stored."""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Dtype in which the target generates and in which its activations are stored. `auto`:
+    bfloat16 on GPUs and on CPUs with instructions for it (avx512_bf16, AMX), else float32."""
     trust_remote_code: bool = False
     """Whether code shipped with a Hub checkpoint may run. Off unless you turn it on."""
 
@@ -56,6 +57,25 @@ class HeadConfig(Section):
     """Query heads. None: the target's number."""
     start: Literal["target", "random"] = "target"
     """Weights at step 0: the target's own source layers (full width only), or random ones."""
+    tie_start: Literal["data", "svd"] = "data"
+    """Start of the projection of a low-rank tie: from what the target says, or from the plain SVD
+    of its table (for comparison: it is far behind)."""
+    use_ordered_embeddings: bool = False
+    """Draft through a clustered LM head, in transformers' own format: a draft then reads some
+    thousand rows of the table in place of all."""
+    num_centroids: PositiveInt | None = None
+    """Clusters, equal in size. None: 128 tokens in each, as in Google's heads for E2B and E4B."""
+    centroid_intermediate_top_k: PositiveInt = 32
+    """Clusters whose tokens a draft is chosen from."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "HeadConfig":
+        if self.num_centroids is not None and self.num_centroids < self.centroid_intermediate_top_k:
+            raise ValueError(
+                f"centroid_intermediate_top_k={self.centroid_intermediate_top_k} is above "
+                f"num_centroids={self.num_centroids}"
+            )
+        return self
 
 
 class SourceConfig(Section):
@@ -158,11 +178,22 @@ class TrainConfig(Section):
     """Batches whose gradients are summed before one optimizer step."""
     anchors: PositiveInt = 64
     """Rows trained of each conversation in a batch, drawn anew each time (unit: tokens)."""
+    later_anchors: PositiveInt | None = None
+    """How many of them go on beyond the first round, whose drafts weigh most and cost the same.
+    None: all."""
     rounds: int = Field(default=4, ge=2)
     """Unroll K: drafts trained from each row. At least 2: from the second on a draft reads the
     head's own hidden state, and one alone would leave `post_projection` untrained."""
     round_decay: float = Field(default=0.8, gt=0, le=1)
     """Weight of round k is round_decay ** (k - 1)."""
+    objective: Literal["forward_kl", "cross_entropy", "total_variation", "lk_hybrid"] = "forward_kl"
+    """Loss of a draft. `cross_entropy` looks at the target's best token alone; `lk_hybrid` turns
+    from KL to total variation as a row comes to be accepted (arXiv 2602.23881)."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Of both distributions that the objective compares."""
+    vocabulary: Literal["sparse", "exact"] = "sparse"
+    """Tokens that the objective runs over: the teachers' top tokens and shared negatives, or the
+    whole vocabulary in chunks (the reference; many times slower)."""
     negatives: PositiveInt = 1024
     """Tokens drawn at random as shared negatives, beside the teachers' top tokens."""
     learning_rate: float = Field(default=1e-3, gt=0)
@@ -173,9 +204,9 @@ class TrainConfig(Section):
     """AdamW weight decay, on matrices alone."""
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Gradients are scaled down to this global norm."""
-    precision: Literal["bfloat16", "float32"] = "bfloat16"
-    """Compute precision. Weights of the head stay float32; bfloat16 is autocast, and pays on CPUs
-    whose instruction set has it (avx512_bf16 or AMX) as well as on GPUs."""
+    precision: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Compute precision. Weights of the head stay float32; bfloat16 is autocast. `auto`: as for
+    `target.dtype`."""
     validate_every: PositiveInt = 125
     """Steps between validations; each may make a new best head."""
     checkpoint_every: PositiveInt = 150
@@ -185,6 +216,8 @@ class TrainConfig(Section):
     def _check(self) -> "TrainConfig":
         if self.warmup_steps >= self.steps:
             raise ValueError(f"warmup_steps={self.warmup_steps} must be below steps={self.steps}")
+        if self.later_anchors is not None and self.later_anchors > self.anchors:
+            raise ValueError(f"later_anchors={self.later_anchors} is above anchors={self.anchors}")
         return self
 
 

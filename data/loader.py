@@ -1,7 +1,8 @@
 """Batches of training rows, each a function of the seed and its number alone.
 
 Letters: B rows of keys and values, each of one conversation or of several that are packed,
-R anchors (training rows) in each, K rounds, T positions (padded), D target width, k teacher tokens.
+R anchors (training rows) in each, S of them drafted from beyond the first round, K rounds, T
+positions (padded), D target width, k teacher tokens.
 """
 
 from collections.abc import Sequence
@@ -24,8 +25,13 @@ class Batch:
     """[B, R] index of the KV row of t."""
     starts: torch.Tensor
     """[B, R] index of the first KV row of the same conversation; t is `rows - starts`."""
+    later: torch.Tensor
+    """[B, S] which of the R anchors go on beyond the first round; -1 fills up."""
     hidden: torch.Tensor
     """[B, R, D] the target's h_t."""
+    text_hidden: torch.Tensor
+    """[B, T, D] the target's hidden states of whole conversations, zero-padded: round k of an
+    anchor is taught what the target says at KV row `rows + k`."""
     tokens: torch.Tensor
     """[B, R, K] x_{t+1} .. x_{t+K}."""
     teacher_ids: torch.Tensor
@@ -33,7 +39,8 @@ class Batch:
     teacher_logprobs: torch.Tensor
     """[B, R, K, k]."""
     weights: torch.Tensor
-    """[B, R, K] 1 where the predicted token is part of the response, else 0."""
+    """[B, R, K] 1 where the predicted token is part of the response and the anchor goes on to
+    that round, else 0."""
     shared_kv: SharedKV
     """Layer type -> (keys, values), each [B, kv heads, T, head_dim], zero-padded."""
 
@@ -60,6 +67,7 @@ def gather_rows(
     rows: list[torch.Tensor],
     rounds: int,
     pack_tokens: int | None = None,
+    later: list[torch.Tensor] | None = None,
 ) -> Batch:
     """Collate chosen rows of some documents; shorter row lists are filled with weight 0.
 
@@ -68,21 +76,29 @@ def gather_rows(
         rows: of each document, from `candidate_rows`.
         rounds: K.
         pack_tokens: documents share rows of so many tokens, longest first; None: a row each.
+        later: of each document, which of its chosen rows go on beyond the first round, by their
+            place among them, ascending; None: all.
     """
+    later = [torch.arange(len(chosen)) for chosen in rows] if later is None else later
     lengths = [len(d.ids) for d in documents]
     packs = [[i] for i in range(len(documents))]
     if pack_tokens is not None:
         packs = pack(lengths, pack_tokens)
     count = max(1, *(sum(len(rows[i]) for i in members) for members in packs))
+    on = max(1, *(sum(len(later[i]) for i in members) for members in packs))
     longest = max(sum(lengths[i] for i in members) for members in packs)
     gathered = []
     for members in packs:
-        parts, start = [], 0
+        parts, going_on, start, before = [], [], 0, 0
         for i in members:
-            parts.append(_rows_of(documents[i], rows[i], rounds, start))
+            parts.append(_rows_of(documents[i], rows[i], later[i], rounds, start))
+            going_on.append(later[i] + before)
             start += lengths[i]
+            before += len(rows[i])
         joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        gathered.append({name: _filled(tensor, count) for name, tensor in joined.items()})
+        filled = {name: _filled(tensor, count) for name, tensor in joined.items()}
+        # Filled with -1: a place of its own, so that no anchor counts twice.
+        gathered.append({**filled, "later": _filled(torch.cat(going_on) + 1, on) - 1})
     stacked = {name: torch.stack([row[name] for row in gathered]) for name in gathered[0]}
     shared_kv = {
         layer_type: (
@@ -91,12 +107,17 @@ def gather_rows(
         )
         for layer_type in documents[0].shared_kv
     }
-    ids = [documents[i].id for members in packs for i in members]
-    return Batch(document_ids=ids, shared_kv=shared_kv, **stacked)
+    texts = [torch.cat([documents[i].hidden for i in members]) for members in packs]
+    return Batch(
+        document_ids=[documents[i].id for members in packs for i in members],
+        text_hidden=torch.nn.utils.rnn.pad_sequence(texts, batch_first=True),
+        shared_kv=shared_kv,
+        **stacked,
+    )
 
 
 def _rows_of(
-    document: Document, chosen: torch.Tensor, rounds: int, start: int
+    document: Document, chosen: torch.Tensor, later: torch.Tensor, rounds: int, start: int
 ) -> dict[str, torch.Tensor]:
     """Tensors [R, ...] of the chosen rows of a document whose KV rows begin at `start`."""
     last = len(document.ids) - 1
@@ -104,6 +125,8 @@ def _rows_of(
     at = chosen[:, None] + torch.arange(1, rounds + 1)
     # It counts where the target wrote x_{t+k+1} and all between.
     written = document.loss_mask[(at + 1).clamp_max(last)] & (at < last)
+    # And where the anchor goes on beyond the first round.
+    written[:, 1:] &= torch.isin(torch.arange(len(chosen)), later)[:, None]
     at = at.clamp_max(last)
     return {
         "rows": chosen + start,
@@ -150,6 +173,7 @@ class AnchorLoader:
         seed: of the order and the anchors.
         pack_tokens: conversations share rows of so many tokens; None: a row each.
         rank, world_size: each process reads its own share of every global batch.
+        later_anchors: anchors of each conversation that go on beyond the first round; None: all.
     """
 
     def __init__(
@@ -162,6 +186,7 @@ class AnchorLoader:
         pack_tokens: int | None = None,
         rank: int = 0,
         world_size: int = 1,
+        later_anchors: int | None = None,
     ):
         self.documents = documents
         self.usable = [i for i, entry in enumerate(documents.entries) if entry.trained >= 2]
@@ -170,7 +195,7 @@ class AnchorLoader:
                 "no conversation has a response of two tokens or more: nothing to train"
             )
         self.batch_size, self.anchors, self.rounds = batch_size, anchors, rounds
-        self.pack_tokens = pack_tokens
+        self.pack_tokens, self.later_anchors = pack_tokens, later_anchors
         self.seed, self.rank, self.world_size = seed, rank, world_size
         self._epoch, self._order_of_epoch = -1, list[int]()
 
@@ -180,13 +205,16 @@ class AnchorLoader:
         positions = range(first, first + self.batch_size)
         places = [divmod(position, len(self.usable)) for position in positions]
         documents = self.documents.read([self._order(epoch)[offset] for epoch, offset in places])
-        rows = []
+        rows, later = [], []
         for position, document in zip(positions, documents, strict=True):
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + position)
             candidates = candidate_rows(document)
             shuffled = torch.randperm(len(candidates), generator=generator)
-            rows.append(candidates[shuffled[: self.anchors]].sort().values)
-        return gather_rows(documents, rows, self.rounds, self.pack_tokens)
+            ordered = shuffled[: self.anchors].sort()
+            rows.append(candidates[ordered.values])
+            # The first of the shuffled ones: as random as the rest.
+            later.append((ordered.indices < (self.later_anchors or self.anchors)).nonzero()[:, 0])
+        return gather_rows(documents, rows, self.rounds, self.pack_tokens, later)
 
     def _order(self, epoch: int) -> Sequence[int]:
         """Document indices in the order of an epoch; the last epoch asked for is remembered."""

@@ -66,6 +66,11 @@ def run_benchmark(name: str, config: Config, prompts: int, device: str, out: Pat
         **figures,
     }
     print_figures(content)
+    write_figures(content, out)
+
+
+def write_figures(content: dict[str, Any], out: Path | None) -> None:
+    """Write the figures of a benchmark as JSON, where `out` names a file."""
     if out is not None:
         write_atomically(out, json.dumps(content, indent=2) + "\n")
         print(f"Written: {out}")
@@ -154,19 +159,18 @@ def bench_regenerate(target: Target, jobs: list[Job], config: Config) -> dict[st
     }
 
 
-def in_turns(
-    target: Target, first: Callable[[int], None], second: Callable[[int], None]
-) -> tuple[float, float]:
-    """The quickest of `TURNS` turns of each, in seconds: first, second, second, first."""
-    seconds: dict[int, list[float]] = {0: [], 1: []}
+def in_turns(target: Target, *sides: Callable[[int], None]) -> list[float]:
+    """The quickest of `TURNS` turns of each side, in seconds: first to last, then last to first."""
+    seconds: list[list[float]] = [[] for _ in sides]
     for turn in range(TURNS):
-        for side in (0, 1) if turn % 2 == 0 else (1, 0):
+        order = range(len(sides))
+        for side in order if turn % 2 == 0 else reversed(order):
             synchronize(target.device)
             start = time.perf_counter()
-            (first, second)[side](turn)
+            sides[side](turn)
             synchronize(target.device)
             seconds[side].append(time.perf_counter() - start)
-    return min(seconds[0]), min(seconds[1])
+    return [min(turns) for turns in seconds]
 
 
 @torch.inference_mode()
@@ -226,6 +230,7 @@ def print_figures(content: dict[str, Any], console: Console | None = None) -> No
         show_header=False,
     )
     sections = [("ratios", "{:.2f}"), ("tokens_per_second", "{:,.1f} tokens/s")]
+    sections += [("seconds_per_token", "{:.3g} s/token"), ("peak_bytes_per_token", "{:,.0f} bytes")]
     sections += [("stepwise", "{:.3g}")]
     for section, form in sections:
         for name, value in content.get(section, {}).items():

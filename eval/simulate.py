@@ -2,9 +2,12 @@
 
 Exact for greedy drafts on greedy text: a draft is right when it is the text's next token, and draft
 k counts only when drafts 1..k-1 were right, so that the tokens fed to it are the text's own.
+
+Letters: B documents, R rows of each, K rounds, N drafts, C clusters, V vocabulary.
 """
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -12,6 +15,7 @@ import torch
 from headstart.data.loader import Batch, candidate_rows, gather_rows
 from headstart.data.store import Documents
 from headstart.eval.acceptance import AcceptanceCounts, walk_rounds, zero_counts
+from headstart.eval.recall import RecallCounts, zero_recall
 from headstart.heads.targets import Target
 from headstart.heads.unroll import DraftHead
 
@@ -19,20 +23,34 @@ LOGIT_ROWS = 256  # rows of V logits held at once
 DOCUMENTS = 8  # run through the head together
 
 
+@dataclass(frozen=True)
+class Simulated:
+    """What a walk over held-out documents found."""
+
+    acceptance: AcceptanceCounts
+    """Of the head as it drafts: through its clusters where it has ordered embeddings."""
+    dense: AcceptanceCounts
+    """Of the same head with the LM head over the whole vocabulary."""
+    recall: RecallCounts
+    """Over all drafts of all rows, those that a decoder would never reach too; zero where the head
+    has no ordered embeddings."""
+
+
 @torch.no_grad()
 def simulate_acceptance(
     head: DraftHead, target: Target, stored: Documents, rounds: int, which: Iterable[int]
-) -> AcceptanceCounts:
+) -> Simulated:
     """Acceptance counts of `head` on the documents `which`, by walking rounds.
 
     Args:
-        head: in any mode; its drafts are compared over the whole vocabulary.
+        head: in any mode.
         target: for its embeddings and table.
         stored: activations of greedy conversations.
         rounds: K.
         which: their indices (a process passes its share).
     """
-    total = zero_counts(rounds)
+    drafted, dense, recall = zero_counts(rounds), zero_counts(rounds), zero_recall()
+    cluster_of = head.cluster_of
     chosen = [i for i in which if stored.entries[i].trained >= 2]
     for start in range(0, len(chosen), DOCUMENTS):
         documents = stored.read(chosen[start : start + DOCUMENTS])
@@ -42,11 +60,17 @@ def simulate_acceptance(
         for b, (document, r) in enumerate(zip(documents, rows, strict=True)):
             following = r[:, None] + torch.arange(2, rounds + 2)
             wanted[b, : len(r)] = document.ids[following.clamp_max(len(document.ids) - 1)]
-        matches, judged = _matches(head, target, batch, wanted), batch.weights.bool()
+        judged = batch.weights.bool()
+        states, scores = _unrolled(head, target, batch)
+        if scores is not None and cluster_of is not None:
+            clusters = cluster_of[batch.teacher_ids[judged]]
+            recall += RecallCounts.of(scores[judged], clusters, batch.teacher_logprobs[judged])
+        matches = _matches(head, target, states, scores, wanted, judged)
         for b, r in enumerate(rows):
             for answer in _answers(r):
-                total += walk_rounds(matches[b, answer], judged[b, answer])
-    return total
+                drafted += walk_rounds(matches[0][b, answer], judged[b, answer])
+                dense += walk_rounds(matches[1][b, answer], judged[b, answer])
+    return Simulated(drafted, dense, recall)
 
 
 def _answers(rows: torch.Tensor) -> list[slice]:
@@ -56,24 +80,65 @@ def _answers(rows: torch.Tensor) -> list[slice]:
     return [slice(a, b) for a, b in pairwise(edges) if a < b]
 
 
-def _matches(head: DraftHead, target: Target, batch: Batch, wanted: torch.Tensor) -> torch.Tensor:
-    """[B, R, K] whether each draft is the token `wanted` there, given that the earlier ones are."""
+def _unrolled(
+    head: DraftHead, target: Target, batch: Batch
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """States [B, R, K, D], and centroid scores [B, R, K, C] where the head has clusters."""
     dtype = head.assistant.pre_projection.weight.dtype
-    states = head(
+    states, scores = head(
         batch.hidden.to(dtype),
         target.embed(batch.tokens).to(dtype),
         batch.rows,
         {t: (k.to(dtype), v.to(dtype)) for t, (k, v) in batch.shared_kv.items()},
         batch.starts,
     )
-    matches = torch.zeros_like(wanted, dtype=torch.bool)
-    alive = batch.weights[..., 0].bool()
+    return torch.stack(states, dim=2), None if scores is None else torch.stack(scores, dim=2)
+
+
+def _matches(
+    head: DraftHead,
+    target: Target,
+    states: torch.Tensor,
+    scores: torch.Tensor | None,
+    wanted: torch.Tensor,
+    judged: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Whether each draft is the token `wanted` there, given that the earlier ones are.
+
+    Returns:
+        [B, R, K] bool as the head drafts, and [B, R, K] with the dense LM head.
+    """
+    drafted, dense = (torch.zeros_like(wanted, dtype=torch.bool) for _ in range(2))
+    alive_drafted = alive_dense = judged[..., 0]
     for k in range(wanted.shape[-1]):
         # A draft after a miss is never looked at: no need for its logits over the vocabulary.
-        at = (alive & batch.weights[..., k].bool()).nonzero(as_tuple=True)
-        rows = states[k][at].to(target.table.dtype)
-        drafts = [(chunk @ target.table.T).argmax(-1) for chunk in rows.split(LOGIT_ROWS)]
-        hit = torch.cat(drafts) == wanted[..., k][at] if drafts else alive[at]
-        matches[..., k][at] = hit
-        alive = matches[..., k]
-    return matches
+        at = ((alive_drafted | alive_dense) & judged[..., k]).nonzero(as_tuple=True)
+        of_rows = None if scores is None else scores[..., k, :][at]
+        pair = _drafts(head, target, states[..., k, :][at], of_rows)
+        drafted[..., k][at], dense[..., k][at] = (ids == wanted[..., k][at] for ids in pair)
+        alive_drafted = alive_drafted & drafted[..., k]
+        alive_dense = alive_dense & dense[..., k]
+    return drafted, dense
+
+
+def _drafts(
+    head: DraftHead, target: Target, states: torch.Tensor, scores: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """[N] tokens through the clusters and [N] over the whole vocabulary, of states [N, width]."""
+    dense = torch.zeros(len(states), dtype=torch.long, device=states.device)
+    drafted = dense.clone()
+    embedder, cluster_of = head.assistant.masked_embedding, head.cluster_of
+    table = head.draft_table(target.table)
+    for start in range(0, len(states), LOGIT_ROWS):
+        rows = slice(start, start + LOGIT_ROWS)
+        logits = states[rows].to(table.dtype) @ table.T
+        dense[rows] = drafted[rows] = logits.argmax(-1)
+        if scores is None or embedder is None or cluster_of is None:
+            continue
+        top = scores[rows].topk(embedder.centroid_intermediate_top_k, dim=1).indices
+        chosen = torch.zeros_like(scores[rows], dtype=torch.bool).scatter(1, top, True)
+        # Where the best token is in a chosen cluster it is the draft too; the rest look again.
+        missed = ~chosen.gather(1, cluster_of[dense[rows]][:, None])[:, 0]
+        hidden = ~chosen[missed][:, cluster_of]
+        drafted[rows][missed] = logits[missed].masked_fill(hidden, -torch.inf).argmax(-1)
+    return drafted, dense

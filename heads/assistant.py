@@ -26,6 +26,8 @@ from headstart.configs.schema import HeadConfig
 from headstart.heads.files import part_name, replace_folder
 from headstart.heads.targets import Target, source_layers
 
+LOGIT_ROWS = 128  # rows of V logits held at once
+CLUSTER_TOKENS = 128  # tokens a cluster, where the configuration does not say how many clusters
 Assistant: TypeAlias = Gemma4AssistantForCausalLM | Gemma4UnifiedAssistantForCausalLM
 
 
@@ -40,8 +42,8 @@ def assistant_config(source: Any, head: HeadConfig) -> Any:
         head: what the run configuration says.
 
     Raises:
-        ValueError: the query heads are no multiple of the target's KV heads, or the head is
-            wider than its target (no tie can then reach its table).
+        ValueError: the query heads are no multiple of the target's KV heads, the head is wider
+            than its target (no tie can then reach its table), or its clusters cannot be equal.
     """
     width = head.hidden_size or source.hidden_size
     if width > source.hidden_size:
@@ -88,14 +90,34 @@ def assistant_config(source: Any, head: HeadConfig) -> Any:
         "pad_token_id": source.pad_token_id,
         "final_logit_softcapping": None,  # the assistant classes apply none
     }
+    own = {"backbone_hidden_size": source.hidden_size, **_ordered_config(source.vocab_size, head)}
     if unified:
-        return Gemma4UnifiedAssistantConfig(
-            text_config=Gemma4UnifiedTextConfig(**text), backbone_hidden_size=source.hidden_size
-        )
+        return Gemma4UnifiedAssistantConfig(text_config=Gemma4UnifiedTextConfig(**text), **own)
     text |= {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}
-    return Gemma4AssistantConfig(
-        text_config=Gemma4TextConfig(**text), backbone_hidden_size=source.hidden_size
-    )
+    return Gemma4AssistantConfig(text_config=Gemma4TextConfig(**text), **own)
+
+
+def _ordered_config(vocab_size: int, head: HeadConfig) -> dict[str, Any]:
+    if not head.use_ordered_embeddings:
+        return {}
+    clusters = head.num_centroids or max(1, vocab_size // CLUSTER_TOKENS)
+    if vocab_size % clusters:
+        fits = [n for n in range(1, vocab_size + 1) if vocab_size % n == 0]
+        nearest = min(fits, key=lambda n: abs(n - clusters))
+        raise ValueError(
+            f"head.num_centroids={clusters} does not divide the vocabulary of {vocab_size:,} "
+            f"tokens into equal clusters: the nearest number that does is {nearest}"
+        )
+    if clusters < head.centroid_intermediate_top_k:
+        raise ValueError(
+            f"head.centroid_intermediate_top_k={head.centroid_intermediate_top_k} is above "
+            f"the {clusters} clusters of this vocabulary"
+        )
+    return {
+        "use_ordered_embeddings": True,
+        "num_centroids": clusters,
+        "centroid_intermediate_top_k": head.centroid_intermediate_top_k,
+    }
 
 
 def build_assistant(target: Target, head: HeadConfig) -> Assistant:
@@ -171,13 +193,13 @@ def _start_from_target(assistant: Assistant, target: Target) -> None:
 
 def low_rank_start(
     table: torch.Tensor, hidden: torch.Tensor, token_weights: torch.Tensor, rank: int
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Data-aware start of the projection P of a low-rank tie `table @ P`.
 
     Minimises E ||(table - mean) h - (table - mean) P Q h||^2 over tokens weighted by their
     probability and hidden states h with the measured second moment: with S that moment and G the
-    weighted covariance of the table, P = S^(1/2) U where U are the leading eigenvectors of
-    S^(1/2) G S^(1/2).
+    weighted covariance of the table, P = S^(1/2) U and Q = U' S^(-1/2), where U are the leading
+    eigenvectors of S^(1/2) G S^(1/2).
 
     Args:
         table: [V, D] the target's table.
@@ -186,7 +208,7 @@ def low_rank_start(
         rank: H, columns kept.
 
     Returns:
-        [D, H] float32, scaled so that head states keep unit second moment.
+        P [D, H] float32, scaled so that head states Q h have unit second moment, and Q [H, D].
     """
     weights = (token_weights / token_weights.sum()).float()
     mean = weights @ table.float()
@@ -194,8 +216,36 @@ def low_rank_start(
     covariance = centred.T @ (weights[:, None] * centred)
     moment = hidden.float().T @ hidden.float() / len(hidden)
     values, vectors = torch.linalg.eigh(moment)
-    root = vectors @ torch.diag(values.clamp_min(0).sqrt()) @ vectors.T
-    return root @ torch.linalg.eigh(root @ covariance @ root)[1].flip(-1)[:, :rank]
+    # Directions that the target never takes are left out of the inverse.
+    roots = values.clamp_min(1e-7 * values.max()).sqrt()
+    root, inverse = (vectors * r @ vectors.T for r in (roots, 1 / roots))
+    leading = torch.linalg.eigh(root @ covariance @ root)[1].flip(-1)[:, :rank]
+    return root @ leading, leading.T @ inverse
+
+
+def plain_svd_start(table: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The start without data: P [D, H] the leading right singular vectors of the table, Q = P'."""
+    projection = torch.linalg.eigh(table.float().T @ table.float())[1].flip(-1)[:, :rank]
+    return projection, projection.T
+
+
+@torch.no_grad()
+def low_rank_agreement(
+    table: torch.Tensor, start: tuple[torch.Tensor, torch.Tensor], hidden: torch.Tensor
+) -> float:
+    """How often `table @ P @ Q h` and `table @ h` have the same best token.
+
+    Args:
+        table: [V, D].
+        start: P [D, H] and Q [H, D].
+        hidden: [N, D] states of the target that the start was not made of.
+    """
+    agreed = 0
+    for rows in hidden.float().split(LOGIT_ROWS):
+        pair = (rows, rows @ start[1].T @ start[0].T)
+        best, kept = ((states.to(table.dtype) @ table.T).argmax(-1) for states in pair)
+        agreed += int((best == kept).sum())
+    return agreed / max(len(hidden), 1)
 
 
 def save_assistant(
@@ -218,7 +268,10 @@ def save_assistant(
     """
     work = part_name(folder)
     shutil.rmtree(work, ignore_errors=True)
-    state = {k: v.to(dtype) for k, v in assistant.state_dict().items()}
+    # The order of the tokens is of integers, and stays so.
+    state = {
+        k: v.to(dtype) if v.is_floating_point() else v for k, v in assistant.state_dict().items()
+    }
     # Detached, or `assign` would turn the target's own table into a trainable parameter.
     state["model.embed_tokens.weight"] = state["lm_head.weight"] = table.detach().to(dtype)
     with torch.device("meta"):  # no memory for a table that is replaced at once

@@ -23,6 +23,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from headstart.configs.hardware import natural_dtype
 from headstart.heads.demo import gemma3_270m_dir
 from headstart.heads.gemma3 import Gemma3ForAssistedDecoding, SharedKV
 from headstart.heads.tiny import TINY_TARGETS, byte_tokenizer, tiny_config, tiny_target
@@ -149,10 +150,16 @@ class Target(TargetTokens):
         return Activations(outputs.last_hidden_state, dict(outputs.shared_kv_states))
 
     @torch.no_grad()
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+    def logits(self, hidden: torch.Tensor, table: torch.Tensor | None = None) -> torch.Tensor:
         """Logits as the target emits them: `hidden` [..., D] -> float32 [..., V], soft-capped
-        where the configuration says so. Costs V floats a row: pass rows in chunks."""
-        logits = torch.nn.functional.linear(hidden.to(self.table.dtype), self.table)
+        where the configuration says so. Costs V floats a row: pass rows in chunks.
+
+        Args:
+            hidden: [..., D] post-norm hidden states.
+            table: [C, D] some rows of the table, for their logits alone.
+        """
+        table = self.table if table is None else table
+        logits = torch.nn.functional.linear(hidden.to(table.dtype), table)
         # The soft cap comes before the cast, in the target's dtype, as in its own forward.
         if (cap := self.config.final_logit_softcapping) is not None:
             logits = torch.tanh(logits / cap) * cap
@@ -211,7 +218,7 @@ def load_target_config(
 
 def load_target(
     name: str,
-    dtype: str = "bfloat16",
+    dtype: str = "auto",
     revision: str | None = None,
     trust_remote_code: bool = False,
     device: torch.device | str = "cpu",
@@ -220,7 +227,7 @@ def load_target(
 
     Args:
         name: `gemma3-270m`, `tiny-gemma4`, `tiny-gemma3`, a local folder or a Hub id.
-        dtype: `bfloat16` or `float32`.
+        dtype: `bfloat16`, `float32` or `auto`, the one that pays on this machine.
         revision: Hub revision.
         trust_remote_code: whether code shipped with the checkpoint may run.
         device: where the weights go.
@@ -231,7 +238,7 @@ def load_target(
     """
     check_transformers()
     config = load_target_config(name, revision, trust_remote_code)
-    torch_dtype = getattr(torch, dtype)
+    torch_dtype = getattr(torch, natural_dtype() if dtype == "auto" else dtype)
     if name in TINY_TARGETS:
         return Target(tiny_target(name).to(device, torch_dtype), byte_tokenizer(), name)
     path = gemma3_270m_dir() if name == "gemma3-270m" else name

@@ -7,14 +7,18 @@ reads token x_{t+k} and the head's own hidden state of round k - 1; position and
 Mirrors `SinglePositionMultiTokenCandidateGenerator.get_candidates` and
 `Gemma4AssistantForCausalLM.create_attention_masks` of transformers 5.20 to 5.22.
 
-Letters: B batch, T positions, R rows of a sequence, K rounds, D target width, H head width.
+Letters: B batch, T positions, R rows of a sequence, S of them in rounds above the first, K rounds,
+D target width, H head width.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from headstart.heads.assistant import Assistant
 from headstart.heads.gemma3 import SharedKV
+from headstart.heads.ordered import token_clusters
 
 
 def row_masks(
@@ -40,6 +44,23 @@ def row_masks(
     return {"full_attention": full, "sliding_attention": full & (j >= t - sliding_window)}
 
 
+def select(tensor: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """[B, R, ...] at `places` [B, S] -> [B, S, ...]; -1 stands for place 0."""
+    index = places.clamp_min(0).view(*places.shape, *[1] * (tensor.ndim - 2))
+    return tensor.gather(1, index.expand(*places.shape, *tensor.shape[2:]))
+
+
+class Unrolled(NamedTuple):
+    """What a head says in K rounds."""
+
+    states: list[torch.Tensor]
+    """K of [B, R, D], from the second on [B, S, D]: their product with `draft_table` is the draft's
+    logits. Width H where a narrow head was loaded, not built."""
+    cluster_logits: list[torch.Tensor] | None
+    """K of [B, R or S, clusters], where the head has ordered embeddings. Their gradient reaches the
+    centroids alone."""
+
+
 class DraftHead(nn.Module):
     """An assistant in training: the native module, and the projection of a low-rank tie.
 
@@ -60,7 +81,8 @@ class DraftHead(nn.Module):
         rows: torch.Tensor,
         shared_kv: SharedKV,
         starts: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+        later: torch.Tensor | None = None,
+    ) -> Unrolled:
         """Run K rounds over the same rows.
 
         Args:
@@ -69,16 +91,20 @@ class DraftHead(nn.Module):
             rows: [B, R] index of the KV row of t.
             shared_kv: layer type -> (keys, values), each [B, kv heads, T, head_dim].
             starts: [B, R] index of the first KV row of the same text; None: 0, nothing is packed.
-
-        Returns:
-            [K, B, R, D] states whose product with the target's table is the draft's logits.
+            later: [B, S] which of the R rows go on beyond the first round; None: all.
         """
         starts = torch.zeros_like(rows) if starts is None else starts
         kv_len = next(iter(shared_kv.values()))[0].shape[2]
         window = self.assistant.config.text_config.sliding_window
         masks = row_masks(rows, starts, kv_len, window)
-        states = []
+        embedder = self.assistant.masked_embedding
+        states: list[torch.Tensor] = []
+        cluster_logits: list[torch.Tensor] = []
         for k in range(token_embeds.shape[2]):
+            if k == 1 and later is not None:
+                hidden, token_embeds = select(hidden, later), select(token_embeds, later)
+                rows, starts = select(rows, later), select(starts, later)
+                masks = row_masks(rows, starts, kv_len, window)
             inputs = torch.cat([token_embeds[:, :, k], hidden], dim=-1)
             state = self.assistant.model(
                 inputs_embeds=self.assistant.pre_projection(inputs),
@@ -89,7 +115,11 @@ class DraftHead(nn.Module):
             ).last_hidden_state
             hidden = self.assistant.post_projection(state)
             states.append(state if self.projection is None else state @ self.projection.T)
-        return torch.stack(states)
+            if embedder is not None:
+                # Detached: a trunk that learns from its clusters alone starves (top k of them
+                # passes on nothing of the tokens outside).
+                cluster_logits.append(embedder.centroids(state.detach()))
+        return Unrolled(states, cluster_logits if embedder is not None else None)
 
     @torch.no_grad()
     def table(self, target_table: torch.Tensor) -> torch.Tensor:
@@ -98,6 +128,30 @@ class DraftHead(nn.Module):
             return target_table
         return target_table.float() @ self.projection
 
+    def draft_table(self, target_table: torch.Tensor) -> torch.Tensor:
+        """[V, width of the states] whose product with the states is the draft's logits: the
+        target's table, or the table of its own that a narrow head was loaded with."""
+        own = self.assistant.lm_head.weight
+        return own if len(own) else target_table
+
+    @property
+    def cluster_of(self) -> torch.Tensor | None:
+        """[V] the cluster of each token; None without ordered embeddings."""
+        embedder = self.assistant.masked_embedding
+        return (
+            None
+            if embedder is None
+            else token_clusters(embedder.token_ordering, embedder.num_centroids)
+        )
+
     def trainable(self) -> dict[str, nn.Parameter]:
         """Name -> parameter that the optimizer updates; the tied table is not among them."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Name -> tensor that makes this head another one than its neighbour over the same table:
+        what is trained, and the order of the tokens."""
+        state: dict[str, torch.Tensor] = dict(self.trainable())
+        if (embedder := self.assistant.masked_embedding) is not None:
+            state["assistant.masked_embedding.token_ordering"] = embedder.token_ordering
+        return state

@@ -2,7 +2,7 @@
 
 import torch
 
-from headstart.configs.schema import DataConfig, HeadConfig
+from headstart.configs.schema import DataConfig, HeadConfig, TrainConfig
 from headstart.data.conversations import answered
 from headstart.data.extraction import OnlineActivations
 from headstart.data.loader import candidate_rows, gather_rows
@@ -12,7 +12,7 @@ from headstart.heads.assistant import build_assistant
 from headstart.heads.targets import Target
 from headstart.heads.unroll import DraftHead
 from headstart.train.loop import learning_rate
-from headstart.train.objectives import batch_sums
+from headstart.train.step import batch_sums
 
 
 def greedy_document(target: Target, tokens: int = 24) -> tuple[list[int], Document]:
@@ -38,11 +38,12 @@ def overfit(
     head = DraftHead(build_assistant(target, HeadConfig()))
     batch = gather_rows([document], [candidate_rows(document)], rounds)
     batch.hidden = torch.roll(batch.hidden, -shift, dims=1)
+    c = TrainConfig(rounds=rounds, round_decay=1.0, negatives=64, precision="float32")
     optimizer = torch.optim.AdamW(head.trainable().values(), lr=3e-3)
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, 10, 3e-3)
-        sums = batch_sums(head, target, batch, torch.ones(rounds), 64, step, bfloat16=False)
+        sums = batch_sums(head, target, batch, c, step)
         (sums["loss_sum"] / batch.weights.sum()).backward()
         torch.nn.utils.clip_grad_norm_(head.trainable().values(), 1.0)
         optimizer.step()

@@ -30,7 +30,7 @@ def save_checkpoint(
     Args:
         config: the resolved configuration, kept beside the weights.
         step: optimizer steps done.
-        head: its trainable parameters are saved; the target's table is not.
+        head: what is trained and the order of its tokens are saved; the target's table is not.
         optimizer: its moments are saved, by parameter name.
         target: its fingerprint is saved.
         best: the best acceptance length so far, 0 before the first validation.
@@ -40,7 +40,7 @@ def save_checkpoint(
     work = part_name(path)
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
-    weights = {name: p.detach().contiguous() for name, p in head.trainable().items()}
+    weights = {name: tensor.detach().contiguous() for name, tensor in head.state().items()}
     save_file(weights, work / "head.safetensors")
     moments = {
         f"{name}.{key}": value.contiguous()
@@ -76,8 +76,8 @@ def load_checkpoint(
             f"{target.name} now has {target.fingerprint[:12]}: name another folder, run.dir=PATH"
         )
     weights = load_file(path / "head.safetensors")
-    parameters = head.trainable()
-    shapes = {k: tuple(p.shape) for k, p in parameters.items()}
+    parameters, tensors = head.trainable(), head.state()
+    shapes = {k: tuple(tensor.shape) for k, tensor in tensors.items()}
     found = {k: tuple(p.shape) for k, p in weights.items()}
     if shapes != found:
         odd = next(k for k in shapes | found if shapes.get(k) != found.get(k))
@@ -85,8 +85,8 @@ def load_checkpoint(
             f"{path} is of another head: {odd} is {found.get(odd)} there and {shapes.get(odd)} here"
         )
     with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(weights[name])
+        for name, tensor in tensors.items():
+            tensor.copy_(weights[name])
     for key, value in load_file(path / "optimizer.safetensors").items():
         name, _, moment = key.rpartition(".")
         optimizer.state[parameters[name]][moment] = value

@@ -13,22 +13,26 @@ from accelerate.utils import InitProcessGroupKwargs, set_seed
 from headstart.configs.schema import Config
 from headstart.data.loader import AnchorLoader
 from headstart.data.prepare import prepare_documents
-from headstart.data.progress import progress_bar
+from headstart.data.progress import progress_bar, say
 from headstart.data.store import Documents
+from headstart.eval.recall import RecallCounts
 from headstart.eval.simulate import simulate_acceptance
-from headstart.heads.assistant import build_assistant, low_rank_start, save_assistant
+from headstart.heads.assistant import save_assistant
 from headstart.heads.targets import Target, load_target
 from headstart.heads.unroll import DraftHead
 from headstart.train.checkpoints import checkpoints, load_checkpoint, save_checkpoint
-from headstart.train.objectives import batch_sums
 from headstart.train.run_folder import append_metrics, drop_metrics_after, open_run
+from headstart.train.start import build_head
+from headstart.train.step import batch_sums, loss_weight
 from headstart.train.stopping import Interrupted, stop_signals
+from headstart.train.summary import summary_text, write_summary
 
 
 def train(config: Config, resume: bool = False) -> None:
     """Distill a head for `config.target` into the run folder.
 
-    Writes config.yaml, metrics.jsonl, checkpoints/ and head/ (the best head, native format).
+    Writes config.yaml, metrics.jsonl, checkpoints/, head/ (the best head, native format) and
+    summary.json.
 
     Args:
         config: the whole run.
@@ -55,24 +59,26 @@ def train(config: Config, resume: bool = False) -> None:
         held_out = config.eval.prompts if config.eval else None
         training, validation = prepare_documents(target, config.data, seed, held_out)
 
-    head = build_head(target, config, training).to(accelerator.device)
+    saved = checkpoints(run / "checkpoints") if resume else []
+    head = build_head(target, config, training, validation, resumed=bool(saved))
     optimizer = torch.optim.AdamW(_parameter_groups(head, c.weight_decay), lr=c.learning_rate)
     step, best = 0, 0.0
-    if resume and (saved := checkpoints(run / "checkpoints")):
+    if saved:
         state = load_checkpoint(saved[-1], head, optimizer, target)
         step, best = state["step"], state["best"]
         accelerator.print(f"Resuming {run} after step {step}")
     model, optimizer = accelerator.prepare(head, optimizer)
     loader = AnchorLoader(
         training, c.batch_size, c.anchors, c.rounds, seed, c.pack_tokens,
-        accelerator.process_index, accelerator.num_processes,
+        accelerator.process_index, accelerator.num_processes, c.later_anchors,
     )  # fmt: skip
     if accelerator.is_main_process:
         drop_metrics_after(run, step)
     if config.wandb.mode != "disabled":
         kwargs = {"wandb": {"mode": config.wandb.mode, "dir": str(run), "name": run.name}}
         accelerator.init_trackers(config.wandb.project, config.model_dump(mode="json"), kwargs)
-    round_weights = c.round_decay ** torch.arange(c.rounds, device=accelerator.device)
+    cluster_of = head.cluster_of
+    trunk = [p for name, p in head.trainable().items() if not is_centroid(name)]
 
     with progress_bar() as bar, stop_signals() as stop_requests:
         task = bar.add_task("Training", total=c.steps, completed=step, status="")
@@ -84,22 +90,23 @@ def train(config: Config, resume: bool = False) -> None:
             )
             batches = [loader.batch(n).to(accelerator.device) for n in numbers]
             # One mean over all rows of the step, whatever batch and process they are in.
-            rows = torch.stack([(b.weights * round_weights).sum() for b in batches]).sum()
-            denominator = accelerator.reduce(rows).clamp_min(1e-6)
+            weight = torch.stack([loss_weight(b, c.round_decay) for b in batches]).sum()
+            denominator = accelerator.reduce(weight).clamp_min(1e-6)
             totals: dict[str, torch.Tensor] = {}
             for number, batch in zip(numbers, batches, strict=True):
                 last = number == numbers[-1]
                 with nullcontext() if last else accelerator.no_sync(model):
                     sums = batch_sums(
-                        model, target, batch, round_weights, c.negatives,
-                        seed * 1_000_003 + number, c.precision == "bfloat16",
-                    )  # fmt: skip
+                        model, target, batch, c, seed * 1_000_003 + number, cluster_of
+                    )
+                    # The centroids learn beside the trunk: neither reaches the other's weights.
+                    loss = sums["loss_sum"] + sums.get("cluster_loss_sum", 0.0)
                     # DDP averages gradients over processes; this makes it the sum.
-                    loss = sums["loss_sum"] * accelerator.num_processes / denominator
-                    accelerator.backward(loss)
+                    accelerator.backward(loss * accelerator.num_processes / denominator)
                 for name, value in sums.items():
                     totals[name] = totals.get(name, torch.zeros_like(value)) + value.detach()
-            norm = accelerator.clip_grad_norm_(model.parameters(), c.max_grad_norm)
+            # The trunk alone, so that it learns the same with ordered embeddings as without.
+            norm = accelerator.clip_grad_norm_(trunk, c.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
             step += 1
@@ -116,10 +123,11 @@ def train(config: Config, resume: bool = False) -> None:
                 "grad_norm": float(norm),
                 "rows": reduced["rows"],
             }
+            if "recalled" in reduced:
+                row["cluster_loss"] = reduced["cluster_loss_sum"] / float(denominator)
+                row["batch_recall"] = reduced["recalled"] / max(reduced["drafts"], 1)
             if step % c.validate_every == 0 or step == c.steps:
-                row["acceptance_length"] = _validate(
-                    accelerator, head, target, validation, c.rounds
-                )
+                row |= _validate(accelerator, head, target, validation, c.rounds)
                 if row["acceptance_length"] > best:
                     best = row["acceptance_length"]
                     if accelerator.is_main_process:
@@ -132,6 +140,9 @@ def train(config: Config, resume: bool = False) -> None:
             bar.update(task, completed=step, status=_status(row, best, bar.tasks[task].speed))
             if reduced["stop"]:
                 raise Interrupted(f"stopped after step {step}, saved; go on with --resume")
+    if accelerator.is_main_process:
+        summary = write_summary(config, head, target, training, validation)
+        say(f"Best head, of step {summary['best']['step']}: {summary_text(summary['best'])}")
     accelerator.end_training()
 
 
@@ -149,27 +160,9 @@ def export_head(head: DraftHead, target: Target, folder: Path, rounds: int) -> N
     save_assistant(head.assistant, table, folder, rounds, target.table.dtype)
 
 
-def build_head(target: Target, config: Config, training: Documents) -> DraftHead:
-    """The head at step 0; a narrow one starts its low-rank tie from some of the activations."""
-    assistant = build_assistant(target, config.head)
-    width = assistant.config.text_config.hidden_size
-    if width == target.config.hidden_size:
-        return DraftHead(assistant)
-    hidden = []
-    # The teacher's top tokens stand in for the token distribution, smoothed over the rest.
-    weights = torch.full((len(target.table),), 1e-9)
-    for i in range(min(len(training.entries), 256)):
-        (document,) = training.read([i])
-        taught = document.loss_mask.nonzero()[:, 0] - 1  # the target wrote the next token
-        taught = taught[taught >= 0]
-        hidden.append(document.hidden[taught])
-        p = document.teacher_logprobs[taught].exp()
-        weights.index_add_(0, document.teacher_ids[taught].long().flatten(), p.flatten())
-    device = target.table.device
-    return DraftHead(
-        assistant,
-        low_rank_start(target.table, torch.cat(hidden).to(device), weights.to(device), width),
-    )
+def is_centroid(name: str) -> bool:
+    """Whether a parameter of a head is that of the cluster scores."""
+    return "masked_embedding." in name
 
 
 def _parameter_groups(head: DraftHead, weight_decay: float) -> list[dict[str, Any]]:
@@ -182,17 +175,28 @@ def _parameter_groups(head: DraftHead, weight_decay: float) -> list[dict[str, An
 
 def _validate(
     accelerator: Accelerator, head: DraftHead, target: Target, validation: Documents, rounds: int
-) -> float:
-    """Acceptance length on the held-out conversations, every process walking its share."""
+) -> dict[str, Any]:
+    """Acceptance length on the held-out conversations, every process walking its share; with
+    ordered embeddings also that of the dense head, and the clusters' recall."""
     share = range(accelerator.process_index, len(validation.entries), accelerator.num_processes)
     with accelerator.autocast():
-        counts = simulate_acceptance(head, target, validation, rounds, share)
-    sums = torch.tensor([sum(counts.accepted), counts.rounds], device=accelerator.device)
-    accepted, walked = accelerator.reduce(sums).tolist()
-    return 1 + accepted / max(walked, 1)
+        found = simulate_acceptance(head, target, validation, rounds, share)
+    counts = [found.acceptance, found.dense]
+    sums = [n for c in counts for n in (sum(c.accepted), c.rounds)] + found.recall.sums()
+    reduced = accelerator.reduce(
+        torch.tensor(sums, dtype=torch.float64, device=accelerator.device)
+    ).tolist()
+    accepted, walked, dense_accepted, dense_walked, *recall = reduced
+    row: dict[str, Any] = {"acceptance_length": 1 + accepted / max(walked, 1)}
+    if head.cluster_of is not None:
+        row["dense_acceptance_length"] = 1 + dense_accepted / max(dense_walked, 1)
+        row["recall"] = RecallCounts.of_sums(recall).describe()
+    return row
 
 
 def _status(row: dict[str, Any], best: float, steps_per_second: float | None) -> str:
     text = f"loss {row['loss']:.3f} accept {row['batch_acceptance_length']:.2f}"
+    if "batch_recall" in row:
+        text += f" recall {row['batch_recall']:.3f}"
     held_out = f" held out {best:.2f}" if best else ""
     return f"{text}{held_out} {row['rows'] * (steps_per_second or 0):.0f} tok/s"

@@ -1,5 +1,7 @@
 """`headstart train --plan`: what a run will hold and read, from the configurations."""
 
+from typing import Any
+
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -38,7 +40,8 @@ def plan(config: Config) -> dict[str, str]:
         trained += source.hidden_size * text.hidden_size  # the projection of the low-rank tie
     width = 2 if t.dtype == "bfloat16" else 4
     token = bytes_per_token(source, width, d.teacher_top_k, d.storage)
-    rows = c.batch_size * c.gradient_accumulation_steps * c.anchors
+    each = c.batch_size * c.gradient_accumulation_steps
+    rows, later = each * c.anchors, each * (c.later_anchors or c.anchors)
     return {
         "target": f"{t.name} ({source.model_type}, width {source.hidden_size}, "
         f"{source.num_hidden_layers} layers, {source.vocab_size:,} tokens, {t.dtype})",
@@ -49,10 +52,22 @@ def plan(config: Config) -> dict[str, str]:
         "parameters shared with the target": f"{shared:,}"
         if text.hidden_size == source.hidden_size
         else "none: low-rank tie, materialised when saved",
+        **_plan_clusters(head),
         "training memory of the head": _bytes(trained * 16) + " (weights, gradients, two moments)",
         **_plan_data(d, token),
-        "rows a step": f"{rows:,} a process, {c.rounds} rounds each",
+        "rows a step": f"{rows:,} a process, {rows + later * (c.rounds - 1):,} drafts in "
+        f"{c.rounds} rounds",
         "steps": f"{c.steps:,} ({c.steps * rows:,} rows in all)",
+    }
+
+
+def _plan_clusters(head: Any) -> dict[str, str]:
+    if not head.use_ordered_embeddings:
+        return {"LM head": "dense: every draft reads the whole table"}
+    size = head.text_config.vocab_size // head.num_centroids
+    return {
+        "LM head": f"ordered embeddings: {head.num_centroids:,} clusters of {size:,} tokens, a "
+        f"draft reads {head.centroid_intermediate_top_k:,} of them"
     }
 
 

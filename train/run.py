@@ -15,8 +15,8 @@ NEARLY_TIED = 1e-3  # float32 logits closer than this may swap with the shape of
 def run(config: Config, resume: bool = False) -> None:
     """Train into `config.run.dir`, then evaluate its best head as `config.eval` says.
 
-    The reports land in `eval/` (in the target's dtype) and `eval/exact/` (float32, where every
-    text must equal plain greedy decoding).
+    The reports land in `eval/` (in the target's dtype) and, unless that is float32 already, in
+    `eval/exact/` (float32, where every text must equal plain greedy decoding).
 
     Raises:
         RuntimeError: it does not.
@@ -27,7 +27,7 @@ def run(config: Config, resume: bool = False) -> None:
         return
     folder = config.run.dir / "eval"
     checks = [(config.target.dtype, config.eval.limit, config.eval.num_assistant_tokens, folder)]
-    if config.eval.exact_limit:
+    if config.eval.exact_limit and config.target.dtype != "float32":
         longest = [max(config.eval.num_assistant_tokens)]
         checks.append(("float32", config.eval.exact_limit, longest, folder / "exact"))
     for dtype, limit, num_assistant_tokens, out in checks:

@@ -64,6 +64,12 @@ def append_metrics(run: Path, row: dict[str, Any]) -> None:
         file.write(json.dumps(row) + "\n")
 
 
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl."""
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
 def drop_metrics_after(run: Path, step: int) -> None:
     """Forget the metrics of steps that will be done again, and a line cut short by a kill."""
     path = run / "metrics.jsonl"

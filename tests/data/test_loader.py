@@ -13,7 +13,8 @@ from headstart.data.packing import cut, pack
 from headstart.heads.assistant import build_assistant
 from headstart.heads.targets import Target
 from headstart.heads.unroll import DraftHead
-from headstart.train.objectives import sparse_forward_kl
+from headstart.train.objectives import exact_losses, forward_kl
+from headstart.train.step import draft_batch
 from tests.conftest import make_target
 from tests.samples import conversations
 
@@ -85,17 +86,11 @@ def losses_by_token(
     target: Target, head: DraftHead, batch: Batch
 ) -> dict[tuple[float, ...], list[float]]:
     """(first values of h_t) -> the loss of each round of that row, over the whole vocabulary."""
-    states = head(
-        batch.hidden, target.embed(batch.tokens), batch.rows, batch.shared_kv, batch.starts
-    )
-    logits = torch.nn.functional.linear(states, target.table).permute(1, 2, 0, 3)
-    zeros = torch.zeros(len(target.table))
-    losses = sparse_forward_kl(
-        logits.flatten(0, 2),
-        zeros,
-        batch.teacher_ids.flatten(0, 2),
-        batch.teacher_logprobs.flatten(0, 2),
-    ).view(batch.weights.shape)
+    drafts = draft_batch(head, target, batch, torch.float32)
+    said = exact_losses(drafts.states, target, drafts.teacher, forward_kl, 1.0, torch.float32)
+    losses = torch.zeros(batch.weights[..., 0].numel(), batch.weights.shape[-1])
+    losses[drafts.anchor, drafts.round] = said.losses.detach()
+    losses = losses.view(batch.weights.shape)
     found = {}
     for b, r in batch.weights[..., 0].nonzero().tolist():
         kept = batch.weights[b, r].bool()

@@ -11,7 +11,7 @@ from transformers.generation.candidate_generator import (
     SinglePositionMultiTokenCandidateGenerator,
 )
 
-from headstart.configs.schema import DataConfig
+from headstart.configs.schema import DataConfig, HeadConfig
 from headstart.data.conversations import answered
 from headstart.data.extraction import OnlineActivations
 from headstart.data.prompts import Prompt
@@ -19,9 +19,12 @@ from headstart.data.templates import encode_prompt
 from headstart.eval.decoding import Decoded, greedy
 from headstart.eval.report import evaluate, report, run_evaluation
 from headstart.eval.simulate import simulate_acceptance
+from headstart.heads.assistant import build_assistant
+from headstart.heads.ordered import set_order
 from headstart.heads.targets import Target
 from headstart.heads.unroll import DraftHead
 from tests.conftest import make_target
+from tests.heads.test_ordered import said_by
 from tests.overfit import greedy_document, overfit
 
 FAMILIES = ["gemma3", "gemma4-kv-sharing", "gemma4-multimodal", "gemma4-unified"]
@@ -76,12 +79,28 @@ def test_accepted_drafts_are_those_that_transformers_reports(
     assert accepted > 0, "a head that is never accepted makes this test empty"
 
 
+def with_clusters(assistant: PreTrainedModel, target: Target, top_k: int) -> PreTrainedModel:
+    """The same head, drafting through the best `top_k` of 20 clusters."""
+    shape = HeadConfig(
+        use_ordered_embeddings=True, num_centroids=20, centroid_intermediate_top_k=top_k
+    )
+    ordered = build_assistant(target, shape).eval()
+    ordered.load_state_dict(assistant.state_dict(), strict=False)
+    set_order(ordered.masked_embedding, target.table, said_by(target), target.table)
+    return ordered
+
+
+@pytest.mark.parametrize("top_k", [None, 1, 20])
 @torch.no_grad()
-def test_simulated_acceptance_is_that_of_a_decoder_that_recomputes_everything(tiny: Target) -> None:
-    """Walked rounds on stored activations against a plain loop: no cache, clean KV, own drafts."""
+def test_simulated_acceptance_is_that_of_a_decoder_that_recomputes_everything(
+    tiny: Target, top_k: int | None
+) -> None:
+    """Walked rounds on stored activations against a plain loop: no cache, clean KV, own drafts.
+    With clusters the loop drafts through transformers' own masked embedder."""
     rounds = 3
     with torch.enable_grad():
-        head = DraftHead(half_trained_head(tiny))
+        assistant = half_trained_head(tiny)
+    head = DraftHead(with_clusters(assistant, tiny, top_k) if top_k else assistant)
     prompt, document = greedy_document(tiny)
     text = document.ids.tolist()
     conversation = answered(prompt, text[len(prompt) :], id="c", category="c", source="c")
@@ -95,16 +114,26 @@ def test_simulated_acceptance_is_that_of_a_decoder_that_recomputes_everything(ti
         row = torch.tensor([[length - 2]])
         fed, drafts = ids[:, -1:], []
         for _ in range(rounds):
-            states = head(seen.hidden[:, -1:], tiny.embed(fed)[:, None], row, seen.shared_kv)
-            drafts.append(int((states[-1, 0, 0] @ tiny.table.T).argmax()))
+            said = head(seen.hidden[:, -1:], tiny.embed(fed)[:, None], row, seen.shared_kv)
+            logits = said.states[-1] @ tiny.table.T
+            if (embedder := head.assistant.masked_embedding) is not None:
+                logits = embedder(said.states[-1], tiny.table)
+            drafts.append(int(logits[0, 0].argmax()))
             fed = torch.cat([fed, torch.tensor([[drafts[-1]]])], dim=1)
         n = 0
         while n < rounds and length + n < len(text) and drafts[n] == text[length + n]:
             accepted[n] += 1
             n += 1
         walked, length = walked + 1, length + n + 1
-    assert simulated.accepted == tuple(accepted)
-    assert simulated.rounds == walked
+    assert simulated.acceptance.accepted == tuple(accepted)
+    assert simulated.acceptance.rounds == walked
+    dense = simulate_acceptance(DraftHead(assistant), tiny, seen_text, rounds, [0]).acceptance
+    assert simulated.dense == dense
+    if top_k == 20:
+        assert simulated.acceptance == dense, "all clusters are the whole vocabulary"
+        assert simulated.recall.argmax[2:] == (simulated.recall.drafts,) * 2, "20 is below 32"
+    if top_k == 1:
+        assert simulated.acceptance != dense, "clusters that cost nothing make this test empty"
     assert 0 < sum(accepted) < walked * rounds
 
 

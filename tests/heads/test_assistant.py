@@ -9,7 +9,9 @@ from headstart.heads.assistant import (
     build_assistant,
     check_pair,
     load_assistant,
+    low_rank_agreement,
     low_rank_start,
+    plain_svd_start,
     save_assistant,
 )
 from headstart.heads.targets import Target
@@ -45,13 +47,15 @@ def test_a_narrow_heads_saved_table_gives_the_logits_that_were_trained(tmp_path:
     head = DraftHead(assistant, torch.randn(48, 32))
     ids = torch.randint(4, 260, (1, 12))
     seen, rows = target.activations(ids), torch.arange(11)[None]
-    state = head(seen.hidden[:, :-1], target.embed(ids[:, 1:, None]), rows, seen.shared_kv)
+    state = head(seen.hidden[:, :-1], target.embed(ids[:, 1:, None]), rows, seen.shared_kv).states[
+        0
+    ]
     save_assistant(assistant, head.table(target.table), tmp_path / "head", 4, torch.float32)
     saved = load_assistant(tmp_path / "head", torch.float32)
     assert saved.lm_head.weight.shape == (320, 32)
     narrow = DraftHead(saved)(
         seen.hidden[:, :-1], target.embed(ids[:, 1:, None]), rows, seen.shared_kv
-    )
+    ).states[0]
     torch.testing.assert_close(
         narrow @ saved.lm_head.weight.T, state @ target.table.T, atol=1e-4, rtol=1e-4
     )
@@ -64,19 +68,10 @@ def test_the_data_aware_start_beats_the_plain_svd_on_what_the_target_says() -> N
     hidden = torch.randn(4000, 24) * torch.logspace(0.5, -1.5, 24)
     wanted = (hidden @ table.T).argmax(-1)
     counts = torch.bincount(wanted, minlength=500).float() + 1e-3
-
-    def agreement(projection: torch.Tensor) -> float:
-        best = projection @ torch.linalg.pinv(projection)
-        return float(((hidden @ best @ table.T).argmax(-1) == wanted).float().mean())
-
-    plain = torch.linalg.svd(table, full_matrices=False).Vh[:8].T
-    # The head is free in how it fills its H states: give both starts their least-squares Q.
-    aware = low_rank_start(table, hidden, counts, 8)
-    moment = hidden.T @ hidden
-    best_q = torch.linalg.solve(aware.T @ torch.linalg.solve(moment, aware), aware.T)
-    reconstructed = hidden @ torch.linalg.solve(moment, best_q.T) @ aware.T
-    aware_agreement = float(((reconstructed @ table.T).argmax(-1) == wanted).float().mean())
-    assert aware_agreement > agreement(plain) + 0.2
+    unseen = torch.randn(1000, 24) * torch.logspace(0.5, -1.5, 24)
+    aware = low_rank_agreement(table, low_rank_start(table, hidden, counts, 8), unseen)
+    assert aware > low_rank_agreement(table, plain_svd_start(table, 8), unseen) + 0.2
+    assert low_rank_agreement(table, low_rank_start(table, hidden, counts, 24), unseen) == 1
 
 
 @pytest.mark.parametrize("family", ["gemma3", "gemma4"])

@@ -82,8 +82,8 @@ def training_logits(
     target: Target, head: DraftHead, seen: Activations, rows: torch.Tensor, tokens: torch.Tensor
 ) -> torch.Tensor:
     """[K, R, V] of the parallel forward, for rows [R] and the tokens [R, K] fed to each."""
-    states = head(seen.hidden[:, rows], target.embed(tokens[None]), rows[None], seen.shared_kv)
-    return states[:, 0] @ target.table.T
+    said = head(seen.hidden[:, rows], target.embed(tokens[None]), rows[None], seen.shared_kv)
+    return torch.stack(said.states)[:, 0] @ target.table.T
 
 
 @torch.no_grad()

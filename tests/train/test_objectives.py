@@ -1,53 +1,209 @@
+"""Objectives: what the sparse form keeps of the exact one, and what each is at its ends."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
 import torch
 
-from headstart.train.objectives import draw_candidates, sparse_forward_kl
+from headstart.heads.targets import Target
+from headstart.train.objectives import (
+    OBJECTIVES,
+    Teacher,
+    acceptance,
+    cluster_cross_entropy,
+    cluster_mass,
+    cross_entropy,
+    draw_candidates,
+    exact_losses,
+    forward_kl,
+    lk_hybrid,
+    sparse_losses,
+    teacher_log_p,
+    total_variation,
+)
+from tests.conftest import make_target
 
-V, N, TOP = 200, 16, 6
+V, N, TOP = 320, 12, 16
+ONES = torch.ones(V)
 
 
-def _case() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def case(target: Target, top: int = TOP) -> tuple[torch.Tensor, Teacher]:
+    """Draft states [N, D], and what the target says at N rows, some at the same position."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = target.activations(torch.randint(4, 260, (1, 40), generator=generator)).hidden[0]
+    positions, at = hidden[10:18], torch.arange(N) % 8
+    best = target.logits(positions[at]).log_softmax(-1).topk(top)
+    states = (hidden[20 : 20 + N] + 0.5 * positions[at]).detach()
+    return states, Teacher(positions, at, best.indices, best.values)
+
+
+def gradient_of(losses: Callable[[torch.Tensor], Any], states: torch.Tensor) -> torch.Tensor:
+    leaf = states.clone().requires_grad_()
+    losses(leaf).losses.sum().backward()
+    assert leaf.grad is not None
+    return leaf.grad
+
+
+def sparse(
+    target: Target, teacher: Teacher, negatives: int, seed: int = 0, temperature: float = 1.0,
+    objective: Any = forward_kl,
+) -> Callable[[torch.Tensor], Any]:  # fmt: skip
+    generator = torch.Generator().manual_seed(seed)
+    candidates = draw_candidates(teacher.ids, V, negatives, generator)
+    return lambda states: sparse_losses(
+        states, target, teacher, candidates, objective, temperature, torch.float32
+    )
+
+
+def exact(
+    target: Target, teacher: Teacher, temperature: float = 1.0, objective: Any = forward_kl
+) -> Callable[[torch.Tensor], Any]:
+    return lambda states: exact_losses(
+        states, target, teacher, objective, temperature, torch.float32
+    )
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("family", ["gemma3", "gemma4"])  # gemma4 caps its logits
+def test_with_every_token_as_candidate_the_sparse_objective_is_the_exact_one(
+    family: str, name: Any, temperature: float
+) -> None:
+    target = make_target(family)
+    states, teacher = case(target)
+    options: dict[str, Any] = {"temperature": temperature, "objective": OBJECTIVES[name]}
+    ours = sparse(target, teacher, negatives=V, **options)
+    theirs = exact(target, teacher, **options)
+    found, wanted = ours(states), theirs(states)
+    torch.testing.assert_close(found.losses, wanted.losses, atol=1e-5, rtol=1e-5)
+    assert torch.equal(found.hits, wanted.hits)
+    torch.testing.assert_close(
+        gradient_of(ours, states), gradient_of(theirs, states), atol=1e-5, rtol=1e-4
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "bound"), [("forward_kl", 0.02), ("total_variation", 0.1), ("lk_hybrid", 0.1)]
+)
+def test_the_gradient_over_sampled_negatives_is_that_of_the_full_softmax(
+    name: Any, bound: float
+) -> None:
+    """In expectation, to 2%, where 40% of the teacher's mass lies outside the top tokens stored;
+    and its variance shrinks with the number of negatives. Total variation turns where p = q, and
+    a sampled normaliser turns with it, so that it is not as exact."""
+    target = make_target("gemma4")
+    states, teacher = case(target, top=4)
+    states, teacher = 0.5 * states, Teacher(
+        0.3 * teacher.hidden, teacher.at, teacher.ids,
+        target.logits(0.3 * teacher.hidden[teacher.at]).log_softmax(-1).gather(1, teacher.ids),
+    )  # fmt: skip
+    assert teacher.logprobs.exp().sum(-1).mean() < 0.6
+    wanted = gradient_of(exact(target, teacher, objective=OBJECTIVES[name]), states)
+
+    def drawn(negatives: int) -> torch.Tensor:
+        options: dict[str, Any] = {"objective": OBJECTIVES[name]}
+        return torch.stack(
+            [
+                gradient_of(sparse(target, teacher, negatives, seed, **options), states)
+                for seed in range(400)
+            ]
+        )
+
+    few, many = drawn(32), drawn(128)
+    # What the mean of 400 draws is off, less what chance alone makes of it.
+    squared = (many.mean(0) - wanted).square().sum() - many.var(0).sum() / len(many)
+    assert squared < (bound * wanted.norm()) ** 2
+    assert many.var(0).sum() / len(many) < (0.03 * wanted.norm()) ** 2, "too noisy to tell"
+    assert many.var(0).sum() < 0.5 * few.var(0).sum()
+    # A fair test: leaving out the correction for sampling is far off.
+    weights = draw_candidates(teacher.ids, V, 32, torch.Generator().manual_seed(0)).weights
+    assert weights[-1] > 5
+
+
+def test_negatives_are_drawn_once_each_from_the_tokens_that_no_teacher_ranks_high() -> None:
+    ids = torch.tensor([[3, 5], [5, 9]])
+    candidates = draw_candidates(ids, 50, 20, torch.Generator().manual_seed(0))
+    assert torch.equal(candidates.ids[candidates.slots], ids)
+    assert len(candidates.ids.unique()) == len(candidates.ids) == 23
+    assert candidates.weights.sum() == pytest.approx(50)
+    everything = draw_candidates(ids, 50, 100, torch.Generator().manual_seed(0))
+    assert sorted(everything.ids.tolist()) == list(range(50))
+    assert torch.equal(everything.weights, torch.ones(50))
+
+
+def test_the_normaliser_over_the_vocabulary_follows_from_the_stored_tokens() -> None:
+    """From logits of some tokens: the stored ones as stored, all others at their place."""
+    logits = torch.randn(N, V, generator=torch.Generator().manual_seed(0))
+    log_p = logits.log_softmax(-1)
+    best = log_p.topk(4)
+    some = torch.cat([best.indices.unique(), torch.arange(40)]).unique()
+    slots = (best.indices[..., None] == some).long().argmax(-1)
+    found = teacher_log_p(logits[:, some] + 3, slots, best.values)
+    torch.testing.assert_close(found, log_p[:, some], atol=1e-5, rtol=0)
+    # Where the states are rounded, as in int8 stores, the stored tokens stay exact.
+    noisy = teacher_log_p(logits[:, some] + 0.1 * torch.randn(N, len(some)), slots, best.values)
+    torch.testing.assert_close(noisy.gather(1, slots), best.values)
+    assert not torch.allclose(noisy, log_p[:, some], atol=1e-2)
+
+
+def test_what_each_objective_is_at_its_ends() -> None:
     torch.manual_seed(0)
-    teacher = (2 * torch.randn(N, V)).log_softmax(-1)
-    best = teacher.topk(TOP)
-    return torch.randn(N, V), best.indices, best.values
-
-
-def _reference(logits: torch.Tensor, ids: torch.Tensor, logprobs: torch.Tensor) -> torch.Tensor:
-    """KL over k + 1 buckets with the full softmax."""
-    q = logits.softmax(-1).gather(-1, ids)
-    p = logprobs.exp()
-    tail_p, tail_q = 1 - p.sum(-1), 1 - q.sum(-1)
-    return (p * (logprobs - q.log())).sum(-1) + tail_p * (tail_p / tail_q).log()
-
-
-def test_over_the_whole_vocabulary_the_sparse_objective_is_the_exact_one() -> None:
-    logits, ids, logprobs = _case()
-    loss = sparse_forward_kl(logits, torch.zeros(V), ids, logprobs)
-    torch.testing.assert_close(loss, _reference(logits, ids, logprobs))
-
-
-def test_negatives_stand_in_for_the_rest_of_the_vocabulary() -> None:
-    """The sampled normaliser is unbiased, and its noise shrinks with the number of negatives."""
-    logits, ids, _ = _case()
-    exact = logits.logsumexp(-1).exp()
-
-    def estimates(negatives: int) -> torch.Tensor:
-        drawn = []
-        for seed in range(400):
-            c = draw_candidates(ids, V, negatives, torch.Generator().manual_seed(seed))
-            assert torch.equal(c.ids[c.slots], ids)
-            drawn.append((logits[:, c.ids] + c.log_weights).logsumexp(-1).exp())
-        return torch.stack(drawn)
-
-    few, many = estimates(8), estimates(64)
-    assert ((many.mean(0) - exact).abs() / exact).max() < 0.02
-    assert (many.std(0) < 0.5 * few.std(0)).all()
+    log_p, log_q = ((2 * torch.randn(N, V)).log_softmax(-1) for _ in range(2))
+    far = torch.full((1, V), -60.0)
+    far[0, 0] = 0.0
+    other = far.roll(1, dims=1)
+    for objective in (forward_kl, total_variation, lk_hybrid):
+        assert objective(log_p, log_p, ONES).abs().max() < 1e-5
+        assert (objective(log_q, log_p, ONES) > 0.01).all()
+    assert total_variation(far, other, ONES) == pytest.approx(1)
+    torch.testing.assert_close(
+        total_variation(log_q, log_p, ONES), 1 - acceptance(log_q, log_p, ONES)
+    )
+    torch.testing.assert_close(
+        cross_entropy(log_q, log_p, ONES),
+        torch.nn.functional.nll_loss(log_q, log_p.argmax(-1), reduction="none"),
+    )
+    # Nothing accepted: all KL, the warm-up. Nearly all accepted: nearly all total variation.
+    torch.testing.assert_close(lk_hybrid(far, other, ONES), forward_kl(far, other, ONES))
+    near = (log_p + 0.01 * torch.randn(N, V)).log_softmax(-1)
+    mix = torch.exp(-3 * acceptance(near, log_p, ONES))
+    assert (mix < 0.06).all()
+    torch.testing.assert_close(
+        lk_hybrid(near, log_p, ONES),
+        mix * forward_kl(near, log_p, ONES) + (1 - mix) * total_variation(near, log_p, ONES),
+    )
 
 
 def test_the_gradient_vanishes_where_the_draft_agrees_with_the_teacher() -> None:
-    _, ids, logprobs = _case()
-    torch.manual_seed(0)
-    logits = (2 * torch.randn(N, V)).requires_grad_()
-    sparse_forward_kl(logits, torch.zeros(V), ids, logprobs).sum().backward()
-    assert logits.grad is not None
-    assert logits.grad.abs().max() < 1e-4
+    """Without a soft cap draft states that are the target's own give its own logits."""
+    target = make_target("gemma3")
+    _, teacher = case(target)
+    losses = sparse(target, teacher, V)
+    assert gradient_of(losses, teacher.hidden[teacher.at]).abs().max() < 1e-4
+
+
+def test_cluster_mass_is_that_of_the_full_softmax_in_expectation() -> None:
+    target = make_target("gemma4")
+    states, teacher = case(target, top=4)
+    cluster_of = torch.arange(V) % 20
+    p = target.logits(teacher.hidden[teacher.at]).softmax(-1)
+    wanted = torch.zeros(N, 20).index_add_(1, cluster_of, p)
+
+    def mass(negatives: int, seed: int) -> torch.Tensor:
+        candidates = draw_candidates(teacher.ids, V, negatives, torch.Generator().manual_seed(seed))
+        found = sparse_losses(
+            states, target, teacher, candidates, forward_kl, 1.0, torch.float32, cluster_of
+        ).mass
+        assert found is not None
+        return found
+
+    torch.testing.assert_close(mass(V, 0), wanted, atol=1e-5, rtol=1e-5)
+    sampled = torch.stack([mass(64, seed) for seed in range(300)]).mean(0)
+    assert (sampled - wanted).abs().max() < 0.02
+    scores = torch.randn(N, 20)
+    torch.testing.assert_close(
+        cluster_cross_entropy(scores, 3 * wanted),
+        torch.nn.functional.cross_entropy(scores, wanted, reduction="none"),
+    )
+    assert cluster_mass(p.log(), torch.arange(V), None) is None

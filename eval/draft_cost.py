@@ -1,0 +1,291 @@
+"""What a draft costs beside a step of the target, measured: `headstart bench draft`.
+
+Speedup at K draft tokens is tau / (K*c + v(K)): c is a draft step and v(K) the verification of K
+draft tokens, both in steps of the target. So K*c + v(K) is the acceptance length tau from which on
+a head pays.
+
+Letters: T tokens of context, K draft tokens, D target width, V vocabulary.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import DynamicCache, PreTrainedModel
+
+from headstart.data.progress import progress_bar
+from headstart.eval.benchmarks import write_figures
+from headstart.eval.decoding import synchronize
+from headstart.eval.environment import environment
+from headstart.heads.assistant import check_pair
+from headstart.heads.gemma3 import SharedKV
+from headstart.heads.targets import Target
+
+MAX_DRAFT_TOKENS = 8  # verifications are measured for K = 1 .. 8
+DRAFTS = 4  # a draft step is timed as a part of a round: its first draft finds other weights cached
+TURNS = 40  # of each side; the median counts
+WARM_UP = 2  # turns thrown away
+
+
+@dataclass(frozen=True)
+class Moment:
+    """A target that has run on `context` tokens, and what a draft after its next step starts from.
+
+    Each step, verification and draft starts from here again; `restore` takes back what a step
+    added to the cache.
+    """
+
+    target: Target
+    ids: torch.Tensor
+    """[1, T + K + 1] the context and the tokens after it."""
+    context: int
+    """T, tokens in the cache."""
+    cache: DynamicCache
+    hidden: torch.Tensor
+    """[1, 1, D] the target's last hidden state of token T."""
+    shared_kv: SharedKV
+    """Layer type -> (keys, values), each [1, kv heads, rows, head_dim], of the rows up to T."""
+
+    def step(self) -> torch.Tensor:
+        """Decode one token plainly, as `generate` does: the next token, [1, 1]."""
+        return self._go_on(1).logits.float().argmax(dim=-1)
+
+    def verify(self, num_assistant_tokens: int) -> torch.Tensor:
+        """Verify K draft tokens as the stock assisted decoder does: the target's own tokens
+        [1, K + 1]. It asks for hidden states and shared KV, and compares in float32."""
+        outputs = self._go_on(
+            1 + num_assistant_tokens, output_hidden_states=True, return_shared_kv_states=True
+        )
+        return outputs.logits.float().argmax(dim=-1)
+
+    def draft(self, assistant: PreTrainedModel, num_assistant_tokens: int) -> torch.Tensor:
+        """Draft K tokens after token T + 1: [1, K].
+
+        Mirrors the loop of `SinglePositionMultiTokenCandidateGenerator.get_candidates` of
+        transformers 5.20 to 5.22.
+        """
+        embed = self.target.model.get_input_embeddings()
+        token, hidden = self.ids[:, self.context + 1 : self.context + 2], self.hidden
+        position = torch.tensor([[self.context + 1]], device=self.ids.device)
+        mask = torch.ones_like(self.ids[:, : self.context + 2])
+        drafts = []
+        for _ in range(num_assistant_tokens):
+            outputs = assistant(
+                inputs_embeds=torch.cat([embed(token), hidden], dim=-1),
+                attention_mask=mask,
+                position_ids=position,
+                shared_kv_states=self.shared_kv,
+                use_cache=False,
+            )
+            token, hidden = outputs.logits.argmax(dim=-1), outputs.last_hidden_state
+            drafts.append(token)
+        return torch.cat(drafts, dim=1)
+
+    def restore(self) -> None:
+        """Take the rows after the context out of the cache again."""
+        self.cache.crop(self.context - self.cache.get_seq_length())
+
+    def _go_on(self, tokens: int, **kwargs: Any) -> Any:
+        return _forward(self.target, self.cache, self.ids[:, : self.context + tokens], **kwargs)
+
+
+def _forward(target: Target, cache: DynamicCache, ids: torch.Tensor, **kwargs: Any) -> Any:
+    """Run the target over the last of `ids` [1, T], those that the cache does not hold yet."""
+    return target.model(
+        input_ids=ids[:, cache.get_seq_length() :],
+        attention_mask=torch.ones_like(ids),
+        past_key_values=cache,
+        use_cache=True,
+        **kwargs,
+    )
+
+
+@torch.inference_mode()
+def prepare(target: Target, context: int) -> Moment:
+    """Run the target on a context of `context` tokens.
+
+    The tokens are a seeded random draw of ordinary ids, those of the second and third quarter of
+    the vocabulary: special tokens and the places of images stand at its ends. What a step costs
+    does not depend on their values, but in a mixture of experts, where chance decides how many of
+    them a verification reads.
+    """
+    vocab_size = target.config.vocab_size
+    ids = torch.randint(
+        vocab_size // 4,
+        3 * vocab_size // 4,
+        (1, context + MAX_DRAFT_TOKENS + 1),
+        generator=torch.Generator().manual_seed(0),
+    ).to(target.device)
+    cache = DynamicCache(config=target.config)
+    cache.activate_past_recording()  # as the stock assisted decoder does: sliding layers can be cut
+    _forward(target, cache, ids[:, :context], logits_to_keep=1)
+    cache.crop(0)
+    wanted = {"output_hidden_states": True, "return_shared_kv_states": True}
+    outputs = _forward(target, cache, ids[:, : context + 1], **wanted)
+    moment = Moment(
+        target, ids, context, cache, outputs.hidden_states[-1], dict(outputs.shared_kv_states)
+    )
+    moment.restore()
+    return moment
+
+
+@contextmanager
+def dense_lm_head(assistant: PreTrainedModel) -> Iterator[None]:
+    """Within, a head with ordered embeddings runs its LM head over the whole vocabulary."""
+    ordered = assistant.config.use_ordered_embeddings
+    assistant.config.use_ordered_embeddings = False
+    try:
+        yield
+    finally:
+        assistant.config.use_ordered_embeddings = ordered
+
+
+@torch.inference_mode()
+def measure(moment: Moment, assistant: PreTrainedModel) -> dict[str, Any]:
+    """Seconds of each side, the sides taking turns, every other turn in reverse order.
+
+    Args:
+        moment: from `prepare`.
+        assistant: a head that fits its target, on the same device.
+
+    Returns:
+        Medians over `TURNS` turns: `target_step`, `verification` (a list, K = 1 to 8),
+        `draft_step_dense` and, for a head with ordered embeddings, `draft_step_ordered`.
+    """
+
+    def draft_dense() -> None:
+        with dense_lm_head(assistant):
+            moment.draft(assistant, DRAFTS)
+
+    counts = range(1, MAX_DRAFT_TOKENS + 1)
+    sides: dict[str, Callable[[], object]] = {
+        "target_step": moment.step,
+        "draft_step_dense": draft_dense,
+        **{f"verification of {k}": partial(moment.verify, k) for k in counts},
+    }
+    if assistant.config.use_ordered_embeddings:
+        sides["draft_step_ordered"] = partial(moment.draft, assistant, DRAFTS)
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    device = moment.target.device
+    with progress_bar() as bar:
+        task = bar.add_task("Measuring", total=WARM_UP + TURNS, status="turns")
+        for turn in range(WARM_UP + TURNS):
+            for name in list(sides) if turn % 2 == 0 else reversed(sides):
+                synchronize(device)
+                start = time.perf_counter()
+                sides[name]()
+                synchronize(device)
+                taken = time.perf_counter() - start
+                moment.restore()
+                if turn >= WARM_UP:
+                    seconds[name].append(taken)
+            bar.update(task, advance=1)
+    median = {name: statistics.median(values) for name, values in seconds.items()}
+    drafts = {name: median[name] / DRAFTS for name in sides if name.startswith("draft_step")}
+    return {
+        "target_step": median["target_step"],
+        "verification": [median[f"verification of {k}"] for k in counts],
+        **drafts,
+    }
+
+
+def cost_ratios(seconds: dict[str, Any]) -> dict[str, Any]:
+    """What `measure` found, in steps of the target.
+
+    Returns:
+        `c_dense` and `c_ordered`: a draft step / a target step. `ordered_over_dense`: of the draft
+        steps. `v`: a verification of K draft tokens / a target step, a list from K = 1 on.
+        `break_even_dense`, `break_even_ordered`: K*c + v(K), from which acceptance length on
+        assisted decoding is quicker than plain decoding, lists from K = 1 on. Those with `ordered`
+        in their name only for a head with ordered embeddings.
+    """
+    step = seconds["target_step"]
+    v = [taken / step for taken in seconds["verification"]]
+    kinds = [kind for kind in ("dense", "ordered") if f"draft_step_{kind}" in seconds]
+    c = {kind: seconds[f"draft_step_{kind}"] / step for kind in kinds}
+    ratios: dict[str, Any] = {f"c_{kind}": c[kind] for kind in kinds}
+    if "ordered" in c:
+        ratios["ordered_over_dense"] = c["ordered"] / c["dense"]
+    ratios["v"] = v
+    for kind in kinds:
+        ratios[f"break_even_{kind}"] = [k * c[kind] + cost for k, cost in enumerate(v, start=1)]
+    return ratios
+
+
+def run_draft_benchmark(
+    target: Target,
+    assistant: PreTrainedModel,
+    head_name: str,
+    context: int,
+    out: Path | None,
+) -> dict[str, Any]:
+    """Measure a head beside its target, print the table and write the figures to `out`.
+
+    Args:
+        target: on the device to measure.
+        assistant: a head in the native format, on the same device and in the same dtype.
+        head_name: what the file calls it.
+        context: T, tokens in the target's cache.
+        out: a JSON file; None: none is written.
+
+    Returns:
+        What the file holds.
+
+    Raises:
+        ValueError: the head does not fit the target.
+    """
+    check_pair(target, assistant)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    seconds = measure(prepare(target, context), assistant)
+    content = {
+        "benchmark": "draft",
+        "environment": environment(target.device)
+        | {
+            "target": target.name,
+            "dtype": str(target.table.dtype).removeprefix("torch."),
+            "head": head_name,
+            "context": context,
+        },
+        "repeats": TURNS,
+        "drafts_a_repeat": DRAFTS,
+        "seconds": seconds,
+        "ratios": cost_ratios(seconds),
+    }
+    print_draft_cost(content)
+    write_figures(content, out)
+    return content
+
+
+def print_draft_cost(content: dict[str, Any], console: Console | None = None) -> None:
+    """Print the times of one step each, and by K what a round costs."""
+    where, seconds, ratios = content["environment"], content["seconds"], content["ratios"]
+    kinds = [kind for kind in ("dense", "ordered") if f"c_{kind}" in ratios]
+    console = console or Console()
+    table = Table(
+        title=f"draft: {where['head']} for {where['target']}, {where['dtype']}, "
+        f"{where['context']} tokens of context, {where['threads']} threads of "
+        f"{where['accelerator'] or where['processor']}",
+        caption=f"Medians of {content['repeats']} turns. The head pays from an acceptance length "
+        "of K*c + v(K) on.",
+    )
+    for name in ("K", "v(K)", *(f"K*c + v(K), {kind}" for kind in kinds)):
+        table.add_column(name, justify="right")
+    for i, v in enumerate(ratios["v"]):
+        ends = [f"{ratios[f'break_even_{kind}'][i]:.2f}" for kind in kinds]
+        table.add_row(str(i + 1), f"{v:.2f}", *ends)
+    console.print(table)
+    console.print(f"target step: {seconds['target_step'] * 1000:.2f} ms")
+    for kind in kinds:
+        step = seconds[f"draft_step_{kind}"] * 1000
+        console.print(f"draft step, {kind}: {step:.2f} ms, c = {ratios[f'c_{kind}']:.3f}")
+    if "ordered_over_dense" in ratios:
+        console.print(f"ordered / dense: {ratios['ordered_over_dense']:.2f}")

@@ -1,0 +1,291 @@
+"""What a draft head is and what a draft of it should cost, from its configuration and the header
+of its weights: `headstart heads describe`.
+
+Letters: D target width, H head width, V vocabulary, C clusters of M tokens.
+"""
+
+import re
+from contextlib import suppress
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, GenerationConfig
+from transformers.utils import cached_file
+
+from headstart.heads.step_cost import target_step_weights
+
+WEIGHTS = "model.safetensors"
+BUFFERS = ("layer_scalar", "token_ordering")  # stored with the weights, but no parameters
+PARTS = {
+    "model.embed_tokens.": "table",
+    "lm_head.": "table",
+    "masked_embedding.centroids.": "centroids",
+    "masked_embedding.token_ordering": "token_ordering",
+    "pre_projection.": "projections",
+    "post_projection.": "projections",
+    "": "layers",
+}
+"""Beginning of a tensor's name -> the part of the head that it belongs to; the first that fits."""
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """One entry of a safetensors header."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def part(self) -> str:
+        return next(part for start, part in PARTS.items() if self.name.startswith(start))
+
+    @property
+    def size(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def bytes(self) -> int:
+        return self.size * _bits(self.dtype) // 8
+
+    @property
+    def is_parameter(self) -> bool:
+        return not self.name.endswith(BUFFERS)
+
+
+def describe(path: str | Path, target_config: Any | None = None) -> dict[str, Any]:
+    """A head's shapes, parameters, bytes and estimated cost; no weights are read.
+
+    The estimate counts each weight of a step once, at batch 1. What it leaves out: the rows of the
+    KV cache, activations, the embedding lookup, and the Python around it all. `headstart bench
+    draft` measures it.
+
+    Args:
+        path: a folder or a Hub id of a head in the native format.
+        target_config: of its target (`load_target_config`), for the cost in target steps.
+
+    Returns:
+        Sizes in parameters and bytes. `parameters_trained`: what distillation changes, so without
+        the table, but with the projection P [D, H] of a low-rank tie, whose product with the
+        target's table [V, D] the file holds. `bytes_by_part`: part -> dtype -> bytes. `draft_step`:
+        bytes of weights read and multiply-adds of the trunk (layers and projections) and of the LM
+        head, dense and, where the head has ordered embeddings, through its best clusters.
+        With `target_config` also `target_step`, in the dtype of the head's table, and `c`: bytes of
+        a draft step / bytes of a target step.
+
+    Raises:
+        ValueError: no head at `path`, a damaged file, or one that does not fit the target.
+    """
+    config = _head_config(path)
+    file, tensors = _header(path)
+    text = config.text_config
+    width, target_width = text.hidden_size, config.backbone_hidden_size
+    tied = width == target_width
+    table = text.vocab_size * width
+    counted = sum(t.size for t in tensors if t.is_parameter)
+    figures: dict[str, Any] = {
+        "head": str(path),
+        "architecture": config.architectures[0],
+        "layer_types": list(text.layer_types),
+        "hidden_size": width,
+        "target_hidden_size": target_width,
+        "vocab_size": text.vocab_size,
+        "tie": "full width" if tied else "low-rank",
+        "parameters": counted,
+        "parameters_trained": counted - table + (0 if tied else target_width * width),
+        "parameters_shared": table if tied else 0,
+        "parameters_materialised": 0 if tied else table,
+        "bytes_on_disk": file.stat().st_size,
+        "bytes_by_part": _bytes_by_part(tensors),
+        "num_assistant_tokens": _num_assistant_tokens(path),
+        "ordered_embeddings": _ordered_embeddings(config),
+    }
+    figures["draft_step"] = _draft_step(figures, tensors)
+    if target_config is not None:
+        figures |= _beside_target(figures, tensors, target_config.get_text_config())
+    return figures
+
+
+def _head_config(path: str | Path) -> Any:
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"no draft head at {path}: {reason}") from error
+    if "assistant" not in config.model_type:
+        raise ValueError(f"{path} is a {config.model_type} model, not a Gemma 4 assistant")
+    return config
+
+
+def _header(path: str | Path) -> tuple[Path, list[_Tensor]]:
+    """The file of weights and what its header lists."""
+    try:
+        file = Path(cached_file(path, WEIGHTS))
+        with safe_open(file, framework="pt") as weights:
+            slices = {name: weights.get_slice(name) for name in weights.keys()}  # noqa: SIM118
+            tensors = [
+                _Tensor(name, tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()
+            ]
+    except (OSError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"no readable {WEIGHTS} at {path}: {reason}") from error
+    return file, tensors
+
+
+def _bits(dtype: str) -> int:
+    """Of one value: `BF16` -> 16, `F8_E4M3` -> 8."""
+    found = re.search(r"\d+", dtype)
+    assert found is not None, f"a head holds no tensor of type {dtype}"
+    return int(found[0])
+
+
+def _bytes_by_part(tensors: list[_Tensor]) -> dict[str, dict[str, int]]:
+    parts: dict[str, dict[str, int]] = {}
+    for t in tensors:
+        dtypes = parts.setdefault(t.part, {})
+        dtypes[t.dtype] = dtypes.get(t.dtype, 0) + t.bytes
+    return parts
+
+
+def _num_assistant_tokens(path: str | Path) -> int | None:
+    with suppress(OSError):  # there need not be a generation_config.json
+        tokens: int | None = GenerationConfig.from_pretrained(path).num_assistant_tokens
+        return tokens
+    return None
+
+
+def _ordered_embeddings(config: Any) -> dict[str, int] | None:
+    if not config.use_ordered_embeddings:
+        return None
+    return {
+        "num_centroids": config.num_centroids,
+        "tokens_per_centroid": config.text_config.vocab_size // config.num_centroids,
+        "centroid_intermediate_top_k": config.centroid_intermediate_top_k,
+    }
+
+
+def _draft_step(figures: dict[str, Any], tensors: list[_Tensor]) -> dict[str, dict[str, int]]:
+    """Bytes of weights read and multiply-adds of one draft, part by part."""
+    trunk = [t for t in tensors if t.part in ("layers", "projections")]
+    bits, dense = _table_bits(tensors), figures["vocab_size"] * figures["hidden_size"]
+    step = {
+        "trunk": {
+            "bytes": sum(t.bytes for t in trunk),
+            # A vector scales or norms: its products are lost beside those of the matrices.
+            "multiply_adds": sum(t.size for t in trunk if len(t.shape) == 2),
+        },
+        "lm_head_dense": {"bytes": dense * bits // 8, "multiply_adds": dense},
+    }
+    if (ordered := figures["ordered_embeddings"]) is not None:
+        chosen = ordered["centroid_intermediate_top_k"] * ordered["tokens_per_centroid"]
+        read = (ordered["num_centroids"] + chosen) * figures["hidden_size"]
+        step["lm_head_ordered"] = {"bytes": read * bits // 8, "multiply_adds": read}
+    return step
+
+
+def _table_bits(tensors: list[_Tensor]) -> int:
+    return next(_bits(t.dtype) for t in tensors if t.part == "table")
+
+
+def _beside_target(
+    figures: dict[str, Any], tensors: list[_Tensor], target_text_config: Any
+) -> dict[str, Any]:
+    for head_key, key in (("vocab_size", "vocab_size"), ("target_hidden_size", "hidden_size")):
+        mine, its = figures[head_key], getattr(target_text_config, key)
+        if mine != its:
+            raise ValueError(
+                f"this head does not fit the target: its {key} is {its:,}, the head is made for "
+                f"{mine:,}"
+            )
+    weights, products = target_step_weights(target_text_config)
+    # One dtype for both: the decoder loads the head in that of the target.
+    target_bytes = weights * _table_bits(tensors) // 8
+    draft = figures["draft_step"]
+    kinds = [kind for kind in ("dense", "ordered") if f"lm_head_{kind}" in draft]
+    return {
+        "target_step": {"bytes": target_bytes, "multiply_adds": products},
+        "c": {
+            kind: (draft["trunk"]["bytes"] + draft[f"lm_head_{kind}"]["bytes"]) / target_bytes
+            for kind in kinds
+        },
+    }
+
+
+def print_description(figures: dict[str, Any], console: Console | None = None) -> None:
+    """Print what `describe` returns as one table."""
+    table = Table(
+        title=f"Draft head {figures['head']}",
+        show_header=False,
+        caption="A step counts each weight once, at batch 1; rows of the KV cache, activations and "
+        "Python are left out. `headstart bench draft` measures it.",
+    )
+    for section in (_shape_rows(figures), _size_rows(figures), _cost_rows(figures)):
+        for name, value in section.items():
+            table.add_row(name, value)
+        table.add_section()
+    (console or Console()).print(table)
+
+
+def _shape_rows(figures: dict[str, Any]) -> dict[str, str]:
+    types, width = figures["layer_types"], figures["hidden_size"]
+    tie = "full width: the table is the target's own"
+    if figures["tie"] == "low-rank":
+        tie = "low-rank: `table @ P`, materialised at export"
+    tokens, ordered = figures["num_assistant_tokens"], figures["ordered_embeddings"]
+    clusters = "none"
+    if ordered is not None:
+        clusters = (
+            f"{ordered['num_centroids']:,} clusters of {ordered['tokens_per_centroid']:,} tokens, "
+            f"the best {ordered['centroid_intermediate_top_k']:,} read a draft"
+        )
+    return {
+        "architecture": figures["architecture"],
+        "layers": f"{len(types)} ({', '.join(types)})",
+        "width": f"{width:,} (target: {figures['target_hidden_size']:,})",
+        "vocabulary": f"{figures['vocab_size']:,} tokens",
+        "tie": tie,
+        "ordered embeddings": clusters,
+        "num_assistant_tokens": "not set" if tokens is None else str(tokens),
+    }
+
+
+def _size_rows(figures: dict[str, Any]) -> dict[str, str]:
+    rows = {
+        "parameters trained": f"{figures['parameters_trained']:,}",
+        "parameters shared with the target": f"{figures['parameters_shared']:,}",
+    }
+    if figures["parameters_materialised"]:
+        rows["parameters of the materialised table"] = f"{figures['parameters_materialised']:,}"
+    rows["on disk"] = _size(figures["bytes_on_disk"])
+    for part, dtypes in figures["bytes_by_part"].items():
+        rows[f"  {part}"] = ", ".join(f"{_size(n)} {dtype}" for dtype, n in dtypes.items())
+    return rows
+
+
+def _cost_rows(figures: dict[str, Any]) -> dict[str, str]:
+    names = {"lm_head_dense": "LM head, dense", "lm_head_ordered": "LM head, ordered"}
+    rows = {
+        f"draft step: {names.get(part, part)}": _cost(cost)
+        for part, cost in figures["draft_step"].items()
+    }
+    if "target_step" in figures:
+        rows["target step"] = _cost(figures["target_step"])
+    for kind, ratio in figures.get("c", {}).items():
+        rows[f"c by bytes, {kind}"] = f"{ratio:.3f}"
+    return rows
+
+
+def _cost(cost: dict[str, int]) -> str:
+    return f"{_size(cost['bytes'])} read, {cost['multiply_adds'] / 1e6:,.2f} M multiply-adds"
+
+
+def _size(count: int) -> str:
+    for unit, step in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
+        if count >= 2**step:
+            return f"{count / 2**step:.2f} {unit}"
+    return f"{count} bytes"

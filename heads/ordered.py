@@ -1,0 +1,200 @@
+"""Ordered embeddings: the vocabulary in equal clusters, so that a draft reads a few of them.
+
+The format is transformers' own (`Gemma4AssistantMaskedEmbedder`): `centroids` score the clusters,
+`token_ordering` lists their tokens one cluster after the other, and the LM head runs over the
+tokens of the best `centroid_intermediate_top_k`. What is not among them cannot be drafted, so
+tokens are clustered with others that are as likely and alike, and the centroids are then learned.
+
+Letters: V vocabulary, D target width, H head width, C clusters of V / C tokens, N rows, n points,
+k teacher tokens.
+"""
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import nn
+
+KMEANS_ROUNDS = 8
+USAGE_ROWS = 1024  # rows whose whole softmax tells how likely each token is
+CHUNK_ROWS = 128  # of them at once
+BANDS = (1 / 32, 1 / 8, 2 / 8, 3 / 8, 4 / 8, 5 / 8, 6 / 8, 7 / 8, 1.0)
+"""Where the vocabulary, most likely tokens first, is cut before it is clustered. A cluster of
+likely tokens is worth ten of others; mixed ones would all have to be read."""
+
+
+@dataclass(frozen=True)
+class Taught:
+    """What a target said at N rows of its own text."""
+
+    hidden: torch.Tensor
+    """[N, D] its post-norm hidden states."""
+    ids: torch.Tensor
+    """[N, k] its best tokens there, best first."""
+    logprobs: torch.Tensor
+    """[N, k] of its full softmax."""
+
+    def token_weights(self, vocab_size: int) -> torch.Tensor:
+        """[V] float32: the mean probability of each token, as far as it was stored."""
+        weights = torch.zeros(vocab_size, device=self.ids.device)
+        mass = self.logprobs.float().exp() / len(self.ids)
+        return weights.index_add_(0, self.ids.long().flatten(), mass.flatten())
+
+
+@torch.no_grad()
+def token_usage(table: torch.Tensor, taught: Taught) -> torch.Tensor:
+    """[V] float32: how likely each token is, from all stored rows and a whole softmax of some.
+
+    The stored top tokens alone say nothing of nearly all of the vocabulary: on Gemma 3 270M they
+    leave out tokens that the target's whole softmax over a thousand rows ranks well.
+    """
+    step = max(1, len(taught.hidden) // USAGE_ROWS)
+    rows = taught.hidden[::step][:USAGE_ROWS].to(table.dtype)
+    usage = taught.token_weights(len(table))
+    for chunk in rows.split(CHUNK_ROWS):
+        usage += (chunk @ table.T).float().softmax(-1).sum(0) / len(rows)
+    return usage
+
+
+@torch.no_grad()
+def token_features(table: torch.Tensor, usage: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+    """Points [V, D] float32: two are near where the logits of their tokens move together.
+
+    The rows of the table less their mean (which moves all logits alike), multiplied by the root of
+    the covariance of the states that really occur, and scaled to length 1: the product of two is
+    the correlation of their tokens' logits over those states.
+
+    Args:
+        table: [V, D].
+        usage: [V] how likely each token is.
+        hidden: [N, D] post-norm hidden states of the target.
+    """
+    states = hidden.float() - hidden.float().mean(0)
+    values, vectors = torch.linalg.eigh(states.T @ states / len(states))
+    root = vectors * values.clamp_min(0).sqrt() @ vectors.T
+    mean = (usage / usage.sum()) @ table.float()
+    return torch.nn.functional.normalize((table.float() - mean) @ root, dim=1)
+
+
+@torch.no_grad()
+def order_vocabulary(features: torch.Tensor, usage: torch.Tensor, clusters: int) -> torch.Tensor:
+    """Cluster the vocabulary: equal clusters, of tokens that are about as likely and alike.
+
+    The tokens are sorted by how likely they are, cut into bands, and each band is clustered by
+    balanced k-means. Rare and unused ids so end up together. The same arguments give the same
+    clusters.
+
+    Args:
+        features: [V, D] of the tokens, from `token_features`.
+        usage: [V] how likely each token is.
+        clusters: C, a divisor of V.
+
+    Returns:
+        [V] int64 `token_ordering`: the tokens of the first cluster, then those of the next.
+
+    Raises:
+        ValueError: C does not divide V.
+    """
+    if len(features) % clusters:
+        raise ValueError(f"{clusters} clusters cannot be equal over {len(features):,} tokens")
+    size = len(features) // clusters
+    by_usage = torch.argsort(usage, descending=True, stable=True)
+    edges = sorted({0, *(max(1, round(share * clusters)) for share in BANDS)})
+    ordering = []
+    for first, last in pairwise(edges):
+        band = by_usage[first * size : last * size]
+        owner = balanced_kmeans(features[band], last - first)
+        ordering.append(band[torch.argsort(owner, stable=True)])
+    return torch.cat(ordering)
+
+
+def balanced_kmeans(points: torch.Tensor, clusters: int) -> torch.Tensor:
+    """k-means whose last assignment makes all clusters equal.
+
+    Args:
+        points: [n, D] float32, n a multiple of `clusters`.
+        clusters: c.
+
+    Returns:
+        [n] int64, the cluster of each point.
+    """
+    # Evenly spaced points: of every part of the band, and the same each time.
+    means = points[:: len(points) // clusters][:clusters].clone()
+    for _ in range(KMEANS_ROUNDS):
+        nearest = _closeness(points, means).argmax(1)
+        counts = torch.bincount(nearest, minlength=clusters)
+        sums = torch.zeros_like(means).index_add_(0, nearest, points)
+        means = torch.where(counts[:, None] > 0, sums / counts.clamp_min(1)[:, None], means)
+    return balanced_assignment(_closeness(points, means), len(points) // clusters)
+
+
+def _closeness(points: torch.Tensor, means: torch.Tensor) -> torch.Tensor:
+    """[n, c]: half the negative squared distance, but for a term of the point's own."""
+    return torch.addmm(-0.5 * means.square().sum(1), points, means.T)
+
+
+def balanced_assignment(scores: torch.Tensor, size: int) -> torch.Tensor:
+    """Clusters of equal size: each point asks its best cluster that has not refused it yet, and a
+    cluster keeps the `size` points that score highest (deferred acceptance, Gale & Shapley 1962).
+
+    Args:
+        scores: [n, c] float, n at most c * size. Changed in place.
+        size: points a cluster.
+
+    Returns:
+        [n] int64. Ties go to the lower index, so that the same scores give the same clusters.
+    """
+    n, c = scores.shape
+    places = torch.arange(n, device=scores.device)
+    owner = torch.full((n,), -1, device=scores.device)
+    held = torch.full((n,), -torch.inf, device=scores.device)
+    while len(free := (owner < 0).nonzero()[:, 0]):
+        best = scores[free].max(dim=1)
+        owner[free], held[free] = best.indices, best.values
+        order = torch.argsort(held, descending=True, stable=True)
+        order = order[torch.argsort(owner[order], stable=True)]
+        first = torch.searchsorted(owner[order], torch.arange(c, device=scores.device))
+        refused = order[places - first[owner[order]] >= size]
+        scores[refused, owner[refused]] = -torch.inf
+        owner[refused] = -1
+    return owner
+
+
+def token_clusters(token_ordering: torch.Tensor, clusters: int) -> torch.Tensor:
+    """[V] the cluster of each token, from the tokens of each cluster."""
+    size = len(token_ordering) // clusters
+    places = torch.arange(len(token_ordering), device=token_ordering.device)
+    return torch.empty_like(token_ordering).scatter_(0, token_ordering, places // size)
+
+
+@torch.no_grad()
+def mean_centroids(
+    table: torch.Tensor, usage: torch.Tensor, token_ordering: torch.Tensor, clusters: int
+) -> torch.Tensor:
+    """[C, D] float32: the mean row of each cluster, weighted by how likely its tokens are."""
+    # Of tokens that are never said, the plain mean.
+    weights = (usage + usage.sum() * 1e-9)[token_ordering].view(clusters, -1, 1)
+    rows = table[token_ordering].float().view(clusters, -1, table.shape[1])
+    return (weights * rows).sum(1) / weights.sum(1)
+
+
+@torch.no_grad()
+def set_order(
+    embedder: Any, table: torch.Tensor, taught: Taught, draft_table: torch.Tensor
+) -> None:
+    """Order the vocabulary and give a head's masked embedder its clusters and mean centroids.
+
+    Args:
+        embedder: `masked_embedding` of an assistant; changed in place.
+        table: [V, D] the target's.
+        taught: what the target said in its own text.
+        draft_table: [V, H] whose product with head states [H] is the draft's logits.
+    """
+    usage = token_usage(table, taught)
+    features = token_features(table, usage, taught.hidden)
+    ordering = order_vocabulary(features, usage, embedder.num_centroids)
+    embedder.token_ordering.copy_(ordering)
+    centroids = mean_centroids(draft_table, usage, ordering, embedder.num_centroids)
+    weight: nn.Parameter = embedder.centroids.weight
+    weight.copy_(centroids)

@@ -1,0 +1,177 @@
+"""What is measured is what the stock decoder runs, and the figures follow from the times."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import GenerationConfig
+
+from headstart.cli.main import main
+from headstart.configs.schema import HeadConfig
+from headstart.eval.draft_cost import (
+    MAX_DRAFT_TOKENS,
+    WARM_UP,
+    Moment,
+    cost_ratios,
+    dense_lm_head,
+    measure,
+    prepare,
+    run_draft_benchmark,
+)
+from headstart.heads.assistant import build_assistant
+from headstart.heads.targets import Target, load_target
+from tests.conftest import make_target
+from tests.heads.test_describe import ordered_head
+from tests.heads.test_parity import K, noisy_head, prefill, stock_drafts
+
+pytestmark = pytest.mark.usefixtures("quick")
+CONTEXTS = (5, 20)  # within the sliding window of 8 and beyond it
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Two turns, and one thread: on a busy machine two wait for one another at each tiny matrix."""
+    monkeypatch.setattr("headstart.eval.draft_cost.TURNS", 2)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("context", CONTEXTS)
+def test_the_drafts_measured_are_those_of_the_stock_generator(target: Target, context: int) -> None:
+    moment = prepare(target, context)
+    assistant = noisy_head(target).assistant
+    outputs = prefill(target, moment.ids[:, :context])
+    outputs.past_key_values.crop(0)
+    verified = target.model(
+        input_ids=moment.ids[:, context : context + 1],
+        past_key_values=outputs.past_key_values,
+        output_hidden_states=True,
+        return_shared_kv_states=True,
+    )
+    ids = moment.ids[:, : context + 2]
+    wanted, _ = stock_drafts(target, assistant, ids, verified, is_prefill=False)
+    assert moment.draft(assistant, K).tolist() == [wanted.tolist()]
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("context", CONTEXTS)
+def test_steps_and_verifications_start_from_the_same_context_each_time(
+    target: Target, context: int
+) -> None:
+    """They give the tokens of one clean forward, in any order, since the cache is put back."""
+    moment = prepare(target, context)
+    clean = target.model(input_ids=moment.ids).logits.argmax(dim=-1)
+    for k in (0, 8, 1, 3, 0, 2):
+        found = moment.verify(k) if k else moment.step()
+        assert torch.equal(found, clean[:, context : context + k + 1])
+        moment.restore()
+        assert moment.cache.get_seq_length() == context
+
+
+@torch.inference_mode()
+def test_an_ordered_draft_over_all_clusters_is_the_dense_draft(tiny: Target) -> None:
+    moment = prepare(tiny, 12)
+    drafts = {}
+    for top_k in (20, 1):
+        assistant = ordered_head(tiny.config, top_k)
+        drafts[top_k] = moment.draft(assistant, 6)
+        with dense_lm_head(assistant):
+            drafts[0] = moment.draft(assistant, 6)
+        assert assistant.config.use_ordered_embeddings
+    assert torch.equal(drafts[20], drafts[0])
+    assert not torch.equal(drafts[1], drafts[0])
+
+
+def test_every_side_takes_each_turn_once(tiny: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    assistant = ordered_head(tiny.config)
+    calls: list[object] = []
+
+    def note(name: str) -> None:
+        real: Any = getattr(Moment, name)
+
+        def noted(moment: Moment, *args: Any) -> Any:
+            ordered = assistant.config.use_ordered_embeddings if name == "draft" else None
+            calls.append((name, args[-1] if args else None, ordered))
+            return real(moment, *args)
+
+        monkeypatch.setattr(Moment, name, noted)
+
+    for name in ("step", "verify", "draft"):
+        note(name)
+    seconds = measure(prepare(tiny, 6), assistant)
+    sides = 1 + MAX_DRAFT_TOKENS + 2
+    assert len(calls) == (WARM_UP + 2) * sides
+    turns = [calls[i : i + sides] for i in range(0, len(calls), sides)]
+    assert all(len(set(turn)) == sides for turn in turns)
+    assert turns[1] == turns[0][::-1]
+    assert len(seconds["verification"]) == MAX_DRAFT_TOKENS
+
+
+def test_a_round_breaks_even_where_its_drafts_and_its_verification_do() -> None:
+    seconds = {
+        "target_step": 2.0,
+        "verification": [2.2, 2.5, 3.0],
+        "draft_step_dense": 0.5,
+        "draft_step_ordered": 0.2,
+    }
+    ratios = cost_ratios(seconds)
+    assert ratios["c_dense"] == 0.25
+    assert ratios["c_ordered"] == 0.1
+    assert ratios["ordered_over_dense"] == pytest.approx(0.4)
+    assert ratios["v"] == [1.1, 1.25, 1.5]
+    assert ratios["break_even_dense"] == pytest.approx([1.35, 1.75, 2.25])
+    assert ratios["break_even_ordered"] == pytest.approx([1.2, 1.45, 1.8])
+    del seconds["draft_step_ordered"]
+    assert cost_ratios(seconds).keys() == {"c_dense", "v", "break_even_dense"}
+
+
+def test_a_head_without_ordered_embeddings_is_measured_dense(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = make_target("gemma3")
+    assistant = build_assistant(target, HeadConfig()).eval()
+    content = run_draft_benchmark(target, assistant, "head", 4, tmp_path / "a" / "b.json")
+    assert json.loads((tmp_path / "a" / "b.json").read_text()) == content
+    assert content["seconds"].keys() == {"target_step", "verification", "draft_step_dense"}
+    assert content["repeats"] == 2
+    assert "draft step, ordered" not in capsys.readouterr().out
+
+
+def test_bench_draft_prints_and_writes_its_ratios(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = load_target("tiny-gemma4", "float32")
+    assistant = ordered_head(target.config)
+    assistant.generation_config = GenerationConfig(num_assistant_tokens=3)
+    assistant.save_pretrained(tmp_path / "head")
+    argv = ["bench", "draft", "--head", str(tmp_path / "head"), "--dtype", "float32"]
+    argv += ["--context", "12", "--json", str(tmp_path / "draft.json")]
+    assert main([*argv, "--target", "tiny-gemma4"]) == 0
+    content = json.loads((tmp_path / "draft.json").read_text())
+    assert content["benchmark"] == "draft"
+    named = {"target": "tiny-gemma4", "dtype": "float32", "context": 12}
+    assert named.items() <= content["environment"].items()
+    ratios = content["ratios"]
+    assert ratios == cost_ratios(content["seconds"])
+    assert {"c_dense", "c_ordered", "ordered_over_dense", "v"} < ratios.keys()
+    assert len(ratios["v"]) == len(ratios["break_even_ordered"]) == MAX_DRAFT_TOKENS
+    printed = capsys.readouterr().out
+    assert f"c = {ratios['c_ordered']:.3f}" in printed
+    assert f"{ratios['break_even_dense'][7]:.2f}" in printed
+
+    assert main(["bench", "draft", "--head", str(tmp_path), "--target", "tiny-gemma4"]) == 1
+    assert "no draft head at" in capsys.readouterr().err
+
+
+def test_a_head_of_another_target_is_refused() -> None:
+    target = make_target("gemma4")
+    assistant = build_assistant(target, HeadConfig())
+    assistant.config.backbone_hidden_size = 64
+    with pytest.raises(ValueError, match="backbone_hidden_size is 64"):
+        run_draft_benchmark(target, assistant, "head", 4, None)

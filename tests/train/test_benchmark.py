@@ -1,0 +1,62 @@
+"""The training benchmarks: the same rows on both sides, and figures in the file."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from headstart.cli.main import main
+from headstart.configs.loader import load_config
+from headstart.configs.schema import TrainConfig
+from headstart.data.extraction import OnlineActivations
+from headstart.data.loader import AnchorLoader
+from headstart.eval.memory import peak_memory
+from headstart.heads.targets import Target
+from headstart.train.benchmark import plain_loss
+from headstart.train.start import build_head
+from headstart.train.step import batch_sums
+from tests.data.test_extraction import CONFIG
+from tests.samples import conversations
+from tests.train.test_loop import ROOT, tiny_config
+
+PROMPTS = ROOT / "data" / "prompts" / "text_train.jsonl"
+
+
+def test_the_plain_step_has_the_loss_of_the_exact_one(target: Target, tmp_path: Path) -> None:
+    documents = OnlineActivations(target, conversations(4), CONFIG)
+    head = build_head(target, tiny_config(tmp_path), documents, documents, resumed=False)
+    batch = AnchorLoader(documents, 4, 8, 3, seed=0, later_anchors=3).batch(0)
+    c = TrainConfig(rounds=3, precision="float32", vocabulary="exact")
+    wanted = batch_sums(head, target, batch, c, 0)["loss_sum"].detach()
+    found = plain_loss(head, target, batch, c.round_decay, bfloat16=False).detach()
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_bench_train_writes_its_ratios(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["bench", "train", "--config", str(ROOT / "configs" / "tiny.yaml"), "--prompts", "4"]
+    argv += ["--json", str(tmp_path / "train.json"), f"data.prompts=[{PROMPTS}]"]
+    assert main(argv) == 0
+    content = json.loads((tmp_path / "train.json").read_text())
+    assert content["ratios"].keys() >= {"step_over_forward", "plain_over_step"}
+    assert content["tokens"] == 4 * 24
+    assert content["anchors"] == 4 * 15, "24 tokens, 8 given: 15 rows have two to predict"
+    assert "step_over_forward" in capsys.readouterr().out
+
+
+def test_bench_tie_is_judged_on_texts_that_it_was_not_made_of(tmp_path: Path) -> None:
+    argv = ["bench", "tie", "--config", str(ROOT / "configs" / "tiny.yaml")]
+    argv += ["--json", str(tmp_path / "tie.json"), f"data.prompts=[{PROMPTS}]"]
+    assert main([*argv, f"data.cache_dir={tmp_path}"]) == 0
+    content = json.loads((tmp_path / "tie.json").read_text())
+    shares = content["same_best_token"]
+    assert shares["data"]["32"] > shares["svd"]["32"], "48 is the width of the tiny target"
+    assert 0 < content["held_out_rows"] < content["rows"]
+
+
+def test_peak_memory_sees_what_a_call_holds_for_a_while() -> None:
+    size = 200 << 20
+    peak = peak_memory(torch.device("cpu"), lambda: torch.ones(size, dtype=torch.uint8).sort())
+    if peak is not None:  # Linux alone tells
+        assert size < peak < 20 * size, "sorting adds indices of eight bytes"
+    assert load_config(None, []).train.precision in ("bfloat16", "float32")

@@ -1,0 +1,65 @@
+"""Clusters for a head that is there already: learned on its own states, its trunk untouched."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from headstart.cli.main import main
+from headstart.configs.schema import HeadConfig
+from headstart.heads.assistant import build_assistant, load_assistant, save_assistant
+from headstart.heads.targets import load_target
+from headstart.train.loop import is_centroid, train
+from tests.train.test_loop import ROOT, tiny_config
+
+COMMON = ["target.name=tiny-gemma4", "target.dtype=float32", "data.max_new_tokens=30"]
+
+
+def order(head: Path, out: Path, cache: Path, *options: str) -> int:
+    prompts = ROOT / "data" / "prompts" / "text_train.jsonl"
+    settings = [
+        *COMMON, f"data.prompts=[{prompts}]", "data.num_conversations=12",
+        "data.validation_conversations=4", "data.max_prompt_tokens=16", f"data.cache_dir={cache}",
+        "data.teacher_top_k=16", "train.learning_rate=0.01",
+    ]  # fmt: skip
+    return main(["heads", "order", str(head), "--out", str(out), *options, *settings])
+
+
+def test_refined_centroids_keep_more_and_nothing_else_changes(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path / "run", "train.steps=6", "train.validate_every=6")
+    train(config)
+    first, second = tmp_path / "run" / "head", tmp_path / "refined"
+    assert order(first, second, tmp_path / "cache", "--steps", "150", "--top-k", "4") == 0
+    found = json.loads((second / "order.json").read_text())
+    assert found["after"]["recall"]["argmax"]["8"] > found["before"]["recall"]["argmax"]["8"]
+    assert found["after"]["dense_acceptance_length"] == found["before"]["dense_acceptance_length"]
+    before, after = (load_assistant(path, torch.float32) for path in (first, second))
+    assert after.config.centroid_intermediate_top_k == 4
+    for name, tensor in before.state_dict().items():
+        same = torch.equal(tensor, after.state_dict()[name])
+        assert same == (name != "masked_embedding.centroids.weight"), name
+
+
+@pytest.mark.parametrize("width", [None, 32])
+def test_a_head_without_clusters_is_given_some(width: int | None, tmp_path: Path) -> None:
+    """A narrow head has a table of its own, as Google's for E2B and E4B do."""
+    target = load_target("tiny-gemma4", "float32")
+    assistant = build_assistant(target, HeadConfig(hidden_size=width))
+    table = target.table if width is None else target.table[:, :width].contiguous()
+    save_assistant(assistant, table, tmp_path / "dense", 3, torch.float32)
+    cache = tmp_path / "cache"
+    assert order(tmp_path / "dense", tmp_path / "x", cache) == 1, "nothing to refine"
+    assert not (tmp_path / "x").exists()
+    options = ["--rebuild", "--num-centroids", "20", "--top-k", "20", "--steps", "3"]
+    assert order(tmp_path / "dense", tmp_path / "ordered", cache, *options) == 0
+    found = json.loads((tmp_path / "ordered" / "order.json").read_text())["after"]
+    assert found["acceptance_length"] == found["dense_acceptance_length"]
+    dense, ordered = (
+        load_assistant(tmp_path / name, torch.float32).state_dict() for name in ("dense", "ordered")
+    )
+    assert {name for name in ordered if name not in dense} == {
+        name for name in ordered if is_centroid(name)
+    }
+    assert all(torch.equal(tensor, ordered[name]) for name, tensor in dense.items())
+    assert order(tmp_path / "dense", tmp_path / "y", cache, "--num-centroids", "20") == 1

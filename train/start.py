@@ -1,0 +1,93 @@
+"""The head at step 0: what it takes from the target and from a sample of the training text."""
+
+from typing import Literal
+
+import torch
+
+from headstart.configs.schema import Config
+from headstart.data.progress import say
+from headstart.data.store import Documents
+from headstart.heads.assistant import (
+    build_assistant,
+    low_rank_agreement,
+    low_rank_start,
+    plain_svd_start,
+)
+from headstart.heads.ordered import Taught, set_order
+from headstart.heads.targets import Target
+from headstart.heads.unroll import DraftHead
+
+START_ROWS = 1 << 16  # rows of the training text that starts are drawn up from
+AGREEMENT_ROWS = 2048  # held-out rows on which a low-rank tie is judged
+
+
+def build_head(
+    target: Target, config: Config, training: Documents, validation: Documents, resumed: bool
+) -> DraftHead:
+    """The head at step 0.
+
+    A narrow head starts its low-rank tie, and ordered embeddings start their clusters and
+    centroids, from what the target said in the training text.
+
+    Args:
+        target: frozen.
+        config: the whole run.
+        training: read for the starts.
+        validation: read to say how good the start of a low-rank tie is.
+        resumed: a checkpoint is about to fill the head, so that nothing needs a start.
+    """
+    assistant = build_assistant(target, config.head)
+    width = assistant.config.text_config.hidden_size
+    narrow = width < target.config.hidden_size
+    projection: torch.Tensor | None = None
+    if resumed or not (narrow or config.head.use_ordered_embeddings):
+        projection = torch.zeros(target.config.hidden_size, width) if narrow else None
+        return DraftHead(assistant, projection).to(target.device)
+    taught = taught_rows(training, START_ROWS, target.device)
+    if narrow:
+        projection = _start_tie(target, config, taught, validation, width)
+    head = DraftHead(assistant, projection).to(target.device)
+    if assistant.masked_embedding is not None:
+        clusters = assistant.config.num_centroids
+        say(f"Ordering {len(target.table):,} tokens in {clusters:,} clusters")
+        set_order(assistant.masked_embedding, target.table, taught, head.table(target.table))
+    return head
+
+
+def _start_tie(
+    target: Target, config: Config, taught: Taught, validation: Documents, width: int
+) -> torch.Tensor:
+    start = tie_start(target, config.head.tie_start, taught, width)
+    unseen = taught_rows(validation, AGREEMENT_ROWS, target.device).hidden
+    agreement = low_rank_agreement(target.table, start, unseen)
+    say(
+        f"Low-rank tie of width {width}, start from {config.head.tie_start}: it keeps the target's "
+        f"best token on {agreement:.1%} of held-out rows"
+    )
+    return start[0]
+
+
+def tie_start(
+    target: Target, kind: Literal["data", "svd"], taught: Taught, width: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """P [D, H] and Q [H, D] of a low-rank tie's start; `low_rank_start` says what they are."""
+    if kind == "svd":
+        return plain_svd_start(target.table, width)
+    weights = taught.token_weights(len(target.table)) + 1e-9
+    return low_rank_start(target.table, taught.hidden, weights, width)
+
+
+def taught_rows(documents: Documents, limit: int, device: torch.device) -> Taught:
+    """What the target said at up to `limit` rows, from the first document on."""
+    hidden, ids, logprobs, count = [], [], [], 0
+    for i in range(len(documents.entries)):
+        (document,) = documents.read([i])
+        rows = document.loss_mask.nonzero()[:, 0] - 1  # the target wrote the next token
+        rows = rows[rows >= 0][: limit - count]
+        hidden.append(document.hidden[rows])
+        ids.append(document.teacher_ids[rows].long())
+        logprobs.append(document.teacher_logprobs[rows])
+        count += len(rows)
+        if count == limit:
+            break
+    return Taught(*(torch.cat(parts).to(device) for parts in (hidden, ids, logprobs)))

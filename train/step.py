@@ -1,0 +1,155 @@
+"""What one batch adds to the loss and the metrics: sums, divided once after the reduction.
+
+Letters: B conversations, R anchors of each, S of them beyond the first round, K rounds, N drafts
+(one anchor in one round each), D target width, H head width, k teacher tokens.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from headstart.configs.schema import TrainConfig
+from headstart.data.loader import Batch
+from headstart.eval.recall import cluster_ranks
+from headstart.heads.targets import Target
+from headstart.heads.unroll import select
+from headstart.train.objectives import (
+    OBJECTIVES,
+    Teacher,
+    cluster_cross_entropy,
+    draw_candidates,
+    exact_losses,
+    sparse_losses,
+)
+
+RECALL_AT = 32  # clusters within which the teacher's best token is looked for while training
+
+
+@dataclass(frozen=True)
+class Drafts:
+    """The N drafts of a batch that count, in the order of rounds, conversations and anchors."""
+
+    round: torch.Tensor
+    """[N] from 0."""
+    anchor: torch.Tensor
+    """[N] index into the B x R anchors."""
+    states: torch.Tensor
+    """[N, D] whose product with the target's table is the draft's logits."""
+    cluster_logits: torch.Tensor | None
+    """[N, clusters] of a head with ordered embeddings."""
+    teacher: Teacher
+
+
+def draft_batch(model: torch.nn.Module, target: Target, batch: Batch, dtype: torch.dtype) -> Drafts:
+    """Run the head over a batch and pair what it says with what the target says.
+
+    Args:
+        model: a `DraftHead`, wrapped or not.
+        target: for its embeddings.
+        batch: B conversations, R anchors of each, K rounds.
+        dtype: of the shared KV; with bfloat16 under autocast, the weights staying float32.
+    """
+    shared_kv = {t: (k.to(dtype), v.to(dtype)) for t, (k, v) in batch.shared_kv.items()}
+    with torch.autocast(batch.rows.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+        embeds = target.embed(batch.tokens).float()
+        states, cluster_logits = model(
+            batch.hidden.float(), embeds, batch.rows, shared_kv, batch.starts, batch.later
+        )
+    b, r, rounds = batch.weights.shape
+    anchors = torch.arange(b * r, device=batch.rows.device).view(b, r)
+    counted, of_round, of_anchor = [], [], []
+    for k in range(rounds):
+        which, kept = anchors, batch.weights[..., k] > 0
+        if k:
+            # Places that only fill up repeat anchor 0 and do not count.
+            which = select(anchors, batch.later)
+            kept = select(kept, batch.later) & (batch.later >= 0)
+        counted.append(kept)
+        of_anchor.append(which[kept])
+        of_round.append(torch.full_like(of_anchor[-1], k))
+    anchor, round_ = torch.cat(of_anchor), torch.cat(of_round)
+    picked = torch.cat([s[kept] for s, kept in zip(states, counted, strict=True)])
+    scores = None
+    if cluster_logits is not None:
+        pairs = zip(cluster_logits, counted, strict=True)
+        scores = torch.cat([logits[kept] for logits, kept in pairs])
+    return Drafts(round_, anchor, picked, scores, _teacher(batch, anchor, round_))
+
+
+def _teacher(batch: Batch, anchor: torch.Tensor, round_: torch.Tensor) -> Teacher:
+    """The target at KV row t + k for round k (from 1) of the anchor at row t."""
+    length = batch.text_hidden.shape[1]
+    conversation = anchor // batch.rows.shape[1]
+    row = batch.rows.flatten()[anchor] + round_ + 1
+    positions, at = torch.unique(conversation * length + row, return_inverse=True)
+    ids = batch.teacher_ids.flatten(0, 1)[anchor, round_]
+    logprobs = batch.teacher_logprobs.flatten(0, 1)[anchor, round_]
+    return Teacher(batch.text_hidden.flatten(0, 1)[positions], at, ids, logprobs)
+
+
+def batch_sums(
+    model: torch.nn.Module,
+    target: Target,
+    batch: Batch,
+    c: TrainConfig,
+    seed: int,
+    cluster_of: torch.Tensor | None = None,
+) -> dict[str, torch.Tensor]:
+    """Forward the head over a batch and sum its losses and acceptance.
+
+    Args:
+        model: a `DraftHead`, wrapped or not.
+        target: for its embeddings and table.
+        batch: B conversations, R anchors of each, K rounds.
+        c: objective, vocabulary, negatives, temperature, weights of the rounds, precision.
+        seed: of the negatives.
+        cluster_of: [V] the cluster of each token, for a head with ordered embeddings.
+
+    Returns:
+        Scalars: `loss_sum` (weighted by round); `accepted` (drafts in a row from the first that
+        are the teacher's best token, over the candidates) and `rows`, of the anchors that go beyond
+        the first round; with clusters `cluster_loss_sum`, and `recalled` (drafts whose teacher's
+        best token is in the top 32 clusters) of `drafts`.
+    """
+    dtype = torch.bfloat16 if c.precision == "bfloat16" else torch.float32
+    drafts = draft_batch(model, target, batch, dtype)
+    teacher, objective = drafts.teacher, OBJECTIVES[c.objective]
+    if c.vocabulary == "exact":
+        found = exact_losses(
+            drafts.states, target, teacher, objective, c.temperature, dtype, cluster_of
+        )
+    else:
+        generator = torch.Generator().manual_seed(seed)
+        candidates = draw_candidates(teacher.ids, len(target.table), c.negatives, generator)
+        found = sparse_losses(
+            drafts.states, target, teacher, candidates, objective, c.temperature, dtype, cluster_of
+        )  # fmt: skip
+    weights = (c.round_decay**drafts.round).float()
+    sums = {"loss_sum": (found.losses * weights).sum()}
+    sums |= _accepted_in_a_row(found.hits, drafts, batch)
+    if drafts.cluster_logits is not None and cluster_of is not None and found.mass is not None:
+        losses = cluster_cross_entropy(drafts.cluster_logits, found.mass)
+        best = cluster_of[teacher.ids[:, 0]]
+        recalled = cluster_ranks(drafts.cluster_logits.detach(), best) < RECALL_AT
+        sums |= {
+            "cluster_loss_sum": (losses * weights).sum(),
+            "recalled": recalled.float().sum(),
+            "drafts": torch.tensor(float(len(recalled)), device=recalled.device),
+        }
+    return sums
+
+
+def _accepted_in_a_row(hits: torch.Tensor, drafts: Drafts, batch: Batch) -> dict[str, torch.Tensor]:
+    """Over the anchors that go beyond the first round: how many, and their leading hits."""
+    b, r, rounds = batch.weights.shape
+    hit = torch.zeros(b * r, rounds, device=hits.device)
+    hit[drafts.anchor, drafts.round] = hits.float()
+    through = drafts.anchor[drafts.round == 1]
+    accepted = hit[through].cumprod(-1).sum()
+    return {"accepted": accepted, "rows": torch.tensor(float(len(through)), device=hits.device)}
+
+
+def loss_weight(batch: Batch, round_decay: float) -> torch.Tensor:
+    """The sum of the weights of all drafts of a batch, scalar: what a mean loss divides by."""
+    rounds = torch.arange(batch.weights.shape[-1], device=batch.weights.device)
+    return (batch.weights * round_decay**rounds).sum()
