@@ -14,9 +14,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, GenerationConfig
+from transformers import GenerationConfig
 from transformers.utils import cached_file
 
+from headstart.heads.assistant import load_assistant_config
 from headstart.heads.step_cost import target_step_weights
 
 WEIGHTS = "model.safetensors"
@@ -81,7 +82,7 @@ def describe(path: str | Path, target_config: Any | None = None) -> dict[str, An
     Raises:
         ValueError: no head at `path`, a damaged file, or one that does not fit the target.
     """
-    config = _head_config(path)
+    config = load_assistant_config(path)
     file, tensors = _header(path)
     text = config.text_config
     width, target_width = text.hidden_size, config.backbone_hidden_size
@@ -109,17 +110,6 @@ def describe(path: str | Path, target_config: Any | None = None) -> dict[str, An
     if target_config is not None:
         figures |= _beside_target(figures, tensors, target_config.get_text_config())
     return figures
-
-
-def _head_config(path: str | Path) -> Any:
-    try:
-        config = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"no draft head at {path}: {reason}") from error
-    if "assistant" not in config.model_type:
-        raise ValueError(f"{path} is a {config.model_type} model, not a Gemma 4 assistant")
-    return config
 
 
 def _header(path: str | Path) -> tuple[Path, list[_Tensor]]:

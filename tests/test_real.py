@@ -8,20 +8,29 @@ import torch
 from headstart.configs.schema import DataConfig, HeadConfig
 from headstart.data.jobs import make_jobs
 from headstart.data.prepare import extract_folder
-from headstart.data.prompts import limit_evenly, load_prompts
+from headstart.data.prompts import Prompt, limit_evenly, load_prompts
 from headstart.data.regenerate import regenerate
 from headstart.data.store import ActivationStore
 from headstart.data.templates import encode_prompt
 from headstart.eval.benchmarks import stepwise_difference
 from headstart.eval.decoding import greedy
-from headstart.heads.assistant import build_assistant, check_pair
+from headstart.eval.recall import RecallCounts
+from headstart.heads.assistant import build_assistant, check_pair, load_assistant, save_assistant
 from headstart.heads.demo import GGUF_SHA256, check_sha256, gemma3_270m_dir
+from headstart.heads.ordered import (
+    Taught,
+    mean_centroids,
+    set_order,
+    token_clusters,
+    token_usage,
+)
 from headstart.heads.targets import Target, load_target
 from headstart.heads.tokens import Sampling
 from tests.heads.test_parity import noisy_head, prefill, stock_drafts, training_logits
 
 pytestmark = pytest.mark.real
 PROMPTS = Path(__file__).resolve().parents[1] / "data" / "prompts" / "text_eval.jsonl"
+TRAINING = PROMPTS.with_name("text_train.jsonl")
 
 
 @pytest.fixture(scope="module")
@@ -124,3 +133,43 @@ def test_what_decoding_step_by_step_changes_in_bfloat16_is_bounded(tmp_path: Pat
     assert len(apart) == 5, "hidden states, keys and values of both layer types"
     for name, error in apart.items():
         assert 0 < error < 0.05, name
+
+
+def said_after(gemma: Target, prompts: list[Prompt]) -> Taught:
+    """What the target says after each token of some texts but their first."""
+    texts = [encode_prompt(prompt, gemma.tokenizer)[:200] for prompt in prompts]
+    hidden = torch.cat([gemma.activations(torch.tensor([ids])).hidden[0, 4:] for ids in texts])
+    best = [gemma.logits(rows).log_softmax(-1).topk(32) for rows in hidden.split(128)]
+    logprobs, ids = (torch.cat(parts) for parts in zip(*best, strict=True))
+    return Taught(hidden, ids, logprobs)
+
+
+@torch.no_grad()
+def test_ordered_embeddings_keep_the_targets_best_token_and_its_text(
+    gemma: Target, tmp_path: Path
+) -> None:
+    """2,048 clusters of some texts, judged on others before anything is learned; then exported."""
+    seen = said_after(gemma, limit_evenly(load_prompts(TRAINING), 24))
+    unseen = said_after(gemma, limit_evenly(load_prompts(PROMPTS), 8))
+    assistant = build_assistant(gemma, HeadConfig(use_ordered_embeddings=True)).eval()
+    embedder = assistant.masked_embedding
+    set_order(embedder, gemma.table, seen, gemma.table)
+
+    def recall(ordering: torch.Tensor) -> float:
+        usage = token_usage(gemma.table, seen)
+        centroids = mean_centroids(gemma.table, usage, ordering, 2048)
+        clusters = token_clusters(ordering, 2048)[unseen.ids]
+        counts = RecallCounts.of(unseen.hidden @ centroids.T, clusters, unseen.logprobs)
+        return float(counts.describe()["argmax"]["32"])
+
+    kept = recall(embedder.token_ordering)
+    assert kept > 0.9
+    as_they_come = torch.arange(len(gemma.table))
+    assert recall(as_they_come) < kept - 0.1, "ids as they come would do as well"
+
+    save_assistant(assistant, gemma.table, tmp_path / "head", 4, torch.float32)
+    loaded = load_assistant(tmp_path / "head", torch.float32)
+    assert torch.equal(loaded.masked_embedding.token_ordering, embedder.token_ordering)
+    for prompt in limit_evenly(load_prompts(PROMPTS), 2):
+        ids = encode_prompt(prompt, gemma.tokenizer)
+        assert greedy(gemma, ids, 16, loaded, 4).tokens == greedy(gemma, ids, 16).tokens

@@ -1,16 +1,12 @@
-"""Objectives as pure functions of tensors, over the whole vocabulary or over a fair sample of it.
+"""Objectives as pure functions of tensors.
 
-Letters: N rows (one draft of one anchor each), P positions of the target, C candidates (tokens that
-the softmax runs over), k stored teacher tokens, D target width, V vocabulary.
+Letters: N drafts, C candidates (tokens that the softmax runs over), V vocabulary.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Literal, TypeAlias
 
 import torch
-
-from headstart.heads.targets import Target
 
 Objective: TypeAlias = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """(log_q [N, C] of the draft, log_p [N, C] of the teacher, weights [C]) -> [N] losses.
@@ -19,9 +15,6 @@ Log-probabilities are of the full softmax. A weight says how many tokens of the 
 candidate stands for, so that sums over candidates estimate sums over V; all are 1 where C is V.
 """
 ObjectiveName = Literal["forward_kl", "cross_entropy", "total_variation", "lk_hybrid"]
-
-SPARSE_ROWS = 128  # rows whose candidates are held at once: they stay in the cache of a CPU
-EXACT_ROWS = 64  # the same over the whole vocabulary
 
 
 def forward_kl(log_q: torch.Tensor, log_p: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -63,195 +56,6 @@ OBJECTIVES: dict[ObjectiveName, Objective] = {
 }
 
 
-@dataclass(frozen=True)
-class Candidates:
-    """The tokens that a batch's softmax runs over, shared by all its rows."""
-
-    ids: torch.Tensor
-    """[C] every token that some row's teacher ranks high, then random negatives."""
-    weights: torch.Tensor
-    """[C] 1 for the former; for each of n negatives, the tokens it was drawn from / n."""
-    slots: torch.Tensor
-    """Shape of the teacher ids given: where each stands in `ids`."""
-
-
-def draw_candidates(
-    teacher_ids: torch.Tensor, vocab_size: int, negatives: int, generator: torch.Generator
-) -> Candidates:
-    """All teachers' top tokens, plus uniform negatives that stand in for the rest of V.
-
-    Sums over the candidates, weighted, are unbiased for sums over all V tokens; with as many
-    negatives as there are other tokens they are those sums.
-
-    Args:
-        teacher_ids: [..., k] int64.
-        vocab_size: V.
-        negatives: n, drawn without replacement from the tokens that are in no teacher's top k.
-        generator: on the CPU, so that the draw is the same on every device.
-    """
-    top, slots = torch.unique(teacher_ids, return_inverse=True)
-    others = torch.ones(vocab_size, dtype=torch.bool)
-    others[top.cpu()] = False
-    rest = others.nonzero()[:, 0]
-    drawn = rest[torch.randperm(len(rest), generator=generator)[:negatives]]
-    weights = torch.ones(len(top) + len(drawn))
-    weights[len(top) :] = len(rest) / max(len(drawn), 1)
-    ids = torch.cat([top, drawn.to(top.device)])
-    return Candidates(ids, weights.to(top.device), slots)
-
-
-@dataclass(frozen=True)
-class Teacher:
-    """What the target says at N rows."""
-
-    hidden: torch.Tensor
-    """[P, D] post-norm hidden states; several rows may be taught at one position."""
-    at: torch.Tensor
-    """[N] the position of each row."""
-    ids: torch.Tensor
-    """[N, k] its best tokens there, best first."""
-    logprobs: torch.Tensor
-    """[N, k] of its full softmax at temperature 1."""
-
-
-class RowResults(NamedTuple):
-    """What an objective says of N rows."""
-
-    losses: torch.Tensor
-    """[N] float32, with a gradient."""
-    hits: torch.Tensor
-    """[N] bool: whether the draft's best candidate is the teacher's best token."""
-    mass: torch.Tensor | None
-    """[N, clusters] the teacher's mass in each cluster, where there are clusters."""
-
-
-RowLoss: TypeAlias = Callable[[torch.Tensor, slice], RowResults]
-
-
-def sparse_losses(
-    states: torch.Tensor,
-    target: Target,
-    teacher: Teacher,
-    candidates: Candidates,
-    objective: Objective,
-    temperature: float,
-    dtype: torch.dtype,
-    cluster_of: torch.Tensor | None = None,
-) -> RowResults:
-    """The objective over candidates: exact on each teacher's stored top k, and its gradient that
-    of the full softmax in expectation over the negatives.
-
-    Args:
-        states: [N, D] whose product with the target's table is the draft's logits.
-        target: for its table and soft cap.
-        teacher: of the N rows.
-        candidates: drawn for `teacher.ids`.
-        objective: any of `OBJECTIVES`.
-        temperature: of both distributions.
-        dtype: in which the states meet the table.
-        cluster_of: [V] the cluster of each token; None: no ordered embeddings.
-    """
-    taught = target.table[candidates.ids]
-    table, log_weights = taught.to(dtype), candidates.weights.log()
-    # Once a position, not once a row: the rounds of neighbouring anchors are taught at the same.
-    said = target.logits(teacher.hidden, taught)  # [P, C]
-
-    def loss_of(states: torch.Tensor, rows: slice) -> RowResults:
-        slots, stored = candidates.slots[rows], teacher.logprobs[rows]
-        log_p = teacher_log_p(said[teacher.at[rows]], slots, stored)
-        log_p = tempered(log_p, log_weights, temperature)
-        logits = torch.nn.functional.linear(states, table).float() / temperature
-        log_q = logits - torch.logsumexp(logits + log_weights, dim=-1, keepdim=True)
-        return RowResults(
-            objective(log_q, log_p, candidates.weights),
-            log_q.detach().argmax(-1) == slots[:, 0],
-            cluster_mass(log_p + log_weights, candidates.ids, cluster_of),
-        )
-
-    return chunked(states, loss_of, SPARSE_ROWS, dtype)
-
-
-def teacher_log_p(
-    logits: torch.Tensor, slots: torch.Tensor, logprobs: torch.Tensor
-) -> torch.Tensor:
-    """Log-probabilities of the full softmax for candidates, from logits of the candidates alone.
-
-    The normaliser over V follows from the stored top tokens, which came from it; they are put in
-    as they are.
-
-    Args:
-        logits: [n, C] the target's logits of the candidates.
-        slots: [n, k] where the stored tokens stand among them.
-        logprobs: [n, k] stored.
-    """
-    normaliser = (logits.gather(-1, slots) - logprobs).mean(-1, keepdim=True)
-    return (logits - normaliser).scatter(-1, slots, logprobs)
-
-
-def tempered(log_p: torch.Tensor, log_weights: torch.Tensor, temperature: float) -> torch.Tensor:
-    """softmax(logits / temperature) from log-probabilities [n, C] at temperature 1."""
-    if temperature == 1:
-        return log_p
-    scaled = log_p / temperature
-    return scaled - torch.logsumexp(scaled + log_weights, dim=-1, keepdim=True)
-
-
-def exact_losses(
-    states: torch.Tensor,
-    target: Target,
-    teacher: Teacher,
-    objective: Objective,
-    temperature: float,
-    dtype: torch.dtype,
-    cluster_of: torch.Tensor | None = None,
-) -> RowResults:
-    """The objective over all of V, some rows at a time: the reference, at V / C times the cost.
-
-    Arguments and returns as `sparse_losses`; of the teacher its hidden states are read.
-    """
-    table = target.table.to(dtype)
-    weights = torch.ones(len(table), device=states.device)
-    every = torch.arange(len(table), device=states.device)
-
-    def loss_of(states: torch.Tensor, rows: slice) -> RowResults:
-        said = target.logits(teacher.hidden[teacher.at[rows]])
-        log_p = (said / temperature).log_softmax(-1)
-        logits = torch.nn.functional.linear(states, table).float() / temperature
-        log_q = logits.log_softmax(-1)
-        return RowResults(
-            objective(log_q, log_p, weights),
-            log_q.detach().argmax(-1) == log_p.argmax(-1),
-            cluster_mass(log_p, every, cluster_of),
-        )
-
-    return chunked(states, loss_of, EXACT_ROWS, dtype)
-
-
-@torch.no_grad()
-def sparse_mass(
-    target: Target, teacher: Teacher, candidates: Candidates, cluster_of: torch.Tensor
-) -> torch.Tensor:
-    """[N, clusters] the mass that `sparse_losses` gives, for a head whose trunk does not learn."""
-    said = target.logits(teacher.hidden, target.table[candidates.ids])
-    log_p = teacher_log_p(said[teacher.at], candidates.slots, teacher.logprobs)
-    mass = cluster_mass(log_p + candidates.weights.log(), candidates.ids, cluster_of)
-    assert mass is not None
-    return mass
-
-
-def cluster_mass(
-    log_p: torch.Tensor, ids: torch.Tensor, cluster_of: torch.Tensor | None
-) -> torch.Tensor | None:
-    """[n, clusters] the teacher's mass in each cluster, from that of candidates `ids` [C], weights
-    in, [n, C]. None: there are no clusters."""
-    if cluster_of is None:
-        return None
-    clusters = int(cluster_of.max()) + 1
-    # Candidates first: whole rows are then added, which is many times as fast.
-    mass = log_p.new_zeros(clusters, len(log_p))
-    return mass.index_add_(0, cluster_of[ids], log_p.exp().T.contiguous()).T
-
-
 def cluster_cross_entropy(cluster_logits: torch.Tensor, mass: torch.Tensor) -> torch.Tensor:
     """[N] cross-entropy of the softmax over clusters with the teacher's mass in each, scaled to 1.
 
@@ -260,47 +64,3 @@ def cluster_cross_entropy(cluster_logits: torch.Tensor, mass: torch.Tensor) -> t
         mass: [N, clusters] from `cluster_mass`.
     """
     return -(mass * cluster_logits.float().log_softmax(-1)).sum(-1) / mass.sum(-1)
-
-
-def chunked(states: torch.Tensor, loss_of: RowLoss, rows: int, dtype: torch.dtype) -> RowResults:
-    """`loss_of` over some rows of `states` at a time, forward and backward at once.
-
-    The tables are frozen, so the only gradient is that of the states: [N, D] are kept for the
-    backward pass in place of [N, C] logits, and nothing is computed twice.
-
-    Args:
-        states: [N, D].
-        loss_of: (states of some rows in `dtype`, which rows) -> results of those.
-        rows: of a chunk.
-        dtype: in which the states meet the table.
-    """
-    return RowResults(*_Chunked.apply(states, loss_of, rows, dtype))
-
-
-class _Chunked(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, states: torch.Tensor, loss_of: RowLoss, rows: int, dtype: torch.dtype
-    ) -> tuple[torch.Tensor | None, ...]:
-        gradient = torch.empty_like(states)
-        parts: list[RowResults] = []
-        for start in range(0, len(states), rows):
-            chunk = slice(start, start + rows)
-            # The products are of the dtype in which the decoder computes them, not of autocast's.
-            part = states[chunk].detach().to(dtype).requires_grad_()
-            with torch.enable_grad(), torch.autocast(part.device.type, enabled=False):
-                result = loss_of(part, chunk)
-                # Each row's loss depends on its own state alone: the sum's gradient has them all.
-                (gradient[chunk],) = torch.autograd.grad(result.losses.sum(), part)
-            parts.append(result._replace(losses=result.losses.detach()))
-        ctx.save_for_backward(gradient)
-        losses, hits, masses = zip(*parts, strict=True)
-        mass = None if masses[0] is None else torch.cat(masses)
-        outputs = torch.cat(losses), torch.cat(hits), mass
-        ctx.mark_non_differentiable(*(o for o in outputs[1:] if o is not None))
-        return outputs
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (gradient,) = ctx.saved_tensors
-        return grads[0][:, None] * gradient, None, None, None

@@ -19,10 +19,11 @@ from headstart.heads.ordered import set_order
 from headstart.heads.targets import Target
 from headstart.heads.unroll import DraftHead
 from headstart.train.loop import is_centroid, learning_rate
-from headstart.train.objectives import cluster_cross_entropy, draw_candidates, sparse_mass
+from headstart.train.objectives import cluster_cross_entropy
 from headstart.train.start import START_ROWS, taught_rows
 from headstart.train.step import draft_batch
 from headstart.train.summary import summary_text
+from headstart.train.vocabulary import draw_candidates, sparse_mass
 
 
 @dataclass(frozen=True)

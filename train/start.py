@@ -7,14 +7,10 @@ import torch
 from headstart.configs.schema import Config
 from headstart.data.progress import say
 from headstart.data.store import Documents
-from headstart.heads.assistant import (
-    build_assistant,
-    low_rank_agreement,
-    low_rank_start,
-    plain_svd_start,
-)
+from headstart.heads.assistant import build_assistant
 from headstart.heads.ordered import Taught, set_order
 from headstart.heads.targets import Target
+from headstart.heads.ties import low_rank_agreement, low_rank_start, plain_svd_start
 from headstart.heads.unroll import DraftHead
 
 START_ROWS = 1 << 16  # rows of the training text that starts are drawn up from

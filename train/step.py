@@ -13,14 +13,8 @@ from headstart.data.loader import Batch
 from headstart.eval.recall import cluster_ranks
 from headstart.heads.targets import Target
 from headstart.heads.unroll import select
-from headstart.train.objectives import (
-    OBJECTIVES,
-    Teacher,
-    cluster_cross_entropy,
-    draw_candidates,
-    exact_losses,
-    sparse_losses,
-)
+from headstart.train.objectives import OBJECTIVES, cluster_cross_entropy
+from headstart.train.vocabulary import Teacher, draw_candidates, exact_losses, sparse_losses
 
 RECALL_AT = 32  # clusters within which the teacher's best token is looked for while training
 

@@ -13,8 +13,9 @@ from headstart.data.packing import cut, pack
 from headstart.heads.assistant import build_assistant
 from headstart.heads.targets import Target
 from headstart.heads.unroll import DraftHead
-from headstart.train.objectives import exact_losses, forward_kl
+from headstart.train.objectives import forward_kl
 from headstart.train.step import draft_batch
+from headstart.train.vocabulary import exact_losses
 from tests.conftest import make_target
 from tests.samples import conversations
 

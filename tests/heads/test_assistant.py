@@ -5,16 +5,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from headstart.configs.schema import HeadConfig
-from headstart.heads.assistant import (
-    build_assistant,
-    check_pair,
-    load_assistant,
-    low_rank_agreement,
-    low_rank_start,
-    plain_svd_start,
-    save_assistant,
-)
+from headstart.heads.assistant import build_assistant, check_pair, load_assistant, save_assistant
 from headstart.heads.targets import Target
+from headstart.heads.ties import low_rank_agreement, low_rank_start, plain_svd_start
 from headstart.heads.unroll import DraftHead
 from tests.conftest import make_target
 

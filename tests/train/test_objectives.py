@@ -9,18 +9,20 @@ import torch
 from headstart.heads.targets import Target
 from headstart.train.objectives import (
     OBJECTIVES,
-    Teacher,
     acceptance,
     cluster_cross_entropy,
-    cluster_mass,
     cross_entropy,
-    draw_candidates,
-    exact_losses,
     forward_kl,
     lk_hybrid,
+    total_variation,
+)
+from headstart.train.vocabulary import (
+    Teacher,
+    cluster_mass,
+    draw_candidates,
+    exact_losses,
     sparse_losses,
     teacher_log_p,
-    total_variation,
 )
 from tests.conftest import make_target
 
