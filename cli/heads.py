@@ -65,8 +65,6 @@ def _run_order(args: argparse.Namespace) -> None:
     from headstart.heads.targets import load_target
     from headstart.train.reorder import Order, print_order, reorder
 
-    if args.num_centroids is not None and not args.rebuild:
-        raise ValueError("--num-centroids makes other clusters: give --rebuild too")
     config = load_config(args.config, args.overrides)
     t = config.target
     target = load_target(t.name, t.dtype, t.revision, t.trust_remote_code, default_device())

@@ -70,6 +70,10 @@ class HeadConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> "HeadConfig":
+        if self.num_centroids is not None and not self.use_ordered_embeddings:
+            raise ValueError("num_centroids needs use_ordered_embeddings=true")
+        if self.tie_start == "svd" and self.hidden_size is None:
+            raise ValueError("tie_start is of a low-rank tie: give hidden_size, or leave it out")
         if self.num_centroids is not None and self.num_centroids < self.centroid_intermediate_top_k:
             raise ValueError(
                 f"centroid_intermediate_top_k={self.centroid_intermediate_top_k} is above "
@@ -179,8 +183,8 @@ class TrainConfig(Section):
     anchors: PositiveInt = 64
     """Rows trained of each conversation in a batch, drawn anew each time (unit: tokens)."""
     later_anchors: PositiveInt | None = None
-    """How many of them go on beyond the first round, whose drafts weigh most and cost the same.
-    None: all."""
+    """How many of them go on beyond the first round, whose drafts weigh most and cost the same; the
+    later rounds then weigh as much less in all. None: all."""
     rounds: int = Field(default=4, ge=2)
     """Unroll K: drafts trained from each row. At least 2: from the second on a draft reads the
     head's own hidden state, and one alone would leave `post_projection` untrained."""
@@ -194,7 +198,7 @@ class TrainConfig(Section):
     vocabulary: Literal["sparse", "exact"] = "sparse"
     """Tokens that the objective runs over: the teachers' top tokens and shared negatives, or the
     whole vocabulary in chunks (the reference; many times slower)."""
-    negatives: PositiveInt = 1024
+    negatives: PositiveInt = 8192
     """Tokens drawn at random as shared negatives, beside the teachers' top tokens."""
     learning_rate: float = Field(default=1e-3, gt=0)
     """Peak learning rate of AdamW."""

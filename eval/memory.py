@@ -1,6 +1,7 @@
 """Peak memory of a call."""
 
 import gc
+import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import torch
 
 STATM = Path("/proc/self/statm")
-PAGE = 4096  # bytes
+PAGE = os.sysconf("SC_PAGE_SIZE")
 EVERY = 0.002  # seconds between two looks
 
 

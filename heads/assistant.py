@@ -24,9 +24,9 @@ from transformers import (
 
 from headstart.configs.schema import HeadConfig
 from headstart.heads.files import part_name, replace_folder
+from headstart.heads.ordered import cluster_count
 from headstart.heads.targets import Target, source_layers
 
-CLUSTER_TOKENS = 128  # tokens a cluster, where the configuration does not say how many clusters
 Assistant: TypeAlias = Gemma4AssistantForCausalLM | Gemma4UnifiedAssistantForCausalLM
 
 
@@ -99,23 +99,11 @@ def assistant_config(source: Any, head: HeadConfig) -> Any:
 def _ordered_config(vocab_size: int, head: HeadConfig) -> dict[str, Any]:
     if not head.use_ordered_embeddings:
         return {}
-    clusters = head.num_centroids or max(1, vocab_size // CLUSTER_TOKENS)
-    if vocab_size % clusters:
-        fits = [n for n in range(1, vocab_size + 1) if vocab_size % n == 0]
-        nearest = min(fits, key=lambda n: abs(n - clusters))
-        raise ValueError(
-            f"head.num_centroids={clusters} does not divide the vocabulary of {vocab_size:,} "
-            f"tokens into equal clusters: the nearest number that does is {nearest}"
-        )
-    if clusters < head.centroid_intermediate_top_k:
-        raise ValueError(
-            f"head.centroid_intermediate_top_k={head.centroid_intermediate_top_k} is above "
-            f"the {clusters} clusters of this vocabulary"
-        )
+    top_k = head.centroid_intermediate_top_k
     return {
         "use_ordered_embeddings": True,
-        "num_centroids": clusters,
-        "centroid_intermediate_top_k": head.centroid_intermediate_top_k,
+        "num_centroids": cluster_count(vocab_size, head.num_centroids, top_k),
+        "centroid_intermediate_top_k": top_k,
     }
 
 

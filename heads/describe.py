@@ -225,7 +225,7 @@ def _shape_rows(figures: dict[str, Any]) -> dict[str, str]:
     types, width = figures["layer_types"], figures["hidden_size"]
     tie = "full width: the table is the target's own"
     if figures["tie"] == "low-rank":
-        tie = "low-rank: `table @ P`, materialised at export"
+        tie = "a table of its own (from Headstart: low-rank, `table @ P`, materialised at export)"
     tokens, ordered = figures["num_assistant_tokens"], figures["ordered_embeddings"]
     clusters = "none"
     if ordered is not None:

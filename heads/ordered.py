@@ -16,6 +16,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from headstart.heads.targets import Target
+
+CLUSTER_TOKENS = 128  # tokens a cluster, where nobody says how many clusters
 KMEANS_ROUNDS = 8
 USAGE_ROWS = 1024  # rows whose whole softmax tells how likely each token is
 CHUNK_ROWS = 128  # of them at once
@@ -43,17 +46,17 @@ class Taught:
 
 
 @torch.no_grad()
-def token_usage(table: torch.Tensor, taught: Taught) -> torch.Tensor:
+def token_usage(target: Target, taught: Taught) -> torch.Tensor:
     """[V] float32: how likely each token is, from all stored rows and a whole softmax of some.
 
     The stored top tokens alone say nothing of nearly all of the vocabulary: on Gemma 3 270M they
     leave out tokens that the target's whole softmax over a thousand rows ranks well.
     """
     step = max(1, len(taught.hidden) // USAGE_ROWS)
-    rows = taught.hidden[::step][:USAGE_ROWS].to(table.dtype)
-    usage = taught.token_weights(len(table))
+    rows = taught.hidden[::step][:USAGE_ROWS]
+    usage = taught.token_weights(len(target.table))
     for chunk in rows.split(CHUNK_ROWS):
-        usage += (chunk @ table.T).float().softmax(-1).sum(0) / len(rows)
+        usage += target.logits(chunk).softmax(-1).sum(0) / len(rows)
     return usage
 
 
@@ -77,13 +80,35 @@ def token_features(table: torch.Tensor, usage: torch.Tensor, hidden: torch.Tenso
     return torch.nn.functional.normalize((table.float() - mean) @ root, dim=1)
 
 
+def cluster_count(vocab_size: int, wanted: int | None, top_k: int) -> int:
+    """The number of clusters: `wanted`, or that with about 128 tokens in each.
+
+    Raises:
+        ValueError: they cannot be equal, or are fewer than the `top_k` that a draft reads.
+    """
+    near = wanted or max(1, vocab_size // CLUSTER_TOKENS)
+    divisors = [n for n in range(1, vocab_size + 1) if vocab_size % n == 0]
+    nearest = min(divisors, key=lambda n: abs(n - near))
+    if wanted is not None and nearest != wanted:
+        raise ValueError(
+            f"num_centroids={wanted} does not divide the vocabulary of {vocab_size:,} tokens into "
+            f"equal clusters: the nearest number that does is {nearest}"
+        )
+    if nearest < top_k:
+        raise ValueError(
+            f"centroid_intermediate_top_k={top_k} is above the {nearest} clusters of this "
+            "vocabulary"
+        )
+    return nearest
+
+
 @torch.no_grad()
 def order_vocabulary(features: torch.Tensor, usage: torch.Tensor, clusters: int) -> torch.Tensor:
     """Cluster the vocabulary: equal clusters, of tokens that are about as likely and alike.
 
     The tokens are sorted by how likely they are, cut into bands, and each band is clustered by
-    balanced k-means. Rare and unused ids so end up together. The same arguments give the same
-    clusters.
+    balanced k-means. Rare and unused ids so end up together. On a CPU the same arguments give the
+    same clusters; some accelerators add in an order of their own.
 
     Args:
         features: [V, D] of the tokens, from `token_features`.
@@ -163,6 +188,7 @@ def balanced_assignment(scores: torch.Tensor, size: int) -> torch.Tensor:
 
 def token_clusters(token_ordering: torch.Tensor, clusters: int) -> torch.Tensor:
     """[V] the cluster of each token, from the tokens of each cluster."""
+    token_ordering = token_ordering.long()
     size = len(token_ordering) // clusters
     places = torch.arange(len(token_ordering), device=token_ordering.device)
     return torch.empty_like(token_ordering).scatter_(0, token_ordering, places // size)
@@ -180,19 +206,17 @@ def mean_centroids(
 
 
 @torch.no_grad()
-def set_order(
-    embedder: Any, table: torch.Tensor, taught: Taught, draft_table: torch.Tensor
-) -> None:
+def set_order(embedder: Any, target: Target, taught: Taught, draft_table: torch.Tensor) -> None:
     """Order the vocabulary and give a head's masked embedder its clusters and mean centroids.
 
     Args:
         embedder: `masked_embedding` of an assistant; changed in place.
-        table: [V, D] the target's.
+        target: that the head drafts for.
         taught: what the target said in its own text.
         draft_table: [V, H] whose product with head states [H] is the draft's logits.
     """
-    usage = token_usage(table, taught)
-    features = token_features(table, usage, taught.hidden)
+    usage = token_usage(target, taught)
+    features = token_features(target.table, usage, taught.hidden)
     ordering = order_vocabulary(features, usage, embedder.num_centroids)
     embedder.token_ordering.copy_(ordering)
     centroids = mean_centroids(draft_table, usage, ordering, embedder.num_centroids)

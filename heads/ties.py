@@ -40,10 +40,23 @@ def low_rank_start(
     return root @ leading, leading.T @ inverse
 
 
-def plain_svd_start(table: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The start without data: P [D, H] the leading right singular vectors of the table, Q = P'."""
-    projection = torch.linalg.eigh(table.float().T @ table.float())[1].flip(-1)[:, :rank]
-    return projection, projection.T
+def plain_svd_start(
+    table: torch.Tensor, hidden: torch.Tensor, rank: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The start from the table alone: its leading right singular vectors, to compare with.
+
+    Args:
+        table: [V, D] the target's table.
+        hidden: [N, D] states, of which the scale is taken and nothing else, so that both starts
+            begin with logits of the right size.
+        rank: H.
+
+    Returns:
+        P [D, H] and Q [H, D] as of `low_rank_start`.
+    """
+    vectors = torch.linalg.eigh(table.float().T @ table.float())[1].flip(-1)[:, :rank]
+    scale = (hidden.float() @ vectors).square().mean(0).sqrt()
+    return vectors * scale, (vectors / scale).T
 
 
 @torch.no_grad()

@@ -22,14 +22,40 @@ def row(r: dict[str, Any]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def test_the_table_in_the_readme_is_that_of_the_result_files() -> None:
+def results(name: str) -> Any:
+    return json.loads((ROOT / "docs" / "results" / name).read_text(encoding="utf-8"))
+
+
+def test_the_table_in_the_readme_is_that_of_the_result_file() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    for name in ("quickstart.json", "quickstart-float32.json"):
-        report = json.loads((ROOT / "docs" / "results" / name).read_text(encoding="utf-8"))
-        for result in report["results"]:
-            if name == "quickstart.json" or result["category"] == "all":
-                assert row(result) in readme, f"{name} holds: {row(result)}"
-        assert name in readme
+    for result in results("quickstart.json")["results"]:
+        assert row(result) in readme, f"the file holds: {row(result)}"
+    assert "quickstart.json" in readme
+
+
+def test_the_tables_of_the_training_page_are_those_of_the_result_files() -> None:
+    page = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    tie = results("bench-tie.json")["same_best_token"]
+    for width, kept in tie["data"].items():
+        assert f"| {width} | {kept:.1%} | {tie['svd'][width]:.1%} |" in page
+    for name in ("objective-sparse", "objective-sparse-8192", "objective-exact"):
+        best = results(f"{name}.json")["best"]
+        length = f"{best['acceptance_length']:.3f} ([results](results/{name}.json))"
+        assert length in page, f"{name} holds {length}"
+    best = results("quickstart-summary.json")["best"]
+    for top in ("8", "16", "32", "64"):
+        argmax, mass = (best["recall"][kind][top] for kind in ("argmax", "mass"))
+        assert f"| {top} | {argmax:.3f} | {mass:.3f} |" in page
+    lengths = (best["acceptance_length"], best["dense_acceptance_length"])
+    assert "{:.3f} through the clusters and {:.3f} dense".format(*lengths) in page
+    bench = results("bench-train.json")
+    for name, ratio in bench["ratios"].items():
+        assert f"(`{name}`) | {ratio:.2f} |" in page
+    draft = results("bench-draft.json")
+    for name in ("c_dense", "c_ordered", "ordered_over_dense"):
+        assert f"(`{name}`) | {draft['ratios'][name]:.3f} |" in page
+    costs = " | ".join(f"{v:.2f}" for v in draft["ratios"]["v"])
+    assert f"| v(K) | {costs} |" in page
 
 
 def test_the_tables_of_the_data_page_are_those_of_the_benchmarks() -> None:

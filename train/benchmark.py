@@ -25,10 +25,16 @@ from headstart.eval.memory import peak_memory
 from headstart.heads.targets import Target, load_target
 from headstart.heads.ties import low_rank_agreement
 from headstart.heads.unroll import DraftHead
-from headstart.train.start import START_ROWS, build_head, taught_rows, tie_start
+from headstart.train.start import (
+    AGREEMENT_ROWS,
+    START_ROWS,
+    build_head,
+    taught_rows,
+    tie_start,
+)
 from headstart.train.step import batch_sums, draft_batch, loss_weight
 
-TIE_WIDTHS = (32, 64, 128, 256, 384, 512)
+TIE_SHARES = (0.4, 0.6)  # widths measured, as shares of the target's
 PROMPT_TOKENS = 8  # of each text; the rest stands in for an answer
 
 
@@ -155,7 +161,7 @@ def plain_loss(
     """Forward KL over all of V as one would write it down: [N, V] logits of both, whole."""
     dtype = torch.bfloat16 if bfloat16 else torch.float32
     drafts = draft_batch(head, target, batch, dtype)
-    log_p = target.logits(drafts.teacher.hidden[drafts.teacher.at]).log_softmax(-1)
+    log_p = target.logits(drafts.teacher.hidden).log_softmax(-1)[drafts.teacher.at]
     logits = torch.nn.functional.linear(drafts.states.to(dtype), target.table.to(dtype)).float()
     losses = torch.nn.functional.kl_div(
         logits.log_softmax(-1), log_p, reduction="none", log_target=True
@@ -163,7 +169,7 @@ def plain_loss(
     return (losses * round_decay**drafts.round).sum()
 
 
-def run_tie_benchmark(config: Config, out: Path | None) -> None:
+def run_tie_benchmark(config: Config, device: str, out: Path | None) -> None:
     """How often a low-rank tie keeps the target's best token, by width and start.
 
     The starts are drawn up from the training documents of `config.data` and judged on its held-out
@@ -171,6 +177,7 @@ def run_tie_benchmark(config: Config, out: Path | None) -> None:
 
     Args:
         config: the target and its texts.
+        device: where it all runs.
         out: a JSON file.
 
     Raises:
@@ -179,18 +186,18 @@ def run_tie_benchmark(config: Config, out: Path | None) -> None:
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
     t = config.target
-    target = load_target(t.name, t.dtype, t.revision, t.trust_remote_code)
+    target = load_target(t.name, t.dtype, t.revision, t.trust_remote_code, device)
     training, validation = prepare_documents(target, config.data, config.run.seed, None)
     taught = taught_rows(training, START_ROWS, target.device)
-    unseen = taught_rows(validation, START_ROWS, target.device).hidden
+    unseen = taught_rows(validation, AGREEMENT_ROWS, target.device).hidden
     kinds: tuple[Literal["data", "svd"], ...] = ("data", "svd")
+    widths = [round(share * target.config.hidden_size) for share in TIE_SHARES]
     shares = {
         kind: {
             str(width): low_rank_agreement(
                 target.table, tie_start(target, kind, taught, width), unseen
             )
-            for width in TIE_WIDTHS
-            if width <= target.config.hidden_size
+            for width in widths
         }
         for kind in kinds
     }

@@ -118,7 +118,7 @@ def train(config: Config, resume: bool = False) -> None:
                 "loss": reduced["loss_sum"] / float(denominator),
                 # Over the rows of the batch, drafts compared over its candidates alone: for
                 # watching. `acceptance_length` below is the figure to compare.
-                "batch_acceptance_length": 1 + reduced["accepted"] / max(reduced["rows"], 1),
+                "batch_acceptance_length": 1 + reduced["accepted"] / max(reduced["beyond"], 1),
                 "learning_rate": optimizer.param_groups[0]["lr"],
                 "grad_norm": float(norm),
                 "rows": reduced["rows"],
@@ -166,10 +166,13 @@ def is_centroid(name: str) -> bool:
 
 
 def _parameter_groups(head: DraftHead, weight_decay: float) -> list[dict[str, Any]]:
-    parameters = head.trainable().values()
+    decayed: list[torch.nn.Parameter] = []
+    others: list[torch.nn.Parameter] = []
+    for name, parameter in head.trainable().items():
+        (decayed if parameter.ndim > 1 and not is_centroid(name) else others).append(parameter)
     return [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": others, "weight_decay": 0.0},
     ]
 
 
@@ -184,7 +187,7 @@ def _validate(
     counts = [found.acceptance, found.dense]
     sums = [n for c in counts for n in (sum(c.accepted), c.rounds)] + found.recall.sums()
     reduced = accelerator.reduce(
-        torch.tensor(sums, dtype=torch.float64, device=accelerator.device)
+        torch.tensor(sums, dtype=torch.float32, device=accelerator.device)
     ).tolist()
     accepted, walked, dense_accepted, dense_walked, *recall = reduced
     row: dict[str, Any] = {"acceptance_length": 1 + accepted / max(walked, 1)}

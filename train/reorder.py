@@ -14,8 +14,8 @@ from headstart.data.prepare import prepare_documents
 from headstart.data.progress import progress_bar, say
 from headstart.data.store import Documents
 from headstart.eval.simulate import Simulated, simulate_acceptance
-from headstart.heads.assistant import CLUSTER_TOKENS, check_pair, load_assistant, save_assistant
-from headstart.heads.ordered import set_order
+from headstart.heads.assistant import check_pair, load_assistant, save_assistant
+from headstart.heads.ordered import cluster_count, set_order
 from headstart.heads.targets import Target
 from headstart.heads.unroll import DraftHead
 from headstart.train.loop import is_centroid, learning_rate
@@ -46,7 +46,8 @@ def reorder(path: str, target: Target, config: Config, order: Order, out: Path) 
     Args:
         path: folder or Hub id of the head.
         target: that it drafts for.
-        config: the texts (`data`), seed, batch size, anchors, rounds and learning rate.
+        config: the texts (`data`), seed, and of `train` the batch size, anchors, rounds, negatives
+            and learning rate.
         order: what is asked.
         out: folder of the new head.
 
@@ -56,13 +57,19 @@ def reorder(path: str, target: Target, config: Config, order: Order, out: Path) 
         to `out`/order.json.
 
     Raises:
-        ValueError: the head does not fit its target, or has no clusters to refine.
+        ValueError: the head does not fit its target, has no clusters to refine, the clusters asked
+            for cannot be, or `out` holds something.
     """
     assistant = load_assistant(path, torch.float32, target.device)
     check_pair(target, assistant)
     had_clusters = bool(assistant.config.use_ordered_embeddings)
+    if out.exists() and any(out.iterdir()):
+        raise ValueError(f"{out} is not empty: name another folder, --out DIR")
     if not had_clusters and not order.rebuild:
         raise ValueError(f"{path} has no ordered embeddings to refine: give --rebuild")
+    if order.num_centroids is not None and not order.rebuild:
+        raise ValueError("--num-centroids makes other clusters: give --rebuild too")
+    shape = _shape(assistant.config, order)
     training, validation = prepare_documents(target, config.data, config.run.seed, None)
     rounds, everything = config.train.rounds, range(len(validation.entries))
     found: dict[str, Any] = {"head": path, "rebuilt": order.rebuild, "steps": order.steps}
@@ -70,12 +77,13 @@ def reorder(path: str, target: Target, config: Config, order: Order, out: Path) 
         before = simulate_acceptance(DraftHead(assistant), target, validation, rounds, everything)
         found["before"] = describe_simulated(before)
     if order.rebuild:
-        assistant = _with_clusters(assistant, order)
+        assistant = _with_clusters(assistant, *shape)
         taught = taught_rows(training, START_ROWS, target.device)
         say(f"Ordering {len(target.table):,} tokens in {assistant.config.num_centroids:,} clusters")
-        set_order(assistant.masked_embedding, target.table, taught, assistant.lm_head.weight)
-    elif order.centroid_intermediate_top_k is not None:
-        _set_top_k(assistant, order.centroid_intermediate_top_k)
+        set_order(assistant.masked_embedding, target, taught, assistant.lm_head.weight)
+    else:
+        assistant.config.centroid_intermediate_top_k = shape[1]
+        assistant.masked_embedding.centroid_intermediate_top_k = shape[1]
     head = DraftHead(assistant)
     learn_centroids(head, target, training, config, order.steps)
     after = simulate_acceptance(head, target, validation, rounds, everything)
@@ -95,23 +103,18 @@ def describe_simulated(found: Simulated) -> dict[str, Any]:
     }
 
 
-def _with_clusters(assistant: PreTrainedModel, order: Order) -> PreTrainedModel:
+def _shape(config: Any, order: Order) -> tuple[int, int]:
+    """Clusters, and how many of them a draft reads."""
+    top_k = order.centroid_intermediate_top_k or config.centroid_intermediate_top_k
+    known = config.num_centroids if config.use_ordered_embeddings else None
+    return cluster_count(config.text_config.vocab_size, order.num_centroids or known, top_k), top_k
+
+
+def _with_clusters(assistant: PreTrainedModel, clusters: int, top_k: int) -> PreTrainedModel:
     """The same head with room for clusters, which hold nothing yet."""
     config = assistant.config
-    vocab_size = config.text_config.vocab_size
-    known = config.num_centroids if config.use_ordered_embeddings else vocab_size // CLUSTER_TOKENS
-    config.num_centroids = order.num_centroids or max(1, known)
     config.use_ordered_embeddings = True
-    if vocab_size % config.num_centroids:
-        raise ValueError(
-            f"{config.num_centroids} clusters cannot be equal over {vocab_size:,} tokens: name a "
-            "divisor of that"
-        )
-    if order.centroid_intermediate_top_k is not None:
-        config.centroid_intermediate_top_k = order.centroid_intermediate_top_k
-    config.centroid_intermediate_top_k = min(
-        config.centroid_intermediate_top_k, config.num_centroids
-    )
+    config.num_centroids, config.centroid_intermediate_top_k = clusters, top_k
     weights = assistant.state_dict()
     larger = type(assistant)(config).to(assistant.device).eval()
     own = {k: v for k, v in weights.items() if not is_centroid(k)}
@@ -120,13 +123,6 @@ def _with_clusters(assistant: PreTrainedModel, order: Order) -> PreTrainedModel:
     assert all(is_centroid(name) for name in missing)
     larger.generation_config = assistant.generation_config
     return larger
-
-
-def _set_top_k(assistant: PreTrainedModel, top_k: int) -> None:
-    if top_k > assistant.config.num_centroids:
-        raise ValueError(f"the head has {assistant.config.num_centroids} clusters, not {top_k}")
-    assistant.config.centroid_intermediate_top_k = top_k
-    assistant.masked_embedding.centroid_intermediate_top_k = top_k
 
 
 def learn_centroids(

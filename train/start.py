@@ -46,7 +46,7 @@ def build_head(
     if assistant.masked_embedding is not None:
         clusters = assistant.config.num_centroids
         say(f"Ordering {len(target.table):,} tokens in {clusters:,} clusters")
-        set_order(assistant.masked_embedding, target.table, taught, head.table(target.table))
+        set_order(assistant.masked_embedding, target, taught, head.table(target.table))
     return head
 
 
@@ -68,15 +68,16 @@ def tie_start(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """P [D, H] and Q [H, D] of a low-rank tie's start; `low_rank_start` says what they are."""
     if kind == "svd":
-        return plain_svd_start(target.table, width)
+        return plain_svd_start(target.table, taught.hidden, width)
     weights = taught.token_weights(len(target.table)) + 1e-9
     return low_rank_start(target.table, taught.hidden, weights, width)
 
 
 def taught_rows(documents: Documents, limit: int, device: torch.device) -> Taught:
-    """What the target said at up to `limit` rows, from the first document on."""
+    """What the target said at up to `limit` rows, of documents from anywhere in the collection."""
     hidden, ids, logprobs, count = [], [], [], 0
-    for i in range(len(documents.entries)):
+    shuffled = torch.randperm(len(documents.entries), generator=torch.Generator().manual_seed(0))
+    for i in shuffled.tolist():
         (document,) = documents.read([i])
         rows = document.loss_mask.nonzero()[:, 0] - 1  # the target wrote the next token
         rows = rows[rows >= 0][: limit - count]

@@ -101,9 +101,9 @@ def batch_sums(
 
     Returns:
         Scalars: `loss_sum` (weighted by round); `accepted` (drafts in a row from the first that
-        are the teacher's best token, over the candidates) and `rows`, of the anchors that go beyond
-        the first round; with clusters `cluster_loss_sum`, and `recalled` (drafts whose teacher's
-        best token is in the top 32 clusters) of `drafts`.
+        are the teacher's best token, over the candidates) of the anchors `beyond` the first
+        round; `rows`, all anchors; with clusters `cluster_loss_sum`, and `recalled` (drafts whose
+        teacher's best token is in the top 32 clusters) of `drafts`.
     """
     dtype = torch.bfloat16 if c.precision == "bfloat16" else torch.float32
     drafts = draft_batch(model, target, batch, dtype)
@@ -134,13 +134,16 @@ def batch_sums(
 
 
 def _accepted_in_a_row(hits: torch.Tensor, drafts: Drafts, batch: Batch) -> dict[str, torch.Tensor]:
-    """Over the anchors that go beyond the first round: how many, and their leading hits."""
+    """The leading hits of the anchors that go beyond the first round, and how many anchors do."""
     b, r, rounds = batch.weights.shape
     hit = torch.zeros(b * r, rounds, device=hits.device)
     hit[drafts.anchor, drafts.round] = hits.float()
-    through = drafts.anchor[drafts.round == 1]
-    accepted = hit[through].cumprod(-1).sum()
-    return {"accepted": accepted, "rows": torch.tensor(float(len(through)), device=hits.device)}
+    beyond = drafts.anchor[drafts.round == 1]
+    return {
+        "accepted": hit[beyond].cumprod(-1).sum(),
+        "beyond": torch.tensor(float(len(beyond)), device=hits.device),
+        "rows": (drafts.round == 0).sum().float(),
+    }
 
 
 def loss_weight(batch: Batch, round_decay: float) -> torch.Tensor:

@@ -106,6 +106,8 @@ def sparse_losses(
         cluster_of: [V] the cluster of each token; None: no ordered embeddings.
     """
     taught = target.table[candidates.ids]
+    clusters = None if cluster_of is None else cluster_of[candidates.ids]
+    count = 0 if cluster_of is None else int(cluster_of.max()) + 1
     table, log_weights = taught.to(dtype), candidates.weights.log()
     # Once a position, not once a row: the rounds of neighbouring anchors are taught at the same.
     said = target.logits(teacher.hidden, taught)  # [P, C]
@@ -119,7 +121,7 @@ def sparse_losses(
         return RowResults(
             objective(log_q, log_p, candidates.weights),
             log_q.detach().argmax(-1) == slots[:, 0],
-            cluster_mass(log_p + log_weights, candidates.ids, cluster_of),
+            None if clusters is None else cluster_mass(log_p + log_weights, clusters, count),
         )
 
     return chunked(states, loss_of, SPARSE_ROWS, dtype)
@@ -165,7 +167,7 @@ def exact_losses(
     """
     table = target.table.to(dtype)
     weights = torch.ones(len(table), device=states.device)
-    every = torch.arange(len(table), device=states.device)
+    count = 0 if cluster_of is None else int(cluster_of.max()) + 1
 
     def loss_of(states: torch.Tensor, rows: slice) -> RowResults:
         said = target.logits(teacher.hidden[teacher.at[rows]])
@@ -175,7 +177,7 @@ def exact_losses(
         return RowResults(
             objective(log_q, log_p, weights),
             log_q.detach().argmax(-1) == log_p.argmax(-1),
-            cluster_mass(log_p, every, cluster_of),
+            None if cluster_of is None else cluster_mass(log_p, cluster_of, count),
         )
 
     return chunked(states, loss_of, EXACT_ROWS, dtype)
@@ -187,23 +189,28 @@ def sparse_mass(
 ) -> torch.Tensor:
     """[N, clusters] the mass that `sparse_losses` gives, for a head whose trunk does not learn."""
     said = target.logits(teacher.hidden, target.table[candidates.ids])
-    log_p = teacher_log_p(said[teacher.at], candidates.slots, teacher.logprobs)
-    mass = cluster_mass(log_p + candidates.weights.log(), candidates.ids, cluster_of)
-    assert mass is not None
-    return mass
+    clusters, count = cluster_of[candidates.ids], int(cluster_of.max()) + 1
+    masses = []
+    for start in range(0, len(teacher.at), SPARSE_ROWS):
+        rows = slice(start, start + SPARSE_ROWS)
+        log_p = teacher_log_p(
+            said[teacher.at[rows]], candidates.slots[rows], teacher.logprobs[rows]
+        )
+        masses.append(cluster_mass(log_p + candidates.weights.log(), clusters, count))
+    return torch.cat(masses)
 
 
-def cluster_mass(
-    log_p: torch.Tensor, ids: torch.Tensor, cluster_of: torch.Tensor | None
-) -> torch.Tensor | None:
-    """[n, clusters] the teacher's mass in each cluster, from that of candidates `ids` [C], weights
-    in, [n, C]. None: there are no clusters."""
-    if cluster_of is None:
-        return None
-    clusters = int(cluster_of.max()) + 1
+def cluster_mass(log_p: torch.Tensor, clusters: torch.Tensor, count: int) -> torch.Tensor:
+    """[n, count] the teacher's mass in each cluster.
+
+    Args:
+        log_p: [n, C] of candidates, the logarithm of their weights added.
+        clusters: [C] the cluster of each candidate.
+        count: clusters in all.
+    """
     # Candidates first: whole rows are then added, which is many times as fast.
-    mass = log_p.new_zeros(clusters, len(log_p))
-    return mass.index_add_(0, cluster_of[ids], log_p.exp().T.contiguous()).T
+    mass = log_p.new_zeros(count, len(log_p))
+    return mass.index_add_(0, clusters, log_p.exp().T.contiguous()).T
 
 
 def chunked(states: torch.Tensor, loss_of: RowLoss, rows: int, dtype: torch.dtype) -> RowResults:

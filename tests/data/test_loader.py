@@ -165,3 +165,39 @@ def test_a_cut_conversation_trains_every_token_once_with_context_before_it(
 def test_a_short_conversation_is_not_touched() -> None:
     conversation = answered([1, 2, 3], [4, 5], id="c", category="c", source="s")
     assert cut(conversation, 8) == [conversation]
+
+
+@pytest.mark.parametrize("pack_tokens", [None, 64])
+def test_every_draft_is_taught_by_the_target_at_its_own_place(
+    documents: OnlineActivations, pack_tokens: int | None
+) -> None:
+    """Unequal lengths, packed or not, with fewer anchors beyond the first round: the teacher's
+    states are those of KV row t + k, and no draft comes twice or is missing."""
+    target = documents.target
+    loader = AnchorLoader(documents, 6, 9, 3, seed=2, pack_tokens=pack_tokens, later_anchors=4)
+    batch = loader.batch(0)
+    head = DraftHead(build_assistant(target, HeadConfig()))
+    drafts = draft_batch(head, target, batch, torch.float32)
+    said = target.logits(drafts.teacher.hidden[drafts.teacher.at])
+    assert torch.equal(said.argmax(-1), drafts.teacher.ids[:, 0])
+    torch.testing.assert_close(
+        said.log_softmax(-1).gather(1, drafts.teacher.ids), drafts.teacher.logprobs,
+        atol=1e-4, rtol=1e-4,
+    )  # fmt: skip
+    rounds = batch.weights.shape[-1]
+    wanted = batch.weights.flatten().nonzero()[:, 0].tolist()
+    assert sorted((drafts.anchor * rounds + drafts.round).tolist()) == wanted
+    first, later = (int((drafts.round == k).sum()) for k in (0, 1))
+    assert later < first
+    assert later <= 6 * 4
+    # And the states are those of the anchors that they are said to be of.
+    inputs = (batch.hidden, target.embed(batch.tokens), batch.rows, batch.shared_kv, batch.starts)
+    with torch.no_grad():
+        whole = head(*inputs).states
+    for k in range(rounds):
+        of_round = drafts.round == k
+        torch.testing.assert_close(
+            drafts.states[of_round].detach(),
+            whole[k].flatten(0, 1)[drafts.anchor[of_round]],
+            atol=1e-5, rtol=1e-5,
+        )  # fmt: skip

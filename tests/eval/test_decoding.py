@@ -86,7 +86,7 @@ def with_clusters(assistant: PreTrainedModel, target: Target, top_k: int) -> Pre
     )
     ordered = build_assistant(target, shape).eval()
     ordered.load_state_dict(assistant.state_dict(), strict=False)
-    set_order(ordered.masked_embedding, target.table, said_by(target), target.table)
+    set_order(ordered.masked_embedding, target, said_by(target), target.table)
     return ordered
 
 

@@ -63,7 +63,7 @@ def test_the_data_aware_start_beats_the_plain_svd_on_what_the_target_says() -> N
     counts = torch.bincount(wanted, minlength=500).float() + 1e-3
     unseen = torch.randn(1000, 24) * torch.logspace(0.5, -1.5, 24)
     aware = low_rank_agreement(table, low_rank_start(table, hidden, counts, 8), unseen)
-    assert aware > low_rank_agreement(table, plain_svd_start(table, 8), unseen) + 0.2
+    assert aware > low_rank_agreement(table, plain_svd_start(table, hidden, 8), unseen) + 0.2
     assert low_rank_agreement(table, low_rank_start(table, hidden, counts, 24), unseen) == 1
 
 

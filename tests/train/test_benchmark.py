@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from headstart.cli.main import main
-from headstart.configs.loader import load_config
 from headstart.configs.schema import TrainConfig
 from headstart.data.extraction import OnlineActivations
 from headstart.data.loader import AnchorLoader
@@ -50,7 +49,8 @@ def test_bench_tie_is_judged_on_texts_that_it_was_not_made_of(tmp_path: Path) ->
     assert main([*argv, f"data.cache_dir={tmp_path}"]) == 0
     content = json.loads((tmp_path / "tie.json").read_text())
     shares = content["same_best_token"]
-    assert shares["data"]["32"] > shares["svd"]["32"], "48 is the width of the tiny target"
+    assert shares["data"]["29"] > shares["svd"]["29"], "48 is the width of the tiny target"
+    assert shares["data"]["29"] > shares["data"]["19"]
     assert 0 < content["held_out_rows"] < content["rows"]
 
 
@@ -59,4 +59,3 @@ def test_peak_memory_sees_what_a_call_holds_for_a_while() -> None:
     peak = peak_memory(torch.device("cpu"), lambda: torch.ones(size, dtype=torch.uint8).sort())
     if peak is not None:  # Linux alone tells
         assert size < peak < 20 * size, "sorting adds indices of eight bytes"
-    assert load_config(None, []).train.precision in ("bfloat16", "float32")

@@ -29,6 +29,11 @@ from tests.overfit import greedy_document, overfit
 
 ROOT = Path(__file__).resolve().parents[2]
 K = 3
+ORDERED: dict[str, Any] = {
+    "use_ordered_embeddings": True,
+    "num_centroids": 20,
+    "centroid_intermediate_top_k": 4,
+}
 
 
 def tiny_config(tmp_path: Path, *overrides: str) -> Config:
@@ -44,10 +49,12 @@ def weights_hash(target: Target) -> str:
     return Target(target.model, target.tokenizer, target.name).fingerprint
 
 
-def acceptance_after_overfitting(target: Target, tmp_path: Path, shift: int = 0) -> float:
+def acceptance_after_overfitting(
+    target: Target, tmp_path: Path, shift: int = 0, shape: HeadConfig | None = None
+) -> float:
     """Train a head on one text, save it, and decode that text with the stock `generate`."""
     prompt, document = greedy_document(target)
-    head = overfit(target, document, steps=500, rounds=K, shift=shift)
+    head = overfit(target, document, steps=500, rounds=K, shift=shift, shape=shape)
     export_head(head, target, tmp_path / "head", K)
     assistant = load_assistant(tmp_path / "head", torch.float32)
     # The text's last tokens are never drafted from in training: nothing follows them there.
@@ -62,16 +69,25 @@ def test_a_head_overfitted_on_one_text_is_always_accepted_by_generate(
     assert acceptance_after_overfitting(make_target(family), tmp_path) == 1.0
 
 
+def test_so_is_one_that_drafts_through_learned_clusters_and_not_one_with_scrambled_ones(
+    tmp_path: Path,
+) -> None:
+    """`generate` reads 6 of 20 clusters: the text is drafted only if order and centroids fit."""
+    target = make_target("gemma4-kv-sharing")
+    shape = HeadConfig(**ORDERED | {"centroid_intermediate_top_k": 6})
+    learned = acceptance_after_overfitting(target, tmp_path, shape=shape)
+    assert learned > 0.8
+    assistant = load_assistant(tmp_path / "head", torch.float32)
+    ordering = assistant.masked_embedding.token_ordering
+    ordering.copy_(ordering.roll(16 * 7))
+    prompt, _ = greedy_document(target)
+    counts = greedy(target, prompt, 22, assistant, K).counts(len(prompt), K)
+    assert counts.acceptance_rate < learned - 0.2
+
+
 def test_the_same_head_fails_when_the_pairing_is_shifted_by_one(tmp_path: Path) -> None:
     """x_{t+1} with h_{t+1} in place of h_t: the head learns to be the target's own LM head."""
     assert acceptance_after_overfitting(make_target("gemma3"), tmp_path, shift=1) < 0.9
-
-
-ORDERED: dict[str, Any] = {
-    "use_ordered_embeddings": True,
-    "num_centroids": 20,
-    "centroid_intermediate_top_k": 4,
-}
 
 
 @pytest.mark.parametrize(
@@ -85,7 +101,7 @@ def test_gradients_reach_all_of_the_head_and_none_of_the_target(
     head = DraftHead(build_assistant(target, head_config), narrow)
     if head.assistant.masked_embedding is not None:
         table = head.table(target.table)
-        set_order(head.assistant.masked_embedding, target.table, said_by(target), table)
+        set_order(head.assistant.masked_embedding, target, said_by(target), table)
     before = weights_hash(target)
     batch = gather_rows([document], [candidate_rows(document)], 2)
     c = TrainConfig(rounds=2, negatives=64, precision="float32")

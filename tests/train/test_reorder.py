@@ -29,7 +29,11 @@ def order(head: Path, out: Path, cache: Path, *options: str) -> int:
 def test_refined_centroids_keep_more_and_nothing_else_changes(tmp_path: Path) -> None:
     config = tiny_config(tmp_path / "run", "train.steps=6", "train.validate_every=6")
     train(config)
-    first, second = tmp_path / "run" / "head", tmp_path / "refined"
+    first, second = tmp_path / "noised", tmp_path / "refined"
+    noised = load_assistant(tmp_path / "run" / "head", torch.float32)
+    with torch.no_grad():
+        noised.masked_embedding.centroids.weight.normal_()
+    save_assistant(noised, noised.lm_head.weight, first, 3, torch.float32)
     assert order(first, second, tmp_path / "cache", "--steps", "150", "--top-k", "4") == 0
     found = json.loads((second / "order.json").read_text())
     assert found["after"]["recall"]["argmax"]["8"] > found["before"]["recall"]["argmax"]["8"]
