@@ -1,4 +1,4 @@
-"""The commands around data: regenerate, extract, data inspect, bench."""
+"""The commands around data: regenerate, extract, data inspect."""
 
 import argparse
 from pathlib import Path

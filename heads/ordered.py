@@ -14,7 +14,6 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import nn
 
 from headstart.heads.targets import Target
 
@@ -220,5 +219,4 @@ def set_order(embedder: Any, target: Target, taught: Taught, draft_table: torch.
     ordering = order_vocabulary(features, usage, embedder.num_centroids)
     embedder.token_ordering.copy_(ordering)
     centroids = mean_centroids(draft_table, usage, ordering, embedder.num_centroids)
-    weight: nn.Parameter = embedder.centroids.weight
-    weight.copy_(centroids)
+    embedder.centroids.weight.copy_(centroids)

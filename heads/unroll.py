@@ -137,12 +137,10 @@ class DraftHead(nn.Module):
     @property
     def cluster_of(self) -> torch.Tensor | None:
         """[V] the cluster of each token; None without ordered embeddings."""
-        embedder = self.assistant.masked_embedding
-        return (
-            None
-            if embedder is None
-            else token_clusters(embedder.token_ordering, embedder.num_centroids)
-        )
+        if (embedder := self.assistant.masked_embedding) is None:
+            return None
+        clusters = int(embedder.num_centroids)
+        return token_clusters(embedder.token_ordering, clusters)
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Name -> parameter that the optimizer updates; the tied table is not among them."""
