@@ -198,8 +198,11 @@ class TrainConfig(Section):
     vocabulary: Literal["sparse", "exact"] = "sparse"
     """Tokens that the objective runs over: the teachers' top tokens and shared negatives, or the
     whole vocabulary in chunks (the reference; many times slower)."""
-    negatives: PositiveInt = 8192
-    """Tokens drawn at random as shared negatives, beside the teachers' top tokens."""
+    likely_tokens: NonNegativeInt = 4096
+    """The tokens that the target finds likeliest in the training text: always among those that the
+    sparse objective runs over, beside the teachers' top tokens."""
+    negatives: PositiveInt = 4096
+    """Tokens drawn at random as shared negatives, which stand for all others."""
     learning_rate: float = Field(default=1e-3, gt=0)
     """Peak learning rate of AdamW."""
     warmup_steps: NonNegativeInt = 30

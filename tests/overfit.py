@@ -5,15 +5,23 @@ import torch
 from headstart.configs.schema import DataConfig, HeadConfig, TrainConfig
 from headstart.data.conversations import answered
 from headstart.data.extraction import OnlineActivations
-from headstart.data.loader import candidate_rows, gather_rows
+from headstart.data.loader import Batch, candidate_rows, gather_rows
 from headstart.data.shards import Document
 from headstart.eval.decoding import greedy
 from headstart.heads.assistant import build_assistant
 from headstart.heads.ordered import Taught, set_order
 from headstart.heads.targets import Target
+from headstart.heads.tiny import VOCAB_SIZE
 from headstart.heads.unroll import DraftHead
 from headstart.train.loop import learning_rate
-from headstart.train.step import batch_sums
+from headstart.train.step import batch_sums, step_candidates
+from headstart.train.vocabulary import Candidates
+
+
+def candidates_of(batch: Batch, c: TrainConfig, seed: int) -> Candidates | None:
+    """As the loop draws them, where no token is known to be likely."""
+    likely = torch.zeros(VOCAB_SIZE, dtype=torch.bool)
+    return step_candidates([batch], likely, c, seed, lambda kept: kept)
 
 
 def greedy_document(target: Target, tokens: int = 24) -> tuple[list[int], Document]:
@@ -53,7 +61,7 @@ def overfit(
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, 10, 3e-3)
-        sums = batch_sums(head, target, batch, c, step, head.cluster_of)
+        sums = batch_sums(head, target, batch, c, candidates_of(batch, c, step), head.cluster_of)
         loss = sums["loss_sum"] + sums.get("cluster_loss_sum", 0.0)
         (loss / batch.weights.sum()).backward()
         torch.nn.utils.clip_grad_norm_(head.trainable().values(), 1.0)

@@ -27,12 +27,12 @@ from headstart.heads.ties import low_rank_agreement
 from headstart.heads.unroll import DraftHead
 from headstart.train.start import (
     AGREEMENT_ROWS,
-    START_ROWS,
     build_head,
+    likely_tokens,
     taught_rows,
     tie_start,
 )
-from headstart.train.step import batch_sums, draft_batch, loss_weight
+from headstart.train.step import batch_sums, draft_batch, loss_weight, step_candidates
 
 TIE_SHARES = (0.4, 0.6)  # widths measured, as shares of the target's
 PROMPT_TOKENS = 8  # of each text; the rest stands in for an answer
@@ -59,11 +59,13 @@ def run_train_benchmark(config: Config, prompts: int, device: str, out: Path | N
     target = load_target(t.name, t.dtype, t.revision, t.trust_remote_code, device)
     texts = conversations_of_text(target, config, prompts)
     documents = OnlineActivations(target, texts, config.data)
-    head = build_head(target, config, documents, documents, resumed=False)
+    taught = taught_rows(documents, target.device)
+    head = build_head(target, config, taught, documents, resumed=False)
     batch = AnchorLoader(
         documents, prompts, c.anchors, c.rounds, config.run.seed, later_anchors=c.later_anchors
     ).batch(0)
-    figures = bench_step(target, head, batch.to(target.device), texts, config)
+    likely = likely_tokens(target, taught, c)
+    figures = bench_step(target, head, batch.to(target.device), texts, config, likely)
     content = {
         "benchmark": "train",
         "environment": environment(target.device)
@@ -74,6 +76,7 @@ def run_train_benchmark(config: Config, prompts: int, device: str, out: Path | N
             "prompts": prompts,
             "head": config.head.model_dump(),
             "rounds": c.rounds,
+            "likely_tokens": c.likely_tokens,
             "negatives": c.negatives,
         },
         **figures,
@@ -95,7 +98,12 @@ def conversations_of_text(target: Target, config: Config, count: int) -> list[Co
 
 
 def bench_step(
-    target: Target, head: DraftHead, batch: Batch, texts: list[Conversation], config: Config
+    target: Target,
+    head: DraftHead,
+    batch: Batch,
+    texts: list[Conversation],
+    config: Config,
+    likely: torch.Tensor,
 ) -> dict[str, Any]:
     """Time and peak memory of the target's forward, the head's step, and the plain step.
 
@@ -119,7 +127,8 @@ def bench_step(
         return step
 
     def sparse() -> torch.Tensor:
-        sums = batch_sums(head, target, batch, c, config.run.seed, head.cluster_of)
+        candidates = step_candidates([batch], likely, c, config.run.seed, lambda kept: kept)
+        sums = batch_sums(head, target, batch, c, candidates, head.cluster_of)
         return sums["loss_sum"] + sums.get("cluster_loss_sum", 0.0)
 
     sides = {
@@ -188,8 +197,8 @@ def run_tie_benchmark(config: Config, device: str, out: Path | None) -> None:
     t = config.target
     target = load_target(t.name, t.dtype, t.revision, t.trust_remote_code, device)
     training, validation = prepare_documents(target, config.data, config.run.seed, None)
-    taught = taught_rows(training, START_ROWS, target.device)
-    unseen = taught_rows(validation, AGREEMENT_ROWS, target.device).hidden
+    taught = taught_rows(training, target.device)
+    unseen = taught_rows(validation, target.device, AGREEMENT_ROWS).hidden
     kinds: tuple[Literal["data", "svd"], ...] = ("data", "svd")
     widths = [round(share * target.config.hidden_size) for share in TIE_SHARES]
     shares = {

@@ -22,8 +22,8 @@ from headstart.heads.targets import Target, load_target
 from headstart.heads.unroll import DraftHead
 from headstart.train.checkpoints import checkpoints, load_checkpoint, save_checkpoint
 from headstart.train.run_folder import append_metrics, drop_metrics_after, open_run
-from headstart.train.start import build_head
-from headstart.train.step import batch_sums, loss_weight
+from headstart.train.start import build_head, likely_tokens, taught_rows
+from headstart.train.step import batch_sums, loss_weight, step_candidates
 from headstart.train.stopping import Interrupted, stop_signals
 from headstart.train.summary import summary_text, write_summary
 
@@ -60,7 +60,10 @@ def train(config: Config, resume: bool = False) -> None:
         training, validation = prepare_documents(target, config.data, seed, held_out)
 
     saved = checkpoints(run / "checkpoints") if resume else []
-    head = build_head(target, config, training, validation, resumed=bool(saved))
+    taught = taught_rows(training, target.device)
+    head = build_head(target, config, taught, validation, resumed=bool(saved))
+    likely = likely_tokens(target, taught, c)
+    del taught
     optimizer = torch.optim.AdamW(_parameter_groups(head, c.weight_decay), lr=c.learning_rate)
     step, best = 0, 0.0
     if saved:
@@ -92,13 +95,14 @@ def train(config: Config, resume: bool = False) -> None:
             # One mean over all rows of the step, whatever batch and process they are in.
             weight = torch.stack([loss_weight(b, c.round_decay) for b in batches]).sum()
             denominator = accelerator.reduce(weight).clamp_min(1e-6)
+            candidates = step_candidates(
+                batches, likely, c, seed * 1_000_003 + step, accelerator.reduce
+            )
             totals: dict[str, torch.Tensor] = {}
             for number, batch in zip(numbers, batches, strict=True):
                 last = number == numbers[-1]
                 with nullcontext() if last else accelerator.no_sync(model):
-                    sums = batch_sums(
-                        model, target, batch, c, seed * 1_000_003 + number, cluster_of
-                    )
+                    sums = batch_sums(model, target, batch, c, candidates, cluster_of)
                     # The centroids learn beside the trunk: neither reaches the other's weights.
                     loss = sums["loss_sum"] + sums.get("cluster_loss_sum", 0.0)
                     # DDP averages gradients over processes; this makes it the sum.

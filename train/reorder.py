@@ -20,7 +20,7 @@ from headstart.heads.targets import Target
 from headstart.heads.unroll import DraftHead
 from headstart.train.loop import is_centroid, learning_rate
 from headstart.train.objectives import cluster_cross_entropy
-from headstart.train.start import START_ROWS, taught_rows
+from headstart.train.start import likely_tokens, taught_rows
 from headstart.train.step import draft_batch
 from headstart.train.summary import summary_text
 from headstart.train.vocabulary import draw_candidates, sparse_mass
@@ -76,16 +76,17 @@ def reorder(path: str, target: Target, config: Config, order: Order, out: Path) 
     if had_clusters:
         before = simulate_acceptance(DraftHead(assistant), target, validation, rounds, everything)
         found["before"] = describe_simulated(before)
+    taught = taught_rows(training, target.device)
     if order.rebuild:
         assistant = _with_clusters(assistant, *shape)
-        taught = taught_rows(training, START_ROWS, target.device)
         say(f"Ordering {len(target.table):,} tokens in {assistant.config.num_centroids:,} clusters")
         set_order(assistant.masked_embedding, target, taught, assistant.lm_head.weight)
     else:
         assistant.config.centroid_intermediate_top_k = shape[1]
         assistant.masked_embedding.centroid_intermediate_top_k = shape[1]
     head = DraftHead(assistant)
-    learn_centroids(head, target, training, config, order.steps)
+    likely = likely_tokens(target, taught, config.train)
+    learn_centroids(head, target, training, config, likely, order.steps)
     after = simulate_acceptance(head, target, validation, rounds, everything)
     found["after"] = describe_simulated(after)
     tokens = assistant.generation_config.num_assistant_tokens or rounds
@@ -126,7 +127,12 @@ def _with_clusters(assistant: PreTrainedModel, clusters: int, top_k: int) -> Pre
 
 
 def learn_centroids(
-    head: DraftHead, target: Target, training: Documents, config: Config, steps: int
+    head: DraftHead,
+    target: Target,
+    training: Documents,
+    config: Config,
+    likely: torch.Tensor,
+    steps: int,
 ) -> None:
     """Fit the centroids to the teacher's mass in each cluster, on the states that the head has."""
     c, seed = config.train, config.run.seed
@@ -145,9 +151,10 @@ def learn_centroids(
                 group["lr"] = learning_rate(step, steps, min(10, steps - 1), c.learning_rate)
             batch = loader.batch(step).to(target.device)
             drafts = draft_batch(head, target, batch, torch.float32)
+            kept = likely.clone()
+            kept[drafts.teacher.ids] = True
             generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-            ids = drafts.teacher.ids
-            candidates = draw_candidates(ids, len(target.table), c.negatives, generator)
+            candidates = draw_candidates(kept, c.negatives, generator)
             mass = sparse_mass(target, drafts.teacher, candidates, cluster_of)
             assert drafts.cluster_logits is not None
             loss = cluster_cross_entropy(drafts.cluster_logits, mass).mean()

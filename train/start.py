@@ -4,11 +4,11 @@ from typing import Literal
 
 import torch
 
-from headstart.configs.schema import Config
+from headstart.configs.schema import Config, TrainConfig
 from headstart.data.progress import say
 from headstart.data.store import Documents
 from headstart.heads.assistant import build_assistant
-from headstart.heads.ordered import Taught, set_order
+from headstart.heads.ordered import Taught, set_order, token_usage
 from headstart.heads.targets import Target
 from headstart.heads.ties import low_rank_agreement, low_rank_start, plain_svd_start
 from headstart.heads.unroll import DraftHead
@@ -18,7 +18,7 @@ AGREEMENT_ROWS = 2048  # held-out rows on which a low-rank tie is judged
 
 
 def build_head(
-    target: Target, config: Config, training: Documents, validation: Documents, resumed: bool
+    target: Target, config: Config, taught: Taught, validation: Documents, resumed: bool
 ) -> DraftHead:
     """The head at step 0.
 
@@ -28,7 +28,7 @@ def build_head(
     Args:
         target: frozen.
         config: the whole run.
-        training: read for the starts.
+        taught: what the target said in the training text, from `taught_rows`.
         validation: read to say how good the start of a low-rank tie is.
         resumed: a checkpoint is about to fill the head, so that nothing needs a start.
     """
@@ -39,7 +39,6 @@ def build_head(
     if resumed or not (narrow or config.head.use_ordered_embeddings):
         projection = torch.zeros(target.config.hidden_size, width) if narrow else None
         return DraftHead(assistant, projection).to(target.device)
-    taught = taught_rows(training, START_ROWS, target.device)
     if narrow:
         projection = _start_tie(target, config, taught, validation, width)
     head = DraftHead(assistant, projection).to(target.device)
@@ -54,7 +53,7 @@ def _start_tie(
     target: Target, config: Config, taught: Taught, validation: Documents, width: int
 ) -> torch.Tensor:
     start = tie_start(target, config.head.tie_start, taught, width)
-    unseen = taught_rows(validation, AGREEMENT_ROWS, target.device).hidden
+    unseen = taught_rows(validation, target.device, AGREEMENT_ROWS).hidden
     agreement = low_rank_agreement(target.table, start, unseen)
     say(
         f"Low-rank tie of width {width}, start from {config.head.tie_start}: it keeps the target's "
@@ -73,7 +72,16 @@ def tie_start(
     return low_rank_start(target.table, taught.hidden, weights, width)
 
 
-def taught_rows(documents: Documents, limit: int, device: torch.device) -> Taught:
+def likely_tokens(target: Target, taught: Taught, c: TrainConfig) -> torch.Tensor:
+    """[V] bool: the `c.likely_tokens` that the target finds likeliest in the training text; none
+    where the objective runs over all tokens anyway."""
+    likely = torch.zeros(len(target.table), dtype=torch.bool, device=target.device)
+    if c.vocabulary == "sparse":
+        likely[token_usage(target, taught).topk(min(c.likely_tokens, len(likely))).indices] = True
+    return likely
+
+
+def taught_rows(documents: Documents, device: torch.device, limit: int = START_ROWS) -> Taught:
     """What the target said at up to `limit` rows, of documents from anywhere in the collection."""
     hidden, ids, logprobs, count = [], [], [], 0
     shuffled = torch.randperm(len(documents.entries), generator=torch.Generator().manual_seed(0))

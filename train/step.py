@@ -4,6 +4,7 @@ Letters: B conversations, R anchors of each, S of them beyond the first round, K
 (one anchor in one round each), D target width, H head width, k teacher tokens.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +15,13 @@ from headstart.eval.recall import cluster_ranks
 from headstart.heads.targets import Target
 from headstart.heads.unroll import select
 from headstart.train.objectives import OBJECTIVES, cluster_cross_entropy
-from headstart.train.vocabulary import Teacher, draw_candidates, exact_losses, sparse_losses
+from headstart.train.vocabulary import (
+    Candidates,
+    Teacher,
+    draw_candidates,
+    exact_losses,
+    sparse_losses,
+)
 
 RECALL_AT = 32  # clusters within which the teacher's best token is looked for while training
 
@@ -81,12 +88,40 @@ def _teacher(batch: Batch, anchor: torch.Tensor, round_: torch.Tensor) -> Teache
     return Teacher(batch.text_hidden.flatten(0, 1)[positions], at, ids, logprobs)
 
 
+def step_candidates(
+    batches: list[Batch],
+    likely: torch.Tensor,
+    c: TrainConfig,
+    seed: int,
+    reduce: Callable[[torch.Tensor], torch.Tensor],
+) -> Candidates | None:
+    """The candidates of one optimizer step, the same for all its batches and processes: a step over
+    one large batch and over the same batch in parts then have the same gradient.
+
+    Args:
+        batches: of this process.
+        likely: [V] bool, tokens that are candidates always, beside the teachers'.
+        c: vocabulary, negatives.
+        seed: of the negatives, the same in all processes.
+        reduce: adds a tensor up over the processes.
+
+    Returns:
+        None where `c.vocabulary` is exact.
+    """
+    if c.vocabulary == "exact":
+        return None
+    kept = likely.int()
+    for batch in batches:
+        kept[batch.teacher_ids[batch.weights > 0]] = 1
+    return draw_candidates(reduce(kept) > 0, c.negatives, torch.Generator().manual_seed(seed))
+
+
 def batch_sums(
     model: torch.nn.Module,
     target: Target,
     batch: Batch,
     c: TrainConfig,
-    seed: int,
+    candidates: Candidates | None,
     cluster_of: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
     """Forward the head over a batch and sum its losses and acceptance.
@@ -95,8 +130,8 @@ def batch_sums(
         model: a `DraftHead`, wrapped or not.
         target: for its embeddings and table.
         batch: B conversations, R anchors of each, K rounds.
-        c: objective, vocabulary, negatives, temperature, weights of the rounds, precision.
-        seed: of the negatives.
+        c: objective, temperature, weights of the rounds, precision.
+        candidates: that the softmax runs over, from `step_candidates`; None: the whole vocabulary.
         cluster_of: [V] the cluster of each token, for a head with ordered embeddings.
 
     Returns:
@@ -108,13 +143,11 @@ def batch_sums(
     dtype = torch.bfloat16 if c.precision == "bfloat16" else torch.float32
     drafts = draft_batch(model, target, batch, dtype)
     teacher, objective = drafts.teacher, OBJECTIVES[c.objective]
-    if c.vocabulary == "exact":
+    if candidates is None:
         found = exact_losses(
             drafts.states, target, teacher, objective, c.temperature, dtype, cluster_of
         )
     else:
-        generator = torch.Generator().manual_seed(seed)
-        candidates = draw_candidates(teacher.ids, len(target.table), c.negatives, generator)
         found = sparse_losses(
             drafts.states, target, teacher, candidates, objective, c.temperature, dtype, cluster_of
         )  # fmt: skip

@@ -19,39 +19,39 @@ EXACT_ROWS = 64  # the same over the whole vocabulary
 
 @dataclass(frozen=True)
 class Candidates:
-    """The tokens that a batch's softmax runs over, shared by all its rows."""
+    """The tokens that the softmax of a step runs over, shared by all its drafts."""
 
     ids: torch.Tensor
-    """[C] every token that some row's teacher ranks high, then random negatives."""
+    """[C] tokens that stand for themselves (some draft's teacher ranks them high, or they are
+    likely anywhere), then random negatives."""
     weights: torch.Tensor
     """[C] 1 for the former; for each of n negatives, the tokens it was drawn from / n."""
-    slots: torch.Tensor
-    """Shape of the teacher ids given: where each stands in `ids`."""
+    slot_of: torch.Tensor
+    """[V] where each token stands in `ids`; -1: not among them."""
 
 
-def draw_candidates(
-    teacher_ids: torch.Tensor, vocab_size: int, negatives: int, generator: torch.Generator
-) -> Candidates:
-    """All teachers' top tokens, plus uniform negatives that stand in for the rest of V.
+def draw_candidates(kept: torch.Tensor, negatives: int, generator: torch.Generator) -> Candidates:
+    """The tokens kept, plus uniform negatives that stand in for the rest of V.
 
     Sums over the candidates, weighted, are unbiased for sums over all V tokens; with as many
-    negatives as there are other tokens they are those sums.
+    negatives as there are other tokens they are those sums. What is kept decides the variance
+    alone: a likely token that is drawn once in thirty times, then to stand for thirty, would make
+    most of it.
 
     Args:
-        teacher_ids: [..., k] int64.
-        vocab_size: V.
-        negatives: n, drawn without replacement from the tokens that are in no teacher's top k.
-        generator: on the CPU, so that the draw is the same on every device.
+        kept: [V] bool; the stored top tokens of every teacher must be among them.
+        negatives: n, drawn without replacement from all other tokens.
+        generator: on the CPU, so that the draw is the same on every device and process.
     """
-    top, slots = torch.unique(teacher_ids, return_inverse=True)
-    others = torch.ones(vocab_size, dtype=torch.bool)
-    others[top.cpu()] = False
-    rest = others.nonzero()[:, 0]
-    drawn = rest[torch.randperm(len(rest), generator=generator)[:negatives]]
-    weights = torch.ones(len(top) + len(drawn))
-    weights[len(top) :] = len(rest) / max(len(drawn), 1)
-    ids = torch.cat([top, drawn.to(top.device)])
-    return Candidates(ids, weights.to(top.device), slots)
+    rest = (~kept).nonzero()[:, 0].cpu()
+    drawn = rest[torch.randperm(len(rest), generator=generator)[:negatives]].to(kept.device)
+    own = kept.nonzero()[:, 0]
+    ids = torch.cat([own, drawn])
+    weights = torch.ones(len(ids), device=kept.device)
+    weights[len(own) :] = len(rest) / max(len(drawn), 1)
+    slot_of = torch.full_like(kept, -1, dtype=torch.long)
+    slot_of[ids] = torch.arange(len(ids), device=kept.device)
+    return Candidates(ids, weights, slot_of)
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def sparse_losses(
         states: [N, D] whose product with the target's table is the draft's logits.
         target: for its table and soft cap.
         teacher: of the N rows.
-        candidates: drawn for `teacher.ids`.
+        candidates: those of the step; `teacher.ids` are among them.
         objective: any of `OBJECTIVES`.
         temperature: of both distributions.
         dtype: in which the states meet the table.
@@ -113,7 +113,7 @@ def sparse_losses(
     said = target.logits(teacher.hidden, taught)  # [P, C]
 
     def loss_of(states: torch.Tensor, rows: slice) -> RowResults:
-        slots, stored = candidates.slots[rows], teacher.logprobs[rows]
+        slots, stored = candidates.slot_of[teacher.ids[rows]], teacher.logprobs[rows]
         log_p = teacher_log_p(said[teacher.at[rows]], slots, stored)
         log_p = tempered(log_p, log_weights, temperature)
         logits = torch.nn.functional.linear(states, table).float() / temperature
@@ -193,9 +193,8 @@ def sparse_mass(
     masses = []
     for start in range(0, len(teacher.at), SPARSE_ROWS):
         rows = slice(start, start + SPARSE_ROWS)
-        log_p = teacher_log_p(
-            said[teacher.at[rows]], candidates.slots[rows], teacher.logprobs[rows]
-        )
+        slots = candidates.slot_of[teacher.ids[rows]]
+        log_p = teacher_log_p(said[teacher.at[rows]], slots, teacher.logprobs[rows])
         masses.append(cluster_mass(log_p + candidates.weights.log(), clusters, count))
     return torch.cat(masses)
 

@@ -16,9 +16,10 @@ from headstart.data.loader import AnchorLoader
 from headstart.data.packing import length_when_cut
 from headstart.data.store import ActivationStore, bytes_per_token
 from headstart.heads.targets import Target
-from headstart.train.start import build_head
+from headstart.train.start import build_head, taught_rows
 from headstart.train.step import batch_sums
 from tests.conftest import make_target
+from tests.overfit import candidates_of
 from tests.samples import conversations, interrupt_second_call
 from tests.train.test_loop import tiny_config
 
@@ -136,11 +137,14 @@ def test_the_online_mode_gives_the_loss_of_the_stored_one(target: Target, tmp_pa
     online = OnlineActivations(target, rows, config)
     assert len(stored) == len(online.entries) > 9
     run = tiny_config(tmp_path, "head.start=random")
-    head = build_head(target, run, stored, stored, resumed=False)
+    taught = taught_rows(stored, target.device)
+    head = build_head(target, run, taught, stored, resumed=False)
     loaders = [AnchorLoader(documents, 4, 8, 3, seed=1) for documents in (stored, online)]
     for number in range(4):
+        batches = [loader.batch(number) for loader in loaders]
         sums = [
-            batch_sums(head, target, loader.batch(number), run.train, number) for loader in loaders
+            batch_sums(head, target, batch, run.train, candidates_of(batch, run.train, number))
+            for batch in batches
         ]
         per_row = [float(s["loss_sum"].detach() / s["rows"]) for s in sums]
         assert per_row[0] == pytest.approx(per_row[1], abs=1e-5)

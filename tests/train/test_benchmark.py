@@ -13,7 +13,7 @@ from headstart.data.loader import AnchorLoader
 from headstart.eval.memory import peak_memory
 from headstart.heads.targets import Target
 from headstart.train.benchmark import plain_loss
-from headstart.train.start import build_head
+from headstart.train.start import build_head, taught_rows
 from headstart.train.step import batch_sums
 from tests.data.test_extraction import CONFIG
 from tests.samples import conversations
@@ -24,10 +24,16 @@ PROMPTS = ROOT / "data" / "prompts" / "text_train.jsonl"
 
 def test_the_plain_step_has_the_loss_of_the_exact_one(target: Target, tmp_path: Path) -> None:
     documents = OnlineActivations(target, conversations(4), CONFIG)
-    head = build_head(target, tiny_config(tmp_path), documents, documents, resumed=False)
+    head = build_head(
+        target,
+        tiny_config(tmp_path),
+        taught_rows(documents, target.device),
+        documents,
+        resumed=False,
+    )
     batch = AnchorLoader(documents, 4, 8, 3, seed=0, later_anchors=3).batch(0)
     c = TrainConfig(rounds=3, precision="float32", vocabulary="exact")
-    wanted = batch_sums(head, target, batch, c, 0)["loss_sum"].detach()
+    wanted = batch_sums(head, target, batch, c, None)["loss_sum"].detach()
     found = plain_loss(head, target, batch, c.round_decay, bfloat16=False).detach()
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 

@@ -25,7 +25,7 @@ from headstart.train.step import batch_sums
 from headstart.train.stopping import Interrupted
 from tests.conftest import make_target
 from tests.heads.test_ordered import said_by
-from tests.overfit import greedy_document, overfit
+from tests.overfit import candidates_of, greedy_document, overfit
 
 ROOT = Path(__file__).resolve().parents[2]
 K = 3
@@ -107,7 +107,7 @@ def test_gradients_reach_all_of_the_head_and_none_of_the_target(
     c = TrainConfig(rounds=2, negatives=64, precision="float32")
     optimizer = torch.optim.AdamW(head.trainable().values(), lr=1e-2)
     for step in range(2):
-        sums = batch_sums(head, target, batch, c, step, head.cluster_of)
+        sums = batch_sums(head, target, batch, c, candidates_of(batch, c, step), head.cluster_of)
         (sums["loss_sum"] + sums.get("cluster_loss_sum", 0)).backward()
         for name, parameter in head.trainable().items():
             assert parameter.grad is not None, name
@@ -188,9 +188,8 @@ def test_a_whole_run_leaves_the_target_bit_identical_and_frozen(
 
 
 def test_accumulated_halves_of_a_batch_move_the_head_as_the_whole_does(tmp_path: Path) -> None:
-    """Over the whole vocabulary nothing is drawn per batch, so all steps agree."""
+    """Candidates are drawn once a step, for all of its batches."""
     shared = ["train.steps=6", "train.warmup_steps=1", f"data.cache_dir={tmp_path / 'cache'}"]
-    shared += ["train.vocabulary=exact"]
     train(tiny_config(tmp_path / "whole", *shared, "train.batch_size=4"))
     halves = ["train.batch_size=2", "train.gradient_accumulation_steps=2"]
     train(tiny_config(tmp_path / "halves", *shared, *halves))
