@@ -2,6 +2,7 @@
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 
 def count(text: str) -> int:
@@ -17,11 +18,11 @@ def counts(text: str) -> list[int]:
     return [count(part) for part in text.split(",")]
 
 
-def default_device() -> str:
-    """Where a model runs that nobody placed."""
-    import torch
+def default_device() -> Any:
+    """Where a model runs that nobody placed: the device of this process of the launch."""
+    from headstart.heads.processes import join_processes
 
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    return join_processes().device
 
 
 def add_config_arguments(parser: argparse.ArgumentParser, required: bool = False) -> None:

@@ -62,12 +62,11 @@ def _run_describe(args: argparse.Namespace) -> None:
 
 def _run_order(args: argparse.Namespace) -> None:
     from headstart.configs.loader import load_config
-    from headstart.heads.targets import load_target
+    from headstart.heads.targets import open_target
     from headstart.train.reorder import Order, print_order, reorder
 
     config = load_config(args.config, args.overrides)
-    t = config.target
-    target = load_target(t.name, t.dtype, t.revision, t.trust_remote_code, default_device())
+    target = open_target(config.target, default_device())
     order = Order(args.rebuild, args.num_centroids, args.top_k, args.steps)
     print_order(reorder(args.head, target, config, order, args.out))
     print(f"Written: {args.out}")

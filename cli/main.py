@@ -14,6 +14,7 @@ from headstart.cli.arguments import add_config_arguments, count, counts, default
 from headstart.cli.bench import add_bench_commands
 from headstart.cli.data import add_data_commands
 from headstart.cli.heads import add_heads_commands
+from headstart.cli.runs import add_runs_commands
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -83,6 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     add_data_commands(commands)
     add_heads_commands(commands)
     add_bench_commands(commands)
+    add_runs_commands(commands)
 
     evaluate = commands.add_parser(
         "eval",

@@ -44,6 +44,9 @@ class TargetConfig(Section):
     bfloat16 on GPUs and on CPUs with instructions for it (avx512_bf16, AMX), else float32."""
     trust_remote_code: bool = False
     """Whether code shipped with a Hub checkpoint may run. Off unless you turn it on."""
+    sharded: bool = False
+    """Several processes: each keeps a share of each layer's weights (FSDP2) in place of all of
+    them. For targets that fill a GPU: every forward then gathers the layers over the network."""
 
 
 class HeadConfig(Section):
@@ -179,7 +182,8 @@ class TrainConfig(Section):
     """Conversations share rows of so many tokens, which saves padding where lengths differ. None:
     a row each."""
     gradient_accumulation_steps: PositiveInt = 1
-    """Batches whose gradients are summed before one optimizer step."""
+    """Batches whose gradients are summed before one optimizer step. A step over twice as many
+    batches of half the size, or in twice as many processes, is the same step."""
     anchors: PositiveInt = 64
     """Rows trained of each conversation in a batch, drawn anew each time (unit: tokens)."""
     later_anchors: PositiveInt | None = None
@@ -214,10 +218,21 @@ class TrainConfig(Section):
     precision: Literal["auto", "bfloat16", "float32"] = "auto"
     """Compute precision. Weights of the head stay float32; bfloat16 is autocast. `auto`: as for
     `target.dtype`."""
+    ema_decay: float | None = Field(default=None, gt=0, lt=1)
+    """Decay a step of an exponential moving average of the weights, which is then what is validated
+    and saved as the head. None: the weights themselves."""
+    activation_checkpointing: bool = False
+    """Compute the activations of the head's layers again in the backward pass in place of keeping
+    them: less memory, about a third more time."""
+    compile: bool = False
+    """Compile the head's layers with `torch.compile`: minutes at the start, then faster steps on a
+    GPU."""
     validate_every: PositiveInt = 125
     """Steps between validations; each may make a new best head."""
     checkpoint_every: PositiveInt = 150
-    """Steps between checkpoints; the last two are kept, and the best head beside them."""
+    """Steps between checkpoints."""
+    keep_checkpoints: PositiveInt = 2
+    """Newest checkpoints kept. The best head stays beside them, in the run's `head/`."""
 
     @model_validator(mode="after")
     def _check(self) -> "TrainConfig":
@@ -246,6 +261,9 @@ class WandbConfig(Section):
     """`offline` writes a local folder and needs no account."""
     project: str = "headstart"
     """Project that the run is logged to."""
+    upload: list[Literal["config", "system", "console", "head"]] = []
+    """What is logged beside the metrics: the resolved configuration, readings of the machine, the
+    terminal's output, the best head. None of it unless it is named here."""
 
 
 class Config(Section):

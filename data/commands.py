@@ -9,12 +9,13 @@ from headstart.data.extraction import extract
 from headstart.data.jobs import make_jobs
 from headstart.data.packing import length_when_cut
 from headstart.data.prepare import deal_prompts, deal_sampling, extract_folder, load_sources
+from headstart.data.progress import say
 from headstart.data.prompts import load_prompts, report_refused
 from headstart.data.regenerate import regenerate, regenerate_by_server
 from headstart.data.server import AnswerServer
 from headstart.data.store import ActivationStore
 from headstart.data.templates import encode_conversation
-from headstart.heads.targets import load_target, load_target_tokens
+from headstart.heads.targets import load_target_tokens, open_target
 from headstart.heads.tokens import TargetTokens
 
 
@@ -53,7 +54,7 @@ def run_regenerate(
     prompts = deal_prompts(load_sources(d, held_out), d, config.run.seed)
     tokens: TargetTokens
     if url is None:
-        tokens = target = load_target(t.name, t.dtype, t.revision, t.trust_remote_code, device)
+        tokens = target = open_target(config.target, device)
     else:
         tokens = load_target_tokens(t.name, t.revision, t.trust_remote_code)
     jobs = make_jobs(prompts, deal_sampling(d, tokens, prompts), tokens, d)
@@ -64,9 +65,9 @@ def run_regenerate(
         retokenised = regenerate_by_server(server, tokens, jobs, d, config.run.seed, out)
         if retokenised:
             print(f"{retokenised} answers came as text alone and were tokenised again")
-    print(f"Written: {out} ({len(jobs):,} conversations)")
+    say(f"Written: {out} ({len(jobs):,} conversations)")
     if extracting:
-        print(describe_store(ActivationStore(out)))
+        say(describe_store(ActivationStore(out)))
 
 
 def describe_store(store: ActivationStore) -> str:
@@ -93,8 +94,8 @@ def run_extract(config: Config, conversations: str, out: Path, device: Any) -> N
     Raises:
         ValueError: bad conversations, a folder of another store, or too small a disk.
     """
-    t, d = config.target, config.data
-    target = load_target(t.name, t.dtype, t.revision, t.trust_remote_code, device)
+    d = config.data
+    target = open_target(config.target, device)
     folder = Path(conversations)
     if (folder / MANIFEST).is_file():
         store = extract_folder(target, folder, d, out)
@@ -102,8 +103,8 @@ def run_extract(config: Config, conversations: str, out: Path, device: Any) -> N
         rows = encode_source(conversations, target, config)
         tokens = sum(length_when_cut(len(row.ids), d.max_tokens) for row in rows)
         store = extract(target, rows, tokens, d, out)
-    print(f"Written: {out}")
-    print(describe_store(store))
+    say(f"Written: {out}")
+    say(describe_store(store))
 
 
 def encode_source(path: str, tokens: TargetTokens, config: Config) -> list[Conversation]:

@@ -7,8 +7,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
+from accelerate import PartialState
 
 from headstart.configs.schema import DataConfig
 from headstart.data.conversations import MANIFEST, Conversation
@@ -25,7 +27,7 @@ from headstart.data.shards import (
     write_shard,
 )
 from headstart.data.store import ActivationStore, check_space, stored_bytes, write_index
-from headstart.heads.files import alone_in
+from headstart.heads.processes import in_step, is_mine, processes_in
 from headstart.heads.targets import Target
 
 SHARD = 64  # conversations a shard, at most
@@ -63,33 +65,50 @@ def extract(
     """
     settings = shard_settings(target, config.teacher_top_k, config.storage)
     index = folder / "index.json"
-    paths: list[Path] = []
-    with alone_in(folder), progress_bar() as bar:
-        if (folder / MANIFEST).is_file():
-            raise ValueError(f"{folder} holds conversations: name another folder for the store")
-        there = sum(path.stat().st_size for path in shard_paths(folder))
-        check_space(folder, stored_bytes(target, config) * tokens - there)
-        task = bar.add_task(description, total=tokens, status="tokens")
-        for pieces in _chunks(trainable(conversations, config.max_tokens)):
-            path = shard_path(folder, len(paths))
-            paths.append(path)
-            if path.is_file():
-                _check_same(Shard(path, settings), pieces)
-            else:
-                index.unlink(missing_ok=True)
-                tensors = extract_tensors(target, pieces, config.teacher_top_k)
-                write_shard(path, tensors, entries_of(pieces, tensors), settings)
+    count = 0
+
+    def mine() -> Iterator[tuple[Path, list[Conversation]]]:
+        nonlocal count
+        for count, pieces in enumerate(_chunks(trainable(conversations, config.max_tokens)), 1):
+            path = shard_path(folder, count - 1)
+            if is_mine(count - 1):
+                if path.is_file():
+                    _check_same(Shard(path, settings), pieces)
+                else:
+                    yield path, pieces
             bar.update(task, advance=sum(len(piece.ids) for piece in pieces))
-        if not paths:
-            raise ValueError("no conversation has an answer of two tokens: nothing to train on")
-        if surplus := sorted(set(shard_paths(folder)) - set(paths)):
-            raise ValueError(
-                f"{surplus[0]} and {len(surplus) - 1} more are of other conversations: delete "
-                "them, or name another folder"
-            )
-        if not index.is_file():
-            write_index(folder, paths, settings)
+
+    with processes_in(folder), progress_bar() as bar:
+        if PartialState().is_main_process:
+            if (folder / MANIFEST).is_file():
+                raise ValueError(f"{folder} holds conversations: name another folder for the store")
+            there = sum(path.stat().st_size for path in shard_paths(folder))
+            check_space(folder, stored_bytes(target, config) * tokens - there)
+        task = bar.add_task(description, total=tokens, status="tokens")
+        for pending in in_step(mine(), target.sharded):
+            path, pieces = pending or (folder, [])
+            tensors = extract_tensors(target, pieces, config.teacher_top_k)
+            if pieces:
+                index.unlink(missing_ok=True)
+                write_shard(path, tensors, entries_of(pieces, tensors), settings)
+        PartialState().wait_for_everyone()
+        if PartialState().is_main_process:
+            _finish(folder, count, settings)
     return ActivationStore(folder, target)
+
+
+def _finish(folder: Path, count: int, settings: dict[str, Any]) -> None:
+    """Draw up the index over `count` shards, unless it is there."""
+    paths = [shard_path(folder, number) for number in range(count)]
+    if not paths:
+        raise ValueError("no conversation has an answer of two tokens: nothing to train on")
+    if surplus := sorted(set(shard_paths(folder)) - set(paths)):
+        raise ValueError(
+            f"{surplus[0]} and {len(surplus) - 1} more are of other conversations: delete "
+            "them, or name another folder"
+        )
+    if not (folder / "index.json").is_file():
+        write_index(folder, paths, settings)
 
 
 def _check_same(shard: Shard, pieces: list[Conversation]) -> None:
@@ -165,7 +184,7 @@ def _entry(c: Conversation, top_k_mass: float | None) -> Entry:
     return Entry(c.id, c.category, c.source, len(c.ids), c.trained, c.temperature, top_k_mass)
 
 
-@torch.inference_mode()
+@torch.no_grad()  # a split target keeps buffers of its first forward: no inference tensors
 def extract_tensors(
     target: Target, conversations: list[Conversation], top_k: int
 ) -> dict[str, torch.Tensor]:
@@ -174,9 +193,14 @@ def extract_tensors(
     The LM head runs on rows whose next token the assistant wrote alone: the others teach nothing.
     """
     parts: list[dict[str, torch.Tensor]] = [{} for _ in conversations]
-    for batch in forward_batches(conversations):
+    for batch in in_step(forward_batches(conversations), target.sharded):
+        if batch is None:
+            target.idle()
+            continue
         for i, part in zip(batch, _run(target, [conversations[i] for i in batch]), strict=True):
             parts[i] = part
+    if not parts:
+        return {}
     tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     taught = torch.cat([_taught(c) for c in conversations])
     tensors["teacher_ids"] = torch.zeros(len(taught), top_k, dtype=torch.int32)

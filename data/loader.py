@@ -20,7 +20,8 @@ from headstart.heads.gemma3 import SharedKV
 class Batch:
     """Rows to train, gathered from whole conversations; KV stays whole."""
 
-    document_ids: list[str]
+    document_ids: list[list[str]]
+    """[B] of each row."""
     rows: torch.Tensor
     """[B, R] index of the KV row of t."""
     starts: torch.Tensor
@@ -109,7 +110,7 @@ def gather_rows(
     }
     texts = [torch.cat([documents[i].hidden for i in members]) for members in packs]
     return Batch(
-        document_ids=[documents[i].id for members in packs for i in members],
+        document_ids=[[documents[i].id for i in members] for members in packs],
         text_hidden=torch.nn.utils.rnn.pad_sequence(texts, batch_first=True),
         shared_kv=shared_kv,
         **stacked,
@@ -157,6 +158,16 @@ def _pad_kv(tensors: list[torch.Tensor], length: int) -> torch.Tensor:
     for i, tensor in enumerate(tensors):
         padded[i, : len(tensor)] = tensor
     return padded.transpose(1, 2)
+
+
+def broken_documents(batch: Batch) -> list[str]:
+    """Ids of the documents in rows whose activations are not all finite."""
+    whole = torch.ones(len(batch.rows), dtype=torch.bool, device=batch.rows.device)
+    pairs = [tensor for pair in batch.shared_kv.values() for tensor in pair]
+    for tensor in (batch.text_hidden, batch.teacher_logprobs, *pairs):
+        whole &= tensor.flatten(1).isfinite().all(1)
+    rows = zip(batch.document_ids, whole.tolist(), strict=True)
+    return [name for names, fine in rows if not fine for name in names]
 
 
 class AnchorLoader:

@@ -61,11 +61,12 @@ class Recorder(LogitsProcessor):
         The target never ran on the last token of a response: its row holds zeros, and no training
         row reads it.
         """
-        hidden = torch.cat(self.hidden, dim=1)  # [B, W + S - 1, D]
+        width = self.hidden[0].shape[1]
+        # Forwards after the last token were for other processes' sake.
+        hidden = torch.cat(self.hidden[: len(self.teacher)], dim=1)  # [B, W + S - 1, D]
         ids = torch.stack([ids for ids, _ in self.teacher], dim=1)  # [B, S, k]
         logprobs = torch.stack([logprobs for _, logprobs in self.teacher], dim=1)
         sources = {t: self.cache.layers[i] for t, i in self.target.source_layers.items()}
-        width = hidden.shape[1] - ids.shape[1] + 1
         shards: dict[str, list[torch.Tensor]] = {}
         for b, (prompt, response) in enumerate(zip(prompt_ids, responses, strict=True)):
             length, steps = len(prompt) + len(response), len(response)

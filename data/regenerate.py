@@ -2,10 +2,11 @@
 
 import asyncio
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from rich.progress import Progress, TaskID
 from transformers import GenerationConfig, LogitsProcessorList
 
@@ -19,14 +20,19 @@ from headstart.data.conversations import (
 from headstart.data.extraction import entries_of
 from headstart.data.jobs import Job, batches_of, conversation_settings, conversations_of
 from headstart.data.progress import progress_bar, say
+from headstart.data.prompts import Prompt
 from headstart.data.recording import Recorder
 from headstart.data.sampling import SamplingMixture
 from headstart.data.server import AnswerServer
 from headstart.data.shards import shard_path, shard_settings, write_shard
 from headstart.data.store import check_space, stored_bytes, write_index
 from headstart.heads.files import alone_in
+from headstart.heads.processes import in_step, is_mine, processes_in
 from headstart.heads.targets import Target
-from headstart.heads.tokens import TargetTokens
+from headstart.heads.tokens import Sampling, TargetTokens
+
+# What a process lets a split target answer while others have something to do.
+_IDLE = Job("idle", Prompt("idle", "", "", [], raw=True), [0], Sampling(0.0))
 
 
 def regenerate(
@@ -65,32 +71,48 @@ def regenerate(
     batches = batches_of(jobs, config)
     made_with = conversation_settings(jobs, target, config, seed, extract)
     settings = shard_settings(target, config.teacher_top_k, config.storage)
-    with alone_in(folder), progress_bar() as bar:
-        claim_folder(folder, made_with, len(batches))
-        if extract:
-            missing = [b for i, b in enumerate(batches) if not _is_done(folder, i, extract)]
-            prompt_tokens = sum(len(job.prompt_ids) for batch in missing for job in batch)
-            answers = sum(len(batch) for batch in missing) * config.max_new_tokens
-            each = stored_bytes(target, config)
-            check_space(folder, each * (prompt_tokens + answers), each * prompt_tokens)
-        task = bar.add_task(description, total=len(jobs), status="")
+    with processes_in(folder), progress_bar() as bar:
+        if PartialState().is_main_process:
+            claim_folder(folder, made_with, len(batches))
+            if extract:
+                _check_space(folder, target, batches, config)
+        PartialState().wait_for_everyone()
+        mine = [number for number in range(len(batches)) if is_mine(number)]
+        task = bar.add_task(description, total=sum(len(batches[n]) for n in mine), status="")
         done = _Done(bar, task)
-        for number, batch in enumerate(batches):
-            path = part_path(folder, number)
-            if not _is_done(folder, number, extract):
-                (folder / "index.json").unlink(missing_ok=True)
-                recorder = Recorder(target, config.teacher_top_k) if extract else None
-                responses = answer(target, batch, config.max_new_tokens, seed + number, recorder)
-                written = conversations_of(batch, responses, target.eos_ids)
-                if recorder is not None:
-                    # First the shard, then the text: where the text is, the shard is whole.
-                    tensors = recorder.tensors([job.prompt_ids for job in batch], responses)
-                    entries = entries_of(written, tensors)
-                    write_shard(shard_path(folder, number), tensors, entries, settings)
-                write_part(path, written, target.tokenizer, target.name, target.revision)
+        missing = [number for number in mine if not _is_done(folder, number, extract)]
+        for number in sorted(set(mine) - set(missing)):
+            done.add(part_path(folder, number))
+        for pending in in_step(missing, target.sharded):
+            if pending is None:
+                answer(target, [_IDLE], 1, seed, None)
+                continue
+            batch = batches[pending]
+            (folder / "index.json").unlink(missing_ok=True)
+            recorder = Recorder(target, config.teacher_top_k) if extract else None
+            responses = answer(target, batch, config.max_new_tokens, seed + pending, recorder)
+            written = conversations_of(batch, responses, target.eos_ids)
+            if recorder is not None:
+                # First the shard, then the text: where the text is, the shard is whole.
+                tensors = recorder.tensors([job.prompt_ids for job in batch], responses)
+                entries = entries_of(written, tensors)
+                write_shard(shard_path(folder, pending), tensors, entries, settings)
+            path = part_path(folder, pending)
+            write_part(path, written, target.tokenizer, target.name, target.revision)
             done.add(path)
-        if extract and not (folder / "index.json").is_file():
+        PartialState().wait_for_everyone()
+        if extract and PartialState().is_main_process and not (folder / "index.json").is_file():
             write_index(folder, [shard_path(folder, i) for i in range(len(batches))], settings)
+
+
+def _check_space(
+    folder: Path, target: Target, batches: list[list[Job]], config: DataConfig
+) -> None:
+    missing = [b for i, b in enumerate(batches) if not _is_done(folder, i, extract=True)]
+    prompt_tokens = sum(len(job.prompt_ids) for batch in missing for job in batch)
+    answers = sum(len(batch) for batch in missing) * config.max_new_tokens
+    each = stored_bytes(target, config)
+    check_space(folder, each * (prompt_tokens + answers), each * prompt_tokens)
 
 
 def regenerate_by_server(
@@ -179,7 +201,7 @@ def _is_done(folder: Path, number: int, extract: bool) -> bool:
     return all(path.is_file() for path in paths)
 
 
-@torch.inference_mode()
+@torch.no_grad()  # a split target keeps buffers of its first forward: no inference tensors
 def answer(
     target: Target, jobs: list[Job], max_new_tokens: int, seed: int, recorder: Recorder | None
 ) -> list[list[int]]:
@@ -194,22 +216,16 @@ def answer(
         eos_token_id=target.eos_ids,
         pad_token_id=target.tokenizer.pad_token_id,
     )
-    with compact_lm_head(target):
-        if recorder is None:
-            output = target.model.generate(
-                **inputs,
-                generation_config=settings,
-                logits_processor=LogitsProcessorList([mixture]),
-            )
-        else:
-            with recorder:
-                output = target.model.generate(
-                    **inputs,
-                    generation_config=settings,
-                    past_key_values=recorder.cache,
-                    # The recorder is to see the logits as the target emits them.
-                    logits_processor=LogitsProcessorList([recorder, mixture]),
-                )
+    # The recorder is to see the logits as the target emits them.
+    processors = [mixture] if recorder is None else [recorder, mixture]
+    with compact_lm_head(target), recorder or nullcontext():
+        output = target.model.generate(
+            **inputs,
+            generation_config=settings,
+            logits_processor=LogitsProcessorList(processors),
+            synced_gpus=target.sharded,
+            past_key_values=None if recorder is None else recorder.cache,
+        )
     responses = output[:, inputs["input_ids"].shape[1] :].tolist()
     return [_cut_after(response, target.eos_ids) for response in responses]
 

@@ -4,7 +4,6 @@ A store is a folder of shards (`data/shards.py`) and an `index.json`. Whatever s
 finished work; the index is drawn up from their headers at the end.
 """
 
-import hashlib
 import json
 import shutil
 from collections import OrderedDict
@@ -18,7 +17,7 @@ import torch
 from headstart.configs.schema import DataConfig
 from headstart.data.progress import say
 from headstart.data.shards import FORMAT, Document, Entry, Shard, Storage, refusal, shard_paths
-from headstart.heads.files import write_atomically
+from headstart.heads.files import content_sha256, write_atomically
 from headstart.heads.targets import Target, source_layers
 
 OPEN_SHARDS = 32  # memory maps held at once
@@ -97,12 +96,8 @@ def write_index(folder: Path, shards: list[Path], settings: dict[str, Any]) -> N
             }
         )
     content = {**settings, "tensors": shapes, "shards": rows}
-    content["sha256"] = _digest(content)
+    content["sha256"] = content_sha256(content)
     write_atomically(folder / "index.json", json.dumps(content) + "\n")
-
-
-def _digest(content: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 class ActivationStore:
@@ -202,7 +197,7 @@ def read_index(folder: Path) -> dict[str, Any]:
     try:
         index: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         made_of = index["format"]
-        intact = _digest({k: v for k, v in index.items() if k != "sha256"}) == index["sha256"]
+        intact = content_sha256(index) == index["sha256"]
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path} is damaged ({error}): delete it and run the command that made it again"

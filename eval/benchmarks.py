@@ -24,7 +24,7 @@ from headstart.data.store import ActivationStore
 from headstart.eval.decoding import greedy, synchronize
 from headstart.eval.environment import environment
 from headstart.heads.files import write_atomically
-from headstart.heads.targets import Target, load_target
+from headstart.heads.targets import Target, open_target
 
 TURNS = 2  # of each side; the quicker one counts, since what disturbs a machine only slows it
 SINGLE = 8  # prompts answered one by one, spread over the lengths
@@ -46,7 +46,7 @@ def run_benchmark(name: str, config: Config, prompts: int, device: str, out: Pat
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
     t = config.target
-    target = load_target(t.name, t.dtype, t.revision, t.trust_remote_code, device)
+    target = open_target(config.target, device)
     source = config.data.prompts[0].model_copy(update={"limit": prompts})
     rows = load_prompts(source, config.data.max_bad_rows)
     jobs = make_jobs(rows, deal_sampling(config.data, target, rows), target, config.data)

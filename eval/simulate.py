@@ -16,6 +16,7 @@ from headstart.data.loader import Batch, candidate_rows, gather_rows
 from headstart.data.store import Documents
 from headstart.eval.acceptance import AcceptanceCounts, walk_rounds, zero_counts
 from headstart.eval.recall import RecallCounts, zero_recall
+from headstart.heads.processes import in_step
 from headstart.heads.targets import Target
 from headstart.heads.unroll import DraftHead
 
@@ -52,8 +53,11 @@ def simulate_acceptance(
     drafted, dense, recall = zero_counts(rounds), zero_counts(rounds), zero_recall()
     cluster_of = head.cluster_of
     chosen = [i for i in which if stored.entries[i].trained >= 2]
-    for start in range(0, len(chosen), DOCUMENTS):
-        documents = stored.read(chosen[start : start + DOCUMENTS])
+    chunks = (chosen[start : start + DOCUMENTS] for start in range(0, len(chosen), DOCUMENTS))
+    for chunk in in_step(chunks, target.sharded):
+        documents = stored.read(chunk or [])
+        if not documents:
+            continue
         rows = [candidate_rows(d) for d in documents]
         batch = gather_rows(documents, rows, rounds).to(target.device)
         wanted = torch.zeros_like(batch.tokens)

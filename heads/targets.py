@@ -5,6 +5,8 @@ Letters: B batch, T positions, D target width, V vocabulary.
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -24,8 +26,10 @@ from transformers import (
 )
 
 from headstart.configs.hardware import natural_dtype
+from headstart.configs.schema import TargetConfig
 from headstart.heads.demo import gemma3_270m_dir
 from headstart.heads.gemma3 import Gemma3ForAssistedDecoding, SharedKV
+from headstart.heads.processes import join_processes, split_layers
 from headstart.heads.tiny import TINY_TARGETS, byte_tokenizer, tiny_config, tiny_target
 from headstart.heads.tokens import TargetTokens
 from headstart.heads.versions import check_transformers
@@ -80,6 +84,31 @@ class Target(TargetTokens):
         super().__init__(tokenizer, name, revision, model.generation_config)
         self.model = model.eval().requires_grad_(False)
         self.config = model.config.get_text_config()
+        self.sharded = False
+        """Whether each process holds a share of each layer, so that forwards need them all."""
+
+    def shard(self) -> None:
+        """Keep a share of each decoder layer in each process; embeddings and norms stay whole.
+
+        From here on every forward has to run in all processes at once: `in_step` and `idle`.
+        """
+        assert self.fingerprint  # of whole weights: it is remembered
+        split_layers(self.layers)
+        self.sharded = True
+
+    @contextmanager
+    def whole_source_layers(self) -> Iterator[None]:
+        """Within, the weights of the layers that a head may start from are whole everywhere."""
+        layers = [self.layers[i] for i in self.source_layers.values()] if self.sharded else []
+        for layer in layers:
+            layer.unshard()
+        yield
+        for layer in layers:
+            layer.reshard()
+
+    def idle(self) -> None:
+        """Take part in a forward that another process needs, with nothing to run."""
+        self.activations(torch.zeros(1, 1, dtype=torch.long, device=self.device))
 
     @property
     def device(self) -> torch.device:
@@ -246,6 +275,21 @@ def load_target(
     model = SUPPORTED[config.model_type].from_pretrained(path, dtype=torch_dtype, **source)
     tokenizer = AutoTokenizer.from_pretrained(path, **source)
     return Target(model.to(device), tokenizer, name, _commit(config) or revision)
+
+
+def open_target(t: TargetConfig, device: torch.device | str = "cpu") -> Target:
+    """The target of a run configuration, for all processes of the launch at once; with `t.sharded`
+    its layers are split over them.
+
+    Raises:
+        RuntimeError, ValueError: as `load_target`.
+    """
+    state = join_processes()
+    with state.main_process_first():  # it downloads, or converts
+        target = load_target(t.name, t.dtype, t.revision, t.trust_remote_code, device)
+    if t.sharded and state.num_processes > 1:
+        target.shard()
+    return target
 
 
 def _commit(config: Any) -> str | None:

@@ -22,7 +22,7 @@ from headstart.data.templates import encode_prompt
 from headstart.eval.benchmarks import bare_forwards, in_turns, print_figures, write_figures
 from headstart.eval.environment import environment
 from headstart.eval.memory import peak_memory
-from headstart.heads.targets import Target, load_target
+from headstart.heads.targets import Target, open_target
 from headstart.heads.ties import low_rank_agreement
 from headstart.heads.unroll import DraftHead
 from headstart.train.start import (
@@ -56,7 +56,7 @@ def run_train_benchmark(config: Config, prompts: int, device: str, out: Path | N
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
     t, c = config.target, config.train
-    target = load_target(t.name, t.dtype, t.revision, t.trust_remote_code, device)
+    target = open_target(config.target, device)
     texts = conversations_of_text(target, config, prompts)
     documents = OnlineActivations(target, texts, config.data)
     taught = taught_rows(documents, target.device)
@@ -195,7 +195,7 @@ def run_tie_benchmark(config: Config, device: str, out: Path | None) -> None:
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
     t = config.target
-    target = load_target(t.name, t.dtype, t.revision, t.trust_remote_code, device)
+    target = open_target(config.target, device)
     training, validation = prepare_documents(target, config.data, config.run.seed, None)
     taught = taught_rows(training, target.device)
     unseen = taught_rows(validation, target.device, AGREEMENT_ROWS).hidden

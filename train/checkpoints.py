@@ -1,59 +1,103 @@
 """Checkpoints: safetensors and JSON in one folder that appears whole or not at all."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from headstart.configs.loader import save_config
 from headstart.configs.schema import Config
-from headstart.heads.files import part_name, replace_folder
+from headstart.heads.files import content_sha256, file_sha256, part_name, replace_folder
 from headstart.heads.targets import Target
 from headstart.heads.unroll import DraftHead
+from headstart.train.average import Average
+from headstart.train.parallel import placed_like, whole
 
-KEEP = 2
+STATE = "state.json"
+
+
+def gather_tensors(
+    head: DraftHead, optimizer: torch.optim.Optimizer, average: Average
+) -> dict[str, dict[str, torch.Tensor]]:
+    """What a checkpoint keeps, by file; all processes must call it.
+
+    Of the head what is trained and the order of its tokens, not the target's table; the
+    optimizer's moments and the average by parameter name.
+    """
+    moments = {
+        f"{name}.{key}": whole(value)
+        for name, parameter in head.trainable().items()
+        for key, value in optimizer.state[parameter].items()
+    }
+    weights = {name: whole(tensor.detach()) for name, tensor in head.state().items()}
+    files = {"head": weights, "optimizer": moments}
+    if average.values:
+        files["average"] = {name: whole(value) for name, value in average.values.items()}
+    return {
+        f"{name}.safetensors": {key: tensor.contiguous() for key, tensor in tensors.items()}
+        for name, tensors in files.items()
+    }
 
 
 def save_checkpoint(
     config: Config,
     step: int,
-    head: DraftHead,
-    optimizer: torch.optim.Optimizer,
-    target: Target,
     best: float,
-) -> None:
-    """Write `checkpoints/step-NNNNNN` of the run and remove all but the newest `KEEP`.
+    target: Target,
+    files: dict[str, dict[str, torch.Tensor]],
+    processes: int,
+) -> Path:
+    """Write `checkpoints/step-NNNNNN` of the run and remove all but the newest that are to be kept.
 
     Args:
         config: the resolved configuration, kept beside the weights.
         step: optimizer steps done.
-        head: what is trained and the order of its tokens are saved; the target's table is not.
-        optimizer: its moments are saved, by parameter name.
-        target: its fingerprint is saved.
         best: the best acceptance length so far, 0 before the first validation.
+        target: its fingerprint is saved.
+        files: from `gather_tensors`.
+        processes: of the launch.
+
+    Raises:
+        OSError: the disk is full, say; earlier checkpoints are kept.
     """
     folder = config.run.dir / "checkpoints"
     path = folder / f"step-{step:06d}"
     work = part_name(path)
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
-    weights = {name: tensor.detach().contiguous() for name, tensor in head.state().items()}
-    save_file(weights, work / "head.safetensors")
-    moments = {
-        f"{name}.{key}": value.contiguous()
-        for name, parameter in head.trainable().items()
-        for key, value in optimizer.state[parameter].items()
-    }
-    save_file(moments, work / "optimizer.safetensors")
-    state = {"step": step, "best": best, "target": target.fingerprint}
-    (work / "state.json").write_text(json.dumps(state))
-    save_config(config, work / "config.yaml")
-    replace_folder(work, path)
-    for old in checkpoints(folder)[:-KEEP]:
+    try:
+        work.mkdir(parents=True)
+        for name, tensors in files.items():
+            save_file(tensors, work / name)
+        save_config(config, work / "config.yaml")
+        sums = {name: file_sha256(work / name) for name in [*files, "config.yaml"]}
+        state: dict[str, Any] = {
+            "step": step,
+            "best": best,
+            "target": target.fingerprint,
+            "processes": processes,
+            "files": sums,
+        }
+        state["sha256"] = content_sha256(state)
+        (work / STATE).write_text(json.dumps(state))
+        for file in work.iterdir():
+            with file.open("rb") as written:
+                os.fsync(written.fileno())
+        replace_folder(work, path)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(work, ignore_errors=True)
+        kept = checkpoints(folder)
+        newest = f"{kept[-1]} is kept" if kept else "no earlier one is there"
+        raise OSError(
+            f"{path} could not be written ({error}); {newest}: make room, then go on with --resume"
+        ) from error
+    for old in checkpoints(folder)[: -config.train.keep_checkpoints]:
         shutil.rmtree(old)
+    return path
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -61,15 +105,80 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(p for p in folder.glob("step-*") if p.suffix != ".part")
 
 
-def load_checkpoint(
-    path: Path, head: DraftHead, optimizer: torch.optim.Optimizer, target: Target
-) -> dict[str, Any]:
-    """Fill the head and the optimizer; returns the state that was saved: step, best, target.
+def remove_unfinished(folder: Path) -> None:
+    """Clear away what killed processes were writing."""
+    for part in folder.glob("*.part"):
+        shutil.rmtree(part)
+
+
+def check_checkpoint(path: Path) -> dict[str, Any]:
+    """The state of a checkpoint whose files are all as they were written: step, best, target,
+    processes.
 
     Raises:
-        ValueError: the checkpoint is of a head with other parameters, or of another target.
+        ValueError: a file is missing or damaged; the newest earlier checkpoint that is whole is
+            offered.
     """
-    state: dict[str, Any] = json.loads((path / "state.json").read_text())
+    try:
+        return _read_state(path)
+    except ValueError as error:
+        earlier = [other for other in checkpoints(path.parent) if other < path]
+        raise ValueError(f"{error}: {_way_out(path, earlier)}") from error
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    try:
+        state: dict[str, Any] = json.loads((path / STATE).read_text(encoding="utf-8"))
+        intact = content_sha256(state) == state["sha256"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path / STATE} is missing or damaged ({error})") from error
+    if not intact:
+        raise ValueError(f"{path / STATE} is damaged: its SHA-256 does not match")
+    for name, expected in state["files"].items():
+        if not (path / name).is_file():
+            raise ValueError(f"{path / name} is missing")
+        if file_sha256(path / name) != expected:
+            raise ValueError(f"{path / name} is damaged: its SHA-256 does not match")
+    return state
+
+
+def _way_out(path: Path, earlier: list[Path]) -> str:
+    for other in reversed(earlier):
+        try:
+            _read_state(other)
+        except ValueError:
+            continue
+        return f"delete the folder {path}, and --resume goes on from {other}, which is whole"
+    return "no earlier checkpoint is whole: name another folder, run.dir=PATH, to start afresh"
+
+
+def checkpoint_config(path: Path) -> Config:
+    """The configuration that a checkpoint was written by."""
+    text = (path / "config.yaml").read_text(encoding="utf-8")
+    return Config.model_validate(yaml.safe_load(text))
+
+
+@torch.no_grad()
+def load_checkpoint(
+    path: Path,
+    head: DraftHead,
+    optimizer: torch.optim.Optimizer,
+    average: Average,
+    target: Target,
+) -> dict[str, Any]:
+    """Fill the head, the optimizer and the average; returns the state that was saved.
+
+    Args:
+        path: of a checkpoint.
+        head: its weights may be split over the processes.
+        optimizer: of `head`, without moments yet.
+        average: of `head`.
+        target: that the head is trained for.
+
+    Raises:
+        ValueError: the checkpoint is damaged, of a head with other parameters or of another target.
+    """
+    state = check_checkpoint(path)
     if state["target"] != target.fingerprint:
         raise ValueError(
             f"{path} was trained for a target with fingerprint {state['target'][:12]}, "
@@ -84,10 +193,15 @@ def load_checkpoint(
         raise ValueError(
             f"{path} is of another head: {odd} is {found.get(odd)} there and {shapes.get(odd)} here"
         )
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            tensor.copy_(weights[name])
+    for name, tensor in tensors.items():
+        tensor.copy_(placed_like(weights[name], tensor))
     for key, value in load_file(path / "optimizer.safetensors").items():
         name, _, moment = key.rpartition(".")
-        optimizer.state[parameters[name]][moment] = value
+        parameter = parameters[name]
+        # The count of steps is no moment: AdamW keeps it on the CPU.
+        placed = placed_like(value, parameter) if value.shape == parameter.shape else value
+        optimizer.state[parameter][moment] = placed
+    if average.values:
+        for name, value in load_file(path / "average.safetensors").items():
+            average.values[name].copy_(placed_like(value, average.values[name]))
     return state

@@ -2,13 +2,12 @@
 
 import math
 from contextlib import nullcontext
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, set_seed
+from accelerate import Accelerator, PartialState
+from accelerate.utils import set_seed
 
 from headstart.configs.schema import Config
 from headstart.data.loader import AnchorLoader
@@ -18,46 +17,63 @@ from headstart.data.store import Documents
 from headstart.eval.recall import RecallCounts
 from headstart.eval.simulate import simulate_acceptance
 from headstart.heads.assistant import save_assistant
-from headstart.heads.targets import Target, load_target
+from headstart.heads.processes import join_processes
+from headstart.heads.targets import Target, open_target
 from headstart.heads.unroll import DraftHead
-from headstart.train.checkpoints import checkpoints, load_checkpoint, save_checkpoint
-from headstart.train.run_folder import append_metrics, drop_metrics_after, open_run
+from headstart.train.average import Average
+from headstart.train.checkpoints import (
+    checkpoints,
+    gather_tensors,
+    load_checkpoint,
+    save_checkpoint,
+)
+from headstart.train.parallel import whole, whole_weights
+from headstart.train.run_folder import append_metrics, drop_metrics_after, open_run, run_folder
 from headstart.train.start import build_head, likely_tokens, taught_rows
 from headstart.train.step import batch_sums, loss_weight, step_candidates
-from headstart.train.stopping import Interrupted, stop_signals
+from headstart.train.stopping import Interrupted, diverged, stop_signals
 from headstart.train.summary import summary_text, write_summary
+from headstart.train.tracking import finish_trackers, start_trackers
+from headstart.train.watching import plot_run
 
 
 def train(config: Config, resume: bool = False) -> None:
     """Distill a head for `config.target` into the run folder.
 
-    Writes config.yaml, metrics.jsonl, checkpoints/, head/ (the best head, native format) and
-    summary.json.
+    Writes config.yaml, status.json, metrics.jsonl, checkpoints/, head/ (the best head, native
+    format), summary.json and progress.png.
 
     Args:
         config: the whole run.
         resume: go on from the newest checkpoint where there is one.
 
     Raises:
-        ValueError: the run folder holds another run, or the configuration does not fit.
+        ValueError: the run folder holds another run, the configuration does not fit, or a
+            checkpoint is damaged.
+        Diverged: a loss or gradient is not finite.
         Interrupted: SIGINT or SIGTERM arrived; the last finished step is saved.
+        OSError: the disk is full, say; earlier checkpoints are kept.
     """
-    c, run, seed = config.train, config.run.dir, config.run.seed
+    join_processes()
     accelerator = Accelerator(
-        mixed_precision="bf16" if c.precision == "bfloat16" else "no",
+        mixed_precision="bf16" if config.train.precision == "bfloat16" else "no",
         log_with=None if config.wandb.mode == "disabled" else "wandb",
-        project_dir=run,
-        # The main process may generate for hours while the others wait.
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=2))],
+        project_dir=config.run.dir,
     )
+    if not accelerator.is_main_process:
+        _train(config, resume, accelerator)
+        return
+    with run_folder(config.run.dir, "training"):
+        open_run(config, resume, accelerator.num_processes)
+        _train(config, resume, accelerator)
+
+
+def _train(config: Config, resume: bool, accelerator: Accelerator) -> None:
+    c, run, seed = config.train, config.run.dir, config.run.seed
     set_seed(seed)
-    if accelerator.is_main_process:
-        open_run(config, resume)
-    with accelerator.main_process_first():
-        t = config.target
-        target = load_target(t.name, t.dtype, t.revision, t.trust_remote_code, accelerator.device)
-        held_out = config.eval.prompts if config.eval else None
-        training, validation = prepare_documents(target, config.data, seed, held_out)
+    target = open_target(config.target, accelerator.device)
+    held_out = config.eval.prompts if config.eval else None
+    training, validation = prepare_documents(target, config.data, seed, held_out)
 
     saved = checkpoints(run / "checkpoints") if resume else []
     taught = taught_rows(training, target.device)
@@ -65,21 +81,25 @@ def train(config: Config, resume: bool = False) -> None:
     likely = likely_tokens(target, taught, c)
     del taught
     optimizer = torch.optim.AdamW(_parameter_groups(head, c.weight_decay), lr=c.learning_rate)
+    if c.activation_checkpointing:
+        head.assistant.model.gradient_checkpointing_enable({"use_reentrant": False})
+    if c.compile:
+        for layer in head.assistant.model.layers:
+            layer.compile(dynamic=True)
+    model, optimizer = accelerator.prepare(head, optimizer)
+    average = Average(head.trainable(), c.ema_decay)
     step, best = 0, 0.0
     if saved:
-        state = load_checkpoint(saved[-1], head, optimizer, target)
+        state = load_checkpoint(saved[-1], head, optimizer, average, target)
         step, best = state["step"], state["best"]
         accelerator.print(f"Resuming {run} after step {step}")
-    model, optimizer = accelerator.prepare(head, optimizer)
     loader = AnchorLoader(
         training, c.batch_size, c.anchors, c.rounds, seed, c.pack_tokens,
         accelerator.process_index, accelerator.num_processes, c.later_anchors,
     )  # fmt: skip
     if accelerator.is_main_process:
         drop_metrics_after(run, step)
-    if config.wandb.mode != "disabled":
-        kwargs = {"wandb": {"mode": config.wandb.mode, "dir": str(run), "name": run.name}}
-        accelerator.init_trackers(config.wandb.project, config.model_dump(mode="json"), kwargs)
+    start_trackers(accelerator, config)
     cluster_of = head.cluster_of
     trunk = [p for name, p in head.trainable().items() if not is_centroid(name)]
 
@@ -110,13 +130,16 @@ def train(config: Config, resume: bool = False) -> None:
                 for name, value in sums.items():
                     totals[name] = totals.get(name, torch.zeros_like(value)) + value.detach()
             # The trunk alone, so that it learns the same with ordered embeddings as without.
-            norm = accelerator.clip_grad_norm_(trunk, c.max_grad_norm)
+            norm = float(whole(accelerator.clip_grad_norm_(trunk, c.max_grad_norm)))
+            totals["stop"] = torch.tensor(float(len(stop_requests)), device=accelerator.device)
+            reduced = {name: float(accelerator.reduce(value)) for name, value in totals.items()}
+            if not all(map(math.isfinite, [norm, *reduced.values()])):
+                raise diverged(step + 1, norm, reduced, batches, run)
             optimizer.step()
             optimizer.zero_grad()
             step += 1
+            average.update(step)
 
-            totals["stop"] = torch.tensor(float(len(stop_requests)), device=accelerator.device)
-            reduced = {name: float(accelerator.reduce(value)) for name, value in totals.items()}
             row = {
                 "step": step,
                 "loss": reduced["loss_sum"] / float(denominator),
@@ -124,30 +147,34 @@ def train(config: Config, resume: bool = False) -> None:
                 # watching. `acceptance_length` below is the figure to compare.
                 "batch_acceptance_length": 1 + reduced["accepted"] / max(reduced["beyond"], 1),
                 "learning_rate": optimizer.param_groups[0]["lr"],
-                "grad_norm": float(norm),
+                "grad_norm": norm,
                 "rows": reduced["rows"],
             }
             if "recalled" in reduced:
                 row["cluster_loss"] = reduced["cluster_loss_sum"] / float(denominator)
                 row["batch_recall"] = reduced["recalled"] / max(reduced["drafts"], 1)
             if step % c.validate_every == 0 or step == c.steps:
-                row |= _validate(accelerator, head, target, validation, c.rounds)
-                if row["acceptance_length"] > best:
-                    best = row["acceptance_length"]
-                    if accelerator.is_main_process:
+                with average.applied():
+                    with whole_weights(model):
+                        row |= _validate(accelerator, head, target, validation, c.rounds)
+                    if row["acceptance_length"] > best:
+                        best = row["acceptance_length"]
                         export_head(head, target, run / "head", c.rounds)
             accelerator.log({k: v for k, v in row.items() if k != "step"}, step=step)
             if accelerator.is_main_process:
                 append_metrics(run, row)
-                if step % c.checkpoint_every == 0 or step == c.steps or reduced["stop"]:
-                    save_checkpoint(config, step, head, optimizer, target, best)
+            if step % c.checkpoint_every == 0 or step == c.steps or reduced["stop"]:
+                files = gather_tensors(head, optimizer, average)
+                if accelerator.is_main_process:
+                    save_checkpoint(config, step, best, target, files, accelerator.num_processes)
             bar.update(task, completed=step, status=_status(row, best, bar.tasks[task].speed))
             if reduced["stop"]:
                 raise Interrupted(f"stopped after step {step}, saved; go on with --resume")
     if accelerator.is_main_process:
         summary = write_summary(config, head, target, training, validation)
         say(f"Best head, of step {summary['best']['step']}: {summary_text(summary['best'])}")
-    accelerator.end_training()
+        plot_run(run)
+    finish_trackers(accelerator, config)
 
 
 def learning_rate(step: int, steps: int, warmup: int, peak: float) -> float:
@@ -159,9 +186,15 @@ def learning_rate(step: int, steps: int, warmup: int, peak: float) -> float:
 
 
 def export_head(head: DraftHead, target: Target, folder: Path, rounds: int) -> None:
-    """Save the head in the native format and in the target's dtype, so that both load as one."""
-    table = head.table(target.table)
-    save_assistant(head.assistant, table, folder, rounds, target.table.dtype)
+    """Save the head in the native format and in the target's dtype, so that both load as one.
+
+    All processes must call it; the main one writes.
+    """
+    weights = {name: whole(tensor) for name, tensor in head.assistant.state_dict().items()}
+    with whole_weights(head):
+        if PartialState().is_main_process:
+            table = head.table(target.table)
+            save_assistant(head.assistant, table, folder, rounds, target.table.dtype, weights)
 
 
 def is_centroid(name: str) -> bool:

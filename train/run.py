@@ -3,11 +3,12 @@
 import torch
 from accelerate import PartialState
 
-from headstart.configs.schema import Config
+from headstart.configs.schema import Config, EvalConfig
 from headstart.eval.report import run_evaluation
 from headstart.heads.assistant import load_assistant
 from headstart.heads.targets import load_target
 from headstart.train.loop import train
+from headstart.train.run_folder import run_folder
 
 NEARLY_TIED = 1e-3  # float32 logits closer than this may swap with the shape of a batch
 
@@ -22,27 +23,30 @@ def run(config: Config, resume: bool = False) -> None:
         RuntimeError: it does not.
     """
     train(config, resume)
-    state = PartialState()
-    if config.eval is None or not state.is_main_process:
-        return
+    if config.eval is not None and PartialState().is_main_process:
+        with run_folder(config.run.dir, "evaluating"):
+            _evaluate(config, config.eval, PartialState().device)
+
+
+def _evaluate(config: Config, chosen: EvalConfig, device: torch.device) -> None:
     folder = config.run.dir / "eval"
-    checks = [(config.target.dtype, config.eval.limit, config.eval.num_assistant_tokens, folder)]
-    if config.eval.exact_limit and config.target.dtype != "float32":
-        longest = [max(config.eval.num_assistant_tokens)]
-        checks.append(("float32", config.eval.exact_limit, longest, folder / "exact"))
+    checks = [(config.target.dtype, chosen.limit, chosen.num_assistant_tokens, folder)]
+    if chosen.exact_limit and config.target.dtype != "float32":
+        longest = [max(chosen.num_assistant_tokens)]
+        checks.append(("float32", chosen.exact_limit, longest, folder / "exact"))
     for dtype, limit, num_assistant_tokens, out in checks:
         t = config.target
-        target = load_target(t.name, dtype, t.revision, t.trust_remote_code, state.device)
+        target = load_target(t.name, dtype, t.revision, t.trust_remote_code, device)
         head = config.run.dir / "head"
-        assistant = load_assistant(head, getattr(torch, dtype), state.device)
+        assistant = load_assistant(head, getattr(torch, dtype), device)
         content = run_evaluation(
             target,
             assistant,
             str(head),
-            config.eval.prompts,
+            chosen.prompts,
             limit,
             num_assistant_tokens,
-            config.eval.max_new_tokens,
+            chosen.max_new_tokens,
             out,
         )
         gaps = [p["top2_logit_gap"] for r in content["results"] for p in r["parted"]]

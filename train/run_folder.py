@@ -1,81 +1,156 @@
-"""A run is a folder: what is in it, and whether a run may start or go on there."""
+"""A run is a folder: what is in it, whether a run may start or go on there, and how it ended."""
 
 import json
+import os
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from headstart.configs.loader import save_config
 from headstart.configs.schema import Config
-from headstart.heads.files import write_atomically
-from headstart.train.checkpoints import checkpoints
+from headstart.heads.files import is_held, only_one_in, write_atomically
+from headstart.train.checkpoints import (
+    check_checkpoint,
+    checkpoint_config,
+    checkpoints,
+    remove_unfinished,
+)
+
+STATUS = "status.json"
+METRICS = "metrics.jsonl"
+_NO_DIFFERENCE = (
+    "run.dir", "data.cache_dir", "target.sharded", "train.activation_checkpointing",
+    "train.compile", "train.checkpoint_every", "train.keep_checkpoints",
+)  # fmt: skip
+"""Settings that may change when a run goes on: its steps stay the same."""
+_SHARES = ("train.batch_size", "train.gradient_accumulation_steps")
+"""Settings that may change with the number of processes: their product with it may not."""
 
 
-def open_run(config: Config, resume: bool) -> None:
-    """Make the run folder and write its resolved configuration.
+@contextmanager
+def run_folder(run: Path, doing: str) -> Iterator[None]:
+    """Work in a run folder, alone, and note in status.json what is done there and how it ended.
+
+    A process that is killed notes nothing; that nobody holds the folder then tells.
+
+    Raises:
+        ValueError: another process works there.
+    """
+    run.mkdir(parents=True, exist_ok=True)
+    with only_one_in(run):
+        note = {"doing": doing, "started": _now(), "host": platform.node(), "pid": os.getpid()}
+        _write_status(run, {**note, "state": "running"})
+        try:
+            yield
+        except BaseException as error:
+            stopped = isinstance(error, KeyboardInterrupt)
+            why = " ".join(str(error).split()) or type(error).__name__
+            state = "stopped" if stopped else "failed"
+            _write_status(run, {**note, "state": state, "why": why, "ended": _now()})
+            raise
+        _write_status(run, {**note, "state": "finished", "ended": _now()})
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def _write_status(run: Path, status: dict[str, Any]) -> None:
+    write_atomically(run / STATUS, json.dumps(status, indent=2) + "\n")
+
+
+def read_status(run: Path) -> dict[str, Any]:
+    """status.json, with state `killed` where a run says that it runs and nobody holds its folder.
+
+    Raises:
+        ValueError: there is none, or it is damaged.
+    """
+    try:
+        status: dict[str, Any] = json.loads((run / STATUS).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{run} holds no run: {run / STATUS} cannot be read ({error})") from error
+    if status["state"] == "running" and not is_held(run):
+        status |= {"state": "killed", "why": "its process is gone and noted no end"}
+    return status
+
+
+def open_run(config: Config, resume: bool, processes: int) -> None:
+    """Write the resolved configuration into a run folder, where a run may start or go on there.
 
     A folder without a checkpoint holds nothing to lose and is started afresh.
 
+    Args:
+        config: of the run.
+        resume: whether it goes on from the newest checkpoint.
+        processes: of this launch.
+
     Raises:
-        ValueError: there is a checkpoint and `resume` is off, or it was made by a configuration
-            that trains something else.
+        ValueError: there is a checkpoint and `resume` is off; or the newest one is damaged, or was
+            written by a configuration that trains something else.
     """
     run = config.run.dir
-    saved = run / "config.yaml"
-    if checkpoints(run / "checkpoints"):
+    remove_unfinished(run / "checkpoints")
+    if saved := checkpoints(run / "checkpoints"):
         if not resume:
             raise ValueError(
                 f"{run} holds a run already: go on with --resume, or name another folder, "
                 "run.dir=PATH"
             )
-        earlier = Config.model_validate(yaml.safe_load(saved.read_text(encoding="utf-8")))
-        if change := what_differs(earlier, config):
+        state = check_checkpoint(saved[-1])
+        earlier = checkpoint_config(saved[-1])
+        if change := what_differs(earlier, state["processes"], config, processes):
             raise ValueError(
-                f"{run} was started with {change}: give it back, or name another folder, "
+                f"{saved[-1]} was written with {change}: give it back, or name another folder, "
                 "run.dir=PATH"
             )
-    run.mkdir(parents=True, exist_ok=True)
-    save_config(config, saved)
+    save_config(config, run / "config.yaml")
 
 
-def what_differs(earlier: Config, now: Config) -> str:
-    """The first setting that changes what is trained, in words; empty if there is none."""
-    for (key, was), (_, value) in zip(
-        sorted(_training_settings(earlier).items()),
-        sorted(_training_settings(now).items()),
-        strict=True,
-    ):
-        if was != value:
-            return f"{key}={was}, now {value}"
+def what_differs(earlier: Config, its_processes: int, now: Config, processes: int) -> str:
+    """The first setting that changes what is trained, in words; empty if there is none.
+
+    A step takes `batch_size` x `gradient_accumulation_steps` conversations in each process: how
+    they are dealt may change, how many there are may not.
+    """
+    before = _training_settings(earlier, its_processes)
+    after = _training_settings(now, processes)
+    for key in sorted(before):
+        if before[key] != after[key]:
+            return f"{key}={before[key]}, now {after[key]}"
     return ""
 
 
-def _training_settings(config: Config) -> dict[str, Any]:
+def _training_settings(config: Config, processes: int) -> dict[str, Any]:
     tree = config.model_dump(mode="json", exclude={"eval", "wandb"})
     settings = {f"{s}.{key}": v for s, section in tree.items() for key, v in section.items()}
-    del settings["run.dir"], settings["data.cache_dir"]
-    return settings
+    a_step = processes
+    for key in _SHARES:
+        a_step *= settings.pop(key)
+    for key in _NO_DIFFERENCE:
+        del settings[key]
+    return settings | {"train.batch_size x train.gradient_accumulation_steps x processes": a_step}
 
 
 def append_metrics(run: Path, row: dict[str, Any]) -> None:
     """Add one line to metrics.jsonl."""
-    with (run / "metrics.jsonl").open("a", encoding="utf-8") as file:
+    with (run / METRICS).open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl."""
-    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    """The whole lines of metrics.jsonl; none where there is no such file."""
+    if not (run / METRICS).is_file():
+        return []
+    *lines, torn = (run / METRICS).read_text(encoding="utf-8").split("\n")
+    del torn  # empty after a whole line; the rest of one that a kill cut, or that is being written
     return [json.loads(line) for line in lines]
 
 
 def drop_metrics_after(run: Path, step: int) -> None:
     """Forget the metrics of steps that will be done again, and a line cut short by a kill."""
-    path = run / "metrics.jsonl"
-    if not path.is_file():
-        return
-    *lines, torn = path.read_text(encoding="utf-8").split("\n")
-    del torn  # empty after a whole line
-    kept = [line for line in lines if json.loads(line)["step"] <= step]
-    write_atomically(path, "".join(f"{line}\n" for line in kept))
+    if (run / METRICS).is_file():
+        kept = [row for row in read_metrics(run) if row["step"] <= step]
+        write_atomically(run / METRICS, "".join(f"{json.dumps(row)}\n" for row in kept))

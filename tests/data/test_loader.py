@@ -63,7 +63,7 @@ def test_an_epoch_reads_every_conversation_once_over_all_processes(
     seen: list[str] = []
     for rank in range(2):
         loader = AnchorLoader(documents, 1, 4, 2, seed=5, rank=rank, world_size=2)
-        seen += [d for n in range(5) for d in loader.batch(n).document_ids]
+        seen += [d for n in range(5) for (d,) in loader.batch(n).document_ids]
     assert len(seen) == len(set(seen)) == 10
     halves = [
         AnchorLoader(documents, 2, 4, 2, 5, rank=r, world_size=2).batch(1).document_ids

@@ -146,7 +146,7 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(
         train(cut)
     with pytest.raises(ValueError, match="holds a run already: go on with --resume"):
         train(cut)
-    with pytest.raises(ValueError, match=r"started with train.steps=20, now 21: give it back"):
+    with pytest.raises(ValueError, match=r"was written with train.steps=20, now 21: give it back"):
         train(tiny_config(tmp_path / "cut", *overrides, "train.steps=21"), resume=True)
     with (tmp_path / "cut" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 8, "loss": 1.0}\n{"step": 9, "lo')  # what a kill leaves behind
@@ -181,7 +181,7 @@ def test_a_whole_run_leaves_the_target_bit_identical_and_frozen(
     """Saving the head shares the target's table with it, and must not make it trainable."""
     target = load_target("tiny-gemma4", "float32")
     before = weights_hash(target)
-    monkeypatch.setattr(loop, "load_target", lambda *args: target)
+    monkeypatch.setattr(loop, "open_target", lambda *args: target)
     train(tiny_config(tmp_path / "run", "train.steps=8", "train.validate_every=2"))
     assert not any(p.requires_grad or p.grad is not None for p in target.model.parameters())
     assert weights_hash(target) == before
@@ -217,7 +217,7 @@ def test_a_run_for_another_target_is_not_resumed(
     other = load_target("tiny-gemma4", "float32")
     with torch.no_grad():
         other.layers[0].mlp.up_proj.weight[0, 0] += 1
-    monkeypatch.setattr(loop, "load_target", lambda *args: other)
+    monkeypatch.setattr(loop, "open_target", lambda *args: other)
     with pytest.raises(ValueError, match=r"target with fingerprint [0-9a-f]{12}, tiny-gemma4 now"):
         train(config, resume=True)
 

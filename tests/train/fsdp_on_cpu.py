@@ -1,0 +1,42 @@
+"""`train.py` with FSDP2 on CPUs: accelerate has it for accelerators alone, torch for CPUs too.
+
+Launched by tests/train/test_processes.py; the commands and the accelerate configuration are those
+of a GPU machine.
+"""
+
+import sys
+from typing import Any
+
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
+
+from headstart.cli.main import main
+from headstart.train import loop
+
+_init = AcceleratorState.__init__
+_prepare = loop.Accelerator.prepare
+
+
+def _fsdp_on_cpu(self: AcceleratorState, *args: Any, fsdp_plugin: Any = None, **kw: Any) -> None:
+    _init(self, *args, fsdp_plugin=fsdp_plugin, **kw)
+    if fsdp_plugin is not None:  # later calls look at the state that is there
+        self.distributed_type = DistributedType.FSDP
+        self.fsdp_plugin = fsdp_plugin
+
+
+def _split(self: Any, *args: Any) -> Any:
+    """Prepare, and see that what is trained is really split, and the target's table is not."""
+    from torch.distributed.tensor import DTensor
+
+    prepared = _prepare(self, *args)
+    head = prepared[0]
+    assert all(isinstance(parameter, DTensor) for parameter in head.trainable().values())
+    assert not isinstance(head.assistant.lm_head.weight, DTensor)
+    print("split over", self.num_processes, flush=True)
+    return prepared
+
+
+if __name__ == "__main__":
+    AcceleratorState.__init__ = _fsdp_on_cpu
+    loop.Accelerator.prepare = _split
+    sys.exit(main(["train", *sys.argv[1:]]))

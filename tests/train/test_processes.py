@@ -1,0 +1,149 @@
+"""One process, two by DDP and two by FSDP2: the same head. Launched as a user would."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from headstart.train.checkpoints import checkpoints
+from tests.train.test_loop import ROOT, metrics, weights
+
+TINY = ["--config", "configs/tiny.yaml", "eval=null", "target.dtype=float32"]
+STEPS = [
+    "train.steps=12", "train.validate_every=6", "train.checkpoint_every=6",
+    "train.precision=float32", "train.ema_decay=0.9",
+]  # fmt: skip
+PORTS = iter(range(29_600, 29_700))
+
+
+def launch(
+    kind: str, *arguments: str, script: tuple[str, ...] = ("train.py",)
+) -> subprocess.CompletedProcess[str]:
+    """`accelerate launch` of two processes with a shipped configuration."""
+    command = [
+        sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch",
+        "--config_file", f"configs/accelerate-{kind}.yaml", "--num_processes", "2",
+        "--main_process_port", str(next(PORTS)), *script, *arguments,
+    ]  # fmt: skip
+    return subprocess.run(
+        command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300
+    )
+
+
+def environment() -> dict[str, str]:
+    # The checkout's own modules; two processes of one thread each leave one another room.
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def run(*arguments: str) -> None:
+    command = [sys.executable, "-m", "headstart.cli", *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of one process, which the others must equal."""
+    folder = tmp_path_factory.mktemp("alone")
+    run("train", *TINY, *STEPS, f"run.dir={folder / 'run'}", f"data.cache_dir={folder / 'cache'}")
+    return folder
+
+
+def farthest(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
+    assert ours.keys() == theirs.keys()
+    return max(float((ours[k].float() - theirs[k].float()).abs().max()) for k in ours)
+
+
+def same_run(ours: Path, theirs: Path) -> None:
+    """Weights, their average and the exported head to 1e-6; the metrics of every step."""
+    assert farthest(weights(ours), weights(theirs)) < 1e-6
+    name = "average.safetensors"
+    averages = [load_file(checkpoints(run / "checkpoints")[-1] / name) for run in (ours, theirs)]
+    assert farthest(*averages) < 1e-6
+    heads = [load_file(run / "head" / "model.safetensors") for run in (ours, theirs)]
+    assert farthest(*heads) < 1e-6
+    assert len(metrics(ours)) == len(metrics(theirs)) == 12
+    same_metrics(metrics(ours), metrics(theirs))
+
+
+def same_metrics(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> None:
+    for a, b in zip(ours, theirs, strict=True):
+        if recall := a.pop("recall", None):
+            for kind, shares in b.pop("recall").items():
+                assert recall[kind] == pytest.approx(shares, abs=1e-5)
+        assert a == pytest.approx(b, abs=1e-4)
+
+
+def test_two_processes_with_half_the_batch_each_train_the_same_head(
+    alone: Path, tmp_path: Path
+) -> None:
+    arguments = [*TINY, *STEPS, f"data.cache_dir={alone / 'cache'}", "train.batch_size=2"]
+    done = launch("ddp", *arguments, f"run.dir={tmp_path / 'run'}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    same_run(tmp_path / "run", alone / "run")
+    assert done.stdout.count("Best head") == 1, "the main process alone speaks"
+    state = json.loads((tmp_path / "run/checkpoints/step-000012/state.json").read_text())
+    assert state["processes"] == 2
+
+
+def test_a_split_head_over_a_split_target_that_runs_inside_the_step_is_the_same_too(
+    alone: Path, tmp_path: Path
+) -> None:
+    """FSDP2 for the head, for the target as well, and no stored activations: every forward of the
+    target takes both processes. Then one process goes on where the two stopped."""
+    shared = [*TINY, *STEPS, "data.online=true", "target.sharded=true"]
+    shared += [f"data.cache_dir={tmp_path / 'cache'}", f"run.dir={tmp_path / 'run'}"]
+    script = ("tests/train/fsdp_on_cpu.py",)
+    done = launch("fsdp2", *shared, "train.batch_size=2", script=script)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "split over 2" in done.stdout
+    # Online activations come from whole forwards, the others were recorded token by token.
+    found = metrics(tmp_path / "run")
+    for a, b in zip(found, metrics(alone / "run"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-3)
+    whole = weights(tmp_path / "run")
+
+    last = tmp_path / "run" / "checkpoints" / "step-000012"
+    for path in last.iterdir():
+        path.unlink()
+    last.rmdir()
+    refused = launch("fsdp2", *shared, "train.batch_size=1", "--resume", script=script)
+    assert refused.returncode != 0
+    assert "x processes=4, now 2" in refused.stderr
+    halves = ["train.batch_size=2", "train.gradient_accumulation_steps=2", "--resume"]
+    run("train", *shared, *halves)
+    assert farthest(weights(tmp_path / "run"), whole) < 1e-6
+    same_metrics(metrics(tmp_path / "run"), found)
+
+
+@pytest.mark.parametrize("sharded", ["false", "true"])
+def test_regeneration_and_extraction_are_dealt_over_processes(sharded: str, tmp_path: Path) -> None:
+    """Three batches over two processes, so that one of them has to lend a hand at the end; the
+    folders are byte-identical to those of one process."""
+    settings = [*TINY, "data.num_conversations=12", "data.generation_batch_size=4"]
+    settings.append("data.max_tokens=64")
+    module = ("-m", "headstart.cli")
+
+    def work(call: Any, name: str, *more: str) -> None:
+        out, store = tmp_path / name, tmp_path / f"{name}-store"
+        call("regenerate", "--extract", "--out", str(out), *settings, *more)
+        asked = ["--conversations", str(out), "--out", str(store)]
+        call("extract", *asked, *settings, *more)
+
+    def both(*arguments: str) -> None:
+        done = launch("ddp", *arguments, script=module)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    work(run, "one")
+    work(both, "two", f"target.sharded={sharded}")
+    for name in ("", "-store"):
+        ours, theirs = tmp_path / f"two{name}", tmp_path / f"one{name}"
+        names = {path.name for path in theirs.iterdir()}
+        assert {path.name for path in ours.iterdir()} == names
+        assert all((ours / n).read_bytes() == (theirs / n).read_bytes() for n in names)

@@ -1,0 +1,170 @@
+"""What run folders say: their state, how far they are, their best score, and a picture of it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+from headstart.train.checkpoints import checkpoints
+from headstart.train.run_folder import STATUS, read_metrics, read_status
+from headstart.train.summary import summary_text
+
+PLOT = "progress.png"
+
+
+@dataclass(frozen=True)
+class RunView:
+    """One run folder, as it is now."""
+
+    folder: Path
+    status: dict[str, Any]
+    """Of status.json: `state`, `doing`, `started`, and `why` and `ended` where there are any."""
+    steps: int
+    """Optimizer steps that the configuration asks for."""
+    metrics: list[dict[str, Any]]
+
+    @property
+    def step(self) -> int:
+        """The last step whose metrics are written."""
+        return int(self.metrics[-1]["step"]) if self.metrics else 0
+
+    @property
+    def best(self) -> dict[str, Any] | None:
+        """The validation with the greatest acceptance length."""
+        validated = [row for row in self.metrics if "acceptance_length" in row]
+        return max(validated, key=lambda row: row["acceptance_length"], default=None)
+
+    @property
+    def state(self) -> str:
+        """In a word or two: what is going on, or how it ended."""
+        state: str = self.status["state"]
+        return self.status["doing"] if state == "running" else state
+
+
+def read_run(folder: Path) -> RunView:
+    """Read a run folder; one that is being written to as well.
+
+    Raises:
+        ValueError: it holds no run.
+    """
+    status = read_status(folder)
+    steps = 0
+    if (folder / "config.yaml").is_file():  # a run may fail before it is written
+        config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+        steps = config["train"]["steps"]
+    return RunView(folder, status, steps, read_metrics(folder))
+
+
+def find_runs(root: Path) -> list[RunView]:
+    """The runs below a folder, those that began last first.
+
+    Raises:
+        ValueError: there is none.
+    """
+    views = [read_run(path.parent) for path in root.rglob(STATUS)]
+    if not views:
+        raise ValueError(f"no run below {root}: `headstart train` makes one")
+    return sorted(views, key=lambda view: view.status["started"], reverse=True)
+
+
+def print_runs(root: Path, console: Console | None = None) -> None:
+    """Print a line for each run below a folder."""
+    table = Table(title=f"Runs below {root}")
+    for name in ("run", "state", "step", "best", "at step", "loss", "began", "why"):
+        numeric = name in ("step", "best", "at step", "loss")
+        table.add_column(name, justify="right" if numeric else "left", overflow="fold")
+    for view in find_runs(root):
+        best = view.best
+        table.add_row(
+            str(view.folder.relative_to(root)) if view.folder != root else str(root),
+            view.state,
+            f"{view.step} / {view.steps}",
+            f"{best['acceptance_length']:.3f}" if best else "",
+            str(best["step"]) if best else "",
+            f"{view.metrics[-1]['loss']:.3f}" if view.metrics else "",
+            view.status["started"][:16].replace("T", " "),
+            view.status.get("why", ""),
+        )
+    (console or Console()).print(table)
+
+
+def print_run(folder: Path, console: Console | None = None) -> None:
+    """Print all that a run folder says, and draw its picture into it."""
+    view, console = read_run(folder), console or Console()
+    table = Table(title=str(folder), show_header=False)
+    for name, value in _facts(view).items():
+        table.add_row(name, value)
+    console.print(table)
+    if view.metrics:
+        console.print(f"Drawn: {plot_run(folder)}")
+
+
+def _facts(view: RunView) -> dict[str, str]:
+    facts = {"state": view.state, "began": view.status["started"]}
+    facts |= {key: view.status[key] for key in ("ended", "why") if key in view.status}
+    facts["step"] = f"{view.step} of {view.steps}"
+    if view.metrics:
+        last = view.metrics[-1]
+        facts["loss"] = f"{last['loss']:.4f}"
+        facts["acceptance length on training rows"] = f"{last['batch_acceptance_length']:.3f}"
+    if best := view.best:
+        facts["best head"] = f"of step {best['step']}: {summary_text(best)}"
+        facts["its folder"] = str(view.folder / "head")
+    saved = checkpoints(view.folder / "checkpoints")
+    facts["checkpoints"] = ", ".join(path.name for path in saved) or "none"
+    if view.status["state"] not in ("running", "finished"):
+        facts["to go on"] = f"headstart train --config {view.folder / 'config.yaml'} --resume"
+    return facts
+
+
+def plot_run(folder: Path) -> Path:
+    """Draw loss and acceptance over the steps of a run into `progress.png`; returns its path.
+
+    Raises:
+        ValueError: the folder holds no run, or one without a step.
+    """
+    view = read_run(folder)
+    if not view.metrics:
+        raise ValueError(f"{folder} has no step yet: nothing to draw")
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    loss, acceptance = figure.subplots(1, 2)
+    steps = [row["step"] for row in view.metrics]
+    loss.plot(steps, [row["loss"] for row in view.metrics], label="loss", linewidth=1)
+    if "cluster_loss" in view.metrics[0]:
+        of_clusters = [row["cluster_loss"] for row in view.metrics]
+        loss.plot(steps, of_clusters, label="loss of the clusters", linewidth=1)
+    loss.set(
+        xlabel="step",
+        ylabel="nats a draft",
+        title=f"{folder.name}, {view.step} of {view.steps} steps",
+    )
+    of_batches = [row["batch_acceptance_length"] for row in view.metrics]
+    acceptance.plot(steps, of_batches, label="training rows", linewidth=1, alpha=0.6)
+    validated = [row for row in view.metrics if "acceptance_length" in row]
+    for key, label in (
+        ("dense_acceptance_length", "held out, dense LM head"),
+        ("acceptance_length", "held out, walked"),
+    ):
+        known = [row for row in validated if key in row]
+        if known:
+            points = [row["step"] for row in known], [row[key] for row in known]
+            acceptance.plot(*points, marker="o", label=label)
+    if best := view.best:
+        acceptance.annotate(
+            f"{best['acceptance_length']:.3f}",
+            (best["step"], best["acceptance_length"]),
+            textcoords="offset points",
+            xytext=(0, 8),
+            ha="center",
+        )
+    acceptance.set(xlabel="step", ylabel="acceptance length", title="tokens a round")
+    for axes in (loss, acceptance):
+        axes.grid(alpha=0.3)
+        axes.legend()
+    path = folder / PLOT
+    figure.savefig(path, dpi=120)
+    return path
