@@ -4,7 +4,6 @@ Letters: D target width, H head width, V vocabulary.
 """
 
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeAlias, cast
@@ -24,7 +23,7 @@ from transformers import (
 )
 
 from headstart.configs.schema import HeadConfig
-from headstart.heads.files import part_name, replace_folder
+from headstart.heads.files import whole_folder
 from headstart.heads.ordered import cluster_count
 from headstart.heads.targets import Target, source_layers
 
@@ -189,7 +188,7 @@ def save_assistant(
 ) -> None:
     """Write a folder that plain transformers loads with `from_pretrained`.
 
-    The folder is written beside its place and then put there (`replace_folder`).
+    The folder is written beside its place and then put there (`whole_folder`).
 
     Args:
         assistant: the head; its own table is ignored.
@@ -199,8 +198,6 @@ def save_assistant(
         dtype: of the saved weights.
         weights: in place of the state dict of `assistant`.
     """
-    work = part_name(folder)
-    shutil.rmtree(work, ignore_errors=True)
     # The order of the tokens is of integers, and stays so.
     weights = assistant.state_dict() if weights is None else weights
     state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in weights.items()}
@@ -212,9 +209,9 @@ def save_assistant(
     native.tie_weights()
     native.generation_config = GenerationConfig(num_assistant_tokens=num_assistant_tokens)
     native.config.dtype = dtype
-    native.save_pretrained(work)
-    _write_global_head_dim(work / "config.json")
-    replace_folder(work, folder)
+    with whole_folder(folder) as work:
+        native.save_pretrained(work)
+        _write_global_head_dim(work / "config.json")
 
 
 def _write_global_head_dim(path: Path) -> None:

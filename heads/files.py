@@ -15,12 +15,8 @@ from typing import Any
 from safetensors import SafetensorError
 
 LOCK = ".lock"  # held by the process that works in a folder; it goes with the process
+PART = ".part"  # ends the name of a folder that is not yet whole
 WRITING = ".writing"  # begins the name of a folder of files that are not yet whole
-
-
-def part_name(path: Path) -> Path:
-    """Where a process writes before the rename; of its own, so that two may work on the same."""
-    return path.with_name(f"{path.name}.{os.getpid()}.part")
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -29,18 +25,46 @@ def write_atomically(path: Path, text: str) -> None:
         work.write_text(text, encoding="utf-8")
 
 
-def replace_folder(work: Path, folder: Path) -> None:
-    """Put the finished folder `work` in the place of `folder`.
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """Gives a folder to write into, which then takes the place of `folder`.
 
     No file system replaces a folder that is not empty in one step: a crash between the two
     renames leaves the earlier folder beside its place, as `.NAME.earlier`.
+
+    Raises:
+        OSError: with what to do, when the disk is full; the earlier folder is kept.
     """
-    earlier = folder.with_name(f".{folder.name}.earlier")
-    shutil.rmtree(earlier, ignore_errors=True)
-    if folder.exists():
-        folder.rename(earlier)
-    work.rename(folder)
-    shutil.rmtree(earlier, ignore_errors=True)
+    # Of the process's own, so that two may work on the same.
+    work = folder.with_name(f"{folder.name}.{os.getpid()}{PART}")
+    shutil.rmtree(work, ignore_errors=True)
+    try:
+        work.mkdir(parents=True)
+        yield work
+        for path in work.iterdir():
+            _sync(path)
+        earlier = folder.with_name(f".{folder.name}.earlier")
+        shutil.rmtree(earlier, ignore_errors=True)
+        if folder.exists():
+            folder.rename(earlier)
+        work.rename(folder)
+        shutil.rmtree(earlier, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(work, ignore_errors=True)
+        raise OSError(_unwritten(folder, error)) from error
+
+
+def _sync(path: Path) -> None:
+    """After this a power cut cannot leave a new name without its content."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _unwritten(path: Path, error: Exception) -> str:
+    return (
+        f"{path} could not be written ({error}); finished files are kept: make room, then run the "
+        "same command again"
+    )
 
 
 def file_sha256(path: Path) -> str:
@@ -119,16 +143,11 @@ def whole_file(path: Path) -> Iterator[Path]:
     try:
         work.parent.mkdir(exist_ok=True)
         yield work
-        with work.open("rb") as file:
-            # After this a power cut cannot leave the new name without its content.
-            os.fsync(file.fileno())
+        _sync(work)
         work.replace(path)
     except (OSError, SafetensorError) as error:
         work.unlink(missing_ok=True)
-        raise OSError(
-            f"{path} could not be written ({error}); finished files are kept: make room, then run "
-            "the same command again"
-        ) from error
+        raise OSError(_unwritten(path, error)) from error
     finally:
         with suppress(OSError):  # it holds another file that is being written
             work.parent.rmdir()

@@ -1,19 +1,17 @@
 """Checkpoints: safetensors and JSON in one folder that appears whole or not at all."""
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from headstart.configs.loader import save_config
 from headstart.configs.schema import Config
-from headstart.heads.files import content_sha256, file_sha256, part_name, replace_folder
+from headstart.heads.files import PART, content_sha256, file_sha256, whole_folder
 from headstart.heads.targets import Target
 from headstart.heads.unroll import DraftHead
 from headstart.train.average import Average
@@ -64,37 +62,22 @@ def save_checkpoint(
         processes: of the launch.
 
     Raises:
-        OSError: the disk is full, say; earlier checkpoints are kept.
+        OSError: the disk is full; earlier checkpoints are kept.
     """
     folder = config.run.dir / "checkpoints"
     path = folder / f"step-{step:06d}"
-    work = part_name(path)
-    try:
-        work.mkdir(parents=True)
+    with whole_folder(path) as work:
         for name, tensors in files.items():
             save_file(tensors, work / name)
         save_config(config, work / "config.yaml")
-        sums = {name: file_sha256(work / name) for name in [*files, "config.yaml"]}
         state: dict[str, Any] = {
             "step": step,
             "best": best,
             "target": target.fingerprint,
             "processes": processes,
-            "files": sums,
+            "files": {name: file_sha256(work / name) for name in [*files, "config.yaml"]},
         }
-        state["sha256"] = content_sha256(state)
-        (work / STATE).write_text(json.dumps(state))
-        for file in work.iterdir():
-            with file.open("rb") as written:
-                os.fsync(written.fileno())
-        replace_folder(work, path)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(work, ignore_errors=True)
-        kept = checkpoints(folder)
-        newest = f"{kept[-1]} is kept" if kept else "no earlier one is there"
-        raise OSError(
-            f"{path} could not be written ({error}); {newest}: make room, then go on with --resume"
-        ) from error
+        (work / STATE).write_text(json.dumps(state | {"sha256": content_sha256(state)}))
     for old in checkpoints(folder)[: -config.train.keep_checkpoints]:
         shutil.rmtree(old)
     return path
@@ -102,12 +85,12 @@ def save_checkpoint(
 
 def checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
-    return sorted(p for p in folder.glob("step-*") if p.suffix != ".part")
+    return sorted(p for p in folder.glob("step-*") if p.suffix != PART)
 
 
 def remove_unfinished(folder: Path) -> None:
     """Clear away what killed processes were writing."""
-    for part in folder.glob("*.part"):
+    for part in folder.glob(f"*{PART}"):
         shutil.rmtree(part)
 
 

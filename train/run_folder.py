@@ -92,6 +92,7 @@ def open_run(config: Config, resume: bool, processes: int) -> None:
             written by a configuration that trains something else.
     """
     run = config.run.dir
+    remove_unfinished(run)
     remove_unfinished(run / "checkpoints")
     if saved := checkpoints(run / "checkpoints"):
         if not resume:

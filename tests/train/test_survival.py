@@ -1,0 +1,315 @@
+"""Runs that are killed, interrupted, damaged, poisoned or out of disk: what is left, and what is
+said."""
+
+import errno
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from headstart.configs.schema import Config
+from headstart.train import loop
+from headstart.train.checkpoints import checkpoints
+from headstart.train.loop import train
+from headstart.train.run_folder import read_status
+from headstart.train.stopping import Diverged, Interrupted
+from tests.data.test_kills import fill, small_disk  # noqa: F401 - a fixture
+from tests.train.test_loop import metrics, tiny_config
+
+KILLS = 20
+SHORT = ["train.steps=24", "train.validate_every=6", "train.checkpoint_every=4"]
+SHORT += ["train.ema_decay=0.9"]
+
+
+def config_of(folder: Path, *overrides: str) -> Config:
+    cache = f"data.cache_dir={folder.parent / 'cache'}"
+    return tiny_config(folder, *SHORT, cache, *overrides)
+
+
+def child(folder: Path, ready: Path) -> None:
+    """What is killed; it begins to train when it has told so."""
+    torch.set_num_threads(1)
+    sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    begin = loop.open_target
+
+    def tell(*args: Any) -> Any:
+        target = begin(*args)
+        ready.touch()
+        return target
+
+    loop.open_target = tell  # type: ignore[assignment]
+    train(config_of(folder), resume=True)
+
+
+def content(run: Path) -> dict[str, bytes]:
+    """What a run comes to: its last checkpoint, its head, its metrics and its summary."""
+    last = checkpoints(run / "checkpoints")[-1]
+    files = [*last.glob("*.safetensors"), *(run / "head").iterdir(), run / "metrics.jsonl"]
+    found = {str(path.relative_to(run)): path.read_bytes() for path in files}
+    summary = json.loads((run / "summary.json").read_text())
+    state = json.loads((last / "state.json").read_text())
+    kept = {"best": summary["best"], "step": state["step"], "score": state["best"]}
+    return {**found, "rest": json.dumps(kept).encode()}
+
+
+def test_kills_at_random_moments_change_nothing_of_what_a_run_comes_to(tmp_path: Path) -> None:
+    """SIGKILL twenty times, at moments drawn over the length of a run; each time the next process
+    goes on. Weights, their average, moments, metrics and the best head end bit-identical."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    ready = tmp_path / "ready"
+
+    def start(folder: Path) -> tuple[Any, float]:
+        ready.unlink(missing_ok=True)
+        process = context.Process(target=child, args=(folder, ready))
+        process.start()
+        while process.is_alive() and not ready.exists():
+            time.sleep(0.002)
+        return process, time.monotonic()
+
+    process, _ = start(tmp_path / "whole")  # it makes the activations too
+    process.join()
+    shutil.rmtree(tmp_path / "whole")
+    process, begun = start(tmp_path / "whole")
+    process.join()
+    assert process.exitcode == 0
+    length = time.monotonic() - begun
+    expected = content(tmp_path / "whole")
+    assert read_status(tmp_path / "whole")["state"] == "finished"
+
+    rng = random.Random(0)
+    kills, number, cut_at = 0, 0, set()
+    while kills < KILLS:
+        folder = tmp_path / f"cut-{number}"
+        process, _ = start(folder)
+        process.join(timeout=rng.uniform(0, 0.8 * length))
+        process.kill()
+        process.join()
+        if process.exitcode == -signal.SIGKILL:
+            kills += 1
+            assert read_status(folder)["state"] == "killed"
+            cut_at.add(len(metrics(folder)) if (folder / "metrics.jsonl").exists() else 0)
+        else:  # it came through between two kills: begin another
+            assert content(folder) == expected
+            number += 1
+    process, _ = start(folder)
+    process.join()
+    assert process.exitcode == 0
+    assert content(folder) == expected
+    assert len(cut_at) > 5, "the kills fell at different steps"
+
+
+@pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGINT])
+def test_a_request_to_stop_saves_the_step_in_hand(
+    kind: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rate = loop.learning_rate
+
+    def stop_in_step_6(now: int, *args: Any) -> float:
+        if now == 5:
+            os.kill(os.getpid(), kind)
+        return rate(now, *args)
+
+    monkeypatch.setattr(loop, "learning_rate", stop_in_step_6)
+    with pytest.raises(Interrupted, match="stopped after step 6, saved; go on with --resume"):
+        train(config_of(tmp_path / "run"))
+    assert checkpoints(tmp_path / "run" / "checkpoints")[-1].name == "step-000006"
+    status = read_status(tmp_path / "run")
+    assert status["state"] == "stopped"
+    assert "stopped after step 6" in status["why"]
+
+
+@pytest.fixture(scope="module")
+def cut(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 8 steps with checkpoints of steps 4 and 8, to be gone on with."""
+    folder = tmp_path_factory.mktemp("cut") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        rate = loop.learning_rate
+
+        def stop_in_step_8(now: int, *args: Any) -> float:
+            if now == 7:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return rate(now, *args)
+
+        patch.setattr(loop, "learning_rate", stop_in_step_8)
+        with pytest.raises(Interrupted):
+            train(config_of(folder))
+    return folder
+
+
+@pytest.fixture
+def damaged(cut: Path, tmp_path: Path) -> Path:
+    """A copy of it, to be damaged."""
+    shutil.copytree(cut.parent, tmp_path / "copy")
+    return tmp_path / "copy" / "run"
+
+
+FILES = ["head.safetensors", "optimizer.safetensors", "average.safetensors"]
+FILES += ["config.yaml", "state.json"]
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("how", ["flipped", "missing", "cut short"])
+def test_a_damaged_checkpoint_is_refused_by_name_and_the_one_before_it_offered(
+    name: str, how: str, damaged: Path
+) -> None:
+    last, before = (damaged / "checkpoints" / f"step-00000{n}" for n in (8, 4))
+    whole = (last / name).read_bytes()
+    places = [len(whole) * n // 7 for n in range(7)] if how == "flipped" else [len(whole) // 2]
+    for place in places:
+        if how == "flipped":
+            broken = whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :]
+            (last / name).write_bytes(broken)
+        elif how == "missing":
+            (last / name).unlink(missing_ok=True)
+        else:
+            (last / name).write_bytes(whole[:place])
+        with pytest.raises(ValueError, match=f"{last / name} is") as refusal:
+            train(config_of(damaged), resume=True)
+        assert f"delete the folder {last}, and --resume goes on from {before}" in str(refusal.value)
+    shutil.rmtree(last)  # as it says
+    train(config_of(damaged), resume=True)
+    assert len(metrics(damaged)) == 24
+
+
+def test_where_no_checkpoint_is_whole_that_is_said(damaged: Path) -> None:
+    for checkpoint in checkpoints(damaged / "checkpoints"):
+        (checkpoint / "head.safetensors").unlink()
+    with pytest.raises(ValueError, match="no earlier checkpoint is whole: name another folder"):
+        train(config_of(damaged), resume=True)
+
+
+def test_a_checkpoint_of_another_configuration_is_refused_by_name(damaged: Path) -> None:
+    last = damaged / "checkpoints" / "step-000008"
+    for change, words in (
+        ("train.learning_rate=0.1", "train.learning_rate=0.003, now 0.1"),
+        ("train.batch_size=2", "train.batch_size x .* x processes=4, now 2"),
+    ):
+        with pytest.raises(ValueError, match=f"{last} was written with {words}: give it back"):
+            train(config_of(damaged, change), resume=True)
+    allowed = ["train.batch_size=2", "train.gradient_accumulation_steps=2"]
+    allowed += ["train.activation_checkpointing=true", "train.keep_checkpoints=1"]
+    train(config_of(damaged, *allowed), resume=True)
+    assert len(metrics(damaged)) == 24
+    assert len(checkpoints(damaged / "checkpoints")) == 1
+
+
+def test_a_half_written_checkpoint_is_never_picked_up(damaged: Path) -> None:
+    folder = damaged / "checkpoints"
+    half = folder / "step-000009.12345.part"
+    shutil.copytree(folder / "step-000008", half)
+    (half / "state.json").unlink()
+    assert [path.name for path in checkpoints(folder)] == ["step-000004", "step-000008"]
+    train(config_of(damaged), resume=True)
+    assert not half.exists()
+
+
+def test_a_nan_in_one_batch_stops_the_run_and_names_its_documents(
+    damaged: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = json.loads((damaged / "checkpoints/step-000008/state.json").read_text())
+    batches: list[list[str]] = []
+    draw = loop.AnchorLoader.batch
+
+    def noted(self: Any, number: int) -> Any:
+        batch = draw(self, number)
+        batches.append([name for row in batch.document_ids for name in row])
+        if len(batches) == 3:
+            batch.text_hidden[1] = torch.nan
+        return batch
+
+    monkeypatch.setattr(loop.AnchorLoader, "batch", noted)
+    with pytest.raises(Diverged) as stop:
+        train(config_of(damaged), resume=True)
+    words = str(stop.value)
+    assert "step 11 was not taken" in words
+    assert f"over the documents {', '.join(batches[-1])}" in words
+    assert f"activations of {batches[-1][1]} are not finite" in words
+    assert f"the last good checkpoint is {damaged / 'checkpoints' / 'step-000008'}" in words
+    assert read_status(damaged)["state"] == "failed"
+    assert "step 11 was not taken" in read_status(damaged)["why"]
+    after = json.loads((damaged / "checkpoints/step-000008/state.json").read_text())
+    assert before == after
+    monkeypatch.undo()
+    monkeypatch.setenv("HEADSTART_CACHE", str(damaged.parent / "cache"))
+    train(config_of(damaged), resume=True)
+    assert len(metrics(damaged)) == 24
+
+
+def test_a_loss_that_explodes_stops_the_run_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = loop.batch_sums
+
+    def exploding(*args: Any) -> dict[str, torch.Tensor]:
+        sums = real(*args)
+        return {**sums, "loss_sum": sums["loss_sum"] * torch.inf}
+
+    monkeypatch.setattr(loop, "batch_sums", exploding)
+    with pytest.raises(Diverged, match=r"loss_sum is (inf|nan).*there is no checkpoint yet; lower"):
+        train(config_of(tmp_path / "run"))
+
+
+def test_a_disk_that_fills_up_during_a_checkpoint_leaves_the_earlier_one_usable(
+    damaged: Path,
+    small_disk: Path,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A real file system without room, then one with room again."""
+    expected = damaged.parent / "expected"
+    shutil.copytree(damaged, expected)
+    train(config_of(expected), resume=True)
+    subprocess.run(["mount", "-o", "remount,size=16m", str(small_disk)], check=True)
+    run = small_disk / "run"
+    shutil.copytree(damaged, run)
+    fill(small_disk, leave=200 * 1024)
+    cache = f"data.cache_dir={damaged.parent / 'cache'}"
+    with pytest.raises(OSError, match=r"could not be written .* kept: make room, then run the"):
+        train(config_of(run, cache), resume=True)
+    assert not list(run.rglob("*.part"))
+    assert checkpoints(run / "checkpoints")[-1].name == "step-000008"
+    (small_disk / "filler").unlink()
+    train(config_of(run, cache), resume=True)
+    assert content(run) == content(expected)
+
+
+def test_an_error_of_the_disk_at_any_file_of_a_checkpoint_keeps_the_earlier_one(
+    damaged: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = os.fsync, [0]
+
+    def full(failing: int) -> Callable[[int], None]:
+        def fsync(descriptor: int) -> None:
+            calls[0] += 1
+            if calls[0] == failing:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            real(descriptor)
+
+        return fsync
+
+    for failing in range(1, 6):
+        calls[0] = 0
+        monkeypatch.setattr(os, "fsync", full(failing))
+        with pytest.raises(OSError, match="make room"):
+            train(config_of(damaged), resume=True)
+    monkeypatch.setattr(os, "fsync", real)
+    train(config_of(damaged), resume=True)
+    assert len(metrics(damaged)) == 24
+
+
+def test_a_second_process_in_the_same_folder_is_refused(damaged: Path) -> None:
+    from headstart.heads.files import only_one_in
+
+    with only_one_in(damaged), pytest.raises(ValueError, match="another process works in"):
+        train(config_of(damaged), resume=True)
