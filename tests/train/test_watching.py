@@ -1,0 +1,134 @@
+"""What `headstart runs` says of runs that run, finished, failed, stopped or were killed; and what
+Weights & Biases gets of them."""
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from headstart.cli.main import main
+from headstart.train import loop
+from headstart.train.loop import train
+from headstart.train.run_folder import read_status, run_folder
+from headstart.train.stopping import Interrupted
+from headstart.train.watching import read_run
+from tests.train.test_loop import metrics, tiny_config
+
+SHORT = ["train.steps=8", "train.validate_every=4", "train.checkpoint_every=4"]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that finished, one that stopped, one that failed and one that was killed."""
+    folder = tmp_path_factory.mktemp("runs")
+    cache = f"data.cache_dir={folder.parent / 'cache'}"
+    train(tiny_config(folder / "good", *SHORT, cache))
+    with pytest.MonkeyPatch.context() as patch:
+        rate = loop.learning_rate
+
+        def stop_in_step_6(now: int, *args: Any) -> float:
+            if now == 5:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return rate(now, *args)
+
+        patch.setattr(loop, "learning_rate", stop_in_step_6)
+        with pytest.raises(Interrupted):
+            train(tiny_config(folder / "stopped", *SHORT, cache))
+    with pytest.raises(ValueError, match="no prompt file"):
+        train(tiny_config(folder / "failed", *SHORT, cache, "data.prompts=[typo.jsonl]"))
+    if (child := os.fork()) == 0:
+        with run_folder(folder / "killed", "training"):
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)
+    return folder
+
+
+def test_the_list_says_how_each_run_stands(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with run_folder(root / "busy", "training"):
+        assert main(["runs", "list", str(root)]) == 0
+    (root / "busy" / "status.json").unlink()
+    text = capsys.readouterr().out
+    lines = {name: next(row for row in text.splitlines() if f" {name} " in row) for name in NAMES}
+    best = max(m["acceptance_length"] for m in metrics(root / "good") if "acceptance_length" in m)
+    assert "finished" in lines["good"]
+    assert "8 / 8" in lines["good"]
+    assert f"{best:.3f}" in lines["good"]
+    assert "stopped" in lines["stopped"]
+    assert "6 / 8" in lines["stopped"]
+    assert "failed" in lines["failed"]
+    assert "killed" in lines["killed"]
+    assert "training" in lines["busy"]
+    assert main(["runs", "list", str(root / "good" / "head")]) == 1
+    assert "headstart train` makes one" in capsys.readouterr().err
+
+
+NAMES = ("good", "stopped", "failed", "killed", "busy")
+
+
+def test_one_run_is_shown_with_a_picture_and_a_way_to_go_on(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (root / "stopped" / "progress.png").unlink(missing_ok=True)
+    assert main(["runs", "show", str(root / "stopped")]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "6 of 8" in text
+    assert "step-000004, step-000006" in text
+    assert "--resume" in text
+    picture = Image.open(root / "stopped" / "progress.png")
+    assert len(set(picture.convert("RGB").getdata())) > 50, "something is drawn"
+    why = read_status(root / "failed")["why"]
+    assert "no prompt file" in why
+    assert main(["runs", "show", str(root / "failed")]) == 0
+    assert main(["runs", "show", str(root / "missing")]) == 1
+    assert "holds no run" in capsys.readouterr().err
+
+
+def test_a_row_that_is_just_being_written_is_no_harm(root: Path) -> None:
+    before = read_run(root / "good")
+    with (root / "good" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 9, "lo')
+    assert read_run(root / "good").metrics == before.metrics
+    lines = (root / "good" / "metrics.jsonl").read_text().splitlines()[:-1]
+    (root / "good" / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def logged(run: Path) -> bytes:
+    return b"".join(path.read_bytes() for path in sorted(run.glob("wandb/offline-run-*/*.wandb")))
+
+
+def test_wandb_gets_the_metrics_and_nothing_else(tmp_path: Path) -> None:
+    """Offline, so that what would go out lies in a file. A resumed run has the same id."""
+    cache = f"data.cache_dir={tmp_path / 'cache'}"
+    offline = [*SHORT, cache, "wandb.mode=offline"]
+    train(tiny_config(tmp_path / "run", *offline))
+    run_id = (tmp_path / "run" / "wandb-id.txt").read_text()
+    sent = logged(tmp_path / "run")
+    assert b"batch_acceptance_length" in sent
+    assert run_id.encode() in sent
+    secret = ["weight_decay", str(tmp_path), "text_train", "hidden_size", "tiny-gemma4"]
+    assert not [word for word in secret if word.encode() in sent]
+    files = [p for p in (tmp_path / "run" / "wandb").rglob("files/*") if p.is_file()]
+    assert not files, "no requirements, no metadata, no console output"
+
+    for checkpoint in (tmp_path / "run" / "checkpoints").glob("step-000008/*"):
+        checkpoint.unlink()
+    (tmp_path / "run" / "checkpoints" / "step-000008").rmdir()
+    train(tiny_config(tmp_path / "run", *offline), resume=True)
+    assert (tmp_path / "run" / "wandb-id.txt").read_text() == run_id
+    assert len(list((tmp_path / "run" / "wandb").glob(f"offline-run-*-{run_id}"))) >= 1
+
+    train(tiny_config(tmp_path / "asked", *offline, "wandb.upload=[config]"))
+    assert b"weight_decay" in logged(tmp_path / "asked")
+
+
+def test_summary_and_status_agree_with_the_metrics(root: Path) -> None:
+    summary = json.loads((root / "good" / "summary.json").read_text())
+    view = read_run(root / "good")
+    assert view.best is not None
+    assert summary["best"]["step"] == view.best["step"]
+    assert view.status["doing"] == "training"
+    assert view.status["started"] <= view.status["ended"]
