@@ -12,7 +12,10 @@ from headstart.data.conversations import conversation_lengths, finished_parts
 from headstart.data.packing import length_when_cut
 from headstart.data.store import bytes_per_token, read_index
 from headstart.heads.assistant import assistant_config
-from headstart.heads.targets import load_target_config, source_layers
+from headstart.heads.targets import SUPPORTED, load_target_config, source_layers
+
+TRAINING_BYTES = 16  # a trained parameter: weight, gradient and two moments of four bytes each
+PROCESSES = 8  # that a plan says the memory of, beside one
 
 
 def print_plan(config: Config, console: Console | None = None) -> None:
@@ -29,7 +32,8 @@ def plan(config: Config) -> dict[str, str]:
     Token counts are upper bounds: a response may end before `max_new_tokens`.
     """
     t, d, c = config.target, config.data, config.train
-    source = load_target_config(t.name, t.revision, t.trust_remote_code).get_text_config()
+    whole = load_target_config(t.name, t.revision, t.trust_remote_code)
+    source = whole.get_text_config()
     head = assistant_config(source, config.head)
     text = head.text_config
     with torch.device("meta"):
@@ -53,11 +57,28 @@ def plan(config: Config) -> dict[str, str]:
         if text.hidden_size == source.hidden_size
         else "none: low-rank tie, materialised when saved",
         **_plan_clusters(head),
-        "training memory of the head": _bytes(trained * 16) + " (weights, gradients, two moments)",
+        **_plan_memory(whole, width, trained * TRAINING_BYTES),
         **_plan_data(d, token),
         "rows a step": f"{rows:,} a process, {rows + later * (c.rounds - 1):,} drafts in "
         f"{c.rounds} rounds",
         "steps": f"{c.steps:,} ({c.steps * rows:,} rows in all)",
+    }
+
+
+def _plan_memory(whole: Any, width: int, training: int) -> dict[str, str]:
+    """What a process holds all the time; `training` bytes are the head's."""
+    with torch.device("meta"):
+        model = SUPPORTED[whole.model_type](whole)
+    sizes = {name: p.numel() * width for name, p in model.named_parameters()}
+    layers = sum(size for name, size in sizes.items() if ".layers." in name)
+    rest = sum(sizes.values()) - layers
+    return {
+        "target's weights": f"{_bytes(layers)} of layers, {_bytes(rest)} of embeddings and the rest",
+        "head in training": f"{_bytes(training)} (weights, gradients, two moments, in float32)",
+        "a process holds": f"{_bytes(layers + rest + training)} alone or by DDP; "
+        f"{_bytes(layers + rest + training // PROCESSES)} by FSDP2 over {PROCESSES}, with "
+        f"target.sharded=true {_bytes(layers // PROCESSES + rest + training // PROCESSES)}; "
+        "batches and activations come on top",
     }
 
 
