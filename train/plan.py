@@ -73,7 +73,8 @@ def _plan_memory(whole: Any, width: int, training: int) -> dict[str, str]:
     layers = sum(size for name, size in sizes.items() if ".layers." in name)
     rest = sum(sizes.values()) - layers
     return {
-        "target's weights": f"{_bytes(layers)} of layers, {_bytes(rest)} of embeddings and the rest",
+        "target's weights": f"{_bytes(layers)} of layers, {_bytes(rest)} of embeddings and the "
+        "rest",
         "head in training": f"{_bytes(training)} (weights, gradients, two moments, in float32)",
         "a process holds": f"{_bytes(layers + rest + training)} alone or by DDP; "
         f"{_bytes(layers + rest + training // PROCESSES)} by FSDP2 over {PROCESSES}, with "

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from headstart.configs.loader import load_config
@@ -198,6 +199,29 @@ def test_accumulated_halves_of_a_batch_move_the_head_as_the_whole_does(tmp_path:
         assert whole == pytest.approx(half, rel=1e-3)
     ours, theirs = weights(tmp_path / "halves"), weights(tmp_path / "whole")
     assert all(torch.allclose(ours[k], theirs[k], atol=1e-4) for k in ours)
+
+
+@pytest.mark.parametrize(
+    ("setting", "tolerance"),
+    [
+        ("train.activation_checkpointing=true", 1e-5),
+        ("train.compile=true", 1e-4),
+        ("train.precision=bfloat16", 0.05),
+    ],
+)
+def test_what_saves_memory_or_time_leaves_the_loss_and_float32_weights(
+    setting: str, tolerance: float, tmp_path: Path
+) -> None:
+    short = ["train.steps=3", "train.warmup_steps=1", f"data.cache_dir={tmp_path / 'cache'}"]
+    train(tiny_config(tmp_path / "plain", *short))
+    AcceleratorState._reset_state()  # one process, one precision
+    train(tiny_config(tmp_path / "other", *short, setting))
+    AcceleratorState._reset_state()
+    pairs = zip(metrics(tmp_path / "plain"), metrics(tmp_path / "other"), strict=True)
+    for plain, other in pairs:
+        assert other["loss"] == pytest.approx(plain["loss"], rel=tolerance)
+    dtypes = {t.dtype for t in weights(tmp_path / "other").values()}
+    assert dtypes == {torch.float32, torch.int64}, "int64: the order of the tokens"
 
 
 def test_a_start_that_fails_leaves_the_folder_free(tmp_path: Path) -> None:
