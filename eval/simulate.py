@@ -33,8 +33,8 @@ class Simulated:
     dense: AcceptanceCounts
     """Of the same head with the LM head over the whole vocabulary."""
     recall: RecallCounts
-    """Over all drafts of all rows, those that a decoder would never reach too; zero where the head
-    has no ordered embeddings."""
+    """Over the drafts that a decoder meets from any row: those whose earlier ones in the round were
+    right. Zero where the head has no ordered embeddings."""
 
 
 @torch.no_grad()
@@ -66,10 +66,12 @@ def simulate_acceptance(
             wanted[b, : len(r)] = document.ids[following.clamp_max(len(document.ids) - 1)]
         judged = batch.weights.bool()
         states, scores = _unrolled(head, target, batch)
-        if scores is not None and cluster_of is not None:
-            clusters = cluster_of[batch.teacher_ids[judged]]
-            recall += RecallCounts.of(scores[judged], clusters, batch.teacher_logprobs[judged])
         matches = _matches(head, target, states, scores, wanted, judged)
+        if scores is not None and cluster_of is not None:
+            met = judged.clone()
+            met[..., 1:] &= matches[0][..., :-1].long().cumprod(-1).bool()
+            clusters = cluster_of[batch.teacher_ids[met]]
+            recall += RecallCounts.of(scores[met], clusters, batch.teacher_logprobs[met])
         for b, r in enumerate(rows):
             for answer in _answers(r):
                 drafted += walk_rounds(matches[0][b, answer], judged[b, answer])

@@ -21,9 +21,10 @@ CLUSTER_TOKENS = 128  # tokens a cluster, where nobody says how many clusters
 KMEANS_ROUNDS = 8
 USAGE_ROWS = 1024  # rows whose whole softmax tells how likely each token is
 CHUNK_ROWS = 128  # of them at once
-BANDS = (1 / 32, 1 / 8, 2 / 8, 3 / 8, 4 / 8, 5 / 8, 6 / 8, 7 / 8, 1.0)
-"""Where the vocabulary, most likely tokens first, is cut before it is clustered. A cluster of
-likely tokens is worth ten of others; mixed ones would all have to be read."""
+BANDS = tuple(2.0**-n for n in range(8, -1, -1))
+"""Where the vocabulary, most likely tokens first, is cut before it is clustered: each band holds as
+many tokens as all before it. A cluster of likely tokens is worth ten of others; mixed ones would
+all have to be read."""
 
 
 @dataclass(frozen=True)

@@ -57,10 +57,10 @@ OBJECTIVES: dict[ObjectiveName, Objective] = {
 
 
 def cluster_cross_entropy(cluster_logits: torch.Tensor, mass: torch.Tensor) -> torch.Tensor:
-    """[N] cross-entropy of the softmax over clusters with the teacher's mass in each, scaled to 1.
+    """[N] cross-entropy of the softmax over clusters with the head's own mass in each.
 
     Args:
         cluster_logits: [N, clusters] centroid scores.
         mass: [N, clusters] from `cluster_mass`.
     """
-    return -(mass * cluster_logits.float().log_softmax(-1)).sum(-1) / mass.sum(-1)
+    return -(mass * cluster_logits.float().log_softmax(-1)).sum(-1)

@@ -134,7 +134,7 @@ def learn_centroids(
     likely: torch.Tensor,
     steps: int,
 ) -> None:
-    """Fit the centroids to the teacher's mass in each cluster, on the states that the head has."""
+    """Fit the centroids to the mass that the head itself gives each cluster."""
     c, seed = config.train, config.run.seed
     head.requires_grad_(False)
     centroids = head.assistant.masked_embedding.centroids.weight.requires_grad_()
@@ -142,7 +142,7 @@ def learn_centroids(
     loader = AnchorLoader(
         training, c.batch_size, c.anchors, c.rounds, seed, later_anchors=c.later_anchors
     )
-    cluster_of = head.cluster_of
+    cluster_of, table = head.cluster_of, head.draft_table(target.table)
     assert cluster_of is not None
     with progress_bar() as bar:
         task = bar.add_task("Learning centroids", total=steps, status="")
@@ -155,7 +155,7 @@ def learn_centroids(
             kept[drafts.teacher.ids] = True
             generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
             candidates = draw_candidates(kept, c.negatives, generator)
-            mass = sparse_mass(target, drafts.teacher, candidates, cluster_of)
+            mass = sparse_mass(drafts.states, table, candidates, cluster_of)
             assert drafts.cluster_logits is not None
             loss = cluster_cross_entropy(drafts.cluster_logits, mass).mean()
             loss.backward()

@@ -15,6 +15,9 @@ from headstart.train.objectives import Objective
 
 SPARSE_ROWS = 128  # drafts whose candidates are held at once: they stay in the cache of a CPU
 EXACT_ROWS = 64  # the same over the whole vocabulary
+CLUSTER_TEMPERATURE = 1.3
+"""Of the distribution that clusters are scored by: 32 of them are read, so the less likely ones
+count too."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,7 @@ class RowResults(NamedTuple):
     hits: torch.Tensor
     """[N] bool: whether the draft's best candidate is the teacher's best token."""
     mass: torch.Tensor | None
-    """[N, clusters] the teacher's mass in each cluster, where there are clusters."""
+    """[N, clusters] the head's own mass in each cluster, where there are clusters."""
 
 
 RowLoss: TypeAlias = Callable[[torch.Tensor, slice], RowResults]
@@ -121,7 +124,9 @@ def sparse_losses(
         return RowResults(
             objective(log_q, log_p, candidates.weights),
             log_q.detach().argmax(-1) == slots[:, 0],
-            None if clusters is None else cluster_mass(log_p + log_weights, clusters, count),
+            None
+            if clusters is None
+            else cluster_mass(logits.detach(), log_weights, clusters, count),
         )
 
     return chunked(states, loss_of, SPARSE_ROWS, dtype)
@@ -177,7 +182,9 @@ def exact_losses(
         return RowResults(
             objective(log_q, log_p, weights),
             log_q.detach().argmax(-1) == log_p.argmax(-1),
-            None if cluster_of is None else cluster_mass(log_p, cluster_of, count),
+            None
+            if cluster_of is None
+            else cluster_mass(logits.detach(), weights.log(), cluster_of, count),
         )
 
     return chunked(states, loss_of, EXACT_ROWS, dtype)
@@ -185,31 +192,45 @@ def exact_losses(
 
 @torch.no_grad()
 def sparse_mass(
-    target: Target, teacher: Teacher, candidates: Candidates, cluster_of: torch.Tensor
+    states: torch.Tensor, table: torch.Tensor, candidates: Candidates, cluster_of: torch.Tensor
 ) -> torch.Tensor:
-    """[N, clusters] the mass that `sparse_losses` gives, for a head whose trunk does not learn."""
-    said = target.logits(teacher.hidden, target.table[candidates.ids])
+    """[N, clusters] the mass that `sparse_losses` gives, for a head whose trunk does not learn.
+
+    Args:
+        states: [N, width of the table].
+        table: [V, width] the head's `draft_table`.
+        candidates: those of the step.
+        cluster_of: [V] the cluster of each token.
+    """
+    rows, log_weights = table[candidates.ids], candidates.weights.log()
     clusters, count = cluster_of[candidates.ids], int(cluster_of.max()) + 1
     masses = []
-    for start in range(0, len(teacher.at), SPARSE_ROWS):
-        rows = slice(start, start + SPARSE_ROWS)
-        slots = candidates.slot_of[teacher.ids[rows]]
-        log_p = teacher_log_p(said[teacher.at[rows]], slots, teacher.logprobs[rows])
-        masses.append(cluster_mass(log_p + candidates.weights.log(), clusters, count))
+    for chunk in states.split(SPARSE_ROWS):
+        logits = torch.nn.functional.linear(chunk.to(rows.dtype), rows).float()
+        masses.append(cluster_mass(logits, log_weights, clusters, count))
     return torch.cat(masses)
 
 
-def cluster_mass(log_p: torch.Tensor, clusters: torch.Tensor, count: int) -> torch.Tensor:
-    """[n, count] the teacher's mass in each cluster.
+def cluster_mass(
+    logits: torch.Tensor, log_weights: torch.Tensor, clusters: torch.Tensor, count: int
+) -> torch.Tensor:
+    """[n, count] the head's own mass in each cluster, at `CLUSTER_TEMPERATURE`: what the scores of
+    the clusters have to say without a look at their tokens.
+
+    Not the teacher's: a draft through the clusters is to be the dense one, and the head's own
+    distribution is a function of its state, where single teachers are noise that centroids learn
+    by heart (docs/training.md).
 
     Args:
-        log_p: [n, C] of candidates, the logarithm of their weights added.
+        logits: [n, C] of candidates.
+        log_weights: [C] of those.
         clusters: [C] the cluster of each candidate.
         count: clusters in all.
     """
+    scaled = logits / CLUSTER_TEMPERATURE + log_weights
     # Candidates first: whole rows are then added, which is many times as fast.
-    mass = log_p.new_zeros(count, len(log_p))
-    return mass.index_add_(0, clusters, log_p.exp().T.contiguous()).T
+    mass = logits.new_zeros(count, len(logits))
+    return mass.index_add_(0, clusters, scaled.softmax(-1).T.contiguous()).T
 
 
 def chunked(states: torch.Tensor, loss_of: RowLoss, rows: int, dtype: torch.dtype) -> RowResults:
