@@ -33,14 +33,19 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt as stop:
         what = str(stop) or "interrupted; finished work is kept (train: go on with --resume)"
         print(f"headstart: {what}", file=sys.stderr)
-        return 130
+        code = 130
     except Exception as error:
         if args.debug:
             traceback.print_exc()
         else:
             print(f"headstart: {_one_line(error)} (--debug shows the traceback)", file=sys.stderr)
-        return 1
-    return 0
+        code = 1
+    else:
+        code = 0
+    from headstart.heads.processes import leave_processes
+
+    leave_processes()  # after the errors, whose frames hold what the command worked with
+    return code
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:

@@ -3,6 +3,7 @@
 One process is the special case in which none of this does anything.
 """
 
+import gc
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -31,6 +32,18 @@ def join_processes() -> PartialState:
         several and not torch.accelerator.is_available()
     )
     return PartialState(cpu=on_cpu, timeout=PATIENCE)
+
+
+def leave_processes() -> None:
+    """Part from the other processes, when nothing of the work is left but garbage.
+
+    A model that DDP or FSDP wrapped has to be gone first. Had it the last reference to the group,
+    its end would wait for the group's threads without letting go of the interpreter, which they may
+    need to end: a deadlock, every few runs (https://github.com/pytorch/pytorch/issues/56297).
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        gc.collect()
+        torch.distributed.destroy_process_group()
 
 
 def is_mine(number: int) -> bool:

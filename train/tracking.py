@@ -59,4 +59,6 @@ def finish_trackers(accelerator: Accelerator, config: Config) -> None:
         artifact = wandb.Artifact(f"{config.run.dir.name}-head", type="model")
         artifact.add_dir(str(config.run.dir / "head"))
         accelerator.get_tracker("wandb", unwrap=True).log_artifact(artifact)
-    accelerator.end_training()
+    # Not `end_training`, which parts from the other processes too early (`leave_processes`).
+    for tracker in accelerator.trackers:
+        tracker.finish()
