@@ -46,7 +46,7 @@ def add_heads_commands(commands: Any) -> None:
         "--top-k", type=count, metavar="N", help="clusters whose tokens a draft is chosen from"
     )
     order.add_argument(
-        "--steps", type=count, default=200, metavar="N", help="of learning (default 200)"
+        "--steps", type=count, default=500, metavar="N", help="of learning (default 500)"
     )
     add_config_arguments(order)
     order.set_defaults(command=_run_order)
@@ -63,7 +63,7 @@ def _run_describe(args: argparse.Namespace) -> None:
 def _run_order(args: argparse.Namespace) -> None:
     from headstart.configs.loader import load_config
     from headstart.heads.targets import open_target
-    from headstart.train.reorder import Order, print_order, reorder
+    from headstart.train.ordering import Order, print_order, reorder
 
     config = load_config(args.config, args.overrides)
     target = open_target(config.target, default_device())

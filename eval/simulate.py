@@ -65,13 +65,14 @@ def simulate_acceptance(
             following = r[:, None] + torch.arange(2, rounds + 2)
             wanted[b, : len(r)] = document.ids[following.clamp_max(len(document.ids) - 1)]
         judged = batch.weights.bool()
-        states, scores = _unrolled(head, target, batch)
-        matches = _matches(head, target, states, scores, wanted, judged)
-        if scores is not None and cluster_of is not None:
+        states = _unrolled(head, target, batch)
+        matches = _matches(head, target, states, wanted, judged)
+        if cluster_of is not None:
             met = judged.clone()
             met[..., 1:] &= matches[0][..., :-1].long().cumprod(-1).bool()
+            scores = head.assistant.masked_embedding.centroids(states[met])
             clusters = cluster_of[batch.teacher_ids[met]]
-            recall += RecallCounts.of(scores[met], clusters, batch.teacher_logprobs[met])
+            recall += RecallCounts.of(scores, clusters, batch.teacher_logprobs[met])
         for b, r in enumerate(rows):
             for answer in _answers(r):
                 drafted += walk_rounds(matches[0][b, answer], judged[b, answer])
@@ -86,26 +87,23 @@ def _answers(rows: torch.Tensor) -> list[slice]:
     return [slice(a, b) for a, b in pairwise(edges) if a < b]
 
 
-def _unrolled(
-    head: DraftHead, target: Target, batch: Batch
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """States [B, R, K, D], and centroid scores [B, R, K, C] where the head has clusters."""
+def _unrolled(head: DraftHead, target: Target, batch: Batch) -> torch.Tensor:
+    """States [B, R, K, width of `draft_table`]."""
     dtype = head.assistant.pre_projection.weight.dtype
-    states, scores = head(
+    states = head(
         batch.hidden.to(dtype),
         target.embed(batch.tokens).to(dtype),
         batch.rows,
         {t: (k.to(dtype), v.to(dtype)) for t, (k, v) in batch.shared_kv.items()},
         batch.starts,
     )
-    return torch.stack(states, dim=2), None if scores is None else torch.stack(scores, dim=2)
+    return torch.stack(states, dim=2)
 
 
 def _matches(
     head: DraftHead,
     target: Target,
     states: torch.Tensor,
-    scores: torch.Tensor | None,
     wanted: torch.Tensor,
     judged: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -119,8 +117,7 @@ def _matches(
     for k in range(wanted.shape[-1]):
         # A draft after a miss is never looked at: no need for its logits over the vocabulary.
         at = ((alive_drafted | alive_dense) & judged[..., k]).nonzero(as_tuple=True)
-        of_rows = None if scores is None else scores[..., k, :][at]
-        pair = _drafts(head, target, states[..., k, :][at], of_rows)
+        pair = _drafts(head, target, states[..., k, :][at])
         drafted[..., k][at], dense[..., k][at] = (ids == wanted[..., k][at] for ids in pair)
         alive_drafted = alive_drafted & drafted[..., k]
         alive_dense = alive_dense & dense[..., k]
@@ -128,7 +125,7 @@ def _matches(
 
 
 def _drafts(
-    head: DraftHead, target: Target, states: torch.Tensor, scores: torch.Tensor | None
+    head: DraftHead, target: Target, states: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """[N] tokens through the clusters and [N] over the whole vocabulary, of states [N, width]."""
     dense = torch.zeros(len(states), dtype=torch.long, device=states.device)
@@ -139,10 +136,11 @@ def _drafts(
         rows = slice(start, start + LOGIT_ROWS)
         logits = states[rows].to(table.dtype) @ table.T
         dense[rows] = drafted[rows] = logits.argmax(-1)
-        if scores is None or embedder is None or cluster_of is None:
+        if embedder is None or cluster_of is None:
             continue
-        top = scores[rows].topk(embedder.centroid_intermediate_top_k, dim=1).indices
-        chosen = torch.zeros_like(scores[rows], dtype=torch.bool).scatter(1, top, True)
+        scores = embedder.centroids(states[rows])
+        top = scores.topk(embedder.centroid_intermediate_top_k, dim=1).indices
+        chosen = torch.zeros_like(scores, dtype=torch.bool).scatter(1, top, True)
         # Where the best token is in a chosen cluster it is the draft too; the rest look again.
         missed = ~chosen.gather(1, cluster_of[dense[rows]][:, None])[:, 0]
         hidden = ~chosen[missed][:, cluster_of]

@@ -185,6 +185,7 @@ def save_assistant(
     num_assistant_tokens: int,
     dtype: torch.dtype,
     weights: Mapping[str, torch.Tensor] | None = None,
+    beside: Mapping[str, str] | None = None,
 ) -> None:
     """Write a folder that plain transformers loads with `from_pretrained`.
 
@@ -197,6 +198,7 @@ def save_assistant(
         num_assistant_tokens: K that `generate` reads from the folder.
         dtype: of the saved weights.
         weights: in place of the state dict of `assistant`.
+        beside: name -> content of text files in the same folder.
     """
     # The order of the tokens is of integers, and stays so.
     weights = assistant.state_dict() if weights is None else weights
@@ -212,6 +214,8 @@ def save_assistant(
     with whole_folder(folder) as work:
         native.save_pretrained(work)
         _write_global_head_dim(work / "config.json")
+        for name, content in (beside or {}).items():
+            (work / name).write_text(content, encoding="utf-8")
 
 
 def _write_global_head_dim(path: Path) -> None:

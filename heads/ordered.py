@@ -9,13 +9,12 @@ Letters: V vocabulary, D target width, H head width, C clusters of V / C tokens,
 k teacher tokens.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import torch
-
-from headstart.heads.targets import Target
 
 CLUSTER_TOKENS = 128  # tokens a cluster, where nobody says how many clusters
 KMEANS_ROUNDS = 8
@@ -29,12 +28,12 @@ all have to be read."""
 
 @dataclass(frozen=True)
 class Taught:
-    """What a target said at N rows of its own text."""
+    """What was said at N rows of a target's own text."""
 
     hidden: torch.Tensor
-    """[N, D] its post-norm hidden states."""
+    """[N, D] the target's post-norm hidden states, or [N, H] a head's."""
     ids: torch.Tensor
-    """[N, k] its best tokens there, best first."""
+    """[N, k] the target's best tokens there, best first."""
     logprobs: torch.Tensor
     """[N, k] of its full softmax."""
 
@@ -46,18 +45,21 @@ class Taught:
 
 
 @torch.no_grad()
-def token_usage(target: Target, taught: Taught) -> torch.Tensor:
+def token_usage(logits_of: Callable[[torch.Tensor], torch.Tensor], taught: Taught) -> torch.Tensor:
     """[V] float32: how likely each token is, from all stored rows and a whole softmax of some.
 
     The stored top tokens alone say nothing of nearly all of the vocabulary: on Gemma 3 270M they
     leave out tokens that the target's whole softmax over a thousand rows ranks well.
+
+    Args:
+        logits_of: hidden states [n, width] -> logits [n, V].
+        taught: the rows.
     """
     step = max(1, len(taught.hidden) // USAGE_ROWS)
     rows = taught.hidden[::step][:USAGE_ROWS]
-    usage = taught.token_weights(len(target.table))
-    for chunk in rows.split(CHUNK_ROWS):
-        usage += target.logits(chunk).softmax(-1).sum(0) / len(rows)
-    return usage
+    usage = sum(logits_of(chunk).softmax(-1).sum(0) for chunk in rows.split(CHUNK_ROWS)) / len(rows)
+    assert isinstance(usage, torch.Tensor)
+    return usage + taught.token_weights(len(usage))
 
 
 @torch.no_grad()
@@ -71,7 +73,7 @@ def token_features(table: torch.Tensor, usage: torch.Tensor, hidden: torch.Tenso
     Args:
         table: [V, D].
         usage: [V] how likely each token is.
-        hidden: [N, D] post-norm hidden states of the target.
+        hidden: [N, D] states whose product with the table is the logits.
     """
     states = hidden.float() - hidden.float().mean(0)
     values, vectors = torch.linalg.eigh(states.T @ states / len(states))
@@ -81,7 +83,7 @@ def token_features(table: torch.Tensor, usage: torch.Tensor, hidden: torch.Tenso
 
 
 def cluster_count(vocab_size: int, wanted: int | None, top_k: int) -> int:
-    """The number of clusters: `wanted`, or that with about 128 tokens in each.
+    """The number of clusters: `wanted`, or that with about `CLUSTER_TOKENS` tokens in each.
 
     Raises:
         ValueError: they cannot be equal, or are fewer than the `top_k` that a draft reads.
@@ -206,17 +208,16 @@ def mean_centroids(
 
 
 @torch.no_grad()
-def set_order(embedder: Any, target: Target, taught: Taught, draft_table: torch.Tensor) -> None:
+def set_order(embedder: Any, drafted: Taught, draft_table: torch.Tensor) -> None:
     """Order the vocabulary and give a head's masked embedder its clusters and mean centroids.
 
     Args:
         embedder: `masked_embedding` of an assistant; changed in place.
-        target: that the head drafts for.
-        taught: what the target said in its own text.
+        drafted: states of the head, beside what the target said.
         draft_table: [V, H] whose product with head states [H] is the draft's logits.
     """
-    usage = token_usage(target, taught)
-    features = token_features(target.table, usage, taught.hidden)
+    usage = token_usage(lambda states: states @ draft_table.T, drafted)
+    features = token_features(draft_table, usage, drafted.hidden)
     ordering = order_vocabulary(features, usage, embedder.num_centroids)
     embedder.token_ordering.copy_(ordering)
     centroids = mean_centroids(draft_table, usage, ordering, embedder.num_centroids)

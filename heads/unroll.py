@@ -11,8 +11,6 @@ Letters: B batch, T positions, R rows of a sequence, S of them in rounds above t
 D target width, H head width.
 """
 
-from typing import NamedTuple
-
 import torch
 from torch import nn
 
@@ -50,17 +48,6 @@ def select(tensor: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
     return tensor.gather(1, index.expand(*places.shape, *tensor.shape[2:]))
 
 
-class Unrolled(NamedTuple):
-    """What a head says in K rounds."""
-
-    states: list[torch.Tensor]
-    """K of [B, R, D], from the second on [B, S, D]: their product with `draft_table` is the draft's
-    logits. Width H where a narrow head was loaded, not built."""
-    cluster_logits: list[torch.Tensor] | None
-    """K of [B, R or S, clusters], where the head has ordered embeddings. Their gradient reaches the
-    centroids alone."""
-
-
 class DraftHead(nn.Module):
     """An assistant in training: the native module, and the projection of a low-rank tie.
 
@@ -82,7 +69,7 @@ class DraftHead(nn.Module):
         shared_kv: SharedKV,
         starts: torch.Tensor | None = None,
         later: torch.Tensor | None = None,
-    ) -> Unrolled:
+    ) -> list[torch.Tensor]:
         """Run K rounds over the same rows.
 
         Args:
@@ -92,14 +79,16 @@ class DraftHead(nn.Module):
             shared_kv: layer type -> (keys, values), each [B, kv heads, T, head_dim].
             starts: [B, R] index of the first KV row of the same text; None: 0, nothing is packed.
             later: [B, S] which of the R rows go on beyond the first round; None: all.
+
+        Returns:
+            K of [B, R, D], from the second on [B, S, D]: their product with `draft_table` is the
+            draft's logits. Width H where a narrow head was loaded, not built.
         """
         starts = torch.zeros_like(rows) if starts is None else starts
         kv_len = next(iter(shared_kv.values()))[0].shape[2]
         window = self.assistant.config.text_config.sliding_window
         masks = row_masks(rows, starts, kv_len, window)
-        embedder = self.assistant.masked_embedding
         states: list[torch.Tensor] = []
-        cluster_logits: list[torch.Tensor] = []
         for k in range(token_embeds.shape[2]):
             if k == 1 and later is not None:
                 hidden, token_embeds = select(hidden, later), select(token_embeds, later)
@@ -115,11 +104,7 @@ class DraftHead(nn.Module):
             ).last_hidden_state
             hidden = self.assistant.post_projection(state)
             states.append(state if self.projection is None else state @ self.projection.T)
-            if embedder is not None:
-                # Detached: a trunk that learns from its clusters alone starves (top k of them
-                # passes on nothing of the tokens outside).
-                cluster_logits.append(embedder.centroids(state.detach()))
-        return Unrolled(states, cluster_logits if embedder is not None else None)
+        return states
 
     @torch.no_grad()
     def table(self, target_table: torch.Tensor) -> torch.Tensor:
@@ -145,11 +130,3 @@ class DraftHead(nn.Module):
     def trainable(self) -> dict[str, nn.Parameter]:
         """Name -> parameter that the optimizer updates; the tied table is not among them."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
-
-    def state(self) -> dict[str, torch.Tensor]:
-        """Name -> tensor that makes this head another one than its neighbour over the same table:
-        what is trained, and the order of the tokens."""
-        state: dict[str, torch.Tensor] = dict(self.trainable())
-        if (embedder := self.assistant.masked_embedding) is not None:
-            state["assistant.masked_embedding.token_ordering"] = embedder.token_ordering
-        return state

@@ -9,11 +9,10 @@ from headstart.data.loader import Batch, candidate_rows, gather_rows
 from headstart.data.shards import Document
 from headstart.eval.decoding import greedy
 from headstart.heads.assistant import build_assistant
-from headstart.heads.ordered import Taught, set_order
 from headstart.heads.targets import Target
 from headstart.heads.tiny import VOCAB_SIZE
 from headstart.heads.unroll import DraftHead
-from headstart.train.loop import learning_rate
+from headstart.train.schedule import learning_rate
 from headstart.train.step import batch_sums, step_candidates
 from headstart.train.vocabulary import Candidates
 
@@ -45,15 +44,10 @@ def overfit(
     steps: int,
     rounds: int,
     shift: int = 0,
-    shape: HeadConfig | None = None,
 ) -> DraftHead:
-    """Train a head of a shape on one text; `shift` pairs tokens with later hidden states."""
+    """Train a head on one text; `shift` pairs tokens with later hidden states."""
     torch.manual_seed(0)
-    head = DraftHead(build_assistant(target, shape or HeadConfig()))
-    if (embedder := head.assistant.masked_embedding) is not None:
-        kept = document.loss_mask.nonzero()[:, 0] - 1
-        said = (document.hidden, document.teacher_ids.long(), document.teacher_logprobs)
-        set_order(embedder, target, Taught(*(tensor[kept] for tensor in said)), target.table)
+    head = DraftHead(build_assistant(target, HeadConfig()))
     batch = gather_rows([document], [candidate_rows(document)], rounds)
     batch.hidden = torch.roll(batch.hidden, -shift, dims=1)
     c = TrainConfig(rounds=rounds, round_decay=1.0, negatives=64, precision="float32")
@@ -61,9 +55,8 @@ def overfit(
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, 10, 3e-3)
-        sums = batch_sums(head, target, batch, c, candidates_of(batch, c, step), head.cluster_of)
-        loss = sums["loss_sum"] + sums.get("cluster_loss_sum", 0.0)
-        (loss / batch.weights.sum()).backward()
+        sums = batch_sums(head, target, batch, c, candidates_of(batch, c, step))
+        (sums["loss_sum"] / batch.weights.sum()).backward()
         torch.nn.utils.clip_grad_norm_(head.trainable().values(), 1.0)
         optimizer.step()
         optimizer.zero_grad()

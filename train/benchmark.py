@@ -128,8 +128,7 @@ def bench_step(
 
     def sparse() -> torch.Tensor:
         candidates = step_candidates([batch], likely, c, config.run.seed, lambda kept: kept)
-        sums = batch_sums(head, target, batch, c, candidates, head.cluster_of)
-        return sums["loss_sum"] + sums.get("cluster_loss_sum", 0.0)
+        return batch_sums(head, target, batch, c, candidates)["loss_sum"]
 
     sides = {
         "target forward with LM head": lambda turn: bare_forwards(target, texts),

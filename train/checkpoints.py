@@ -33,7 +33,7 @@ def gather_tensors(
         for name, parameter in head.trainable().items()
         for key, value in optimizer.state[parameter].items()
     }
-    weights = {name: whole(tensor.detach()) for name, tensor in head.state().items()}
+    weights = {name: whole(tensor.detach()) for name, tensor in head.trainable().items()}
     files = {"head": weights, "optimizer": moments}
     if average.values:
         files["average"] = {name: whole(value) for name, value in average.values.items()}
@@ -168,7 +168,7 @@ def load_checkpoint(
             f"{target.name} now has {target.fingerprint[:12]}: name another folder, run.dir=PATH"
         )
     weights = load_file(path / "head.safetensors")
-    parameters, tensors = head.trainable(), head.state()
+    parameters, tensors = head.trainable(), head.trainable()
     shapes = {k: tuple(tensor.shape) for k, tensor in tensors.items()}
     found = {k: tuple(p.shape) for k, p in weights.items()}
     if shapes != found:

@@ -14,7 +14,6 @@ from headstart.data.loader import AnchorLoader
 from headstart.data.prepare import prepare_documents
 from headstart.data.progress import progress_bar, say
 from headstart.data.store import Documents
-from headstart.eval.recall import RecallCounts
 from headstart.eval.simulate import simulate_acceptance
 from headstart.heads.assistant import save_assistant
 from headstart.heads.processes import join_processes
@@ -27,8 +26,10 @@ from headstart.train.checkpoints import (
     load_checkpoint,
     save_checkpoint,
 )
+from headstart.train.ordering import order_best
 from headstart.train.parallel import whole, whole_weights
 from headstart.train.run_folder import append_metrics, drop_metrics_after, open_run, run_folder
+from headstart.train.schedule import learning_rate
 from headstart.train.start import build_head, likely_tokens, taught_rows
 from headstart.train.step import batch_sums, loss_weight, step_candidates
 from headstart.train.stopping import Interrupted, diverged, stop_signals
@@ -100,8 +101,6 @@ def _train(config: Config, resume: bool, accelerator: Accelerator) -> None:
     if accelerator.is_main_process:
         drop_metrics_after(run, step)
     start_trackers(accelerator, config)
-    cluster_of = head.cluster_of
-    trunk = [p for name, p in head.trainable().items() if not is_centroid(name)]
 
     with progress_bar() as bar, stop_signals() as stop_requests:
         task = bar.add_task("Training", total=c.steps, completed=step, status="")
@@ -122,15 +121,14 @@ def _train(config: Config, resume: bool, accelerator: Accelerator) -> None:
             for number, batch in zip(numbers, batches, strict=True):
                 last = number == numbers[-1]
                 with nullcontext() if last else accelerator.no_sync(model):
-                    sums = batch_sums(model, target, batch, c, candidates, cluster_of)
-                    # The centroids learn beside the trunk: neither reaches the other's weights.
-                    loss = sums["loss_sum"] + sums.get("cluster_loss_sum", 0.0)
+                    sums = batch_sums(model, target, batch, c, candidates)
                     # DDP averages gradients over processes; this makes it the sum.
-                    accelerator.backward(loss * accelerator.num_processes / denominator)
+                    share = accelerator.num_processes / denominator
+                    accelerator.backward(sums["loss_sum"] * share)
                 for name, value in sums.items():
                     totals[name] = totals.get(name, torch.zeros_like(value)) + value.detach()
-            # The trunk alone, so that it learns the same with ordered embeddings as without.
-            norm = float(whole(accelerator.clip_grad_norm_(trunk, c.max_grad_norm)))
+            clipped = accelerator.clip_grad_norm_(head.trainable().values(), c.max_grad_norm)
+            norm = float(whole(clipped))
             totals["stop"] = torch.tensor(float(len(stop_requests)), device=accelerator.device)
             reduced = {name: float(accelerator.reduce(value)) for name, value in totals.items()}
             if not all(map(math.isfinite, [norm, *reduced.values()])):
@@ -150,9 +148,6 @@ def _train(config: Config, resume: bool, accelerator: Accelerator) -> None:
                 "grad_norm": norm,
                 "rows": reduced["rows"],
             }
-            if "recalled" in reduced:
-                row["cluster_loss"] = reduced["cluster_loss_sum"] / float(denominator)
-                row["batch_recall"] = reduced["recalled"] / max(reduced["drafts"], 1)
             if step % c.validate_every == 0 or step == c.steps:
                 with average.applied():
                     with whole_weights(model):
@@ -170,19 +165,14 @@ def _train(config: Config, resume: bool, accelerator: Accelerator) -> None:
             bar.update(task, completed=step, status=_status(row, best, bar.tasks[task].speed))
             if reduced["stop"]:
                 raise Interrupted(f"stopped after step {step}, saved; go on with --resume")
+    ordered = None
+    if config.head.use_ordered_embeddings:
+        ordered = order_best(config, target, training, validation)
     if accelerator.is_main_process:
-        summary = write_summary(config, head, target, training, validation)
+        summary = write_summary(config, head, target, training, validation, ordered)
         say(f"Best head, of step {summary['best']['step']}: {summary_text(summary['best'])}")
         plot_run(run)
     finish_trackers(accelerator, config)
-
-
-def learning_rate(step: int, steps: int, warmup: int, peak: float) -> float:
-    """Linear warm-up, then a cosine to a tenth of the peak; a function of the step alone."""
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    progress = (step - warmup) / max(steps - warmup, 1)
-    return peak * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
 def export_head(head: DraftHead, target: Target, folder: Path, rounds: int) -> None:
@@ -197,46 +187,27 @@ def export_head(head: DraftHead, target: Target, folder: Path, rounds: int) -> N
             save_assistant(head.assistant, table, folder, rounds, target.table.dtype, weights)
 
 
-def is_centroid(name: str) -> bool:
-    """Whether a parameter of a head is that of the cluster scores."""
-    return "masked_embedding." in name
-
-
 def _parameter_groups(head: DraftHead, weight_decay: float) -> list[dict[str, Any]]:
-    decayed: list[torch.nn.Parameter] = []
-    others: list[torch.nn.Parameter] = []
-    for name, parameter in head.trainable().items():
-        (decayed if parameter.ndim > 1 and not is_centroid(name) else others).append(parameter)
+    parameters = head.trainable().values()
     return [
-        {"params": decayed, "weight_decay": weight_decay},
-        {"params": others, "weight_decay": 0.0},
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0},
     ]
 
 
 def _validate(
     accelerator: Accelerator, head: DraftHead, target: Target, validation: Documents, rounds: int
 ) -> dict[str, Any]:
-    """Acceptance length on the held-out conversations, every process walking its share; with
-    ordered embeddings also that of the dense head, and the clusters' recall."""
+    """Acceptance length on the held-out conversations, every process walking its share."""
     share = range(accelerator.process_index, len(validation.entries), accelerator.num_processes)
     with accelerator.autocast():
         found = simulate_acceptance(head, target, validation, rounds, share)
-    counts = [found.acceptance, found.dense]
-    sums = [n for c in counts for n in (sum(c.accepted), c.rounds)] + found.recall.sums()
-    reduced = accelerator.reduce(
-        torch.tensor(sums, dtype=torch.float32, device=accelerator.device)
-    ).tolist()
-    accepted, walked, dense_accepted, dense_walked, *recall = reduced
-    row: dict[str, Any] = {"acceptance_length": 1 + accepted / max(walked, 1)}
-    if head.cluster_of is not None:
-        row["dense_acceptance_length"] = 1 + dense_accepted / max(dense_walked, 1)
-        row["recall"] = RecallCounts.of_sums(recall).describe()
-    return row
+    counts = torch.tensor([sum(found.dense.accepted), found.dense.rounds], dtype=torch.float32)
+    accepted, walked = accelerator.reduce(counts.to(accelerator.device)).tolist()
+    return {"acceptance_length": 1 + accepted / max(walked, 1)}
 
 
 def _status(row: dict[str, Any], best: float, steps_per_second: float | None) -> str:
     text = f"loss {row['loss']:.3f} accept {row['batch_acceptance_length']:.2f}"
-    if "batch_recall" in row:
-        text += f" recall {row['batch_recall']:.3f}"
     held_out = f" held out {best:.2f}" if best else ""
     return f"{text}{held_out} {row['rows'] * (steps_per_second or 0):.0f} tok/s"

@@ -54,13 +54,3 @@ OBJECTIVES: dict[ObjectiveName, Objective] = {
     "total_variation": total_variation,
     "lk_hybrid": lk_hybrid,
 }
-
-
-def cluster_cross_entropy(cluster_logits: torch.Tensor, mass: torch.Tensor) -> torch.Tensor:
-    """[N] cross-entropy of the softmax over clusters with the head's own mass in each.
-
-    Args:
-        cluster_logits: [N, clusters] centroid scores.
-        mass: [N, clusters] from `cluster_mass`.
-    """
-    return -(mass * cluster_logits.float().log_softmax(-1)).sum(-1)

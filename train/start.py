@@ -8,7 +8,7 @@ from headstart.configs.schema import Config, TrainConfig
 from headstart.data.progress import say
 from headstart.data.store import Documents
 from headstart.heads.assistant import build_assistant
-from headstart.heads.ordered import Taught, set_order, token_usage
+from headstart.heads.ordered import Taught, cluster_count, token_usage
 from headstart.heads.targets import Target
 from headstart.heads.ties import low_rank_agreement, low_rank_start, plain_svd_start
 from headstart.heads.unroll import DraftHead
@@ -20,10 +20,9 @@ AGREEMENT_ROWS = 2048  # held-out rows on which a low-rank tie is judged
 def build_head(
     target: Target, config: Config, taught: Taught, validation: Documents, resumed: bool
 ) -> DraftHead:
-    """The head at step 0.
+    """The head at step 0, with a dense LM head: clusters are made of a head that is trained.
 
-    A narrow head starts its low-rank tie, and ordered embeddings start their clusters and
-    centroids, from what the target said in the training text.
+    A narrow head starts its low-rank tie from what the target said in the training text.
 
     Args:
         target: frozen.
@@ -31,22 +30,23 @@ def build_head(
         taught: what the target said in the training text, from `taught_rows`.
         validation: read to say how good the start of a low-rank tie is.
         resumed: a checkpoint is about to fill the head, so that nothing needs a start.
+
+    Raises:
+        ValueError: the clusters that the finished head is to get cannot be.
     """
-    assistant = build_assistant(target, config.head)
+    h = config.head
+    if h.use_ordered_embeddings:
+        cluster_count(len(target.table), h.num_centroids, h.centroid_intermediate_top_k)
+    dense = h.model_copy(update={"use_ordered_embeddings": False, "num_centroids": None})
+    assistant = build_assistant(target, dense)
     width = assistant.config.text_config.hidden_size
-    narrow = width < target.config.hidden_size
     projection: torch.Tensor | None = None
-    if resumed or not (narrow or config.head.use_ordered_embeddings):
-        projection = torch.zeros(target.config.hidden_size, width) if narrow else None
-        return DraftHead(assistant, projection).to(target.device)
-    if narrow:
-        projection = _start_tie(target, config, taught, validation, width)
-    head = DraftHead(assistant, projection).to(target.device)
-    if assistant.masked_embedding is not None:
-        clusters = assistant.config.num_centroids
-        say(f"Ordering {len(target.table):,} tokens in {clusters:,} clusters")
-        set_order(assistant.masked_embedding, target, taught, head.table(target.table))
-    return head
+    if width < target.config.hidden_size:
+        if resumed:
+            projection = torch.zeros(target.config.hidden_size, width)
+        else:
+            projection = _start_tie(target, config, taught, validation, width)
+    return DraftHead(assistant, projection).to(target.device)
 
 
 def _start_tie(
@@ -77,7 +77,8 @@ def likely_tokens(target: Target, taught: Taught, c: TrainConfig) -> torch.Tenso
     where the objective runs over all tokens anyway."""
     likely = torch.zeros(len(target.table), dtype=torch.bool, device=target.device)
     if c.vocabulary == "sparse":
-        likely[token_usage(target, taught).topk(min(c.likely_tokens, len(likely))).indices] = True
+        usage = token_usage(target.logits, taught)
+        likely[usage.topk(min(c.likely_tokens, len(usage))).indices] = True
     return likely
 
 

@@ -11,10 +11,9 @@ import torch
 
 from headstart.configs.schema import TrainConfig
 from headstart.data.loader import Batch
-from headstart.eval.recall import cluster_ranks
 from headstart.heads.targets import Target
 from headstart.heads.unroll import select
-from headstart.train.objectives import OBJECTIVES, cluster_cross_entropy
+from headstart.train.objectives import OBJECTIVES
 from headstart.train.vocabulary import (
     Candidates,
     Teacher,
@@ -22,8 +21,6 @@ from headstart.train.vocabulary import (
     exact_losses,
     sparse_losses,
 )
-
-RECALL_AT = 32  # clusters within which the teacher's best token is looked for while training
 
 
 @dataclass(frozen=True)
@@ -35,9 +32,7 @@ class Drafts:
     anchor: torch.Tensor
     """[N] index into the B x R anchors."""
     states: torch.Tensor
-    """[N, D] whose product with the target's table is the draft's logits."""
-    cluster_logits: torch.Tensor | None
-    """[N, clusters] of a head with ordered embeddings."""
+    """[N, D] whose product with the head's `draft_table` is the draft's logits."""
     teacher: Teacher
 
 
@@ -53,7 +48,7 @@ def draft_batch(model: torch.nn.Module, target: Target, batch: Batch, dtype: tor
     shared_kv = {t: (k.to(dtype), v.to(dtype)) for t, (k, v) in batch.shared_kv.items()}
     with torch.autocast(batch.rows.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
         embeds = target.embed(batch.tokens).float()
-        states, cluster_logits = model(
+        states = model(
             batch.hidden.float(), embeds, batch.rows, shared_kv, batch.starts, batch.later
         )
     b, r, rounds = batch.weights.shape
@@ -70,11 +65,7 @@ def draft_batch(model: torch.nn.Module, target: Target, batch: Batch, dtype: tor
         of_round.append(torch.full_like(of_anchor[-1], k))
     anchor, round_ = torch.cat(of_anchor), torch.cat(of_round)
     picked = torch.cat([s[kept] for s, kept in zip(states, counted, strict=True)])
-    scores = None
-    if cluster_logits is not None:
-        pairs = zip(cluster_logits, counted, strict=True)
-        scores = torch.cat([logits[kept] for logits, kept in pairs])
-    return Drafts(round_, anchor, picked, scores, _teacher(batch, anchor, round_))
+    return Drafts(round_, anchor, picked, _teacher(batch, anchor, round_))
 
 
 def _teacher(batch: Batch, anchor: torch.Tensor, round_: torch.Tensor) -> Teacher:
@@ -122,7 +113,6 @@ def batch_sums(
     batch: Batch,
     c: TrainConfig,
     candidates: Candidates | None,
-    cluster_of: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
     """Forward the head over a batch and sum its losses and acceptance.
 
@@ -132,38 +122,24 @@ def batch_sums(
         batch: B conversations, R anchors of each, K rounds.
         c: objective, temperature, weights of the rounds, precision.
         candidates: that the softmax runs over, from `step_candidates`; None: the whole vocabulary.
-        cluster_of: [V] the cluster of each token, for a head with ordered embeddings.
 
     Returns:
         Scalars: `loss_sum` (weighted by round); `accepted` (drafts in a row from the first that
         are the teacher's best token, over the candidates) of the anchors `beyond` the first
-        round; `rows`, all anchors; with clusters `cluster_loss_sum`, and `recalled` (drafts whose
-        teacher's best token is in the top 32 clusters) of `drafts`.
+        round; `rows`, all anchors.
     """
     dtype = torch.bfloat16 if c.precision == "bfloat16" else torch.float32
     drafts = draft_batch(model, target, batch, dtype)
     teacher, objective = drafts.teacher, OBJECTIVES[c.objective]
     if candidates is None:
-        found = exact_losses(
-            drafts.states, target, teacher, objective, c.temperature, dtype, cluster_of
-        )
+        found = exact_losses(drafts.states, target, teacher, objective, c.temperature, dtype)
     else:
         found = sparse_losses(
-            drafts.states, target, teacher, candidates, objective, c.temperature, dtype, cluster_of
-        )  # fmt: skip
+            drafts.states, target, teacher, candidates, objective, c.temperature, dtype
+        )
     weights = (c.round_decay**drafts.round).float()
-    sums = {"loss_sum": (found.losses * weights).sum()}
-    sums |= _accepted_in_a_row(found.hits, drafts, batch)
-    if drafts.cluster_logits is not None and cluster_of is not None and found.mass is not None:
-        losses = cluster_cross_entropy(drafts.cluster_logits, found.mass)
-        best = cluster_of[teacher.ids[:, 0]]
-        recalled = cluster_ranks(drafts.cluster_logits.detach(), best) < RECALL_AT
-        sums |= {
-            "cluster_loss_sum": (losses * weights).sum(),
-            "recalled": recalled.float().sum(),
-            "drafts": torch.tensor(float(len(recalled)), device=recalled.device),
-        }
-    return sums
+    losses = {"loss_sum": (found.losses * weights).sum()}
+    return losses | _accepted_in_a_row(found.hits, drafts, batch)
 
 
 def _accepted_in_a_row(hits: torch.Tensor, drafts: Drafts, batch: Batch) -> dict[str, torch.Tensor]:

@@ -19,6 +19,7 @@ def write_summary(
     target: Target,
     training: Documents,
     validation: Documents,
+    ordered: dict[str, Any] | None,
 ) -> dict[str, Any]:
     """Write `summary.json` into the run folder.
 
@@ -27,18 +28,21 @@ def write_summary(
         head: as trained.
         target: that it was distilled from.
         training, validation: what it was trained and validated on.
+        ordered: acceptance lengths and recall of its ordered embeddings, where it got some.
 
     Returns:
         The content: `best`, the validation that the head in `head/` comes from; all `validations`;
         data, sizes, environment and configuration.
     """
     rows = read_metrics(config.run.dir)
-    keys = ("step", "acceptance_length", "dense_acceptance_length", "recall")
     validations = [
-        {key: row[key] for key in keys if key in row} for row in rows if "acceptance_length" in row
+        {key: row[key] for key in ("step", "acceptance_length")}
+        for row in rows
+        if "acceptance_length" in row
     ]
+    best = max(validations, key=lambda row: row["acceptance_length"])
     content = {
-        "best": max(validations, key=lambda row: row["acceptance_length"]),
+        "best": best | (ordered or {}),
         "validations": validations,
         "loss": rows[-1]["loss"],
         "parameters_trained": sum(p.numel() for p in head.trainable().values()),

@@ -15,9 +15,6 @@ from headstart.train.objectives import Objective
 
 SPARSE_ROWS = 128  # drafts whose candidates are held at once: they stay in the cache of a CPU
 EXACT_ROWS = 64  # the same over the whole vocabulary
-CLUSTER_TEMPERATURE = 1.3
-"""Of the distribution that clusters are scored by: 32 of them are read, so the less likely ones
-count too."""
 
 
 @dataclass(frozen=True)
@@ -78,8 +75,6 @@ class RowResults(NamedTuple):
     """[N] float32, with a gradient."""
     hits: torch.Tensor
     """[N] bool: whether the draft's best candidate is the teacher's best token."""
-    mass: torch.Tensor | None
-    """[N, clusters] the head's own mass in each cluster, where there are clusters."""
 
 
 RowLoss: TypeAlias = Callable[[torch.Tensor, slice], RowResults]
@@ -93,7 +88,6 @@ def sparse_losses(
     objective: Objective,
     temperature: float,
     dtype: torch.dtype,
-    cluster_of: torch.Tensor | None = None,
 ) -> RowResults:
     """The objective over candidates: exact on each teacher's stored top k, and its gradient that
     of the full softmax in expectation over the negatives.
@@ -106,11 +100,8 @@ def sparse_losses(
         objective: any of `OBJECTIVES`.
         temperature: of both distributions.
         dtype: in which the states meet the table.
-        cluster_of: [V] the cluster of each token; None: no ordered embeddings.
     """
     taught = target.table[candidates.ids]
-    clusters = None if cluster_of is None else cluster_of[candidates.ids]
-    count = 0 if cluster_of is None else int(cluster_of.max()) + 1
     table, log_weights = taught.to(dtype), candidates.weights.log()
     # Once a position, not once a row: the rounds of neighbouring anchors are taught at the same.
     said = target.logits(teacher.hidden, taught)  # [P, C]
@@ -124,9 +115,6 @@ def sparse_losses(
         return RowResults(
             objective(log_q, log_p, candidates.weights),
             log_q.detach().argmax(-1) == slots[:, 0],
-            None
-            if clusters is None
-            else cluster_mass(logits.detach(), log_weights, clusters, count),
         )
 
     return chunked(states, loss_of, SPARSE_ROWS, dtype)
@@ -164,7 +152,6 @@ def exact_losses(
     objective: Objective,
     temperature: float,
     dtype: torch.dtype,
-    cluster_of: torch.Tensor | None = None,
 ) -> RowResults:
     """The objective over all of V, some rows at a time: the reference, at V / C times the cost.
 
@@ -172,7 +159,6 @@ def exact_losses(
     """
     table = target.table.to(dtype)
     weights = torch.ones(len(table), device=states.device)
-    count = 0 if cluster_of is None else int(cluster_of.max()) + 1
 
     def loss_of(states: torch.Tensor, rows: slice) -> RowResults:
         said = target.logits(teacher.hidden[teacher.at[rows]])
@@ -182,55 +168,9 @@ def exact_losses(
         return RowResults(
             objective(log_q, log_p, weights),
             log_q.detach().argmax(-1) == log_p.argmax(-1),
-            None
-            if cluster_of is None
-            else cluster_mass(logits.detach(), weights.log(), cluster_of, count),
         )
 
     return chunked(states, loss_of, EXACT_ROWS, dtype)
-
-
-@torch.no_grad()
-def sparse_mass(
-    states: torch.Tensor, table: torch.Tensor, candidates: Candidates, cluster_of: torch.Tensor
-) -> torch.Tensor:
-    """[N, clusters] the mass that `sparse_losses` gives, for a head whose trunk does not learn.
-
-    Args:
-        states: [N, width of the table].
-        table: [V, width] the head's `draft_table`.
-        candidates: those of the step.
-        cluster_of: [V] the cluster of each token.
-    """
-    rows, log_weights = table[candidates.ids], candidates.weights.log()
-    clusters, count = cluster_of[candidates.ids], int(cluster_of.max()) + 1
-    masses = []
-    for chunk in states.split(SPARSE_ROWS):
-        logits = torch.nn.functional.linear(chunk.to(rows.dtype), rows).float()
-        masses.append(cluster_mass(logits, log_weights, clusters, count))
-    return torch.cat(masses)
-
-
-def cluster_mass(
-    logits: torch.Tensor, log_weights: torch.Tensor, clusters: torch.Tensor, count: int
-) -> torch.Tensor:
-    """[n, count] the head's own mass in each cluster, at `CLUSTER_TEMPERATURE`: what the scores of
-    the clusters have to say without a look at their tokens.
-
-    Not the teacher's: a draft through the clusters is to be the dense one, and the head's own
-    distribution is a function of its state, where single teachers are noise that centroids learn
-    by heart (docs/training.md).
-
-    Args:
-        logits: [n, C] of candidates.
-        log_weights: [C] of those.
-        clusters: [C] the cluster of each candidate.
-        count: clusters in all.
-    """
-    scaled = logits / CLUSTER_TEMPERATURE + log_weights
-    # Candidates first: whole rows are then added, which is many times as fast.
-    mass = logits.new_zeros(count, len(logits))
-    return mass.index_add_(0, clusters, scaled.softmax(-1).T.contiguous()).T
 
 
 def chunked(states: torch.Tensor, loss_of: RowLoss, rows: int, dtype: torch.dtype) -> RowResults:
@@ -252,7 +192,7 @@ class _Chunked(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, states: torch.Tensor, loss_of: RowLoss, rows: int, dtype: torch.dtype
-    ) -> tuple[torch.Tensor | None, ...]:
+    ) -> tuple[torch.Tensor, ...]:
         gradient = torch.empty_like(states)
         parts: list[RowResults] = []
         for start in range(0, len(states), rows):
@@ -265,11 +205,9 @@ class _Chunked(torch.autograd.Function):
                 (gradient[chunk],) = torch.autograd.grad(result.losses.sum(), part)
             parts.append(result._replace(losses=result.losses.detach()))
         ctx.save_for_backward(gradient)
-        losses, hits, masses = zip(*parts, strict=True)
-        mass = None if masses[0] is None else torch.cat(masses)
-        outputs = torch.cat(losses), torch.cat(hits), mass
-        ctx.mark_non_differentiable(*(o for o in outputs[1:] if o is not None))
-        return outputs
+        losses, hits = (torch.cat(results) for results in zip(*parts, strict=True))
+        ctx.mark_non_differentiable(hits)
+        return losses, hits
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:

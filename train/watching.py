@@ -134,9 +134,6 @@ def plot_run(folder: Path) -> Path:
     loss, acceptance = figure.subplots(1, 2)
     steps = [row["step"] for row in view.metrics]
     loss.plot(steps, [row["loss"] for row in view.metrics], label="loss", linewidth=1)
-    if "cluster_loss" in view.metrics[0]:
-        of_clusters = [row["cluster_loss"] for row in view.metrics]
-        loss.plot(steps, of_clusters, label="loss of the clusters", linewidth=1)
     loss.set(
         xlabel="step",
         ylabel="nats a draft",
@@ -145,14 +142,9 @@ def plot_run(folder: Path) -> Path:
     of_batches = [row["batch_acceptance_length"] for row in view.metrics]
     acceptance.plot(steps, of_batches, label="training rows", linewidth=1, alpha=0.6)
     validated = [row for row in view.metrics if "acceptance_length" in row]
-    for key, label in (
-        ("dense_acceptance_length", "held out, dense LM head"),
-        ("acceptance_length", "held out, walked"),
-    ):
-        known = [row for row in validated if key in row]
-        if known:
-            points = [row["step"] for row in known], [row[key] for row in known]
-            acceptance.plot(*points, marker="o", label=label)
+    if validated:
+        points = [row["step"] for row in validated], [row["acceptance_length"] for row in validated]
+        acceptance.plot(*points, marker="o", label="held out, walked")
     if best := view.best:
         acceptance.annotate(
             f"{best['acceptance_length']:.3f}",

@@ -86,7 +86,7 @@ def with_clusters(assistant: PreTrainedModel, target: Target, top_k: int) -> Pre
     )
     ordered = build_assistant(target, shape).eval()
     ordered.load_state_dict(assistant.state_dict(), strict=False)
-    set_order(ordered.masked_embedding, target, said_by(target), target.table)
+    set_order(ordered.masked_embedding, said_by(target), target.table)
     return ordered
 
 
@@ -115,9 +115,9 @@ def test_simulated_acceptance_is_that_of_a_decoder_that_recomputes_everything(
         fed, drafts = ids[:, -1:], []
         for _ in range(rounds):
             said = head(seen.hidden[:, -1:], tiny.embed(fed)[:, None], row, seen.shared_kv)
-            logits = said.states[-1] @ tiny.table.T
+            logits = said[-1] @ tiny.table.T
             if (embedder := head.assistant.masked_embedding) is not None:
-                logits = embedder(said.states[-1], tiny.table)
+                logits = embedder(said[-1], tiny.table)
             drafts.append(int(logits[0, 0].argmax()))
             fed = torch.cat([fed, torch.tensor([[drafts[-1]]])], dim=1)
         n = 0

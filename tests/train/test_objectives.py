@@ -11,20 +11,17 @@ from headstart.heads.targets import Target
 from headstart.train.objectives import (
     OBJECTIVES,
     acceptance,
-    cluster_cross_entropy,
     cross_entropy,
     forward_kl,
     lk_hybrid,
     total_variation,
 )
 from headstart.train.vocabulary import (
-    CLUSTER_TEMPERATURE,
     Candidates,
     Teacher,
     draw_candidates,
     exact_losses,
     sparse_losses,
-    sparse_mass,
     teacher_log_p,
 )
 from tests.conftest import make_target
@@ -235,32 +232,3 @@ def test_the_gradient_vanishes_where_the_draft_agrees_with_the_teacher() -> None
     _, teacher = case(target)
     losses = sparse(target, teacher, V)
     assert gradient_of(losses, teacher.hidden[teacher.at]).abs().max() < 1e-4
-
-
-def test_cluster_mass_is_that_of_the_heads_full_softmax_in_expectation() -> None:
-    target = make_target("gemma4")
-    states, teacher = case(target, top=4)
-    cluster_of = torch.arange(V) % 20
-    q = (states @ target.table.T / CLUSTER_TEMPERATURE).softmax(-1)
-    wanted = torch.zeros(N, 20).index_add_(1, cluster_of, q)
-
-    def mass(negatives: int, seed: int) -> torch.Tensor:
-        candidates = drawn_for(teacher, negatives, seed)
-        found = sparse_losses(
-            states, target, teacher, candidates, forward_kl, 1.0, torch.float32, cluster_of
-        ).mass
-        assert found is not None
-        alone = sparse_mass(states, target.table, candidates, cluster_of)
-        torch.testing.assert_close(alone, found)
-        return found
-
-    torch.testing.assert_close(mass(V, 0), wanted, atol=1e-5, rtol=1e-5)
-    whole = exact_losses(states, target, teacher, forward_kl, 1.0, torch.float32, cluster_of).mass
-    torch.testing.assert_close(whole, wanted, atol=1e-5, rtol=1e-5)
-    sampled = torch.stack([mass(128, seed) for seed in range(300)]).mean(0)
-    assert (sampled - wanted).abs().max() < 0.02
-    scores = torch.randn(N, 20)
-    torch.testing.assert_close(
-        cluster_cross_entropy(scores, wanted),
-        torch.nn.functional.cross_entropy(scores, wanted, reduction="none"),
-    )

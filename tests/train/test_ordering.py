@@ -10,7 +10,8 @@ from headstart.cli.main import main
 from headstart.configs.schema import HeadConfig
 from headstart.heads.assistant import build_assistant, load_assistant, save_assistant
 from headstart.heads.targets import load_target
-from headstart.train.loop import is_centroid, train
+from headstart.train.loop import train
+from headstart.train.ordering import TEMPERATURE, cluster_mass, is_of_clusters
 from tests.train.test_loop import ROOT, tiny_config
 
 COMMON = ["target.name=tiny-gemma4", "target.dtype=float32", "data.max_new_tokens=30"]
@@ -21,7 +22,7 @@ def order(head: Path, out: Path, cache: Path, *options: str) -> int:
     settings = [
         *COMMON, f"data.prompts=[{prompts}]", "data.num_conversations=12",
         "data.validation_conversations=4", "data.max_prompt_tokens=16", f"data.cache_dir={cache}",
-        "data.teacher_top_k=16", "train.learning_rate=0.01",
+        "data.teacher_top_k=16",
     ]  # fmt: skip
     return main(["heads", "order", str(head), "--out", str(out), *options, *settings])
 
@@ -29,12 +30,13 @@ def order(head: Path, out: Path, cache: Path, *options: str) -> int:
 def test_refined_centroids_keep_more_and_nothing_else_changes(tmp_path: Path) -> None:
     config = tiny_config(tmp_path / "run", "train.steps=6", "train.validate_every=6")
     train(config)
-    first, second = tmp_path / "noised", tmp_path / "refined"
-    noised = load_assistant(tmp_path / "run" / "head", torch.float32)
+    first, second = tmp_path / "flipped", tmp_path / "refined"
+    flipped = load_assistant(tmp_path / "run" / "head", torch.float32)
+    centroids = flipped.masked_embedding.centroids.weight
     with torch.no_grad():
-        noised.masked_embedding.centroids.weight.normal_()
-    save_assistant(noised, noised.lm_head.weight, first, 3, torch.float32)
-    assert order(first, second, tmp_path / "cache", "--steps", "150", "--top-k", "4") == 0
+        centroids.copy_(centroids.flip(0))
+    save_assistant(flipped, flipped.lm_head.weight, first, 3, torch.float32)
+    assert order(first, second, tmp_path / "cache", "--steps", "500", "--top-k", "4") == 0
     found = json.loads((second / "order.json").read_text())
     assert found["after"]["recall"]["argmax"]["8"] > found["before"]["recall"]["argmax"]["8"]
     assert found["after"]["dense_acceptance_length"] == found["before"]["dense_acceptance_length"]
@@ -43,6 +45,13 @@ def test_refined_centroids_keep_more_and_nothing_else_changes(tmp_path: Path) ->
     for name, tensor in before.state_dict().items():
         same = torch.equal(tensor, after.state_dict()[name])
         assert same == (name != "masked_embedding.centroids.weight"), name
+
+
+def test_cluster_mass_is_the_flattened_sum_over_the_tokens_of_each() -> None:
+    logits, clusters = torch.randn(7, 60), torch.randint(9, (60,))
+    wanted = torch.zeros(7, 9).index_add_(1, clusters, logits.softmax(-1)) ** (1 / TEMPERATURE)
+    found = cluster_mass(logits, clusters, 9)
+    torch.testing.assert_close(found, wanted / wanted.sum(1, keepdim=True), atol=1e-5, rtol=1e-3)
 
 
 @pytest.mark.parametrize("width", [None, 32])
@@ -63,7 +72,7 @@ def test_a_head_without_clusters_is_given_some(width: int | None, tmp_path: Path
         load_assistant(tmp_path / name, torch.float32).state_dict() for name in ("dense", "ordered")
     )
     assert {name for name in ordered if name not in dense} == {
-        name for name in ordered if is_centroid(name)
+        name for name in ordered if is_of_clusters(name)
     }
     assert all(torch.equal(tensor, ordered[name]) for name, tensor in dense.items())
     assert order(tmp_path / "dense", tmp_path / "y", cache, "--num-centroids", "20") == 1
