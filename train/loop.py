@@ -123,8 +123,8 @@ def _train(config: Config, resume: bool, accelerator: Accelerator) -> None:
                 with nullcontext() if last else accelerator.no_sync(model):
                     sums = batch_sums(model, target, batch, c, candidates)
                     # DDP averages gradients over processes; this makes it the sum.
-                    share = accelerator.num_processes / denominator
-                    accelerator.backward(sums["loss_sum"] * share)
+                    loss = sums["loss_sum"] * accelerator.num_processes / denominator
+                    accelerator.backward(loss)
                 for name, value in sums.items():
                     totals[name] = totals.get(name, torch.zeros_like(value)) + value.detach()
             clipped = accelerator.clip_grad_norm_(head.trainable().values(), c.max_grad_norm)

@@ -31,6 +31,7 @@ from headstart.train.summary import summary_text
 
 RECORD = "order.json"  # beside an ordered head: what the order keeps
 DRAFTS = 1 << 17  # of the training text, that clusters and centroids are made from
+DOCUMENTS = 8  # drafted from at once
 LIKELY_TOKENS = 24_576  # tokens whose mass the centroids learn
 STEPS = 500  # of learning
 STEP_DRAFTS = 256
@@ -84,7 +85,7 @@ def reorder(path: str, target: Target, config: Config, order: Order, out: Path) 
     Args:
         path: folder or Hub id of the head.
         target: that it drafts for.
-        config: the texts (`data`), the seed, and of `train` the batch size, anchors and rounds.
+        config: the texts (`data`), the seed, and of `train` the anchors and rounds.
         order: what is asked.
         out: folder of the new head.
 
@@ -125,7 +126,7 @@ def order_head(
         assistant: float32, with its own table; its centroids may change in place.
         target: that it drafts for.
         training, validation: drafted from, and judged on.
-        config: the seed, and of `train` the batch size, anchors and rounds.
+        config: the seed, and of `train` the anchors and rounds.
         order: what is asked.
 
     Returns:
@@ -206,10 +207,11 @@ def drafts_of(head: DraftHead, target: Target, training: Documents, config: Conf
     """States of the head at up to `DRAFTS` drafts of the training text, all rounds, and what the
     target said there."""
     c = config.train
+    # Not `c.batch_size`: the same drafts however the run was dealt over processes.
     loader = AnchorLoader(
-        training, c.batch_size, c.anchors, c.rounds, config.run.seed, later_anchors=c.later_anchors
+        training, DOCUMENTS, c.anchors, c.rounds, config.run.seed, later_anchors=c.later_anchors
     )
-    batches = 2 * -(-len(training.entries) // c.batch_size)  # anchors are drawn anew each time
+    batches = 2 * -(-len(training.entries) // DOCUMENTS)  # anchors are drawn anew each time
     parts: list[tuple[torch.Tensor, ...]] = []
     count = 0
     with progress_bar() as bar:

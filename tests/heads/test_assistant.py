@@ -40,15 +40,13 @@ def test_a_narrow_heads_saved_table_gives_the_logits_that_were_trained(tmp_path:
     head = DraftHead(assistant, torch.randn(48, 32))
     ids = torch.randint(4, 260, (1, 12))
     seen, rows = target.activations(ids), torch.arange(11)[None]
-    state = head(seen.hidden[:, :-1], target.embed(ids[:, 1:, None]), rows, seen.shared_kv).states[
-        0
-    ]
+    state = head(seen.hidden[:, :-1], target.embed(ids[:, 1:, None]), rows, seen.shared_kv)[0]
     save_assistant(assistant, head.table(target.table), tmp_path / "head", 4, torch.float32)
     saved = load_assistant(tmp_path / "head", torch.float32)
     assert saved.lm_head.weight.shape == (320, 32)
     narrow = DraftHead(saved)(
         seen.hidden[:, :-1], target.embed(ids[:, 1:, None]), rows, seen.shared_kv
-    ).states[0]
+    )[0]
     torch.testing.assert_close(
         narrow @ saved.lm_head.weight.T, state @ target.table.T, atol=1e-4, rtol=1e-4
     )

@@ -83,7 +83,7 @@ def training_logits(
 ) -> torch.Tensor:
     """[K, R, V] of the parallel forward, for rows [R] and the tokens [R, K] fed to each."""
     said = head(seen.hidden[:, rows], target.embed(tokens[None]), rows[None], seen.shared_kv)
-    return torch.stack(said.states)[:, 0] @ target.table.T
+    return torch.stack(said)[:, 0] @ target.table.T
 
 
 @torch.no_grad()
