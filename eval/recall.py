@@ -14,18 +14,6 @@ TOP = (8, 16, 32, 64)
 """Numbers of clusters at which recall is reported."""
 
 
-def cluster_ranks(cluster_logits: torch.Tensor, clusters: torch.Tensor) -> torch.Tensor:
-    """How many clusters score higher than each of some: 0 is the best.
-
-    Args:
-        cluster_logits: [N, C].
-        clusters: [N] or [N, k] indices of clusters.
-    """
-    own = cluster_logits.gather(1, clusters.view(len(clusters), -1))
-    ranks = [(cluster_logits > score[:, None]).sum(1) for score in own.T]
-    return torch.stack(ranks, dim=1).view(clusters.shape)
-
-
 @dataclass(frozen=True)
 class RecallCounts:
     """Sums over drafts; divided once, at the end."""

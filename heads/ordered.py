@@ -208,16 +208,18 @@ def mean_centroids(
 
 
 @torch.no_grad()
-def set_order(embedder: Any, drafted: Taught, draft_table: torch.Tensor) -> None:
+def set_order(
+    embedder: Any, states: torch.Tensor, usage: torch.Tensor, draft_table: torch.Tensor
+) -> None:
     """Order the vocabulary and give a head's masked embedder its clusters and mean centroids.
 
     Args:
         embedder: `masked_embedding` of an assistant; changed in place.
-        drafted: states of the head, beside what the target said.
-        draft_table: [V, H] whose product with head states [H] is the draft's logits.
+        states: [N, H] of the head.
+        usage: [V] how likely each token is.
+        draft_table: [V, H] whose product with the states is the draft's logits.
     """
-    usage = token_usage(lambda states: states @ draft_table.T, drafted)
-    features = token_features(draft_table, usage, drafted.hidden)
+    features = token_features(draft_table, usage, states)
     ordering = order_vocabulary(features, usage, embedder.num_centroids)
     embedder.token_ordering.copy_(ordering)
     centroids = mean_centroids(draft_table, usage, ordering, embedder.num_centroids)

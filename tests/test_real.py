@@ -153,10 +153,10 @@ def test_ordered_embeddings_keep_the_targets_best_token_and_its_text(
     unseen = said_after(gemma, limit_evenly(load_prompts(PROMPTS), 8))
     assistant = build_assistant(gemma, HeadConfig(use_ordered_embeddings=True)).eval()
     embedder = assistant.masked_embedding
-    set_order(embedder, seen, gemma.table)
+    usage = token_usage(gemma.logits, seen)
+    set_order(embedder, seen.hidden, usage, gemma.table)
 
     def recall(ordering: torch.Tensor) -> float:
-        usage = token_usage(gemma.logits, seen)
         centroids = mean_centroids(gemma.table, usage, ordering, 2048)
         clusters = token_clusters(ordering, 2048)[unseen.ids]
         counts = RecallCounts.of(unseen.hidden @ centroids.T, clusters, unseen.logprobs)

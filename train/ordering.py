@@ -2,10 +2,9 @@
 
 The trunk stays as it is. The order comes after it because both the clusters and their scores are of
 the states that the head really has.
-
-Letters: N drafts, C clusters, L likely tokens, V vocabulary, H width of the head's table.
 """
 
+import copy
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,30 +14,19 @@ import torch
 from accelerate import PartialState
 
 from headstart.configs.schema import Config
-from headstart.data.loader import AnchorLoader
 from headstart.data.prepare import prepare_documents
-from headstart.data.progress import progress_bar, say
+from headstart.data.progress import say
 from headstart.data.store import Documents
-from headstart.eval.recall import RecallCounts
 from headstart.eval.simulate import Simulated, simulate_acceptance
 from headstart.heads.assistant import Assistant, check_pair, load_assistant, save_assistant
-from headstart.heads.ordered import Taught, cluster_count, set_order, token_usage
+from headstart.heads.ordered import cluster_count, set_order, token_usage
 from headstart.heads.targets import Target
 from headstart.heads.unroll import DraftHead
-from headstart.train.schedule import learning_rate
-from headstart.train.step import draft_batch
+from headstart.train.centroids import drafts_of, learn_centroids
 from headstart.train.summary import summary_text
 
 RECORD = "order.json"  # beside an ordered head: what the order keeps
-DRAFTS = 1 << 17  # of the training text, that clusters and centroids are made from
-DOCUMENTS = 8  # drafted from at once
-LIKELY_TOKENS = 24_576  # tokens whose mass the centroids learn
 STEPS = 500  # of learning
-STEP_DRAFTS = 256
-LEARNING_RATE = 2e-3
-TEMPERATURE = 1.3
-"""Of the mass: 32 clusters are read, so the less likely ones count too."""
-LEAST_MASS = 1e-7  # so that no cluster is ruled out because these drafts never needed it
 
 
 @dataclass(frozen=True)
@@ -64,7 +52,7 @@ def order_best(
     the order anew, which takes some minutes: the dense head stays in place until it is whole.
 
     Returns:
-        Acceptance lengths through the clusters and dense, and the recall of the clusters.
+        `after` of what `order_head` finds.
     """
     PartialState().wait_for_everyone()  # the main process may still be writing the head
     folder, h = config.run.dir / "head", config.head
@@ -145,16 +133,17 @@ def order_head(
     if assistant.config.use_ordered_embeddings:
         found["before"] = judged(assistant)
     drafted = drafts_of(DraftHead(assistant), target, training, config)
+    table = assistant.lm_head.weight
+    usage = token_usage(lambda states: states @ table.T, drafted)
     clusters, top_k = _shape(assistant.config, order)
     if order.rebuild:
         assistant = with_clusters(assistant, clusters, top_k)
         say(f"Ordering {len(target.table):,} tokens in {clusters:,} clusters")
-        set_order(assistant.masked_embedding, drafted, assistant.lm_head.weight)
+        set_order(assistant.masked_embedding, drafted.hidden, usage, table)
     else:
         assistant.config.centroid_intermediate_top_k = top_k
         assistant.masked_embedding.centroid_intermediate_top_k = top_k
-    table = assistant.lm_head.weight
-    learn_centroids(DraftHead(assistant), drafted, table, order.steps, config.run.seed)
+    learn_centroids(DraftHead(assistant), drafted, usage, table, order.steps, config.run.seed)
     return assistant, found | {"after": judged(assistant)}
 
 
@@ -176,7 +165,7 @@ def _shape(config: Any, order: Order) -> tuple[int, int]:
 
 def with_clusters(assistant: Assistant, clusters: int, top_k: int) -> Assistant:
     """The same head with room for clusters, which hold nothing yet."""
-    config = assistant.config
+    config = copy.deepcopy(assistant.config)
     config.use_ordered_embeddings = True
     config.num_centroids, config.centroid_intermediate_top_k = clusters, top_k
     weights = assistant.state_dict()
@@ -200,100 +189,6 @@ def _save(
     tokens = assistant.generation_config.num_assistant_tokens or config.train.rounds
     table, record = assistant.lm_head.weight, json.dumps(found, indent=2) + "\n"
     save_assistant(assistant, table, out, tokens, target.table.dtype, beside={RECORD: record})
-
-
-@torch.no_grad()
-def drafts_of(head: DraftHead, target: Target, training: Documents, config: Config) -> Taught:
-    """States of the head at up to `DRAFTS` drafts of the training text, all rounds, and what the
-    target said there."""
-    c = config.train
-    # Not `c.batch_size`: the same drafts however the run was dealt over processes.
-    loader = AnchorLoader(
-        training, DOCUMENTS, c.anchors, c.rounds, config.run.seed, later_anchors=c.later_anchors
-    )
-    batches = 2 * -(-len(training.entries) // DOCUMENTS)  # anchors are drawn anew each time
-    parts: list[tuple[torch.Tensor, ...]] = []
-    count = 0
-    with progress_bar() as bar:
-        task = bar.add_task("Drafting", total=DRAFTS, status="")
-        for number in range(batches):
-            batch = loader.batch(number).to(target.device)
-            drafts = draft_batch(head, target, batch, torch.float32)
-            teacher = drafts.teacher
-            parts.append((drafts.states, teacher.ids.long(), teacher.logprobs))
-            count += len(drafts.states)
-            expected = min(DRAFTS, count * batches // (number + 1))
-            bar.update(task, completed=min(count, DRAFTS), total=expected, status="drafts")
-            if count >= DRAFTS:
-                break
-    return Taught(*(torch.cat(part)[:DRAFTS] for part in zip(*parts, strict=True)))
-
-
-def learn_centroids(
-    head: DraftHead, drafted: Taught, table: torch.Tensor, steps: int, seed: int
-) -> None:
-    """Fit the centroids: the softmax over their scores to the mass that the head itself gives the
-    clusters.
-
-    Not to the teacher's mass: a draft through the clusters is to be the dense one, and the head's
-    own distribution is a function of its state, where single teachers are noise that centroids
-    learn by heart (docs/training.md).
-
-    Args:
-        head: with ordered embeddings.
-        drafted: its states, and the teacher's tokens to tell the recall by.
-        table: [V, H] whose product with the states is the draft's logits.
-        steps: of `STEP_DRAFTS` drafts each.
-        seed: of which drafts.
-    """
-    head.requires_grad_(False)
-    embedder, cluster_of = head.assistant.masked_embedding, head.cluster_of
-    assert cluster_of is not None
-    centroids = embedder.centroids.weight.requires_grad_()
-    usage = token_usage(lambda states: states @ table.T, drafted)
-    likely = usage.topk(min(LIKELY_TOKENS, len(usage))).indices
-    likely = likely[torch.argsort(cluster_of[likely])]  # neighbours are added up faster
-    rows, clusters = table[likely], cluster_of[likely]
-    optimizer = torch.optim.AdamW([centroids], lr=LEARNING_RATE, weight_decay=0.0)
-    generator = torch.Generator().manual_seed(seed)
-    with progress_bar() as bar:
-        task = bar.add_task("Learning centroids", total=steps, status="")
-        for step in range(steps):
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, steps, min(20, steps - 1), LEARNING_RATE)
-            drawn = torch.randint(len(drafted.ids), (STEP_DRAFTS,), generator=generator)
-            drawn = drawn.to(table.device)
-            states = drafted.hidden[drawn]
-            scores = embedder.centroids(states)
-            mass = cluster_mass(states @ rows.T, clusters, len(centroids))
-            loss = -(mass * scores.log_softmax(-1)).sum(-1).mean()
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            of_teacher = cluster_of[drafted.ids[drawn]]
-            recall = RecallCounts.of(scores.detach(), of_teacher, drafted.logprobs[drawn])
-            bar.update(task, advance=1, status=f"loss {float(loss.detach()):.3f} {_told(recall)}")
-    centroids.requires_grad_(False)
-
-
-def _told(recall: RecallCounts) -> str:
-    return "recall " + "/".join(f"{share:.2f}" for share in recall.describe()["argmax"].values())
-
-
-@torch.no_grad()
-def cluster_mass(logits: torch.Tensor, clusters: torch.Tensor, count: int) -> torch.Tensor:
-    """[n, count] the mass of a softmax in each cluster, flattened by `TEMPERATURE`.
-
-    Args:
-        logits: [n, L] of likely tokens.
-        clusters: [L] the cluster of each.
-        count: C, clusters in all.
-    """
-    # Tokens first: whole rows are then added, which is many times as fast.
-    mass = logits.new_zeros(count, len(logits))
-    mass = mass.index_add_(0, clusters, logits.softmax(-1).T.contiguous()).T
-    flat = mass.clamp_min(LEAST_MASS) ** (1 / TEMPERATURE)
-    return flat / flat.sum(-1, keepdim=True)
 
 
 def print_order(found: dict[str, Any]) -> None:

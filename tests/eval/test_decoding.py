@@ -11,7 +11,7 @@ from transformers.generation.candidate_generator import (
     SinglePositionMultiTokenCandidateGenerator,
 )
 
-from headstart.configs.schema import DataConfig, HeadConfig
+from headstart.configs.schema import DataConfig
 from headstart.data.conversations import answered
 from headstart.data.extraction import OnlineActivations
 from headstart.data.prompts import Prompt
@@ -19,12 +19,11 @@ from headstart.data.templates import encode_prompt
 from headstart.eval.decoding import Decoded, greedy
 from headstart.eval.report import evaluate, report, run_evaluation
 from headstart.eval.simulate import simulate_acceptance
-from headstart.heads.assistant import build_assistant
-from headstart.heads.ordered import set_order
 from headstart.heads.targets import Target
 from headstart.heads.unroll import DraftHead
+from headstart.train.ordering import with_clusters
 from tests.conftest import make_target
-from tests.heads.test_ordered import said_by
+from tests.heads.test_ordered import order_by_target
 from tests.overfit import greedy_document, overfit
 
 FAMILIES = ["gemma3", "gemma4-kv-sharing", "gemma4-multimodal", "gemma4-unified"]
@@ -79,17 +78,6 @@ def test_accepted_drafts_are_those_that_transformers_reports(
     assert accepted > 0, "a head that is never accepted makes this test empty"
 
 
-def with_clusters(assistant: PreTrainedModel, target: Target, top_k: int) -> PreTrainedModel:
-    """The same head, drafting through the best `top_k` of 20 clusters."""
-    shape = HeadConfig(
-        use_ordered_embeddings=True, num_centroids=20, centroid_intermediate_top_k=top_k
-    )
-    ordered = build_assistant(target, shape).eval()
-    ordered.load_state_dict(assistant.state_dict(), strict=False)
-    set_order(ordered.masked_embedding, said_by(target), target.table)
-    return ordered
-
-
 @pytest.mark.parametrize("top_k", [None, 1, 20])
 @torch.no_grad()
 def test_simulated_acceptance_is_that_of_a_decoder_that_recomputes_everything(
@@ -100,7 +88,10 @@ def test_simulated_acceptance_is_that_of_a_decoder_that_recomputes_everything(
     rounds = 3
     with torch.enable_grad():
         assistant = half_trained_head(tiny)
-    head = DraftHead(with_clusters(assistant, tiny, top_k) if top_k else assistant)
+    head = DraftHead(assistant)
+    if top_k:
+        head = DraftHead(with_clusters(assistant, 20, top_k))
+        order_by_target(head.assistant, tiny, tiny.table)
     prompt, document = greedy_document(tiny)
     text = document.ids.tolist()
     conversation = answered(prompt, text[len(prompt) :], id="c", category="c", source="c")

@@ -17,13 +17,14 @@ from headstart.data.loader import candidate_rows, gather_rows
 from headstart.data.shards import Document
 from headstart.eval.decoding import greedy
 from headstart.heads.assistant import build_assistant, load_assistant, save_assistant
-from headstart.heads.ordered import Taught, set_order
+from headstart.heads.ordered import Taught, set_order, token_usage
 from headstart.heads.targets import Target, load_target
 from headstart.heads.unroll import DraftHead
 from headstart.train import loop
+from headstart.train.centroids import learn_centroids
 from headstart.train.checkpoints import checkpoints
 from headstart.train.loop import export_head, train
-from headstart.train.ordering import learn_centroids, with_clusters
+from headstart.train.ordering import with_clusters
 from headstart.train.schedule import learning_rate
 from headstart.train.step import batch_sums, draft_batch
 from headstart.train.stopping import Interrupted
@@ -70,8 +71,9 @@ def order_by_one_text(target: Target, document: Document, folder: Path, top_k: i
         drafts = draft_batch(DraftHead(assistant), target, batch, torch.float32)
     drafted = Taught(drafts.states, drafts.teacher.ids.long(), drafts.teacher.logprobs)
     ordered = with_clusters(assistant, 20, top_k)
-    set_order(ordered.masked_embedding, drafted, target.table)
-    learn_centroids(DraftHead(ordered), drafted, target.table, 300, 0)
+    usage = token_usage(lambda states: states @ target.table.T, drafted)
+    set_order(ordered.masked_embedding, drafted.hidden, usage, target.table)
+    learn_centroids(DraftHead(ordered), drafted, usage, target.table, 300, 0)
     save_assistant(ordered, target.table, folder, K, torch.float32)
 
 

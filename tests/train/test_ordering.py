@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,8 +11,10 @@ from headstart.cli.main import main
 from headstart.configs.schema import HeadConfig
 from headstart.heads.assistant import build_assistant, load_assistant, save_assistant
 from headstart.heads.targets import load_target
+from headstart.train import ordering
+from headstart.train.centroids import TEMPERATURE, cluster_mass
 from headstart.train.loop import train
-from headstart.train.ordering import TEMPERATURE, cluster_mass, is_of_clusters
+from headstart.train.ordering import is_of_clusters
 from tests.train.test_loop import ROOT, tiny_config
 
 COMMON = ["target.name=tiny-gemma4", "target.dtype=float32", "data.max_new_tokens=30"]
@@ -45,6 +48,32 @@ def test_refined_centroids_keep_more_and_nothing_else_changes(tmp_path: Path) ->
     for name, tensor in before.state_dict().items():
         same = torch.equal(tensor, after.state_dict()[name])
         assert same == (name != "masked_embedding.centroids.weight"), name
+
+
+def test_a_run_killed_while_it_orders_keeps_its_dense_head_and_ends_as_one_that_was_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short = ["train.steps=6", "train.validate_every=6", f"data.cache_dir={tmp_path / 'cache'}"]
+    train(tiny_config(tmp_path / "whole", *short))
+
+    def stop(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ordering, "set_order", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(tiny_config(tmp_path / "cut", *short))
+    dense = load_assistant(tmp_path / "cut" / "head", torch.float32)
+    assert not dense.config.use_ordered_embeddings
+    train(tiny_config(tmp_path / "cut", *short), resume=True)
+    ours, theirs = (
+        load_assistant(tmp_path / name / "head", torch.float32).state_dict()
+        for name in ("cut", "whole")
+    )
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[k], theirs[k]) for k in ours)
+    summaries = (json.loads((tmp_path / n / "summary.json").read_text()) for n in ("cut", "whole"))
+    assert len({json.dumps(summary["best"]) for summary in summaries}) == 1
 
 
 def test_cluster_mass_is_the_flattened_sum_over_the_tokens_of_each() -> None:
