@@ -2,7 +2,7 @@
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 
 def count(text: str) -> int:
@@ -16,6 +16,16 @@ def count(text: str) -> int:
 def counts(text: str) -> list[int]:
     """For argparse: `2,4`."""
     return [count(part) for part in text.split(",")]
+
+
+def decoders(text: str) -> list[str]:
+    """For argparse: `transformers,exact`."""
+    from headstart.configs.schema import Decoder
+
+    known, names = get_args(Decoder), text.split(",")
+    if odd := [name for name in names if name not in known]:
+        raise argparse.ArgumentTypeError(f"{odd[0]!r} is none of {', '.join(known)}")
+    return names
 
 
 def default_device() -> Any:

@@ -10,7 +10,13 @@ import traceback
 from importlib.metadata import version
 from pathlib import Path
 
-from headstart.cli.arguments import add_config_arguments, count, counts, default_device
+from headstart.cli.arguments import (
+    add_config_arguments,
+    count,
+    counts,
+    decoders,
+    default_device,
+)
 from headstart.cli.bench import add_bench_commands
 from headstart.cli.data import add_data_commands
 from headstart.cli.heads import add_heads_commands
@@ -94,8 +100,8 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = commands.add_parser(
         "eval",
         help="compare plain and assisted decoding on prompts",
-        description="Decode prompts greedily with transformers' own generate, plainly and with a "
-        "draft head in turn, and report acceptance and speedup.",
+        description="Decode prompts greedily with transformers' generate, plainly and with a draft "
+        "head in turn, and report acceptance and speedup.",
         epilog="example: headstart eval --target gemma3-270m --head runs/quickstart/head "
         "--prompts data/prompts/text_eval.jsonl --num-assistant-tokens 2,4 --out report/",
     )
@@ -141,6 +147,15 @@ def _add_eval_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="K,K",
         help="draft lengths to measure (default 2,4)",
     )
+    parser.add_argument(
+        "--decoders",
+        type=decoders,
+        default=["transformers", "exact"],
+        metavar="NAME,NAME",
+        help="ways to draft: transformers (the stock generator), exact (clean keys and values, a "
+        "leaner loop), cost (as many drafts as pay), hybrid (lookups in the text too), lookup (no "
+        "head); default transformers,exact",
+    )
     parser.add_argument("--max-new-tokens", type=count, default=64, metavar="N")
     parser.add_argument(
         "--limit", type=count, metavar="M", help="measure M prompts, dealt over the categories"
@@ -174,5 +189,6 @@ def _run_eval(args: argparse.Namespace) -> None:
         args.limit,
         args.num_assistant_tokens,
         args.max_new_tokens,
+        args.decoders,
         args.out,
     )

@@ -243,11 +243,21 @@ class TrainConfig(Section):
         return self
 
 
+Decoder = Literal["transformers", "exact", "cost", "hybrid", "lookup"]
+"""Ways to decode with drafts (docs/decoding.md): of the head through the stock candidate generator;
+of the head through the exact decoder, K a round; as many as the cost rule says; the same with
+lookups in the text; prompt lookup alone, which needs no head."""
+
+
 class EvalConfig(Section):
     prompts: Path = Path("data/prompts/text_eval.jsonl")
     """Held-out prompts (JSONL)."""
     num_assistant_tokens: list[PositiveInt] = [2, 4]
     """Draft lengths K to measure."""
+    decoders: list[Decoder] = ["transformers", "exact"]
+    """Ways to decode with drafts, compared with plain decoding (docs/decoding.md). `cost` and
+    `hybrid` first measure what drafts and verifications cost on this machine, and choose K
+    themselves."""
     max_new_tokens: PositiveInt = 64
     """Tokens generated a prompt."""
     limit: PositiveInt | None = None

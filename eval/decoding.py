@@ -1,17 +1,18 @@
-"""Plain and assisted greedy decoding with transformers' own `generate`, one prompt at a time.
+"""Plain and assisted greedy decoding with transformers' `generate`, one prompt at a time.
 
 Target forwards are counted where they happen, by a hook on the target.
 """
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from headstart.eval.acceptance import AcceptanceCounts
+from headstart.heads.exact import ExactDecoding, exact_decoding
 from headstart.heads.targets import Target
 
 
@@ -48,8 +49,10 @@ def greedy(
     max_new_tokens: int,
     assistant: PreTrainedModel | None = None,
     num_assistant_tokens: int | None = None,
+    how: ExactDecoding | None = None,
 ) -> Decoded:
-    """Greedy `target.model.generate`, assisted by `assistant` where one is given.
+    """Greedy `target.model.generate`, assisted by `assistant` where one is given, else by prompt
+    lookup where K is given.
 
     Args:
         target: batch size 1 is all that assisted decoding takes.
@@ -58,6 +61,7 @@ def greedy(
         assistant: a head in the native format, on the target's device.
         num_assistant_tokens: K. The stock decoder reads it from the assistant's
             `generation_config` and nowhere else, so it is set there.
+        how: drafts of the exact decoder; None: of the stock candidate generator.
     """
     extra = {}
     if assistant is not None:
@@ -69,9 +73,11 @@ def greedy(
         max_new_tokens=max_new_tokens,
         eos_token_id=stock.eos_token_id,
         pad_token_id=stock.pad_token_id,
+        prompt_lookup_num_tokens=None if assistant is not None else num_assistant_tokens,
     )
     ids = torch.tensor([prompt_ids], device=target.device)
-    with _count_forwards(target.model) as forwards, torch.inference_mode():
+    drafting = exact_decoding(target.model, how) if how is not None else nullcontext()
+    with drafting, _count_forwards(target.model) as forwards, torch.inference_mode():
         synchronize(target.device)
         start = time.perf_counter()
         output = target.model.generate(

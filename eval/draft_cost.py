@@ -26,6 +26,7 @@ from headstart.eval.benchmarks import write_figures
 from headstart.eval.decoding import synchronize
 from headstart.eval.environment import environment
 from headstart.heads.assistant import check_pair
+from headstart.heads.drafting import CleanKV, Drafter
 from headstart.heads.gemma3 import SharedKV
 from headstart.heads.targets import Target
 
@@ -33,6 +34,14 @@ MAX_DRAFT_TOKENS = 8  # verifications are measured for K = 1 .. 8
 DRAFTS = 4  # a draft step is timed as a part of a round: its first draft finds other weights cached
 TURNS = 40  # of each side; the median counts
 WARM_UP = 2  # turns thrown away
+COST_CONTEXT, COST_TURNS = 128, 8  # of `measure_costs`
+KINDS = {
+    "dense": "dense",
+    "ordered": "ordered",
+    "exact_dense": "exact decoder, dense",
+    "exact_ordered": "exact decoder, ordered",
+}
+"""Draft steps that are measured: through the stock draft loop, or the exact decoder's."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +61,10 @@ class Moment:
     hidden: torch.Tensor
     """[1, 1, D] the target's last hidden state of token T."""
     shared_kv: SharedKV
-    """Layer type -> (keys, values), each [1, kv heads, rows, head_dim], of the rows up to T."""
+    """Layer type -> (keys, values), each [1, kv heads, rows, head_dim], as the stock decoder hands
+    them to the head."""
+    kv: CleanKV
+    """The same as the exact decoder does."""
 
     def step(self) -> torch.Tensor:
         """Decode one token plainly, as `generate` does: the next token, [1, 1]."""
@@ -88,6 +100,14 @@ class Moment:
             token, hidden = outputs.logits.argmax(dim=-1), outputs.last_hidden_state
             drafts.append(token)
         return torch.cat(drafts, dim=1)
+
+    def draft_exact(self, drafter: Drafter, num_assistant_tokens: int) -> list[int]:
+        """Draft K tokens after token T + 1 as the exact decoder does."""
+        token = self.ids[:, self.context + 1 : self.context + 2]
+        drafts = drafter.draft(
+            token, self.hidden, self.kv, num_assistant_tokens, frozenset(), goes_on=None
+        )
+        return drafts.tokens
 
     def restore(self) -> None:
         """Take the rows after the context out of the cache again."""
@@ -126,13 +146,15 @@ def prepare(target: Target, context: int) -> Moment:
     ).to(target.device)
     cache = DynamicCache(config=target.config)
     cache.activate_past_recording()  # as the stock assisted decoder does: sliding layers can be cut
-    _forward(target, cache, ids[:, :context], logits_to_keep=1)
-    cache.crop(0)
     wanted = {"output_hidden_states": True, "return_shared_kv_states": True}
+    prefill = _forward(target, cache, ids[:, :context], logits_to_keep=1, **wanted)
+    kv = CleanKV(target.config.sliding_window)
+    kv.take(prefill.shared_kv_states, context, context)
+    cache.crop(0)
     outputs = _forward(target, cache, ids[:, : context + 1], **wanted)
-    moment = Moment(
-        target, ids, context, cache, outputs.hidden_states[-1], dict(outputs.shared_kv_states)
-    )
+    kv.take(outputs.shared_kv_states, 1, 1)
+    shared_kv = dict(outputs.shared_kv_states)
+    moment = Moment(target, ids, context, cache, outputs.hidden_states[-1], shared_kv, kv)
     moment.restore()
     return moment
 
@@ -149,35 +171,43 @@ def dense_lm_head(assistant: PreTrainedModel) -> Iterator[None]:
 
 
 @torch.inference_mode()
-def measure(moment: Moment, assistant: PreTrainedModel) -> dict[str, Any]:
+def measure(moment: Moment, assistant: PreTrainedModel, turns: int | None = None) -> dict[str, Any]:
     """Seconds of each side, the sides taking turns, every other turn in reverse order.
 
     Args:
         moment: from `prepare`.
         assistant: a head that fits its target, on the same device.
+        turns: of each side. None: `TURNS`.
 
     Returns:
-        Medians over `TURNS` turns: `target_step`, `verification` (a list, K = 1 to 8),
-        `draft_step_dense` and, for a head with ordered embeddings, `draft_step_ordered`.
+        Medians over the turns: `target_step`, `verification` (a list, K = 1 to 8),
+        `draft_step_dense` and `draft_step_exact_dense` and, for a head with ordered embeddings,
+        `draft_step_ordered` and `draft_step_exact_ordered`.
     """
 
     def draft_dense() -> None:
         with dense_lm_head(assistant):
             moment.draft(assistant, DRAFTS)
 
+    embed = moment.target.model.get_input_embeddings()
+    with dense_lm_head(assistant):
+        dense = Drafter(assistant, embed)
     counts = range(1, MAX_DRAFT_TOKENS + 1)
     sides: dict[str, Callable[[], object]] = {
         "target_step": moment.step,
         "draft_step_dense": draft_dense,
+        "draft_step_exact_dense": partial(moment.draft_exact, dense, DRAFTS),
         **{f"verification of {k}": partial(moment.verify, k) for k in counts},
     }
     if assistant.config.use_ordered_embeddings:
+        ordered = Drafter(assistant, embed)
         sides["draft_step_ordered"] = partial(moment.draft, assistant, DRAFTS)
+        sides["draft_step_exact_ordered"] = partial(moment.draft_exact, ordered, DRAFTS)
     seconds: dict[str, list[float]] = {name: [] for name in sides}
-    device = moment.target.device
+    device, turns = moment.target.device, WARM_UP + (turns or TURNS)
     with progress_bar() as bar:
-        task = bar.add_task("Measuring", total=WARM_UP + TURNS, status="turns")
-        for turn in range(WARM_UP + TURNS):
+        task = bar.add_task("Measuring", total=turns, status="turns")
+        for turn in range(turns):
             for name in list(sides) if turn % 2 == 0 else reversed(sides):
                 synchronize(device)
                 start = time.perf_counter()
@@ -201,23 +231,32 @@ def cost_ratios(seconds: dict[str, Any]) -> dict[str, Any]:
     """What `measure` found, in steps of the target.
 
     Returns:
-        `c_dense` and `c_ordered`: a draft step / a target step. `ordered_over_dense`: of the draft
-        steps. `v`: a verification of K draft tokens / a target step, a list from K = 1 on.
-        `break_even_dense`, `break_even_ordered`: K*c + v(K), from which acceptance length on
-        assisted decoding is quicker than plain decoding, lists from K = 1 on. Those with `ordered`
-        in their name only for a head with ordered embeddings.
+        `c_dense`, `c_ordered`, `c_exact_dense`, `c_exact_ordered`: a draft step / a target step, by
+        the stock draft loop and by the exact decoder's. `ordered_over_dense`,
+        `exact_ordered_over_exact_dense`: of the draft steps. `v`: a verification of K draft tokens
+        / a target step, a list from K = 1 on. `break_even_KIND`: K*c + v(K), from which acceptance
+        length on assisted decoding is quicker than plain decoding, lists from K = 1 on. Those with
+        `ordered` in their name only for a head with ordered embeddings.
     """
     step = seconds["target_step"]
     v = [taken / step for taken in seconds["verification"]]
-    kinds = [kind for kind in ("dense", "ordered") if f"draft_step_{kind}" in seconds]
+    kinds = [kind for kind in KINDS if f"draft_step_{kind}" in seconds]
     c = {kind: seconds[f"draft_step_{kind}"] / step for kind in kinds}
-    ratios: dict[str, Any] = {f"c_{kind}": c[kind] for kind in kinds}
-    if "ordered" in c:
-        ratios["ordered_over_dense"] = c["ordered"] / c["dense"]
+    ratios: dict[str, Any] = {f"c_{kind}": value for kind, value in c.items()}
+    for loop in ("", "exact_"):
+        if f"{loop}ordered" in c:
+            ratios[f"{loop}ordered_over_{loop}dense"] = c[f"{loop}ordered"] / c[f"{loop}dense"]
     ratios["v"] = v
-    for kind in kinds:
+    for kind in c:
         ratios[f"break_even_{kind}"] = [k * c[kind] + cost for k, cost in enumerate(v, start=1)]
     return ratios
+
+
+def measure_costs(target: Target, assistant: PreTrainedModel) -> tuple[float, list[float]]:
+    """c of the exact decoder and v(0) = 1, v(1) .. v(8), measured in some turns for `CostRule`."""
+    ratios = cost_ratios(measure(prepare(target, COST_CONTEXT), assistant, COST_TURNS))
+    c = ratios.get("c_exact_ordered", ratios["c_exact_dense"])
+    return c, [1.0, *ratios["v"]]
 
 
 def run_draft_benchmark(
@@ -268,7 +307,7 @@ def run_draft_benchmark(
 def print_draft_cost(content: dict[str, Any], console: Console | None = None) -> None:
     """Print the times of one step each, and by K what a round costs."""
     where, seconds, ratios = content["environment"], content["seconds"], content["ratios"]
-    kinds = [kind for kind in ("dense", "ordered") if f"c_{kind}" in ratios]
+    kinds = [kind for kind in KINDS if f"c_{kind}" in ratios]
     console = console or Console()
     table = Table(
         title=f"draft: {where['head']} for {where['target']}, {where['dtype']}, "
@@ -277,7 +316,7 @@ def print_draft_cost(content: dict[str, Any], console: Console | None = None) ->
         caption=f"Medians of {content['repeats']} turns. The head pays from an acceptance length "
         "of K*c + v(K) on.",
     )
-    for name in ("K", "v(K)", *(f"K*c + v(K), {kind}" for kind in kinds)):
+    for name in ("K", "v(K)", *(f"K*c + v(K), {KINDS[kind]}" for kind in kinds)):
         table.add_column(name, justify="right")
     for i, v in enumerate(ratios["v"]):
         ends = [f"{ratios[f'break_even_{kind}'][i]:.2f}" for kind in kinds]
@@ -286,6 +325,7 @@ def print_draft_cost(content: dict[str, Any], console: Console | None = None) ->
     console.print(f"target step: {seconds['target_step'] * 1000:.2f} ms")
     for kind in kinds:
         step = seconds[f"draft_step_{kind}"] * 1000
-        console.print(f"draft step, {kind}: {step:.2f} ms, c = {ratios[f'c_{kind}']:.3f}")
-    if "ordered_over_dense" in ratios:
-        console.print(f"ordered / dense: {ratios['ordered_over_dense']:.2f}")
+        console.print(f"draft step, {KINDS[kind]}: {step:.2f} ms, c = {ratios[f'c_{kind}']:.3f}")
+    for loop in ("", "exact_"):
+        if (name := f"{loop}ordered_over_{loop}dense") in ratios:
+            console.print(f"{name.replace('_', ' ')}: {ratios[name]:.2f}")

@@ -3,6 +3,7 @@
 import json
 import random
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,18 +13,66 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel
 
+from headstart.configs.schema import Decoder
 from headstart.data.progress import progress_bar
 from headstart.data.prompts import Prompt, limit_evenly, load_prompts
 from headstart.data.templates import encode_prompt
 from headstart.eval.acceptance import zero_counts
 from headstart.eval.decoding import Decoded, greedy, top2_gap
+from headstart.eval.draft_cost import MAX_DRAFT_TOKENS, measure_costs
 from headstart.eval.environment import environment
+from headstart.eval.verdict import ends_in_loop, verdict
 from headstart.heads.assistant import check_pair
+from headstart.heads.draft_length import CostRule
+from headstart.heads.exact import ExactDecoding, Lookup
 from headstart.heads.files import write_atomically
 from headstart.heads.targets import Target
 
 SCHEMA = 1
 BOOTSTRAP = 1000
+
+
+@dataclass(frozen=True)
+class Side:
+    """One way to decode that is compared with plain decoding."""
+
+    decoder: Decoder
+    num_assistant_tokens: int
+    """K, the most drafts of a round."""
+    how: ExactDecoding | None
+    """Of the exact decoder; learns from prompt to prompt."""
+
+    def decode(
+        self, target: Target, prompt_ids: list[int], max_new_tokens: int, assistant: PreTrainedModel
+    ) -> Decoded:
+        """One greedy text."""
+        head = None if self.decoder == "lookup" else assistant
+        return greedy(target, prompt_ids, max_new_tokens, head, self.num_assistant_tokens, self.how)
+
+
+def make_sides(
+    decoders: Sequence[Decoder],
+    num_assistant_tokens: Sequence[int],
+    target: Target,
+    assistant: PreTrainedModel,
+) -> list[Side]:
+    """Each decoder with each K; those that choose K themselves once, told what drafts cost here."""
+    sides: list[Side] = []
+    costs = None
+    if {"cost", "hybrid"} & set(decoders):
+        costs = measure_costs(target, assistant)
+    for decoder in decoders:
+        match decoder:
+            case "transformers" | "lookup":
+                sides += [Side(decoder, k, None) for k in num_assistant_tokens]
+            case "exact":
+                sides += [Side(decoder, k, ExactDecoding()) for k in num_assistant_tokens]
+            case "cost" | "hybrid":
+                assert costs is not None
+                rule = CostRule(*costs)
+                lookup = Lookup(rule) if decoder == "hybrid" else None
+                sides.append(Side(decoder, MAX_DRAFT_TOKENS, ExactDecoding(rule, lookup)))
+    return sides
 
 
 @dataclass(frozen=True)
@@ -38,6 +87,11 @@ class Comparison:
     """The target's top-2 logit gap where the texts part."""
 
     @property
+    def loops(self) -> bool:
+        """Whether the plain text ends in a loop, which flatters drafts of any kind."""
+        return ends_in_loop(self.plain.tokens)
+
+    @property
     def parted_at(self) -> int | None:
         """Index of the first token that differs from plain decoding; None: equal."""
         if self.plain.tokens == self.assisted.tokens:
@@ -49,12 +103,12 @@ class Comparison:
 
 @dataclass
 class Evaluation:
-    """What was measured, by K."""
+    """What was measured, by decoder and K."""
 
     head: str
     max_new_tokens: int
     dtype: str
-    comparisons: dict[int, list[Comparison]]
+    comparisons: dict[tuple[Decoder, int], list[Comparison]]
 
 
 def evaluate(
@@ -64,28 +118,33 @@ def evaluate(
     prompts: list[Prompt],
     num_assistant_tokens: list[int],
     max_new_tokens: int,
+    decoders: Sequence[Decoder] = ("transformers",),
 ) -> Evaluation:
-    """Decode every prompt plainly and with each K, one after the other, after a warm-up.
+    """Decode every prompt plainly and with each decoder and K, in turn, after a warm-up.
 
     Raises:
         ValueError: the head does not fit the target.
     """
     check_pair(target, assistant)
     dtype = str(target.table.dtype).removeprefix("torch.")
-    result = Evaluation(head_name, max_new_tokens, dtype, {k: [] for k in num_assistant_tokens})
+    sides = make_sides(decoders, num_assistant_tokens, target, assistant)
+    keys = [(side.decoder, side.num_assistant_tokens) for side in sides]
+    result = Evaluation(head_name, max_new_tokens, dtype, {key: [] for key in keys})
     ids = [encode_prompt(p, target.tokenizer) for p in prompts]
-    for k in [None, *num_assistant_tokens]:  # the warm-up, thrown away
-        greedy(target, ids[0], min(max_new_tokens, 16), assistant if k else None, k)
+    warm_up = min(max_new_tokens, 16)  # thrown away
+    greedy(target, ids[0], warm_up)
+    for side in sides:
+        side.decode(target, ids[0], warm_up, assistant)
     with progress_bar() as bar:
         task = bar.add_task(f"Decoding ({dtype})", total=len(prompts), status="")
         for prompt, prompt_ids in zip(prompts, ids, strict=True):
             plain = greedy(target, prompt_ids, max_new_tokens)
-            for k in num_assistant_tokens:
-                assisted = greedy(target, prompt_ids, max_new_tokens, assistant, k)
+            for key, side in zip(keys, sides, strict=True):
+                assisted = side.decode(target, prompt_ids, max_new_tokens, assistant)
                 one = Comparison(prompt, len(prompt_ids), plain, assisted)
                 if (at := one.parted_at) is not None:
                     one = replace(one, top2_gap=top2_gap(target, prompt_ids + plain.tokens[:at]))
-                result.comparisons[k].append(one)
+                result.comparisons[key].append(one)
             bar.update(task, advance=1)
     return result
 
@@ -93,20 +152,34 @@ def evaluate(
 def report(evaluation: Evaluation, device: torch.device) -> dict[str, Any]:
     """The content of report.json (schema 1; docs/report.md explains each field)."""
     results = []
-    for k, comparisons in evaluation.comparisons.items():
+    for (decoder, k), comparisons in evaluation.comparisons.items():
+        groups = {"all": comparisons}
+        if any(c.loops for c in comparisons):
+            groups["no loops"] = [c for c in comparisons if not c.loops]
         categories = sorted({c.prompt.category for c in comparisons})
-        for category in ["all", *(categories if len(categories) > 1 else [])]:
-            chosen = [c for c in comparisons if category in ("all", c.prompt.category)]
-            results.append(_summarise(evaluation, k, category, chosen))
+        if len(categories) > 1:
+            groups |= {
+                name: [c for c in comparisons if c.prompt.category == name] for name in categories
+            }
+        results += [
+            _summarise(evaluation, decoder, k, name, chosen)
+            for name, chosen in groups.items()
+            if chosen
+        ]
     where = environment(device) | {
         "dtype": evaluation.dtype,
         "max_new_tokens": evaluation.max_new_tokens,
     }
-    return {"schema": SCHEMA, "environment": where, "results": results}
+    content = {"schema": SCHEMA, "environment": where, "results": results}
+    return content | {"verdict": verdict(results)}
 
 
 def _summarise(
-    evaluation: Evaluation, k: int, category: str, comparisons: list[Comparison]
+    evaluation: Evaluation,
+    decoder: Decoder,
+    k: int,
+    category: str,
+    comparisons: list[Comparison],
 ) -> dict[str, Any]:
     counts = zero_counts(k)
     for c in comparisons:
@@ -117,10 +190,11 @@ def _summarise(
     parted = [c for c in comparisons if c.parted_at is not None]
     return {
         "head": evaluation.head,
-        "decoder": "transformers",
+        "decoder": decoder,
         "num_assistant_tokens": k,
         "category": category,
         "prompts": len(comparisons),
+        "loops": sum(c.loops for c in comparisons),
         "acceptance_length": counts.acceptance_length,
         "acceptance_rate": counts.acceptance_rate,
         "conditional_acceptance_rate": counts.conditional_acceptance_rate,
@@ -162,17 +236,19 @@ def print_report(content: dict[str, Any], console: Console | None = None) -> Non
         title=f"Greedy decoding, {env['dtype']}, {env['max_new_tokens']} new tokens, "
         f"{env['threads']} threads of {env['accelerator'] or env['processor']}"
     )
-    names = ["K", "category", "n", "acceptance length", "rate"]
+    names = ["decoder", "K", "category", "n", "acceptance length", "rate"]
     names += [f"a_{i + 1}" for i in range(width)]
     names += ["tok/s", "plain", "speedup (95%)", "equal"]
     for name in names:
-        table.add_column(name, justify="left" if name == "category" else "right", no_wrap=True)
+        table.add_column(
+            name, justify="left" if name in ("decoder", "category") else "right", no_wrap=True
+        )
     for r in content["results"]:
         rates = [f"{a:.2f}" for a in r["conditional_acceptance_rate"]]
         low, high = r["speedup_interval"]
         equal = "yes" if r["equal_to_plain"] else f"{r['parted_share']:.0%} part"
         table.add_row(
-            str(r["num_assistant_tokens"]), r["category"], str(r["prompts"]),
+            r["decoder"], str(r["num_assistant_tokens"]), r["category"], str(r["prompts"]),
             f"{r['acceptance_length']:.2f}", f"{r['acceptance_rate']:.2f}",
             *rates, *[""] * (width - len(rates)),
             f"{r['tokens_per_second']:.1f}", f"{r['baseline_tokens_per_second']:.1f}",
@@ -180,6 +256,7 @@ def print_report(content: dict[str, Any], console: Console | None = None) -> Non
             end_section=r is content["results"][-1],
         )  # fmt: skip
     console.print(table)
+    console.print(content["verdict"])
     gaps = [p["top2_logit_gap"] for r in content["results"] for p in r["parted"]]
     if gaps:
         console.print(
@@ -196,6 +273,7 @@ def run_evaluation(
     limit: int | None,
     num_assistant_tokens: list[int],
     max_new_tokens: int,
+    decoders: Sequence[Decoder],
     out: Path,
 ) -> dict[str, Any]:
     """Evaluate a head on a prompt file, print the table and write `out/report.json`.
@@ -205,7 +283,7 @@ def run_evaluation(
     """
     prompts = limit_evenly(load_prompts(prompts_path), limit)
     evaluation = evaluate(
-        target, assistant, head_name, prompts, num_assistant_tokens, max_new_tokens
+        target, assistant, head_name, prompts, num_assistant_tokens, max_new_tokens, decoders
     )
     content = report(evaluation, target.device)
     content["environment"] |= {"target": target.name, "prompts": str(prompts_path)}

@@ -11,6 +11,7 @@ def row(r: dict[str, Any]) -> str:
     rates = ", ".join(f"{a:.2f}" for a in r["conditional_acceptance_rate"])
     low, high = r["speedup_interval"]
     cells = [
+        r["decoder"],
         str(r["num_assistant_tokens"]),
         r["category"],
         str(r["prompts"]),
@@ -52,7 +53,14 @@ def test_the_tables_of_the_training_page_are_those_of_the_result_files() -> None
     for name, ratio in bench["ratios"].items():
         assert f"(`{name}`) | {ratio:.2f} |" in page
     draft = results("bench-draft.json")
-    for name in ("c_dense", "c_ordered", "ordered_over_dense"):
+    for name in (
+        "c_dense",
+        "c_ordered",
+        "ordered_over_dense",
+        "c_exact_dense",
+        "c_exact_ordered",
+        "exact_ordered_over_exact_dense",
+    ):
         assert f"(`{name}`) | {draft['ratios'][name]:.3f} |" in page
     costs = " | ".join(f"{v:.2f}" for v in draft["ratios"]["v"])
     assert f"| v(K) | {costs} |" in page

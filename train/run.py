@@ -47,6 +47,7 @@ def _evaluate(config: Config, chosen: EvalConfig, device: torch.device) -> None:
             limit,
             num_assistant_tokens,
             chosen.max_new_tokens,
+            chosen.decoders,
             out,
         )
         gaps = [p["top2_logit_gap"] for r in content["results"] for p in r["parted"]]

@@ -11,7 +11,7 @@ from transformers.generation.candidate_generator import (
     SinglePositionMultiTokenCandidateGenerator,
 )
 
-from headstart.configs.schema import DataConfig
+from headstart.configs.schema import DataConfig, Decoder
 from headstart.data.conversations import answered
 from headstart.data.extraction import OnlineActivations
 from headstart.data.prompts import Prompt
@@ -19,6 +19,7 @@ from headstart.data.templates import encode_prompt
 from headstart.eval.decoding import Decoded, greedy
 from headstart.eval.report import evaluate, report, run_evaluation
 from headstart.eval.simulate import simulate_acceptance
+from headstart.eval.verdict import ends_in_loop, verdict
 from headstart.heads.targets import Target
 from headstart.heads.unroll import DraftHead
 from headstart.train.ordering import with_clusters
@@ -143,16 +144,21 @@ def test_the_report_holds_the_schema_that_others_read(tiny: Target, tmp_path: Pa
         4,
         [2, 3],
         20,
+        ["transformers", "exact"],
         tmp_path / "out",
     )
     content = json.loads((tmp_path / "out" / "report.json").read_text())
     assert content["schema"] == 1
     assert content["environment"]["dtype"] == "float32"
-    keys = {(r["num_assistant_tokens"], r["category"], r["prompts"]) for r in content["results"]}
-    assert keys == {(k, c, n) for k in (2, 3) for c, n in (("all", 4), ("a", 2), ("b", 2))}
+    names = ("decoder", "num_assistant_tokens", "category", "prompts")
+    assert {tuple(r[name] for name in names) for r in content["results"]} == {
+        (decoder, k, category, n)
+        for decoder in ("transformers", "exact")
+        for k in (2, 3)
+        for category, n in (("all", 4), ("a", 2), ("b", 2))
+    }
     for r in content["results"]:
         assert r["head"] == "heads/x"
-        assert r["decoder"] == "transformers"
         assert r["equal_to_plain"] is True
         assert len(r["conditional_acceptance_rate"]) == r["num_assistant_tokens"]
         assert r["acceptance_length"] == 1 + sum(r["accepted"]) / r["rounds"]
@@ -169,9 +175,12 @@ def test_texts_that_part_are_counted_with_their_logit_gap(
 ) -> None:
     """A decoder that changes the target's mind must not go unnoticed."""
 
+    def assisted(target: Target, ids: Any, new: int, head: Any = None, *rest: Any) -> bool:
+        return head is not None
+
     def meddle(*args: Any) -> Decoded:
         decoded = greedy(*args)
-        if args[-1] == 2 and len(args[1]) == 4:  # assisted, the first prompt
+        if assisted(*args) and len(args[1]) == 4:  # the first prompt
             decoded.tokens[5] += 1
         return decoded
 
@@ -187,3 +196,47 @@ def test_texts_that_part_are_counted_with_their_logit_gap(
     logits = tiny.model(torch.tensor([ids])).logits[0, -1].sort(descending=True).values
     gap = float(logits[0] - logits[1])
     assert parted == {"id": "p0", "token": 5, "top2_logit_gap": pytest.approx(gap, abs=1e-5)}
+
+
+def test_all_decoders_are_compared_in_one_run(
+    tiny: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that choose K themselves too; every text is that of plain decoding."""
+    monkeypatch.setattr("headstart.eval.draft_cost.TURNS", 2)
+    monkeypatch.setattr("headstart.eval.draft_cost.COST_TURNS", 2)
+    names: list[Decoder] = ["transformers", "exact", "cost", "hybrid", "lookup"]
+    evaluation = evaluate(tiny, half_trained_head(tiny), "h", prompts(3), [2, 3], 24, names)
+    content = report(evaluation, tiny.device)
+    whole = [r for r in content["results"] if r["category"] == "all"]
+    both = [(name, k) for name in ("transformers", "exact") for k in (2, 3)]
+    wanted = [*both, ("cost", 8), ("hybrid", 8), ("lookup", 2), ("lookup", 3)]
+    assert [(r["decoder"], r["num_assistant_tokens"]) for r in whole] == wanted
+    assert all(r["equal_to_plain"] for r in whole)
+    assert all(r["new_tokens"] == whole[0]["new_tokens"] for r in whole)
+    assert content["verdict"]
+
+
+def test_a_text_that_ends_in_a_loop_is_told_from_one_that_does_not() -> None:
+    assert ends_in_loop([1, 2, 3, 4, *[7, 8] * 4])
+    assert ends_in_loop([5] * 8)
+    assert not ends_in_loop([1, 2, 3, 4, 1, 2, 3, 4]), "a period of half the text is no loop yet"
+    assert not ends_in_loop([*[7, 8] * 5, 1])
+    assert not ends_in_loop([])
+
+
+@pytest.mark.parametrize(
+    ("interval", "says"),
+    [((1.2, 1.6), "Use the exact decoder with K = 4"), ((0.9, 1.3), "Within the noise"),
+     ((0.5, 0.8), "Decode plainly")],
+)  # fmt: skip
+def test_the_verdict_follows_from_the_interval(interval: tuple[float, float], says: str) -> None:
+    result = {
+        "decoder": "exact", "num_assistant_tokens": 4, "category": "all", "prompts": 9, "loops": 2,
+        "speedup": sum(interval) / 2, "speedup_interval": list(interval),
+    }  # fmt: skip
+    slower = result | {"decoder": "transformers", "speedup": 0.1}
+    others = result | {"category": "no loops", "speedup": 0.77}
+    text = verdict([slower, result, others])
+    assert text.startswith(says)
+    assert "2 of the texts end in loops" in text
+    assert "without them it is 0.77" in text

@@ -22,6 +22,7 @@ from headstart.eval.draft_cost import (
     run_draft_benchmark,
 )
 from headstart.heads.assistant import build_assistant
+from headstart.heads.drafting import Drafter
 from headstart.heads.targets import Target, load_target
 from tests.conftest import make_target
 from tests.heads.test_describe import ordered_head
@@ -57,6 +58,10 @@ def test_the_drafts_measured_are_those_of_the_stock_generator(target: Target, co
     ids = moment.ids[:, : context + 2]
     wanted, _ = stock_drafts(target, assistant, ids, verified, is_prefill=False)
     assert moment.draft(assistant, K).tolist() == [wanted.tolist()]
+    drafter = Drafter(assistant, target.model.get_input_embeddings())
+    if context < CONTEXTS[1]:  # beyond the window the stock generator shows one row less
+        assert moment.draft_exact(drafter, K) == wanted.tolist()
+    assert moment.kv.rows == context + 1
 
 
 @torch.inference_mode()
@@ -96,16 +101,22 @@ def test_every_side_takes_each_turn_once(tiny: Target, monkeypatch: pytest.Monke
         real: Any = getattr(Moment, name)
 
         def noted(moment: Moment, *args: Any) -> Any:
-            ordered = assistant.config.use_ordered_embeddings if name == "draft" else None
+            drafter = args[0] if name == "draft_exact" else assistant
+            ordered = name.startswith("draft") and is_ordered(drafter)
             calls.append((name, args[-1] if args else None, ordered))
             return real(moment, *args)
 
         monkeypatch.setattr(Moment, name, noted)
 
-    for name in ("step", "verify", "draft"):
+    def is_ordered(drafter: Any) -> bool:
+        if isinstance(drafter, Drafter):
+            return drafter.embedder is not None
+        return bool(drafter.config.use_ordered_embeddings)
+
+    for name in ("step", "verify", "draft", "draft_exact"):
         note(name)
     seconds = measure(prepare(tiny, 6), assistant)
-    sides = 1 + MAX_DRAFT_TOKENS + 2
+    sides = 1 + MAX_DRAFT_TOKENS + 4
     assert len(calls) == (WARM_UP + 2) * sides
     turns = [calls[i : i + sides] for i in range(0, len(calls), sides)]
     assert all(len(set(turn)) == sides for turn in turns)
@@ -119,6 +130,8 @@ def test_a_round_breaks_even_where_its_drafts_and_its_verification_do() -> None:
         "verification": [2.2, 2.5, 3.0],
         "draft_step_dense": 0.5,
         "draft_step_ordered": 0.2,
+        "draft_step_exact_dense": 0.4,
+        "draft_step_exact_ordered": 0.1,
     }
     ratios = cost_ratios(seconds)
     assert ratios["c_dense"] == 0.25
@@ -127,8 +140,12 @@ def test_a_round_breaks_even_where_its_drafts_and_its_verification_do() -> None:
     assert ratios["v"] == [1.1, 1.25, 1.5]
     assert ratios["break_even_dense"] == pytest.approx([1.35, 1.75, 2.25])
     assert ratios["break_even_ordered"] == pytest.approx([1.2, 1.45, 1.8])
-    del seconds["draft_step_ordered"]
-    assert cost_ratios(seconds).keys() == {"c_dense", "v", "break_even_dense"}
+    assert ratios["exact_ordered_over_exact_dense"] == pytest.approx(0.25)
+    assert ratios["break_even_exact_ordered"] == pytest.approx([1.15, 1.35, 1.65])
+    del seconds["draft_step_ordered"], seconds["draft_step_exact_ordered"]
+    assert cost_ratios(seconds).keys() == {
+        "c_dense", "c_exact_dense", "v", "break_even_dense", "break_even_exact_dense"
+    }  # fmt: skip
 
 
 def test_a_head_without_ordered_embeddings_is_measured_dense(
@@ -138,7 +155,8 @@ def test_a_head_without_ordered_embeddings_is_measured_dense(
     assistant = build_assistant(target, HeadConfig()).eval()
     content = run_draft_benchmark(target, assistant, "head", 4, tmp_path / "a" / "b.json")
     assert json.loads((tmp_path / "a" / "b.json").read_text()) == content
-    assert content["seconds"].keys() == {"target_step", "verification", "draft_step_dense"}
+    kinds = {"draft_step_dense", "draft_step_exact_dense"}
+    assert content["seconds"].keys() == {"target_step", "verification"} | kinds
     assert content["repeats"] == 2
     assert "draft step, ordered" not in capsys.readouterr().out
 

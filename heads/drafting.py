@@ -1,0 +1,156 @@
+"""One round of drafting, lean: what does not change within the round is computed once.
+
+Same layers, same arithmetic as `Gemma4AssistantForCausalLM.forward` of transformers 5.20 to 5.22,
+without what that forward does anew for every draft: masks (one row sees all the KV that it is
+given), rotary embeddings (the position stays), and logits over the whole vocabulary of which a head
+with ordered embeddings looks at some thousand.
+
+Letters: T rows of KV, D target width, H head width, V vocabulary, C clusters, M tokens looked at.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from headstart.heads.assistant import Assistant
+from headstart.heads.gemma3 import SharedKV
+
+
+class CleanKV:
+    """The target's keys and values as the head saw them in training, kept from round to round.
+
+    What the target hands out ends with the rows of rejected drafts, and begins past the sliding
+    window one row late where a round accepted nothing (docs/decoding.md). Here the rejected rows
+    are cut off, and of the sliding rows as many are kept as a training row sees:
+    `sliding_window + 1`.
+
+    Args:
+        sliding_window: of the head.
+        padding: tokens of padding at the left of the prompt, which no head sees.
+    """
+
+    def __init__(self, sliding_window: int, padding: int = 0):
+        self.sliding_rows = sliding_window + 1
+        self.padding = padding
+        self.rows = 0
+        """T, without padding."""
+        self.shared: SharedKV = {}
+        """Layer type -> (keys, values), each [1, kv heads, rows, head_dim], of valid rows alone."""
+
+    def take(self, shared_kv: Any, given: int, valid: int) -> None:
+        """Take the rows of one target forward.
+
+        Args:
+            shared_kv: `shared_kv_states` of its output.
+            given: tokens that the forward was given; its newest rows are theirs.
+            valid: how many of them, from the first on, belong to the text.
+        """
+        ends = {t: keys.shape[2] - given + valid for t, (keys, _) in shared_kv.items()}
+        self.rows = ends["full_attention"] - self.padding
+        for layer_type, pair in shared_kv.items():
+            end = ends[layer_type]
+            if layer_type == "full_attention":
+                rows = [tensor[:, :, self.padding : end] for tensor in pair]
+            elif (kept := min(self.rows, self.sliding_rows)) <= valid or not self.shared:
+                rows = [tensor[:, :, max(0, end - kept) : end] for tensor in pair]
+            else:
+                older = [tensor[:, :, valid - kept :] for tensor in self.shared[layer_type]]
+                newer = [tensor[:, :, end - valid : end] for tensor in pair]
+                rows = [torch.cat(both, dim=2) for both in zip(older, newer, strict=True)]
+            self.shared[layer_type] = (rows[0], rows[1])
+
+
+@dataclass(frozen=True)
+class Drafts:
+    """The drafts of one round."""
+
+    tokens: list[int]
+    confidences: list[float]
+    """Probability of each among the tokens looked at; empty where nobody asked."""
+
+
+class Drafter:
+    """Drafts with one head.
+
+    Args:
+        assistant: in the native format, with a table of its own (`load_assistant`).
+        embed: the target's input embeddings, which scale.
+    """
+
+    def __init__(self, assistant: Assistant, embed: nn.Module):
+        self.assistant, self.embed = assistant, embed
+        types = assistant.config.text_config.layer_types
+        self.layers = list(zip(types, assistant.model.layers, strict=True))
+        embedder = assistant.masked_embedding if assistant.config.use_ordered_embeddings else None
+        self.embedder = embedder
+        self.members = None  # [C, tokens a cluster]
+        if embedder is not None:
+            self.members = embedder.token_ordering.long().view(embedder.num_centroids, -1)
+
+    @torch.no_grad()
+    def draft(
+        self,
+        token: torch.Tensor,
+        hidden: torch.Tensor,
+        kv: CleanKV,
+        limit: int,
+        stops_after: frozenset[int],
+        goes_on: Callable[[list[float]], bool] | None,
+    ) -> Drafts:
+        """Draft up to `limit` tokens.
+
+        Args:
+            token: [1, 1] the newest token, on which the target has not run.
+            hidden: [1, 1, D] the target's post-norm hidden state of the token before it.
+            kv: of all tokens before `token`.
+            limit: at least 1.
+            stops_after: tokens after which no draft is of use: those that end a text.
+            goes_on: asked after each draft, with the confidences so far; None: to the limit.
+        """
+        assistant = self.assistant
+        device, dtype = (
+            assistant.pre_projection.weight.device,
+            assistant.pre_projection.weight.dtype,
+        )
+        source = next(self.embed.parameters()).device  # a target and its head may be apart
+        shared = {t: (k.to(device, dtype), v.to(device, dtype)) for t, (k, v) in kv.shared.items()}
+        position = torch.tensor([[kv.rows]], device=device)
+        hidden = hidden.to(device, dtype)
+        rotary = {t: assistant.model.rotary_emb(hidden, position, t) for t in kv.shared}
+        tokens: list[int] = []
+        confidences: list[float] = []
+        while True:
+            embedded = self.embed(token.to(source)).to(device, dtype)
+            state = assistant.pre_projection(torch.cat([embedded, hidden], dim=-1))
+            for layer_type, layer in self.layers:
+                state = layer(
+                    state,
+                    shared_kv_states=shared,
+                    position_embeddings=rotary[layer_type],
+                    attention_mask=None,
+                )
+            state = assistant.model.norm(state)
+            logits, ids = self._logits(state[0, 0])
+            best = logits.argmax()
+            token = (best if ids is None else ids[best]).view(1, 1)
+            tokens.append(int(token))
+            if goes_on is not None:
+                confidences.append(float((logits[best] - logits.logsumexp(-1)).exp()))
+            if len(tokens) >= limit or tokens[-1] in stops_after:
+                break
+            if goes_on is not None and not goes_on(confidences):
+                break
+            hidden = assistant.post_projection(state)
+        return Drafts(tokens, confidences)
+
+    def _logits(self, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Logits [M] of the tokens [M] looked at for a state [H]; None: the whole vocabulary."""
+        table = self.assistant.lm_head.weight
+        if self.embedder is None or self.members is None:
+            return table @ state, None
+        best = self.embedder.centroids(state).topk(self.embedder.centroid_intermediate_top_k)
+        ids = self.members[best.indices].flatten()
+        return table.index_select(0, ids) @ state, ids

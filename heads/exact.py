@@ -1,0 +1,231 @@
+"""The exact decoder: transformers' assisted decoding with a candidate generator of ours.
+
+Loop, caches, logits processors and stopping criteria are those of `generate`; only the drafts come
+from here. The head sees clean KV (`CleanKV`), and the drafts go without logits, so that the loop
+samples from the target itself and compares: for drafts that are no samples this is what
+speculative sampling (Leviathan et al. 2023, arXiv 2211.17192) comes to, and it is lossless.
+docs/decoding.md has what the stock generator does otherwise.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.generation.candidate_generator import (
+    CandidateGenerator,
+    PromptLookupCandidateGenerator,
+)
+
+from headstart.heads.draft_length import Constant, CostRule, DraftLength, Rate
+from headstart.heads.drafting import CleanKV, Drafter, Drafts
+
+LOOKUP_NGRAM = 3  # tokens that an earlier place has to share with the newest ones, at most
+
+
+@dataclass
+class Round:
+    """One round: its drafts, and what became of them."""
+
+    source: Literal["head", "lookup", "none"]
+    drafts: Drafts
+    seconds: float
+    """Wall time of drafting."""
+    accepted: int = 0
+
+
+@dataclass
+class ExactDecoding:
+    """How the exact decoder drafts; what it learns and measures stays from text to text."""
+
+    length: DraftLength | None = None
+    """When a draft ends. None: after the head's own `generation_config.num_assistant_tokens`."""
+    lookup: "Lookup | None" = None
+    """Drafts from the text itself, in rounds where they promise more than the head."""
+    rounds: list[Round] = field(default_factory=list)
+    """The rounds since it was emptied last, oldest first."""
+
+
+class Lookup:
+    """Drafts copied from where the newest tokens occurred before, while that has been right lately.
+
+    What a lookup would have said is known in rounds of the head too, and counts.
+
+    Args:
+        costs: tells what a verification costs, and what the head promises.
+    """
+
+    def __init__(self, costs: CostRule):
+        self.costs = costs
+        self.right = Rate(0.5)
+        self.found: list[int] = []
+
+    def find(self, input_ids: torch.Tensor, max_length: int, limit: int) -> None:
+        """Look up what followed the newest of the tokens [1, n] before."""
+        self.found = []
+        if limit > 0:
+            generator = PromptLookupCandidateGenerator(
+                num_output_tokens=limit,
+                max_matching_ngram_size=LOOKUP_NGRAM,
+                max_length=max_length,
+            )
+            candidates, _ = generator.get_candidates(input_ids)
+            self.found = candidates[0, input_ids.shape[1] :].tolist()
+
+    def best(self) -> list[int]:
+        """The found tokens that are worth verifying; empty where the head promises more."""
+        promised, best = self.costs.promise(), 0
+        reached, expected = 1.0, 1.0
+        for k in range(1, min(len(self.found), len(self.costs.v) - 1) + 1):
+            reached *= self.right.value
+            expected += reached
+            if expected / self.costs.v[k] > promised:
+                promised, best = expected / self.costs.v[k], k
+        return self.found[:best]
+
+    def learn(self, said: Sequence[int]) -> None:
+        """Compare with the tokens that the round brought."""
+        for found, token in zip(self.found, said, strict=False):
+            self.right.count(found == token)
+            if found != token:
+                break
+
+
+class ExactCandidateGenerator(CandidateGenerator):
+    """Candidates for one call of `generate`.
+
+    Args:
+        drafter: of the head.
+        how: length and source of the drafts, and where rounds are noted.
+        length: when a draft ends.
+        sliding_window: of the head.
+        padding: tokens of padding at the left of the prompt.
+        generation_config: of the call: its maximal length and the tokens that end a text.
+    """
+
+    requires_model_outputs: bool = True
+    model_kwargs_overrides: dict[str, Any] = {  # noqa: RUF012 (as transformers declares it)
+        "output_hidden_states": True,
+        "return_shared_kv_states": True,
+    }
+
+    def __init__(
+        self,
+        drafter: Drafter,
+        how: ExactDecoding,
+        length: DraftLength,
+        padding: int,
+        generation_config: GenerationConfig,
+    ):
+        self.drafter, self.how, self.length = drafter, how, length
+        window = drafter.assistant.config.text_config.sliding_window
+        self.kv = CleanKV(window, padding)
+        self.max_length = generation_config.max_length
+        ends = generation_config._eos_token_tensor
+        self.stops_after = frozenset([] if ends is None else ends.flatten().tolist())
+        self.round: Round | None = None
+        self.text_length = 0
+
+    def get_candidates(
+        self,
+        input_ids: torch.Tensor,
+        model_outputs: Any = None,
+        is_first_iteration: bool = False,
+        n_last_matches: int = 0,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, None]:
+        """The text [1, n] and drafts after it. The target's prefill comes first, without drafts."""
+        if is_first_iteration:
+            return input_ids, None
+        start = time.perf_counter()
+        # The prefill was given the prompt, a round its newest token and the drafts.
+        given = model_outputs.hidden_states[-1].shape[1]
+        valid = given if self.round is None else n_last_matches + 1
+        self.kv.take(model_outputs.shared_kv_states, given, valid)
+        hidden = model_outputs.hidden_states[-1][:, valid - 1 : valid]
+        # One token of the budget is the target's own.
+        budget = self.max_length - input_ids.shape[1] - 1
+        source, drafts = self._draft(input_ids, hidden, budget)
+        self.round = Round(source, drafts, time.perf_counter() - start)
+        self.text_length = input_ids.shape[1]
+        self.how.rounds.append(self.round)
+        drafted = torch.tensor([drafts.tokens], dtype=input_ids.dtype, device=input_ids.device)
+        return torch.cat([input_ids, drafted], dim=1), None
+
+    def _draft(
+        self, input_ids: torch.Tensor, hidden: torch.Tensor, budget: int
+    ) -> tuple[Literal["head", "lookup", "none"], Drafts]:
+        if (lookup := self.how.lookup) is not None:
+            lookup.find(input_ids, self.max_length, budget)
+            if found := lookup.best():
+                return "lookup", Drafts(found, [])
+        limit = min(self.length.limit(), budget)
+        if limit <= 0:
+            return "none", Drafts([], [])
+        goes_on = self.length.goes_on if self.length.reads_confidence else None
+        token = input_ids[:, -1:]
+        drafts = self.drafter.draft(token, hidden, self.kv, limit, self.stops_after, goes_on)
+        return "head", drafts
+
+    def update_candidate_strategy(
+        self, input_ids: torch.Tensor, scores: torch.Tensor, num_matches: int
+    ) -> None:
+        """Note what the target accepted."""
+        if self.round is None:
+            return
+        self.round.accepted = int(num_matches)
+        if self.how.lookup is not None:
+            self.how.lookup.learn(input_ids[0, self.text_length :].tolist())
+        if self.round.source != "lookup":
+            drafts = self.round.drafts
+            self.length.learn(drafts.confidences, len(drafts.tokens), self.round.accepted)
+
+
+@contextmanager
+def exact_decoding(target: PreTrainedModel, how: ExactDecoding | None = None) -> Iterator[None]:
+    """Within, `target.generate(..., assistant_model=head)` drafts as said here.
+
+    Args:
+        target: of a class that hands out shared KV, such as `load_target(...).model`.
+        how: what ends a draft, and whether the text is looked up too. None: K drafts of the head,
+            as its `generation_config` says.
+
+    Raises:
+        ValueError: (in `generate`) nothing says when a draft ends.
+    """
+    how = how or ExactDecoding()
+    outer = target.__dict__.get("_get_candidate_generator")  # of an exact_decoding around this one
+    stock = target._get_candidate_generator
+    drafters: dict[int, Drafter] = {}
+
+    def generator(**kwargs: Any) -> CandidateGenerator:
+        assistant = kwargs["assistant_model"]
+        if assistant is None or "Assistant" not in type(assistant).__name__:
+            return stock(**kwargs)
+        if id(assistant) not in drafters:
+            drafters[id(assistant)] = Drafter(assistant, target.get_input_embeddings())
+        mask = kwargs["model_kwargs"].get("attention_mask")
+        padding = 0 if mask is None else int((mask == 0).sum())
+        length = how.length
+        if length is None:
+            tokens = assistant.generation_config.num_assistant_tokens
+            if not tokens:
+                raise ValueError(
+                    "nothing says when a draft ends: set num_assistant_tokens in the head's "
+                    "generation_config, or give a rule of headstart.heads.draft_length"
+                )
+            length = Constant(tokens)
+        return ExactCandidateGenerator(
+            drafters[id(assistant)], how, length, padding, kwargs["generation_config"]
+        )
+
+    target._get_candidate_generator = generator
+    try:
+        yield
+    finally:
+        del target._get_candidate_generator
+        if outer is not None:
+            target._get_candidate_generator = outer

@@ -1,0 +1,259 @@
+"""The exact decoder: clean KV in every round, the target's own text, `generate`'s arguments."""
+
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from transformers import GenerationConfig
+
+from headstart.heads.draft_length import Confident, Constant, CostRule, DraftLength, Heuristic
+from headstart.heads.drafting import Drafter
+from headstart.heads.exact import ExactDecoding, Lookup, exact_decoding
+from headstart.heads.targets import Target
+from headstart.heads.unroll import DraftHead
+from headstart.train.ordering import with_clusters
+from tests.conftest import make_target
+from tests.heads.test_ordered import order_by_target
+from tests.heads.test_parity import training_logits
+from tests.overfit import greedy_document, overfit
+
+K = 3
+FAMILIES = ["gemma3", "gemma4-kv-sharing", "gemma4-multimodal", "gemma4-unified"]
+
+
+def generate(target: Target, ids: list[int], new: int, **kwargs: Any) -> list[int]:
+    prompt = torch.tensor([ids])
+    settings = {"do_sample": False, "max_new_tokens": new, "pad_token_id": 0} | kwargs
+    output = target.model.generate(prompt, **{"attention_mask": torch.ones_like(prompt)} | settings)
+    return output[0, len(ids) :].tolist()
+
+
+def half_trained_head(target: Target, clusters: int | None = None) -> Any:
+    """A head that is accepted now and then on the text that it was trained on."""
+    head = overfit(target, greedy_document(target)[1], steps=25, rounds=K).eval()
+    if clusters:
+        head = DraftHead(with_clusters(head.assistant, clusters, 4))
+        order_by_target(head.assistant, target, target.table)
+    head.assistant.generation_config = GenerationConfig(num_assistant_tokens=K)
+    return head.assistant
+
+
+@torch.no_grad()
+def test_every_round_equals_the_training_rows(
+    target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All families, within and beyond the sliding window, after rejections and without: the logits
+    of each draft are those of the parallel training forward over clean activations."""
+    with torch.enable_grad():
+        assistant = half_trained_head(target)
+    recorded: list[torch.Tensor] = []
+    own = Drafter._logits
+
+    def record(self: Drafter, state: torch.Tensor) -> Any:
+        logits, ids = own(self, state)
+        recorded.append(logits.clone())
+        return logits, ids
+
+    monkeypatch.setattr(Drafter, "_logits", record)
+    ids, how = greedy_document(target)[0], ExactDecoding()
+    with exact_decoding(target.model, how):
+        text = ids + generate(target, ids, 40, assistant_model=assistant)
+    accepted = [r.accepted for r in how.rounds]
+    assert {0} < set(accepted), "some drafts have to be accepted, some rejected"
+    seen, length = target.activations(torch.tensor([text])), len(ids) + 1
+    for r in how.rounds:
+        drafted = r.drafts.tokens
+        if not drafted:
+            assert length == len(text) - 1, "only the last token leaves no room for a draft"
+            break
+        fed = torch.tensor([[text[length - 1], *drafted[:-1]]])
+        row = torch.tensor([length - 2])
+        wanted = training_logits(target, DraftHead(assistant), seen, row, fed)[:, 0]
+        found = torch.stack(recorded[: len(drafted)])
+        torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-5)
+        del recorded[: len(drafted)]
+        length += r.accepted + 1
+    assert not recorded
+
+
+RULES: list[DraftLength | None] = [
+    None, Constant(2), Heuristic(4), Confident(6, 0.3), CostRule(0.1, [1, 1.1, 1.15, 1.2, 1.25]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_text_is_that_of_plain_greedy_decoding(family: str) -> None:
+    """With every rule, dense and through clusters, the text looked up or not."""
+    target = make_target(family)
+    prompts = [greedy_document(target)[0], *([5 + i] * (4 + 9 * i) for i in range(2))]
+    plain = [generate(target, ids, 40) for ids in prompts]
+    found: set[str] = set()
+    for clusters in (None, 20):
+        assistant, accepted = half_trained_head(target, clusters), 0
+        for rule in RULES:
+            lookup = Lookup(rule) if isinstance(rule, CostRule) else None
+            how = ExactDecoding(rule, lookup)
+            with exact_decoding(target.model, how):
+                for ids, text in zip(prompts, plain, strict=True):
+                    assert generate(target, ids, 40, assistant_model=assistant) == text
+            accepted += sum(r.accepted for r in how.rounds)
+            found |= {r.source for r in how.rounds}
+        assert accepted > 0, "a head that is never accepted makes this test empty"
+    assert {"head", "lookup"} <= found
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"repetition_penalty": 1.5},
+        {"no_repeat_ngram_size": 2, "min_new_tokens": 20},
+        {"eos_token_id": list(range(4, 60))},
+        {"max_new_tokens": 1},
+        {"max_new_tokens": 2},
+    ],
+    ids=str,
+)
+def test_settings_of_generate_hold(tiny: Target, settings: dict[str, Any]) -> None:
+    assistant, ids = half_trained_head(tiny), greedy_document(tiny)[0]
+    plain = generate(tiny, ids, 30, **settings)
+    with exact_decoding(tiny.model):
+        assert generate(tiny, ids, 30, assistant_model=assistant, **settings) == plain
+
+
+def test_tokens_stream_as_they_come(tiny: Target) -> None:
+    class Collect:
+        def __init__(self) -> None:
+            self.tokens: list[int] = []
+            self.ended = False
+
+        def put(self, value: torch.Tensor) -> None:
+            self.tokens += value.flatten().tolist()
+
+        def end(self) -> None:
+            self.ended = True
+
+    assistant, ids, streamer = half_trained_head(tiny), greedy_document(tiny)[0], Collect()
+    with exact_decoding(tiny.model):
+        text = generate(tiny, ids, 20, assistant_model=assistant, streamer=streamer)
+    assert streamer.tokens == ids + text
+    assert streamer.ended
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_padding_at_the_left_changes_no_round(family: str) -> None:
+    """The head sees no padding, and counts positions without it, as in training."""
+    target = make_target(family)
+    assistant, ids = half_trained_head(target), greedy_document(target)[0]
+    rounds = []
+    for padding in (0, 5):
+        how = ExactDecoding()
+        mask = torch.tensor([[0] * padding + [1] * len(ids)])
+        with exact_decoding(target.model, how):
+            generate(
+                target, [0] * padding + ids, 20, assistant_model=assistant, attention_mask=mask
+            )
+        rounds.append([(r.drafts.tokens, r.accepted) for r in how.rounds])
+    assert rounds[0] == rounds[1]
+    assert any(accepted for _, accepted in rounds[0])
+
+
+@pytest.mark.parametrize("decoder", [nullcontext, exact_decoding], ids=["stock", "exact"])
+def test_assisted_decoding_from_the_cache_of_a_turn_before_is_wrong_past_the_window(
+    tiny: Target, decoder: Any
+) -> None:
+    """Of the loop, whoever drafts. When this fails transformers has mended it: update
+    docs/decoding.md."""
+    assistant, ids = half_trained_head(tiny), greedy_document(tiny)[0]
+    prompt, settings = torch.tensor([ids]), {"do_sample": False, "max_new_tokens": 14}
+    right = []
+    for second in ({}, {"assistant_model": assistant}):
+        first = tiny.model.generate(prompt, return_dict_in_generate=True, **settings)
+        text = [*first.sequences[0].tolist(), 9, 8, 7]
+        with decoder(tiny.model) if decoder is exact_decoding else decoder():
+            found = generate(tiny, text, 14, past_key_values=first.past_key_values, **second)
+        right.append(found == generate(tiny, text, 14))
+    assert right == [True, False]
+
+
+def test_the_stock_generator_is_back_afterwards(tiny: Target) -> None:
+    own = tiny.model._get_candidate_generator
+    with exact_decoding(tiny.model):
+        outer = tiny.model._get_candidate_generator
+        with exact_decoding(tiny.model):
+            assert tiny.model._get_candidate_generator != outer
+        assert tiny.model._get_candidate_generator == outer != own
+    assert tiny.model._get_candidate_generator == own
+
+
+def test_a_head_that_says_no_length_is_refused(tiny: Target) -> None:
+    assistant = half_trained_head(tiny)
+    assistant.generation_config.num_assistant_tokens = None
+    with exact_decoding(tiny.model), pytest.raises(ValueError, match="set num_assistant_tokens"):
+        generate(tiny, [5, 6, 7], 4, assistant_model=assistant)
+
+
+def test_the_stock_decoder_ignores_what_ends_a_draft(tiny: Target) -> None:
+    """When this fails transformers has mended it: update docs/decoding.md."""
+    assistant, ids = half_trained_head(tiny), greedy_document(tiny)[0]
+    assistant.generation_config = GenerationConfig(
+        num_assistant_tokens=K,
+        num_assistant_tokens_schedule="heuristic",
+        assistant_confidence_threshold=0.999,
+    )
+    drafted: list[int] = []
+    handle = assistant.register_forward_pre_hook(
+        lambda module, args, kwargs: drafted.append(int(kwargs["position_ids"])), with_kwargs=True
+    )
+    generate(tiny, ids, 30, assistant_model=assistant)
+    handle.remove()
+    rounds = [drafted.count(position) for position in dict.fromkeys(drafted)]
+    assert set(rounds[:-1]) == {K}, "drafts of all rounds but the last, which the text's end cuts"
+    for rule in (Heuristic(K), Confident(K, 0.999)):
+        how = ExactDecoding(rule)
+        with exact_decoding(tiny.model, how):
+            generate(tiny, ids, 30, assistant_model=assistant)
+        assert {len(r.drafts.tokens) for r in how.rounds[:-1]} != {K}
+
+
+def test_rounds_are_those_of_a_decoder_that_recomputes_everything(tiny: Target) -> None:
+    """A plain loop of draft, verify, accept: no cache, no masks, no class of ours but the head."""
+    assistant = half_trained_head(tiny)
+    ids, how = greedy_document(tiny)[0], ExactDecoding()
+    with exact_decoding(tiny.model, how):
+        text = ids + generate(tiny, ids, 30, assistant_model=assistant)
+
+    def said(tokens: list[int]) -> list[int]:
+        with torch.no_grad():
+            return tiny.model(torch.tensor([tokens]), use_cache=False).logits[0].argmax(-1).tolist()
+
+    written = [*ids, said(ids)[-1]]
+    accepted = []
+    while len(written) < len(text):
+        seen = tiny.activations(torch.tensor([written[:-1]]))
+        drafts: list[int] = []
+        hidden = seen.hidden[:, -1:]
+        window = assistant.config.text_config.sliding_window + 1
+        kept = {"full_attention": len(written), "sliding_attention": window}
+        for _ in range(min(K, len(text) - len(written) - 1)):
+            newest = torch.tensor([[([written[-1], *drafts])[-1]]])
+            with torch.no_grad():
+                outputs = assistant(
+                    inputs_embeds=torch.cat([tiny.embed(newest), hidden], dim=-1),
+                    position_ids=torch.tensor([[len(written) - 1]]),
+                    shared_kv_states={
+                        t: (k[:, :, -kept[t] :], v[:, :, -kept[t] :])
+                        for t, (k, v) in seen.shared_kv.items()
+                    },
+                )
+            hidden = outputs.last_hidden_state
+            drafts.append(int(outputs.logits[0, -1].argmax()))
+        own = said(written + drafts)[len(written) - 1 :]
+        right = 0
+        while right < len(drafts) and drafts[right] == own[right]:
+            right += 1
+        written += own[: right + 1]
+        accepted.append((drafts, right))
+    assert written == text
+    assert [(r.drafts.tokens, r.accepted) for r in how.rounds] == accepted
+    assert 0 < sum(n for _, n in accepted) < K * len(accepted)

@@ -1,0 +1,121 @@
+"""Sampled text follows the target's own distribution: 100,000 draws and a chi-square.
+
+The target is a Markov chain, so that its distribution is known without error, in the shape of a
+Gemma 4: transformers' loop, caches, logits processors and both candidate generators are the real
+ones, and so is the stock generator's head.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import Gemma4ForCausalLM, GenerationConfig
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from headstart.configs.schema import HeadConfig
+from headstart.heads.assistant import build_assistant
+from headstart.heads.drafting import Drafter, Drafts
+from headstart.heads.exact import ExactDecoding, exact_decoding
+from headstart.heads.targets import Target
+from headstart.heads.tiny import byte_tokenizer, gemma4_text_config
+
+TOKENS = 12
+K = 6
+TEXT = 1000  # new tokens a call
+SETTINGS: dict[str, Any] = {"do_sample": True, "temperature": 0.8, "top_k": 6, "eos_token_id": None}
+
+
+class Gemma4Markov(Gemma4ForCausalLM):
+    """Gemma 4 whose next token depends on the last one alone, by a table of logits."""
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        past_key_values: Any = None,
+        logits_to_keep: int = 0,
+        **kwargs: Any,
+    ) -> Any:
+        nothing = torch.zeros(1, 1, input_ids.shape[1], 8)
+        kv = [past_key_values.update(nothing, nothing, i) for i in range(2)]
+        hidden = self.get_input_embeddings()(input_ids)
+        outputs = CausalLMOutputWithPast(
+            logits=self.table[input_ids[:, -logits_to_keep:]],
+            past_key_values=past_key_values,
+            hidden_states=(hidden,),
+        )
+        types = self.config.layer_types
+        outputs["shared_kv_states"] = dict(zip(types, kv, strict=True))
+        return outputs
+
+
+def chain() -> tuple[Gemma4Markov, Any]:
+    """The target and a head."""
+    config = gemma4_text_config(
+        vocab_size=TOKENS, hidden_size=16, intermediate_size=16, num_hidden_layers=2,
+        layer_types=["sliding_attention", "full_attention"], num_attention_heads=1,
+        num_key_value_heads=1, head_dim=8, global_head_dim=8, pad_token_id=0,
+        bos_token_id=2, eos_token_id=None, max_position_embeddings=4096,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = Gemma4Markov(config).eval()
+    model.table = 3 * torch.randn(TOKENS, TOKENS)
+    assistant = build_assistant(Target(model, byte_tokenizer(), "chain"), HeadConfig()).eval()
+    assistant.generation_config = GenerationConfig(num_assistant_tokens=K)
+    return model, assistant
+
+
+def p_value(texts: list[list[int]], table: torch.Tensor) -> float:
+    """Of the transitions in `texts`, if they were drawn from the softmax that `SETTINGS` makes."""
+    logits = table / SETTINGS["temperature"]
+    least = logits.topk(SETTINGS["top_k"]).values[:, -1:]
+    p = logits.masked_fill(logits < least, -torch.inf).softmax(-1).double()
+    counts = torch.zeros(TOKENS, TOKENS, dtype=torch.double)
+    for text in texts:
+        pairs = torch.tensor(text)
+        counts.index_put_((pairs[:-1], pairs[1:]), torch.tensor(1.0).double(), accumulate=True)
+    expected = counts.sum(1, keepdim=True) * p
+    if (counts[expected == 0] > 0).any():
+        return 0.0  # a token that top-k rules out
+    looked_at = expected >= 5
+    chi2 = ((counts - expected).square() / expected)[looked_at].sum()
+    freedom = (looked_at.sum(1) - 1).clamp_min(0).sum()
+    return float(torch.special.gammaincc(freedom / 2, chi2 / 2))
+
+
+def sample(model: Gemma4Markov, assistant: Any, calls: int) -> list[list[int]]:
+    prompt = torch.tensor([[5, 6, 7]])
+    mask = torch.ones_like(prompt)
+    settings = SETTINGS | {"max_new_tokens": TEXT, "assistant_model": assistant}
+    torch.manual_seed(1)
+    with torch.inference_mode():
+        texts = [model.generate(prompt, attention_mask=mask, **settings)[0] for _ in range(calls)]
+    return [text[2:].tolist() for text in texts]
+
+
+def test_the_exact_decoder_samples_from_the_target(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drafts come from a chain of their own: right most of the time, and cheap enough for
+    100,000 draws. Whatever is drafted, the text may not show it."""
+    model, assistant = chain()
+    following = (model.table + 0.5 * torch.randn(TOKENS, TOKENS)).argmax(-1).tolist()
+
+    def draft(self: Drafter, token: torch.Tensor, *args: Any) -> Drafts:
+        tokens = [following[int(token)]]
+        while len(tokens) < K:
+            tokens.append(following[tokens[-1]])
+        return Drafts(tokens, [])
+
+    monkeypatch.setattr(Drafter, "draft", draft)
+    how = ExactDecoding()
+    with exact_decoding(model, how):
+        texts = sample(model, assistant, 100)
+    assert sum(len(text) - 1 for text in texts) == 100_000
+    accepted = sum(r.accepted for r in how.rounds) / sum(len(r.drafts.tokens) for r in how.rounds)
+    assert 0.1 < accepted < 0.9, "drafts that are always right, or never, make this test empty"
+    assert p_value(texts, model.table) > 0.01
+
+
+def test_the_stock_decoder_does_not() -> None:
+    """Its drafts are the head's argmax, which it treats as samples of the head's softmax. When this
+    fails transformers has mended it: update docs/decoding.md."""
+    model, assistant = chain()
+    assert p_value(sample(model, assistant, 1), model.table) < 1e-6
