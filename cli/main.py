@@ -170,10 +170,14 @@ def _add_eval_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--revision", help="Hub revision of the target")
     parser.add_argument("--trust-remote-code", action="store_true", help="run code of the target's")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="for report.json")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with the prompts that DIR does not have yet"
+    )
     parser.add_argument("--debug", action="store_true", help="show the traceback of a failure")
 
 
 def _run_eval(args: argparse.Namespace) -> None:
+    from headstart.configs.schema import EvalConfig
     from headstart.eval.report import run_evaluation
     from headstart.heads.assistant import load_assistant
     from headstart.heads.targets import load_target
@@ -181,14 +185,11 @@ def _run_eval(args: argparse.Namespace) -> None:
     device = default_device()
     target = load_target(args.target, args.dtype, args.revision, args.trust_remote_code, device)
     assistant = load_assistant(args.head, target.table.dtype, device)
-    run_evaluation(
-        target,
-        assistant,
-        args.head,
-        args.prompts,
-        args.limit,
-        args.num_assistant_tokens,
-        args.max_new_tokens,
-        args.decoders,
-        args.out,
+    chosen = EvalConfig(
+        prompts=args.prompts,
+        num_assistant_tokens=args.num_assistant_tokens,
+        decoders=args.decoders,
+        max_new_tokens=args.max_new_tokens,
+        limit=args.limit,
     )
+    run_evaluation(target, assistant, args.head, chosen, args.out, args.resume)

@@ -6,7 +6,8 @@ Target forwards are counted where they happen, by a hook on the target.
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel
@@ -24,7 +25,11 @@ class Decoded:
     """The new tokens."""
     seconds: float
     """Wall time of the whole call, prefill included."""
-    forwards: tuple[tuple[int, int], ...]
+    first_token_seconds: float
+    """Of it, until the target had run on the prompt."""
+    drafting_seconds: float | None
+    """Of it, spent on drafts; None where the stock generator drafts, which does not tell."""
+    forwards: list[tuple[int, int]]
     """Target forwards in order: (tokens in the cache before it, tokens given to it)."""
 
     def counts(self, prompt_len: int, num_assistant_tokens: int) -> AcceptanceCounts:
@@ -77,7 +82,9 @@ def greedy(
     )
     ids = torch.tensor([prompt_ids], device=target.device)
     drafting = exact_decoding(target.model, how) if how is not None else nullcontext()
-    with drafting, _count_forwards(target.model) as forwards, torch.inference_mode():
+    if how is not None:
+        how.rounds.clear()
+    with drafting, _watch(target.model) as seen, torch.inference_mode():
         synchronize(target.device)
         start = time.perf_counter()
         output = target.model.generate(
@@ -85,7 +92,13 @@ def greedy(
         )
         synchronize(target.device)
         seconds = time.perf_counter() - start
-    return Decoded(output[0, len(prompt_ids) :].tolist(), seconds, tuple(forwards))
+    return Decoded(
+        tokens=output[0, len(prompt_ids) :].tolist(),
+        seconds=seconds,
+        first_token_seconds=seen.first_end - start,
+        drafting_seconds=None if how is None else sum(r.seconds for r in how.rounds),
+        forwards=seen.forwards,
+    )
 
 
 @torch.no_grad()
@@ -96,19 +109,36 @@ def top2_gap(target: Target, ids: list[int]) -> float:
     return float(best[0] - best[1])
 
 
+@dataclass
+class _Seen:
+    """Target forwards as they happen."""
+
+    forwards: list[tuple[int, int]] = field(default_factory=list)
+    first_end: float = 0.0
+
+
 @contextmanager
-def _count_forwards(model: PreTrainedModel) -> Iterator[list[tuple[int, int]]]:
-    forwards: list[tuple[int, int]] = []
+def _watch(model: PreTrainedModel) -> Iterator[_Seen]:
+    seen = _Seen()
 
-    def note(module: torch.nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+    def begin(module: torch.nn.Module, args: tuple[object, ...], kwargs: dict[str, Any]) -> None:
         ids, cache = kwargs["input_ids"], kwargs["past_key_values"]
-        forwards.append((cache.get_seq_length(), ids.shape[1]))  # type: ignore[attr-defined]
+        seen.forwards.append((cache.get_seq_length(), ids.shape[1]))
 
-    handle = model.register_forward_pre_hook(note, with_kwargs=True)
+    def end(module: torch.nn.Module, args: tuple[object, ...], output: object) -> None:
+        if len(seen.forwards) == 1:  # to wait after each would slow the decoding down
+            synchronize(model.device)
+            seen.first_end = time.perf_counter()
+
+    handles = [
+        model.register_forward_pre_hook(begin, with_kwargs=True),
+        model.register_forward_hook(end),
+    ]
     try:
-        yield forwards
+        yield seen
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
 
 
 def synchronize(device: torch.device) -> None:

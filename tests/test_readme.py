@@ -43,25 +43,25 @@ def test_the_tables_of_the_training_page_are_those_of_the_result_files() -> None
         best = results(f"{name}.json")["best"]
         length = f"{best['acceptance_length']:.3f} ([results](results/{name}.json))"
         assert length in page, f"{name} holds {length}"
-    after = results("ordered.json")["after"]
+    for name in ("narrow-data", "narrow-svd"):
+        assert f"{results(f'{name}.json')['best']['acceptance_length']:.3f}" in page
+    shapes = [results(name)["after"] for name in ("ordered.json", "ordered-256.json")]
     for top in ("8", "16", "32", "64"):
-        argmax, mass = (after["recall"][kind][top] for kind in ("argmax", "mass"))
-        assert f"| {top} | {argmax:.3f} | {mass:.3f} |" in page
-    lengths = (after["acceptance_length"], after["dense_acceptance_length"])
+        cells = [
+            f"{after['recall'][kind][top]:.3f}" for after in shapes for kind in ("argmax", "mass")
+        ]
+        assert f"| {top} | {' | '.join(cells)} |" in page
+    lengths = (shapes[0]["acceptance_length"], shapes[0]["dense_acceptance_length"])
     assert "{:.3f} through the clusters and {:.3f} dense".format(*lengths) in page
     bench = results("bench-train.json")
     for name, ratio in bench["ratios"].items():
         assert f"(`{name}`) | {ratio:.2f} |" in page
     draft = results("bench-draft.json")
-    for name in (
-        "c_dense",
-        "c_ordered",
-        "ordered_over_dense",
-        "c_exact_dense",
-        "c_exact_ordered",
-        "exact_ordered_over_exact_dense",
-    ):
-        assert f"(`{name}`) | {draft['ratios'][name]:.3f} |" in page
+    larger = results("bench-draft-256.json")
+    names = [f"c_{loop}{kind}" for loop in ("", "exact_") for kind in ("dense", "ordered")]
+    for name in [*names, "ordered_over_dense", "exact_ordered_over_exact_dense"]:
+        ratios = f"{draft['ratios'][name]:.3f} | {larger['ratios'][name]:.3f}"
+        assert f"(`{name}`) | {ratios} |" in page
     costs = " | ".join(f"{v:.2f}" for v in draft["ratios"]["v"])
     assert f"| v(K) | {costs} |" in page
 

@@ -30,26 +30,17 @@ def run(config: Config, resume: bool = False) -> None:
 
 def _evaluate(config: Config, chosen: EvalConfig, device: torch.device) -> None:
     folder = config.run.dir / "eval"
-    checks = [(config.target.dtype, chosen.limit, chosen.num_assistant_tokens, folder)]
+    checks = [(config.target.dtype, chosen, folder)]
     if chosen.exact_limit and config.target.dtype != "float32":
         longest = [max(chosen.num_assistant_tokens)]
-        checks.append(("float32", chosen.exact_limit, longest, folder / "exact"))
-    for dtype, limit, num_assistant_tokens, out in checks:
+        few = {"limit": chosen.exact_limit, "num_assistant_tokens": longest}
+        checks.append(("float32", chosen.model_copy(update=few), folder / "exact"))
+    for dtype, what, out in checks:
         t = config.target
         target = load_target(t.name, dtype, t.revision, t.trust_remote_code, device)
         head = config.run.dir / "head"
         assistant = load_assistant(head, getattr(torch, dtype), device)
-        content = run_evaluation(
-            target,
-            assistant,
-            str(head),
-            chosen.prompts,
-            limit,
-            num_assistant_tokens,
-            chosen.max_new_tokens,
-            chosen.decoders,
-            out,
-        )
+        content = run_evaluation(target, assistant, str(head), what, out)
         gaps = [p["top2_logit_gap"] for r in content["results"] for p in r["parted"]]
         if dtype == "float32" and gaps and max(gaps) > NEARLY_TIED:
             raise RuntimeError(
