@@ -66,6 +66,7 @@ class Lookup:
     def find(self, input_ids: torch.Tensor, max_length: int, limit: int) -> None:
         """Look up what followed the newest of the tokens [1, n] before."""
         self.found = []
+        limit = min(limit, len(self.costs.v) - 1)
         if limit > 0:
             generator = PromptLookupCandidateGenerator(
                 num_output_tokens=limit,
@@ -79,7 +80,7 @@ class Lookup:
         """The found tokens that are worth verifying; empty where the head promises more."""
         promised, best = self.costs.promise(), 0
         reached, expected = 1.0, 1.0
-        for k in range(1, min(len(self.found), len(self.costs.v) - 1) + 1):
+        for k in range(1, len(self.found) + 1):
             reached *= self.right.value
             expected += reached
             if expected / self.costs.v[k] > promised:
@@ -101,7 +102,6 @@ class ExactCandidateGenerator(CandidateGenerator):
         drafter: of the head.
         how: length and source of the drafts, and where rounds are noted.
         length: when a draft ends.
-        sliding_window: of the head.
         padding: tokens of padding at the left of the prompt.
         generation_config: of the call: its maximal length and the tokens that end a text.
     """
