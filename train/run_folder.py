@@ -30,11 +30,16 @@ _SHARES = ("train.batch_size", "train.gradient_accumulation_steps")
 """Settings that may change with the number of processes: their product with it may not."""
 
 
+class RunRefused(ValueError):
+    """A start that does not fit what the folder holds: nothing there changes."""
+
+
 @contextmanager
 def run_folder(run: Path, doing: str) -> Iterator[None]:
     """Work in a run folder, alone, and note in status.json what is done there and how it ended.
 
-    A process that is killed notes nothing; that nobody holds the folder then tells.
+    A process that is killed notes nothing; that nobody holds the folder then tells. A start that is
+    refused leaves the note of the run that is there.
 
     Raises:
         ValueError: another process works there.
@@ -42,9 +47,14 @@ def run_folder(run: Path, doing: str) -> Iterator[None]:
     run.mkdir(parents=True, exist_ok=True)
     with only_one_in(run):
         note = {"doing": doing, "started": _now(), "host": platform.node(), "pid": os.getpid()}
+        there = (run / STATUS).read_text(encoding="utf-8") if (run / STATUS).is_file() else None
         _write_status(run, {**note, "state": "running"})
         try:
             yield
+        except RunRefused:
+            if there is not None:
+                write_atomically(run / STATUS, there)
+            raise
         except BaseException as error:
             stopped = isinstance(error, KeyboardInterrupt)
             why = " ".join(str(error).split()) or type(error).__name__
@@ -88,22 +98,23 @@ def open_run(config: Config, resume: bool, processes: int) -> None:
         processes: of this launch.
 
     Raises:
-        ValueError: there is a checkpoint and `resume` is off; or the newest one is damaged, or was
-            written by a configuration that trains something else.
+        RunRefused: there is a checkpoint and `resume` is off, or the newest one was written by a
+            configuration that trains something else.
+        ValueError: the newest one is damaged.
     """
     run = config.run.dir
     remove_unfinished(run)
     remove_unfinished(run / "checkpoints")
     if saved := checkpoints(run / "checkpoints"):
         if not resume:
-            raise ValueError(
+            raise RunRefused(
                 f"{run} holds a run already: go on with --resume, or name another folder, "
                 "run.dir=PATH"
             )
         state = check_checkpoint(saved[-1])
         earlier = checkpoint_config(saved[-1])
         if change := what_differs(earlier, state["processes"], config, processes):
-            raise ValueError(
+            raise RunRefused(
                 f"{saved[-1]} was written with {change}: give it back, or name another folder, "
                 "run.dir=PATH"
             )

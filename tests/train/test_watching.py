@@ -69,6 +69,14 @@ def test_the_list_says_how_each_run_stands(root: Path, capsys: pytest.CaptureFix
 NAMES = ("good", "stopped", "failed", "killed", "busy")
 
 
+def test_a_start_that_is_refused_does_not_change_how_a_run_stands(root: Path) -> None:
+    cache = f"data.cache_dir={root.parent / 'cache'}"
+    for resume, changed, why in ((False, [], "holds a run"), (True, ["run.seed=5"], "run.seed=0")):
+        with pytest.raises(ValueError, match=why):
+            train(tiny_config(root / "good", *SHORT, cache, *changed), resume=resume)
+        assert read_status(root / "good")["state"] == "finished"
+
+
 def test_one_run_is_shown_with_a_picture_and_a_way_to_go_on(
     root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
