@@ -69,6 +69,15 @@ def test_the_tables_of_the_training_page_are_those_of_the_result_files() -> None
     assert f"| v(K) | {costs} |" in page
 
 
+def test_the_table_of_the_decoding_page_is_that_of_the_result_file() -> None:
+    page = (ROOT / "docs" / "decoding.md").read_text(encoding="utf-8")
+    for r in results("decoders.json")["results"]:
+        if r["category"] in ("all", "no loops"):
+            low, high = r["speedup_interval"]
+            cells = [r["decoder"], r["category"], f"{r['acceptance_length']:.2f}"]
+            assert f"| {' | '.join(cells)} | {r['speedup']:.2f} ({low:.2f} to {high:.2f}) |" in page
+
+
 def test_the_tables_of_the_data_page_are_those_of_the_benchmarks() -> None:
     page = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
     for name in ("bench-extract.json", "bench-regenerate.json"):
