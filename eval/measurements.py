@@ -14,6 +14,7 @@ from headstart.eval.decoding import Decoded, greedy, top2_gap
 from headstart.eval.sides import Side
 from headstart.eval.verdict import ends_in_loop
 from headstart.heads.assistant import Assistant
+from headstart.heads.files import write_atomically
 from headstart.heads.targets import Target
 
 WARM_UP_TOKENS = 16
@@ -70,7 +71,7 @@ class Measurements:
         path.parent.mkdir(parents=True, exist_ok=True)
         # Written anew: the last line may have been cut short by a kill.
         text = "".join(json.dumps(line) + "\n" for line in [{"settings": settings}, *self.lines])
-        path.write_text(text, encoding="utf-8")
+        write_atomically(path, text)
         self.done = {line["id"] for line in self.lines}
 
     def add(self, line: dict[str, Any]) -> None:

@@ -7,7 +7,8 @@ from transformers import PreTrainedModel
 
 from headstart.configs.schema import Decoder
 from headstart.eval.decoding import Decoded, greedy
-from headstart.eval.draft_cost import MAX_DRAFT_TOKENS, measure_costs
+from headstart.eval.draft_cost import measure_costs
+from headstart.eval.moment import MAX_DRAFT_TOKENS
 from headstart.heads.draft_length import CostRule
 from headstart.heads.exact import ExactDecoding, Lookup
 from headstart.heads.targets import Target

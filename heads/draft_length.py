@@ -1,6 +1,6 @@
 """How many tokens to draft in a round.
 
-Speedup at K draft tokens is tau / (K*c + v(K)), in steps of the target (FIELD: c a draft step, v(K)
+Speedup at K draft tokens is tau / (K*c + v(K)), in steps of the target (c a draft step, v(K)
 the verification of K draft tokens, tau the tokens emitted). A longer draft pays while what it adds
 to tau is worth more than what it costs.
 
@@ -10,7 +10,7 @@ Letters: K draft tokens of a round, k of them drafted so far.
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import prod
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 BINS = 8  # of confidence, each with an acceptance rate of its own
 HOPED = 0.8  # acceptance rate of a place not tried yet: high, so that it is tried
@@ -21,7 +21,7 @@ FORGETTING = 0.98  # a draft's weight beside the next one's
 class DraftLength(Protocol):
     """A rule that ends drafts."""
 
-    reads_confidence: bool
+    reads_confidence: ClassVar[bool]
     """Whether `goes_on` has to be asked after each draft."""
 
     def limit(self) -> int:
@@ -42,7 +42,7 @@ class Constant:
     """Always K, as the stock decoder does."""
 
     num_assistant_tokens: int
-    reads_confidence: bool = False
+    reads_confidence: ClassVar[bool] = False
 
     def limit(self) -> int:
         return self.num_assistant_tokens
@@ -55,20 +55,11 @@ class Constant:
 
 
 @dataclass
-class Heuristic:
+class Heuristic(Constant):
     """Two more after a round that accepted all, one less after any other.
 
     Mirrors `AssistedCandidateGenerator.update_candidate_strategy` of transformers 5.20 to 5.22.
     """
-
-    num_assistant_tokens: int
-    reads_confidence: bool = False
-
-    def limit(self) -> int:
-        return self.num_assistant_tokens
-
-    def goes_on(self, confidences: list[float]) -> bool:
-        return True
 
     def learn(self, confidences: list[float], drafted: int, accepted: int) -> None:
         change = 2 if accepted == drafted else -1
@@ -76,22 +67,15 @@ class Heuristic:
 
 
 @dataclass
-class Confident:
+class Confident(Constant):
     """Up to K, while the head is sure of its drafts."""
 
-    num_assistant_tokens: int
     threshold: float
     """Least confidence of the last draft for another one."""
-    reads_confidence: bool = True
-
-    def limit(self) -> int:
-        return self.num_assistant_tokens
+    reads_confidence: ClassVar[bool] = True
 
     def goes_on(self, confidences: list[float]) -> bool:
         return confidences[-1] >= self.threshold
-
-    def learn(self, confidences: list[float], drafted: int, accepted: int) -> None:
-        pass
 
 
 @dataclass
@@ -130,7 +114,7 @@ class CostRule:
     """A draft step, in target steps."""
     v: Sequence[float]
     """v(0) = 1, v(1) .. v(K): verification of so many draft tokens, in target steps."""
-    reads_confidence: bool = True
+    reads_confidence: ClassVar[bool] = True
     tokens: float = field(default=1.0, init=False)
     cost: float = field(default=1.0, init=False)
 

@@ -111,10 +111,8 @@ class Drafter:
             goes_on: asked after each draft, with the confidences so far; None: to the limit.
         """
         assistant = self.assistant
-        device, dtype = (
-            assistant.pre_projection.weight.device,
-            assistant.pre_projection.weight.dtype,
-        )
+        own = assistant.pre_projection.weight
+        device, dtype = own.device, own.dtype
         source = next(self.embed.parameters()).device  # a target and its head may be apart
         shared = {t: (k.to(device, dtype), v.to(device, dtype)) for t, (k, v) in kv.shared.items()}
         position = torch.tensor([[kv.rows]], device=device)

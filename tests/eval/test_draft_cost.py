@@ -11,16 +11,8 @@ from transformers import GenerationConfig
 
 from headstart.cli.main import main
 from headstart.configs.schema import HeadConfig
-from headstart.eval.draft_cost import (
-    MAX_DRAFT_TOKENS,
-    WARM_UP,
-    Moment,
-    cost_ratios,
-    dense_lm_head,
-    measure,
-    prepare,
-    run_draft_benchmark,
-)
+from headstart.eval.draft_cost import WARM_UP, cost_ratios, measure, run_draft_benchmark
+from headstart.eval.moment import MAX_DRAFT_TOKENS, Moment, dense_lm_head, prepare
 from headstart.heads.assistant import build_assistant
 from headstart.heads.drafting import Drafter
 from headstart.heads.targets import Target, load_target
