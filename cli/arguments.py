@@ -28,6 +28,11 @@ def decoders(text: str) -> list[str]:
     return names
 
 
+def numbers(text: str) -> list[float]:
+    """For argparse: `0,0.7`."""
+    return [float(part) for part in text.split(",")]
+
+
 def default_device() -> Any:
     """Where a model runs that nobody placed: the device of this process of the launch."""
     from headstart.heads.processes import join_processes

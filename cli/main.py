@@ -8,17 +8,11 @@ import argparse
 import sys
 import traceback
 from importlib.metadata import version
-from pathlib import Path
 
-from headstart.cli.arguments import (
-    add_config_arguments,
-    count,
-    counts,
-    decoders,
-    default_device,
-)
+from headstart.cli.arguments import add_config_arguments
 from headstart.cli.bench import add_bench_commands
 from headstart.cli.data import add_data_commands
+from headstart.cli.evaluate import add_eval_commands
 from headstart.cli.heads import add_heads_commands
 from headstart.cli.runs import add_runs_commands
 
@@ -97,16 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     add_bench_commands(commands)
     add_runs_commands(commands)
 
-    evaluate = commands.add_parser(
-        "eval",
-        help="compare plain and assisted decoding on prompts",
-        description="Decode prompts greedily with transformers' generate, plainly and with a draft "
-        "head in turn, and report acceptance and speedup.",
-        epilog="example: headstart eval --target gemma3-270m --head runs/quickstart/head "
-        "--prompts data/prompts/text_eval.jsonl --num-assistant-tokens 2,4 --out report/",
-    )
-    _add_eval_arguments(evaluate)
-    evaluate.set_defaults(command=_run_eval)
+    add_eval_commands(commands)
     return parser
 
 
@@ -134,62 +119,3 @@ def _run_train(args: argparse.Namespace) -> None:
         print_plan(config)
     else:
         run(config, resume=args.resume)
-
-
-def _add_eval_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--target", required=True, help="gemma3-270m, a folder or a Hub id")
-    parser.add_argument("--head", required=True, help="folder or Hub id of a draft head")
-    parser.add_argument("--prompts", required=True, type=Path, metavar="FILE.jsonl")
-    parser.add_argument(
-        "--num-assistant-tokens",
-        type=counts,
-        default=[2, 4],
-        metavar="K,K",
-        help="draft lengths to measure (default 2,4)",
-    )
-    parser.add_argument(
-        "--decoders",
-        type=decoders,
-        default=["transformers", "exact"],
-        metavar="NAME,NAME",
-        help="ways to draft: transformers (the stock generator), exact (clean keys and values, a "
-        "leaner loop), cost (as many drafts as pay), hybrid (lookups in the text too), lookup (no "
-        "head); default transformers,exact",
-    )
-    parser.add_argument("--max-new-tokens", type=count, default=64, metavar="N")
-    parser.add_argument(
-        "--limit", type=count, metavar="M", help="measure M prompts, dealt over the categories"
-    )
-    parser.add_argument(
-        "--dtype",
-        choices=("auto", "bfloat16", "float32"),
-        default="auto",
-        help="of target and head; in float32 texts must equal plain decoding (default auto: what "
-        "pays on this machine)",
-    )
-    parser.add_argument("--revision", help="Hub revision of the target")
-    parser.add_argument("--trust-remote-code", action="store_true", help="run code of the target's")
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="for report.json")
-    parser.add_argument(
-        "--resume", action="store_true", help="go on with the prompts that DIR does not have yet"
-    )
-    parser.add_argument("--debug", action="store_true", help="show the traceback of a failure")
-
-
-def _run_eval(args: argparse.Namespace) -> None:
-    from headstart.configs.schema import EvalConfig
-    from headstart.eval.report import run_evaluation
-    from headstart.heads.assistant import load_assistant
-    from headstart.heads.targets import load_target
-
-    device = default_device()
-    target = load_target(args.target, args.dtype, args.revision, args.trust_remote_code, device)
-    assistant = load_assistant(args.head, target.table.dtype, device)
-    chosen = EvalConfig(
-        prompts=args.prompts,
-        num_assistant_tokens=args.num_assistant_tokens,
-        decoders=args.decoders,
-        max_new_tokens=args.max_new_tokens,
-        limit=args.limit,
-    )
-    run_evaluation(target, assistant, args.head, chosen, args.out, args.resume)

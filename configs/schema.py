@@ -243,27 +243,49 @@ class TrainConfig(Section):
         return self
 
 
-Decoder = Literal["transformers", "exact", "cost", "hybrid", "lookup"]
+Decoder = Literal[
+    "transformers", "exact", "heuristic", "confident", "cost", "hybrid", "lookup", "draft-model"
+]
 """Ways to decode with drafts (docs/decoding.md): of the head through the stock candidate generator;
-of the head through the exact decoder, K a round; as many as the cost rule says; the same with
-lookups in the text; prompt lookup alone, which needs no head."""
+of the head through the exact decoder, K a round, two more or one less after each, while it is sure
+of them, as many as the cost rule says, the same with lookups in the text; prompt lookup alone,
+which needs no head; a small model of the same vocabulary through the stock generator."""
 
 
 class EvalConfig(Section):
-    prompts: Path = Path("data/prompts/text_eval.jsonl")
-    """Held-out prompts (JSONL)."""
+    prompts: str = "data/prompts/text_eval.jsonl"
+    """Held-out prompts: a file, a Hub dataset, or a set by its name, such as `spec-bench`
+    (docs/data.md)."""
     num_assistant_tokens: list[PositiveInt] = [2, 4]
     """Draft lengths K to measure."""
     decoders: list[Decoder] = ["transformers", "exact"]
-    """Ways to decode with drafts, compared with plain decoding (docs/decoding.md). `cost` and
-    `hybrid` first measure what drafts and verifications cost on this machine, and choose K
-    themselves."""
+    """Ways to decode with drafts, compared with plain decoding (docs/decoding.md). `confident`,
+    `cost` and `hybrid` choose K themselves, up to 8."""
+    draft_models: list[str] = []
+    """Small models of the target's vocabulary (folder or Hub id) for the decoder `draft-model`."""
+    temperatures: list[float] = [0.0]
+    """Of the sampling; 0 is greedy. Each is compared with plain decoding of its own."""
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    """Where the temperature is above 0: sample from the likeliest tokens with so much mass."""
+    top_k: PositiveInt | None = None
+    """Where the temperature is above 0: sample from so many likeliest tokens. None: from all."""
     max_new_tokens: PositiveInt = 64
-    """Tokens generated a prompt."""
+    """Tokens generated a prompt, or a turn of it."""
     limit: PositiveInt | None = None
     """Prompts measured, dealt evenly over the categories. None: all of them."""
     exact_limit: NonNegativeInt = 4
     """Prompts checked in float32 for equality with plain greedy decoding. 0: no check."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "EvalConfig":
+        if not self.temperatures or min(self.temperatures) < 0:
+            raise ValueError("temperatures needs one value or more: 0 (greedy), or above")
+        for name in ("temperatures", "decoders", "num_assistant_tokens", "draft_models"):
+            if len(set(getattr(self, name))) < len(getattr(self, name)):
+                raise ValueError(f"{name} names one twice: {getattr(self, name)}")
+        if ("draft-model" in self.decoders) != bool(self.draft_models):
+            raise ValueError("the decoder draft-model and draft_models go together: give both")
+        return self
 
 
 class WandbConfig(Section):

@@ -18,6 +18,7 @@ from headstart.data.extraction import OnlineActivations, extract
 from headstart.data.jobs import Job, conversation_settings, make_jobs
 from headstart.data.packing import length_when_cut
 from headstart.data.progress import say
+from headstart.data.prompt_sets import load_prompt_set
 from headstart.data.prompts import Prompt, deal, load_prompts, split_by_source
 from headstart.data.regenerate import regenerate
 from headstart.data.shards import Document, Entry
@@ -41,7 +42,7 @@ class Chosen:
 
 
 def prepare_documents(
-    target: Target, data: DataConfig, seed: int, held_out: Path | None
+    target: Target, data: DataConfig, seed: int, held_out: str | None
 ) -> tuple[Documents, Documents]:
     """Training and validation activations; validation text is greedy and of other sources.
 
@@ -73,7 +74,7 @@ def prepare_documents(
 
 
 def _prepare_stored(
-    target: Target, data: DataConfig, seed: int, held_out: Path | None
+    target: Target, data: DataConfig, seed: int, held_out: str | None
 ) -> tuple[Documents, Documents]:
     """From `data.store` or `data.conversations`."""
     stored: ActivationStore | OnlineActivations
@@ -97,7 +98,7 @@ def _prepare_stored(
 
 
 def load_sources(
-    data: DataConfig, held_out: Path | None
+    data: DataConfig, held_out: str | None
 ) -> list[tuple[list[Prompt], float | None]]:
     """The prompts of each source and its weight, without copies of evaluation prompts; prints how
     many those are."""
@@ -105,7 +106,7 @@ def load_sources(
     if held_out is None:
         say("Contamination: not checked, there are no evaluation prompts (eval.prompts)")
         return sources
-    evaluation = load_prompts(held_out)
+    evaluation = load_prompt_set(held_out)
     cleaned = []
     for (prompts, weight), source in zip(sources, data.prompts, strict=True):
         kept, found = remove_contaminated(prompts, evaluation)
@@ -178,7 +179,7 @@ def without_contaminated(
     stored: ActivationStore | OnlineActivations,
     target: Target,
     data: DataConfig,
-    held_out: Path | None,
+    held_out: str | None,
 ) -> Documents:
     """The documents whose prompt is no copy of an evaluation prompt; prints how many are.
 
@@ -190,7 +191,7 @@ def without_contaminated(
     if held_out is None:
         say("Contamination: not checked, there are no evaluation prompts (eval.prompts)")
         return Chosen(stored, everything)
-    evaluation = load_prompts(held_out)
+    evaluation = load_prompt_set(held_out)
     tokenizer = target.tokenizer
     rendered = [
         tokenizer.decode(

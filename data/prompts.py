@@ -2,12 +2,23 @@
 
 import random
 import sys
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from headstart.configs.schema import SourceConfig
-from headstart.data.rows import COLUMNS, BadRow, layout_of, messages_of, objects, renamed, turn_text
+from headstart.data.rows import (
+    COLUMNS,
+    IDS,
+    BadRow,
+    layout_of,
+    messages_of,
+    objects,
+    renamed,
+    turn_text,
+    user_turns,
+)
 from headstart.data.sources import Place, Row, read_rows
 
 HOPELESS = 1000
@@ -30,6 +41,9 @@ class Prompt:
     """True: plain text that no chat template may wrap."""
     tools: list[dict[str, Any]] | None = None
     """JSON schemas of the functions that the assistant may call."""
+    later_turns: list[str] = field(default_factory=list)
+    """What the user says next, each after the target's own answer to the turn before. Only
+    evaluation asks them: regeneration and training take `messages`, which end with the first."""
 
     @property
     def question(self) -> list[dict[str, Any]]:
@@ -55,18 +69,25 @@ T = TypeVar("T")
 S = TypeVar("S", bound=Sourced)
 
 
-def load_prompts(source: str | Path | SourceConfig, max_bad_rows: float = 0.0) -> list[Prompt]:
+def load_prompts(
+    source: str | Path | SourceConfig,
+    max_bad_rows: float = 0.0,
+    adapt: Callable[[dict[str, Any]], dict[str, Any] | None] | None = None,
+) -> list[Prompt]:
     """Read the prompts of a source (`SourceConfig` says what can be one).
 
     A row is recognised by its columns: `messages` (OpenAI), `conversations` (ShareGPT), `prompt`
-    with `response` or `completion`, `instruction` with `input` and `output` (Alpaca), or `text`,
-    which is raw; `source.columns` names others. Optional columns: `id`, `category`, `source`,
-    `raw`, `tools`. Other columns are ignored.
+    with `response` or `completion`, `instruction` with `input` and `output` (Alpaca), `text`,
+    which is raw, or `turns` (MT-bench): texts of the user, as `prompt` may be too, of which the
+    first is the prompt and the others its `later_turns`; `source.columns` names others. Optional
+    columns: `id` (or another of `IDS`), `category`, `source`, `raw`, `tools`. Other columns are
+    ignored.
 
     Args:
         source: a path, a Hub id, or either with its settings.
         max_bad_rows: share of the rows read that may be unusable. They are skipped, and counted
             in one line on stderr. 0: the first one is an error.
+        adapt: makes a row one that is recognised, raises `BadRow`, or leaves it out (None).
 
     Raises:
         ValueError: the source is missing or empty, has too many bad rows (the first of each kind
@@ -82,7 +103,9 @@ def load_prompts(source: str | Path | SourceConfig, max_bad_rows: float = 0.0) -
     for place, row in read_rows(source):
         try:
             seen.update(row if isinstance(row, dict) else ())
-            prompts.append(prompt_of(row, place, source.columns))
+            adapted = adapt(row) if adapt and isinstance(row, dict) else row
+            if adapted is not None:
+                prompts.append(prompt_of(adapted, place, source.columns))
         except BadRow as error:
             if not max_bad_rows:
                 raise ValueError(f"{place}: {error}") from None
@@ -171,7 +194,7 @@ def prompt_of(row: Row, place: Place, columns: dict[str, str]) -> Prompt:
         raise BadRow(row)
     row = renamed(row, columns)
     layout = layout_of(row)
-    prompt_id = str(row.get("id", place.id))
+    prompt_id = str(next((row[column] for column in IDS if column in row), place.id))
     return Prompt(
         id=prompt_id,
         category=str(row.get("category", "uncategorised")),
@@ -179,6 +202,7 @@ def prompt_of(row: Row, place: Place, columns: dict[str, str]) -> Prompt:
         messages=messages_of(row, layout),
         raw=str(row.get("raw", layout == "text")).lower() in ("true", "1"),
         tools=(objects(row["tools"], "tools") or None) if "tools" in row else None,
+        later_turns=user_turns(row, layout)[1:],
     )
 
 

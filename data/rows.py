@@ -6,10 +6,12 @@ A row that cannot be used raises `BadRow` with a reason that can be counted.
 import json
 from typing import Any
 
-LAYOUTS = ("messages", "conversations", "prompt", "instruction", "text")
+LAYOUTS = ("messages", "conversations", "prompt", "instruction", "text", "turns")
 """Columns that a row is recognised by; the first one present decides."""
 COLUMNS = ("messages", "prompt", "response", "text", "id", "category", "source", "tools", "raw")
 """What the `columns` of a source can map."""
+IDS = ("id", "question_id", "prompt_id", "task_id")
+"""Columns that may hold the id of a row; the first one present is taken."""
 ROLES = {
     "system": "system", "developer": "system",
     "user": "user", "human": "user",
@@ -69,6 +71,8 @@ def messages_of(row: dict[str, Any], layout: str) -> list[dict[str, Any]]:
 def _messages(row: dict[str, Any], layout: str) -> list[dict[str, Any]]:
     if layout in ("messages", "conversations"):
         return [_turn(turn) for turn in objects(row[layout], layout)]
+    if asked := user_turns(row, layout):
+        return [{"role": "user", "content": asked[0]}]
     turns = _turns(row, layout, "user")
     if layout == "prompt":
         turns += _turns(row, "response", "assistant") or _turns(row, "completion", "assistant")
@@ -76,6 +80,24 @@ def _messages(row: dict[str, Any], layout: str) -> list[dict[str, Any]]:
         both = [turn_text(turn) for turn in turns + _turns(row, "input", "user")]
         turns = [{"role": "user", "content": "\n\n".join(t for t in both if t.strip())}]
         turns += _turns(row, "output", "assistant") or _turns(row, "response", "assistant")
+    return turns
+
+
+def user_turns(row: dict[str, Any], layout: str) -> list[str]:
+    """What the user says in turn, of a row that lists texts; none of a row of another kind.
+
+    In MT-bench's own file the list is `turns`, in its copy on the Hugging Face Hub `prompt`.
+    """
+    turns = row[layout]
+    texts = isinstance(turns, list) and all(isinstance(turn, str) for turn in turns)
+    if layout != "turns" and not (layout == "prompt" and turns and texts):
+        return []
+    if not texts:
+        raise BadRow(f"`{layout}` is not a list of texts")
+    if not turns:
+        raise BadRow("no user turn")
+    if not all(turn.strip() for turn in turns):
+        raise BadRow("empty prompt")
     return turns
 
 

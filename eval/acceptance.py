@@ -4,6 +4,7 @@ Letters: K draft tokens a round.
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
@@ -56,6 +57,17 @@ class AcceptanceCounts:
     def conditional_acceptance_rate(self) -> list[float]:
         """[K] a_k: P(draft k accepted, given that drafts 1..k-1 were)."""
         return [a / max(r, 1) for a, r in zip(self.accepted, self.reached, strict=True)]
+
+    @property
+    def cumulative_acceptance_rate(self) -> list[float]:
+        """[K] share of all rounds that accepted draft k; vLLM's per-position acceptance rate."""
+        return [a / max(self.rounds, 1) for a in self.accepted]
+
+    @property
+    def accepted_histogram(self) -> list[int]:
+        """[K + 1] rounds that accepted exactly 0 .. K drafts."""
+        at_least = [self.rounds, *self.accepted, 0]
+        return [a - b for a, b in pairwise(at_least)]
 
 
 def zero_counts(num_assistant_tokens: int) -> AcceptanceCounts:

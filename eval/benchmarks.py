@@ -21,7 +21,7 @@ from headstart.data.prepare import deal_sampling
 from headstart.data.prompts import load_prompts
 from headstart.data.regenerate import regenerate
 from headstart.data.store import ActivationStore
-from headstart.eval.decoding import greedy, synchronize
+from headstart.eval.decoding import decode, synchronize
 from headstart.eval.environment import environment
 from headstart.heads.files import write_atomically
 from headstart.heads.targets import Target, open_target
@@ -144,10 +144,10 @@ def bench_regenerate(target: Target, jobs: list[Job], config: Config) -> dict[st
         def one_by_one(turn: int) -> None:
             singles.clear()
             for job in chosen:
-                decoded = greedy(target, job.prompt_ids, config.data.max_new_tokens)
+                decoded = decode(target, job.prompt_ids, config.data.max_new_tokens)
                 singles.append(len(decoded.tokens))
 
-        greedy(target, chosen[0].prompt_ids, 8)  # a warm-up
+        decode(target, chosen[0].prompt_ids, 8)  # a warm-up
         seconds, seconds_single = in_turns(target, batched, one_by_one)
         parts = finished_parts(Path(root) / "0")
         tokens = sum(row.trained for part in parts for row in read_part(part))

@@ -1,4 +1,4 @@
-"""Plain and assisted greedy decoding with transformers' `generate`, one prompt at a time.
+"""Plain and assisted decoding with transformers' `generate`, one prompt at a time.
 
 Target forwards are counted where they happen, by a hook on the target.
 """
@@ -18,6 +18,20 @@ from headstart.heads.targets import Target
 
 
 @dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen from the target's distribution."""
+
+    temperature: float = 0.0
+    """0: greedy."""
+    top_p: float | None = None
+    top_k: int | None = None
+    seed: int = 0
+
+
+GREEDY = Sampling()
+
+
+@dataclass(frozen=True)
 class Decoded:
     """One generation."""
 
@@ -31,9 +45,13 @@ class Decoded:
     """Of it, spent on drafts; None where the stock generator drafts, which does not tell."""
     forwards: list[tuple[int, int]]
     """Target forwards in order: (tokens in the cache before it, tokens given to it)."""
+    drafts: list[list[int]]
+    """The draft tokens of each round, that is of each forward after the prefill."""
+    peak_memory_bytes: int | None = None
+    """Most memory of the GPU in use at once; None elsewhere."""
 
-    def counts(self, prompt_len: int, num_assistant_tokens: int) -> AcceptanceCounts:
-        """Acceptance over the rounds, that is the target forwards after the prefill.
+    def rounds(self, prompt_len: int) -> list[tuple[int, int]]:
+        """(proposed, accepted) of each round, that is of each target forward after the prefill.
 
         A round that starts with `seen` tokens cached was given one accepted token and its
         drafts; the next forward's start, or the end of the text, says how many were accepted.
@@ -41,49 +59,55 @@ class Decoded:
         rounds = self.forwards[1:]
         # After the last round all tokens but the newest would be in the cache.
         starts = [seen for seen, _ in rounds] + [prompt_len + len(self.tokens) - 1]
-        pairs = [
+        return [
             (given - 1, end - seen - 1)
             for (seen, given), end in zip(rounds, starts[1:], strict=True)
         ]
-        return AcceptanceCounts.of_rounds(pairs, num_assistant_tokens)
+
+    def counts(self, prompt_len: int, num_assistant_tokens: int) -> AcceptanceCounts:
+        """Acceptance over the rounds."""
+        return AcceptanceCounts.of_rounds(self.rounds(prompt_len), num_assistant_tokens)
 
 
-def greedy(
+def decode(
     target: Target,
     prompt_ids: list[int],
     max_new_tokens: int,
     assistant: PreTrainedModel | None = None,
     num_assistant_tokens: int | None = None,
     how: ExactDecoding | None = None,
+    sampling: Sampling = GREEDY,
 ) -> Decoded:
-    """Greedy `target.model.generate`, assisted by `assistant` where one is given, else by prompt
-    lookup where K is given.
+    """`target.model.generate`, assisted by `assistant` where one is given, else by prompt lookup
+    where K is given.
 
     Args:
         target: batch size 1 is all that assisted decoding takes.
         prompt_ids: the prompt.
         max_new_tokens: at most so many tokens are generated.
-        assistant: a head in the native format, on the target's device.
+        assistant: a head in the native format or a small model, on the target's device.
         num_assistant_tokens: K. The stock decoder reads it from the assistant's
-            `generation_config` and nowhere else, so it is set there.
+            `generation_config` and nowhere else, so it is set there; a small model is told to
+            keep to it.
         how: drafts of the exact decoder; None: of the stock candidate generator.
+        sampling: greedy, or from the target's distribution.
     """
     extra = {}
     if assistant is not None:
-        assistant.generation_config.num_assistant_tokens = num_assistant_tokens
+        own = assistant.generation_config
+        own.num_assistant_tokens = num_assistant_tokens
+        own.num_assistant_tokens_schedule, own.assistant_confidence_threshold = "constant", 0.0
         extra["assistant_model"] = assistant
-    stock = target.model.generation_config
-    config = GenerationConfig(
-        do_sample=False,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=stock.eos_token_id,
-        pad_token_id=stock.pad_token_id,
-        prompt_lookup_num_tokens=None if assistant is not None else num_assistant_tokens,
-    )
+    lookup = None if assistant is not None else num_assistant_tokens
+    config = _generation_config(target, max_new_tokens, sampling, lookup)
     ids = torch.tensor([prompt_ids], device=target.device)
     drafting = exact_decoding(target.model, how) if how is not None else nullcontext()
     if how is not None:
         how.rounds.clear()
+    torch.manual_seed(sampling.seed)
+    on_cuda = target.device.type == "cuda"
+    if on_cuda:
+        torch.cuda.reset_peak_memory_stats(target.device)
     with drafting, _watch(target.model) as seen, torch.inference_mode():
         synchronize(target.device)
         start = time.perf_counter()
@@ -97,7 +121,30 @@ def greedy(
         seconds=seconds,
         first_token_seconds=seen.first_end - start,
         drafting_seconds=None if how is None else sum(r.seconds for r in how.rounds),
-        forwards=seen.forwards,
+        forwards=[(cached, ids.shape[1]) for cached, ids in seen.given],
+        drafts=[ids[0, 1:].tolist() for _, ids in seen.given[1:]],
+        peak_memory_bytes=torch.cuda.max_memory_allocated(target.device) if on_cuda else None,
+    )
+
+
+def _generation_config(
+    target: Target, max_new_tokens: int, sampling: Sampling, lookup: int | None
+) -> GenerationConfig:
+    stock = target.model.generation_config
+    chosen: dict[str, Any] = {"do_sample": False}
+    if sampling.temperature:
+        chosen = {
+            "do_sample": True,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p or 1.0,
+            "top_k": sampling.top_k or 0,  # unset, transformers takes 50
+        }
+    return GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        eos_token_id=stock.eos_token_id,
+        pad_token_id=stock.pad_token_id,
+        prompt_lookup_num_tokens=lookup,
+        **chosen,
     )
 
 
@@ -113,7 +160,8 @@ def top2_gap(target: Target, ids: list[int]) -> float:
 class _Seen:
     """Target forwards as they happen."""
 
-    forwards: list[tuple[int, int]] = field(default_factory=list)
+    given: list[tuple[int, torch.Tensor]] = field(default_factory=list)
+    """Tokens in the cache, and the tokens [1, n] given."""
     first_end: float = 0.0
 
 
@@ -122,11 +170,10 @@ def _watch(model: PreTrainedModel) -> Iterator[_Seen]:
     seen = _Seen()
 
     def begin(module: torch.nn.Module, args: tuple[object, ...], kwargs: dict[str, Any]) -> None:
-        ids, cache = kwargs["input_ids"], kwargs["past_key_values"]
-        seen.forwards.append((cache.get_seq_length(), ids.shape[1]))
+        seen.given.append((kwargs["past_key_values"].get_seq_length(), kwargs["input_ids"]))
 
     def end(module: torch.nn.Module, args: tuple[object, ...], output: object) -> None:
-        if len(seen.forwards) == 1:  # to wait after each would slow the decoding down
+        if len(seen.given) == 1:  # to wait after each would slow the decoding down
             synchronize(model.device)
             seen.first_end = time.perf_counter()
 

@@ -10,6 +10,8 @@ Letters: T tokens of context, K draft tokens.
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,12 +28,13 @@ from headstart.eval.environment import environment
 from headstart.eval.moment import MAX_DRAFT_TOKENS, Moment, dense_lm_head, prepare
 from headstart.heads.assistant import check_pair
 from headstart.heads.drafting import Drafter
+from headstart.heads.few_rows import quick_few_rows
 from headstart.heads.targets import Target
 
 DRAFTS = 4  # a draft step is timed as a part of a round: its first draft finds other weights cached
 TURNS = 40  # of each side; the median counts
 WARM_UP = 2  # turns thrown away
-COST_CONTEXT, COST_TURNS = 128, 8  # of `measure_costs`
+COST_CONTEXT, COST_TURNS = 128, 5  # of `measure_costs`
 KINDS = {
     "dense": "dense",
     "ordered": "ordered",
@@ -51,7 +54,8 @@ def measure(moment: Moment, assistant: PreTrainedModel, turns: int | None = None
         turns: of each side. None: `TURNS`.
 
     Returns:
-        Medians over the turns: `target_step`, `verification` (a list, K = 1 to 8),
+        Medians over the turns: `target_step`, `verification` and `verification_exact` (the exact
+        decoder's; lists, K = 1 to 8),
         `draft_step_dense` and `draft_step_exact_dense` and, for a head with ordered embeddings,
         `draft_step_ordered` and `draft_step_exact_ordered`.
     """
@@ -60,7 +64,8 @@ def measure(moment: Moment, assistant: PreTrainedModel, turns: int | None = None
         with dense_lm_head(assistant):
             moment.draft(assistant, DRAFTS)
 
-    embed = moment.target.model.get_input_embeddings()
+    model = moment.target.model
+    embed = model.get_input_embeddings()
     with dense_lm_head(assistant):
         dense = Drafter(assistant, embed)
     counts = range(1, MAX_DRAFT_TOKENS + 1)
@@ -68,8 +73,9 @@ def measure(moment: Moment, assistant: PreTrainedModel, turns: int | None = None
         "target_step": moment.step,
         "draft_step_dense": draft_dense,
         "draft_step_exact_dense": partial(moment.draft_exact, dense, DRAFTS),
-        **{f"verification of {k}": partial(moment.verify, k) for k in counts},
     }
+    for name in ("verification", "verification_exact"):
+        sides |= {f"{name} of {k}": partial(moment.verify, k) for k in counts}
     if assistant.config.use_ordered_embeddings:
         ordered = Drafter(assistant, embed)
         sides["draft_step_ordered"] = partial(moment.draft, assistant, DRAFTS)
@@ -80,11 +86,13 @@ def measure(moment: Moment, assistant: PreTrainedModel, turns: int | None = None
         task = bar.add_task("Measuring", total=turns, status="turns")
         for turn in range(turns):
             for name in list(sides) if turn % 2 == 0 else reversed(sides):
-                synchronize(device)
-                start = time.perf_counter()
-                sides[name]()
-                synchronize(device)
-                taken = time.perf_counter() - start
+                lean = quick_few_rows(model) if "exact" in name else nullcontext()
+                with lean:
+                    synchronize(device)
+                    start = time.perf_counter()
+                    sides[name]()
+                    synchronize(device)
+                    taken = time.perf_counter() - start
                 moment.restore()
                 if turn >= WARM_UP:
                     seconds[name].append(taken)
@@ -94,6 +102,7 @@ def measure(moment: Moment, assistant: PreTrainedModel, turns: int | None = None
     return {
         "target_step": median["target_step"],
         "verification": [median[f"verification of {k}"] for k in counts],
+        "verification_exact": [median[f"verification_exact of {k}"] for k in counts],
         **drafts,
     }
 
@@ -104,30 +113,51 @@ def cost_ratios(seconds: dict[str, Any]) -> dict[str, Any]:
     Returns:
         `c_dense`, `c_ordered`, `c_exact_dense`, `c_exact_ordered`: a draft step / a target step, by
         the stock draft loop and by the exact decoder's. `ordered_over_dense`,
-        `exact_ordered_over_exact_dense`: of the draft steps. `v`: a verification of K draft tokens
-        / a target step, a list from K = 1 on. `break_even_KIND`: K*c + v(K), from which acceptance
-        length on assisted decoding is quicker than plain decoding, lists from K = 1 on. Those with
+        `exact_ordered_over_exact_dense`: of the draft steps. `v` and `v_exact`: a verification of K
+        draft tokens / a target step, lists from K = 1 on. `break_even_KIND`: K*c + v(K), from which
+        acceptance length on assisted decoding is quicker than plain decoding, lists too. Those with
         `ordered` in their name only for a head with ordered embeddings.
     """
     step = seconds["target_step"]
-    v = [taken / step for taken in seconds["verification"]]
+    v = {
+        loop: [taken / step for taken in seconds[f"verification{loop}"]] for loop in ("", "_exact")
+    }
     kinds = [kind for kind in KINDS if f"draft_step_{kind}" in seconds]
     c = {kind: seconds[f"draft_step_{kind}"] / step for kind in kinds}
     ratios: dict[str, Any] = {f"c_{kind}": value for kind, value in c.items()}
     for loop in ("", "exact_"):
         if f"{loop}ordered" in c:
             ratios[f"{loop}ordered_over_{loop}dense"] = c[f"{loop}ordered"] / c[f"{loop}dense"]
-    ratios["v"] = v
+    ratios |= {f"v{loop}": costs for loop, costs in v.items()}
     for kind in c:
-        ratios[f"break_even_{kind}"] = [k * c[kind] + cost for k, cost in enumerate(v, start=1)]
+        costs = v["_exact" if kind.startswith("exact") else ""]
+        ratios[f"break_even_{kind}"] = [k * c[kind] + cost for k, cost in enumerate(costs, start=1)]
     return ratios
 
 
-def measure_costs(target: Target, assistant: PreTrainedModel) -> tuple[float, list[float]]:
-    """c of the exact decoder and v(0) = 1, v(1) .. v(8), measured in some turns for `CostRule`."""
+@dataclass(frozen=True)
+class Costs:
+    """What a round costs, in steps of the target."""
+
+    c: float
+    """A draft step."""
+    v: list[float]
+    """v(0) = 1, v(1) .. v(8): a verification of so many draft tokens."""
+
+    def of_round(self, drafted: int) -> float:
+        """Of a round of so many drafts; beyond v's end, as if v went on as it did last."""
+        beyond = max(0, drafted - len(self.v) + 1)
+        return self.c * drafted + self.v[drafted - beyond] + beyond * (self.v[-1] - self.v[-2])
+
+
+def measure_costs(target: Target, assistant: PreTrainedModel) -> dict[str, Costs]:
+    """Costs by the stock decoder, `transformers`, and by the exact one, `exact`: some turns."""
     ratios = cost_ratios(measure(prepare(target, COST_CONTEXT), assistant, COST_TURNS))
-    c = ratios.get("c_exact_ordered", ratios["c_exact_dense"])
-    return c, [1.0, *ratios["v"]]
+    kind = "ordered" if assistant.config.use_ordered_embeddings else "dense"
+    return {
+        "transformers": Costs(ratios[f"c_{kind}"], [1.0, *ratios["v"]]),
+        "exact": Costs(ratios[f"c_exact_{kind}"], [1.0, *ratios["v_exact"]]),
+    }
 
 
 def run_draft_benchmark(
@@ -187,11 +217,16 @@ def print_draft_cost(content: dict[str, Any], console: Console | None = None) ->
         caption=f"Medians of {content['repeats']} turns. The head pays from an acceptance length "
         "of K*c + v(K) on.",
     )
-    for name in ("K", "v(K)", *(f"K*c + v(K), {KINDS[kind]}" for kind in kinds)):
+    for name in (
+        "K",
+        "v(K)",
+        "v(K), exact decoder",
+        *(f"K*c + v(K), {KINDS[kind]}" for kind in kinds),
+    ):
         table.add_column(name, justify="right")
     for i, v in enumerate(ratios["v"]):
         ends = [f"{ratios[f'break_even_{kind}'][i]:.2f}" for kind in kinds]
-        table.add_row(str(i + 1), f"{v:.2f}", *ends)
+        table.add_row(str(i + 1), f"{v:.2f}", f"{ratios['v_exact'][i]:.2f}", *ends)
     console.print(table)
     console.print(f"target step: {seconds['target_step'] * 1000:.2f} ms")
     for kind in kinds:

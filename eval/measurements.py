@@ -2,35 +2,41 @@
 
 import json
 import random
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from headstart.configs.schema import Decoder
 from headstart.data.progress import progress_bar
 from headstart.data.prompts import Prompt
 from headstart.data.templates import encode_prompt
-from headstart.eval.decoding import Decoded, greedy, top2_gap
+from headstart.eval.decoding import GREEDY, Decoded, Sampling, decode, top2_gap
 from headstart.eval.sides import Side
 from headstart.eval.verdict import ends_in_loop
-from headstart.heads.assistant import Assistant
 from headstart.heads.files import write_atomically
 from headstart.heads.targets import Target
 
 WARM_UP_TOKENS = 16
+AGAIN_EVERY = 4  # plain decoding is measured twice on each fourth prompt: the noise
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """One prompt decoded plainly and by one side."""
+class Text:
+    """One text decoded plainly and by one side."""
 
     id: str
+    """Of the prompt."""
+    turn: int
+    """0, but for the later turns of a conversation."""
     category: str
     prompt_len: int
     plain: Decoded
     assisted: Decoded
     top2_gap: float | None
-    """The target's top-2 logit gap where the texts part."""
+    """The target's top-2 logit gap where greedy texts part."""
+    again_seconds: float | None
+    """Wall time of a second plain decoding, where there was one."""
+    greedy: bool
 
     @property
     def loops(self) -> bool:
@@ -39,8 +45,8 @@ class Comparison:
 
     @property
     def parted_at(self) -> int | None:
-        """Index of the first token that differs from plain decoding; None: equal."""
-        return parting(self.plain.tokens, self.assisted.tokens)
+        """Index of the first token that differs from plain greedy decoding; None: equal."""
+        return parting(self.plain.tokens, self.assisted.tokens) if self.greedy else None
 
 
 def parting(plain: list[int], assisted: list[int]) -> int | None:
@@ -57,7 +63,7 @@ class Measurements:
 
     Args:
         path: measurements.jsonl of a report's folder.
-        settings: what was measured: head, target, sides and so on; plain JSON.
+        settings: what is measured: heads, target, prompts and so on; plain JSON.
         resume: go on with what is there. False: begin anew.
 
     Raises:
@@ -65,36 +71,49 @@ class Measurements:
     """
 
     def __init__(self, path: Path, settings: dict[str, Any], resume: bool):
-        self.path, self.lines = path, []
+        self.path, self.lines, self.found = path, list[dict[str, Any]](), dict[str, Any]()
         if resume and path.is_file():
-            self.lines = _read(path, settings)
+            self.lines, self.found = _read(path, settings)
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Written anew: the last line may have been cut short by a kill.
-        text = "".join(json.dumps(line) + "\n" for line in [{"settings": settings}, *self.lines])
-        write_atomically(path, text)
+        self.settings = settings
+        self._write()
         self.done = {line["id"] for line in self.lines}
+
+    def _write(self) -> None:
+        # Written anew: the last line may have been cut short by a kill.
+        first = {"settings": self.settings, "found": self.found}
+        text = "".join(json.dumps(line) + "\n" for line in [first, *self.lines])
+        write_atomically(self.path, text)
+
+    def find(self, name: str, value: Any) -> None:
+        """Keep what was found before decoding began, such as the costs: plain JSON."""
+        self.found[name] = value
+        self._write()
 
     def add(self, line: dict[str, Any]) -> None:
         """Keep what all sides made of a prompt."""
         self.lines.append(line)
+        self.done.add(line["id"])
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
-    def comparisons(self) -> dict[tuple[Decoder, int], list[Comparison]]:
-        """By decoder and K."""
-        found: dict[tuple[Decoder, int], list[Comparison]] = {}
+    def texts(self, side: Side, temperature: float) -> list[Text]:
+        """What a side made of all prompts at a temperature."""
+        found = []
         for line in self.lines:
-            plain = Decoded(**line["plain"])
-            for side in line["sides"]:
-                one = Comparison(
-                    line["id"], line["category"], line["prompt_len"], plain,
-                    Decoded(**side["decoded"]), side["top2_gap"],
-                )  # fmt: skip
-                found.setdefault((side["decoder"], side["num_assistant_tokens"]), []).append(one)
+            for turn in line["turns"]:
+                if turn["temperature"] != temperature:
+                    continue
+                one = next(s for s in turn["sides"] if s["side"] == side.key)
+                found.append(Text(
+                    line["id"], turn["turn"], line["category"], turn["prompt_len"],
+                    Decoded(**turn["plain"]), Decoded(**one["decoded"]), one["top2_gap"],
+                    turn["again_seconds"], temperature == 0,
+                ))  # fmt: skip
         return found
 
 
-def _read(path: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
+def _read(path: Path, settings: dict[str, Any]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     texts = path.read_text(encoding="utf-8").splitlines()
     lines = []
     for number, text in enumerate(texts, start=1):
@@ -104,62 +123,105 @@ def _read(path: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
             if number < len(texts):
                 raise ValueError(f"{path}, line {number} is damaged: {error}") from error
     if not lines:
-        return []
+        return [], {}
     for key, value in settings.items():
-        if (earlier := lines[0]["settings"].get(key)) != value:
+        if (earlier := lines[0].get("settings", {}).get(key)) != value:
             raise ValueError(
                 f"{path} was measured with {key}={earlier}, not {value}: name another folder, or "
                 "leave out --resume to begin anew"
             )
-    return lines[1:]
+    return lines[1:], lines[0].get("found", {})
 
 
 def measure_prompts(
     target: Target,
-    assistant: Assistant,
-    prompts: list[Prompt],
-    sides: list[Side],
+    prompts: Sequence[Prompt],
+    sides: Mapping[Sampling, Sequence[Side]],
     max_new_tokens: int,
     kept: Measurements,
 ) -> None:
-    """Decode every prompt plainly and by each side, in an order drawn anew for each prompt, after a
-    warm-up that is thrown away."""
-    rng = random.Random(0)
+    """Decode every prompt plainly and by each side, in an order drawn anew for each text, after a
+    warm-up that is thrown away. The prompts come in a drawn order too.
+
+    Each turn of a conversation is given its whole text, with plain decoding's own answers, so that
+    all sides answer the same question.
+    """
     dtype = str(target.table.dtype).removeprefix("torch.")
-    ids = {prompt.id: encode_prompt(prompt, target.tokenizer) for prompt in prompts}
-    todo = [prompt for prompt in prompts if prompt.id not in kept.done]
-    for side in [None, *sides] if todo else []:
-        _decode(side, target, ids[todo[0].id], min(max_new_tokens, WARM_UP_TOKENS), assistant)
+    order = random.Random(0).sample(range(len(prompts)), len(prompts))
+    todo = [place for place in order if prompts[place].id not in kept.done]
     with progress_bar() as bar:
+        if todo:
+            warm = encode_prompt(prompts[todo[0]], target.tokenizer)
+            one_of_each = [None, *next(iter(sides.values()))]
+            task = bar.add_task("Warming up", total=len(one_of_each), status="")
+            for side in one_of_each:
+                _decode(side, target, warm, min(max_new_tokens, WARM_UP_TOKENS), GREEDY)
+                bar.update(task, advance=1)
         task = bar.add_task(f"Decoding ({dtype})", total=len(prompts), status="")
         bar.update(task, advance=len(prompts) - len(todo))
-        for prompt in todo:
-            order: list[Side | None] = [None, *sides]
-            rng.shuffle(order)
-            prompt_ids = ids[prompt.id]
-            texts = [
-                (side, _decode(side, target, prompt_ids, max_new_tokens, assistant))
-                for side in order
-            ]
-            plain = next(decoded for side, decoded in texts if side is None)
-            line: dict[str, Any] = {"id": prompt.id, "category": prompt.category}
-            line |= {"prompt_len": len(prompt_ids), "plain": asdict(plain), "sides": []}
-            for side in sides:
-                decoded = next(decoded for other, decoded in texts if other is side)
-                at, gap = parting(plain.tokens, decoded.tokens), None
-                if at is not None:
-                    gap = top2_gap(target, prompt_ids + plain.tokens[:at])
-                line["sides"].append({
-                    "decoder": side.decoder, "num_assistant_tokens": side.num_assistant_tokens,
-                    "decoded": asdict(decoded), "top2_gap": gap,
-                })  # fmt: skip
+        for place in todo:
+            prompt, again = prompts[place], place % AGAIN_EVERY == 0
+            line: dict[str, Any] = {"id": prompt.id, "category": prompt.category, "turns": []}
+            for sampling, own in sides.items():
+                seeded = replace(sampling, seed=place)
+                line["turns"] += _converse(target, prompt, own, seeded, max_new_tokens, again)
             kept.add(line)
             bar.update(task, advance=1)
 
 
+def _converse(
+    target: Target,
+    prompt: Prompt,
+    sides: Sequence[Side],
+    sampling: Sampling,
+    max_new_tokens: int,
+    again: bool,
+) -> list[dict[str, Any]]:
+    """All turns of a prompt, one after another."""
+    turns = []
+    messages = list(prompt.question)
+    for number in range(1 + len(prompt.later_turns)):
+        ids = encode_prompt(replace(prompt, messages=messages), target.tokenizer)
+        turn = _measure_turn(target, ids, sides, sampling, max_new_tokens, again)
+        turns.append({"turn": number, "temperature": sampling.temperature} | turn)
+        if number < len(prompt.later_turns):
+            answer = target.tokenizer.decode(turn["plain"]["tokens"], skip_special_tokens=True)
+            messages += [
+                {"role": "assistant", "content": answer},
+                {"role": "user", "content": prompt.later_turns[number]},
+            ]
+    return turns
+
+
+def _measure_turn(
+    target: Target,
+    ids: list[int],
+    sides: Sequence[Side],
+    sampling: Sampling,
+    max_new_tokens: int,
+    again: bool,
+) -> dict[str, Any]:
+    order: list[Side | None] = [None, *sides, *([None] if again else [])]
+    random.Random(f"{sampling} {len(ids)}").shuffle(order)
+    texts = [(side, _decode(side, target, ids, max_new_tokens, sampling)) for side in order]
+    plain, *repeated = [decoded for side, decoded in texts if side is None]
+    found = []
+    for side in sides:
+        decoded = next(decoded for other, decoded in texts if other is side)
+        at = None if sampling.temperature else parting(plain.tokens, decoded.tokens)
+        gap = None if at is None else top2_gap(target, ids + plain.tokens[:at])
+        found.append({"side": side.key, "decoded": asdict(decoded), "top2_gap": gap})
+    return {
+        "prompt_len": len(ids),
+        "plain": asdict(plain),
+        "again_seconds": repeated[0].seconds if repeated else None,
+        "sides": found,
+    }
+
+
 def _decode(
-    side: Side | None, target: Target, ids: list[int], max_new_tokens: int, assistant: Assistant
+    side: Side | None, target: Target, ids: list[int], max_new_tokens: int, sampling: Sampling
 ) -> Decoded:
     if side is None:
-        return greedy(target, ids, max_new_tokens)
-    return side.decode(target, ids, max_new_tokens, assistant)
+        return decode(target, ids, max_new_tokens, sampling=sampling)
+    return side.decode(target, ids, max_new_tokens, sampling)

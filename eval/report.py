@@ -1,161 +1,57 @@
-"""The evaluation: plain against assisted decoding, interleaved, and its report.json."""
+"""The evaluation: plain against assisted decoding, interleaved, and its report."""
 
 import json
-import random
-import sys
+import resource
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
+from transformers import PreTrainedModel
 
-from headstart.configs.schema import Decoder, EvalConfig
-from headstart.data.prompts import limit_evenly, load_prompts
-from headstart.eval.acceptance import zero_counts
-from headstart.eval.decoding import Decoded
+from headstart.configs.schema import EvalConfig
+from headstart.data.prompt_sets import load_prompt_set
+from headstart.data.prompts import Prompt, limit_evenly
+from headstart.data.templates import encode_prompt
+from headstart.eval.decoding import Sampling
+from headstart.eval.draft_cost import Costs, measure_costs
 from headstart.eval.environment import environment
-from headstart.eval.measurements import Comparison, Measurements, measure_prompts
-from headstart.eval.sides import make_sides
+from headstart.eval.measurements import Measurements, Text, measure_prompts
+from headstart.eval.page import page
+from headstart.eval.sides import Side, calibrated_threshold, make_sides
+from headstart.eval.statistics import noise, summarise
+from headstart.eval.tables import markdown, print_report
 from headstart.eval.verdict import verdict
-from headstart.heads.assistant import Assistant, check_pair
+from headstart.heads.assistant import check_pair
 from headstart.heads.files import write_atomically
 from headstart.heads.targets import Target
 
-SCHEMA = 1
-BOOTSTRAP = 1000
-
-
-def results(
-    head: str, measured: dict[tuple[Decoder, int], list[Comparison]]
-) -> list[dict[str, Any]]:
-    """The `results` of report.json (docs/report.md explains each field): an entry for each decoder,
-    K and group of prompts."""
-    found = []
-    for (decoder, k), comparisons in measured.items():
-        groups = {"all": comparisons}
-        if any(c.loops for c in comparisons):
-            groups["no loops"] = [c for c in comparisons if not c.loops]
-        categories = sorted({c.category for c in comparisons})
-        if len(categories) > 1:
-            groups |= {name: [c for c in comparisons if c.category == name] for name in categories}
-        for name, chosen in groups.items():
-            if chosen:
-                what = {"head": head, "decoder": decoder, "num_assistant_tokens": k}
-                found.append(what | {"category": name} | _summarise(k, chosen))
-    return found
-
-
-def _summarise(k: int, comparisons: list[Comparison]) -> dict[str, Any]:
-    counts = zero_counts(k)
-    for c in comparisons:
-        counts += c.assisted.counts(c.prompt_len, k)
-    plain_seconds = sum(c.plain.seconds for c in comparisons)
-    seconds = sum(c.assisted.seconds for c in comparisons)
-    first = sum(c.assisted.first_token_seconds for c in comparisons)
-    drafting = sum(c.assisted.drafting_seconds or 0.0 for c in comparisons)
-    low, high = speedup_interval(comparisons)
-    parted = [c for c in comparisons if c.parted_at is not None]
-    return {
-        "prompts": len(comparisons),
-        "loops": sum(c.loops for c in comparisons),
-        "acceptance_length": counts.acceptance_length,
-        "acceptance_rate": counts.acceptance_rate,
-        "conditional_acceptance_rate": counts.conditional_acceptance_rate,
-        "time_to_first_token": first / len(comparisons),
-        "decode_tokens_per_second": _decode_rate([c.assisted for c in comparisons]),
-        "baseline_decode_tokens_per_second": _decode_rate([c.plain for c in comparisons]),
-        "drafting_share": drafting / seconds if drafting else None,
-        "tokens_per_second": sum(len(c.assisted.tokens) for c in comparisons) / seconds,
-        "baseline_tokens_per_second": sum(len(c.plain.tokens) for c in comparisons) / plain_seconds,
-        "speedup": plain_seconds / seconds,
-        "speedup_interval": [low, high],
-        "equal_to_plain": not parted,
-        "parted_share": len(parted) / len(comparisons),
-        "parted": [
-            {"id": c.id, "token": c.parted_at, "top2_logit_gap": c.top2_gap} for c in parted
-        ],
-        "new_tokens": sum(len(c.assisted.tokens) for c in comparisons),
-        "target_forwards": sum(len(c.assisted.forwards) for c in comparisons),
-        "baseline_target_forwards": sum(len(c.plain.forwards) for c in comparisons),
-        "rounds": counts.rounds,
-        "drafted": counts.drafted,
-        "accepted": list(counts.accepted),
-    }
-
-
-def _decode_rate(texts: list[Decoded]) -> float | None:
-    """Tokens a second after the first one; None: there are none."""
-    seconds = sum(text.seconds - text.first_token_seconds for text in texts)
-    tokens = sum(len(text.tokens) - 1 for text in texts)
-    return tokens / seconds if tokens and seconds > 0 else None
-
-
-def speedup_interval(comparisons: list[Comparison]) -> tuple[float, float]:
-    """95% percentile bootstrap of the speedup, prompts drawn with replacement."""
-    rng = random.Random(0)
-    speedups = sorted(
-        sum(c.plain.seconds for c in draw) / sum(c.assisted.seconds for c in draw)
-        for draw in (rng.choices(comparisons, k=len(comparisons)) for _ in range(BOOTSTRAP))
-    )
-    return speedups[round(0.025 * BOOTSTRAP)], speedups[round(0.975 * BOOTSTRAP) - 1]
-
-
-def print_report(content: dict[str, Any], console: Console | None = None) -> None:
-    """Print the results as a table, and what it takes to read them."""
-    # Outside a terminal rich assumes 80 columns and would fold every cell.
-    console = console or Console(width=None if sys.stdout.isatty() else 132)
-    width = min(4, max(r["num_assistant_tokens"] for r in content["results"]))
-    env = content["environment"]
-    table = Table(
-        title=f"Greedy decoding, {env['dtype']}, {env['max_new_tokens']} new tokens, "
-        f"{env['threads']} threads of {env['accelerator'] or env['processor']}"
-    )
-    names = ["decoder", "K", "category", "n", "acceptance length", "rate"]
-    names += [f"a_{i + 1}" for i in range(width)]
-    names += ["tok/s", "plain", "speedup (95%)", "equal"]
-    for name in names:
-        table.add_column(
-            name, justify="left" if name in ("decoder", "category") else "right", no_wrap=True
-        )
-    for r in content["results"]:
-        rates = [f"{a:.2f}" for a in r["conditional_acceptance_rate"][:width]]
-        low, high = r["speedup_interval"]
-        equal = "yes" if r["equal_to_plain"] else f"{r['parted_share']:.0%} part"
-        table.add_row(
-            r["decoder"], str(r["num_assistant_tokens"]), r["category"], str(r["prompts"]),
-            f"{r['acceptance_length']:.2f}", f"{r['acceptance_rate']:.2f}",
-            *rates, *[""] * (width - len(rates)),
-            f"{r['tokens_per_second']:.1f}", f"{r['baseline_tokens_per_second']:.1f}",
-            f"{r['speedup']:.2f} ({low:.2f}-{high:.2f})", equal,
-            end_section=r is content["results"][-1],
-        )  # fmt: skip
-    console.print(table)
-    console.print(content["verdict"])
-    gaps = [p["top2_logit_gap"] for r in content["results"] for p in r["parted"]]
-    if gaps:
-        console.print(
-            f"Where texts part from plain decoding, the target's two best logits are at most "
-            f"{max(gaps):.3g} apart (docs/report.md says what is normal)."
-        )
+SCHEMA = 2
+CALIBRATION = 6  # prompts on which a confidence threshold is chosen
+EXAMPLES = 6  # texts that are shown token by token
+PER_TEXT = [
+    "id", "turn", "category", "plain_seconds", "plain_tokens", "seconds", "tokens", "rounds",
+    "accepted",
+]  # fmt: skip
 
 
 def run_evaluation(
     target: Target,
-    assistant: Assistant,
-    head: str,
+    heads: Mapping[str, PreTrainedModel],
     chosen: EvalConfig,
     out: Path,
     resume: bool = False,
+    draft_models: Mapping[str, PreTrainedModel] | None = None,
 ) -> dict[str, Any]:
-    """Evaluate a head on a prompt file, print the table and write `out/report.json`.
+    """Evaluate heads on prompts, print a table and write report.json, .md and .html.
 
     Args:
         target: in the dtype to measure.
-        assistant: a head in the native format, in the same dtype and on the same device.
-        head: what the report calls it.
-        chosen: prompts, decoders, draft lengths and the length of texts.
+        heads: name -> head in the native format, in the same dtype and on the same device.
+        chosen: prompts, decoders, draft lengths, temperatures and the length of texts.
         out: folder; `measurements.jsonl` there has every text and its times.
         resume: go on with the prompts that are missing there.
+        draft_models: name -> small model of the target's vocabulary.
 
     Returns:
         What report.json holds.
@@ -164,25 +60,194 @@ def run_evaluation(
         ValueError: bad prompts, a head that does not fit the target, or measurements of something
             else to go on with.
     """
-    check_pair(target, assistant)
-    prompts = limit_evenly(load_prompts(chosen.prompts), chosen.limit)
+    _check_models(target, heads, draft_models or {}, chosen)
+    prompts = limit_evenly(load_prompt_set(chosen.prompts), chosen.limit)
     settings = {
         "target": target.name,
-        "head": head,
+        "heads": list(heads),
         "dtype": str(target.table.dtype).removeprefix("torch."),
-        "prompts": str(chosen.prompts),
-        "limit": chosen.limit,
-        "decoders": chosen.decoders,
-        "num_assistant_tokens": chosen.num_assistant_tokens,
-        "max_new_tokens": chosen.max_new_tokens,
+        **chosen.model_dump(mode="json", exclude={"exact_limit"}),
     }
     kept = Measurements(out / "measurements.jsonl", settings, resume)
-    sides = make_sides(chosen.decoders, chosen.num_assistant_tokens, target, assistant)
-    measure_prompts(target, assistant, prompts, sides, chosen.max_new_tokens, kept)
-    found = results(head, kept.comparisons())
-    where = environment(target.device) | settings
-    content = {"schema": SCHEMA, "environment": where, "results": found, "verdict": verdict(found)}
-    write_atomically(out / "report.json", json.dumps(content, indent=2) + "\n")
+    samplings = [Sampling(t, chosen.top_p, chosen.top_k) for t in chosen.temperatures]
+    sides = _prepare(target, heads, draft_models or {}, chosen, prompts, samplings, kept)
+    measure_prompts(target, prompts, sides, chosen.max_new_tokens, kept)
+    content = _content(target, prompts, sides, settings, kept)
+    write_report(content, out)
     print_report(content)
-    print(f"Written: {out / 'report.json'}")
+    print(f"Written: {out / 'report.json'}, report.md, report.html")
     return content
+
+
+def _content(
+    target: Target,
+    prompts: Sequence[Prompt],
+    sides: Mapping[Sampling, Sequence[Side]],
+    settings: dict[str, Any],
+    kept: Measurements,
+) -> dict[str, Any]:
+    """Of report.json."""
+    measured: dict[tuple[Any, ...], list[Text]] = {}
+    found = []
+    for sampling, own in sides.items():
+        for side in own:
+            texts = kept.texts(side, sampling.temperature)
+            measured[(*side.key, sampling.temperature)] = texts
+            found += _results(side, sampling.temperature, texts, settings["dtype"])
+    first = next(iter(measured.values()))
+    return {
+        "schema": SCHEMA,
+        "environment": environment(target.device)
+        | settings
+        | {"peak_process_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024},
+        "costs": kept.found.get("costs", {}),
+        "thresholds": kept.found.get("thresholds", {}),
+        "noise": noise(first),
+        "verdict": verdict(found),
+        "per_text_columns": PER_TEXT,
+        "results": found,
+        "examples": _examples(target, prompts, measured, found),
+    }
+
+
+def _check_models(
+    target: Target,
+    heads: Mapping[str, PreTrainedModel],
+    draft_models: Mapping[str, PreTrainedModel],
+    chosen: EvalConfig,
+) -> None:
+    needing = [name for name in chosen.decoders if name not in ("lookup", "draft-model")]
+    if needing and not heads:
+        raise ValueError(f"the decoder {needing[0]} needs a head: name one or more")
+    for head in heads.values():
+        check_pair(target, head)
+    for name, model in draft_models.items():
+        size = model.config.get_text_config().vocab_size
+        if size != target.config.vocab_size:
+            raise ValueError(
+                f"{name} cannot draft for {target.name}: its vocabulary has {size} tokens, the "
+                f"target's {target.config.vocab_size}"
+            )
+
+
+def write_report(content: dict[str, Any], out: Path) -> None:
+    """Write report.json, report.md and report.html into a folder."""
+    write_atomically(out / "report.json", as_json(content))
+    write_atomically(out / "report.md", markdown(content))
+    write_atomically(out / "report.html", page(content))
+
+
+def as_json(content: dict[str, Any]) -> str:
+    """JSON with each result, and each example, on a line of its own."""
+    parts = []
+    for key, value in content.items():
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            lines = ",\n".join("    " + json.dumps(item) for item in value)
+            parts.append(f"  {json.dumps(key)}: [\n{lines}\n  ]")
+        else:
+            text = json.dumps(value, indent=2).replace("\n", "\n  ")
+            parts.append(f"  {json.dumps(key)}: {text}")
+    return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
+def _prepare(
+    target: Target,
+    heads: Mapping[str, PreTrainedModel],
+    draft_models: Mapping[str, PreTrainedModel],
+    chosen: EvalConfig,
+    prompts: Sequence[Prompt],
+    samplings: Sequence[Sampling],
+    kept: Measurements,
+) -> dict[Sampling, list[Side]]:
+    """Measure what drafts cost and choose thresholds, once for a report, and make the sides: for
+    each sampling its own, since they learn."""
+    if "costs" not in kept.found:
+        measured = {name: measure_costs(target, head) for name, head in heads.items()}
+        kept.find("costs", {n: {d: asdict(c) for d, c in m.items()} for n, m in measured.items()})
+    costs = {n: {d: Costs(**c) for d, c in m.items()} for n, m in kept.found["costs"].items()}
+    if "confident" in chosen.decoders and "thresholds" not in kept.found:
+        few = limit_evenly(list(prompts), CALIBRATION)
+        ids = [encode_prompt(prompt, target.tokenizer) for prompt in few]
+        kept.find("thresholds", {
+            name: calibrated_threshold(
+                target, head, costs[name]["exact"], ids, chosen.max_new_tokens
+            )
+            for name, head in heads.items()
+        })  # fmt: skip
+    thresholds = kept.found.get("thresholds", {})
+    return {
+        sampling: make_sides(
+            chosen.decoders, chosen.num_assistant_tokens, heads, draft_models, costs, thresholds
+        )
+        for sampling in samplings
+    }
+
+
+def _results(
+    side: Side, temperature: float, texts: Sequence[Text], dtype: str
+) -> list[dict[str, Any]]:
+    """The results of one side: all prompts and each category, with and without looping texts."""
+    groups = {"all": list(texts)}
+    categories = sorted({text.category for text in texts})
+    if len(categories) > 1:
+        groups |= {name: [t for t in texts if t.category == name] for name in categories}
+    found = []
+    for category, group in groups.items():
+        straight = [text for text in group if not text.loops]
+        for loops, few in (("with", group), ("without", straight)):
+            if not few or (loops == "without" and len(few) == len(group)):
+                continue
+            what = {
+                "head": side.head, "decoder": side.decoder, "temperature": temperature,
+                "num_assistant_tokens": side.num_assistant_tokens, "category": category,
+                "looping_texts": loops,
+            }  # fmt: skip
+            result = what | summarise(few, side.num_assistant_tokens, side.costs, dtype)
+            if category == "all" and loops == "with":
+                result["per_text"] = [_row(text, side.num_assistant_tokens) for text in few]
+            found.append(result)
+    return found
+
+
+def _row(text: Text, k: int) -> list[Any]:
+    counts = text.assisted.counts(text.prompt_len, k)
+    return [
+        text.id, text.turn, text.category, round(text.plain.seconds, 5), len(text.plain.tokens),
+        round(text.assisted.seconds, 5), len(text.assisted.tokens), counts.rounds,
+        sum(counts.accepted),
+    ]  # fmt: skip
+
+
+def _examples(
+    target: Target,
+    prompts: Sequence[Prompt],
+    measured: Mapping[tuple[Any, ...], Sequence[Text]],
+    found: Sequence[dict[str, Any]],
+) -> list[dict[str, Any]]:
+    """Some texts of the quickest side, token by token: accepted, bonus or rejected."""
+    whole = [r for r in found if r["category"] == "all" and r["looping_texts"] == "with"]
+    best = max(whole, key=lambda r: r["speedup"])
+    names = ("decoder", "head", "num_assistant_tokens", "temperature")  # as in `Side.key`
+    side = {name: best[name] for name in names}
+    of_prompt = {text.id: text for text in reversed(measured[tuple(side.values())])}
+    shown = []
+    for prompt in limit_evenly(list(prompts), EXAMPLES):
+        text = of_prompt[prompt.id]
+        tokens = [[target.tokenizer.decode([token]), kind] for token, kind in _kinds(text)]
+        asked = prompt.text[-400:]
+        shown.append({"id": prompt.id, "category": prompt.category, "prompt": asked} | side)
+        shown[-1]["tokens"] = tokens
+    return shown
+
+
+def _kinds(text: Text) -> list[tuple[int, str]]:
+    """The tokens of a text and its rejected drafts, in the order in which they came."""
+    decoded = text.assisted
+    kinds = [(decoded.tokens[0], "bonus")]  # the prefill's
+    for drafts, (_, accepted) in zip(decoded.drafts, decoded.rounds(text.prompt_len), strict=True):
+        kinds += [(token, "accepted") for token in drafts[:accepted]]
+        kinds += [(token, "rejected") for token in drafts[accepted:]]
+        written = sum(kind != "rejected" for _, kind in kinds)
+        if written < len(decoded.tokens):
+            kinds.append((decoded.tokens[written], "bonus"))
+    return kinds

@@ -58,12 +58,18 @@ class Constant:
 class Heuristic(Constant):
     """Two more after a round that accepted all, one less after any other.
 
-    Mirrors `AssistedCandidateGenerator.update_candidate_strategy` of transformers 5.20 to 5.22.
+    Mirrors `AssistedCandidateGenerator.update_candidate_strategy` of transformers 5.20 to 5.22,
+    which knows no `most`.
     """
+
+    most: int | None = None
+    """Drafts of a round that are never exceeded."""
 
     def learn(self, confidences: list[float], drafted: int, accepted: int) -> None:
         change = 2 if accepted == drafted else -1
         self.num_assistant_tokens = max(1, self.num_assistant_tokens + change)
+        if self.most is not None:
+            self.num_assistant_tokens = min(self.num_assistant_tokens, self.most)
 
 
 @dataclass

@@ -1,10 +1,11 @@
 """The exact decoder: transformers' assisted decoding with a candidate generator of ours.
 
 Loop, caches, logits processors and stopping criteria are those of `generate`; only the drafts come
-from here. The head sees clean KV (`CleanKV`), and the drafts go without logits, so that the loop
-samples from the target itself and compares: for drafts that are no samples this is what
-speculative sampling (Leviathan et al. 2023, arXiv 2211.17192) comes to, and it is lossless.
-docs/decoding.md has what the stock generator does otherwise.
+from here, and on a CPU the order of the loops by which a verification multiplies (`few_rows`).
+The head sees clean KV (`CleanKV`), and the drafts go without logits, so that the loop samples from
+the target itself and compares: for drafts that are no samples this is what speculative sampling
+(Leviathan et al. 2023, arXiv 2211.17192) comes to, and it is lossless. docs/decoding.md has what
+the stock generator does otherwise.
 """
 
 import time
@@ -22,6 +23,7 @@ from transformers.generation.candidate_generator import (
 
 from headstart.heads.draft_length import Constant, CostRule, DraftLength, Rate
 from headstart.heads.drafting import CleanKV, Drafter, Drafts
+from headstart.heads.few_rows import quick_few_rows
 
 LOOKUP_NGRAM = 3  # tokens that an earlier place has to share with the newest ones, at most
 
@@ -224,7 +226,8 @@ def exact_decoding(target: PreTrainedModel, how: ExactDecoding | None = None) ->
 
     target._get_candidate_generator = generator
     try:
-        yield
+        with quick_few_rows(target):
+            yield
     finally:
         del target._get_candidate_generator
         if outer is not None:

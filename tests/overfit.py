@@ -7,7 +7,7 @@ from headstart.data.conversations import answered
 from headstart.data.extraction import OnlineActivations
 from headstart.data.loader import Batch, candidate_rows, gather_rows
 from headstart.data.shards import Document
-from headstart.eval.decoding import greedy
+from headstart.eval.decoding import decode
 from headstart.heads.assistant import build_assistant
 from headstart.heads.targets import Target
 from headstart.heads.tiny import VOCAB_SIZE
@@ -28,7 +28,7 @@ def greedy_document(target: Target, tokens: int = 24) -> tuple[list[int], Docume
     for seed in range(100):
         generator = torch.Generator().manual_seed(seed)
         prompt = torch.randint(4, 260, (6,), generator=generator).tolist()
-        text = greedy(target, prompt, tokens).tokens
+        text = decode(target, prompt, tokens).tokens
         if len(text) == tokens and len(set(text)) > 0.6 * tokens:
             break
     else:

@@ -13,7 +13,7 @@ from headstart.data.regenerate import regenerate
 from headstart.data.store import ActivationStore
 from headstart.data.templates import encode_prompt
 from headstart.eval.benchmarks import stepwise_difference
-from headstart.eval.decoding import greedy
+from headstart.eval.decoding import decode
 from headstart.eval.recall import RecallCounts
 from headstart.heads.assistant import build_assistant, check_pair, load_assistant, save_assistant
 from headstart.heads.demo import GGUF_SHA256, check_sha256, gemma3_270m_dir
@@ -100,8 +100,8 @@ def test_assisted_text_equals_plain_text_in_float32(gemma: Target) -> None:
     check_pair(gemma, assistant)
     for prompt in limit_evenly(load_prompts(PROMPTS), 2):
         ids = encode_prompt(prompt, gemma.tokenizer)
-        plain = greedy(gemma, ids, 24)
-        assert greedy(gemma, ids, 24, assistant, 4).tokens == plain.tokens
+        plain = decode(gemma, ids, 24)
+        assert decode(gemma, ids, 24, assistant, 4).tokens == plain.tokens
 
 
 def test_recorded_activations_are_those_of_a_clean_forward(gemma: Target, tmp_path: Path) -> None:
@@ -172,4 +172,4 @@ def test_ordered_embeddings_keep_the_targets_best_token_and_its_text(
     assert torch.equal(loaded.masked_embedding.token_ordering, embedder.token_ordering)
     for prompt in limit_evenly(load_prompts(PROMPTS), 2):
         ids = encode_prompt(prompt, gemma.tokenizer)
-        assert greedy(gemma, ids, 16, loaded, 4).tokens == greedy(gemma, ids, 16).tokens
+        assert decode(gemma, ids, 16, loaded, 4).tokens == decode(gemma, ids, 16).tokens

@@ -9,8 +9,7 @@ from headstart.heads.assistant import load_assistant
 from headstart.heads.targets import load_target
 from headstart.train.loop import train
 from headstart.train.run_folder import run_folder
-
-NEARLY_TIED = 1e-3  # float32 logits closer than this may swap with the shape of a batch
+from headstart.train.tracking import log_report
 
 
 def run(config: Config, resume: bool = False) -> None:
@@ -40,10 +39,13 @@ def _evaluate(config: Config, chosen: EvalConfig, device: torch.device) -> None:
         target = load_target(t.name, dtype, t.revision, t.trust_remote_code, device)
         head = config.run.dir / "head"
         assistant = load_assistant(head, getattr(torch, dtype), device)
-        content = run_evaluation(target, assistant, str(head), what, out)
-        gaps = [p["top2_logit_gap"] for r in content["results"] for p in r["parted"]]
-        if dtype == "float32" and gaps and max(gaps) > NEARLY_TIED:
+        content = run_evaluation(target, {str(head): assistant}, what, out)
+        if out == folder:
+            log_report(config, content)
+        parted = [p for r in content["results"] for p in r["parted"] if not p["within_rounding"]]
+        if dtype == "float32" and parted:
+            gap = max(p["top2_logit_gap"] for p in parted)
             raise RuntimeError(
                 f"assisted decoding gave other text than plain decoding in float32, at a logit gap "
-                f"of {max(gaps):.3g}: this is a fault, see {out / 'report.json'}"
+                f"of {gap:.3g}: this is a fault, see {out / 'report.json'}"
             )

@@ -6,8 +6,11 @@ from typing import Any
 from accelerate import Accelerator
 
 from headstart.configs.schema import Config
+from headstart.eval.plots import figures
+from headstart.eval.tables import decoder_name
 from headstart.heads.files import write_atomically
 
+LOGGED = ("acceptance_length", "acceptance_rate", "speedup", "tokens_per_second")
 RUN_ID = "wandb-id.txt"  # in the run folder: a resumed run goes on in the same place
 
 
@@ -18,6 +21,15 @@ def start_trackers(accelerator: Accelerator, config: Config) -> None:
     """
     if config.wandb.mode == "disabled" or not accelerator.is_main_process:
         return
+    accelerator.init_trackers(
+        config.wandb.project,
+        config.model_dump(mode="json") if "config" in config.wandb.upload else None,
+        {"wandb": _place(config)},
+    )
+
+
+def _place(config: Config) -> dict[str, Any]:
+    """Arguments of `wandb.init` for the run of this folder."""
     import wandb
 
     upload, path = config.wandb.upload, config.run.dir / RUN_ID
@@ -33,22 +45,39 @@ def start_trackers(accelerator: Accelerator, config: Config) -> None:
         "disable_job_creation": True,
         "x_save_requirements": False,
     }
-    accelerator.init_trackers(
-        config.wandb.project,
-        config.model_dump(mode="json") if "config" in upload else None,
-        {
-            "wandb": {
-                "mode": config.wandb.mode,
-                "dir": str(config.run.dir),
-                "id": path.read_text(encoding="utf-8"),
-                "name": config.run.dir.name,
-                # One entry for all the processes of a run, and all its resumptions.
-                "group": config.run.dir.name,
-                "resume": "allow",
-                "settings": wandb.Settings(**settings),
-            }
-        },
-    )
+    return {
+        "mode": config.wandb.mode,
+        "dir": str(config.run.dir),
+        "id": path.read_text(encoding="utf-8"),
+        "name": config.run.dir.name,
+        # One entry for all the processes of a run, and all its resumptions.
+        "group": config.run.dir.name,
+        "resume": "allow",
+        "settings": wandb.Settings(**settings),
+    }
+
+
+def log_report(config: Config, content: dict[str, Any]) -> None:
+    """Log an evaluation in the place of its run: the figures of each decoder over all prompts, and
+    the pictures of report.html.
+
+    Args:
+        config: of the run.
+        content: of report.json.
+    """
+    if config.wandb.mode == "disabled":
+        return
+    import wandb
+
+    run = wandb.init(project=config.wandb.project, **_place(config))
+    logged: dict[str, Any] = {"eval/verdict": content["verdict"]}
+    for r in content["results"]:
+        if r["category"] == "all" and r["looping_texts"] == "with":
+            name = f"eval/{decoder_name(r)} K={r['num_assistant_tokens']}"
+            logged |= {f"{name}/{figure}": r[figure] for figure in LOGGED}
+    drawn = figures(content)
+    run.log(logged | {f"eval/{name}": wandb.Image(figure) for name, figure in drawn.items()})
+    run.finish()
 
 
 def finish_trackers(accelerator: Accelerator, config: Config) -> None:

@@ -116,6 +116,27 @@ def test_optional_columns_are_kept_and_defaults_name_the_line(tmp_path: Path) ->
     assert second == Prompt(name, "uncategorised", name, [user("b")], False)
 
 
+def test_a_list_of_texts_is_what_the_user_says_in_turn(tmp_path: Path) -> None:
+    turns = ["a", "b", "c"]
+    for row in ({"turns": turns}, {"prompt": turns}, {"prompt": turns, "response": "d"}):
+        [prompt] = load(tmp_path, row)
+        assert (prompt.messages, prompt.later_turns) == ([user("a")], ["b", "c"])
+        assert (prompt.text, prompt.raw) == ("a", False)
+    [prompt] = load(tmp_path, {"prompt": "a", "turns": ["b", "c"]})
+    assert (prompt.messages, prompt.later_turns) == ([user("a")], [])
+
+
+def test_the_id_is_the_first_of_the_columns_that_may_hold_one(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [
+        {"task_id": 1},
+        {"prompt_id": 2, "task_id": 1},
+        {"question_id": 0},
+        {"id": "x"},
+    ]
+    kept = load(tmp_path, *({"prompt": "a", "question_id": None} | row for row in rows))
+    assert [p.id for p in kept] == [p.source for p in kept] == ["1", "2", "0", "x"]
+
+
 def test_empty_cells_of_a_csv_are_missing_ones(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("prompt,response,id,raw\na,,,\nb,c,x,false\nd,,,True\n")
     assert load_prompts(tmp_path / "a.csv") == [
@@ -191,6 +212,13 @@ def test_a_mapping_that_fits_no_row_names_the_columns_there_are(tmp_path: Path) 
         ({"messages": [user([{"type": "image", "url": "x"}])]}, "content that is not text (a par"),
         ({"messages": [assistant("a")]}, "no user turn"),
         ({"messages": []}, "no user turn"),
+        ({"turns": []}, "no user turn"),
+        ({"turns": ["a", 7]}, "`turns` is not a list of texts"),
+        ({"turns": "a"}, "`turns` is not a list of texts"),
+        ({"turns": ["a", " "]}, "empty prompt"),
+        ({"prompt": ["a", 7]}, "`prompt` is not a list of objects"),
+        ({"prompt": ["a", None]}, "`prompt` is not a list of objects"),
+        ({"prompt": []}, "no user turn"),
         ({"prompt": "a", "tools": "["}, "`tools` is not JSON"),
         ({"prompt": "a", "tools": ["weather"]}, "`tools` is not a list of objects"),
     ],

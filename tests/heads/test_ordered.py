@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
 from headstart.configs.schema import HeadConfig
-from headstart.eval.decoding import greedy
+from headstart.eval.decoding import decode
 from headstart.eval.recall import RecallCounts, zero_recall
 from headstart.heads.assistant import (
     assistant_config,
@@ -169,5 +169,5 @@ def test_an_exported_ordered_head_is_loaded_whole_and_keeps_generates_text(
     rounded = load_assistant(tmp_path / "b", torch.bfloat16).masked_embedding.token_ordering
     assert torch.equal(rounded, head.assistant.masked_embedding.token_ordering)
     prompt = torch.randint(4, 260, (6,)).tolist()
-    plain = greedy(target, prompt, 20).tokens
-    assert greedy(target, prompt, 20, loaded, 3).tokens == plain
+    plain = decode(target, prompt, 20).tokens
+    assert decode(target, prompt, 20, loaded, 3).tokens == plain

@@ -15,7 +15,7 @@ from headstart.configs.loader import load_config
 from headstart.configs.schema import Config, HeadConfig, TrainConfig
 from headstart.data.loader import candidate_rows, gather_rows
 from headstart.data.shards import Document
-from headstart.eval.decoding import greedy
+from headstart.eval.decoding import decode
 from headstart.heads.assistant import build_assistant, load_assistant, save_assistant
 from headstart.heads.ordered import Taught, set_order, token_usage
 from headstart.heads.targets import Target, load_target
@@ -59,7 +59,7 @@ def acceptance_after_overfitting(
         order_by_one_text(target, document, tmp_path / "head", top_k)
     assistant = load_assistant(tmp_path / "head", torch.float32)
     # The text's last tokens are never drafted from in training: nothing follows them there.
-    decoded = greedy(target, prompt, 22, assistant, K)
+    decoded = decode(target, prompt, 22, assistant, K)
     return decoded.counts(len(prompt), K).acceptance_rate
 
 
@@ -95,7 +95,7 @@ def test_so_is_one_that_drafts_through_learned_clusters_and_not_one_with_scrambl
     ordering = assistant.masked_embedding.token_ordering
     ordering.copy_(ordering.roll(16 * 7))
     prompt, _ = greedy_document(target)
-    counts = greedy(target, prompt, 22, assistant, K).counts(len(prompt), K)
+    counts = decode(target, prompt, 22, assistant, K).counts(len(prompt), K)
     assert counts.acceptance_rate < learned - 0.2
 
 

@@ -1,0 +1,120 @@
+"""The commands that measure heads: eval and compare."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from headstart.cli.arguments import count, counts, decoders, default_device, numbers
+
+DECODERS = """ways to draft, compared with plain decoding in one run:
+transformers (the head through the stock generator), exact (clean keys and values, a leaner loop),
+heuristic (exact; two drafts more or one less after each round), confident (exact; while the head is
+sure), cost (exact; as many as pay on this machine), hybrid (cost, and lookups in the text), lookup
+(no head), draft-model (a small model, --draft-model); default transformers,exact"""
+
+
+def add_eval_commands(commands: Any) -> None:
+    """Add them to the subparsers of `headstart`."""
+    evaluate = commands.add_parser(
+        "eval",
+        help="compare plain and assisted decoding on prompts",
+        description="Decode prompts with transformers' generate, plainly and with drafts in turn, "
+        "and report acceptance, speedup and what to use: report.json, report.md, report.html.",
+        epilog="example: headstart eval --target gemma3-270m --head runs/quickstart/head "
+        "--prompts data/prompts/text_eval.jsonl --num-assistant-tokens 2,4 --out report/",
+    )
+    add = evaluate.add_argument
+    add("--target", required=True, help="gemma3-270m, a folder or a Hub id")
+    add(
+        "--head", action="append", default=[], metavar="HEAD",
+        help="folder or Hub id of a draft head, such as Google's own; again for each other head",
+    )  # fmt: skip
+    add(
+        "--draft-model", action="append", default=[], metavar="NAME",
+        help="folder or Hub id of a small model of the target's vocabulary; may come again",
+    )  # fmt: skip
+    texts = evaluate.add_mutually_exclusive_group(required=True)
+    texts.add_argument(
+        "--prompts", metavar="SET",
+        help="a file, a Hub dataset, or spec-bench, mt-bench, humaneval, gsm8k, mbpp, speed-bench "
+        "(from the Hub; NAME=FILE from the set's own file)",
+    )  # fmt: skip
+    texts.add_argument(
+        "--simulate", type=Path, metavar="STORE",
+        help="estimate acceptance from an activation store instead: nothing is decoded",
+    )  # fmt: skip
+    add(
+        "--num-assistant-tokens", type=counts, default=[2, 4], metavar="K,K",
+        help="draft lengths to measure (default 2,4)",
+    )  # fmt: skip
+    add(
+        "--decoders", type=decoders, metavar="NAME,NAME", default=["transformers", "exact"],
+        help=DECODERS,
+    )  # fmt: skip
+    add(
+        "--temperature", type=numbers, default=[0.0], metavar="T,T",
+        help="of the sampling; 0 is greedy (default 0)",
+    )  # fmt: skip
+    add("--top-p", type=float, metavar="P", help="sample from the likeliest tokens of mass P")
+    add("--top-k", type=count, metavar="N", help="sample from the N likeliest tokens")
+    add("--max-new-tokens", type=count, default=64, metavar="N")
+    add("--limit", type=count, metavar="M", help="measure M prompts, dealt over the categories")
+    add(
+        "--dtype", choices=("auto", "bfloat16", "float32"), default="auto",
+        help="of target and heads; in float32 texts must equal plain decoding (default auto: what "
+        "pays on this machine)",
+    )  # fmt: skip
+    add("--revision", help="Hub revision of the target")
+    add("--trust-remote-code", action="store_true", help="run code of the target's")
+    add("--out", required=True, type=Path, metavar="DIR", help="for the report")
+    add("--resume", action="store_true", help="go on with the prompts that DIR does not have yet")
+    add("--debug", action="store_true", help="show the traceback of a failure")
+    evaluate.set_defaults(command=_run_eval)
+
+    compare = commands.add_parser(
+        "compare",
+        help="say what changed from one report to another",
+        description="Lay two reports of `headstart eval` side by side, text by text, and say which "
+        "changes chance does not explain.",
+        epilog="example: headstart compare runs/a/eval/report.json runs/b/eval/report.json",
+    )
+    compare.add_argument("before", type=Path, metavar="A", help="report.json, or its folder")
+    compare.add_argument("after", type=Path, metavar="B", help="report.json, or its folder")
+    compare.add_argument("--debug", action="store_true", help="show the traceback of a failure")
+    compare.set_defaults(command=_run_compare)
+
+
+def _run_eval(args: argparse.Namespace) -> None:
+    from headstart.configs.schema import EvalConfig
+    from headstart.eval.estimate import run_estimate
+    from headstart.eval.report import run_evaluation
+    from headstart.heads.assistant import load_assistant
+    from headstart.heads.targets import load_target
+
+    chosen = EvalConfig(
+        prompts=args.prompts or "",
+        num_assistant_tokens=args.num_assistant_tokens,
+        decoders=args.decoders,
+        draft_models=args.draft_model,
+        temperatures=args.temperature,
+        top_p=args.top_p,
+        top_k=args.top_k,
+        max_new_tokens=args.max_new_tokens,
+        limit=args.limit,
+    )
+    device = default_device()
+    target = load_target(args.target, args.dtype, args.revision, args.trust_remote_code, device)
+    dtype = target.table.dtype
+    heads = {name: load_assistant(name, dtype, device) for name in args.head}
+    if args.simulate is not None:
+        run_estimate(target, heads, args.simulate, args.num_assistant_tokens, args.out)
+        return
+    of_target = str(dtype).removeprefix("torch.")
+    models = {name: load_target(name, of_target, device=device).model for name in args.draft_model}
+    run_evaluation(target, heads, chosen, args.out, args.resume, models)
+
+
+def _run_compare(args: argparse.Namespace) -> None:
+    from headstart.eval.compare import print_changes, read_report
+
+    print_changes(read_report(args.before), read_report(args.after))

@@ -1,0 +1,176 @@
+"""Two reports laid side by side, text by text: what changed, and whether chance explains it."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from headstart.eval.statistics import RESAMPLES, interval
+
+MEASURES = {
+    "acceptance length": lambda t: 1 + t["accepted"] / np.maximum(t["rounds"], 1),
+    "speedup": lambda t: (t["plain_seconds"] / t["plain_tokens"]) / (t["seconds"] / t["tokens"]),
+    "tokens a second": lambda t: t["tokens"] / t["seconds"],
+}
+"""Of sums over texts, by column of `per_text`."""
+SIDE = ("decoder", "num_assistant_tokens", "temperature")
+
+
+@dataclass(frozen=True)
+class Change:
+    """One measure of one side and category in both reports."""
+
+    side: str
+    category: str
+    measure: str
+    before: float
+    after: float
+    interval: tuple[float, float]
+    """95%, of after - before; over the same prompts drawn with replacement."""
+    texts: int
+    paired: bool
+    """Whether both reports measured these texts; else each was drawn by itself."""
+
+    @property
+    def significant(self) -> bool:
+        """Whether the interval leaves out 0."""
+        return self.interval[0] > 0 or self.interval[1] < 0
+
+
+def read_report(path: Path) -> dict[str, Any]:
+    """A report.json of this schema, or the folder of one.
+
+    Raises:
+        ValueError: there is none, or it is of another schema.
+    """
+    path = path / "report.json" if path.is_dir() else path
+    if not path.is_file():
+        raise ValueError(f"no report at {path}: `headstart eval --out DIR` writes DIR/report.json")
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if content.get("schema") != 2:
+        raise ValueError(
+            f"{path} has schema {content.get('schema')}, not 2: measure again with this version"
+        )
+    return content
+
+
+def compare(before: dict[str, Any], after: dict[str, Any]) -> list[Change]:
+    """What changed from one report to another, for each side that both have.
+
+    Sides are the same by decoder, K and temperature; by their head's name too, unless each report
+    has one head.
+
+    Raises:
+        ValueError: they have no side in common.
+    """
+    changes = []
+    for result, other in _pairs(before, after):
+        tables = [_table(before, result), _table(after, other)]
+        if shared := tables[0].keys() & tables[1].keys():
+            tables = [{key: table[key] for key in sorted(shared)} for table in tables]
+        categories = sorted({row["category"] for table in tables for row in table.values()})
+        for category in ["all", *(categories if len(categories) > 1 else [])]:
+            few = [
+                [row for row in table.values() if category in ("all", row["category"])]
+                for table in tables
+            ]
+            if all(few):
+                changes += _changes(_name(result), category, few[0], few[1], bool(shared))
+    if not changes:
+        raise ValueError("the reports have no side (decoder, K, temperature, head) in common")
+    return changes
+
+
+def _pairs(
+    before: dict[str, Any], after: dict[str, Any]
+) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    whole = [[r for r in c["results"] if "per_text" in r] for c in (before, after)]
+    one_head = all(len({r["head"] for r in results} - {None}) <= 1 for results in whole)
+    names = SIDE if one_head else (*SIDE, "head")
+    others = {tuple(r[name] for name in names): r for r in whole[1]}
+    for result in whole[0]:
+        if (other := others.get(tuple(result[name] for name in names))) is not None:
+            yield result, other
+
+
+def _table(content: dict[str, Any], result: dict[str, Any]) -> dict[tuple[str, int], Any]:
+    """(prompt id, turn) -> its row of `per_text` by column."""
+    rows = [dict(zip(content["per_text_columns"], row, strict=True)) for row in result["per_text"]]
+    return {(row["id"], row["turn"]): row for row in rows}
+
+
+def _name(result: dict[str, Any]) -> str:
+    warm = f" T={result['temperature']:g}" if result["temperature"] else ""
+    return f"{result['decoder']} K={result['num_assistant_tokens']}{warm}"
+
+
+def _changes(
+    side: str, category: str, before: list[Any], after: list[Any], paired: bool
+) -> list[Change]:
+    sums = _resampled(before, 0), _resampled(after, 0 if paired else 1)
+    found = []
+    for measure, of in MEASURES.items():
+        old, new = of(sums[0]), of(sums[1])
+        apart = interval(new - old)
+        found.append(
+            Change(side, category, measure, float(old[0]), float(new[0]), apart, len(after), paired)
+        )
+    return found
+
+
+def _resampled(rows: list[Any], seed: int) -> dict[str, np.ndarray]:
+    """Sums of each column [1 + S]: over the prompts, and over as many drawn with replacement. Rows
+    of the same prompts in the same order are drawn alike."""
+    ids = {name: i for i, name in enumerate(dict.fromkeys(row["id"] for row in rows))}
+    n = len(ids)
+    drawn = np.random.default_rng(seed).multinomial(n, [1 / n] * n, RESAMPLES)
+    drawn = np.concatenate([np.ones((1, n)), drawn])
+    sums = {}
+    for column, value in rows[0].items():
+        if not isinstance(value, str) and column != "turn":
+            table = np.zeros(n)
+            np.add.at(table, [ids[row["id"]] for row in rows], [row[column] for row in rows])
+            sums[column] = drawn @ table
+    return sums
+
+
+def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    """What else is not the same in the two reports: settings, machine, versions."""
+    pair = before["environment"], after["environment"]
+    keys = [key for key in pair[0] if key in pair[1] and not key.startswith("peak")]
+    return [f"{k}: {pair[0][k]} -> {pair[1][k]}" for k in keys if pair[0][k] != pair[1][k]]
+
+
+def print_changes(
+    before: dict[str, Any], after: dict[str, Any], console: Console | None = None
+) -> None:
+    """Print what changed as a table, what else is not the same, and how to read it."""
+    console = console or Console()
+    changes = compare(before, after)
+    table = Table(title="What changed")
+    for name in ("side", "category", "texts", "measure", "before", "after", "change (95%)", ""):
+        table.add_column(name, justify="right" if name in ("before", "after", "texts") else "left")
+    for c in changes:
+        low, high = c.interval
+        table.add_row(
+            c.side, c.category, str(c.texts), c.measure, f"{c.before:.3f}", f"{c.after:.3f}",
+            f"{c.after - c.before:+.3f} ({low:+.3f} to {high:+.3f})",
+            "significant" if c.significant else "within chance",
+        )  # fmt: skip
+    console.print(table)
+    for line in differences(before, after):
+        console.print(f"Not the same: {line}")
+    if not all(c.paired for c in changes):
+        console.print("The reports share no prompts: their texts were drawn apart.")
+    console.print(
+        f"Of {len(changes)} intervals one in twenty leaves out 0 by chance. Tokens a second "
+        "compare two runs; a speedup is measured within each."
+    )

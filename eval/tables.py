@@ -1,0 +1,120 @@
+"""The tables of a report, for a terminal and for report.md."""
+
+import sys
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+COLUMNS = [
+    "decoder", "K", "category", "texts", "acceptance length (95%)", "a_1 .. a_4", "speedup (95%)",
+    "predicted", "tok/s", "equal",
+]  # fmt: skip
+LEFT = ("decoder", "category")
+
+
+def cells(result: dict[str, Any]) -> list[str]:
+    """One result as a row of `COLUMNS`."""
+    low, high = result["speedup_interval"]
+    shortest, longest = result["acceptance_length_interval"]
+    predicted = result["predicted_decode_speedup"]
+    equal = {None: "", True: "yes"}.get(result["equal_to_plain"])
+    category = result["category"]
+    return [
+        decoder_name(result),
+        str(result["num_assistant_tokens"]),
+        category if result["looping_texts"] == "with" else f"{category}, no loops",
+        str(result["texts"]),
+        f"{result['acceptance_length']:.2f} ({shortest:.2f} to {longest:.2f})",
+        ", ".join(f"{a:.2f}" for a in result["conditional_acceptance_rate"][:4]),
+        f"{result['speedup']:.2f} ({low:.2f} to {high:.2f})",
+        "" if predicted is None else f"{predicted:.2f}",
+        f"{result['tokens_per_second']:.1f}",
+        f"{result['parted_share']:.0%} part" if equal is None else equal,
+    ]
+
+
+def decoder_name(result: dict[str, Any]) -> str:
+    """The decoder, and the temperature where it samples."""
+    warm = f" T={result['temperature']:g}" if result["temperature"] else ""
+    return f"{result['decoder']}{warm}"
+
+
+def title(content: dict[str, Any]) -> str:
+    """What was measured, and where."""
+    env = content["environment"]
+    return (
+        f"{env['target']}, {env['dtype']}, {env['max_new_tokens']} new tokens, "
+        f"{env['threads']} threads of {env['accelerator'] or env['processor']}"
+    )
+
+
+def by_head(content: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """The results of each head; those that need none come under their decoder's name."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for result in content["results"]:
+        found.setdefault(result["head"] or result["decoder"], []).append(result)
+    return found
+
+
+def remarks(content: dict[str, Any]) -> list[str]:
+    """What it takes to read the tables, a sentence or two each."""
+    lines = [content["verdict"]]
+    if (noise := content["noise"]) is not None:
+        low, high = noise["speedup_interval"]
+        lines.append(
+            f"Noise: plain decoding measured twice on {noise['texts']} of the texts is "
+            f"{noise['speedup']:.2f} times as fast as itself ({low:.2f} to {high:.2f})."
+        )
+    for name, costs in content["costs"].items():
+        for decoder, cost in costs.items():
+            v = ", ".join(f"{value:.2f}" for value in cost["v"][1:])
+            lines.append(
+                f"Costs in target steps, {name}, {decoder}: a draft {cost['c']:.3f}; "
+                f"verifying 1 to {len(cost['v']) - 1} drafts {v}."
+            )
+    for name, threshold in content["thresholds"].items():
+        lines.append(f"Confidence threshold of {name}, chosen on some prompts: {threshold:.2f}.")
+    parted = [p for r in content["results"] for p in r["parted"]]
+    if parted:
+        worst = max(p["top2_logit_gap"] for p in parted)
+        fine = all(p["within_rounding"] for p in parted)
+        lines.append(
+            "Where texts part from plain decoding, the target's two best logits are at most "
+            f"{worst:.3g} apart: "
+            + (
+                "what rounding may turn around."
+                if fine
+                else "more than rounding explains: a fault."
+            )
+        )
+    return lines
+
+
+def print_report(content: dict[str, Any], console: Console | None = None) -> None:
+    """Print the results as tables, one for each head, and what it takes to read them."""
+    # Outside a terminal rich assumes 80 columns and would fold every cell.
+    console = console or Console(width=None if sys.stdout.isatty() else 150)
+    for name, found in by_head(content).items():
+        table = Table(title=f"{name} for {title(content)}")
+        for column in COLUMNS:
+            table.add_column(column, justify="left" if column in LEFT else "right", no_wrap=True)
+        for result in found:
+            table.add_row(*cells(result))
+        console.print(table)
+    for line in remarks(content):
+        console.print(line)
+
+
+def markdown(content: dict[str, Any]) -> str:
+    """report.md: the same tables."""
+    lines = ["# Evaluation", "", title(content) + ".", ""]
+    for line in remarks(content):
+        lines += [line, ""]
+    for name, found in by_head(content).items():
+        aligned = ["---" if column in LEFT else "---:" for column in COLUMNS]
+        lines += [f"## {name}", ""]
+        rows = [COLUMNS, aligned, *map(cells, found)]
+        lines += [f"| {' | '.join(row)} |" for row in rows] + [""]
+    lines += ["report.json has every figure; report.html shows them."]
+    return "\n".join(lines) + "\n"

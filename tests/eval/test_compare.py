@@ -1,0 +1,101 @@
+"""Two reports side by side: paired by prompt, and no change is made of noise."""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from headstart.cli.main import main
+from headstart.eval.compare import compare, read_report
+from headstart.eval.report import PER_TEXT
+
+
+def report(
+    rows: list[dict[str, Any]], head: str = "h", decoder: str = "exact", **environment: Any
+) -> dict[str, Any]:
+    per_text = [[row[column] for column in PER_TEXT] for row in rows]
+    result = {
+        "head": head, "decoder": decoder, "num_assistant_tokens": 4, "temperature": 0.0,
+        "category": "all", "per_text": per_text,
+    }  # fmt: skip
+    where = {"target": "t", "threads": 2} | environment
+    return {
+        "schema": 2, "environment": where, "per_text_columns": PER_TEXT, "results": [result]
+    }  # fmt: skip
+
+
+def texts(count: int, seconds: float, jitter: float, seed: int = 0) -> list[dict[str, Any]]:
+    """Texts of very different length and luck, which a paired comparison does not mind."""
+    rng, luck = random.Random(seed), random.Random(1)
+    rows = []
+    for i in range(count):
+        rounds = luck.randint(5, 60)
+        accepted = luck.randint(0, 2 * rounds)
+        tokens = rounds + accepted + 1
+        rows.append({
+            "id": f"p{i}", "turn": 0, "category": "ab"[i % 2], "plain_seconds": tokens * 0.1,
+            "plain_tokens": tokens, "seconds": rounds * seconds * (1 + rng.uniform(0, jitter)),
+            "tokens": tokens, "rounds": rounds, "accepted": accepted,
+        })  # fmt: skip
+    return rows
+
+
+def by_name(before: dict[str, Any], after: dict[str, Any]) -> dict[tuple[str, str], Any]:
+    return {(c.category, c.measure): c for c in compare(before, after)}
+
+
+def test_a_small_change_is_seen_where_the_same_prompts_were_measured() -> None:
+    """2% faster on 30 texts that differ among each other by a factor of three."""
+    before, after = report(texts(30, 0.2, 0.01)), report(texts(30, 0.196, 0.01, seed=5), "other")
+    found = by_name(before, after)
+    assert set(found) == {
+        (category, measure)
+        for category in ("all", "a", "b")
+        for measure in ("acceptance length", "speedup", "tokens a second")
+    }
+    change = found["all", "speedup"]
+    assert change.paired
+    assert change.significant
+    assert change.after / change.before == pytest.approx(1 / 0.98, rel=0.01)
+    same = found["all", "acceptance length"]
+    assert (same.after - same.before, same.interval, same.significant) == (0, (0, 0), False)
+
+
+def test_noise_is_no_change_and_prompts_of_their_own_are_drawn_apart() -> None:
+    """Half of each text's time is chance. Without shared prompts 2% are lost among the texts."""
+    noisy = by_name(report(texts(30, 0.2, 0.5)), report(texts(30, 0.2, 0.5, seed=5)))
+    assert not noisy["all", "speedup"].significant
+    others = [row | {"id": f"other {row['id']}"} for row in texts(30, 0.196, 0.01, seed=5)]
+    apart = by_name(report(texts(30, 0.2, 0.01)), report(others))
+    assert not apart["all", "speedup"].paired
+    assert not apart["all", "speedup"].significant
+    assert apart["all", "acceptance length"].interval[0] < 0
+
+
+def test_only_texts_that_both_have_are_compared() -> None:
+    rows = texts(10, 0.2, 0.0)
+    odd = rows[3] | {"id": "odd", "accepted": 10**6, "tokens": 10**6}
+    found = by_name(report(rows[:8]), report([*rows[2:], odd]))
+    assert found["all", "acceptance length"].texts == 6
+    assert found["all", "acceptance length"].interval == (0, 0)
+
+
+def test_the_command_says_what_else_changed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, threads in (("a", 2), ("b", 4)):
+        (tmp_path / name).mkdir()
+        content = report(texts(8, 0.2, 0.1), threads=threads)
+        (tmp_path / name / "report.json").write_text(json.dumps(content))
+    assert main(["compare", str(tmp_path / "a"), str(tmp_path / "b" / "report.json")]) == 0
+    assert "Not the same: threads: 2 -> 4" in capsys.readouterr().out
+
+    assert main(["compare", str(tmp_path), str(tmp_path / "b")]) == 1
+    assert "no report at" in capsys.readouterr().err
+    (tmp_path / "report.json").write_text('{"schema": 1}')
+    with pytest.raises(ValueError, match="has schema 1, not 2"):
+        read_report(tmp_path)
+    with pytest.raises(ValueError, match="no side"):
+        compare(report(texts(2, 0.2, 0.1)), report(texts(2, 0.2, 0.1), decoder="cost"))

@@ -1,0 +1,67 @@
+"""`headstart eval --simulate`: from a store, the acceptance of exact decoding on its texts."""
+
+import json
+from pathlib import Path
+
+import pytest
+from transformers import PreTrainedModel
+
+from headstart.cli.main import main
+from headstart.configs.schema import EvalConfig
+from headstart.eval.estimate import run_estimate
+from headstart.eval.report import run_evaluation
+from headstart.heads.targets import load_target
+from tests.eval.test_decoding import half_trained_head
+
+NEW = 24
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    """Greedy answers of the tiny target to some prompts, and one sampled, which does not count."""
+    rows = [{"prompt": "xyz" * (i + 1), "category": "ab"[i % 2], "id": str(i)} for i in range(6)]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    argv = ["regenerate", "--extract", "--out", str(tmp_path / "store"), "target.name=tiny-gemma4"]
+    argv += [f"data.prompts=[{tmp_path / 'p.jsonl'}]", "target.dtype=float32", "eval=null"]
+    argv += ["data.temperatures=[0.0]", f"data.max_new_tokens={NEW}"]
+    assert main(argv) == 0
+    return tmp_path / "store"
+
+
+def test_the_estimate_is_what_exact_decoding_does(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many rounds in every category, and as many drafts accepted, but for the last token of a
+    text, which the decoder leaves to the target."""
+    monkeypatch.setattr("headstart.eval.draft_cost.COST_TURNS", 2)
+    target = load_target("tiny-gemma4", "float32")
+    heads: dict[str, PreTrainedModel] = {"h": half_trained_head(target)}
+    estimated = run_estimate(target, heads, store, [2, 3], tmp_path / "estimate")
+    assert json.loads((tmp_path / "estimate" / "estimate.json").read_text()) == estimated
+    chosen = EvalConfig(
+        prompts=str(tmp_path / "p.jsonl"), num_assistant_tokens=[2, 3], max_new_tokens=NEW,
+        decoders=["exact"],
+    )  # fmt: skip
+    decoded = run_evaluation(target, heads, chosen, tmp_path / "out")
+    real = [r for r in decoded["results"] if r["looping_texts"] == "with"]
+    names = ("num_assistant_tokens", "category", "rounds")
+    by_place = {tuple(r[name] for name in names): r for r in real}
+    assert by_place.keys() == {tuple(r[name] for name in names) for r in estimated["results"]}
+    for r in estimated["results"]:
+        other = by_place[tuple(r[name] for name in names)]
+        assert 0 <= sum(r["accepted"]) - sum(other["accepted"]) <= other["texts"]
+    assert all(sum(r["accepted"]) > 0 for r in real), "a head never accepted makes this test empty"
+
+
+def test_a_store_of_another_target_or_without_greedy_text_is_refused(
+    store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = load_target("tiny-gemma4", "float32")
+    heads: dict[str, PreTrainedModel] = {"h": half_trained_head(target)}
+    heads["h"].save_pretrained(tmp_path / "head")
+    argv = ["eval", "--head", str(tmp_path / "head"), "--simulate", str(store), "--dtype"]
+    argv += ["float32", "--out", str(tmp_path / "out"), "--num-assistant-tokens", "2"]
+    assert main([*argv, "--target", "tiny-gemma4"]) == 0
+    assert "greedy texts of tiny-gemma4, rounds walked" in capsys.readouterr().out
+    assert main([*argv, "--target", "tiny-gemma3"]) == 1
+    assert "does not fit" in capsys.readouterr().err

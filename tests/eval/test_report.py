@@ -1,0 +1,350 @@
+"""The evaluation: what is compared with what, and that the report says what was measured."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from headstart.cli.main import main
+from headstart.configs.schema import Decoder, EvalConfig
+from headstart.data.prompts import load_prompts
+from headstart.data.templates import encode_prompt
+from headstart.eval.decoding import Decoded, Sampling, decode
+from headstart.eval.draft_cost import Costs
+from headstart.eval.measurements import Text
+from headstart.eval.report import run_evaluation
+from headstart.eval.sides import calibrated_threshold
+from headstart.eval.statistics import Resampled, interval, noise, summarise
+from headstart.eval.verdict import ends_in_loop, verdict
+from headstart.heads.targets import Target
+from tests.conftest import make_target
+from tests.eval.test_decoding import half_trained_head
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("headstart.eval.draft_cost.COST_TURNS", 2)
+
+
+def prompt_file(folder: Path, count: int) -> str:
+    path = folder / "p.jsonl"
+    rows = [{"prompt": "xyz" * (i + 1), "category": "ab"[i % 2]} for i in range(count)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def settings(folder: Path, prompts: int, **kwargs: Any) -> EvalConfig:
+    chosen: dict[str, Any] = {"num_assistant_tokens": [2], "max_new_tokens": 12} | kwargs
+    return EvalConfig(prompts=prompt_file(folder, prompts), **chosen)
+
+
+def test_the_report_holds_the_schema_that_others_read(tiny: Target, tmp_path: Path) -> None:
+    chosen = settings(tmp_path, 5, limit=4, num_assistant_tokens=[2, 3], max_new_tokens=20)
+    run_evaluation(tiny, {"heads/x": half_trained_head(tiny)}, chosen, tmp_path / "out")
+    content = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert content["schema"] == 2
+    assert content["environment"]["dtype"] == "float32"
+    assert content["verdict"] in (tmp_path / "out" / "report.md").read_text()
+    assert content["noise"]["texts"] == 1
+    names = ("decoder", "num_assistant_tokens", "category", "prompts")
+    found = [r for r in content["results"] if r["looping_texts"] == "with"]
+    assert {tuple(r[name] for name in names) for r in found} == {
+        (decoder, k, category, n)
+        for decoder in ("transformers", "exact")
+        for k in (2, 3)
+        for category, n in (("all", 4), ("a", 2), ("b", 2))
+    }
+    for r in content["results"]:
+        k = r["num_assistant_tokens"]
+        assert (r["head"], r["temperature"], r["equal_to_plain"]) == ("heads/x", 0, True)
+        assert len(r["conditional_acceptance_rate"]) == k
+        assert r["acceptance_length"] == 1 + sum(r["accepted"]) / r["rounds"]
+        assert r["acceptance_rate"] == sum(r["accepted"]) / r["drafted"]
+        assert r["cumulative_acceptance_rate"] == [a / r["rounds"] for a in r["accepted"]]
+        histogram = r["accepted_histogram"]
+        assert sum(histogram) == r["rounds"] == sum(p["rounds"] for p in r["by_position"])
+        assert sum(n * count for n, count in enumerate(histogram)) == sum(r["accepted"])
+        assert r["target_forwards"] == r["rounds"] + r["texts"]
+        assert r["target_forwards_per_token"] == r["target_forwards"] / r["new_tokens"]
+        assert r["new_tokens"] == sum(r["accepted"]) + r["rounds"] + r["texts"]
+        assert r["baseline_target_forwards"] == r["new_tokens"]
+        for name in ("speedup", "acceptance_length"):
+            low, high = r[f"{name}_interval"]
+            assert low <= r[name] <= high
+        assert r["time_to_first_token"] > 0
+        assert r["predicted_decode_speedup"] > 0
+        assert r["decode_tokens_per_second"] > r["tokens_per_second"] * 0.9
+        assert (r["drafting_share"] is None) == (r["decoder"] == "transformers")
+        assert r["drafting_share"] is None or 0 < r["drafting_share"] < 1
+        if "per_text" in r:
+            rows = [dict(zip(content["per_text_columns"], t, strict=True)) for t in r["per_text"]]
+            assert sum(row["accepted"] for row in rows) == sum(r["accepted"])
+            assert sum(row["tokens"] for row in rows) == r["new_tokens"]
+
+
+def test_texts_that_part_are_counted_with_their_logit_gap(
+    tiny: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A decoder that changes the target's mind must not go unnoticed."""
+
+    def meddle(target: Target, ids: list[int], *args: Any, **kwargs: Any) -> Decoded:
+        decoded = decode(target, ids, *args, **kwargs)
+        if len(ids) == shortest and len(decoded.tokens) > 5:
+            decoded.tokens[5] += 1
+        return decoded
+
+    chosen = settings(tmp_path, 2, decoders=["transformers"])
+    prompts = load_prompts(chosen.prompts)
+    shortest = len(encode_prompt(prompts[0], tiny.tokenizer))
+    monkeypatch.setattr("headstart.eval.sides.decode", meddle)
+    content = run_evaluation(tiny, {"h": half_trained_head(tiny)}, chosen, tmp_path / "out")
+    whole = content["results"][0]
+    assert whole["equal_to_plain"] is False
+    assert whole["parted_share"] == 0.5
+    (parted,) = whole["parted"]
+    ids = encode_prompt(prompts[0], tiny.tokenizer)
+    ids += decode(tiny, ids, 12).tokens[:5]
+    logits = tiny.model(torch.tensor([ids])).logits[0, -1].sort(descending=True).values
+    gap = pytest.approx(float(logits[0] - logits[1]), abs=1e-5)
+    place = {"id": prompts[0].id, "turn": 0, "token": 5}
+    assert parted == place | {"top2_logit_gap": gap, "within_rounding": False}
+    assert "more than rounding explains" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_heads_small_models_and_decoders_are_compared_in_one_run(
+    tiny: Target, tmp_path: Path
+) -> None:
+    """Those that choose K themselves once for each head; every text is that of plain decoding."""
+    names: list[Decoder] = ["transformers", "exact", "heuristic", "confident", "cost", "hybrid"]
+    chosen = settings(
+        tmp_path, 3, num_assistant_tokens=[2, 3], max_new_tokens=24,
+        decoders=[*names, "lookup", "draft-model"], draft_models=["small"],
+    )  # fmt: skip
+    heads = {"h": half_trained_head(tiny), "i": half_trained_head(tiny)}
+    small = {"small": make_target("gemma3").model}
+    content = run_evaluation(tiny, heads, chosen, tmp_path / "out", draft_models=small)
+    whole = [r for r in content["results"] if "per_text" in r]
+    fixed = [(name, head, k) for name in names[:2] for head in "hi" for k in (2, 3)]
+    own = [(name, head, 8) for name in names[2:] for head in "hi"]
+    free = [("lookup", None, 2), ("lookup", None, 3)]
+    found = [(r["decoder"], r["head"], r["num_assistant_tokens"]) for r in whole]
+    assert found == [*fixed, *own, *free, ("draft-model", "small", 2), ("draft-model", "small", 3)]
+    assert all(r["equal_to_plain"] for r in whole)
+    assert all(r["new_tokens"] == whole[0]["new_tokens"] for r in whole)
+    assert content["costs"].keys() == content["thresholds"].keys() == heads.keys()
+    assert all(0 <= t < 1 for t in content["thresholds"].values())
+    for example in content["examples"]:
+        kept = "".join(text for text, kind in example["tokens"] if kind != "rejected")
+        prompt = next(p for p in load_prompts(chosen.prompts) if p.id == example["id"])
+        tokens = decode(tiny, encode_prompt(prompt, tiny.tokenizer), 24).tokens
+        assert kept == "".join(tiny.tokenizer.decode([token]) for token in tokens)
+
+
+def test_what_cannot_be_compared_is_refused(tiny: Target, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="exact needs a head"):
+        run_evaluation(tiny, {}, settings(tmp_path, 1, decoders=["exact"]), tmp_path / "out")
+    with pytest.raises(ValueError, match="draft-model and draft_models go together"):
+        settings(tmp_path, 1, decoders=["draft-model"])
+    with pytest.raises(ValueError, match="decoders names one twice"):
+        settings(tmp_path, 1, decoders=["exact", "exact"])
+    other = make_target("gemma3").model
+    other.config.vocab_size = 7
+    chosen = settings(tmp_path, 1, decoders=["draft-model"], draft_models=["small"])
+    with pytest.raises(ValueError, match="its vocabulary has 7 tokens"):
+        run_evaluation(tiny, {}, chosen, tmp_path / "out", draft_models={"small": other})
+
+
+def test_sampled_texts_have_a_baseline_of_their_own(tiny: Target, tmp_path: Path) -> None:
+    """Each temperature beside plain decoding at it; nothing parts, since nothing need be equal; a
+    second run draws the same."""
+    chosen = settings(tmp_path, 2, temperatures=[0.0, 1.0], top_k=50, top_p=0.9)
+    heads = {"h": half_trained_head(tiny)}
+    content = run_evaluation(tiny, heads, chosen, tmp_path / "out")
+    whole = [r for r in content["results"] if "per_text" in r]
+    assert [r["temperature"] for r in whole] == [0, 0, 1, 1]
+    assert [r["equal_to_plain"] for r in whole] == [True, True, None, None]
+    assert "At temperature 1: " in content["verdict"]
+    file = tmp_path / "out" / "measurements.jsonl"
+
+    def texts() -> list[Any]:
+        lines = [json.loads(line) for line in file.read_text().splitlines()[1:]]
+        return [[t["plain"]["tokens"] for t in line["turns"]] for line in lines]
+
+    first = texts()
+    assert all(greedy != sampled for greedy, sampled in first)
+    run_evaluation(tiny, heads, chosen, tmp_path / "out")
+    assert texts() == first
+
+
+def test_sampling_is_from_the_likeliest_tokens_alone(tiny: Target) -> None:
+    ids = [5, 6, 7]
+    greedy = decode(tiny, ids, 12).tokens
+    for sampling in (Sampling(1.0, top_k=1), Sampling(1.0, top_p=1e-6), Sampling(1e-4)):
+        assert decode(tiny, ids, 12, sampling=sampling).tokens == greedy
+    assert len({tuple(decode(tiny, ids, 12, sampling=Sampling(1.0, seed=i)).tokens)
+                for i in range(4)}) == 4  # fmt: skip
+
+
+def test_each_turn_is_given_its_whole_text(tiny: Target, tmp_path: Path) -> None:
+    """The second turn follows plain decoding's own answer, for every side."""
+    path = tmp_path / "turns.jsonl"
+    path.write_text(json.dumps({"turns": ["first", "second"], "id": "q", "category": "c"}) + "\n")
+    chosen = EvalConfig(
+        prompts=str(path), num_assistant_tokens=[2], max_new_tokens=10, decoders=["exact"]
+    )
+    content = run_evaluation(tiny, {"h": half_trained_head(tiny)}, chosen, tmp_path / "out")
+    (result,) = [r for r in content["results"] if "per_text" in r]
+    assert (result["prompts"], result["texts"], result["equal_to_plain"]) == (1, 2, True)
+    line = json.loads((tmp_path / "out" / "measurements.jsonl").read_text().splitlines()[1])
+    first, second = line["turns"]
+    answer = tiny.tokenizer.decode(first["plain"]["tokens"], skip_special_tokens=True)
+    whole = tiny.tokenizer(f"first\n{answer}\nsecond")["input_ids"]
+    assert second["prompt_len"] == len(whole)
+    assert second["plain"]["tokens"] == decode(tiny, whole, 10).tokens
+
+
+def test_a_killed_evaluation_goes_on_with_what_is_missing(
+    tiny: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Finished prompts are kept, a line that the kill cut short is not; other settings are refused
+    with both values."""
+    chosen = settings(tmp_path, 4, max_new_tokens=10)
+    heads, out = {"h": half_trained_head(tiny)}, tmp_path / "out"
+    whole = run_evaluation(tiny, heads, chosen, out)
+    file = out / "measurements.jsonl"
+    lines = file.read_text().splitlines()
+    assert len(lines) == 5, "the settings and four prompts"
+    file.write_text("\n".join([*lines[:3], lines[3][:40]]))
+    decoded: list[int] = []
+
+    def note(target: Target, ids: list[int], *args: Any, **kwargs: Any) -> Decoded:
+        decoded.append(len(ids))
+        return decode(target, ids, *args, **kwargs)
+
+    monkeypatch.setattr("headstart.eval.measurements.decode", note)  # plain decoding
+    again = run_evaluation(tiny, heads, chosen, out, resume=True)
+    missing = [json.loads(line)["turns"][0] for line in lines[3:]]
+    twice = sum(turn["again_seconds"] is not None for turn in missing)
+    assert len(decoded) == 1 + 2 + twice, "a warm-up and the two prompts that were missing"
+    assert again["costs"] == whole["costs"], "measured once"
+    counts = ("prompts", "category", "acceptance_length", "new_tokens", "rounds")
+    assert [[r[c] for c in counts] for r in again["results"]] == [
+        [r[c] for c in counts] for r in whole["results"]
+    ]
+    assert file.read_text().splitlines()[:3] == lines[:3]
+
+    other = chosen.model_copy(update={"max_new_tokens": 12})
+    with pytest.raises(ValueError, match="with max_new_tokens=10, not 12"):
+        run_evaluation(tiny, heads, other, out, resume=True)
+    file.write_text("\n".join([lines[0], lines[1][:40], *lines[2:]]))
+    with pytest.raises(ValueError, match="line 2 is damaged"):
+        run_evaluation(tiny, heads, chosen, out, resume=True)
+
+
+def test_a_text_that_ends_in_a_loop_is_told_from_one_that_does_not() -> None:
+    assert ends_in_loop([1, 2, 3, 4, *[7, 8] * 4])
+    assert ends_in_loop([5] * 8)
+    assert not ends_in_loop([1, 2, 3, 4, 1, 2, 3, 4]), "a period of half the text is no loop yet"
+    assert not ends_in_loop([*[7, 8] * 5, 1])
+    assert not ends_in_loop([])
+
+
+@pytest.mark.parametrize(
+    ("interval", "says"),
+    [((1.2, 1.6), "Use the exact decoder with K = 4"), ((0.9, 1.3), "Within the noise"),
+     ((0.5, 0.8), "Decode plainly")],
+)  # fmt: skip
+def test_the_verdict_follows_from_the_interval(interval: tuple[float, float], says: str) -> None:
+    result = {
+        "decoder": "exact", "num_assistant_tokens": 4, "category": "all", "prompts": 9, "loops": 2,
+        "head": "h", "temperature": 0, "looping_texts": "with",
+        "speedup": sum(interval) / 2, "speedup_interval": list(interval),
+    }  # fmt: skip
+    slower = result | {"decoder": "transformers", "speedup": 0.1}
+    straight = {"looping_texts": "without", "speedup": 0.77, "speedup_interval": [0.7, 0.8]}
+    lookup = result | straight | {"decoder": "lookup", "head": None, "speedup": 0.9}
+    text = verdict([slower, result, result | straight, lookup])
+    assert text.startswith(says)
+    assert "2 of the texts end in loops" in text
+    assert "without them it is 0.77 (0.70 to 0.80)" in text
+    assert "the quickest is prompt lookup, without a head, with K = 4, 0.90" in text
+
+
+def decoded(rounds: list[tuple[int, int]], prompt_len: int, seconds: float) -> Decoded:
+    """A text of these (proposed, accepted) rounds."""
+    forwards, cached = [(0, prompt_len)], prompt_len
+    for proposed, accepted in rounds:
+        forwards.append((cached, proposed + 1))
+        cached += accepted + 1
+    tokens = list(range(cached - prompt_len + 1))
+    drafts = [[0] * proposed for proposed, _ in rounds]
+    return Decoded(tokens, seconds, 0.5, None, forwards, drafts)
+
+
+def text(name: str, rounds: list[tuple[int, int]], plain: float, seconds: float) -> Text:
+    assisted = decoded(rounds, 3, seconds)
+    slow = decoded([(0, 0)] * (len(assisted.tokens) - 1), 3, plain)
+    return Text(name, 0, "c", 3, slow, assisted, None, plain * 1.1, True)
+
+
+def test_the_figures_are_sums_over_texts_divided_once() -> None:
+    """By hand: 3 and 2 rounds, 4 and 1 drafts accepted, the long text weighing more."""
+    texts = [text("a", [(3, 3), (3, 1), (2, 0)], 8.0, 4.0), text("b", [(1, 1), (0, 0)], 4.0, 4.0)]
+    found = summarise(texts, 3, Costs(0.1, [1.0, 1.2, 1.4, 1.5]))
+    assert found["rounds"] == 5
+    assert found["acceptance_length"] == 1 + 5 / 5
+    assert found["new_tokens"] == (1 + 7) + (1 + 3)
+    assert found["speedup"] == 12 / 8
+    assert found["speedup_interval"] == pytest.approx((1.0, 2.0)), "one text alone, twice"
+    assert found["time_to_first_token"] == 0.5
+    costs = 2 * (0.3 + 1.5) + (0.2 + 1.4) + (0.1 + 1.2) + 1
+    assert found["predicted_decode_speedup"] == pytest.approx(10 / costs)
+    assert found["decode_speedup"] == pytest.approx((12 - 1) / (8 - 1))
+    assert found["accepted_histogram"] == [2, 2, 0, 1]
+    assert found["by_position"] == [{"from": 0, "rounds": 5, "acceptance_length": 2.0}]
+    again = noise(texts)
+    assert again is not None
+    assert again["speedup"] == pytest.approx(1 / 1.1)
+
+
+def test_a_round_beyond_the_measured_costs_goes_on_as_they_did_last() -> None:
+    costs = Costs(0.1, [1.0, 1.2, 1.5])
+    assert costs.of_round(2) == pytest.approx(1.7)
+    assert costs.of_round(4) == pytest.approx(0.4 + 1.5 + 2 * 0.3)
+
+
+def test_the_turns_of_a_prompt_are_drawn_together() -> None:
+    """Twenty turns of one prompt are one draw: the interval is that of one prompt, no width."""
+    turns = [text("a", [(1, i % 2)], 2.0, 1.0 + i % 2) for i in range(20)]
+    sums = Resampled(turns, {"seconds": lambda t: t.assisted.seconds, "one": lambda t: 1})
+    assert interval(sums["seconds"] / sums["one"]) == (1.5, 1.5)
+    apart = [text(str(i), [(1, i % 2)], 2.0, 1.0 + i % 2) for i in range(20)]
+    sums = Resampled(apart, {"seconds": lambda t: t.assisted.seconds, "one": lambda t: 1})
+    low, high = interval(sums["seconds"] / sums["one"])
+    assert 1.2 < low < 1.4 < 1.6 < high < 1.8
+
+
+def test_the_threshold_is_that_which_promises_most(tiny: Target) -> None:
+    """Where drafts cost nothing none is too many; where they cost much, one is."""
+    head: PreTrainedModel = half_trained_head(tiny)
+    prompts = [[5, 6, 7], [100] * 12]
+    free, dear = Costs(0.0, [1.0] * 9), Costs(5.0, [1.0, *range(2, 10)])
+    thresholds = [calibrated_threshold(tiny, head, costs, prompts, 24) for costs in (free, dear)]
+    assert thresholds[0] == 0 < thresholds[1]
+
+
+def test_the_command_measures_a_head_and_names_what_is_wrong(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], tiny: Target
+) -> None:
+    argv = ["eval", "--target", "tiny-gemma4", "--prompts", prompt_file(tmp_path, 2)]
+    argv += ["--max-new-tokens", "6", "--dtype", "float32", "--out", str(tmp_path / "out")]
+    assert main([*argv, "--decoders", "lookup"]) == 0
+    assert "prompt lookup, without a head" in (tmp_path / "out" / "report.md").read_text()
+    with pytest.raises(SystemExit, match="2"):
+        main([*argv, "--decoders", "lockup"])
+    assert "'lockup' is none of transformers, exact" in capsys.readouterr().err
+    assert main([*argv, "--temperature", "0,0"]) == 1
+    assert "temperatures names one twice" in capsys.readouterr().err
