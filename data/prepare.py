@@ -97,9 +97,7 @@ def _prepare_stored(
     return Chosen(documents, kept), _greedy_answers(target, validation, data, seed)
 
 
-def load_sources(
-    data: DataConfig, held_out: str | None
-) -> list[tuple[list[Prompt], float | None]]:
+def load_sources(data: DataConfig, held_out: str | None) -> list[tuple[list[Prompt], float | None]]:
     """The prompts of each source and its weight, without copies of evaluation prompts; prints how
     many those are."""
     sources = [(load_prompts(s, data.max_bad_rows), s.weight) for s in data.prompts]

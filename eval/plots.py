@@ -219,10 +219,10 @@ def accepted(whole: Sequence[Result]) -> Figure | None:
 def time(whole: Sequence[Result]) -> Figure:
     """Milliseconds a token, by what they were spent on, of each side and of plain decoding."""
     first = whole[0]
-    tokens, texts = first["baseline_target_forwards"], first["texts"]  # one forward a token
-    rate = first["baseline_decode_tokens_per_second"]
-    steps = (tokens - texts) / tokens / rate if rate else 0.0
-    rows = [("plain decoding", [1 / first["baseline_tokens_per_second"] - steps, 0.0, steps, 0.0])]
+    tokens = first["baseline_target_forwards"]  # one forward a token
+    prefill = first["baseline_time_to_first_token"] * first["texts"] / tokens
+    steps = 1 / first["baseline_tokens_per_second"] - prefill
+    rows = [("plain decoding", [prefill, 0.0, steps, 0.0])]
     for look, r in zip(_looks(whole), whole, strict=True):
         seconds, share = 1 / r["tokens_per_second"], r["drafting_share"]
         prefill = r["time_to_first_token"] * r["texts"] / r["new_tokens"]

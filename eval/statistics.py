@@ -143,6 +143,7 @@ def _speed(texts: Sequence[Text], sums: Resampled) -> dict[str, Any]:
         "speedup": float(speedup[0]),
         "speedup_interval": interval(speedup),
         "time_to_first_token": sum(t.first_token_seconds for t in assisted) / len(texts),
+        "baseline_time_to_first_token": sum(t.first_token_seconds for t in plain) / len(texts),
         "prefill_tokens_per_second": prompt_tokens / sum(t.first_token_seconds for t in assisted),
         "decode_tokens_per_second": rate,
         "baseline_decode_tokens_per_second": plain_rate,

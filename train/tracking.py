@@ -1,9 +1,11 @@
 """Weights & Biases: the metrics of a run, and nothing else unless `wandb.upload` names it."""
 
+import io
 import secrets
 from typing import Any
 
 from accelerate import Accelerator
+from PIL import Image
 
 from headstart.configs.schema import Config
 from headstart.eval.plots import figures
@@ -75,8 +77,11 @@ def log_report(config: Config, content: dict[str, Any]) -> None:
         if r["category"] == "all" and r["looping_texts"] == "with":
             name = f"eval/{decoder_name(r)} K={r['num_assistant_tokens']}"
             logged |= {f"{name}/{figure}": r[figure] for figure in LOGGED}
-    drawn = figures(content)
-    run.log(logged | {f"eval/{name}": wandb.Image(figure) for name, figure in drawn.items()})
+    for name, figure in figures(content).items():
+        picture = io.BytesIO()
+        figure.savefig(picture, format="png", dpi=120, facecolor="white")
+        logged[f"eval/{name}"] = wandb.Image(Image.open(picture))
+    run.log(logged)
     run.finish()
 
 

@@ -158,7 +158,7 @@ def test_copies_of_short_chat_prompts_are_found_behind_the_template(
         DataConfig(teacher_top_k=4),
     )
     (tmp_path / "eval.jsonl").write_text('{"prompt": "what is LOVE"}\n')
-    kept = without_contaminated(stored, target, DataConfig(), tmp_path / "eval.jsonl")
+    kept = without_contaminated(stored, target, DataConfig(), str(tmp_path / "eval.jsonl"))
     assert [entry.id for entry in kept.entries] == ["1"]
     assert "1 exact" in capsys.readouterr().out
     without_contaminated(stored, target, DataConfig(), None)
@@ -175,7 +175,7 @@ def test_copies_of_evaluation_prompts_are_not_trained_on_from_stored_work_either
     copy = target.tokenizer.decode(tokens.ids[~tokens.loss_mask], skip_special_tokens=True)
     (tmp_path / "eval.jsonl").write_text(json.dumps({"prompt": copy.upper()}) + "\n")
     data = DataConfig(**{way: stored}, validation_conversations=2, teacher_top_k=16)  # type: ignore[arg-type]
-    training, validation = prepare_documents(target, data, 0, tmp_path / "eval.jsonl")
+    training, validation = prepare_documents(target, data, 0, str(tmp_path / "eval.jsonl"))
     ids = {entry.id for part in (training, validation) for entry in part.entries}
     assert everything.entries[2].id not in ids
     assert "exact and 0 near duplicates" in capsys.readouterr().out

@@ -11,11 +11,15 @@ import pytest
 from PIL import Image
 
 from headstart.cli.main import main
+from headstart.eval.plots import figures
+from headstart.eval.tables import decoder_name
 from headstart.train import loop
 from headstart.train.loop import train
 from headstart.train.run_folder import read_status, run_folder
 from headstart.train.stopping import Interrupted
+from headstart.train.tracking import log_report
 from headstart.train.watching import read_run
+from tests.eval.test_page import usual
 from tests.train.test_loop import metrics, tiny_config
 
 SHORT = ["train.steps=8", "train.validate_every=4", "train.checkpoint_every=4"]
@@ -131,6 +135,21 @@ def test_wandb_gets_the_metrics_and_nothing_else(tmp_path: Path) -> None:
 
     train(tiny_config(tmp_path / "asked", *offline, "wandb.upload=[config]"))
     assert b"weight_decay" in logged(tmp_path / "asked")
+
+
+def test_wandb_gets_the_figures_and_pictures_of_an_evaluation(tmp_path: Path) -> None:
+    config, content = tiny_config(tmp_path / "run", *SHORT, "wandb.mode=offline"), usual()
+    config.run.dir.mkdir()
+    log_report(config, content)
+    sent = logged(config.run.dir)
+    assert content["verdict"].encode() in sent
+    for r in content["results"]:
+        name = f"eval/{decoder_name(r)} K={r['num_assistant_tokens']}/speedup"
+        assert name.encode() in sent
+    pictures = list((config.run.dir / "wandb").rglob("media/images/eval/*.png"))
+    assert len(pictures) == len(figures(content)) > 3
+    log_report(tiny_config(tmp_path / "none", *SHORT), content)
+    assert not (tmp_path / "none").exists()
 
 
 def test_summary_and_status_agree_with_the_metrics(root: Path) -> None:
