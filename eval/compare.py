@@ -10,7 +10,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from headstart.eval.statistics import RESAMPLES, interval
+from headstart.eval.statistics import interval, resampled
 
 MEASURES = {
     "acceptance length": lambda t: 1 + t["accepted"] / np.maximum(t["rounds"], 1),
@@ -115,7 +115,7 @@ def _name(result: dict[str, Any]) -> str:
 def _changes(
     side: str, category: str, before: list[Any], after: list[Any], paired: bool
 ) -> list[Change]:
-    sums = _resampled(before, 0), _resampled(after, 0 if paired else 1)
+    sums = _sums(before, 0), _sums(after, 0 if paired else 1)
     found = []
     for measure, of in MEASURES.items():
         old, new = of(sums[0]), of(sums[1])
@@ -126,20 +126,11 @@ def _changes(
     return found
 
 
-def _resampled(rows: list[Any], seed: int) -> dict[str, np.ndarray]:
-    """Sums of each column [1 + S]: over the prompts, and over as many drawn with replacement. Rows
-    of the same prompts in the same order are drawn alike."""
-    ids = {name: i for i, name in enumerate(dict.fromkeys(row["id"] for row in rows))}
-    n = len(ids)
-    drawn = np.random.default_rng(seed).multinomial(n, [1 / n] * n, RESAMPLES)
-    drawn = np.concatenate([np.ones((1, n)), drawn])
-    sums = {}
-    for column, value in rows[0].items():
-        if not isinstance(value, str) and column != "turn":
-            table = np.zeros(n)
-            np.add.at(table, [ids[row["id"]] for row in rows], [row[column] for row in rows])
-            sums[column] = drawn @ table
-    return sums
+def _sums(rows: list[Any], seed: int) -> dict[str, np.ndarray]:
+    """Sums of each column over the rows' prompts, and over prompts drawn with replacement."""
+    ids = [row["id"] for row in rows]
+    columns = [c for c, value in rows[0].items() if not isinstance(value, str) and c != "turn"]
+    return {c: resampled(ids, [row[c] for row in rows], seed) for c in columns}
 
 
 def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:

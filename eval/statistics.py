@@ -20,37 +20,42 @@ the last place of logits between 16 and 32 (Gemma 4's are capped at 30)."""
 POSITIONS = [0, 16, 32, 64, 128, 256, 512, 1024]  # new tokens before a round: edges of the groups
 
 
-class Resampled:
-    """Sums of figures over prompts, and over P prompts drawn with replacement, S times.
+def resampled(ids: Sequence[str], values: Any, seed: int = 0) -> np.ndarray:
+    """Sums of values over prompts: as they are, then over P drawn with replacement, S times.
 
-    The texts of one prompt (its turns) stay together. The draws depend on P alone, so that figures
-    of the same prompts are resampled alike.
+    Values of one prompt (its turns) stay together. The draws depend on P and the seed alone, so
+    that figures of the same prompts in the same order are drawn alike.
 
     Args:
-        texts: of one side, or several.
+        ids: [n] of the prompt of each value.
+        values: [n] or [n, K].
+        seed: of the draws.
+
+    Returns:
+        [1 + S] or [1 + S, K].
+    """
+    places = {name: i for i, name in enumerate(dict.fromkeys(ids))}
+    prompts, values = len(places), np.array(values, dtype=float)
+    # How often each prompt is drawn, [S, P].
+    drawn = np.random.default_rng(seed).multinomial(prompts, [1 / prompts] * prompts, RESAMPLES)
+    table = np.zeros((prompts, *values.shape[1:]))
+    np.add.at(table, [places[name] for name in ids], values)
+    return np.concatenate([np.ones((1, prompts)), drawn]) @ table
+
+
+def resampled_sums(
+    texts: Sequence[Text], figures: dict[str, Callable[[Text], float | Sequence[float]]]
+) -> dict[str, np.ndarray]:
+    """`resampled` figures of texts, by name.
+
+    Args:
+        texts: of one side.
         figures: name -> what a text adds to it; a number, or K of them.
     """
-
-    def __init__(
-        self,
-        texts: Sequence[Text],
-        figures: dict[str, Callable[[Text], float | Sequence[float]]],
-    ):
-        places = {name: i for i, name in enumerate(dict.fromkeys(t.id for t in texts))}
-        prompts = len(places)
-        # How often each prompt is drawn, [S, P]; the first row is the prompts as they are.
-        drawn = np.random.default_rng(0).multinomial(prompts, [1 / prompts] * prompts, RESAMPLES)
-        drawn = np.concatenate([np.ones((1, prompts)), drawn])
-        self.sums: dict[str, np.ndarray] = {}
-        """Name -> [1 + S] or [1 + S, K]."""
-        for name, figure in figures.items():
-            values = np.array([figure(text) for text in texts], dtype=float)
-            table = np.zeros((prompts, *values.shape[1:]))
-            np.add.at(table, [places[text.id] for text in texts], values)
-            self.sums[name] = drawn @ table
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        return self.sums[name]
+    ids = [text.id for text in texts]
+    return {
+        name: resampled(ids, [figure(text) for text in texts]) for name, figure in figures.items()
+    }
 
 
 def interval(values: np.ndarray) -> tuple[float, float]:
@@ -74,7 +79,7 @@ def summarise(
     counts = [text.assisted.counts(text.prompt_len, k) for text in texts]
     by_text = {id(text): count for text, count in zip(texts, counts, strict=True)}
     total = sum(counts, zero_counts(k))
-    sums = Resampled(texts, {
+    sums = resampled_sums(texts, {
         "seconds": lambda t: t.assisted.seconds,
         "tokens": lambda t: len(t.assisted.tokens),
         "plain_seconds": lambda t: t.plain.seconds,
@@ -116,7 +121,7 @@ def summarise(
     }
 
 
-def _acceptance(total: AcceptanceCounts, sums: Resampled) -> dict[str, Any]:
+def _acceptance(total: AcceptanceCounts, sums: dict[str, np.ndarray]) -> dict[str, Any]:
     rounds = np.maximum(sums["rounds"], 1)
     conditional = sums["accepted"] / np.maximum(sums["reached"], 1)
     intervals = np.percentile(conditional[1:], [2.5, 97.5], axis=0).T
@@ -130,7 +135,7 @@ def _acceptance(total: AcceptanceCounts, sums: Resampled) -> dict[str, Any]:
     }
 
 
-def _speed(texts: Sequence[Text], sums: Resampled) -> dict[str, Any]:
+def _speed(texts: Sequence[Text], sums: dict[str, np.ndarray]) -> dict[str, Any]:
     speedup = (sums["plain_seconds"] / sums["plain_tokens"]) / (sums["seconds"] / sums["tokens"])
     assisted, plain = [t.assisted for t in texts], [t.plain for t in texts]
     rate, plain_rate = _decode_rate(assisted), _decode_rate(plain)
@@ -199,7 +204,7 @@ def noise(texts: Sequence[Text]) -> dict[str, Any] | None:
     twice = [text for text in texts if text.again_seconds is not None]
     if not twice:
         return None
-    sums = Resampled(twice, {
+    sums = resampled_sums(twice, {
         "plain": lambda t: t.plain.seconds, "again": lambda t: t.again_seconds or 0.0,
     })  # fmt: skip
     ratio = sums["plain"] / sums["again"]

@@ -17,7 +17,7 @@ from headstart.eval.draft_cost import Costs
 from headstart.eval.measurements import Text
 from headstart.eval.report import run_evaluation
 from headstart.eval.sides import calibrated_threshold
-from headstart.eval.statistics import Resampled, interval, noise, summarise
+from headstart.eval.statistics import interval, noise, resampled_sums, summarise
 from headstart.eval.verdict import ends_in_loop, verdict
 from headstart.heads.targets import Target
 from tests.conftest import make_target
@@ -319,10 +319,10 @@ def test_a_round_beyond_the_measured_costs_goes_on_as_they_did_last() -> None:
 def test_the_turns_of_a_prompt_are_drawn_together() -> None:
     """Twenty turns of one prompt are one draw: the interval is that of one prompt, no width."""
     turns = [text("a", [(1, i % 2)], 2.0, 1.0 + i % 2) for i in range(20)]
-    sums = Resampled(turns, {"seconds": lambda t: t.assisted.seconds, "one": lambda t: 1})
+    sums = resampled_sums(turns, {"seconds": lambda t: t.assisted.seconds, "one": lambda t: 1})
     assert interval(sums["seconds"] / sums["one"]) == (1.5, 1.5)
     apart = [text(str(i), [(1, i % 2)], 2.0, 1.0 + i % 2) for i in range(20)]
-    sums = Resampled(apart, {"seconds": lambda t: t.assisted.seconds, "one": lambda t: 1})
+    sums = resampled_sums(apart, {"seconds": lambda t: t.assisted.seconds, "one": lambda t: 1})
     low, high = interval(sums["seconds"] / sums["one"])
     assert 1.2 < low < 1.4 < 1.6 < high < 1.8
 
