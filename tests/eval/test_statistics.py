@@ -1,0 +1,92 @@
+"""What texts come to: sums, intervals, what was predicted, and the verdict in words."""
+
+import pytest
+
+from headstart.eval.decoding import Decoded
+from headstart.eval.draft_cost import Costs
+from headstart.eval.measurements import Text
+from headstart.eval.statistics import interval, noise, resampled_sums, summarise
+from headstart.eval.verdict import ends_in_loop, verdict
+
+
+def test_a_text_that_ends_in_a_loop_is_told_from_one_that_does_not() -> None:
+    assert ends_in_loop([1, 2, 3, 4, *[7, 8] * 4])
+    assert ends_in_loop([5] * 8)
+    assert not ends_in_loop([1, 2, 3, 4, 1, 2, 3, 4]), "a period of half the text is no loop yet"
+    assert not ends_in_loop([*[7, 8] * 5, 1])
+    assert not ends_in_loop([])
+
+
+@pytest.mark.parametrize(
+    ("interval", "says"),
+    [((1.2, 1.6), "Use the exact decoder with K = 4"), ((0.9, 1.3), "Within the noise"),
+     ((0.5, 0.8), "Decode plainly")],
+)  # fmt: skip
+def test_the_verdict_follows_from_the_interval(interval: tuple[float, float], says: str) -> None:
+    result = {
+        "decoder": "exact", "num_assistant_tokens": 4, "category": "all", "prompts": 9, "loops": 2,
+        "head": "h", "temperature": 0, "looping_texts": "with",
+        "speedup": sum(interval) / 2, "speedup_interval": list(interval),
+    }  # fmt: skip
+    slower = result | {"decoder": "transformers", "speedup": 0.1}
+    straight = {"looping_texts": "without", "speedup": 0.77, "speedup_interval": [0.7, 0.8]}
+    lookup = result | straight | {"decoder": "lookup", "head": None, "speedup": 0.9}
+    text = verdict([slower, result, result | straight, lookup])
+    assert text.startswith(says)
+    assert "2 of the texts end in loops" in text
+    assert "without them it is 0.77 (0.70 to 0.80)" in text
+    assert "the quickest is prompt lookup, without a head, with K = 4, 0.90" in text
+
+
+def decoded(rounds: list[tuple[int, int]], prompt_len: int, seconds: float) -> Decoded:
+    """A text of these (proposed, accepted) rounds."""
+    forwards, cached = [(0, prompt_len)], prompt_len
+    for proposed, accepted in rounds:
+        forwards.append((cached, proposed + 1))
+        cached += accepted + 1
+    tokens = list(range(cached - prompt_len + 1))
+    drafts = [[0] * proposed for proposed, _ in rounds]
+    return Decoded(tokens, seconds, 0.5, None, forwards, drafts)
+
+
+def text(name: str, rounds: list[tuple[int, int]], plain: float, seconds: float) -> Text:
+    assisted = decoded(rounds, 3, seconds)
+    slow = decoded([(0, 0)] * (len(assisted.tokens) - 1), 3, plain)
+    return Text(name, 0, "c", 3, slow, assisted, None, plain * 1.1, True)
+
+
+def test_the_figures_are_sums_over_texts_divided_once() -> None:
+    """By hand: 3 and 2 rounds, 4 and 1 drafts accepted, the long text weighing more."""
+    texts = [text("a", [(3, 3), (3, 1), (2, 0)], 8.0, 4.0), text("b", [(1, 1), (0, 0)], 4.0, 4.0)]
+    found = summarise(texts, 3, Costs(0.1, [1.0, 1.2, 1.4, 1.5]))
+    assert found["rounds"] == 5
+    assert found["acceptance_length"] == 1 + 5 / 5
+    assert found["new_tokens"] == (1 + 7) + (1 + 3)
+    assert found["speedup"] == 12 / 8
+    assert found["speedup_interval"] == pytest.approx((1.0, 2.0)), "one text alone, twice"
+    assert found["time_to_first_token"] == 0.5
+    costs = 2 * (0.3 + 1.5) + (0.2 + 1.4) + (0.1 + 1.2) + 1
+    assert found["predicted_decode_speedup"] == pytest.approx(10 / costs)
+    assert found["decode_speedup"] == pytest.approx((12 - 1) / (8 - 1))
+    assert found["accepted_histogram"] == [2, 2, 0, 1]
+    assert found["by_position"] == [{"from": 0, "rounds": 5, "acceptance_length": 2.0}]
+    again = noise(texts)
+    assert again is not None
+    assert again["speedup"] == pytest.approx(1 / 1.1)
+
+
+def test_a_round_beyond_the_measured_costs_goes_on_as_they_did_last() -> None:
+    costs = Costs(0.1, [1.0, 1.2, 1.5])
+    assert costs.of_round(2) == pytest.approx(1.7)
+    assert costs.of_round(4) == pytest.approx(0.4 + 1.5 + 2 * 0.3)
+
+
+def test_the_turns_of_a_prompt_are_drawn_together() -> None:
+    """Twenty turns of one prompt are one draw: the interval is that of one prompt, no width."""
+    turns = [text("a", [(1, i % 2)], 2.0, 1.0 + i % 2) for i in range(20)]
+    sums = resampled_sums(turns, {"seconds": lambda t: t.assisted.seconds, "one": lambda t: 1})
+    assert interval(sums["seconds"] / sums["one"]) == (1.5, 1.5)
+    apart = [text(str(i), [(1, i % 2)], 2.0, 1.0 + i % 2) for i in range(20)]
+    sums = resampled_sums(apart, {"seconds": lambda t: t.assisted.seconds, "one": lambda t: 1})
+    low, high = interval(sums["seconds"] / sums["one"])
+    assert 1.2 < low < 1.4 < 1.6 < high < 1.8
