@@ -8,7 +8,7 @@ from rich.table import Table
 
 COLUMNS = [
     "decoder", "K", "category", "texts", "acceptance length (95%)", "a_1 .. a_4", "speedup (95%)",
-    "predicted", "tok/s", "equal",
+    "without prefill", "predicted", "tok/s", "equal",
 ]  # fmt: skip
 LEFT = ("decoder", "category")
 
@@ -17,7 +17,7 @@ def cells(result: dict[str, Any]) -> list[str]:
     """One result as a row of `COLUMNS`."""
     low, high = result["speedup_interval"]
     shortest, longest = result["acceptance_length_interval"]
-    predicted = result["predicted_decode_speedup"]
+    of_rounds = result["decode_speedup"], result["predicted_decode_speedup"]
     equal = {None: "", True: "yes"}.get(result["equal_to_plain"])
     category = result["category"]
     return [
@@ -28,7 +28,7 @@ def cells(result: dict[str, Any]) -> list[str]:
         f"{result['acceptance_length']:.2f} ({shortest:.2f} to {longest:.2f})",
         ", ".join(f"{a:.2f}" for a in result["conditional_acceptance_rate"][:4]),
         f"{result['speedup']:.2f} ({low:.2f} to {high:.2f})",
-        "" if predicted is None else f"{predicted:.2f}",
+        *("" if speedup is None else f"{speedup:.2f}" for speedup in of_rounds),
         f"{result['tokens_per_second']:.1f}",
         f"{result['parted_share']:.0%} part" if equal is None else equal,
     ]
@@ -94,7 +94,7 @@ def remarks(content: dict[str, Any]) -> list[str]:
 def print_report(content: dict[str, Any], console: Console | None = None) -> None:
     """Print the results as tables, one for each head, and what it takes to read them."""
     # Outside a terminal rich assumes 80 columns and would fold every cell.
-    console = console or Console(width=None if sys.stdout.isatty() else 150)
+    console = console or Console(width=None if sys.stdout.isatty() else 165)
     for name, found in by_head(content).items():
         table = Table(title=f"{name} for {title(content)}")
         for column in COLUMNS:

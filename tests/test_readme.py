@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+GROUPS = {"with": "all", "without": "no loops"}
 
 
 def row(r: dict[str, Any]) -> str:
@@ -13,7 +14,7 @@ def row(r: dict[str, Any]) -> str:
     cells = [
         r["decoder"],
         str(r["num_assistant_tokens"]),
-        r["category"],
+        GROUPS[r["looping_texts"]],
         str(r["prompts"]),
         f"{r['acceptance_length']:.2f}",
         rates,
@@ -23,6 +24,39 @@ def row(r: dict[str, Any]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def decoder_row(r: dict[str, Any]) -> str:
+    low, high = r["speedup_interval"]
+    short, long = r["acceptance_length_interval"]
+    cells = [
+        r["decoder"],
+        str(r["num_assistant_tokens"]),
+        GROUPS[r["looping_texts"]],
+        str(r["prompts"]),
+        f"{r['acceptance_length']:.3f} ({short:.2f} to {long:.2f})",
+        f"{r['speedup']:.2f} ({low:.2f} to {high:.2f})",
+        f"{r['decode_speedup']:.2f}",
+        f"{r['predicted_decode_speedup']:.2f}",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def category_row(report: dict[str, Any], category: str) -> str:
+    of = {r["decoder"]: r for r in whole(report, category)}
+    lengths = [f"{of[name]['acceptance_length']:.3f}" for name in ("transformers", "exact")]
+    speedups = [f"{r['speedup']:.2f}" for r in of.values()]
+    return f"| {category} | {' | '.join(lengths + speedups)} |"
+
+
+def whole(report: dict[str, Any], category: str = "all") -> list[dict[str, Any]]:
+    return [
+        r for r in report["results"] if r["category"] == category and r["looping_texts"] == "with"
+    ]
+
+
+def cost_row(decoder: str, v: list[float]) -> str:
+    return f"| v(K), {decoder} | {' | '.join(f'{value:.2f}' for value in v)} |"
+
+
 def results(name: str) -> Any:
     return json.loads((ROOT / "docs" / "results" / name).read_text(encoding="utf-8"))
 
@@ -30,11 +64,14 @@ def results(name: str) -> Any:
 def test_the_table_in_the_readme_is_that_of_the_result_file() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     for result in results("quickstart.json")["results"]:
-        if result["category"] in ("all", "no loops"):
+        if result["category"] == "all":
             assert row(result) in readme, f"the file holds: {row(result)}"
     assert "quickstart.json" in readme
     draft = results("bench-draft.json")["ratios"]
-    assert f"above {draft['break_even_exact_ordered'][3]:.2f} at K = 4" in readme
+    for name in ("v", "v_exact"):
+        assert f"{draft[name][3]:.2f} steps" in readme
+    assert f"above {draft['break_even_ordered'][3]:.2f} at K = 4" in readme
+    assert f"pays from {draft['break_even_exact_ordered'][3]:.2f} on" in readme
 
 
 def test_the_tables_of_the_training_page_are_those_of_the_result_files() -> None:
@@ -69,13 +106,26 @@ def test_the_tables_of_the_training_page_are_those_of_the_result_files() -> None
     assert f"| v(K) | {costs} |" in page
 
 
-def test_the_table_of_the_decoding_page_is_that_of_the_result_file() -> None:
+def test_the_tables_of_the_decoding_page_are_those_of_the_result_files() -> None:
     page = (ROOT / "docs" / "decoding.md").read_text(encoding="utf-8")
-    for r in results("decoders.json")["results"]:
-        if r["category"] in ("all", "no loops"):
-            low, high = r["speedup_interval"]
-            cells = [r["decoder"], r["category"], f"{r['acceptance_length']:.2f}"]
-            assert f"| {' | '.join(cells)} | {r['speedup']:.2f} ({low:.2f} to {high:.2f}) |" in page
+    report = results("eval-300.json")
+    for r in report["results"]:
+        wanted = decoder_row(r) if r["category"] == "all" else category_row(report, r["category"])
+        assert wanted in page
+    for r in whole(results("eval-k.json")):
+        assert decoder_row(r) in page
+    draft = results("bench-draft.json")["ratios"]
+    for decoder, name in (("stock", "v"), ("exact", "v_exact")):
+        assert cost_row(decoder, draft[name]) in page
+    for name in ("eval-long.json", "eval-300.json"):
+        stock, exact = (r["acceptance_length"] for r in whole(results(name))[:2])
+        assert f"{stock:.3f} against {exact:.3f}" in page
+    assert f"{whole_estimate():.3f} ([estimate-300.json]" in page
+
+
+def whole_estimate() -> float:
+    found = results("estimate-300.json")["results"]
+    return next(float(r["acceptance_length"]) for r in found if r["category"] == "all")
 
 
 def test_the_tables_of_the_data_page_are_those_of_the_benchmarks() -> None:
