@@ -76,10 +76,16 @@ def add_eval_commands(commands: Any) -> None:
         help="say what changed from one report to another",
         description="Lay two reports of `headstart eval` side by side, text by text, and say which "
         "changes chance does not explain.",
-        epilog="example: headstart compare runs/a/eval/report.json runs/b/eval/report.json",
+        epilog="examples: headstart compare runs/a/eval/report.json runs/b/eval/report.json | "
+        "headstart compare runs/a/eval --decoders transformers,exact",
     )
     compare.add_argument("before", type=Path, metavar="A", help="report.json, or its folder")
-    compare.add_argument("after", type=Path, metavar="B", help="report.json, or its folder")
+    compare.add_argument(
+        "after", nargs="?", type=Path, metavar="B", help="another (default: A, with --decoders)"
+    )
+    compare.add_argument(
+        "--decoders", type=decoders, metavar="X,Y", help="decoder X of A against decoder Y of B"
+    )
     compare.add_argument("--debug", action="store_true", help="show the traceback of a failure")
     compare.set_defaults(command=_run_compare)
 
@@ -117,4 +123,9 @@ def _run_eval(args: argparse.Namespace) -> None:
 def _run_compare(args: argparse.Namespace) -> None:
     from headstart.eval.compare import print_changes, read_report
 
-    print_changes(read_report(args.before), read_report(args.after))
+    if args.after is None and args.decoders is None:
+        raise ValueError("name a second report, or --decoders X,Y of this one")
+    if args.decoders is not None and len(args.decoders) != 2:
+        raise ValueError(f"--decoders compares two, not {len(args.decoders)}")
+    before, after = read_report(args.before), read_report(args.after or args.before)
+    print_changes(before, after, None if args.decoders is None else tuple(args.decoders))

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 from headstart.eval.statistics import interval, resampled
+from headstart.eval.tables import decoder_name, wide_console
+from headstart.eval.verdict import OWN_LENGTH
 
 MEASURES = {
     "acceptance length": lambda t: 1 + t["accepted"] / np.maximum(t["rounds"], 1),
@@ -18,7 +21,6 @@ MEASURES = {
     "tokens a second": lambda t: t["tokens"] / t["seconds"],
 }
 """Of sums over texts, by column of `per_text`."""
-SIDE = ("decoder", "num_assistant_tokens", "temperature")
 
 
 @dataclass(frozen=True)
@@ -62,17 +64,24 @@ def read_report(path: Path) -> dict[str, Any]:
     return content
 
 
-def compare(before: dict[str, Any], after: dict[str, Any]) -> list[Change]:
+def compare(
+    before: dict[str, Any], after: dict[str, Any], decoders: tuple[str, str] | None = None
+) -> list[Change]:
     """What changed from one report to another, for each side that both have.
 
     Sides are the same by decoder, K and temperature; by their head's name too, unless each report
     has one head.
 
+    Args:
+        before: of a report.json.
+        after: of another, or the same.
+        decoders: that of `before` and that of `after` to compare, K by K where both keep to one.
+
     Raises:
         ValueError: they have no side in common.
     """
     changes = []
-    for result, other in _pairs(before, after):
+    for result, other in _pairs(before, after, decoders):
         tables = [_table(before, result), _table(after, other)]
         if shared := tables[0].keys() & tables[1].keys():
             tables = [{key: table[key] for key in sorted(shared)} for table in tables]
@@ -83,21 +92,27 @@ def compare(before: dict[str, Any], after: dict[str, Any]) -> list[Change]:
                 for table in tables
             ]
             if all(few):
-                changes += _changes(_name(result), category, few[0], few[1], bool(shared))
+                changes += _changes(_name(result, other), category, few[0], few[1], bool(shared))
     if not changes:
         raise ValueError("the reports have no side (decoder, K, temperature, head) in common")
     return changes
 
 
 def _pairs(
-    before: dict[str, Any], after: dict[str, Any]
+    before: dict[str, Any], after: dict[str, Any], decoders: tuple[str, str] | None
 ) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
     whole = [[r for r in c["results"] if "per_text" in r] for c in (before, after)]
     one_head = all(len({r["head"] for r in results} - {None}) <= 1 for results in whole)
-    names = SIDE if one_head else (*SIDE, "head")
-    others = {tuple(r[name] for name in names): r for r in whole[1]}
-    for result in whole[0]:
-        if (other := others.get(tuple(result[name] for name in names))) is not None:
+    for result, other in product(*whole):
+        if decoders is None:
+            same = ["decoder", "num_assistant_tokens", "temperature"]
+        elif (result["decoder"], other["decoder"]) == decoders:
+            own = any(name in OWN_LENGTH for name in decoders)
+            same = ["temperature"] if own else ["num_assistant_tokens", "temperature"]
+        else:
+            continue
+        same += [] if one_head or None in (result["head"], other["head"]) else ["head"]
+        if all(result[name] == other[name] for name in same):
             yield result, other
 
 
@@ -107,9 +122,9 @@ def _table(content: dict[str, Any], result: dict[str, Any]) -> dict[tuple[str, i
     return {(row["id"], row["turn"]): row for row in rows}
 
 
-def _name(result: dict[str, Any]) -> str:
-    warm = f" T={result['temperature']:g}" if result["temperature"] else ""
-    return f"{result['decoder']} K={result['num_assistant_tokens']}{warm}"
+def _name(result: dict[str, Any], other: dict[str, Any]) -> str:
+    names = [f"{decoder_name(r)} K={r['num_assistant_tokens']}" for r in (result, other)]
+    return " -> ".join(dict.fromkeys(names))
 
 
 def _changes(
@@ -141,11 +156,14 @@ def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
 
 
 def print_changes(
-    before: dict[str, Any], after: dict[str, Any], console: Console | None = None
+    before: dict[str, Any],
+    after: dict[str, Any],
+    decoders: tuple[str, str] | None = None,
+    console: Console | None = None,
 ) -> None:
     """Print what changed as a table, what else is not the same, and how to read it."""
-    console = console or Console()
-    changes = compare(before, after)
+    console = console or wide_console()
+    changes = compare(before, after, decoders)
     table = Table(title="What changed")
     for name in ("side", "category", "texts", "measure", "before", "after", "change (95%)", ""):
         table.add_column(name, justify="right" if name in ("before", "after", "texts") else "left")

@@ -29,9 +29,6 @@ def run_estimate(
 ) -> dict[str, Any]:
     """Walk rounds over the greedy texts of a store; print a table and write `out/estimate.json`.
 
-    As the exact decoder does, but that a draft of the last token of a text counts here, which the
-    decoder leaves to the target.
-
     Args:
         target: that of the store, for its embeddings and table; it runs over no text.
         heads: name -> head in the native format.

@@ -61,10 +61,13 @@ def simulate_acceptance(
         rows = [candidate_rows(d) for d in documents]
         batch = gather_rows(documents, rows, rounds).to(target.device)
         wanted = torch.zeros_like(batch.tokens)
-        for b, (document, r) in enumerate(zip(documents, rows, strict=True)):
-            following = r[:, None] + torch.arange(2, rounds + 2)
-            wanted[b, : len(r)] = document.ids[following.clamp_max(len(document.ids) - 1)]
         judged = batch.weights.bool()
+        for b, (document, r) in enumerate(zip(documents, rows, strict=True)):
+            following, last = r[:, None] + torch.arange(2, rounds + 2), len(document.ids) - 1
+            wanted[b, : len(r)] = document.ids[following.clamp_max(last)]
+            # The last token before a text is cut is the target's own: nobody drafts it.
+            if int(document.ids[last]) not in target.eos_ids:
+                judged[b, : len(r)] &= (following != last).to(judged.device)
         states = _unrolled(head, target, batch)
         matches = _matches(head, target, states, wanted, judged)
         if cluster_of is not None:

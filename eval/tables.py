@@ -91,10 +91,14 @@ def remarks(content: dict[str, Any]) -> list[str]:
     return lines
 
 
+def wide_console() -> Console:
+    """For wide tables: outside a terminal rich assumes 80 columns and would fold every cell."""
+    return Console(width=None if sys.stdout.isatty() else 165)
+
+
 def print_report(content: dict[str, Any], console: Console | None = None) -> None:
     """Print the results as tables, one for each head, and what it takes to read them."""
-    # Outside a terminal rich assumes 80 columns and would fold every cell.
-    console = console or Console(width=None if sys.stdout.isatty() else 165)
+    console = console or wide_console()
     for name, found in by_head(content).items():
         table = Table(title=f"{name} for {title(content)}")
         for column in COLUMNS:

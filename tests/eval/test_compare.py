@@ -82,6 +82,23 @@ def test_only_texts_that_both_have_are_compared() -> None:
     assert found["all", "acceptance length"].interval == (0, 0)
 
 
+def test_two_decoders_of_a_report_are_compared_text_by_text(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    both = report(texts(30, 0.2, 0.01), decoder="transformers")
+    both["results"] += report(texts(30, 0.1, 0.01, seed=5))["results"]
+    both["results"].append(both["results"][1] | {"num_assistant_tokens": 2})
+    found = compare(both, both, ("transformers", "exact"))
+    assert {c.side for c in found} == {"transformers K=4 -> exact K=4"}
+    change = next(c for c in found if (c.category, c.measure) == ("all", "speedup"))
+    assert change.after / change.before == pytest.approx(2, rel=0.02)
+    (tmp_path / "report.json").write_text(json.dumps(both))
+    assert main(["compare", str(tmp_path), "--decoders", "transformers,exact"]) == 0
+    assert "significant" in capsys.readouterr().out
+    assert main(["compare", str(tmp_path)]) == 1
+    assert "name a second report" in capsys.readouterr().err
+
+
 def test_the_command_says_what_else_changed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
