@@ -55,7 +55,13 @@ def add_eval_commands(commands: Any) -> None:
         "--temperature", type=numbers, default=[0.0], metavar="T,T",
         help="of the sampling; 0 is greedy (default 0)",
     )  # fmt: skip
-    add("--top-p", type=float, metavar="P", help="sample from the likeliest tokens of mass P")
+    add(
+        "--top-p",
+        type=float,
+        default=1.0,
+        metavar="P",
+        help="sample from the likeliest tokens of mass P",
+    )
     add("--top-k", type=count, metavar="N", help="sample from the N likeliest tokens")
     add("--max-new-tokens", type=count, default=64, metavar="N")
     add("--limit", type=count, metavar="M", help="measure M prompts, dealt over the categories")
@@ -97,8 +103,9 @@ def _run_eval(args: argparse.Namespace) -> None:
     from headstart.heads.assistant import load_assistant
     from headstart.heads.targets import load_target
 
+    told = {} if args.prompts is None else {"prompts": args.prompts}
     chosen = EvalConfig(
-        prompts=args.prompts or "",
+        **told,
         num_assistant_tokens=args.num_assistant_tokens,
         decoders=args.decoders,
         draft_models=args.draft_model,
@@ -107,7 +114,7 @@ def _run_eval(args: argparse.Namespace) -> None:
         top_k=args.top_k,
         max_new_tokens=args.max_new_tokens,
         limit=args.limit,
-    )
+    )  # before the weights are loaded: wrong settings are told at once
     device = default_device()
     target = load_target(args.target, args.dtype, args.revision, args.trust_remote_code, device)
     dtype = target.table.dtype

@@ -259,13 +259,13 @@ class EvalConfig(Section):
     num_assistant_tokens: list[PositiveInt] = [2, 4]
     """Draft lengths K to measure."""
     decoders: list[Decoder] = ["transformers", "exact"]
-    """Ways to decode with drafts, compared with plain decoding (docs/decoding.md). `confident`,
-    `cost` and `hybrid` choose K themselves, up to 8."""
+    """Ways to decode with drafts, compared with plain decoding (docs/decoding.md).
+    `heuristic`, `confident`, `cost` and `hybrid` choose K themselves, up to 8."""
     draft_models: list[str] = []
     """Small models of the target's vocabulary (folder or Hub id) for the decoder `draft-model`."""
     temperatures: list[float] = [0.0]
     """Of the sampling; 0 is greedy. Each is compared with plain decoding of its own."""
-    top_p: float | None = Field(default=None, gt=0, le=1)
+    top_p: float = Field(default=1.0, gt=0, le=1)
     """Where the temperature is above 0: sample from the likeliest tokens with so much mass."""
     top_k: PositiveInt | None = None
     """Where the temperature is above 0: sample from so many likeliest tokens. None: from all."""
@@ -283,6 +283,8 @@ class EvalConfig(Section):
         for name in ("temperatures", "decoders", "num_assistant_tokens", "draft_models"):
             if len(set(getattr(self, name))) < len(getattr(self, name)):
                 raise ValueError(f"{name} names one twice: {getattr(self, name)}")
+        if max(self.temperatures) == 0 and (self.top_k is not None or self.top_p < 1):
+            raise ValueError("top_k and top_p are of sampling: give a temperature above 0 too")
         if ("draft-model" in self.decoders) != bool(self.draft_models):
             raise ValueError("the decoder draft-model and draft_models go together: give both")
         return self

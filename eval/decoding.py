@@ -15,20 +15,9 @@ from transformers import GenerationConfig, PreTrainedModel
 from headstart.eval.acceptance import AcceptanceCounts
 from headstart.heads.exact import ExactDecoding, exact_decoding
 from headstart.heads.targets import Target
+from headstart.heads.tokens import Sampling
 
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen from the target's distribution."""
-
-    temperature: float = 0.0
-    """0: greedy."""
-    top_p: float | None = None
-    top_k: int | None = None
-    seed: int = 0
-
-
-GREEDY = Sampling()
+GREEDY = Sampling(0.0)
 
 
 @dataclass(frozen=True)
@@ -77,6 +66,7 @@ def decode(
     num_assistant_tokens: int | None = None,
     how: ExactDecoding | None = None,
     sampling: Sampling = GREEDY,
+    seed: int = 0,
 ) -> Decoded:
     """`target.model.generate`, assisted by `assistant` where one is given, else by prompt lookup
     where K is given.
@@ -91,6 +81,7 @@ def decode(
             keep to it.
         how: drafts of the exact decoder; None: of the stock candidate generator.
         sampling: greedy, or from the target's distribution.
+        seed: of the draws.
     """
     extra = {}
     if assistant is not None:
@@ -104,7 +95,7 @@ def decode(
     drafting = exact_decoding(target.model, how) if how is not None else nullcontext()
     if how is not None:
         how.rounds.clear()
-    torch.manual_seed(sampling.seed)
+    torch.manual_seed(seed)
     on_cuda = target.device.type == "cuda"
     if on_cuda:
         torch.cuda.reset_peak_memory_stats(target.device)
@@ -136,7 +127,7 @@ def _generation_config(
         chosen = {
             "do_sample": True,
             "temperature": sampling.temperature,
-            "top_p": sampling.top_p or 1.0,
+            "top_p": sampling.top_p,
             "top_k": sampling.top_k or 0,  # unset, transformers takes 50
         }
     return GenerationConfig(

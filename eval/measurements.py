@@ -10,11 +10,12 @@ from typing import Any
 from headstart.data.progress import progress_bar
 from headstart.data.prompts import Prompt
 from headstart.data.templates import encode_prompt
-from headstart.eval.decoding import GREEDY, Decoded, Sampling, decode, top2_gap
+from headstart.eval.decoding import GREEDY, Decoded, decode, top2_gap
 from headstart.eval.sides import Side
 from headstart.eval.verdict import ends_in_loop
 from headstart.heads.files import write_atomically
 from headstart.heads.targets import Target
+from headstart.heads.tokens import Sampling
 
 WARM_UP_TOKENS = 16
 AGAIN_EVERY = 4  # plain decoding is measured twice on each fourth prompt: the noise
@@ -155,7 +156,7 @@ def measure_prompts(
             one_of_each = [None, *next(iter(sides.values()))]
             task = bar.add_task("Warming up", total=len(one_of_each), status="")
             for side in one_of_each:
-                _decode(side, target, warm, min(max_new_tokens, WARM_UP_TOKENS), GREEDY)
+                _decode(side, target, warm, min(max_new_tokens, WARM_UP_TOKENS), GREEDY, 0)
                 bar.update(task, advance=1)
         task = bar.add_task(f"Decoding ({dtype})", total=len(prompts), status="")
         bar.update(task, advance=len(prompts) - len(todo))
@@ -163,8 +164,9 @@ def measure_prompts(
             prompt, again = prompts[place], place % AGAIN_EVERY == 0
             line: dict[str, Any] = {"id": prompt.id, "category": prompt.category, "turns": []}
             for sampling, own in sides.items():
-                seeded = replace(sampling, seed=place)
-                line["turns"] += _converse(target, prompt, own, seeded, max_new_tokens, again)
+                line["turns"] += _converse(
+                    target, prompt, own, sampling, place, max_new_tokens, again
+                )
             kept.add(line)
             bar.update(task, advance=1)
 
@@ -174,6 +176,7 @@ def _converse(
     prompt: Prompt,
     sides: Sequence[Side],
     sampling: Sampling,
+    seed: int,
     max_new_tokens: int,
     again: bool,
 ) -> list[dict[str, Any]]:
@@ -182,7 +185,7 @@ def _converse(
     messages = list(prompt.question)
     for number in range(1 + len(prompt.later_turns)):
         ids = encode_prompt(replace(prompt, messages=messages), target.tokenizer)
-        turn = _measure_turn(target, ids, sides, sampling, max_new_tokens, again)
+        turn = _measure_turn(target, ids, sides, sampling, seed, max_new_tokens, again)
         turns.append({"turn": number, "temperature": sampling.temperature} | turn)
         if number < len(prompt.later_turns):
             answer = target.tokenizer.decode(turn["plain"]["tokens"], skip_special_tokens=True)
@@ -198,12 +201,13 @@ def _measure_turn(
     ids: list[int],
     sides: Sequence[Side],
     sampling: Sampling,
+    seed: int,
     max_new_tokens: int,
     again: bool,
 ) -> dict[str, Any]:
     order: list[Side | None] = [None, *sides, *([None] if again else [])]
-    random.Random(f"{sampling} {len(ids)}").shuffle(order)
-    texts = [(side, _decode(side, target, ids, max_new_tokens, sampling)) for side in order]
+    random.Random(f"{sampling} {seed} {len(ids)}").shuffle(order)
+    texts = [(side, _decode(side, target, ids, max_new_tokens, sampling, seed)) for side in order]
     plain, *repeated = [decoded for side, decoded in texts if side is None]
     found = []
     for side in sides:
@@ -220,8 +224,13 @@ def _measure_turn(
 
 
 def _decode(
-    side: Side | None, target: Target, ids: list[int], max_new_tokens: int, sampling: Sampling
+    side: Side | None,
+    target: Target,
+    ids: list[int],
+    max_new_tokens: int,
+    sampling: Sampling,
+    seed: int,
 ) -> Decoded:
     if side is None:
-        return decode(target, ids, max_new_tokens, sampling=sampling)
-    return side.decode(target, ids, max_new_tokens, sampling)
+        return decode(target, ids, max_new_tokens, sampling=sampling, seed=seed)
+    return side.decode(target, ids, max_new_tokens, sampling, seed)

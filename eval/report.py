@@ -13,7 +13,6 @@ from headstart.configs.schema import EvalConfig
 from headstart.data.prompt_sets import load_prompt_set
 from headstart.data.prompts import Prompt, limit_evenly
 from headstart.data.templates import encode_prompt
-from headstart.eval.decoding import Sampling
 from headstart.eval.draft_cost import Costs, measure_costs
 from headstart.eval.environment import environment
 from headstart.eval.measurements import Measurements, Text, measure_prompts
@@ -25,13 +24,14 @@ from headstart.eval.verdict import verdict
 from headstart.heads.assistant import check_pair
 from headstart.heads.files import write_atomically
 from headstart.heads.targets import Target
+from headstart.heads.tokens import Sampling
 
 SCHEMA = 2
 CALIBRATION = 6  # prompts on which a confidence threshold is chosen
 EXAMPLES = 6  # texts that are shown token by token
 PER_TEXT = [
-    "id", "turn", "category", "plain_seconds", "plain_tokens", "seconds", "tokens", "rounds",
-    "accepted",
+    "id", "turn", "category", "prompt_tokens", "plain_seconds", "plain_tokens", "seconds",
+    "tokens", "rounds", "accepted",
 ]  # fmt: skip
 
 
@@ -69,7 +69,7 @@ def run_evaluation(
         **chosen.model_dump(mode="json", exclude={"exact_limit"}),
     }
     kept = Measurements(out / "measurements.jsonl", settings, resume)
-    samplings = [Sampling(t, chosen.top_p, chosen.top_k) for t in chosen.temperatures]
+    samplings = [Sampling(t, chosen.top_k, chosen.top_p) for t in chosen.temperatures]
     sides = _prepare(target, heads, draft_models or {}, chosen, prompts, samplings, kept)
     measure_prompts(target, prompts, sides, chosen.max_new_tokens, kept)
     content = _content(target, prompts, sides, settings, kept)
@@ -212,9 +212,9 @@ def _results(
 def _row(text: Text, k: int) -> list[Any]:
     counts = text.assisted.counts(text.prompt_len, k)
     return [
-        text.id, text.turn, text.category, round(text.plain.seconds, 5), len(text.plain.tokens),
-        round(text.assisted.seconds, 5), len(text.assisted.tokens), counts.rounds,
-        sum(counts.accepted),
+        text.id, text.turn, text.category, text.prompt_len, round(text.plain.seconds, 5),
+        len(text.plain.tokens), round(text.assisted.seconds, 5), len(text.assisted.tokens),
+        counts.rounds, sum(counts.accepted),
     ]  # fmt: skip
 
 

@@ -7,12 +7,13 @@ from transformers import PreTrainedModel
 
 from headstart.configs.schema import Decoder
 from headstart.data.progress import progress_bar
-from headstart.eval.decoding import Decoded, Sampling, decode
+from headstart.eval.decoding import Decoded, decode
 from headstart.eval.draft_cost import Costs
 from headstart.eval.moment import MAX_DRAFT_TOKENS
 from headstart.heads.draft_length import Confident, CostRule, DraftLength, Heuristic
 from headstart.heads.exact import ExactDecoding, Lookup, Round
 from headstart.heads.targets import Target
+from headstart.heads.tokens import Sampling
 
 START = 4  # draft tokens with which `heuristic` begins
 THRESHOLDS = [0.05 * i for i in range(20)]  # of confidence, tried for `confident`
@@ -41,11 +42,16 @@ class Side:
         return [self.decoder, self.head, self.num_assistant_tokens]
 
     def decode(
-        self, target: Target, prompt_ids: list[int], max_new_tokens: int, sampling: Sampling
+        self,
+        target: Target,
+        prompt_ids: list[int],
+        max_new_tokens: int,
+        sampling: Sampling,
+        seed: int,
     ) -> Decoded:
         """One text."""
         k, how = self.num_assistant_tokens, self.how
-        return decode(target, prompt_ids, max_new_tokens, self.assistant, k, how, sampling)
+        return decode(target, prompt_ids, max_new_tokens, self.assistant, k, how, sampling, seed)
 
 
 def make_sides(

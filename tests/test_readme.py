@@ -8,36 +8,28 @@ ROOT = Path(__file__).resolve().parents[1]
 GROUPS = {"with": "all", "without": "no loops"}
 
 
+def speedup(r: dict[str, Any]) -> str:
+    low, high = r["speedup_interval"]
+    return f"{r['speedup']:.2f} ({low:.2f} to {high:.2f})"
+
+
+def side(r: dict[str, Any]) -> list[str]:
+    group = GROUPS[r["looping_texts"]]
+    return [r["decoder"], str(r["num_assistant_tokens"]), group, str(r["prompts"])]
+
+
 def row(r: dict[str, Any]) -> str:
     rates = ", ".join(f"{a:.2f}" for a in r["conditional_acceptance_rate"])
-    low, high = r["speedup_interval"]
-    cells = [
-        r["decoder"],
-        str(r["num_assistant_tokens"]),
-        GROUPS[r["looping_texts"]],
-        str(r["prompts"]),
-        f"{r['acceptance_length']:.2f}",
-        rates,
-        f"{r['speedup']:.2f} ({low:.2f} to {high:.2f})",
-        "yes" if r["equal_to_plain"] else f"{r['parted_share']:.0%} part",
-    ]
+    equal = "yes" if r["equal_to_plain"] else f"{r['parted_share']:.0%} part"
+    cells = [*side(r), f"{r['acceptance_length']:.2f}", rates, speedup(r), equal]
     return f"| {' | '.join(cells)} |"
 
 
 def decoder_row(r: dict[str, Any]) -> str:
-    low, high = r["speedup_interval"]
     short, long = r["acceptance_length_interval"]
-    cells = [
-        r["decoder"],
-        str(r["num_assistant_tokens"]),
-        GROUPS[r["looping_texts"]],
-        str(r["prompts"]),
-        f"{r['acceptance_length']:.3f} ({short:.2f} to {long:.2f})",
-        f"{r['speedup']:.2f} ({low:.2f} to {high:.2f})",
-        f"{r['decode_speedup']:.2f}",
-        f"{r['predicted_decode_speedup']:.2f}",
-    ]
-    return f"| {' | '.join(cells)} |"
+    length = f"{r['acceptance_length']:.3f} ({short:.2f} to {long:.2f})"
+    of_rounds = [f"{r[name]:.2f}" for name in ("decode_speedup", "predicted_decode_speedup")]
+    return f"| {' | '.join([*side(r), length, speedup(r), *of_rounds])} |"
 
 
 def category_row(report: dict[str, Any], category: str) -> str:
@@ -118,6 +110,10 @@ def test_the_tables_of_the_decoding_page_are_those_of_the_result_files() -> None
     for name in ("eval-long.json", "eval-300.json"):
         stock, exact = (r["acceptance_length"] for r in whole(results(name))[:2])
         assert f"{stock:.3f} against {exact:.3f}" in page
+    long = results("eval-long.json")
+    place = long["per_text_columns"].index("prompt_tokens")
+    lengths = [text[place] for text in whole(long)[0]["per_text"]]
+    assert f"{len(lengths)} prompts of {min(lengths)} to {max(lengths):,}\ntokens" in page
     assert f"{whole_estimate():.3f} ([estimate-300.json]" in page
 
 

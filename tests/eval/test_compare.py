@@ -35,8 +35,9 @@ def texts(count: int, seconds: float, jitter: float, seed: int = 0) -> list[dict
         accepted = luck.randint(0, 2 * rounds)
         tokens = rounds + accepted + 1
         rows.append({
-            "id": f"p{i}", "turn": 0, "category": "ab"[i % 2], "plain_seconds": tokens * 0.1,
-            "plain_tokens": tokens, "seconds": rounds * seconds * (1 + rng.uniform(0, jitter)),
+            "id": f"p{i}", "turn": 0, "category": "ab"[i % 2], "prompt_tokens": 9,
+            "plain_seconds": tokens * 0.1, "plain_tokens": tokens,
+            "seconds": rounds * seconds * (1 + rng.uniform(0, jitter)),
             "tokens": tokens, "rounds": rounds, "accepted": accepted,
         })  # fmt: skip
     return rows

@@ -12,11 +12,12 @@ from headstart.cli.main import main
 from headstart.configs.schema import Decoder, EvalConfig
 from headstart.data.prompts import load_prompts
 from headstart.data.templates import encode_prompt
-from headstart.eval.decoding import Decoded, Sampling, decode
+from headstart.eval.decoding import Decoded, decode
 from headstart.eval.draft_cost import Costs
 from headstart.eval.report import run_evaluation
 from headstart.eval.sides import calibrated_threshold
 from headstart.heads.targets import Target
+from headstart.heads.tokens import Sampling
 from tests.conftest import make_target
 from tests.eval.test_decoding import half_trained_head
 
@@ -147,6 +148,8 @@ def test_what_cannot_be_compared_is_refused(tiny: Target, tmp_path: Path) -> Non
         settings(tmp_path, 1, decoders=["draft-model"])
     with pytest.raises(ValueError, match="decoders names one twice"):
         settings(tmp_path, 1, decoders=["exact", "exact"])
+    with pytest.raises(ValueError, match="give a temperature above 0 too"):
+        settings(tmp_path, 1, top_k=5)
     other = make_target("gemma3").model
     other.config.vocab_size = 7
     chosen = settings(tmp_path, 1, decoders=["draft-model"], draft_models=["small"])
@@ -181,7 +184,7 @@ def test_sampling_is_from_the_likeliest_tokens_alone(tiny: Target) -> None:
     greedy = decode(tiny, ids, 12).tokens
     for sampling in (Sampling(1.0, top_k=1), Sampling(1.0, top_p=1e-6), Sampling(1e-4)):
         assert decode(tiny, ids, 12, sampling=sampling).tokens == greedy
-    assert len({tuple(decode(tiny, ids, 12, sampling=Sampling(1.0, seed=i)).tokens)
+    assert len({tuple(decode(tiny, ids, 12, sampling=Sampling(1.0), seed=i).tokens)
                 for i in range(4)}) == 4  # fmt: skip
 
 
