@@ -64,8 +64,9 @@ def content(run: Path) -> dict[str, bytes]:
 
 
 def test_kills_at_random_moments_change_nothing_of_what_a_run_comes_to(tmp_path: Path) -> None:
-    """SIGKILL twenty times, at moments drawn over the length of a run; each time the next process
-    goes on. Weights, their average, moments, metrics and the best head end bit-identical."""
+    """SIGKILL twenty times, at moments drawn over the length of a run, and at drawn steps, which a
+    busy machine does not crowd together; each time the next process goes on. Weights, their
+    average, moments, metrics and the best head end bit-identical."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     ready = tmp_path / "ready"
@@ -88,18 +89,28 @@ def test_kills_at_random_moments_change_nothing_of_what_a_run_comes_to(tmp_path:
     expected = content(tmp_path / "whole")
     assert read_status(tmp_path / "whole")["state"] == "finished"
 
+    def steps_done(folder: Path) -> int:
+        path = folder / "metrics.jsonl"
+        return path.read_bytes().count(b"\n") if path.exists() else 0
+
     rng = random.Random(0)
     kills, number, cut_at = 0, 0, set()
     while kills < KILLS:
         folder = tmp_path / f"cut-{number}"
         process, _ = start(folder)
-        process.join(timeout=rng.uniform(0, 0.8 * length))
+        if kills % 4 == 3:
+            process.join(timeout=rng.uniform(0, 0.8 * length))
+        else:
+            step = steps_done(folder) + rng.randint(1, 6)
+            while process.is_alive() and steps_done(folder) < step:
+                time.sleep(0.002)
+            process.join(timeout=rng.uniform(0, length / 24))
         process.kill()
         process.join()
         if process.exitcode == -signal.SIGKILL:
             kills += 1
             assert read_status(folder)["state"] == "killed"
-            cut_at.add(len(metrics(folder)) if (folder / "metrics.jsonl").exists() else 0)
+            cut_at.add(steps_done(folder))
         else:  # it came through between two kills: begin another
             assert content(folder) == expected
             number += 1
