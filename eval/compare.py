@@ -15,6 +15,7 @@ from headstart.eval.statistics import interval, resampled
 from headstart.eval.tables import decoder_name, wide_console
 from headstart.eval.verdict import OWN_LENGTH
 
+ENOUGH = 5  # texts, below which prompts drawn with replacement tell nothing of others
 MEASURES = {
     "acceptance length": lambda t: 1 + t["accepted"] / np.maximum(t["rounds"], 1),
     "speedup": lambda t: (t["plain_seconds"] / t["plain_tokens"]) / (t["seconds"] / t["tokens"]),
@@ -40,8 +41,16 @@ class Change:
 
     @property
     def significant(self) -> bool:
-        """Whether the interval leaves out 0."""
-        return self.interval[0] > 0 or self.interval[1] < 0
+        """Whether the interval leaves out 0; of fewer than `ENOUGH` texts it says nothing."""
+        outside = self.interval[0] > 0 or self.interval[1] < 0
+        return outside and self.texts >= ENOUGH
+
+    @property
+    def says(self) -> str:
+        """The same in words."""
+        if self.texts < ENOUGH:
+            return "too few texts"
+        return "significant" if self.significant else "within chance"
 
 
 def read_report(path: Path) -> dict[str, Any]:
@@ -172,7 +181,7 @@ def print_changes(
         table.add_row(
             c.side, c.category, str(c.texts), c.measure, f"{c.before:.3f}", f"{c.after:.3f}",
             f"{c.after - c.before:+.3f} ({low:+.3f} to {high:+.3f})",
-            "significant" if c.significant else "within chance",
+            c.says,
         )  # fmt: skip
     console.print(table)
     for line in differences(before, after):

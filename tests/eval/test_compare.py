@@ -75,6 +75,14 @@ def test_noise_is_no_change_and_prompts_of_their_own_are_drawn_apart() -> None:
     assert apart["all", "acceptance length"].interval[0] < 0
 
 
+def test_a_few_texts_say_nothing_however_far_they_are_apart() -> None:
+    for count in (1, 4):
+        found = by_name(report(texts(count, 0.2, 0.01)), report(texts(count, 0.1, 0.01, seed=5)))
+        change = found["all", "speedup"]
+        assert change.interval[0] > 0
+        assert (change.significant, change.says) == (False, "too few texts")
+
+
 def test_only_texts_that_both_have_are_compared() -> None:
     rows = texts(10, 0.2, 0.0)
     odd = rows[3] | {"id": "odd", "accepted": 10**6, "tokens": 10**6}
