@@ -28,6 +28,7 @@ from headstart.data.shards import shard_path, shard_settings, write_shard
 from headstart.data.store import check_space, stored_bytes, write_index
 from headstart.heads.files import alone_in
 from headstart.heads.processes import in_step, is_mine, processes_in
+from headstart.heads.single_query import quick_single_queries
 from headstart.heads.targets import Target
 from headstart.heads.tokens import Sampling, TargetTokens
 
@@ -218,7 +219,8 @@ def answer(
     )
     # The recorder is to see the logits as the target emits them.
     processors = [mixture] if recorder is None else [recorder, mixture]
-    with compact_lm_head(target), recorder or nullcontext():
+    quick = quick_single_queries(target.config)
+    with compact_lm_head(target), quick, recorder or nullcontext():
         output = target.model.generate(
             **inputs,
             generation_config=settings,

@@ -17,6 +17,7 @@ from torch import nn
 
 from headstart.heads.assistant import Assistant
 from headstart.heads.gemma3 import SharedKV
+from headstart.heads.single_query import quick_single_queries
 
 
 class CleanKV:
@@ -123,13 +124,14 @@ class Drafter:
         while True:
             embedded = self.embed(token.to(source)).to(device, dtype)
             state = assistant.pre_projection(torch.cat([embedded, hidden], dim=-1))
-            for layer_type, layer in self.layers:
-                state = layer(
-                    state,
-                    shared_kv_states=shared,
-                    position_embeddings=rotary[layer_type],
-                    attention_mask=None,
-                )
+            with quick_single_queries(assistant.config.text_config):
+                for layer_type, layer in self.layers:
+                    state = layer(
+                        state,
+                        shared_kv_states=shared,
+                        position_embeddings=rotary[layer_type],
+                        attention_mask=None,
+                    )
             state = assistant.model.norm(state)
             logits, ids = self._logits(state[0, 0])
             best = logits.argmax()

@@ -1,0 +1,60 @@
+"""Attention of one query over grouped heads gives the same numbers, wherever it is switched on."""
+
+from typing import Any
+
+import pytest
+import torch
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from headstart.heads import single_query
+from headstart.heads.single_query import quick_single_queries, single_query_attention
+from headstart.heads.targets import Target
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("masked", [False, True])
+def test_it_is_the_stock_attention(rows: int, masked: bool) -> None:
+    torch.manual_seed(0)
+    layer: Any = torch.nn.Module()
+    layer.num_key_value_groups = 4
+    # As a layer hands them over: heads and rows swapped in place.
+    query = torch.randn(2, rows, 8, 16).transpose(1, 2)
+    key, value = torch.randn(2, 2, 7, 16), torch.randn(2, 2, 7, 16)
+    mask = torch.rand(2, 1, rows, 7) > 0.3 if masked else None
+    if mask is not None:
+        mask[..., 0] = True
+    wanted, _ = sdpa_attention_forward(layer, query, key, value, mask, scaling=0.3)
+    found, _ = single_query_attention(layer, query, key, value, mask, scaling=0.3)
+    assert found.shape == wanted.shape
+    torch.testing.assert_close(found, wanted, atol=1e-6, rtol=1e-5)
+
+
+def test_a_target_generates_the_same_text_within(
+    target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = torch.tensor([[0, 0, 5, 6, 7, 8], [9, 8, 7, 6, 5, 4]])
+    mask = (ids > 0).long()
+    calls = []
+    stock = torch.nn.functional.scaled_dot_product_attention
+
+    def noted(query: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        calls.append(query.shape[1])
+        return stock(query, *args, **kwargs)
+
+    monkeypatch.setattr(single_query.torch.nn.functional, "scaled_dot_product_attention", noted)
+
+    def text() -> list[list[int]]:
+        calls.clear()
+        output = target.model.generate(
+            ids, attention_mask=mask, max_new_tokens=20, do_sample=False, eos_token_id=None
+        )
+        return output.tolist()
+
+    plain, heads = text(), list(calls)
+    with quick_single_queries(target.config):
+        assert text() == plain
+    # Steps ran with one block a group of heads, where the layers do share keys.
+    layers = [m for m in target.model.modules() if hasattr(m, "num_key_value_groups")]
+    grouped = any(layer.num_key_value_groups > 1 for layer in layers)
+    assert (min(calls) < min(heads)) == grouped
+    assert target.config._attn_implementation == "sdpa"
