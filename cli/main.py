@@ -15,6 +15,7 @@ from headstart.cli.data import add_data_commands
 from headstart.cli.evaluate import add_eval_commands
 from headstart.cli.heads import add_heads_commands
 from headstart.cli.runs import add_runs_commands
+from headstart.cli.sweep import add_sweep_command
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -92,6 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     add_runs_commands(commands)
 
     add_eval_commands(commands)
+    add_sweep_command(commands)
     return parser
 
 

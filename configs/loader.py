@@ -28,7 +28,7 @@ def load_config(path: str | Path | None, overrides: list[str] | None = None) -> 
     try:
         config = Config.model_validate(tree)
     except ValidationError as error:
-        problems = "; ".join(_explain(dict(e)) for e in error.errors())
+        problems = "; ".join(explain(dict(e), Config) for e in error.errors())
         raise ValueError(f"{path or 'the settings'}: {problems}") from error
     return _without_auto(config)
 
@@ -45,6 +45,19 @@ def _without_auto(config: Config) -> Config:
 
 
 def _read_tree(path: Path) -> dict[str, Any]:
+    tree = read_yaml(path)
+    run = tree.setdefault("run", {})
+    if isinstance(run, dict):
+        run.setdefault("dir", f"runs/{path.stem}")
+    return tree
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The sections of a YAML file.
+
+    Raises:
+        ValueError: it is missing, malformed, or holds something else.
+    """
     if not path.is_file():
         raise ValueError(f"no configuration file {path}")
     try:
@@ -53,9 +66,6 @@ def _read_tree(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):
         raise ValueError(f"{path}: expected sections such as `train:`, found a bare value")
-    run = tree.setdefault("run", {})
-    if isinstance(run, dict):
-        run.setdefault("dir", f"runs/{path.stem}")
     return tree
 
 
@@ -87,21 +97,22 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         raise ValueError(f"override {override!r}: the value is not YAML") from error
 
 
-def _explain(problem: dict[str, Any]) -> str:
+def explain(problem: dict[str, Any], model: type[BaseModel]) -> str:
+    """One of pydantic's problems with a tree of `model`, in words; a wrong key with the nearest
+    one that exists."""
     location = [str(part) for part in problem["loc"]]
     key = ".".join(location)
     if problem["type"] != "extra_forbidden":
         message = problem["msg"].removeprefix("Value error, ")
         return f"{key}: {message}" if key else message
     *parents, leaf = location
-    valid = _keys(parents)
+    valid = _keys(parents, model)
     nearest = difflib.get_close_matches(leaf, valid, n=1, cutoff=0.0)
     hint = ".".join([*parents, nearest[0]]) if nearest else ""
     return f"no key {key}; the nearest valid key is {hint} (valid: {', '.join(valid)})"
 
 
-def _keys(parents: list[str]) -> list[str]:
-    section: type[BaseModel] = Config
+def _keys(parents: list[str], section: type[BaseModel]) -> list[str]:
     for parent in parents:
         if not parent.isdigit():  # an item of a list: its section is known already
             section = _section_in(section.model_fields[parent].annotation) or section

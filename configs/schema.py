@@ -140,6 +140,12 @@ class DataConfig(Section):
     temperatures: list[float | Literal["model"]] = [0.0, 0.7]
     """Sampling temperatures, dealt round robin over conversations. 0 is greedy; `model` is the
     target's own setting: temperature, top-k and top-p of its generation configuration."""
+    only_temperatures: list[float] | None = None
+    """Of a store or of conversations that are there: train on those written at these temperatures
+    alone. None: on all."""
+    only_conversations: PositiveInt | None = None
+    """Of a store or of conversations that are there: train on so many, drawn by the seed. None: on
+    all."""
     generation_batch_size: PositiveInt = 64
     """Conversations generated at once."""
     teacher_top_k: PositiveInt = 32
@@ -166,11 +172,18 @@ class DataConfig(Section):
             raise ValueError("prompts: give every source a weight, or none of them")
         if self.conversations is not None and self.store is not None:
             raise ValueError("name data.conversations or data.store, not both")
+        stored = self.conversations is not None or self.store is not None
+        if not stored and (self.only_temperatures or self.only_conversations):
+            raise ValueError("data.only_* chooses from data.store or data.conversations: name one")
         if self.online and (self.store is not None or self.storage != "target"):
             raise ValueError("data.online stores nothing: leave out data.store and data.storage")
         if not self.temperatures or any(t != "model" and t < 0 for t in self.temperatures):
             raise ValueError("temperatures needs one value or more: 0 (greedy), above, or model")
         return self
+
+
+Trap = Literal["same_token", "pre_norm", "own_key", "future_keys"]
+"""Mistakes of published trainers that can be measured (train/traps.py)."""
 
 
 class TrainConfig(Section):
@@ -215,6 +228,8 @@ class TrainConfig(Section):
     """AdamW weight decay, on matrices alone."""
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Gradients are scaled down to this global norm."""
+    trap: Trap | None = None
+    """Make this mistake on purpose, to measure what it costs (docs/recipe.md). None: none."""
     precision: Literal["auto", "bfloat16", "float32"] = "auto"
     """Compute precision. Weights of the head stay float32; bfloat16 is autocast. `auto`: as for
     `target.dtype`."""
@@ -240,6 +255,8 @@ class TrainConfig(Section):
             raise ValueError(f"warmup_steps={self.warmup_steps} must be below steps={self.steps}")
         if self.later_anchors is not None and self.later_anchors > self.anchors:
             raise ValueError(f"later_anchors={self.later_anchors} is above anchors={self.anchors}")
+        if self.trap is not None and self.pack_tokens is not None:
+            raise ValueError("trap is measured on unpacked rows: leave out pack_tokens")
         return self
 
 

@@ -24,6 +24,8 @@ class Batch:
     """[B] of each row."""
     rows: torch.Tensor
     """[B, R] index of the KV row of t."""
+    seen: torch.Tensor
+    """[B, R] index of the last KV row that the row sees: t, as in the decoder."""
     starts: torch.Tensor
     """[B, R] index of the first KV row of the same conversation; t is `rows - starts`."""
     later: torch.Tensor
@@ -33,6 +35,8 @@ class Batch:
     text_hidden: torch.Tensor
     """[B, T, D] the target's hidden states of whole conversations, zero-padded: round k of an
     anchor is taught what the target says at KV row `rows + k`."""
+    ids: torch.Tensor
+    """[B, T] the text's tokens, zero-padded."""
     tokens: torch.Tensor
     """[B, R, K] x_{t+1} .. x_{t+K}."""
     teacher_ids: torch.Tensor
@@ -109,9 +113,12 @@ def gather_rows(
         for layer_type in documents[0].shared_kv
     }
     texts = [torch.cat([documents[i].hidden for i in members]) for members in packs]
+    ids = [torch.cat([documents[i].ids for i in members]) for members in packs]
     return Batch(
         document_ids=[[documents[i].id for i in members] for members in packs],
+        seen=stacked["rows"],
         text_hidden=torch.nn.utils.rnn.pad_sequence(texts, batch_first=True),
+        ids=torch.nn.utils.rnn.pad_sequence(ids, batch_first=True),
         shared_kv=shared_kv,
         **stacked,
     )

@@ -1,5 +1,6 @@
 """From the sources of a run to the activations it trains on and those it is validated on."""
 
+import random
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -82,19 +83,43 @@ def _prepare_stored(
         stored = ActivationStore(data.store, target)
         say(
             f"{data.store}: {len(stored.entries):,} documents; of data.* only "
-            "validation_conversations applies to them"
+            "validation_conversations and only_* apply to them"
         )
     else:
         stored = _activations_of(target, data)
     documents = without_contaminated(stored, target, data, held_out)
     if any(entry.temperature == 0 for entry in documents.entries):
-        return split_documents(documents, data.validation_conversations, seed)
+        training, held = split_documents(documents, data.validation_conversations, seed)
+        return _asked_for(training, data, seed), held
     say("No greedy text of this target there to validate on: data.prompts are answered for it")
     prompts = [prompt for group, _ in load_sources(data, held_out) for prompt in group]
     _, validation = split_by_source(prompts, data.validation_conversations, seed)
     sources = {prompt.source for prompt in validation}
     kept = [i for i, entry in enumerate(documents.entries) if entry.source not in sources]
-    return Chosen(documents, kept), _greedy_answers(target, validation, data, seed)
+    training = _asked_for(Chosen(documents, kept), data, seed)
+    return training, _greedy_answers(target, validation, data, seed)
+
+
+def _asked_for(training: Documents, data: DataConfig, seed: int) -> Documents:
+    """Of the documents that are there, those at `data.only_temperatures`, and of them
+    `data.only_conversations` at random.
+
+    Raises:
+        ValueError: there are fewer.
+    """
+    allowed, count = data.only_temperatures, data.only_conversations
+    kept = [
+        i for i, e in enumerate(training.entries) if allowed is None or e.temperature in allowed
+    ]
+    if not kept or len(kept) < (count or 0):
+        at = "" if allowed is None else f" at the temperatures {allowed}"
+        raise ValueError(
+            f"{len(kept)} documents{at} are there to train on, data.only_conversations asks for "
+            f"{count or 'one at least'}"
+        )
+    if count is not None:
+        kept = sorted(random.Random(seed).sample(kept, count))
+    return Chosen(training, kept)
 
 
 def load_sources(data: DataConfig, held_out: str | None) -> list[tuple[list[Prompt], float | None]]:

@@ -20,7 +20,7 @@ from headstart.heads.ordered import token_clusters
 
 
 def row_masks(
-    rows: torch.Tensor, starts: torch.Tensor, kv_len: int, sliding_window: int
+    seen: torch.Tensor, starts: torch.Tensor, kv_len: int, sliding_window: int
 ) -> dict[str, torch.Tensor]:
     """Which KV rows each training row sees, per layer type.
 
@@ -28,7 +28,7 @@ def row_masks(
     newest row), so it shows one row more than a Gemma decoder layer: `t - window <= j <= t`.
 
     Args:
-        rows: [B, R] index of the KV row of t.
+        seen: [B, R] index of the last KV row that is seen, that of t.
         starts: [B, R] index of the first KV row of the same text: others may be packed before it.
         kv_len: T, KV rows.
         sliding_window: of the configuration.
@@ -36,8 +36,8 @@ def row_masks(
     Returns:
         Layer type -> bool [B, 1, R, T], True where visible.
     """
-    t = rows[:, None, :, None]
-    j = torch.arange(kv_len, device=rows.device)
+    t = seen[:, None, :, None]
+    j = torch.arange(kv_len, device=seen.device)
     full = (j <= t) & (j >= starts[:, None, :, None])
     return {"full_attention": full, "sliding_attention": full & (j >= t - sliding_window)}
 
@@ -69,6 +69,7 @@ class DraftHead(nn.Module):
         shared_kv: SharedKV,
         starts: torch.Tensor | None = None,
         later: torch.Tensor | None = None,
+        seen: torch.Tensor | None = None,
     ) -> list[torch.Tensor]:
         """Run K rounds over the same rows.
 
@@ -79,21 +80,24 @@ class DraftHead(nn.Module):
             shared_kv: layer type -> (keys, values), each [B, kv heads, T, head_dim].
             starts: [B, R] index of the first KV row of the same text; None: 0, nothing is packed.
             later: [B, S] which of the R rows go on beyond the first round; None: all.
+            seen: [B, R] index of the last KV row that each row sees; None: `rows`, as the decoder
+                has it.
 
         Returns:
             K of [B, R, D], from the second on [B, S, D]: their product with `draft_table` is the
             draft's logits. Width H where a narrow head was loaded, not built.
         """
         starts = torch.zeros_like(rows) if starts is None else starts
+        seen = rows if seen is None else seen
         kv_len = next(iter(shared_kv.values()))[0].shape[2]
         window = self.assistant.config.text_config.sliding_window
-        masks = row_masks(rows, starts, kv_len, window)
+        masks = row_masks(seen, starts, kv_len, window)
         states: list[torch.Tensor] = []
         for k in range(token_embeds.shape[2]):
             if k == 1 and later is not None:
                 hidden, token_embeds = select(hidden, later), select(token_embeds, later)
-                rows, starts = select(rows, later), select(starts, later)
-                masks = row_masks(rows, starts, kv_len, window)
+                rows, starts, seen = (select(one, later) for one in (rows, starts, seen))
+                masks = row_masks(seen, starts, kv_len, window)
             inputs = torch.cat([token_embeds[:, :, k], hidden], dim=-1)
             state = self.assistant.model(
                 inputs_embeds=self.assistant.pre_projection(inputs),

@@ -14,6 +14,7 @@ from headstart.data.loader import Batch
 from headstart.heads.targets import Target
 from headstart.heads.unroll import select
 from headstart.train.objectives import OBJECTIVES
+from headstart.train.traps import trapped
 from headstart.train.vocabulary import (
     Candidates,
     Teacher,
@@ -49,8 +50,9 @@ def draft_batch(model: torch.nn.Module, target: Target, batch: Batch, dtype: tor
     with torch.autocast(batch.rows.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
         embeds = target.embed(batch.tokens).float()
         states = model(
-            batch.hidden.float(), embeds, batch.rows, shared_kv, batch.starts, batch.later
-        )
+            batch.hidden.float(), embeds, batch.rows, shared_kv, batch.starts, batch.later,
+            batch.seen,
+        )  # fmt: skip
     b, r, rounds = batch.weights.shape
     anchors = torch.arange(b * r, device=batch.rows.device).view(b, r)
     counted, of_round, of_anchor = [], [], []
@@ -129,6 +131,8 @@ def batch_sums(
         round; `rows`, all anchors.
     """
     dtype = torch.bfloat16 if c.precision == "bfloat16" else torch.float32
+    if c.trap is not None:
+        batch = trapped(c.trap, batch, target)
     drafts = draft_batch(model, target, batch, dtype)
     teacher, objective = drafts.teacher, OBJECTIVES[c.objective]
     if candidates is None:

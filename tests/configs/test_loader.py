@@ -12,7 +12,8 @@ CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 
 ACCELERATE = sorted(CONFIGS.glob("accelerate-*.yaml"))
-RECIPES = sorted(set(CONFIGS.glob("*.yaml")) - set(ACCELERATE))
+SWEEPS = set(CONFIGS.glob("sweep-*.yaml"))
+RECIPES = sorted(set(CONFIGS.glob("*.yaml")) - set(ACCELERATE) - SWEEPS)
 
 
 @pytest.mark.parametrize("path", ACCELERATE, ids=lambda p: p.stem)

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -71,6 +72,31 @@ def test_packing_changes_no_step(stored: Path, tmp_path: Path) -> None:
     assert losses[1] == pytest.approx(losses[0], rel=2e-2)
     ours, theirs = weights(tmp_path / "packed"), weights(tmp_path / "rows")
     assert all(torch.allclose(ours[name], theirs[name], atol=2e-2) for name in ours)
+
+
+def test_a_part_of_a_store_is_chosen_by_temperature_and_number(stored: Path) -> None:
+    target = load_target("tiny-gemma4", "float32")
+
+    def chosen(**only: Any) -> list[str]:
+        data = DataConfig(store=stored, validation_conversations=3, **only)
+        training, validation = prepare_documents(target, data, 0, None)
+        assert len(validation.entries) == 3, "what is held out stays the same"
+        return [f"{entry.id} {entry.temperature}" for entry in training.entries]
+
+    everything = chosen()
+    greedy = chosen(only_temperatures=[0.0])
+    assert greedy == [name for name in everything if name.endswith(" 0.0")]
+    assert 0 < len(greedy) < len(everything)
+    few = chosen(only_conversations=4)
+    assert len(few) == 4
+    assert set(few) < set(everything)
+    assert few == chosen(only_conversations=4)
+    with pytest.raises(ValueError, match=r"documents at the temperatures \[3.0\] are there"):
+        chosen(only_temperatures=[3.0])
+    with pytest.raises(ValueError, match="asks for 400"):
+        chosen(only_conversations=400)
+    with pytest.raises(ValueError, match=r"chooses from data\.store"):
+        DataConfig(only_conversations=4)
 
 
 def test_held_out_documents_of_a_store_are_greedy_and_of_other_sources(stored: Path) -> None:

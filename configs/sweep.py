@@ -1,0 +1,68 @@
+"""A sweep: runs of one recipe that differ in some settings each, judged on the same texts."""
+
+import re
+from pathlib import Path
+
+from pydantic import Field, PositiveInt, ValidationError, field_validator
+
+from headstart.configs.loader import explain, load_config, read_yaml
+from headstart.configs.schema import Config, Section
+
+
+class Sweep(Section):
+    config: Path
+    """Run YAML of the recipe that all runs vary."""
+    overrides: list[str] = Field(default=[])
+    """`section.key=value` for every run, such as `data.store=stores/train`."""
+    runs: dict[str, list[str]]
+    """Name -> overrides of that run. The first is what the others are compared with."""
+    seeds: list[int] = Field(default=[0], min_length=1)
+    """Each run is trained once with each."""
+    num_assistant_tokens: PositiveInt = 4
+    """Draft length K at which all are judged."""
+    judged_on: dict[str, Path]
+    """Name -> activation store of texts that no run trains on, in which rounds are walked. Greedy
+    text is judged as greedy decoding, sampled text as sampling at its temperature."""
+
+    @field_validator("runs")
+    @classmethod
+    def _named(cls, runs: dict[str, list[str]]) -> dict[str, list[str]]:
+        if not runs:
+            raise ValueError("name at least one run")
+        if odd := [name for name in runs if not re.fullmatch(r"[\w.+-]+", name)]:
+            raise ValueError(f"{odd[0]!r} is to name a folder: letters, digits and . + - _ alone")
+        return runs
+
+    def configs(self, out: Path, overrides: list[str] | None = None) -> list[tuple[str, Config]]:
+        """The name and the configuration of each run, those of one seed after another.
+
+        Args:
+            out: folder of the runs.
+            overrides: further ones for every run.
+
+        Raises:
+            ValueError: as `load_config`, naming the run.
+        """
+        found = []
+        for seed in self.seeds:
+            for name, own in self.runs.items():
+                place = [f"run.seed={seed}", f"run.dir={out / f'{name}-seed{seed}'}"]
+                settings = [*self.overrides, *(overrides or []), *own, *place]
+                try:
+                    found.append((name, load_config(self.config, settings)))
+                except ValueError as error:
+                    raise ValueError(f"run {name}: {error}") from error
+        return found
+
+
+def load_sweep(path: Path) -> Sweep:
+    """Read a sweep.
+
+    Raises:
+        ValueError: the file is missing or malformed, or a key does not exist.
+    """
+    try:
+        return Sweep.model_validate(read_yaml(path))
+    except ValidationError as error:
+        problems = "; ".join(explain(dict(e), Sweep) for e in error.errors())
+        raise ValueError(f"{path}: {problems}") from error

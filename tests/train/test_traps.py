@@ -1,0 +1,107 @@
+"""Each trap is the mistake that it is named for, and nothing else."""
+
+from dataclasses import fields, replace
+
+import pytest
+import torch
+
+from headstart.configs.schema import DataConfig, TrainConfig
+from headstart.data.extraction import OnlineActivations
+from headstart.data.loader import Batch, candidate_rows, gather_rows
+from headstart.data.shards import Document
+from headstart.heads.targets import Target
+from headstart.train.traps import trapped
+from tests.heads.test_parity import noisy_head
+from tests.samples import conversations
+
+K = 3
+
+
+@pytest.fixture
+def batch(target: Target) -> Batch:
+    """Two conversations of 12 and 15 tokens, all their rows."""
+    documents = OnlineActivations(target, conversations(2), DataConfig(teacher_top_k=5)).read(
+        [0, 1]
+    )
+    return gather_rows(documents, [candidate_rows(d) for d in documents], K)
+
+
+def changed(before: Batch, after: Batch) -> set[str]:
+    names = {field.name for field in fields(Batch)}
+    return {name for name in names if getattr(before, name) is not getattr(after, name)}
+
+
+def states(target: Target, batch: Batch) -> list[torch.Tensor]:
+    head = noisy_head(target)
+    with torch.no_grad():
+        return head(
+            batch.hidden, target.embed(batch.tokens), batch.rows, batch.shared_kv, batch.starts,
+            batch.later, batch.seen,
+        )  # fmt: skip
+
+
+def test_the_state_of_the_same_token_tells_what_the_teacher_says(
+    target: Target, batch: Batch
+) -> None:
+    wrong = trapped("same_token", batch, target)
+    assert changed(batch, wrong) == {"hidden"}
+    counted = batch.weights[..., 0] > 0
+    says = target.logits(wrong.hidden[counted]).argmax(-1)
+    assert torch.equal(says, batch.teacher_ids[..., 0, 0][counted])
+
+
+def test_states_before_the_norm_are_the_right_ones_after_it(target: Target, batch: Batch) -> None:
+    wrong = trapped("pre_norm", batch, target)
+    assert changed(batch, wrong) == {"hidden"}
+    counted = batch.weights[..., 0] > 0
+    assert not torch.allclose(wrong.hidden[counted], batch.hidden[counted], atol=0.1)
+    with torch.no_grad():
+        normed = target.final_norm(wrong.hidden)
+    torch.testing.assert_close(normed[counted], batch.hidden[counted], atol=1e-4, rtol=1e-4)
+
+
+def test_one_key_too_many_is_that_of_the_next_row(target: Target, batch: Batch) -> None:
+    """What row t sees then is what row t + 1 sees."""
+    wrong = trapped("own_key", batch, target)
+    assert changed(batch, wrong) == {"seen"}
+    counted = batch.weights[..., 0] > 0
+    assert torch.equal(wrong.seen[counted], batch.rows[counted] + 1)
+    assert not torch.allclose(states(target, wrong)[0], states(target, batch)[0], atol=1e-4)
+
+
+def test_future_keys_are_those_of_the_stock_forward_over_several_rows(tiny: Target) -> None:
+    """In a batch with padding and within the sliding window: beyond it the stock forward mirrors
+    the window too, and without padding it takes the first rows of keys for a causal square."""
+    both = OnlineActivations(tiny, conversations(2), DataConfig(teacher_top_k=5)).read([0, 1])
+    documents = [cut_to(document, rows) for document, rows in zip(both, (6, 7), strict=True)]
+    batch = gather_rows(documents, [torch.arange(1, 5)] * 2, 2)
+    wrong = trapped("future_keys", batch, tiny)
+    assert changed(batch, wrong) == {"seen"}
+    assert wrong.seen.tolist() == [[5] * 4, [6] * 4]
+    assistant = noisy_head(tiny).assistant
+    with torch.no_grad():
+        stock = assistant(
+            inputs_embeds=torch.cat([tiny.embed(batch.tokens)[:, :, 0], batch.hidden], dim=-1),
+            attention_mask=torch.tensor([[1] * 6 + [0], [1] * 7]),
+            position_ids=batch.rows + 1,
+            shared_kv_states=batch.shared_kv,
+            use_cache=False,
+        )
+    logits = states(tiny, wrong)[0] @ tiny.table.T
+    torch.testing.assert_close(logits, stock.logits, atol=1e-4, rtol=1e-4)
+    right = states(tiny, batch)[0] @ tiny.table.T
+    assert not torch.allclose(right, stock.logits, atol=1e-3)
+
+
+def cut_to(document: Document, rows: int) -> Document:
+    """The first rows of a document, all of them written by the target."""
+    return replace(
+        document, ids=document.ids[:rows], hidden=document.hidden[:rows],
+        shared_kv={t: (k[:rows], v[:rows]) for t, (k, v) in document.shared_kv.items()},
+        loss_mask=torch.ones(rows, dtype=torch.bool),
+    )  # fmt: skip
+
+
+def test_packed_rows_have_no_trap() -> None:
+    with pytest.raises(ValueError, match="unpacked rows"):
+        TrainConfig(trap="own_key", pack_tokens=64)
