@@ -12,6 +12,7 @@ from headstart.data.conversations import conversation_lengths, finished_parts
 from headstart.data.packing import length_when_cut
 from headstart.data.store import bytes_per_token, read_index
 from headstart.heads.assistant import assistant_config
+from headstart.heads.published import published_config
 from headstart.heads.targets import SUPPORTED, load_target_config, source_layers
 
 TRAINING_BYTES = 16  # a trained parameter: weight, gradient and two moments of four bytes each
@@ -32,7 +33,8 @@ def plan(config: Config) -> dict[str, str]:
     Token counts are upper bounds: a response may end before `max_new_tokens`.
     """
     t, d, c = config.target, config.data, config.train
-    whole = load_target_config(t.name, t.revision, t.trust_remote_code)
+    published = published_config(t.name)  # asks nobody: a plan needs no network
+    whole = published or load_target_config(t.name, t.revision, t.trust_remote_code)
     source = whole.get_text_config()
     head = assistant_config(source, config.head)
     text = head.text_config
@@ -49,6 +51,11 @@ def plan(config: Config) -> dict[str, str]:
     return {
         "target": f"{t.name} ({source.model_type}, width {source.hidden_size}, "
         f"{source.num_hidden_layers} layers, {source.vocab_size:,} tokens, {t.dtype})",
+        **(
+            {"shapes": "as published (heads/published.py); the text model alone"}
+            if published
+            else {}
+        ),
         "shared KV from layers": ", ".join(f"{i} ({k})" for k, i in source_layers(source).items()),
         "head": f"{text.num_hidden_layers} layers ({', '.join(text.layer_types)}), "
         f"width {text.hidden_size}, MLP {text.intermediate_size}",
@@ -62,6 +69,27 @@ def plan(config: Config) -> dict[str, str]:
         "rows a step": f"{rows:,} a process, {rows + later * (c.rounds - 1):,} drafts in "
         f"{c.rounds} rounds",
         "steps": f"{c.steps:,} ({c.steps * rows:,} rows in all)",
+        **_plan_step(c, source, trained, rows, rows + later * (c.rounds - 1)),
+    }
+
+
+def _plan_step(c: Any, source: Any, trained: int, rows: int, drafts: int) -> dict[str, str]:
+    """Floating-point operations of a step of one process, attention left out: it is little.
+
+    A product with a trained weight counts three times two operations (forward, and the gradients of
+    input and weight); with the frozen table twice two, and once more for the teacher, whose logits
+    are computed once a position, of which there are at most `rows + rounds` for all rounds.
+    """
+    width = source.hidden_size
+    candidates = source.vocab_size
+    if c.vocabulary == "sparse":
+        candidates = min(source.vocab_size, c.likely_tokens + c.negatives)
+    head = 6 * trained * drafts
+    objective = candidates * width * (4 * drafts + 2 * (rows + c.rounds))
+    return {
+        "a step computes": f"{(head + objective) / 1e12:.2f} TFLOP a process: {head / 1e12:.2f} in "
+        f"the head, {objective / 1e12:.2f} in the objective over {candidates:,} candidates or some "
+        f"more; {(head + objective) * c.steps / 1e15:.1f} PFLOP in all steps",
     }
 
 
