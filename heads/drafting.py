@@ -150,7 +150,12 @@ class Drafter:
         """Logits [M] of the tokens [M] looked at for a state [H]; None: the whole vocabulary."""
         table = self.assistant.lm_head.weight
         if self.embedder is None or self.members is None:
-            return table @ state, None
+            return _products(table, state), None
         best = self.embedder.centroids(state).topk(self.embedder.centroid_intermediate_top_k)
         ids = self.members[best.indices].flatten()
-        return table.index_select(0, ids) @ state, ids
+        return _products(table.index_select(0, ids), state), ids
+
+
+def _products(table: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+    """[M, H] @ [H] -> [M], as a linear layer: in bfloat16 on a CPU `@` takes half as long again."""
+    return nn.functional.linear(state[None], table)[0]
