@@ -1,8 +1,7 @@
 """On-policy conversations: the target answers the prompts, batched and resumable."""
 
 import asyncio
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -26,6 +25,7 @@ from headstart.data.sampling import SamplingMixture
 from headstart.data.server import AnswerServer
 from headstart.data.shards import shard_path, shard_settings, write_shard
 from headstart.data.store import check_space, stored_bytes, write_index
+from headstart.heads.few_rows import plain_strides
 from headstart.heads.files import alone_in
 from headstart.heads.processes import in_step, is_mine, processes_in
 from headstart.heads.single_query import quick_single_queries
@@ -220,7 +220,7 @@ def answer(
     # The recorder is to see the logits as the target emits them.
     processors = [mixture] if recorder is None else [recorder, mixture]
     quick = quick_single_queries(target.config)
-    with compact_lm_head(target), quick, recorder or nullcontext():
+    with plain_strides(target.model), quick, recorder or nullcontext():
         output = target.model.generate(
             **inputs,
             generation_config=settings,
@@ -230,22 +230,6 @@ def answer(
         )
     responses = output[:, inputs["input_ids"].shape[1] :].tolist()
     return [_cut_after(response, target.eos_ids) for response in responses]
-
-
-@contextmanager
-def compact_lm_head(target: Target) -> Iterator[None]:
-    """Make the LM head's input contiguous.
-
-    The prefill cuts the last row out of each sequence, and over such a strided input torch's linear
-    runs one product a sequence on a CPU: a minute for 64 prompts of Gemma 3 270M.
-    """
-    hook = target.model.get_output_embeddings().register_forward_pre_hook(
-        lambda module, args: (args[0].contiguous(),)
-    )
-    try:
-        yield
-    finally:
-        hook.remove()
 
 
 def _cut_after(ids: list[int], stops: list[int]) -> list[int]:

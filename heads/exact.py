@@ -23,7 +23,7 @@ from transformers.generation.candidate_generator import (
 
 from headstart.heads.draft_length import Constant, CostRule, DraftLength, Rate
 from headstart.heads.drafting import CleanKV, Drafter, Drafts
-from headstart.heads.few_rows import quick_few_rows
+from headstart.heads.few_rows import plain_strides, quick_few_rows
 
 LOOKUP_NGRAM = 3  # tokens that an earlier place has to share with the newest ones, at most
 
@@ -226,7 +226,7 @@ def exact_decoding(target: PreTrainedModel, how: ExactDecoding | None = None) ->
 
     target._get_candidate_generator = generator
     try:
-        with quick_few_rows(target):
+        with quick_few_rows(target), plain_strides(target):
             yield
     finally:
         del target._get_candidate_generator

@@ -14,6 +14,7 @@ from functools import lru_cache, partial
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import PreTrainedModel
 
 FEW = range(2, 10)  # rows: a token and 1 to 8 drafts
 TRIAL = (16384, 640)  # of weights: more than a cache holds, as the table of a target is
@@ -80,3 +81,21 @@ def quick_few_rows(model: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             del layer.forward
+
+
+@contextmanager
+def plain_strides(model: PreTrainedModel) -> Iterator[None]:
+    """Within, the LM head is given its rows without gaps between them.
+
+    A prefill cuts the last row out of each sequence. Over rows that lie apart torch's linear runs
+    one product a sequence on a CPU, a minute for 64 prompts of Gemma 3 270M; and over a single one
+    that remembers its sequence's stride it takes 40 times as long in bfloat16, half a second. Such
+    a row passes for contiguous, so that `contiguous()` would leave it as it is.
+    """
+    hook = model.get_output_embeddings().register_forward_pre_hook(
+        lambda module, args: (args[0].clone(memory_format=torch.contiguous_format),)
+    )
+    try:
+        yield
+    finally:
+        hook.remove()

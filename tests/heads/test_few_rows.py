@@ -8,7 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from headstart.heads.few_rows import FEW, is_quicker, quick_few_rows, weights_first
+from headstart.heads.few_rows import (
+    FEW,
+    is_quicker,
+    plain_strides,
+    quick_few_rows,
+    weights_first,
+)
+from headstart.heads.targets import Target
 
 
 @pytest.fixture
@@ -64,3 +71,27 @@ def test_it_is_tried_once_for_each_dtype() -> None:
     assert is_quicker(torch.float32) == first
     assert is_quicker.cache_info().misses == 1
     assert 1 not in FEW, "plain decoding stays as it is"
+
+
+def test_the_lm_head_is_given_rows_without_gaps(target: Target) -> None:
+    """A prefill's last row has the stride of its sequence, though it passes for contiguous."""
+    seen: list[tuple[int, ...]] = []
+    head = target.model.get_output_embeddings()
+    ids = torch.tensor([[5, 6, 7, 8]])
+
+    def run() -> torch.Tensor:
+        with torch.no_grad():
+            return target.model(ids, logits_to_keep=1).logits
+
+    width = target.config.hidden_size
+    with plain_strides(target.model):
+        # After the hook of `plain_strides`: it sees what the layer is given.
+        note = head.register_forward_pre_hook(lambda module, args: seen.append(args[0].stride()))
+        lean = run()
+        note.remove()
+    assert seen == [(width, width, 1)]
+    note = head.register_forward_pre_hook(lambda module, args: seen.append(args[0].stride()))
+    stock = run()
+    note.remove()
+    assert seen[1] == (4 * width, width, 1), "transformers mends it: plain_strides can go"
+    assert torch.equal(lean, stock)
