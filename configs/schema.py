@@ -50,16 +50,18 @@ class TargetConfig(Section):
 
 
 class HeadConfig(Section):
-    num_hidden_layers: PositiveInt = 2
-    """Depth, in decoder layers. The last attends as `full_attention`, the others as `sliding`."""
+    num_hidden_layers: PositiveInt | None = None
+    """Depth, in decoder layers. The last attends as `full_attention`, the others as `sliding`.
+    None: 2."""
     hidden_size: PositiveInt | None = None
     """Width. None: the target's width, which ties the table as it is; narrower: low-rank tie."""
     intermediate_size: PositiveInt | None = None
     """MLP width. None: that of the target's source layer for a full-width head, else 4 x width."""
     num_attention_heads: PositiveInt | None = None
     """Query heads. None: the target's number."""
-    start: Literal["target", "random"] = "target"
-    """Weights at step 0: the target's own source layers (full width only), or random ones."""
+    start: str = "target"
+    """Weights at step 0: `target`, its own source layers (full width only); `random`; or a finished
+    head, by folder or Hub id, such as google/gemma-4-E4B-it-assistant, whose shapes are kept."""
     tie_start: Literal["data", "svd"] = "data"
     """Start of the projection of a low-rank tie: from what the target says, or from the plain SVD
     of its table (for comparison: it is far behind)."""
@@ -71,8 +73,16 @@ class HeadConfig(Section):
     centroid_intermediate_top_k: PositiveInt = 32
     """Clusters whose tokens a draft is chosen from."""
 
+    @property
+    def warm(self) -> bool:
+        """Whether training goes on from a finished head."""
+        return self.start not in ("target", "random")
+
     @model_validator(mode="after")
     def _check(self) -> "HeadConfig":
+        shapes = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads")
+        if self.warm and (given := [key for key in shapes if getattr(self, key) is not None]):
+            raise ValueError(f"{given[0]} is that of the head in start: leave it out")
         if self.num_centroids is not None and not self.use_ordered_embeddings:
             raise ValueError("num_centroids needs use_ordered_embeddings=true")
         if self.tie_start == "svd" and self.hidden_size is None:

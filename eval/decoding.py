@@ -143,14 +143,6 @@ def _generation_config(
     )
 
 
-@torch.no_grad()
-def top2_gap(target: Target, ids: list[int]) -> float:
-    """Difference between the target's two best logits after `ids`, from one clean forward."""
-    hidden = target.activations(torch.tensor([ids], device=target.device)).hidden[:, -1]
-    best = target.logits(hidden)[0].topk(2).values
-    return float(best[0] - best[1])
-
-
 @dataclass
 class _Seen:
     """Target forwards as they happen."""

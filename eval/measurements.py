@@ -10,7 +10,8 @@ from typing import Any
 from headstart.data.progress import progress_bar
 from headstart.data.prompts import Prompt
 from headstart.data.templates import encode_prompt
-from headstart.eval.decoding import GREEDY, Decoded, decode, top2_gap
+from headstart.eval.decoding import GREEDY, Decoded, decode
+from headstart.eval.partings import Parting, explain_parting, parting
 from headstart.eval.sides import Side
 from headstart.eval.verdict import ends_in_loop
 from headstart.heads.files import write_atomically
@@ -18,6 +19,7 @@ from headstart.heads.targets import Target
 from headstart.heads.tokens import Sampling
 
 WARM_UP_TOKENS = 16
+VERSION = 2  # of the file; it rises when a field changes
 AGAIN_EVERY = 4  # plain decoding is measured twice on each fourth prompt: the noise
 
 
@@ -33,8 +35,8 @@ class Text:
     prompt_len: int
     plain: Decoded
     assisted: Decoded
-    top2_gap: float | None
-    """The target's top-2 logit gap where greedy texts part."""
+    parting: Parting | None
+    """Where greedy texts part: what the target thinks there."""
     again_seconds: float | None
     """Wall time of a second plain decoding, where there was one."""
     greedy: bool
@@ -48,15 +50,6 @@ class Text:
     def parted_at(self) -> int | None:
         """Index of the first token that differs from plain greedy decoding; None: equal."""
         return parting(self.plain.tokens, self.assisted.tokens) if self.greedy else None
-
-
-def parting(plain: list[int], assisted: list[int]) -> int | None:
-    """Index of the first token that differs; None: equal."""
-    if plain == assisted:
-        return None
-    shorter = min(len(plain), len(assisted))
-    pairs = zip(plain, assisted, strict=False)
-    return next((i for i, (a, b) in enumerate(pairs) if a != b), shorter)
 
 
 class Measurements:
@@ -82,7 +75,7 @@ class Measurements:
 
     def _write(self) -> None:
         # Written anew: the last line may have been cut short by a kill.
-        first = {"settings": self.settings, "found": self.found}
+        first = {"version": VERSION, "settings": self.settings, "found": self.found}
         text = "".join(json.dumps(line) + "\n" for line in [first, *self.lines])
         write_atomically(self.path, text)
 
@@ -108,7 +101,8 @@ class Measurements:
                 one = next(s for s in turn["sides"] if s["side"] == side.key)
                 found.append(Text(
                     line["id"], turn["turn"], line["category"], turn["prompt_len"],
-                    Decoded(**turn["plain"]), Decoded(**one["decoded"]), one["top2_gap"],
+                    Decoded(**turn["plain"]), Decoded(**one["decoded"]),
+                    None if one["parting"] is None else Parting(**one["parting"]),
                     turn["again_seconds"], temperature == 0,
                 ))  # fmt: skip
         return found
@@ -125,6 +119,11 @@ def _read(path: Path, settings: dict[str, Any]) -> tuple[list[dict[str, Any]], d
                 raise ValueError(f"{path}, line {number} is damaged: {error}") from error
     if not lines:
         return [], {}
+    if (version := lines[0].get("version", 1)) != VERSION:
+        raise ValueError(
+            f"{path} is of version {version}, this Headstart writes {VERSION}: name another "
+            "folder, or leave out --resume to begin anew"
+        )
     for key, value in settings.items():
         if (earlier := lines[0].get("settings", {}).get(key)) != value:
             raise ValueError(
@@ -212,9 +211,14 @@ def _measure_turn(
     found = []
     for side in sides:
         decoded = next(decoded for other, decoded in texts if other is side)
-        at = None if sampling.temperature else parting(plain.tokens, decoded.tokens)
-        gap = None if at is None else top2_gap(target, ids + plain.tokens[:at])
-        found.append({"side": side.key, "decoded": asdict(decoded), "top2_gap": gap})
+        why = None
+        if not sampling.temperature:
+            why = explain_parting(target, ids, plain.tokens, decoded.tokens)
+        found.append({
+            "side": side.key,
+            "decoded": asdict(decoded),
+            "parting": None if why is None else asdict(why),
+        })  # fmt: skip
     return {
         "prompt_len": len(ids),
         "plain": asdict(plain),

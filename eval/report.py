@@ -93,7 +93,7 @@ def _content(
         for side in own:
             texts = kept.texts(side, sampling.temperature)
             measured[(*side.key, sampling.temperature)] = texts
-            found += _results(side, sampling.temperature, texts, settings["dtype"])
+            found += _results(side, sampling.temperature, texts)
     first = next(iter(measured.values()))
     return {
         "schema": SCHEMA,
@@ -183,9 +183,7 @@ def _prepare(
     }
 
 
-def _results(
-    side: Side, temperature: float, texts: Sequence[Text], dtype: str
-) -> list[dict[str, Any]]:
+def _results(side: Side, temperature: float, texts: Sequence[Text]) -> list[dict[str, Any]]:
     """The results of one side: all prompts and each category, with and without looping texts."""
     groups = {"all": list(texts)}
     categories = sorted({text.category for text in texts})
@@ -202,7 +200,7 @@ def _results(
                 "num_assistant_tokens": side.num_assistant_tokens, "category": category,
                 "looping_texts": loops,
             }  # fmt: skip
-            result = what | summarise(few, side.num_assistant_tokens, side.costs, dtype)
+            result = what | summarise(few, side.num_assistant_tokens, side.costs)
             if category == "all" and loops == "with":
                 result["per_text"] = [_row(text, side.num_assistant_tokens) for text in few]
             found.append(result)

@@ -4,6 +4,7 @@ Letters: K draft tokens, P prompts, S resamples.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,6 @@ from headstart.eval.draft_cost import Costs
 from headstart.eval.measurements import Text
 
 RESAMPLES = 2000
-ROUNDING = {"float32": 1e-3, "bfloat16": 0.25}
-"""Gap of the two best logits that the shape of a batch may turn around: in bfloat16 two units in
-the last place of logits between 16 and 32 (Gemma 4's are capped at 30)."""
 POSITIONS = [0, 16, 32, 64, 128, 256, 512, 1024]  # new tokens before a round: edges of the groups
 
 
@@ -65,16 +63,13 @@ def interval(values: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def summarise(
-    texts: Sequence[Text], k: int, costs: Costs | None, dtype: str = "float32"
-) -> dict[str, Any]:
+def summarise(texts: Sequence[Text], k: int, costs: Costs | None) -> dict[str, Any]:
     """The figures of one result of report.json (docs/report.md explains each).
 
     Args:
         texts: of one side.
         k: K, its most drafts in a round.
         costs: of its drafts and verifications; None: no speedup is predicted.
-        dtype: of the target.
     """
     counts = [text.assisted.counts(text.prompt_len, k) for text in texts]
     by_text = {id(text): count for text, count in zip(texts, counts, strict=True)}
@@ -104,10 +99,11 @@ def summarise(
                 "id": t.id,
                 "turn": t.turn,
                 "token": t.parted_at,
-                "top2_logit_gap": t.top2_gap,
-                "within_rounding": (t.top2_gap or 0.0) <= ROUNDING[dtype],
+                **asdict(t.parting),
+                "within_rounding": t.parting.within_rounding,
             }
             for t in parted
+            if t.parting is not None
         ],
         "new_tokens": sum(len(text.assisted.tokens) for text in texts),
         "target_forwards": sum(len(text.assisted.forwards) for text in texts),

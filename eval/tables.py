@@ -85,7 +85,7 @@ def remarks(content: dict[str, Any]) -> list[str]:
             + (
                 "what rounding may turn around."
                 if fine
-                else "more than rounding explains: a fault."
+                else "more than rounding explains in some: a fault."
             )
         )
     return lines

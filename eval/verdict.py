@@ -12,6 +12,10 @@ NAMES = {
     "lookup": "prompt lookup, without a head",
     "draft-model": "a small model's drafts",
 }
+LOSSY = (
+    "The stock decoder, sampling, does not keep to the target's distribution with a head: its "
+    "figures are no advice. "
+)
 OWN_LENGTH = ("heuristic", "confident", "cost", "hybrid")
 
 
@@ -41,7 +45,20 @@ def verdict(results: list[dict[str, Any]]) -> str:
     return " ".join(texts)
 
 
+def _lossless(result: dict[str, Any]) -> bool:
+    """The stock decoder samples neither from the target nor from the head (docs/decoding.md)."""
+    return result["decoder"] != "transformers" or result["temperature"] == 0
+
+
 def _advice(results: list[dict[str, Any]]) -> str:
+    lossy = [r for r in results if not _lossless(r)]
+    results = [r for r in results if _lossless(r)]
+    if not results:
+        return LOSSY + "Measure the exact decoder."
+    return (LOSSY if lossy else "") + _advice_among(results)
+
+
+def _advice_among(results: list[dict[str, Any]]) -> str:
     whole = [r for r in results if r["looping_texts"] == "with"]
     best = max(whole, key=lambda r: r["speedup"])
     low, high = best["speedup_interval"]

@@ -3,6 +3,7 @@
 Letters: D target width, H head width, V vocabulary.
 """
 
+import copy
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,6 +28,7 @@ from headstart.heads.files import whole_folder
 from headstart.heads.ordered import cluster_count
 from headstart.heads.targets import Target, source_layers
 
+DEPTH = 2  # layers of a head whose depth nobody chose
 Assistant: TypeAlias = Gemma4AssistantForCausalLM | Gemma4UnifiedAssistantForCausalLM
 
 
@@ -58,7 +60,7 @@ def assistant_config(source: Any, head: HeadConfig) -> Any:
                 f"head.num_attention_heads={heads} is no multiple of the target's "
                 f"{shape.num_key_value_heads} KV heads in its {layer_type} layers"
             )
-    depth = head.num_hidden_layers
+    depth = head.num_hidden_layers or DEPTH
     layer_types = ["sliding_attention"] * (depth - 1) + ["full_attention"]
     sliding, full = kv["sliding_attention"], kv["full_attention"]
     unified = source.model_type.startswith("gemma4_unified")
@@ -128,6 +130,40 @@ def build_assistant(target: Target, head: HeadConfig) -> Assistant:
         if head.start == "target" and full_width:
             _start_from_target(assistant, target)
     return assistant
+
+
+def warm_assistant(target: Target, path: str | Path) -> Assistant:
+    """A finished head in float32 to train on, with a dense LM head: clusters come after the trunk.
+
+    Its table is frozen: a head as wide as the target is tied to this target's, a narrower one keeps
+    its own.
+
+    Args:
+        target: that it is to draft for.
+        path: folder or Hub id.
+
+    Raises:
+        ValueError: there is no head at `path`, or it does not fit the target.
+    """
+    finished = load_assistant(path, torch.float32, target.device)
+    check_pair(target, finished)
+    config = copy.deepcopy(finished.config)
+    config.use_ordered_embeddings = False
+    with torch.device("meta"):
+        assistant: Assistant = type(finished)(config)
+    own = {k: v for k, v in finished.state_dict().items() if not is_of_clusters(k)}
+    assistant.load_state_dict(own, assign=True)
+    assistant.requires_grad_(True)
+    full_width = config.text_config.hidden_size == target.config.hidden_size
+    table = target.table if full_width else nn.Parameter(own["lm_head.weight"], requires_grad=False)
+    _set_table(assistant, table)
+    assistant.generation_config = finished.generation_config
+    return assistant.to(target.device)
+
+
+def is_of_clusters(name: str) -> bool:
+    """Whether a tensor of a head is the order of its tokens, or a centroid."""
+    return "masked_embedding." in name
 
 
 def _set_table(assistant: Assistant, table: nn.Parameter) -> None:

@@ -1,4 +1,4 @@
-"""Shapes of the Gemma 4 checkpoints as Google published them: a plan needs no network.
+"""Shapes of Gemma 4 and its assistants as Google published them: a plan needs no network.
 
 Read in public sources, never in the weights: transformers' conversion scripts
 (`models/gemma4/convert_gemma4_weights.py`, and for 12B
@@ -7,11 +7,16 @@ Read in public sources, never in the weights: transformers' conversion scripts
 all but 12B, which it lacks. Defaults of transformers 5.22 that match no checkpoint are spelled out.
 Sources part in one field, which changes no weight that a plan counts: for 12B the script has
 `vocab_size_per_layer_input` 0 and the published config.json 262,144; there are no per-layer inputs.
+
+The assistants' shapes are those of the same scripts in their later versions; the published
+config.json was seen quoted for E2B (whole) and 12B (in part), for the others it was not.
 """
 
 from typing import Any
 
 from transformers import Gemma4TextConfig, Gemma4UnifiedTextConfig
+
+from headstart.configs.schema import HeadConfig
 
 _ALL: dict[str, Any] = {
     "vocab_size": 262_144,
@@ -73,6 +78,27 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 """Checkpoint without its suffix -> its text configuration."""
+
+
+ASSISTANTS: dict[str, dict[str, Any]] = {
+    "gemma-4-E2B": {"hidden_size": 256, "intermediate_size": 2048, "num_attention_heads": 4},
+    "gemma-4-E4B": {"hidden_size": 256, "intermediate_size": 2048, "num_attention_heads": 4},
+    "gemma-4-12B": {"hidden_size": 1024, "intermediate_size": 8192, "num_attention_heads": 16},
+    "gemma-4-26B-A4B": {"hidden_size": 1024, "intermediate_size": 8192, "num_attention_heads": 16},
+    "gemma-4-31B": {"hidden_size": 1024, "intermediate_size": 8192, "num_attention_heads": 32},
+}
+"""Checkpoint without its suffix -> what its assistant chose; KV heads and the like are the
+target's. All have three sliding layers and a full one; the two small ones clusters of 128."""
+
+
+def published_head(name: str) -> HeadConfig | None:
+    """The shape of `google/gemma-4-NAME-it-assistant`; None: it is none of the five."""
+    checkpoint = name.removeprefix("google/").removesuffix("-it-assistant")
+    shape = ASSISTANTS.get(checkpoint)
+    if shape is None or name != f"google/{checkpoint}-it-assistant":
+        return None
+    ordered = checkpoint in ("gemma-4-E2B", "gemma-4-E4B")
+    return HeadConfig(num_hidden_layers=4, use_ordered_embeddings=ordered, **shape)
 
 
 def published_config(name: str) -> Gemma4TextConfig | Gemma4UnifiedTextConfig | None:

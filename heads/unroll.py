@@ -112,9 +112,10 @@ class DraftHead(nn.Module):
 
     @torch.no_grad()
     def table(self, target_table: torch.Tensor) -> torch.Tensor:
-        """[V, H] the LM head to save: the target's table, or its product with the projection."""
+        """[V, H] the LM head to save: the target's table, its product with the projection, or the
+        table of its own that a narrow head was loaded with."""
         if self.projection is None:
-            return target_table
+            return self.draft_table(target_table)
         return target_table.float() @ self.projection
 
     def draft_table(self, target_table: torch.Tensor) -> torch.Tensor:

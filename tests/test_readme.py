@@ -39,6 +39,14 @@ def category_row(report: dict[str, Any], category: str) -> str:
     return f"| {category} | {' | '.join(lengths + speedups)} |"
 
 
+def longer_category_row(report: dict[str, Any], category: str) -> str:
+    of = {r["decoder"]: r for r in whole(report, category)}
+    shown = ("transformers", "exact", "hybrid", "lookup")
+    lengths = [f"{of[name]['acceptance_length']:.2f}" for name in shown]
+    speedups = [f"{r['speedup']:.2f}" for r in of.values()]
+    return f"| {category} | {' | '.join(lengths + speedups)} |"
+
+
 def whole(report: dict[str, Any], category: str = "all") -> list[dict[str, Any]]:
     return [
         r for r in report["results"] if r["category"] == category and r["looping_texts"] == "with"
@@ -55,15 +63,22 @@ def results(name: str) -> Any:
 
 def test_the_table_in_the_readme_is_that_of_the_result_file() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    for result in results("quickstart.json")["results"]:
+    for result in results("eval-64.json")["results"]:
         if result["category"] == "all":
             assert row(result) in readme, f"the file holds: {row(result)}"
-    assert "quickstart.json" in readme
+    assert "eval-64.json" in readme
+
+
+def test_the_quickstart_on_the_decoding_page_is_that_of_the_result_file() -> None:
+    page = (ROOT / "docs" / "decoding.md").read_text(encoding="utf-8")
+    for result in results("quickstart.json")["results"]:
+        if result["category"] == "all":
+            assert row(result) in page, f"the file holds: {row(result)}"
     draft = results("bench-draft.json")["ratios"]
     for name in ("v", "v_exact"):
-        assert f"{draft[name][3]:.2f} steps" in readme
-    assert f"above {draft['break_even_ordered'][3]:.2f} at K = 4" in readme
-    assert f"pays from {draft['break_even_exact_ordered'][3]:.2f} on" in readme
+        assert f"{draft[name][3]:.2f} steps" in page
+    assert f"above {draft['break_even_ordered'][3]:.2f} at K = 4" in page
+    assert f"pays from {draft['break_even_exact_ordered'][3]:.2f} on" in page
 
 
 def test_the_tables_of_the_training_page_are_those_of_the_result_files() -> None:
@@ -104,6 +119,18 @@ def test_the_tables_of_the_decoding_page_are_those_of_the_result_files() -> None
     for r in report["results"]:
         wanted = decoder_row(r) if r["category"] == "all" else category_row(report, r["category"])
         assert wanted in page
+    for name in ("eval-64.json", "eval-k.json"):
+        assert name in page
+        for r in whole(results(name)):
+            assert decoder_row(r) in page
+    report = results("eval-64.json")
+    for category in {r["category"] for r in report["results"]} - {"all"}:
+        assert longer_category_row(report, category) in page
+    costs = results("bench-draft-bf16.json")["ratios"]
+    for name in ("c_exact_ordered", "c_ordered"):
+        assert f"{costs[name]:.3f}" in page
+    for name in ("break_even_exact_ordered", "break_even_ordered"):
+        assert f"{costs[name][3]:.2f}" in page
     draft = results("bench-draft.json")["ratios"]
     for decoder, name in (("stock", "v"), ("exact", "v_exact")):
         assert cost_row(decoder, draft[name]) in page
@@ -137,3 +164,12 @@ def test_the_tables_of_the_data_page_are_those_of_the_benchmarks() -> None:
         assert (
             f"{report['results'][0]['acceptance_length']:.2f} ([results](results/{name}))" in page
         )
+
+
+def test_the_table_of_sampled_decoding_is_that_of_the_result_file() -> None:
+    page = (ROOT / "docs" / "decoding.md").read_text(encoding="utf-8")
+    for r in whole(results("eval-t1.json")):
+        short, long = r["acceptance_length_interval"]
+        length = f"{r['acceptance_length']:.3f} ({short:.2f} to {long:.2f})"
+        cells = [r["decoder"], str(r["num_assistant_tokens"]), length, speedup(r)]
+        assert f"| {' | '.join(cells)} |" in page

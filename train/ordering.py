@@ -6,7 +6,7 @@ the states that the head really has.
 
 import copy
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,14 @@ from headstart.data.prepare import prepare_documents
 from headstart.data.progress import say
 from headstart.data.store import Documents
 from headstart.eval.simulate import Simulated, simulate_acceptance
-from headstart.heads.assistant import Assistant, check_pair, load_assistant, save_assistant
+from headstart.heads.assistant import (
+    Assistant,
+    check_pair,
+    is_of_clusters,
+    load_assistant,
+    load_assistant_config,
+    save_assistant,
+)
 from headstart.heads.ordered import cluster_count, set_order, token_usage
 from headstart.heads.targets import Target
 from headstart.heads.unroll import DraftHead
@@ -59,6 +66,8 @@ def order_best(
     if not (folder / RECORD).is_file():
         order = Order(True, h.num_centroids, h.centroid_intermediate_top_k, STEPS)
         assistant = load_assistant(str(folder), torch.float32, target.device)
+        if h.warm and h.num_centroids is None:
+            assistant, order = _with_earlier_clusters(assistant, h.start, order)
         assistant, found = order_head(assistant, target, training, validation, config, order)
         if PartialState().is_main_process:
             _save(assistant, target, config, {"head": "this run's", **found}, folder)
@@ -163,6 +172,20 @@ def _shape(config: Any, order: Order) -> tuple[int, int]:
     return cluster_count(config.text_config.vocab_size, order.num_centroids or known, top_k), top_k
 
 
+def _with_earlier_clusters(
+    assistant: Assistant, start: str, order: Order
+) -> tuple[Assistant, Order]:
+    """A trained head with the clusters of the head that it started from, whose centroids learn on;
+    unchanged where that one had none."""
+    if not load_assistant_config(start).use_ordered_embeddings:
+        return assistant, order
+    earlier = load_assistant(start, torch.float32, assistant.device)
+    clusters = earlier.config.num_centroids
+    assistant = with_clusters(assistant, clusters, earlier.config.centroid_intermediate_top_k)
+    assistant.masked_embedding.load_state_dict(earlier.masked_embedding.state_dict())
+    return assistant, replace(order, rebuild=False)
+
+
 def with_clusters(assistant: Assistant, clusters: int, top_k: int) -> Assistant:
     """The same head with room for clusters, which hold nothing yet."""
     config = copy.deepcopy(assistant.config)
@@ -176,11 +199,6 @@ def with_clusters(assistant: Assistant, clusters: int, top_k: int) -> Assistant:
     assert all(is_of_clusters(name) for name in missing)
     larger.generation_config = assistant.generation_config
     return larger
-
-
-def is_of_clusters(name: str) -> bool:
-    """Whether a tensor of a head is the order of its tokens, or a centroid."""
-    return "masked_embedding." in name
 
 
 def _save(

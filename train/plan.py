@@ -7,12 +7,12 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM
 
-from headstart.configs.schema import Config, DataConfig
+from headstart.configs.schema import Config, DataConfig, HeadConfig
 from headstart.data.conversations import conversation_lengths, finished_parts
 from headstart.data.packing import length_when_cut
 from headstart.data.store import bytes_per_token, read_index
-from headstart.heads.assistant import assistant_config
-from headstart.heads.published import published_config
+from headstart.heads.assistant import assistant_config, load_assistant_config
+from headstart.heads.published import published_config, published_head
 from headstart.heads.targets import SUPPORTED, load_target_config, source_layers
 
 TRAINING_BYTES = 16  # a trained parameter: weight, gradient and two moments of four bytes each
@@ -36,13 +36,13 @@ def plan(config: Config) -> dict[str, str]:
     published = published_config(t.name)  # asks nobody: a plan needs no network
     whole = published or load_target_config(t.name, t.revision, t.trust_remote_code)
     source = whole.get_text_config()
-    head = assistant_config(source, config.head)
+    head = _head_config(source, config.head)
     text = head.text_config
     with torch.device("meta"):
         assistant = AutoModelForCausalLM.from_config(head)
     shared = text.vocab_size * text.hidden_size
     trained = sum(p.numel() for p in assistant.parameters()) - shared
-    if text.hidden_size < source.hidden_size:
+    if text.hidden_size < source.hidden_size and not config.head.warm:
         trained += source.hidden_size * text.hidden_size  # the projection of the low-rank tie
     width = 2 if t.dtype == "bfloat16" else 4
     token = bytes_per_token(source, width, d.teacher_top_k, d.storage)
@@ -62,6 +62,8 @@ def plan(config: Config) -> dict[str, str]:
         "parameters trained": f"{trained:,}",
         "parameters shared with the target": f"{shared:,}"
         if text.hidden_size == source.hidden_size
+        else "none: a table of its own, frozen"
+        if config.head.warm
         else "none: low-rank tie, materialised when saved",
         **_plan_clusters(head),
         **_plan_memory(whole, width, trained * TRAINING_BYTES),
@@ -71,6 +73,15 @@ def plan(config: Config) -> dict[str, str]:
         "steps": f"{c.steps:,} ({c.steps * rows:,} rows in all)",
         **_plan_step(c, source, trained, rows, rows + later * (c.rounds - 1)),
     }
+
+
+def _head_config(source: Any, h: HeadConfig) -> Any:
+    """From the shapes of the target, or of the head that it starts from."""
+    if not h.warm:
+        return assistant_config(source, h)
+    if (shape := published_head(h.start)) is not None:
+        return assistant_config(source, shape)
+    return load_assistant_config(h.start)
 
 
 def _plan_step(c: Any, source: Any, trained: int, rows: int, drafts: int) -> dict[str, str]:

@@ -7,7 +7,7 @@ import torch
 from headstart.configs.schema import Config, TrainConfig
 from headstart.data.progress import say
 from headstart.data.store import Documents
-from headstart.heads.assistant import build_assistant
+from headstart.heads.assistant import build_assistant, warm_assistant
 from headstart.heads.ordered import Taught, cluster_count, token_usage
 from headstart.heads.targets import Target
 from headstart.heads.ties import low_rank_agreement, low_rank_start, plain_svd_start
@@ -22,7 +22,8 @@ def build_head(
 ) -> DraftHead:
     """The head at step 0, with a dense LM head: clusters are made of a head that is trained.
 
-    A narrow head starts its low-rank tie from what the target said in the training text.
+    A narrow head starts its low-rank tie from what the target said in the training text. A finished
+    head (`config.head.start`) goes on as it is.
 
     Args:
         target: frozen.
@@ -35,6 +36,8 @@ def build_head(
         ValueError: the clusters that the finished head is to get cannot be.
     """
     h = config.head
+    if h.warm:
+        return DraftHead(warm_assistant(target, h.start))
     if h.use_ordered_embeddings:
         cluster_count(len(target.table), h.num_centroids, h.centroid_intermediate_top_k)
     dense = h.model_copy(update={"use_ordered_embeddings": False, "num_centroids": None})

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 
 from headstart.configs.schema import TrainConfig
 from headstart.data.loader import Batch
@@ -135,12 +136,12 @@ def batch_sums(
         batch = trapped(c.trap, batch, target)
     drafts = draft_batch(model, target, batch, dtype)
     teacher, objective = drafts.teacher, OBJECTIVES[c.objective]
+    head = extract_model_from_parallel(model)
+    common = (objective, c.temperature, dtype, head.draft_table(target.table))
     if candidates is None:
-        found = exact_losses(drafts.states, target, teacher, objective, c.temperature, dtype)
+        found = exact_losses(drafts.states, target, teacher, *common)
     else:
-        found = sparse_losses(
-            drafts.states, target, teacher, candidates, objective, c.temperature, dtype
-        )
+        found = sparse_losses(drafts.states, target, teacher, candidates, *common)
     weights = (c.round_decay**drafts.round).float()
     losses = {"loss_sum": (found.losses * weights).sum()}
     return losses | _accepted_in_a_row(found.hits, drafts, batch)

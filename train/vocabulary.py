@@ -88,21 +88,23 @@ def sparse_losses(
     objective: Objective,
     temperature: float,
     dtype: torch.dtype,
+    draft_table: torch.Tensor,
 ) -> RowResults:
     """The objective over candidates: exact on each teacher's stored top k, and its gradient that
     of the full softmax in expectation over the negatives.
 
     Args:
-        states: [N, D] whose product with the target's table is the draft's logits.
+        states: [N, width] whose product with `draft_table` is the draft's logits.
         target: for its table and soft cap.
         teacher: of the N rows.
         candidates: those of the step; `teacher.ids` are among them.
         objective: any of `OBJECTIVES`.
         temperature: of both distributions.
         dtype: in which the states meet the table.
+        draft_table: [V, width], of `DraftHead.draft_table`; mostly the target's own.
     """
     taught = target.table[candidates.ids]
-    table, log_weights = taught.to(dtype), candidates.weights.log()
+    table, log_weights = draft_table[candidates.ids].to(dtype), candidates.weights.log()
     # Once a position, not once a row: the rounds of neighbouring anchors are taught at the same.
     said = target.logits(teacher.hidden, taught)  # [P, C]
 
@@ -152,12 +154,13 @@ def exact_losses(
     objective: Objective,
     temperature: float,
     dtype: torch.dtype,
+    draft_table: torch.Tensor,
 ) -> RowResults:
     """The objective over all of V, some rows at a time: the reference, at V / C times the cost.
 
     Arguments and returns as `sparse_losses`; of the teacher its hidden states are read.
     """
-    table = target.table.to(dtype)
+    table = draft_table.to(dtype)
     weights = torch.ones(len(table), device=states.device)
 
     def loss_of(states: torch.Tensor, rows: slice) -> RowResults:

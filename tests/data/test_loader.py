@@ -88,7 +88,8 @@ def losses_by_token(
 ) -> dict[tuple[float, ...], list[float]]:
     """(first values of h_t) -> the loss of each round of that row, over the whole vocabulary."""
     drafts = draft_batch(head, target, batch, torch.float32)
-    said = exact_losses(drafts.states, target, drafts.teacher, forward_kl, 1.0, torch.float32)
+    how = (forward_kl, 1.0, torch.float32, target.table)
+    said = exact_losses(drafts.states, target, drafts.teacher, *how)
     losses = torch.zeros(batch.weights[..., 0].numel(), batch.weights.shape[-1])
     losses[drafts.anchor, drafts.round] = said.losses.detach()
     losses = losses.view(batch.weights.shape)

@@ -105,10 +105,18 @@ def test_texts_that_part_are_counted_with_their_logit_gap(
     (parted,) = whole["parted"]
     ids = encode_prompt(prompts[0], tiny.tokenizer)
     ids += decode(tiny, ids, 12).tokens[:5]
-    logits = tiny.model(torch.tensor([ids])).logits[0, -1].sort(descending=True).values
-    gap = pytest.approx(float(logits[0] - logits[1]), abs=1e-5)
-    place = {"id": prompts[0].id, "turn": 0, "token": 5}
-    assert parted == place | {"top2_logit_gap": gap, "within_rounding": False}
+    logits = tiny.model(torch.tensor([ids])).logits[0, -1]
+    best = logits.topk(2).values
+    right = decode(tiny, ids, 1).tokens[0]
+    assert parted.pop("rounding") < 1e-3 < parted["token_logit_gap"]
+    assert parted == {
+        "id": prompts[0].id,
+        "turn": 0,
+        "token": 5,
+        "top2_logit_gap": pytest.approx(float(best[0] - best[1]), abs=1e-4),
+        "token_logit_gap": pytest.approx(float(logits[right] - logits[right + 1]), abs=1e-4),
+        "within_rounding": False,
+    }
     assert "more than rounding explains" in (tmp_path / "out" / "report.md").read_text()
 
 

@@ -38,6 +38,21 @@ def test_the_verdict_follows_from_the_interval(interval: tuple[float, float], sa
     assert "the quickest is prompt lookup, without a head, with K = 4, 0.90" in text
 
 
+def test_a_decoder_that_changes_the_distribution_is_not_advised() -> None:
+    exact = {
+        "decoder": "exact", "num_assistant_tokens": 4, "category": "all", "prompts": 9, "loops": 0,
+        "head": "h", "temperature": 0.7, "looping_texts": "with",
+        "speedup": 1.2, "speedup_interval": [1.1, 1.3],
+    }  # fmt: skip
+    stock = exact | {"decoder": "transformers", "speedup": 2.0, "speedup_interval": [1.9, 2.1]}
+    text = verdict([stock, exact])
+    assert "does not keep to the target's distribution" in text
+    assert "Use the exact decoder" in text
+    assert "Measure the exact decoder" in verdict([stock])
+    greedy = [r | {"temperature": 0} for r in (stock, exact)]
+    assert verdict(greedy).startswith("Use the stock decoder")
+
+
 def decoded(rounds: list[tuple[int, int]], prompt_len: int, seconds: float) -> Decoded:
     """A text of these (proposed, accepted) rounds."""
     forwards, cached = [(0, prompt_len)], prompt_len

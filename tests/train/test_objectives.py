@@ -62,7 +62,7 @@ def sparse(
 ) -> Callable[[torch.Tensor], Any]:  # fmt: skip
     candidates = drawn_for(teacher, negatives, seed, likely)
     return lambda states: sparse_losses(
-        states, target, teacher, candidates, objective, temperature, torch.float32
+        states, target, teacher, candidates, objective, temperature, torch.float32, target.table
     )
 
 
@@ -70,7 +70,7 @@ def exact(
     target: Target, teacher: Teacher, temperature: float = 1.0, objective: Any = forward_kl
 ) -> Callable[[torch.Tensor], Any]:
     return lambda states: exact_losses(
-        states, target, teacher, objective, temperature, torch.float32
+        states, target, teacher, objective, temperature, torch.float32, target.table
     )
 
 
@@ -133,7 +133,7 @@ def test_the_gradient_over_sampled_negatives_is_that_of_the_full_softmax(
         plain = replace(drawn, weights=torch.ones(len(drawn.ids)))
         return gradient_of(
             lambda s: sparse_losses(
-                s, target, teacher, plain, OBJECTIVES[name], 1.0, torch.float32
+                s, target, teacher, plain, OBJECTIVES[name], 1.0, torch.float32, target.table
             ),
             states,
         )

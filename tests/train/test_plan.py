@@ -45,6 +45,16 @@ def test_a_recipe_has_a_plan_that_fits_its_machine(path: Path) -> None:
     assert "PFLOP" in lines["a step computes"]
 
 
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_so_has_its_warm_start_from_the_published_assistant(path: Path) -> None:
+    name = load_config(path).target.name
+    config = load_config(path, [f"head.start={name}-assistant"])
+    lines, cold = plan(config), plan(load_config(path))
+    assert lines["head"].startswith("4 layers (sliding_attention, sliding_attention, sliding_att")
+    narrow, wide = (int(p["parameters trained"].replace(",", "")) for p in (lines, cold))
+    assert narrow < wide, "their assistants are narrower than a head that starts from the target"
+
+
 def test_a_checkpoint_of_somebody_else_is_not_taken_for_a_published_one() -> None:
     assert published_config("ORG/gemma-4-E2B-it") is None
     assert published_config("google/gemma-4-E2B-it-assistant") is None

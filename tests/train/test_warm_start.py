@@ -1,0 +1,100 @@
+"""Training that goes on from a finished head: narrow with clusters, as Google's, or full-width."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from headstart.configs.schema import HeadConfig
+from headstart.data.loader import Batch, candidate_rows, gather_rows
+from headstart.heads.assistant import load_assistant, save_assistant, warm_assistant
+from headstart.heads.targets import Target, load_target
+from headstart.heads.unroll import DraftHead
+from headstart.train.loop import train
+from headstart.train.ordering import with_clusters
+from tests.conftest import make_target
+from tests.heads.test_parity import noisy_head
+from tests.overfit import greedy_document
+from tests.train.test_loop import metrics, tiny_config
+
+NARROW, FULL = 24, None
+
+
+def finished(target: Target, folder: Path, width: int | None) -> Path:
+    """A head of three layers in the native format; the narrow one has clusters and a table of its
+    own."""
+    head = noisy_head(target, num_hidden_layers=3, hidden_size=width).assistant
+    table = target.table
+    torch.manual_seed(2)
+    if width is not None:
+        table = torch.randn(len(target.table), width) * 0.2
+        head = with_clusters(head, 20, 20)  # all are read: a draft is the dense one
+        head.masked_embedding.token_ordering.copy_(torch.randperm(len(target.table)))
+        torch.nn.init.normal_(head.masked_embedding.centroids.weight)
+    save_assistant(head, table, folder, 4, torch.float32)
+    return folder
+
+
+def rows_of(target: Target) -> Batch:
+    _, document = greedy_document(target)
+    return gather_rows([document], [candidate_rows(document)], 2)
+
+
+@pytest.mark.parametrize("width", [NARROW, FULL])
+def test_it_starts_as_the_head_that_it_starts_from(
+    target: Target, tmp_path: Path, width: int | None
+) -> None:
+    folder = finished(target, tmp_path / "head", width)
+    head, wanted = DraftHead(warm_assistant(target, folder)), load_assistant(folder, torch.float32)
+    batch = rows_of(target)
+    embeds = target.embed(batch.tokens)
+    with torch.no_grad():
+        states = head(batch.hidden, embeds, batch.rows, batch.shared_kv)[0]
+        theirs = DraftHead(wanted)(batch.hidden, embeds, batch.rows, batch.shared_kv)[0]
+    logits = states @ head.draft_table(target.table).T
+    torch.testing.assert_close(logits, theirs @ wanted.lm_head.weight.T)
+    trained = head.trainable()
+    assert not [n for n in trained if "lm_head" in n or "embed_tokens" in n or "masked" in n]
+    assert len(trained) == sum(
+        "masked" not in n and "embed_tokens" not in n for n, _ in wanted.named_parameters()
+    )
+    assert head.table(target.table).shape == wanted.lm_head.weight.shape
+    if width is FULL:
+        assert head.table(target.table) is target.table
+
+
+@pytest.mark.parametrize("width", [NARROW, FULL])
+def test_a_run_goes_on_from_it_and_keeps_its_clusters_and_table(
+    tmp_path: Path, width: int | None
+) -> None:
+    target = load_target("tiny-gemma4", "float32")
+    start = finished(target, tmp_path / "start", width)
+    config = tiny_config(
+        tmp_path / "run", f"head.start={start}", "train.steps=12", "train.validate_every=4",
+        "train.checkpoint_every=8", "head.num_centroids=null",
+        f"head.use_ordered_embeddings={'true' if width else 'false'}",
+    )  # fmt: skip
+    train(config)
+    losses = [row["loss"] for row in metrics(tmp_path / "run")]
+    assert losses[-1] < losses[0]
+    before = load_assistant(start, torch.float32)
+    after = load_assistant(tmp_path / "run" / "head", torch.float32)
+    assert torch.equal(after.lm_head.weight, before.lm_head.weight)
+    q_proj = "model.layers.0.self_attn.q_proj.weight"
+    assert not torch.equal(after.state_dict()[q_proj], before.state_dict()[q_proj])
+    if width is NARROW:
+        ours, theirs = after.masked_embedding, before.masked_embedding
+        assert torch.equal(ours.token_ordering, theirs.token_ordering)
+        assert not torch.equal(ours.centroids.weight, theirs.centroids.weight), "they learn on"
+
+
+def test_a_head_of_another_target_is_refused(tmp_path: Path) -> None:
+    folder = finished(make_target("gemma4"), tmp_path / "head", FULL)
+    other = make_target("gemma4-moe")  # its full layers have one KV head, not two
+    with pytest.raises(ValueError, match="does not fit gemma4-moe"):
+        warm_assistant(other, folder)
+
+
+def test_its_shapes_are_its_own() -> None:
+    with pytest.raises(ValueError, match="hidden_size is that of the head in start"):
+        HeadConfig(start="ORG/head", hidden_size=256)
