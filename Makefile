@@ -8,6 +8,8 @@ STAMP := $(VENV)/.headstart
 PACKAGES := configs heads data eval train cli
 CONFIG ?= configs/quickstart.yaml
 ARGS ?=
+# Threads that wait sleep: tests with several processes would otherwise spin each other to a crawl.
+PATIENT := OMP_WAIT_POLICY=passive
 
 # Should .venv be broken in a way not thought of here, pip refuses to install into the system.
 export PIP_REQUIRE_VIRTUALENV := 1
@@ -61,10 +63,10 @@ train: $(STAMP) ## train a head and measure it (CONFIG=..., ARGS='key=value ...'
 	$(BIN)/headstart train --resume --config $(CONFIG) $(ARGS)
 
 test: $(STAMP) ## run all tests, those on the real Gemma 3 270M too (ARGS='-k name' to choose)
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(PATIENT) $(BIN)/python -m pytest $(ARGS)
 
 test-unit: $(STAMP) ## run the tests that need no weights
-	@$(BIN)/python -m pytest -m "not real" $(ARGS)
+	@$(PATIENT) $(BIN)/python -m pytest -m "not real" $(ARGS)
 
 check: $(STAMP) links ## lint, formatting and types
 	$(BIN)/ruff check .

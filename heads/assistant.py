@@ -3,7 +3,6 @@
 Letters: D target width, H head width, V vocabulary.
 """
 
-import copy
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -145,20 +144,13 @@ def warm_assistant(target: Target, path: str | Path) -> Assistant:
     Raises:
         ValueError: there is no head at `path`, or it does not fit the target.
     """
-    finished = load_assistant(path, torch.float32, target.device)
-    check_pair(target, finished)
-    config = copy.deepcopy(finished.config)
-    config.use_ordered_embeddings = False
-    with torch.device("meta"):
-        assistant: Assistant = type(finished)(config)
-    own = {k: v for k, v in finished.state_dict().items() if not is_of_clusters(k)}
-    assistant.load_state_dict(own, assign=True)
-    assistant.requires_grad_(True)
-    full_width = config.text_config.hidden_size == target.config.hidden_size
-    table = target.table if full_width else nn.Parameter(own["lm_head.weight"], requires_grad=False)
-    _set_table(assistant, table)
-    assistant.generation_config = finished.generation_config
-    return assistant.to(target.device)
+    assistant: Any = load_assistant(path, torch.float32, target.device)
+    check_pair(target, assistant)
+    assistant.config.use_ordered_embeddings, assistant.masked_embedding = False, None
+    full_width = assistant.config.text_config.hidden_size == target.config.hidden_size
+    own = nn.Parameter(assistant.lm_head.weight.detach(), requires_grad=False)
+    _set_table(assistant, target.table if full_width else own)
+    return cast(Assistant, assistant)
 
 
 def is_of_clusters(name: str) -> bool:

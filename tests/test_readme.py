@@ -173,3 +173,11 @@ def test_the_table_of_sampled_decoding_is_that_of_the_result_file() -> None:
         length = f"{r['acceptance_length']:.3f} ({short:.2f} to {long:.2f})"
         cells = [r["decoder"], str(r["num_assistant_tokens"]), length, speedup(r)]
         assert f"| {' | '.join(cells)} |" in page
+
+
+def test_the_figures_of_the_recipe_page_are_those_of_the_result_files() -> None:
+    page = (ROOT / "docs" / "recipe.md").read_text(encoding="utf-8")
+    run = results("reference.json")
+    walked = ", ".join(f"{v['acceptance_length']:.2f}" for v in run["validations"])
+    assert walked in page
+    assert f"through the clusters\n{run['best']['acceptance_length']:.2f} ([reference.json]" in page

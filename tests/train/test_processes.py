@@ -19,7 +19,7 @@ STEPS = [
     "train.steps=12", "train.validate_every=6", "train.checkpoint_every=6",
     "train.precision=float32", "train.ema_decay=0.9",
     # Where a gradient is next to nothing AdamW divides rounding by rounding: steps of its own size.
-    "train.learning_rate=1e-3",
+    "train.learning_rate=3e-4",
 ]  # fmt: skip
 PORTS = iter(range(29_600, 29_700))
 

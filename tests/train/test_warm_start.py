@@ -24,15 +24,17 @@ def finished(target: Target, folder: Path, width: int | None) -> Path:
     """A head of three layers in the native format; the narrow one has clusters and a table of its
     own."""
     head = noisy_head(target, num_hidden_layers=3, hidden_size=width).assistant
-    table = target.table
+    table: torch.Tensor = target.table
     torch.manual_seed(2)
     if width is not None:
         table = torch.randn(len(target.table), width) * 0.2
-        head = with_clusters(head, 20, 20)  # all are read: a draft is the dense one
+        save_assistant(head, table, folder / "dense", 4, torch.float32)
+        dense = load_assistant(folder / "dense", torch.float32)
+        head = with_clusters(dense, 20, 20)  # all are read: a draft is the dense one
         head.masked_embedding.token_ordering.copy_(torch.randperm(len(target.table)))
         torch.nn.init.normal_(head.masked_embedding.centroids.weight)
-    save_assistant(head, table, folder, 4, torch.float32)
-    return folder
+    save_assistant(head, table, folder / "head", 4, torch.float32)
+    return folder / "head"
 
 
 def rows_of(target: Target) -> Batch:
