@@ -181,3 +181,11 @@ def test_the_figures_of_the_recipe_page_are_those_of_the_result_files() -> None:
     walked = ", ".join(f"{v['acceptance_length']:.2f}" for v in run["validations"])
     assert walked in page
     assert f"through the clusters\n{run['best']['acceptance_length']:.2f} ([reference.json]" in page
+    for trap in results("sweep-traps.json")["results"]:
+        judged = trap["judged_on"].values()
+        cells = []
+        for one in judged:
+            low, high = one["difference_interval"]
+            cells += [f"{one['acceptance_length']:.3f}"]
+            cells += [f"{one['difference']:+.3f} ({low:+.3f} to {high:+.3f})"]
+        assert f"| {trap['loss'][0]:.2f} | {' | '.join(cells)} |" in page

@@ -1,6 +1,7 @@
 """Mistakes that trainers of draft heads make, to be measured: what each costs in acceptance.
 
-Each shows the head something in training that no decoder will show it, and none shows in the loss.
+Each shows the head something in training that no decoder will show it, and most look better for it
+in the loss.
 Validation and decoding stay right, so that what a trapped head loses there is the price.
 
 Letters: B conversations, R anchors of each, T positions, D target width.
