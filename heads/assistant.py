@@ -153,11 +153,6 @@ def warm_assistant(target: Target, path: str | Path) -> Assistant:
     return cast(Assistant, assistant)
 
 
-def is_of_clusters(name: str) -> bool:
-    """Whether a tensor of a head is the order of its tokens, or a centroid."""
-    return "masked_embedding." in name
-
-
 def _set_table(assistant: Assistant, table: nn.Parameter) -> None:
     assistant.model.embed_tokens.weight = table
     assistant.lm_head.weight = table

@@ -21,7 +21,6 @@ from headstart.eval.simulate import Simulated, simulate_acceptance
 from headstart.heads.assistant import (
     Assistant,
     check_pair,
-    is_of_clusters,
     load_assistant,
     load_assistant_config,
     save_assistant,
@@ -199,6 +198,11 @@ def with_clusters(assistant: Assistant, clusters: int, top_k: int) -> Assistant:
     assert all(is_of_clusters(name) for name in missing)
     larger.generation_config = assistant.generation_config
     return larger
+
+
+def is_of_clusters(name: str) -> bool:
+    """Whether a tensor of a head is the order of its tokens, or a centroid."""
+    return "masked_embedding." in name
 
 
 def _save(
