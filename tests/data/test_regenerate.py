@@ -23,7 +23,7 @@ from headstart.data.jobs import make_jobs
 from headstart.data.prepare import deal_sampling
 from headstart.data.prompts import Prompt
 from headstart.data.regenerate import regenerate
-from headstart.data.sampling import SamplingMixture
+from headstart.data.sampling import BLOCK, SamplingMixture, _inverse_cdf
 from headstart.data.store import ActivationStore
 from headstart.heads.targets import Target, load_target_tokens
 from headstart.heads.tokens import Sampling
@@ -282,6 +282,18 @@ def test_the_mixture_draws_from_the_distribution_of_each_row(sampling: Sampling)
     assert not observed[expected == 0].any()
     kept = expected > 0
     assert float(((observed - expected)[kept] ** 2 / expected[kept]).sum()) < 24.3
+
+
+def test_the_place_among_many_weights_is_that_of_one_running_sum() -> None:
+    """Over several blocks and a broken last one, tokens without weight, and both ends."""
+    torch.manual_seed(0)
+    p = torch.rand(300, 3 * BLOCK + 7) ** 6 * (torch.rand(300, 3 * BLOCK + 7) > 0.5)
+    p[0, BLOCK:] = 0  # what rounding leads past lands on the last token with weight
+    uniform = torch.rand(300, 1)
+    uniform[:3] = torch.tensor([[1 - 2**-24], [0.0], [1 - 2**-24]])
+    exact = p.double().cumsum(-1)
+    wanted = torch.searchsorted(exact, uniform * exact[:, -1:], right=True)
+    assert torch.equal(_inverse_cdf(p, uniform), wanted)
 
 
 def test_a_target_has_sampling_settings_of_its_own(tiny: Target) -> None:
