@@ -123,7 +123,7 @@ def build_assistant(target: Target, head: HeadConfig) -> Assistant:
     full_width = width == target.config.hidden_size
     # Empty rather than meta: accelerate can move an empty tensor, but no meta tensor.
     empty = nn.Parameter(torch.empty(0, width, device=target.device), requires_grad=False)
-    _set_table(assistant, target.table if full_width else empty)
+    set_table(assistant, target.table if full_width else empty)
     with torch.no_grad(), target.whole_source_layers():
         _start_q_norms(assistant, target)
         if head.start == "target" and full_width:
@@ -149,11 +149,12 @@ def warm_assistant(target: Target, path: str | Path) -> Assistant:
     assistant.config.use_ordered_embeddings, assistant.masked_embedding = False, None
     full_width = assistant.config.text_config.hidden_size == target.config.hidden_size
     own = nn.Parameter(assistant.lm_head.weight.detach(), requires_grad=False)
-    _set_table(assistant, target.table if full_width else own)
+    set_table(assistant, target.table if full_width else own)
     return cast(Assistant, assistant)
 
 
-def _set_table(assistant: Assistant, table: nn.Parameter) -> None:
+def set_table(assistant: Assistant, table: nn.Parameter) -> None:
+    """Tie the head's embeddings and LM head to `table` [V, H], or to an empty one."""
     assistant.model.embed_tokens.weight = table
     assistant.lm_head.weight = table
 

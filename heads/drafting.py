@@ -8,12 +8,13 @@ with ordered embeddings looks at some thousand.
 Letters: T rows of KV, D target width, H head width, V vocabulary, C clusters, M tokens looked at.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import LogitsProcessor
 
 from headstart.heads.assistant import Assistant
 from headstart.heads.gemma3 import SharedKV
@@ -71,6 +72,8 @@ class Drafts:
     tokens: list[int]
     confidences: list[float]
     """Probability of each among the tokens looked at; empty where nobody asked."""
+    logits: torch.Tensor | None = None
+    """[K, V] of what each was drawn from, minus infinity where it could not be; None: argmaxes."""
 
 
 class Drafter:
@@ -100,6 +103,7 @@ class Drafter:
         limit: int,
         stops_after: frozenset[int],
         goes_on: Callable[[list[float]], bool] | None,
+        warpers: Sequence[LogitsProcessor] | None = None,
     ) -> Drafts:
         """Draft up to `limit` tokens.
 
@@ -110,6 +114,8 @@ class Drafter:
             limit: at least 1.
             stops_after: tokens after which no draft is of use: those that end a text.
             goes_on: asked after each draft, with the confidences so far; None: to the limit.
+            warpers: draw each draft from the head's distribution, shaped by these, none of which
+                reads the tokens so far; None: take its best token.
         """
         assistant = self.assistant
         own = assistant.pre_projection.weight
@@ -121,6 +127,7 @@ class Drafter:
         rotary = {t: assistant.model.rotary_emb(hidden, position, t) for t in kv.shared}
         tokens: list[int] = []
         confidences: list[float] = []
+        drawn_from: list[torch.Tensor] = []
         while True:
             embedded = self.embed(token.to(source)).to(device, dtype)
             state = assistant.pre_projection(torch.cat([embedded, hidden], dim=-1))
@@ -134,7 +141,12 @@ class Drafter:
                     )
             state = assistant.model.norm(state)
             logits, ids = self._logits(state[0, 0])
-            best = logits.argmax()
+            if warpers is None:
+                best = logits.argmax()
+            else:
+                logits = _warped(logits, warpers)
+                best = torch.multinomial(logits.softmax(-1), 1)[0]
+                drawn_from.append(logits if ids is None else self._spread(logits, ids))
             token = (best if ids is None else ids[best]).view(1, 1)
             tokens.append(int(token))
             if goes_on is not None:
@@ -144,7 +156,13 @@ class Drafter:
             if goes_on is not None and not goes_on(confidences):
                 break
             hidden = assistant.post_projection(state)
-        return Drafts(tokens, confidences)
+        return Drafts(tokens, confidences, torch.stack(drawn_from) if drawn_from else None)
+
+    def _spread(self, logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """Logits [M] of tokens [M] as [V], minus infinity elsewhere."""
+        whole = logits.new_full((len(self.assistant.lm_head.weight),), -torch.inf)
+        whole[ids] = logits
+        return whole
 
     def _logits(self, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Logits [M] of the tokens [M] looked at for a state [H]; None: the whole vocabulary."""
@@ -154,6 +172,14 @@ class Drafter:
         best = self.embedder.centroids(state).topk(self.embedder.centroid_intermediate_top_k)
         ids = self.members[best.indices].flatten()
         return _products(table.index_select(0, ids), state), ids
+
+
+def _warped(logits: torch.Tensor, warpers: Sequence[LogitsProcessor]) -> torch.Tensor:
+    """[M] in float32, as the warpers leave them."""
+    scores, nothing = logits.float()[None], torch.empty(1, 0, dtype=torch.long)
+    for warper in warpers:
+        scores = warper(nothing, scores)
+    return scores[0]
 
 
 def _products(table: torch.Tensor, state: torch.Tensor) -> torch.Tensor:

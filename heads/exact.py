@@ -2,20 +2,30 @@
 
 Loop, caches, logits processors and stopping criteria are those of `generate`; only the drafts come
 from here, and on a CPU the order of the loops by which a verification multiplies (`few_rows`).
-The head sees clean KV (`CleanKV`), and the drafts go without logits, so that the loop samples from
-the target itself and compares: for drafts that are no samples this is what speculative sampling
-(Leviathan et al. 2023, arXiv 2211.17192) comes to, and it is lossless. docs/decoding.md has what
-the stock generator does otherwise.
+The head sees clean KV (`CleanKV`). Greedy drafts are its argmaxes. Where the target samples the
+head samples too, and hands out what it drew from: what speculative sampling (Leviathan et al. 2023,
+arXiv 2211.17192) asks for to be lossless. Drafts that are no samples, those looked up, go without
+logits: the loop then samples from the target and compares, which is lossless for them.
+docs/decoding.md has what the stock generator does otherwise.
 """
 
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    PreTrainedModel,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 from transformers.generation.candidate_generator import (
     CandidateGenerator,
     PromptLookupCandidateGenerator,
@@ -25,6 +35,9 @@ from headstart.heads.draft_length import Constant, CostRule, DraftLength, Rate
 from headstart.heads.drafting import CleanKV, Drafter, Drafts
 from headstart.heads.few_rows import plain_strides, quick_few_rows
 
+# What shapes a distribution whatever the text is. Drafts may be drawn from any: of the call's other
+# processors the target's logits are enough.
+WARPERS = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper)
 LOOKUP_NGRAM = 3  # tokens that an earlier place has to share with the newest ones, at most
 
 
@@ -37,6 +50,11 @@ class Round:
     seconds: float
     """Wall time of drafting."""
     accepted: int = 0
+
+    @property
+    def looked_up(self) -> int:
+        """Draft tokens that were copied from the text."""
+        return len(self.drafts.tokens) if self.source == "lookup" else 0
 
 
 @dataclass
@@ -105,7 +123,9 @@ class ExactCandidateGenerator(CandidateGenerator):
         how: length and source of the drafts, and where rounds are noted.
         length: when a draft ends.
         padding: tokens of padding at the left of the prompt.
-        generation_config: of the call: its maximal length and the tokens that end a text.
+        generation_config: of the call: its maximal length, the tokens that end a text, and whether
+            it samples.
+        processors: of the call.
     """
 
     requires_model_outputs: bool = True
@@ -121,6 +141,7 @@ class ExactCandidateGenerator(CandidateGenerator):
         length: DraftLength,
         padding: int,
         generation_config: GenerationConfig,
+        processors: LogitsProcessorList,
     ):
         self.drafter, self.how, self.length = drafter, how, length
         window = drafter.assistant.config.text_config.sliding_window
@@ -128,6 +149,9 @@ class ExactCandidateGenerator(CandidateGenerator):
         self.max_length = generation_config.max_length
         ends = generation_config._eos_token_tensor
         self.stops_after = frozenset([] if ends is None else ends.flatten().tolist())
+        self.warpers: list[LogitsProcessor] | None = None
+        if generation_config.do_sample:
+            self.warpers = [one for one in processors if isinstance(one, WARPERS)]
         self.round: Round | None = None
         self.text_length = 0
 
@@ -138,8 +162,9 @@ class ExactCandidateGenerator(CandidateGenerator):
         is_first_iteration: bool = False,
         n_last_matches: int = 0,
         **kwargs: Any,
-    ) -> tuple[torch.Tensor, None]:
-        """The text [1, n] and drafts after it. The target's prefill comes first, without drafts."""
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The text [1, n] and drafts after it, and the logits [1, K, V] that they were drawn from;
+        None: they were not drawn. The target's prefill comes first, without drafts."""
         if is_first_iteration:
             return input_ids, None
         start = time.perf_counter()
@@ -151,11 +176,14 @@ class ExactCandidateGenerator(CandidateGenerator):
         # One token of the budget is the target's own.
         budget = self.max_length - input_ids.shape[1] - 1
         source, drafts = self._draft(input_ids, hidden, budget)
+        drawn_from = drafts.logits
+        drafts = replace(drafts, logits=None)  # megabytes, which the rounds would keep
         self.round = Round(source, drafts, time.perf_counter() - start)
         self.text_length = input_ids.shape[1]
         self.how.rounds.append(self.round)
         drafted = torch.tensor([drafts.tokens], dtype=input_ids.dtype, device=input_ids.device)
-        return torch.cat([input_ids, drafted], dim=1), None
+        candidates = torch.cat([input_ids, drafted], dim=1)
+        return candidates, None if drawn_from is None else drawn_from[None]
 
     def _draft(
         self, input_ids: torch.Tensor, hidden: torch.Tensor, budget: int
@@ -169,7 +197,9 @@ class ExactCandidateGenerator(CandidateGenerator):
             return "none", Drafts([], [])
         goes_on = self.length.goes_on if self.length.reads_confidence else None
         token = input_ids[:, -1:]
-        drafts = self.drafter.draft(token, hidden, self.kv, limit, self.stops_after, goes_on)
+        drafts = self.drafter.draft(
+            token, hidden, self.kv, limit, self.stops_after, goes_on, self.warpers
+        )
         return "head", drafts
 
     def update_candidate_strategy(
@@ -221,7 +251,12 @@ def exact_decoding(target: PreTrainedModel, how: ExactDecoding | None = None) ->
                 )
             length = Constant(tokens)
         return ExactCandidateGenerator(
-            drafters[id(assistant)], how, length, padding, kwargs["generation_config"]
+            drafters[id(assistant)],
+            how,
+            length,
+            padding,
+            kwargs["generation_config"],
+            kwargs["logits_processor"],
         )
 
     target._get_candidate_generator = generator

@@ -9,6 +9,7 @@ Letters: V vocabulary, D target width, H head width, C clusters of V / C tokens,
 k teacher tokens.
 """
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -224,3 +225,23 @@ def set_order(
     embedder.token_ordering.copy_(ordering)
     centroids = mean_centroids(draft_table, usage, ordering, embedder.num_centroids)
     embedder.centroids.weight.copy_(centroids)
+
+
+def with_clusters(assistant: Any, clusters: int, top_k: int) -> Any:
+    """The same head with room for clusters, which hold nothing yet."""
+    config = copy.deepcopy(assistant.config)
+    config.use_ordered_embeddings = True
+    config.num_centroids, config.centroid_intermediate_top_k = clusters, top_k
+    weights = assistant.state_dict()
+    larger = type(assistant)(config).to(assistant.device).eval()
+    own = {k: v for k, v in weights.items() if not is_of_clusters(k)}
+    missing, unexpected = larger.load_state_dict(own, strict=False)
+    assert not unexpected
+    assert all(is_of_clusters(name) for name in missing)
+    larger.generation_config = assistant.generation_config
+    return larger
+
+
+def is_of_clusters(name: str) -> bool:
+    """Whether a tensor of a head is the order of its tokens, or a centroid."""
+    return "masked_embedding." in name

@@ -4,7 +4,6 @@ The trunk stays as it is. The order comes after it because both the clusters and
 the states that the head really has.
 """
 
-import copy
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,7 +24,7 @@ from headstart.heads.assistant import (
     load_assistant_config,
     save_assistant,
 )
-from headstart.heads.ordered import cluster_count, set_order, token_usage
+from headstart.heads.ordered import cluster_count, set_order, token_usage, with_clusters
 from headstart.heads.targets import Target
 from headstart.heads.unroll import DraftHead
 from headstart.train.centroids import drafts_of, learn_centroids
@@ -183,26 +182,6 @@ def _with_earlier_clusters(
     assistant = with_clusters(assistant, clusters, earlier.config.centroid_intermediate_top_k)
     assistant.masked_embedding.load_state_dict(earlier.masked_embedding.state_dict())
     return assistant, replace(order, rebuild=False)
-
-
-def with_clusters(assistant: Assistant, clusters: int, top_k: int) -> Assistant:
-    """The same head with room for clusters, which hold nothing yet."""
-    config = copy.deepcopy(assistant.config)
-    config.use_ordered_embeddings = True
-    config.num_centroids, config.centroid_intermediate_top_k = clusters, top_k
-    weights = assistant.state_dict()
-    larger = type(assistant)(config).to(assistant.device).eval()
-    own = {k: v for k, v in weights.items() if not is_of_clusters(k)}
-    missing, unexpected = larger.load_state_dict(own, strict=False)
-    assert not unexpected
-    assert all(is_of_clusters(name) for name in missing)
-    larger.generation_config = assistant.generation_config
-    return larger
-
-
-def is_of_clusters(name: str) -> bool:
-    """Whether a tensor of a head is the order of its tokens, or a centroid."""
-    return "masked_embedding." in name
 
 
 def _save(

@@ -14,9 +14,9 @@ from headstart.data.conversations import answered
 from headstart.data.extraction import OnlineActivations
 from headstart.eval.decoding import decode
 from headstart.eval.simulate import simulate_acceptance
+from headstart.heads.ordered import with_clusters
 from headstart.heads.targets import Target
 from headstart.heads.unroll import DraftHead
-from headstart.train.ordering import with_clusters
 from tests.conftest import make_target
 from tests.heads.test_ordered import order_by_target
 from tests.overfit import greedy_document, overfit

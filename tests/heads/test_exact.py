@@ -10,9 +10,9 @@ from transformers import GenerationConfig
 from headstart.heads.draft_length import Confident, Constant, CostRule, DraftLength, Heuristic
 from headstart.heads.drafting import Drafter
 from headstart.heads.exact import ExactDecoding, Lookup, exact_decoding
+from headstart.heads.ordered import with_clusters
 from headstart.heads.targets import Target
 from headstart.heads.unroll import DraftHead
-from headstart.train.ordering import with_clusters
 from tests.conftest import make_target
 from tests.heads.test_ordered import order_by_target
 from tests.heads.test_parity import training_logits

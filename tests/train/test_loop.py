@@ -17,14 +17,13 @@ from headstart.data.loader import candidate_rows, gather_rows
 from headstart.data.shards import Document
 from headstart.eval.decoding import decode
 from headstart.heads.assistant import build_assistant, load_assistant, save_assistant
-from headstart.heads.ordered import Taught, set_order, token_usage
+from headstart.heads.ordered import Taught, set_order, token_usage, with_clusters
 from headstart.heads.targets import Target, load_target
 from headstart.heads.unroll import DraftHead
 from headstart.train import loop
 from headstart.train.centroids import learn_centroids
 from headstart.train.checkpoints import checkpoints
 from headstart.train.loop import export_head, train
-from headstart.train.ordering import with_clusters
 from headstart.train.schedule import learning_rate
 from headstart.train.step import batch_sums, draft_batch
 from headstart.train.stopping import Interrupted

@@ -14,11 +14,11 @@ from headstart.heads.assistant import (
     load_assistant,
     save_assistant,
 )
+from headstart.heads.ordered import is_of_clusters
 from headstart.heads.targets import load_target
 from headstart.train import ordering
 from headstart.train.centroids import TEMPERATURE, cluster_mass
 from headstart.train.loop import train
-from headstart.train.ordering import is_of_clusters
 from tests.train.test_loop import ROOT, tiny_config
 
 COMMON = ["target.name=tiny-gemma4", "target.dtype=float32", "data.max_new_tokens=30"]

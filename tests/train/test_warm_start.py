@@ -8,10 +8,10 @@ import torch
 from headstart.configs.schema import HeadConfig
 from headstart.data.loader import Batch, candidate_rows, gather_rows
 from headstart.heads.assistant import load_assistant, save_assistant, warm_assistant
+from headstart.heads.ordered import with_clusters
 from headstart.heads.targets import Target, load_target
 from headstart.heads.unroll import DraftHead
 from headstart.train.loop import train
-from headstart.train.ordering import with_clusters
 from tests.conftest import make_target
 from tests.heads.test_parity import noisy_head
 from tests.overfit import greedy_document
