@@ -37,6 +37,8 @@ class Decoded:
     """Target forwards in order: (tokens in the cache before it, tokens given to it)."""
     drafts: list[list[int]]
     """The draft tokens of each round, that is of each forward after the prefill."""
+    looked_up: int = 0
+    """Draft tokens that the exact decoder copied from the text."""
     peak_memory_bytes: int | None = None
     """Most memory of the GPU in use at once; None elsewhere."""
 
@@ -118,6 +120,7 @@ def decode(
         drafting_seconds=None if how is None else sum(r.seconds for r in how.rounds),
         forwards=[(cached, ids.shape[1]) for cached, ids in seen.given],
         drafts=[ids[0, 1:].tolist() for _, ids in seen.given[1:]],
+        looked_up=0 if how is None else sum(r.looked_up for r in how.rounds),
         peak_memory_bytes=torch.cuda.max_memory_allocated(target.device) if on_cuda else None,
     )
 

@@ -170,6 +170,7 @@ def _prediction(texts: Sequence[Text], costs: Costs | None) -> dict[str, Any]:
         return {"predicted_decode_speedup": None}
     rounds = [pair for text in texts for pair in text.assisted.rounds(text.prompt_len)]
     cost = sum(costs.of_round(proposed) for proposed, _ in rounds)
+    cost -= costs.c * sum(text.assisted.looked_up for text in texts)  # nobody drafted those
     tokens = sum(1 + accepted for _, accepted in rounds)
     return {"predicted_decode_speedup": tokens / cost if cost else None}
 

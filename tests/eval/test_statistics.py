@@ -1,5 +1,7 @@
 """What texts come to: sums, intervals, what was predicted, and the verdict in words."""
 
+from dataclasses import replace
+
 import pytest
 
 from headstart.eval.decoding import Decoded
@@ -82,6 +84,9 @@ def test_the_figures_are_sums_over_texts_divided_once() -> None:
     assert found["time_to_first_token"] == 0.5
     costs = 2 * (0.3 + 1.5) + (0.2 + 1.4) + (0.1 + 1.2) + 1
     assert found["predicted_decode_speedup"] == pytest.approx(10 / costs)
+    copied = replace(texts[0], assisted=replace(texts[0].assisted, looked_up=3))
+    found = summarise([copied, *texts[1:]], 3, Costs(0.1, [1.0, 1.2, 1.4, 1.5]))
+    assert found["predicted_decode_speedup"] == pytest.approx(10 / (costs - 3 * 0.1))
     assert found["decode_speedup"] == pytest.approx((12 - 1) / (8 - 1))
     assert found["accepted_histogram"] == [2, 2, 0, 1]
     assert found["by_position"] == [{"from": 0, "rounds": 5, "acceptance_length": 2.0}]
