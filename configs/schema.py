@@ -153,6 +153,8 @@ class DataConfig(Section):
     only_temperatures: list[float] | None = None
     """Of a store or of conversations that are there: train on those written at these temperatures
     alone. None: on all."""
+    only_categories: list[str] | None = None
+    """The same for categories of prompts. None: all."""
     only_conversations: PositiveInt | None = None
     """Of a store or of conversations that are there: train on so many, drawn by the seed. None: on
     all."""
@@ -183,7 +185,9 @@ class DataConfig(Section):
         if self.conversations is not None and self.store is not None:
             raise ValueError("name data.conversations or data.store, not both")
         stored = self.conversations is not None or self.store is not None
-        if not stored and (self.only_temperatures or self.only_conversations):
+        if not stored and (
+            self.only_temperatures or self.only_categories or self.only_conversations
+        ):
             raise ValueError("data.only_* chooses from data.store or data.conversations: name one")
         if self.online and (self.store is not None or self.storage != "target"):
             raise ValueError("data.online stores nothing: leave out data.store and data.storage")
@@ -192,8 +196,11 @@ class DataConfig(Section):
         return self
 
 
-Trap = Literal["same_token", "pre_norm", "own_key", "future_keys"]
+Trap = Literal["same_token", "pre_norm", "own_key", "future_keys", "no_soft_cap", "top_clusters"]
 """Mistakes of published trainers that can be measured (train/traps.py)."""
+
+
+Unroll = Literal["teacher_forced", "reached", "own_tokens"]
 
 
 class TrainConfig(Section):
@@ -217,6 +224,11 @@ class TrainConfig(Section):
     head's own hidden state, and one alone would leave `post_projection` untrained."""
     round_decay: float = Field(default=0.8, gt=0, le=1)
     """Weight of round k is round_decay ** (k - 1)."""
+    unroll: Unroll = "teacher_forced"
+    """What the rounds beyond the first read and count. `teacher_forced`: the text's tokens, all
+    counted; `reached`: the same, but a draft counts only where all before it in its round are the
+    text's tokens, as a decoder would have it; `own_tokens`: the head's own best tokens, as a
+    decoder would feed them, though the teacher goes on from the text's."""
     objective: Literal["forward_kl", "cross_entropy", "total_variation", "lk_hybrid"] = "forward_kl"
     """Loss of a draft. `cross_entropy` looks at the target's best token alone; `lk_hybrid` turns
     from KL to total variation as a row comes to be accepted (arXiv 2602.23881)."""
@@ -267,6 +279,8 @@ class TrainConfig(Section):
             raise ValueError(f"later_anchors={self.later_anchors} is above anchors={self.anchors}")
         if self.trap is not None and self.pack_tokens is not None:
             raise ValueError("trap is measured on unpacked rows: leave out pack_tokens")
+        if self.trap == "top_clusters" and self.vocabulary == "exact":
+            raise ValueError("trap=top_clusters is measured with vocabulary=sparse")
         return self
 
 

@@ -101,21 +101,27 @@ def _prepare_stored(
 
 
 def _asked_for(training: Documents, data: DataConfig, seed: int) -> Documents:
-    """Of the documents that are there, those at `data.only_temperatures`, and of them
-    `data.only_conversations` at random.
+    """Of the documents that are there, those at `data.only_temperatures` and of
+    `data.only_categories`, and of them `data.only_conversations` at random.
 
     Raises:
         ValueError: there are fewer.
     """
-    allowed, count = data.only_temperatures, data.only_conversations
+    heats, categories, count = (
+        data.only_temperatures, data.only_categories, data.only_conversations,
+    )  # fmt: skip
     kept = [
-        i for i, e in enumerate(training.entries) if allowed is None or e.temperature in allowed
+        i
+        for i, e in enumerate(training.entries)
+        if (heats is None or e.temperature in heats)
+        and (categories is None or e.category in categories)
     ]
     if not kept or len(kept) < (count or 0):
-        at = "" if allowed is None else f" at the temperatures {allowed}"
+        at = "" if heats is None else f" at the temperatures {heats}"
+        of = "" if categories is None else f" of the categories {categories}"
         raise ValueError(
-            f"{len(kept)} documents{at} are there to train on, data.only_conversations asks for "
-            f"{count or 'one at least'}"
+            f"{len(kept)} documents{at}{of} are there to train on, data.only_conversations asks "
+            f"for {count or 'one at least'}"
         )
     if count is not None:
         kept = sorted(random.Random(seed).sample(kept, count))

@@ -11,6 +11,8 @@ Letters: B batch, T positions, R rows of a sequence, S of them in rounds above t
 D target width, H head width.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
@@ -70,6 +72,7 @@ class DraftHead(nn.Module):
         starts: torch.Tensor | None = None,
         later: torch.Tensor | None = None,
         seen: torch.Tensor | None = None,
+        embeds_of: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ) -> list[torch.Tensor]:
         """Run K rounds over the same rows.
 
@@ -82,6 +85,8 @@ class DraftHead(nn.Module):
             later: [B, S] which of the R rows go on beyond the first round; None: all.
             seen: [B, R] index of the last KV row that each row sees; None: `rows`, as the decoder
                 has it.
+            embeds_of: the states of a round [B, R or S, D] -> what the next round reads, of the
+                same shape; None: `token_embeds`.
 
         Returns:
             K of [B, R, D], from the second on [B, S, D]: their product with `draft_table` is the
@@ -98,7 +103,10 @@ class DraftHead(nn.Module):
                 hidden, token_embeds = select(hidden, later), select(token_embeds, later)
                 rows, starts, seen = (select(one, later) for one in (rows, starts, seen))
                 masks = row_masks(seen, starts, kv_len, window)
-            inputs = torch.cat([token_embeds[:, :, k], hidden], dim=-1)
+            read = token_embeds[:, :, k]
+            if k and embeds_of is not None:
+                read = embeds_of(states[-1] if k > 1 or later is None else select(states[0], later))
+            inputs = torch.cat([read, hidden], dim=-1)
             state = self.assistant.model(
                 inputs_embeds=self.assistant.pre_projection(inputs),
                 attention_mask=masks,

@@ -35,6 +35,7 @@ from headstart.train.step import batch_sums, loss_weight, step_candidates
 from headstart.train.stopping import Interrupted, diverged, stop_signals
 from headstart.train.summary import summary_text, write_summary
 from headstart.train.tracking import finish_trackers, start_trackers
+from headstart.train.traps import with_top_clusters
 from headstart.train.watching import plot_run
 
 
@@ -79,6 +80,8 @@ def _train(config: Config, resume: bool, accelerator: Accelerator) -> None:
     saved = checkpoints(run / "checkpoints") if resume else []
     taught = taught_rows(training, target.device)
     head = build_head(target, config, taught, validation, resumed=bool(saved))
+    if c.trap == "top_clusters":
+        head.assistant = with_top_clusters(head.assistant, target, taught, config.head)
     likely = likely_tokens(target, taught, c)
     del taught
     optimizer = torch.optim.AdamW(_parameter_groups(head, c.weight_decay), lr=c.learning_rate)

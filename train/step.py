@@ -6,6 +6,7 @@ Letters: B conversations, R anchors of each, S of them beyond the first round, K
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from accelerate.utils import extract_model_from_parallel
@@ -15,8 +16,9 @@ from headstart.data.loader import Batch
 from headstart.heads.targets import Target
 from headstart.heads.unroll import select
 from headstart.train.objectives import OBJECTIVES
-from headstart.train.traps import trapped
+from headstart.train.traps import in_top_clusters, trapped, uncapped
 from headstart.train.vocabulary import (
+    EXACT_ROWS,
     Candidates,
     Teacher,
     draw_candidates,
@@ -38,7 +40,13 @@ class Drafts:
     teacher: Teacher
 
 
-def draft_batch(model: torch.nn.Module, target: Target, batch: Batch, dtype: torch.dtype) -> Drafts:
+def draft_batch(
+    model: torch.nn.Module,
+    target: Target,
+    batch: Batch,
+    dtype: torch.dtype,
+    embeds_of: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> Drafts:
     """Run the head over a batch and pair what it says with what the target says.
 
     Args:
@@ -46,13 +54,14 @@ def draft_batch(model: torch.nn.Module, target: Target, batch: Batch, dtype: tor
         target: for its embeddings.
         batch: B conversations, R anchors of each, K rounds.
         dtype: of the shared KV; with bfloat16 under autocast, the weights staying float32.
+        embeds_of: of `DraftHead.forward`.
     """
     shared_kv = {t: (k.to(dtype), v.to(dtype)) for t, (k, v) in batch.shared_kv.items()}
     with torch.autocast(batch.rows.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
         embeds = target.embed(batch.tokens).float()
         states = model(
             batch.hidden.float(), embeds, batch.rows, shared_kv, batch.starts, batch.later,
-            batch.seen,
+            batch.seen, embeds_of,
         )  # fmt: skip
     b, r, rounds = batch.weights.shape
     anchors = torch.arange(b * r, device=batch.rows.device).view(b, r)
@@ -134,24 +143,70 @@ def batch_sums(
     dtype = torch.bfloat16 if c.precision == "bfloat16" else torch.float32
     if c.trap is not None:
         batch = trapped(c.trap, batch, target)
-    drafts = draft_batch(model, target, batch, dtype)
-    teacher, objective = drafts.teacher, OBJECTIVES[c.objective]
     head = extract_model_from_parallel(model)
-    common = (objective, c.temperature, dtype, head.draft_table(target.table))
+    table = head.draft_table(target.table)
+    embeds_of = None
+    if c.unroll == "own_tokens":
+        embeds_of = partial(_own_embeds, target=target, table=table, candidates=candidates)
+    drafts = draft_batch(model, target, batch, dtype, embeds_of)
+    teacher, objective = drafts.teacher, OBJECTIVES[c.objective]
+    common = (objective, c.temperature, dtype, table)
     if candidates is None:
-        found = exact_losses(drafts.states, target, teacher, *common)
+        found = exact_losses(drafts.states, _taught_by(target, c), teacher, *common)
     else:
-        found = sparse_losses(drafts.states, target, teacher, candidates, *common)
+        read = None
+        if c.trap == "top_clusters":
+            read = in_top_clusters(head.assistant, candidates.ids)
+        found = sparse_losses(
+            drafts.states, _taught_by(target, c), teacher, candidates, *common, read
+        )
     weights = (c.round_decay**drafts.round).float()
+    if c.unroll == "reached":
+        weights = weights * _reached(found.drafts, drafts, batch)
     losses = {"loss_sum": (found.losses * weights).sum()}
-    return losses | _accepted_in_a_row(found.hits, drafts, batch)
+    return losses | _accepted_in_a_row(found.drafts == teacher.ids[:, 0], drafts, batch)
+
+
+def _taught_by(target: Target, c: TrainConfig) -> Target:
+    return uncapped(target) if c.trap == "no_soft_cap" else target
+
+
+@torch.no_grad()
+def _own_embeds(
+    states: torch.Tensor, target: Target, table: torch.Tensor, candidates: Candidates | None
+) -> torch.Tensor:
+    """Embeddings [B, S, D] of the head's best tokens, from its states [B, S, width]."""
+    if candidates is not None:
+        table = table[candidates.ids]
+    rows = states.flatten(0, 1).to(table.dtype).split(EXACT_ROWS)
+    best = torch.cat([(part @ table.T).argmax(-1) for part in rows])
+    if candidates is not None:
+        best = candidates.ids[best]
+    return target.embed(best.view(states.shape[:2])).float()
+
+
+def _reached(ids: torch.Tensor, drafts: Drafts, batch: Batch) -> torch.Tensor:
+    """[N] 1 where all earlier drafts of the round are the text's tokens, else 0.
+
+    Args:
+        ids: [N] tokens drafted.
+    """
+    right = _by_anchor(ids, drafts, batch)[:, :-1] == batch.tokens.flatten(0, 1)[:, 1:]
+    reached = torch.cat([torch.ones_like(right[:, :1]), right.cumprod(-1)], dim=-1)
+    return reached[drafts.anchor, drafts.round].float()
+
+
+def _by_anchor(values: torch.Tensor, drafts: Drafts, batch: Batch) -> torch.Tensor:
+    """Values [N] of the drafts as [B x R, K], 0 where there is none."""
+    b, r, rounds = batch.weights.shape
+    table = values.new_zeros(b * r, rounds)
+    table[drafts.anchor, drafts.round] = values
+    return table
 
 
 def _accepted_in_a_row(hits: torch.Tensor, drafts: Drafts, batch: Batch) -> dict[str, torch.Tensor]:
     """The leading hits of the anchors that go beyond the first round, and how many anchors do."""
-    b, r, rounds = batch.weights.shape
-    hit = torch.zeros(b * r, rounds, device=hits.device)
-    hit[drafts.anchor, drafts.round] = hits.float()
+    hit = _by_anchor(hits.float(), drafts, batch)
     beyond = drafts.anchor[drafts.round == 1]
     return {
         "accepted": hit[beyond].cumprod(-1).sum(),

@@ -73,8 +73,8 @@ class RowResults(NamedTuple):
 
     losses: torch.Tensor
     """[N] float32, with a gradient."""
-    hits: torch.Tensor
-    """[N] bool: whether the draft's best candidate is the teacher's best token."""
+    drafts: torch.Tensor
+    """[N] the draft's best token among those that the softmax runs over."""
 
 
 RowLoss: TypeAlias = Callable[[torch.Tensor, slice], RowResults]
@@ -89,6 +89,7 @@ def sparse_losses(
     temperature: float,
     dtype: torch.dtype,
     draft_table: torch.Tensor,
+    read: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> RowResults:
     """The objective over candidates: exact on each teacher's stored top k, and its gradient that
     of the full softmax in expectation over the negatives.
@@ -102,6 +103,8 @@ def sparse_losses(
         temperature: of both distributions.
         dtype: in which the states meet the table.
         draft_table: [V, width], of `DraftHead.draft_table`; mostly the target's own.
+        read: of states [n, width], which of the C candidates have logits of their own, [n, C];
+            the others get one below all, as in `Gemma4AssistantMaskedEmbedder`. None: all.
     """
     taught = target.table[candidates.ids]
     table, log_weights = draft_table[candidates.ids].to(dtype), candidates.weights.log()
@@ -113,10 +116,14 @@ def sparse_losses(
         log_p = teacher_log_p(said[teacher.at[rows]], slots, stored)
         log_p = tempered(log_p, log_weights, temperature)
         logits = torch.nn.functional.linear(states, table).float() / temperature
+        if read is not None:
+            own = read(states)
+            least = logits.detach().masked_fill(~own, torch.inf).amin(-1, keepdim=True) - 1
+            logits = torch.where(own, logits, least)
         log_q = logits - torch.logsumexp(logits + log_weights, dim=-1, keepdim=True)
         return RowResults(
             objective(log_q, log_p, candidates.weights),
-            log_q.detach().argmax(-1) == slots[:, 0],
+            candidates.ids[log_q.detach().argmax(-1)],
         )
 
     return chunked(states, loss_of, SPARSE_ROWS, dtype)
@@ -170,7 +177,7 @@ def exact_losses(
         log_q = logits.log_softmax(-1)
         return RowResults(
             objective(log_q, log_p, weights),
-            log_q.detach().argmax(-1) == log_p.argmax(-1),
+            log_q.detach().argmax(-1),
         )
 
     return chunked(states, loss_of, EXACT_ROWS, dtype)
@@ -208,9 +215,9 @@ class _Chunked(torch.autograd.Function):
                 (gradient[chunk],) = torch.autograd.grad(result.losses.sum(), part)
             parts.append(result._replace(losses=result.losses.detach()))
         ctx.save_for_backward(gradient)
-        losses, hits = (torch.cat(results) for results in zip(*parts, strict=True))
-        ctx.mark_non_differentiable(hits)
-        return losses, hits
+        losses, drafts = (torch.cat(results) for results in zip(*parts, strict=True))
+        ctx.mark_non_differentiable(drafts)
+        return losses, drafts
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:

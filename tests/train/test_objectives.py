@@ -87,7 +87,7 @@ def test_with_every_token_as_candidate_the_sparse_objective_is_the_exact_one(
     theirs = exact(target, teacher, **options)
     found, wanted = ours(states), theirs(states)
     torch.testing.assert_close(found.losses, wanted.losses, atol=1e-5, rtol=1e-5)
-    assert torch.equal(found.hits, wanted.hits)
+    assert torch.equal(found.drafts, wanted.drafts)
     torch.testing.assert_close(
         gradient_of(ours, states), gradient_of(theirs, states), atol=1e-5, rtol=1e-4
     )

@@ -5,12 +5,16 @@ from dataclasses import fields, replace
 import pytest
 import torch
 
-from headstart.configs.schema import DataConfig, TrainConfig
+from headstart.configs.schema import DataConfig, HeadConfig, TrainConfig
 from headstart.data.extraction import OnlineActivations
 from headstart.data.loader import Batch, candidate_rows, gather_rows
 from headstart.data.shards import Document
+from headstart.heads.ordered import Taught
 from headstart.heads.targets import Target
-from headstart.train.traps import trapped
+from headstart.train.objectives import forward_kl
+from headstart.train.traps import in_top_clusters, trapped, uncapped, with_top_clusters
+from headstart.train.vocabulary import Teacher, draw_candidates, sparse_losses
+from tests.conftest import make_target
 from tests.heads.test_parity import noisy_head
 from tests.samples import conversations
 
@@ -91,6 +95,59 @@ def test_future_keys_are_those_of_the_stock_forward_over_several_rows(tiny: Targ
     torch.testing.assert_close(logits, stock.logits, atol=1e-4, rtol=1e-4)
     right = states(tiny, batch)[0] @ tiny.table.T
     assert not torch.allclose(right, stock.logits, atol=1e-3)
+
+
+def test_without_its_soft_cap_the_teacher_is_surer() -> None:
+    """What it says is the softmax of the logits before the cap, at every draft that counts."""
+    target = make_target("gemma4")
+    documents = OnlineActivations(target, conversations(2), DataConfig(teacher_top_k=5)).read(
+        [0, 1]
+    )
+    batch = gather_rows(documents, [candidate_rows(d) for d in documents], K)
+    wrong = trapped("no_soft_cap", batch, target)
+    assert changed(batch, wrong) == {"teacher_logprobs"}
+    cap = target.config.final_logit_softcapping
+    for b, r, k in (batch.weights > 0).nonzero().tolist():
+        hidden = batch.text_hidden[b, batch.rows[b, r] + k + 1]
+        capped = target.logits(hidden)
+        before = (capped / cap).atanh() * cap
+        wanted = before.log_softmax(-1)[batch.teacher_ids[b, r, k]]
+        torch.testing.assert_close(wrong.teacher_logprobs[b, r, k], wanted, atol=1e-3, rtol=1e-3)
+    assert not torch.allclose(wrong.teacher_logprobs, batch.teacher_logprobs, atol=1e-3)
+    with pytest.raises(ValueError, match="gemma3 caps no logits"):
+        uncapped(make_target("gemma3"))
+
+
+def test_training_through_the_clusters_has_the_logits_of_the_stock_embedder() -> None:
+    """Of the tokens that a draft reads; all others lie below them."""
+    target = make_target("gemma3")
+    ids = torch.arange(4, 44)
+    hidden = target.activations(ids[None]).hidden[0]
+    best = target.logits(hidden).log_softmax(-1).topk(5)
+    taught = Taught(hidden, best.indices, best.values)
+    clusters = HeadConfig(
+        use_ordered_embeddings=True, num_centroids=20, centroid_intermediate_top_k=4
+    )
+    assistant = with_top_clusters(noisy_head(target).assistant, target, taught, clusters)
+    assert assistant.lm_head.weight is target.table
+    everything = torch.arange(len(target.table))
+    read = in_top_clusters(assistant, everything)
+    with torch.no_grad():
+        stock = assistant.masked_embedding(hidden[:, None], target.table)[:, 0]
+        seen = read(hidden)
+        assert (seen.sum(1) == 4 * len(everything) / 20).all()
+        logits = hidden @ target.table.T
+        torch.testing.assert_close(stock[seen], logits[seen], atol=1e-5, rtol=1e-5)
+        assert (stock.argmax(-1) == logits.masked_fill(~seen, -torch.inf).argmax(-1)).all()
+    candidates = draw_candidates(
+        torch.ones(len(everything), dtype=torch.bool), 1, torch.Generator()
+    )
+    teacher = Teacher(hidden, torch.arange(len(hidden)), best.indices, best.values)
+    common = (forward_kl, 1.0, torch.float32, target.table)
+    found = sparse_losses(hidden, target, teacher, candidates, *common, read)
+    assert torch.equal(found.drafts, stock.argmax(-1))
+    whole = sparse_losses(hidden, target, teacher, candidates, *common)
+    assert (found.losses > whole.losses).all(), "the target's own states, their tail cut off"
 
 
 def cut_to(document: Document, rows: int) -> Document:

@@ -1,0 +1,80 @@
+"""What the rounds beyond the first read, and which of their drafts count."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from headstart.configs.schema import DataConfig, TrainConfig, Unroll
+from headstart.data.extraction import OnlineActivations
+from headstart.data.loader import Batch, candidate_rows, gather_rows
+from headstart.heads.targets import Target
+from headstart.heads.unroll import DraftHead
+from headstart.train.objectives import forward_kl
+from headstart.train.step import batch_sums, draft_batch
+from headstart.train.vocabulary import exact_losses
+from tests.heads.test_parity import noisy_head
+from tests.samples import conversations
+
+K = 3
+
+
+def batch_of(target: Target) -> Batch:
+    """Two conversations, all their rows; half of them go on beyond the first round."""
+    data = DataConfig(teacher_top_k=5)
+    documents = OnlineActivations(target, conversations(2), data).read([0, 1])
+    rows = [candidate_rows(d) for d in documents]
+    later = [torch.arange(0, len(r), 2) for r in rows]
+    return gather_rows(documents, rows, K, later=later)
+
+
+def loss_of(head: DraftHead, target: Target, batch: Batch, unroll: Unroll) -> float:
+    c = TrainConfig(unroll=unroll, rounds=K, vocabulary="exact", precision="float32")
+    return float(batch_sums(head, target, batch, c, None)["loss_sum"])
+
+
+def fed_as_text(batch: Batch, drafts: torch.Tensor) -> None:
+    """Make drafts [B x R, K] of the first rounds the tokens that the text goes on with."""
+    batch.tokens[..., 1:] = drafts.view(*batch.rows.shape, K)[..., : K - 1]
+
+
+def by_anchor(head: DraftHead, target: Target, batch: Batch) -> tuple[Any, torch.Tensor]:
+    """All drafts of a batch with their losses, and their tokens as [B x R, K]."""
+    drafts = draft_batch(head, target, batch, torch.float32)
+    found = exact_losses(
+        drafts.states, target, drafts.teacher, forward_kl, 1.0, torch.float32, target.table
+    )
+    tokens = torch.zeros(batch.rows.numel(), K, dtype=torch.long)
+    tokens[drafts.anchor, drafts.round] = found.drafts
+    return (drafts, found), tokens
+
+
+@torch.no_grad()
+def test_a_draft_is_reached_where_all_before_it_are_the_texts_tokens(target: Target) -> None:
+    head, batch = noisy_head(target), batch_of(target)
+    _, tokens = by_anchor(head, target, batch)
+    tokens[::3, 0] += 1  # every third anchor misses at its first draft
+    fed_as_text(batch, tokens)
+    (drafts, found), tokens = by_anchor(head, target, batch)
+    wanted, unreached = 0.0, 0
+    for loss, anchor, k in zip(found.losses, drafts.anchor, drafts.round, strict=True):
+        text = batch.tokens.flatten(0, 1)[anchor]
+        if all(int(tokens[anchor, i]) == int(text[i + 1]) for i in range(k)):
+            wanted += float(loss) * 0.8 ** int(k)
+        else:
+            unreached += 1
+    assert unreached > 3
+    assert loss_of(head, target, batch, "reached") == pytest.approx(wanted, rel=1e-5)
+    assert loss_of(head, target, batch, "teacher_forced") > wanted
+
+
+@torch.no_grad()
+def test_own_tokens_are_fed_whatever_the_text_goes_on_with(target: Target) -> None:
+    """They are those of the text where it goes on with the head's own drafts, and else are not."""
+    head, batch = noisy_head(target), batch_of(target)
+    forced = loss_of(head, target, batch, "teacher_forced")
+    own = loss_of(head, target, batch, "own_tokens")
+    assert own != pytest.approx(forced, rel=1e-3)
+    for _ in range(K):  # one round more is the head's own each time
+        fed_as_text(batch, by_anchor(head, target, batch)[1])
+    assert loss_of(head, target, batch, "teacher_forced") == pytest.approx(own, rel=1e-5)
