@@ -201,6 +201,7 @@ Trap = Literal["same_token", "pre_norm", "own_key", "future_keys", "no_soft_cap"
 
 
 Unroll = Literal["teacher_forced", "reached", "own_tokens"]
+"""Ways to go beyond the first round (`TrainConfig.unroll`)."""
 
 
 class TrainConfig(Section):
@@ -228,7 +229,8 @@ class TrainConfig(Section):
     """What the rounds beyond the first read and count. `teacher_forced`: the text's tokens, all
     counted; `reached`: the same, but a draft counts only where all before it in its round are the
     text's tokens, as a decoder would have it; `own_tokens`: the head's own best tokens, as a
-    decoder would feed them, though the teacher goes on from the text's."""
+    decoder would feed them, though the teacher goes on from the text's. The loss is divided by the
+    weight of all drafts, whichever count."""
     objective: Literal["forward_kl", "cross_entropy", "total_variation", "lk_hybrid"] = "forward_kl"
     """Loss of a draft. `cross_entropy` looks at the target's best token alone; `lk_hybrid` turns
     from KL to total variation as a row comes to be accepted (arXiv 2602.23881)."""
@@ -352,3 +354,10 @@ class Config(Section):
     eval: EvalConfig | None = EvalConfig()
     """Evaluation after training. null: none."""
     wandb: WandbConfig = WandbConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> "Config":
+        narrow = self.head.hidden_size is not None or self.head.warm
+        if self.train.trap == "top_clusters" and narrow:
+            raise ValueError("trap=top_clusters is of a new head as wide as its target")
+        return self

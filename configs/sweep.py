@@ -22,7 +22,7 @@ class Sweep(Section):
     """Draft length K at which all are judged."""
     judged_on: dict[str, Path]
     """Name -> activation store of texts that no run trains on, in which rounds are walked. Greedy
-    text is judged as greedy decoding, sampled text as sampling at its temperature."""
+    text is judged as greedy decoding; on sampled text a draft is right where the target drew it."""
 
     @field_validator("runs")
     @classmethod

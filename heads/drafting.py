@@ -71,7 +71,7 @@ class Drafts:
 
     tokens: list[int]
     confidences: list[float]
-    """Probability of each among the tokens looked at; empty where nobody asked."""
+    """Probability of each in what it was chosen from; empty where nobody asked."""
     logits: torch.Tensor | None = None
     """[K, V] of what each was drawn from, minus infinity where it could not be; None: argmaxes."""
 

@@ -35,8 +35,8 @@ from headstart.heads.draft_length import Constant, CostRule, DraftLength, Rate
 from headstart.heads.drafting import CleanKV, Drafter, Drafts
 from headstart.heads.few_rows import plain_strides, quick_few_rows
 
-# What shapes a distribution whatever the text is. Drafts may be drawn from any: of the call's other
-# processors the target's logits are enough.
+# What shapes a distribution whatever the text is. Any distribution may be drawn from, so that the
+# call's other processors act on the target's logits alone.
 WARPERS = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper)
 LOOKUP_NGRAM = 3  # tokens that an earlier place has to share with the newest ones, at most
 

@@ -85,8 +85,8 @@ class DraftHead(nn.Module):
             later: [B, S] which of the R rows go on beyond the first round; None: all.
             seen: [B, R] index of the last KV row that each row sees; None: `rows`, as the decoder
                 has it.
-            embeds_of: the states of a round [B, R or S, D] -> what the next round reads, of the
-                same shape; None: `token_embeds`.
+            embeds_of: the states of a round, as returned, [B, R or S, ...] -> what the next round
+                reads, [B, R or S, D]; None: `token_embeds`.
 
         Returns:
             K of [B, R, D], from the second on [B, S, D]: their product with `draft_table` is the

@@ -35,7 +35,7 @@ from headstart.train.step import batch_sums, loss_weight, step_candidates
 from headstart.train.stopping import Interrupted, diverged, stop_signals
 from headstart.train.summary import summary_text, write_summary
 from headstart.train.tracking import finish_trackers, start_trackers
-from headstart.train.traps import with_top_clusters
+from headstart.train.traps import uncapped, with_top_clusters
 from headstart.train.watching import plot_run
 
 
@@ -74,6 +74,8 @@ def _train(config: Config, resume: bool, accelerator: Accelerator) -> None:
     c, run, seed = config.train, config.run.dir, config.run.seed
     set_seed(seed)
     target = open_target(config.target, accelerator.device)
+    if c.trap == "no_soft_cap":
+        uncapped(target)  # refuses a target that has none, before anything is generated
     held_out = config.eval.prompts if config.eval else None
     training, validation = prepare_documents(target, config.data, seed, held_out)
 

@@ -132,7 +132,7 @@ def batch_sums(
         model: a `DraftHead`, wrapped or not.
         target: for its embeddings and table.
         batch: B conversations, R anchors of each, K rounds.
-        c: objective, temperature, weights of the rounds, precision.
+        c: objective, temperature, unroll, weights of the rounds, precision, trap.
         candidates: that the softmax runs over, from `step_candidates`; None: the whole vocabulary.
 
     Returns:
@@ -175,7 +175,8 @@ def _taught_by(target: Target, c: TrainConfig) -> Target:
 def _own_embeds(
     states: torch.Tensor, target: Target, table: torch.Tensor, candidates: Candidates | None
 ) -> torch.Tensor:
-    """Embeddings [B, S, D] of the head's best tokens, from its states [B, S, width]."""
+    """Embeddings [B, S, D] of the head's best tokens (of the candidates, where there are some), from
+    its states [B, S, width]."""
     if candidates is not None:
         table = table[candidates.ids]
     rows = states.flatten(0, 1).to(table.dtype).split(EXACT_ROWS)

@@ -87,7 +87,8 @@ def _check_same(config: Config) -> None:
     path = config.run.dir / JUDGED
     if path.is_file():
         earlier = json.loads(path.read_text(encoding="utf-8"))["config"]
-        if earlier != dump_config(config):
+        # Settings that are newer than the run had their defaults.
+        if Config.model_validate(earlier) != config:
             raise ValueError(
                 f"{config.run.dir} was judged with other settings: name another folder, --out DIR, "
                 "or delete it"
@@ -114,6 +115,7 @@ def _judge(config: Config, target: Target, stores: dict[str, ActivationStore], k
         "seed": config.run.seed,
         "steps": config.train.steps,
         "loss": rows[-1]["loss"],
+        "held_out": max(row.get("acceptance_length", 0.0) for row in rows),
         "texts": texts,
         "config": dump_config(config),
     }
@@ -156,7 +158,8 @@ def summarise(found: list[dict[str, Any]], stores: list[str]) -> list[dict[str, 
             }
         results.append({
             "run": name, "overrides": own[0]["overrides"], "steps": own[0]["steps"],
-            "loss": [one["loss"] for one in own], "judged_on": judged,
+            "loss": [one["loss"] for one in own],
+            "held_out": [one["held_out"] for one in own], "judged_on": judged,
         })  # fmt: skip
     return results
 

@@ -1,7 +1,7 @@
 """Mistakes that trainers of draft heads make, to be measured: what each costs in acceptance.
 
-Each shows the head something in training that no decoder will show it, and most look better for it
-in the loss.
+Most show the head something in training that no decoder will show it, and look better for it in the
+loss; the others teach it what the target does not say, or starve it.
 Validation and decoding stay right, so that what a trapped head loses there is the price.
 
 Letters: B conversations, R anchors of each, T positions, K rounds, D target width, H head width,

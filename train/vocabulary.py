@@ -119,6 +119,7 @@ def sparse_losses(
         if read is not None:
             own = read(states)
             least = logits.detach().masked_fill(~own, torch.inf).amin(-1, keepdim=True) - 1
+            least = least.nan_to_num(posinf=0.0)  # a row that reads none of the candidates
             logits = torch.where(own, logits, least)
         log_q = logits - torch.logsumexp(logits + log_weights, dim=-1, keepdim=True)
         return RowResults(

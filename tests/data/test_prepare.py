@@ -74,25 +74,30 @@ def test_packing_changes_no_step(stored: Path, tmp_path: Path) -> None:
     assert all(torch.allclose(ours[name], theirs[name], atol=2e-2) for name in ours)
 
 
-def test_a_part_of_a_store_is_chosen_by_temperature_and_number(stored: Path) -> None:
+def test_a_part_of_a_store_is_chosen_by_temperature_category_and_number(stored: Path) -> None:
     target = load_target("tiny-gemma4", "float32")
 
     def chosen(**only: Any) -> list[str]:
         data = DataConfig(store=stored, validation_conversations=3, **only)
         training, validation = prepare_documents(target, data, 0, None)
         assert len(validation.entries) == 3, "what is held out stays the same"
-        return [f"{entry.id} {entry.temperature}" for entry in training.entries]
+        return [f"{e.id} {e.category} {e.temperature}" for e in training.entries]
 
     everything = chosen()
     greedy = chosen(only_temperatures=[0.0])
     assert greedy == [name for name in everything if name.endswith(" 0.0")]
     assert 0 < len(greedy) < len(everything)
+    prose = chosen(only_categories=["docs", "novel"])
+    assert prose == [name for name in everything if " docs " in name or " novel " in name]
+    assert 0 < len(prose) < len(everything)
     few = chosen(only_conversations=4)
     assert len(few) == 4
     assert set(few) < set(everything)
     assert few == chosen(only_conversations=4)
     with pytest.raises(ValueError, match=r"documents at the temperatures \[3.0\] are there"):
         chosen(only_temperatures=[3.0])
+    with pytest.raises(ValueError, match=r"of the categories \['poem'\] are there"):
+        chosen(only_categories=["poem"])
     with pytest.raises(ValueError, match="asks for 400"):
         chosen(only_conversations=400)
     with pytest.raises(ValueError, match=r"chooses from data\.store"):
