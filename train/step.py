@@ -175,8 +175,8 @@ def _taught_by(target: Target, c: TrainConfig) -> Target:
 def _own_embeds(
     states: torch.Tensor, target: Target, table: torch.Tensor, candidates: Candidates | None
 ) -> torch.Tensor:
-    """Embeddings [B, S, D] of the head's best tokens (of the candidates, where there are some), from
-    its states [B, S, width]."""
+    """Embeddings [B, S, D] of the head's best tokens, from its states [B, S, width]; of the
+    candidates alone, where there are some."""
     if candidates is not None:
         table = table[candidates.ids]
     rows = states.flatten(0, 1).to(table.dtype).split(EXACT_ROWS)

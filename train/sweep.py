@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
@@ -88,7 +89,7 @@ def _check_same(config: Config) -> None:
     if path.is_file():
         earlier = json.loads(path.read_text(encoding="utf-8"))["config"]
         # Settings that are newer than the run had their defaults.
-        if Config.model_validate(earlier) != config:
+        if dump_config(Config.model_validate(yaml.safe_load(earlier))) != dump_config(config):
             raise ValueError(
                 f"{config.run.dir} was judged with other settings: name another folder, --out DIR, "
                 "or delete it"
