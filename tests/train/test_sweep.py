@@ -108,7 +108,8 @@ def test_a_difference_is_of_the_same_texts() -> None:
             for i in range(40)
         ]  # fmt: skip
         return {
-            "run": name, "seed": 0, "overrides": [], "steps": 1, "loss": 1.0, "texts": {"t": texts}
+            "run": name, "seed": 0, "overrides": [], "steps": 1, "loss": 1.0, "held_out": 1.5,
+            "texts": {"t": texts},
         }  # fmt: skip
 
     first, second = summarise([run("a", 1), run("b", 2)], ["t"])
