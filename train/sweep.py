@@ -78,7 +78,7 @@ def run_sweep(
             "results": summarise(found, list(stores)),
         }
         write_atomically(out / "sweep.json", json.dumps(content, indent=2) + "\n")
-    plot_sweep(content, out / "sweep.png")
+        plot_sweep(content, out / "sweep.png")
     print_sweep(content)
     return content
 
