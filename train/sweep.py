@@ -211,21 +211,23 @@ def print_sweep(content: dict[str, Any], console: Console | None = None) -> None
 
 
 def plot_sweep(content: dict[str, Any], path: Path) -> None:
-    """Draw the acceptance length of each run with its interval, a panel a store."""
+    """Draw how far each run is from the first, with the interval of that, a panel a store."""
     results, stores = content["results"], list(content["judged_on"])
     figure = Figure(figsize=(5 * len(stores) + 1, 1.2 + 0.32 * len(results)), layout="constrained")
     panels = figure.subplots(1, len(stores), sharey=True, squeeze=False)[0]
     names = [result["run"] for result in results]
     for axes, store in zip(panels, stores, strict=True):
         judged = [result["judged_on"][store] for result in results]
-        lengths = [one["acceptance_length"] for one in judged]
+        told = [one["difference"] for one in judged]
+        intervals = [one["difference_interval"] for one in judged]
         errors = [
-            [length - one["interval"][0] for length, one in zip(lengths, judged, strict=True)],
-            [one["interval"][1] - length for length, one in zip(lengths, judged, strict=True)],
+            [d - low for d, (low, _) in zip(told, intervals, strict=True)],
+            [high - d for d, (_, high) in zip(told, intervals, strict=True)],
         ]
-        axes.errorbar(lengths, range(len(names)), xerr=errors, fmt="o", markersize=4, capsize=2)
-        axes.axvline(lengths[0], linewidth=0.8, linestyle=":")
-        axes.set(title=store, xlabel=f"acceptance length, K = {content['num_assistant_tokens']}")
+        axes.errorbar(told, range(len(names)), xerr=errors, fmt="o", markersize=4, capsize=2)
+        axes.axvline(0, linewidth=0.8, linestyle=":")
+        k, first = content["num_assistant_tokens"], judged[0]["acceptance_length"]
+        axes.set(title=store, xlabel=f"acceptance length at K = {k} beside {names[0]}, {first:.3f}")
         axes.set_yticks(range(len(names)), names)
         axes.grid(alpha=0.3, axis="x")
     panels[0].invert_yaxis()
