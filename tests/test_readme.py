@@ -182,10 +182,19 @@ def test_the_figures_of_the_recipe_page_are_those_of_the_result_files() -> None:
     assert walked in page
     assert f"through the clusters\n{run['best']['acceptance_length']:.2f} ([reference.json]" in page
     for trap in results("sweep-traps.json")["results"]:
-        judged = trap["judged_on"].values()
-        cells = []
-        for one in judged:
-            low, high = one["difference_interval"]
-            cells += [f"{one['acceptance_length']:.3f}"]
-            cells += [f"{one['difference']:+.3f} ({low:+.3f} to {high:+.3f})"]
-        assert f"| {trap['loss'][0]:.2f} | {' | '.join(cells)} |" in page
+        assert f"| {trap['loss'][0]:.2f} | {beside_the_first(trap)} |" in page
+    base, *others = results("sweep-recipe.json")["results"]
+    greedy, sampled = (f"{one['acceptance_length']:.3f}" for one in base["judged_on"].values())
+    assert f"| {greedy} | | {sampled} | |" in page
+    for run in others:
+        assert f"| `{run['run']}` |" in page
+        assert f" | {beside_the_first(run)} |" in page
+
+
+def beside_the_first(run: dict[str, Any]) -> str:
+    cells = []
+    for one in run["judged_on"].values():
+        low, high = one["difference_interval"]
+        cells += [f"{one['acceptance_length']:.3f}"]
+        cells += [f"{one['difference']:+.3f} ({low:+.3f} to {high:+.3f})"]
+    return " | ".join(cells)
