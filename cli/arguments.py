@@ -40,6 +40,40 @@ def default_device() -> Any:
     return join_processes().device
 
 
+def add_target_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what is done to the target of `--target` before it is served."""
+    parser.add_argument(
+        "--adapter", action="append", default=[], metavar="ADAPTER",
+        help="folder or Hub id (ID@REVISION) of a PEFT adapter on the target; may come again, and "
+        "is applied in that order",
+    )  # fmt: skip
+    parser.add_argument(
+        "--keep-adapters", action="store_true",
+        help="leave adapters beside the weights, in place of adding them",
+    )  # fmt: skip
+    parser.add_argument(
+        "--quantization", choices=("torchao-int8", "bnb-int8", "bnb-nf4"),
+        help="of the target's layers, as it is served",
+    )  # fmt: skip
+    parser.add_argument("--revision", help="Hub revision of the target")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run code of the target's")
+
+
+def target_config(args: argparse.Namespace) -> Any:
+    """The `TargetConfig` of `--target` and the arguments beside it."""
+    from headstart.configs.schema import TargetConfig
+
+    return TargetConfig(
+        name=args.target,
+        revision=args.revision,
+        dtype=args.dtype,
+        trust_remote_code=args.trust_remote_code,
+        adapters=args.adapter,
+        merge_adapters=not args.keep_adapters,
+        quantization=args.quantization,
+    )
+
+
 def add_config_arguments(parser: argparse.ArgumentParser, required: bool = False) -> None:
     """Add `--config`, `--debug` and the `key=value` settings.
 

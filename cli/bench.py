@@ -120,8 +120,8 @@ def _add_draft(kinds: Any) -> None:
 
 def _run_draft(args: argparse.Namespace) -> None:
     from headstart.eval.draft_cost import run_draft_benchmark
-    from headstart.heads.assistant import load_assistant
-    from headstart.heads.targets import load_target
+    from headstart.heads.export import load_assistant
+    from headstart.heads.loading import load_target
 
     target = load_target(args.target, args.dtype, device=default_device())
     assistant = load_assistant(args.head, target.table.dtype, target.device)

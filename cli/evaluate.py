@@ -4,7 +4,15 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from headstart.cli.arguments import count, counts, decoders, default_device, numbers
+from headstart.cli.arguments import (
+    add_target_arguments,
+    count,
+    counts,
+    decoders,
+    default_device,
+    numbers,
+    target_config,
+)
 
 DECODERS = """ways to draft, compared with plain decoding in one run:
 transformers (the head through the stock generator), exact (clean keys and values, a leaner loop),
@@ -24,10 +32,12 @@ def add_eval_commands(commands: Any) -> None:
         "--prompts data/prompts/text_eval.jsonl --num-assistant-tokens 2,4 --out report/",
     )
     add = evaluate.add_argument
-    add("--target", required=True, help="gemma3-270m, a folder or a Hub id")
+    add("--target", required=True, help="gemma3-270m, a folder, a Hub id or a GGUF file")
+    add_target_arguments(evaluate)
     add(
         "--head", action="append", default=[], metavar="HEAD",
-        help="folder or Hub id of a draft head, such as Google's own; again for each other head",
+        help="folder or Hub id of a draft head, such as Google's own, or HEAD+ADAPTER for a head "
+        "with a peft adapter of its own; again for each other head",
     )  # fmt: skip
     add(
         "--draft-model", action="append", default=[], metavar="NAME",
@@ -70,8 +80,6 @@ def add_eval_commands(commands: Any) -> None:
         help="of target and heads; in float32 texts must equal plain decoding (default auto: what "
         "pays on this machine)",
     )  # fmt: skip
-    add("--revision", help="Hub revision of the target")
-    add("--trust-remote-code", action="store_true", help="run code of the target's")
     add("--out", required=True, type=Path, metavar="DIR", help="for the report")
     add("--resume", action="store_true", help="go on with the prompts that DIR does not have yet")
     add("--debug", action="store_true", help="show the traceback of a failure")
@@ -100,8 +108,8 @@ def _run_eval(args: argparse.Namespace) -> None:
     from headstart.configs.schema import EvalConfig
     from headstart.eval.estimate import run_estimate
     from headstart.eval.report import run_evaluation
-    from headstart.heads.assistant import load_assistant
-    from headstart.heads.targets import load_target
+    from headstart.heads.export import load_assistant
+    from headstart.heads.loading import load_served, load_target
 
     told = {} if args.prompts is None else {"prompts": args.prompts}
     chosen = EvalConfig(
@@ -116,7 +124,7 @@ def _run_eval(args: argparse.Namespace) -> None:
         limit=args.limit,
     )  # before the weights are loaded: wrong settings are told at once
     device = default_device()
-    target = load_target(args.target, args.dtype, args.revision, args.trust_remote_code, device)
+    target = load_served(target_config(args), device)
     dtype = target.table.dtype
     heads = {name: load_assistant(name, dtype, device) for name in args.head}
     if args.simulate is not None:

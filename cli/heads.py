@@ -46,7 +46,11 @@ def add_heads_commands(commands: Any) -> None:
         "--top-k", type=count, metavar="N", help="clusters whose tokens a draft is chosen from"
     )
     order.add_argument(
-        "--steps", type=count, default=500, metavar="N", help="of learning (default 500)"
+        "--steps",
+        type=int,
+        default=500,
+        metavar="N",
+        help="of learning (default 500); 0 with --rebuild: centroids are the means of the clusters",
     )
     add_config_arguments(order)
     order.set_defaults(command=_run_order)
@@ -54,7 +58,7 @@ def add_heads_commands(commands: Any) -> None:
 
 def _run_describe(args: argparse.Namespace) -> None:
     from headstart.heads.describe import describe, print_description
-    from headstart.heads.targets import load_target_config
+    from headstart.heads.loading import load_target_config
 
     target = None if args.target is None else load_target_config(args.target)
     print_description(describe(args.head, target))
@@ -62,7 +66,7 @@ def _run_describe(args: argparse.Namespace) -> None:
 
 def _run_order(args: argparse.Namespace) -> None:
     from headstart.configs.loader import load_config
-    from headstart.heads.targets import open_target
+    from headstart.heads.loading import open_target
     from headstart.train.ordering import Order, print_order, reorder
 
     config = load_config(args.config, args.overrides)

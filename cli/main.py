@@ -9,6 +9,7 @@ import sys
 import traceback
 from importlib.metadata import version
 
+from headstart.cli.adapt import add_adapt_command
 from headstart.cli.arguments import add_config_arguments
 from headstart.cli.bench import add_bench_commands
 from headstart.cli.data import add_data_commands
@@ -94,6 +95,7 @@ def _parser() -> argparse.ArgumentParser:
 
     add_eval_commands(commands)
     add_sweep_command(commands)
+    add_adapt_command(commands)
     return parser
 
 

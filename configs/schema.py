@@ -34,9 +34,14 @@ class RunConfig(Section):
     """Seed of the data order, the anchors, the negatives and the head's start."""
 
 
+Quantization = Literal["torchao-int8", "bnb-int8", "bnb-nf4"]
+"""Ways to hold the weights of a target's layers in fewer bits (heads/served.py)."""
+
+
 class TargetConfig(Section):
     name: str = "gemma3-270m"
-    """Built-in name (`gemma3-270m`, `tiny-gemma4`, `tiny-gemma3`), local folder or Hub id."""
+    """Built-in name (`gemma3-270m`, `tiny-gemma4`, `tiny-gemma3`), local folder, Hub id, or a GGUF
+    file, whose weights are taken out of their quantisation."""
     revision: str | None = None
     """Hub revision (branch, tag or commit). None: the default branch."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
@@ -44,9 +49,44 @@ class TargetConfig(Section):
     bfloat16 on GPUs and on CPUs with instructions for it (avx512_bf16, AMX), else float32."""
     trust_remote_code: bool = False
     """Whether code shipped with a Hub checkpoint may run. Off unless you turn it on."""
+    adapters: list[str] = []
+    """PEFT adapters on top of it, one after another: folders or Hub ids, `ID@REVISION` for a
+    revision."""
+    merge_adapters: bool = True
+    """Whether the adapters' weights are added to the target's own. False: they stay beside them, as
+    in a server that swaps adapters; the roundings then differ, and each forward costs more."""
+    quantization: Quantization | None = None
+    """How it will be served, so that the head learns from what it then says: `torchao-int8` (the
+    weights of the layers as int8, anywhere), `bnb-int8` or `bnb-nf4` (bitsandbytes, with adapters
+    beside it)."""
     sharded: bool = False
     """Several processes: each keeps a share of each layer's weights (FSDP2) in place of all of
     them. For targets that fill a GPU: every forward then gathers the layers over the network."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "TargetConfig":
+        bits = self.quantization is not None
+        if bits and self.quantization != "torchao-int8" and self.adapters and self.merge_adapters:
+            raise ValueError(
+                f"{self.quantization} weights cannot take adapters in: set merge_adapters=false"
+            )
+        if bits and self.sharded:
+            raise ValueError("a quantised target is not split: leave out sharded or quantization")
+        return self
+
+
+class LoraConfig(Section):
+    """Training of a few numbers beside a finished head's own (arXiv 2106.09685), through peft."""
+
+    rank: PositiveInt = 8
+    """Rank of what is added to each weight."""
+    alpha: float | None = Field(default=None, gt=0)
+    """Its scale is alpha / rank. None: twice the rank."""
+    targets: list[str] = [
+        "q_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "pre_projection",
+        "post_projection",
+    ]  # fmt: skip
+    """Names of the linear layers that get some; all of the head's by default."""
 
 
 class HeadConfig(Section):
@@ -62,6 +102,17 @@ class HeadConfig(Section):
     start: str = "target"
     """Weights at step 0: `target`, its own source layers (full width only); `random`; or a finished
     head, by folder or Hub id, such as google/gemma-4-E4B-it-assistant, whose shapes are kept."""
+    lora: LoraConfig | None = None
+    """Train a low-rank adapter of the head in `start` in place of its weights. It is saved beside
+    the head that it makes, `head/adapter/`: some hundred kilobytes that `headstart eval --head
+    START+ADAPTER` reads. `lora: {}` takes the defaults."""
+    trains: list[str] = []
+    """Parts of the head that are trained, by a piece of their names, such as `pre_projection` or
+    `layers.1.`; the rest stays as it starts. None named: all."""
+    earlier_clusters: Literal["keep", "refine", "rebuild"] | None = None
+    """What becomes of the clusters of the head in `start`: they stay as they are, their centroids
+    learn on, or the vocabulary is clustered anew. None: they learn on; with `lora` they stay, so
+    that its adapter is all that differs."""
     tie_start: Literal["data", "svd"] = "data"
     """Start of the projection of a low-rank tie: from what the target says, or from the plain SVD
     of its table (for comparison: it is far behind)."""
@@ -83,6 +134,16 @@ class HeadConfig(Section):
         shapes = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads")
         if self.warm and (given := [key for key in shapes if getattr(self, key) is not None]):
             raise ValueError(f"{given[0]} is that of the head in start: leave it out")
+        if self.earlier_clusters is not None and not self.warm:
+            raise ValueError("earlier_clusters are those of a finished head: name it in start")
+        if self.earlier_clusters in ("keep", "refine") and self.num_centroids is not None:
+            raise ValueError(
+                f"num_centroids makes other clusters: {self.earlier_clusters} has none"
+            )
+        if self.lora is not None and not self.warm:
+            raise ValueError("lora is beside a finished head: name it in start")
+        if self.lora is not None and self.trains:
+            raise ValueError("lora trains layers by lora.targets: leave out trains")
         if self.num_centroids is not None and not self.use_ordered_embeddings:
             raise ValueError("num_centroids needs use_ordered_embeddings=true")
         if self.tie_start == "svd" and self.hidden_size is None:
@@ -248,6 +309,11 @@ class TrainConfig(Section):
     """Peak learning rate of AdamW."""
     warmup_steps: NonNegativeInt = 30
     """Steps of linear warm-up; a cosine to a tenth of the peak follows."""
+    max_minutes: float | None = Field(default=None, gt=0)
+    """Training ends after so much time, if `steps` are not done before; the learning rate falls
+    with the time then, so that what a run comes to depends on the machine. None: no limit."""
+    patience: PositiveInt | None = None
+    """Training ends after so many validations in a row without a better head. None: never."""
     weight_decay: float = Field(default=0.01, ge=0)
     """AdamW weight decay, on matrices alone."""
     max_grad_norm: float = Field(default=1.0, gt=0)

@@ -15,7 +15,7 @@ from headstart.data.regenerate import regenerate, regenerate_by_server
 from headstart.data.server import AnswerServer
 from headstart.data.store import ActivationStore
 from headstart.data.templates import encode_conversation
-from headstart.heads.targets import load_target_tokens, open_target
+from headstart.heads.loading import load_target_tokens, open_target
 from headstart.heads.tokens import TargetTokens
 
 
@@ -49,14 +49,14 @@ def run_regenerate(
         )
     if url is None and model is not None:
         raise ValueError("--model names the target at a server: give --server too")
-    t, d = config.target, config.data
+    d = config.data
     held_out = config.eval.prompts if config.eval else None
     prompts = deal_prompts(load_sources(d, held_out), d, config.run.seed)
     tokens: TargetTokens
     if url is None:
         tokens = target = open_target(config.target, device)
     else:
-        tokens = load_target_tokens(t.name, t.revision, t.trust_remote_code)
+        tokens = load_target_tokens(config.target)
     jobs = make_jobs(prompts, deal_sampling(d, tokens, prompts), tokens, d)
     if url is None:
         regenerate(target, jobs, d, config.run.seed, out, extracting)

@@ -22,7 +22,8 @@ from headstart.data.sources import read_rows
 from headstart.data.store import ActivationStore
 from headstart.data.summary import Seen, Summary, print_summary, summarise
 from headstart.data.templates import encode_conversation, encode_prompt
-from headstart.heads.targets import load_target_tokens
+from headstart.heads.loading import load_target_tokens
+from headstart.heads.served import served_config
 from headstart.heads.tokens import TargetTokens
 
 VERIFIED_BELOW = 2 * 2**30  # bytes: a few seconds of hashing
@@ -68,7 +69,7 @@ def inspect_path(
     elif not regenerated:
         source = next((s for s in config.prompts if s.path == str(path)), None)
         source = source or SourceConfig(path=str(path))
-        tokens = load_target_tokens(tokenizer_of) if tokenizer_of else None
+        tokens = load_target_tokens(served_config(tokenizer_of)) if tokenizer_of else None
         try:
             summary = inspect_source(source, examples, tokens, config)
         except ValueError as error:
@@ -193,7 +194,8 @@ def _decoder(
     if examples:
         try:
             revision = None if tokenizer_of else made.get("revision")
-            tokens = load_target_tokens(tokenizer_of or made["target"], revision)
+            served = served_config(tokenizer_of or made["target"], revision)
+            tokens = load_target_tokens(served)
         except (OSError, ValueError, ImportError) as error:
             if tokenizer_of:
                 raise

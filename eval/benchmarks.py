@@ -24,7 +24,8 @@ from headstart.data.store import ActivationStore
 from headstart.eval.decoding import decode, synchronize
 from headstart.eval.environment import environment
 from headstart.heads.files import write_atomically
-from headstart.heads.targets import Target, open_target
+from headstart.heads.loading import open_target
+from headstart.heads.targets import Target
 
 TURNS = 2  # of each side; the quicker one counts, since what disturbs a machine only slows it
 SINGLE = 8  # prompts answered one by one, spread over the lengths

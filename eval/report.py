@@ -10,6 +10,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from headstart.configs.schema import EvalConfig
+from headstart.data.progress import say
 from headstart.data.prompt_sets import load_prompt_set
 from headstart.data.prompts import Prompt, limit_evenly
 from headstart.data.templates import encode_prompt
@@ -21,7 +22,7 @@ from headstart.eval.sides import Side, calibrated_threshold, make_sides
 from headstart.eval.statistics import noise, summarise
 from headstart.eval.tables import markdown, print_report
 from headstart.eval.verdict import verdict
-from headstart.heads.assistant import check_pair
+from headstart.heads.assistant import check_pair, other_target
 from headstart.heads.files import write_atomically
 from headstart.heads.targets import Target
 from headstart.heads.tokens import Sampling
@@ -61,18 +62,22 @@ def run_evaluation(
             else to go on with.
     """
     _check_models(target, heads, draft_models or {}, chosen)
+    warnings = {n: w for n, head in heads.items() if (w := other_target(target, head))}
+    for name, warning in warnings.items():
+        say(f"{name}: {warning}")
     prompts = limit_evenly(load_prompt_set(chosen.prompts), chosen.limit)
     settings = {
         "target": target.name,
+        "target_fingerprint": target.fingerprint,
         "heads": list(heads),
-        "dtype": str(target.table.dtype).removeprefix("torch."),
+        "dtype": target.identity["dtype"],
         **chosen.model_dump(mode="json", exclude={"exact_limit"}),
     }
     kept = Measurements(out / "measurements.jsonl", settings, resume)
     samplings = [Sampling(t, chosen.top_k, chosen.top_p) for t in chosen.temperatures]
     sides = _prepare(target, heads, draft_models or {}, chosen, prompts, samplings, kept)
     measure_prompts(target, prompts, sides, chosen.max_new_tokens, kept)
-    content = _content(target, prompts, sides, settings, kept)
+    content = _content(target, prompts, sides, settings, kept) | {"warnings": warnings}
     write_report(content, out)
     print_report(content)
     print(f"Written: {out / 'report.json'}, report.md, report.html")

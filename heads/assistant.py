@@ -3,32 +3,27 @@
 Letters: D target width, H head width, V vocabulary.
 """
 
-import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeAlias, cast
+from typing import Any, cast
 
 import torch
 from torch import nn
 from transformers import (
-    AutoConfig,
     Gemma4AssistantConfig,
     Gemma4AssistantForCausalLM,
     Gemma4TextConfig,
     Gemma4UnifiedAssistantConfig,
     Gemma4UnifiedAssistantForCausalLM,
     Gemma4UnifiedTextConfig,
-    GenerationConfig,
     PreTrainedModel,
 )
 
 from headstart.configs.schema import HeadConfig
-from headstart.heads.files import whole_folder
+from headstart.heads.export import Assistant, load_assistant, made_for
 from headstart.heads.ordered import cluster_count
 from headstart.heads.targets import Target, source_layers
 
 DEPTH = 2  # layers of a head whose depth nobody chose
-Assistant: TypeAlias = Gemma4AssistantForCausalLM | Gemma4UnifiedAssistantForCausalLM
 
 
 def assistant_config(source: Any, head: HeadConfig) -> Any:
@@ -165,6 +160,15 @@ def _scale(norm: nn.Module) -> torch.Tensor:
     return 1 + weight if type(norm).__name__.startswith("Gemma3") else weight
 
 
+def _weight(linear: Any, dtype: torch.dtype) -> torch.Tensor:
+    """[out, in] of a linear layer, with its adapters and out of its quantisation: what it makes of
+    the unit vectors."""
+    if type(linear) is nn.Linear and type(linear.weight) is nn.Parameter:
+        return linear.weight
+    units = torch.eye(linear.in_features, dtype=dtype, device=linear.weight.device)
+    return cast(torch.Tensor, linear(units)).T
+
+
 def _start_q_norms(assistant: Assistant, target: Target) -> None:
     # Gemma 4 multiplies scores by 1; Gemma 3 by query_pre_attn_scalar ** -0.5, which has to
     # move into the head's q_norm.
@@ -188,7 +192,7 @@ def _start_from_target(assistant: Assistant, target: Target) -> None:
         source = target.layers[target.source_layers[layer_type]]
         for name, module in layer.named_modules():
             if isinstance(module, nn.Linear):
-                weight = cast(nn.Linear, source.get_submodule(name)).weight
+                weight = _weight(source.get_submodule(name), target.table.dtype)
                 if weight.shape == module.weight.shape:
                     module.weight.copy_(weight)
             elif name.endswith("layernorm"):
@@ -200,85 +204,6 @@ def _start_from_target(assistant: Assistant, target: Target) -> None:
     identity = torch.eye(width, device=target.device)
     assistant.pre_projection.weight[:, :width].copy_(identity)
     assistant.post_projection.weight.copy_(identity)
-
-
-def save_assistant(
-    assistant: Assistant,
-    table: torch.Tensor,
-    folder: Path,
-    num_assistant_tokens: int,
-    dtype: torch.dtype,
-    weights: Mapping[str, torch.Tensor] | None = None,
-    beside: Mapping[str, str] | None = None,
-) -> None:
-    """Write a folder that plain transformers loads with `from_pretrained`.
-
-    The folder is written beside its place and then put there (`whole_folder`).
-
-    Args:
-        assistant: the head; its own table is ignored.
-        table: [V, H] the table to save, materialised where the tie is low-rank.
-        folder: where to.
-        num_assistant_tokens: K that `generate` reads from the folder.
-        dtype: of the saved weights.
-        weights: in place of the state dict of `assistant`.
-        beside: name -> content of text files in the same folder.
-    """
-    # The order of the tokens is of integers, and stays so.
-    weights = assistant.state_dict() if weights is None else weights
-    state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in weights.items()}
-    # Detached, or `assign` would turn the target's own table into a trainable parameter.
-    state["model.embed_tokens.weight"] = state["lm_head.weight"] = table.detach().to(dtype)
-    with torch.device("meta"):  # no memory for a table that is replaced at once
-        native = type(assistant)(assistant.config)
-    native.load_state_dict(state, assign=True)
-    native.tie_weights()
-    native.generation_config = GenerationConfig(num_assistant_tokens=num_assistant_tokens)
-    native.config.dtype = dtype
-    with whole_folder(folder) as work:
-        native.save_pretrained(work)
-        _write_global_head_dim(work / "config.json")
-        for name, content in (beside or {}).items():
-            (work / name).write_text(content, encoding="utf-8")
-
-
-def _write_global_head_dim(path: Path) -> None:
-    # transformers >= 5.19 writes only per_layer_config; other engines read global_head_dim.
-    config = json.loads(path.read_text())
-    text = config["text_config"]
-    full: dict[str, int] = next(iter(text.get("per_layer_config", {}).values()), {})
-    text["global_head_dim"] = full.get("head_dim", text["head_dim"])
-    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-
-
-def load_assistant(
-    path: str | Path, dtype: torch.dtype, device: torch.device | str = "cpu"
-) -> PreTrainedModel:
-    """Load a head in the native format, from a folder or the Hub.
-
-    Raises:
-        ValueError: there is no head at `path`, or the folder holds another kind of model.
-    """
-    config = load_assistant_config(path)
-    unified = config.model_type == "gemma4_unified_assistant"
-    cls = Gemma4UnifiedAssistantForCausalLM if unified else Gemma4AssistantForCausalLM
-    return cls.from_pretrained(path, dtype=dtype).to(device).eval()
-
-
-def load_assistant_config(path: str | Path) -> Any:
-    """The configuration of a head in the native format.
-
-    Raises:
-        ValueError: there is no head at `path`, or the folder holds another kind of model.
-    """
-    try:
-        config = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"no draft head at {path}: {reason}") from error
-    if "assistant" not in config.model_type:
-        raise ValueError(f"{path} is a {config.model_type} model, not a Gemma 4 assistant")
-    return config
 
 
 def check_pair(target: Target, assistant: PreTrainedModel) -> None:
@@ -301,3 +226,23 @@ def check_pair(target: Target, assistant: PreTrainedModel) -> None:
                 f"this head does not fit {target.name}: the head's {head_key} is {head_value}, "
                 f"the target's {target_key} is {target_value}"
             )
+
+
+def other_target(target: Target, assistant: PreTrainedModel) -> str | None:
+    """A warning, naming both, where a head was trained for another target than this one; None: it
+    was not, or does not say.
+
+    Weights of another dtype have another fingerprint; the names are compared then.
+    """
+    made = made_for(assistant.config)
+    if made is None:
+        return None
+    mine = target.identity
+    key = "fingerprint" if made["dtype"] == mine["dtype"] else "name"
+    if made[key] == mine[key]:
+        return None
+    return (
+        f"this head was trained for {made['name']} (fingerprint {str(made['fingerprint'])[:12]}, "
+        f"{made['dtype']}), not for {mine['name']} ({str(mine['fingerprint'])[:12]}, "
+        f"{mine['dtype']}): expect fewer accepted drafts; `headstart adapt` trains it on"
+    )

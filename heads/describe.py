@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import GenerationConfig
 from transformers.utils import cached_file
 
-from headstart.heads.assistant import load_assistant_config
+from headstart.heads.export import load_assistant_config
 from headstart.heads.step_cost import target_step_weights
 
 WEIGHTS = "model.safetensors"

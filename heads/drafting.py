@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers import LogitsProcessor
 
-from headstart.heads.assistant import Assistant
+from headstart.heads.export import Assistant
 from headstart.heads.gemma3 import SharedKV
 from headstart.heads.single_query import quick_single_queries
 

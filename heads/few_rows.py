@@ -70,6 +70,7 @@ def quick_few_rows(model: nn.Module) -> Iterator[None]:
         module
         for module in model.modules()
         if type(module) is nn.Linear
+        and type(module.weight) is nn.Parameter  # torchao keeps the layer and changes the weight
         and module.weight.device.type == "cpu"
         and "forward" not in module.__dict__
         and is_quicker(module.weight.dtype)

@@ -41,8 +41,9 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     try:
         work.mkdir(parents=True)
         yield work
-        for path in work.iterdir():
-            _sync(path)
+        for path in work.rglob("*"):
+            if path.is_file():
+                _sync(path)
         earlier = folder.with_name(f".{folder.name}.earlier")
         shutil.rmtree(earlier, ignore_errors=True)
         if folder.exists():

@@ -13,26 +13,19 @@ from typing import Any
 
 import torch
 from transformers import (
-    AutoConfig,
-    AutoTokenizer,
     DynamicCache,
     Gemma4ForCausalLM,
     Gemma4ForConditionalGeneration,
     Gemma4UnifiedForCausalLM,
     Gemma4UnifiedForConditionalGeneration,
-    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
-from headstart.configs.hardware import natural_dtype
-from headstart.configs.schema import TargetConfig
-from headstart.heads.demo import gemma3_270m_dir
 from headstart.heads.gemma3 import Gemma3ForAssistedDecoding, SharedKV
-from headstart.heads.processes import join_processes, split_layers
-from headstart.heads.tiny import TINY_TARGETS, byte_tokenizer, tiny_config, tiny_target
+from headstart.heads.processes import split_layers
+from headstart.heads.served import raw_bytes
 from headstart.heads.tokens import TargetTokens
-from headstart.heads.versions import check_transformers
 
 SUPPORTED: dict[str, type[PreTrainedModel]] = {
     "gemma3_text": Gemma3ForAssistedDecoding,
@@ -42,7 +35,6 @@ SUPPORTED: dict[str, type[PreTrainedModel]] = {
     "gemma4_unified_text": Gemma4UnifiedForCausalLM,
 }
 """`config.model_type` -> the class that hands out shared KV and takes an assistant."""
-BUILT_IN = ("gemma3-270m", *TINY_TARGETS)
 
 
 @dataclass(frozen=True)
@@ -75,7 +67,7 @@ class Target(TargetTokens):
         name: str,
         revision: str | None = None,
     ):
-        _check_supported(model.config)
+        check_supported(model.config)
         if model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
             raise ValueError(
                 f"unsupported target {name}: it lacks tied embeddings (its LM head is a table of "
@@ -149,9 +141,19 @@ class Target(TargetTokens):
         digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
         for name, tensor in sorted(self.model.state_dict().items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            flat = tensor.detach().cpu().contiguous().view(-1)
-            digest.update(flat.view(torch.uint8).numpy().data if flat.numel() else b"")
+            for part in raw_bytes(tensor):
+                digest.update(part)
         return digest.hexdigest()
+
+    @property
+    def identity(self) -> dict[str, str | None]:
+        """What a head and a report note of the target: name, revision, dtype, fingerprint."""
+        return {
+            "name": self.name,
+            "revision": self.revision,
+            "dtype": str(self.table.dtype).removeprefix("torch."),
+            "fingerprint": self.fingerprint,
+        }
 
     @torch.no_grad()
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
@@ -202,7 +204,8 @@ def source_layers(config: Any) -> dict[str, int]:
     return {layer_type: i for i, layer_type in enumerate(config.layer_types[:own])}
 
 
-def _check_supported(config: Any) -> None:
+def check_supported(config: Any) -> None:
+    """Raise `ValueError` where a configuration cannot be that of a target; it names what lacks."""
     text = config.get_text_config()
     if config.model_type == "gemma3":
         lacks = "a text-only class: save its language model as Gemma3ForCausalLM and load that"
@@ -218,103 +221,3 @@ def _check_supported(config: Any) -> None:
         f"unsupported target of type {config.model_type!r}: it lacks {lacks}. "
         f"Supported: {', '.join(sorted(SUPPORTED))}"
     )
-
-
-def load_target_config(
-    name: str, revision: str | None = None, trust_remote_code: bool = False
-) -> Any:
-    """The configuration of a supported target, without its weights; arguments of `load_target`.
-
-    Raises:
-        ValueError: nothing loadable at `name`, or an unsupported architecture.
-    """
-    if name in TINY_TARGETS:
-        return tiny_config(name)
-    path = gemma3_270m_dir() if name == "gemma3-270m" else name
-    try:
-        config = AutoConfig.from_pretrained(
-            path, revision=revision, trust_remote_code=trust_remote_code
-        )
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(
-            f"target {name!r} is no built-in name ({', '.join(BUILT_IN)}), and no folder or Hub id "
-            f"that loads: {reason}"
-        ) from error
-    _check_supported(config)
-    return config
-
-
-def load_target(
-    name: str,
-    dtype: str = "auto",
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    device: torch.device | str = "cpu",
-) -> Target:
-    """Load a frozen target.
-
-    Args:
-        name: `gemma3-270m`, `tiny-gemma4`, `tiny-gemma3`, a local folder or a Hub id.
-        dtype: `bfloat16`, `float32` or `auto`, the one that pays on this machine.
-        revision: Hub revision.
-        trust_remote_code: whether code shipped with the checkpoint may run.
-        device: where the weights go.
-
-    Raises:
-        RuntimeError: the installed transformers is outside the tested range.
-        ValueError: nothing loadable at `name`, or an unsupported architecture.
-    """
-    check_transformers()
-    config = load_target_config(name, revision, trust_remote_code)
-    torch_dtype = getattr(torch, natural_dtype() if dtype == "auto" else dtype)
-    if name in TINY_TARGETS:
-        return Target(tiny_target(name).to(device, torch_dtype), byte_tokenizer(), name)
-    path = gemma3_270m_dir() if name == "gemma3-270m" else name
-    source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-    model = SUPPORTED[config.model_type].from_pretrained(path, dtype=torch_dtype, **source)
-    tokenizer = AutoTokenizer.from_pretrained(path, **source)
-    return Target(model.to(device), tokenizer, name, _commit(config) or revision)
-
-
-def open_target(t: TargetConfig, device: torch.device | str = "cpu") -> Target:
-    """The target of a run configuration, for all processes of the launch at once; with `t.sharded`
-    its layers are split over them.
-
-    Raises:
-        RuntimeError, ValueError: as `load_target`.
-    """
-    state = join_processes()
-    with state.main_process_first():  # it downloads, or converts
-        target = load_target(t.name, t.dtype, t.revision, t.trust_remote_code, device)
-    if t.sharded and state.num_processes > 1:
-        target.shard()
-    return target
-
-
-def _commit(config: Any) -> str | None:
-    """The commit that a configuration was read from; None: a folder."""
-    commit: str | None = getattr(config, "_commit_hash", None)
-    return commit
-
-
-def load_target_tokens(
-    name: str, revision: str | None = None, trust_remote_code: bool = False
-) -> TargetTokens:
-    """The tokenizer of a supported target and how its texts end; arguments of `load_target`.
-
-    Raises:
-        ValueError: nothing loadable at `name`, or an unsupported architecture.
-    """
-    config = load_target_config(name, revision, trust_remote_code)
-    if name in TINY_TARGETS:
-        return TargetTokens(byte_tokenizer(), name, None, GenerationConfig())
-    path = gemma3_270m_dir() if name == "gemma3-270m" else name
-    try:
-        generation = GenerationConfig.from_pretrained(path, revision=revision)
-    except OSError:  # the checkpoint has none
-        generation = GenerationConfig.from_model_config(config)
-    tokenizer = AutoTokenizer.from_pretrained(
-        path, revision=revision, trust_remote_code=trust_remote_code
-    )
-    return TargetTokens(tokenizer, name, _commit(config) or revision, generation)

@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from headstart.heads.assistant import Assistant
+from headstart.heads.export import Assistant
 from headstart.heads.gemma3 import SharedKV
 from headstart.heads.ordered import token_clusters
 

@@ -15,8 +15,10 @@ from headstart.data.templates import encode_prompt
 from headstart.eval.benchmarks import stepwise_difference
 from headstart.eval.decoding import decode
 from headstart.eval.recall import RecallCounts
-from headstart.heads.assistant import build_assistant, check_pair, load_assistant, save_assistant
+from headstart.heads.assistant import build_assistant, check_pair
 from headstart.heads.demo import GGUF_SHA256, check_sha256, gemma3_270m_dir
+from headstart.heads.export import load_assistant, save_assistant
+from headstart.heads.loading import load_target
 from headstart.heads.ordered import (
     Taught,
     mean_centroids,
@@ -24,7 +26,7 @@ from headstart.heads.ordered import (
     token_clusters,
     token_usage,
 )
-from headstart.heads.targets import Target, load_target
+from headstart.heads.targets import Target
 from headstart.heads.tokens import Sampling
 from tests.heads.test_parity import noisy_head, prefill, stock_drafts, training_logits
 

@@ -22,7 +22,8 @@ from headstart.data.templates import encode_prompt
 from headstart.eval.benchmarks import bare_forwards, in_turns, print_figures, write_figures
 from headstart.eval.environment import environment
 from headstart.eval.memory import peak_memory
-from headstart.heads.targets import Target, open_target
+from headstart.heads.loading import open_target
+from headstart.heads.targets import Target
 from headstart.heads.ties import low_rank_agreement
 from headstart.heads.unroll import DraftHead
 from headstart.train.start import (

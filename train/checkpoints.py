@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from headstart.configs.loader import save_config
-from headstart.configs.schema import Config
+from headstart.configs.schema import Config, TrainConfig
 from headstart.heads.files import PART, content_sha256, file_sha256, whole_folder
 from headstart.heads.targets import Target
 from headstart.heads.unroll import DraftHead
@@ -18,6 +19,30 @@ from headstart.train.average import Average
 from headstart.train.parallel import placed_like, whole
 
 STATE = "state.json"
+
+
+@dataclass
+class Progress:
+    """How far a run is."""
+
+    step: int = 0
+    """Optimizer steps done."""
+    best: float = 0.0
+    """The best acceptance length so far; 0 before the first validation."""
+    start: float = 0.0
+    """That of a finished head, before it was trained on; 0: the run began with none."""
+    stale: int = 0
+    """Validations since the best one."""
+    seconds: float = 0.0
+    """Time spent in steps and validations."""
+
+    def ended(self, c: TrainConfig) -> bool:
+        """Whether nothing is left to do: steps, time, or gain."""
+        return (
+            self.step >= c.steps
+            or (c.max_minutes is not None and self.seconds >= 60 * c.max_minutes)
+            or (c.patience is not None and self.stale >= c.patience)
+        )
 
 
 def gather_tensors(
@@ -45,8 +70,7 @@ def gather_tensors(
 
 def save_checkpoint(
     config: Config,
-    step: int,
-    best: float,
+    progress: Progress,
     target: Target,
     files: dict[str, dict[str, torch.Tensor]],
     processes: int,
@@ -55,8 +79,7 @@ def save_checkpoint(
 
     Args:
         config: the resolved configuration, kept beside the weights.
-        step: optimizer steps done.
-        best: the best acceptance length so far, 0 before the first validation.
+        progress: how far the run is.
         target: its fingerprint is saved.
         files: from `gather_tensors`.
         processes: of the launch.
@@ -65,14 +88,13 @@ def save_checkpoint(
         OSError: the disk is full; earlier checkpoints are kept.
     """
     folder = config.run.dir / "checkpoints"
-    path = folder / f"step-{step:06d}"
+    path = folder / f"step-{progress.step:06d}"
     with whole_folder(path) as work:
         for name, tensors in files.items():
             save_file(tensors, work / name)
         save_config(config, work / "config.yaml")
         state: dict[str, Any] = {
-            "step": step,
-            "best": best,
+            **asdict(progress),
             "target": target.fingerprint,
             "processes": processes,
             "files": {name: file_sha256(work / name) for name in [*files, "config.yaml"]},
@@ -95,7 +117,7 @@ def remove_unfinished(folder: Path) -> None:
 
 
 def check_checkpoint(path: Path) -> dict[str, Any]:
-    """The state of a checkpoint whose files are all as they were written: step, best, target,
+    """The state of a checkpoint whose files are all as they were written: progress, target,
     processes.
 
     Raises:
@@ -148,8 +170,8 @@ def load_checkpoint(
     optimizer: torch.optim.Optimizer,
     average: Average,
     target: Target,
-) -> dict[str, Any]:
-    """Fill the head, the optimizer and the average; returns the state that was saved.
+) -> Progress:
+    """Fill the head, the optimizer and the average; returns how far the run was.
 
     Args:
         path: of a checkpoint.
@@ -187,4 +209,4 @@ def load_checkpoint(
     if average.values:
         for name, value in load_file(path / "average.safetensors").items():
             average.values[name].copy_(placed_like(value, average.values[name]))
-    return state
+    return Progress(**{field.name: state[field.name] for field in fields(Progress)})

@@ -1,7 +1,9 @@
 """The training loop: prompts -> conversations -> activations -> head, read from top to bottom."""
 
 import math
+import time
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +17,15 @@ from headstart.data.prepare import prepare_documents
 from headstart.data.progress import progress_bar, say
 from headstart.data.store import Documents
 from headstart.eval.simulate import simulate_acceptance
-from headstart.heads.assistant import save_assistant
+from headstart.heads.export import save_assistant
+from headstart.heads.loading import open_target
+from headstart.heads.lora import scalings_of, without_lora, write_adapter
 from headstart.heads.processes import join_processes
-from headstart.heads.targets import Target, open_target
+from headstart.heads.targets import Target
 from headstart.heads.unroll import DraftHead
 from headstart.train.average import Average
 from headstart.train.checkpoints import (
+    Progress,
     checkpoints,
     gather_tensors,
     load_checkpoint,
@@ -94,24 +99,30 @@ def _train(config: Config, resume: bool, accelerator: Accelerator) -> None:
             layer.compile(dynamic=True)
     model, optimizer = accelerator.prepare(head, optimizer)
     average = Average(head.trainable(), c.ema_decay)
-    step, best = 0, 0.0
+    progress = Progress()
     if saved:
-        state = load_checkpoint(saved[-1], head, optimizer, average, target)
-        step, best = state["step"], state["best"]
-        accelerator.print(f"Resuming {run} after step {step}")
+        progress = load_checkpoint(saved[-1], head, optimizer, average, target)
+        accelerator.print(f"Resuming {run} after step {progress.step}")
     loader = AnchorLoader(
         training, c.batch_size, c.anchors, c.rounds, seed, c.pack_tokens,
         accelerator.process_index, accelerator.num_processes, c.later_anchors,
     )  # fmt: skip
     if accelerator.is_main_process:
-        drop_metrics_after(run, step)
+        drop_metrics_after(run, progress.step)
     start_trackers(accelerator, config)
+    if config.head.warm and not saved:  # a run that finds nothing better ends with what it had
+        found = _validate(accelerator, head, model, target, validation, c.rounds)
+        progress.start = progress.best = found
+        export_head(head, target, run / "head", config)
+        say(f"Held-out acceptance length before training: {found:.3f}")
 
     with progress_bar() as bar, stop_signals() as stop_requests:
-        task = bar.add_task("Training", total=c.steps, completed=step, status="")
-        while step < c.steps:
+        task = bar.add_task("Training", total=c.steps, completed=progress.step, status="")
+        while not progress.ended(c):
+            step, began = progress.step, time.monotonic()
+            spent = progress.seconds / (60 * c.max_minutes) if c.max_minutes else 0.0
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, c.steps, c.warmup_steps, c.learning_rate)
+                group["lr"] = learning_rate(step, c.steps, c.warmup_steps, c.learning_rate, spent)
             numbers = range(
                 step * c.gradient_accumulation_steps, (step + 1) * c.gradient_accumulation_steps
             )
@@ -140,7 +151,7 @@ def _train(config: Config, resume: bool, accelerator: Accelerator) -> None:
                 raise diverged(step + 1, norm, reduced, batches, run)
             optimizer.step()
             optimizer.zero_grad()
-            step += 1
+            progress.step = step = step + 1
             average.update(step)
 
             row = {
@@ -153,43 +164,57 @@ def _train(config: Config, resume: bool, accelerator: Accelerator) -> None:
                 "grad_norm": norm,
                 "rows": reduced["rows"],
             }
-            if step % c.validate_every == 0 or step == c.steps:
+            progress.seconds += _seconds_since(began, accelerator)
+            if step % c.validate_every == 0 or progress.ended(c):
+                began = time.monotonic()
                 with average.applied():
-                    with whole_weights(model):
-                        row |= _validate(accelerator, head, target, validation, c.rounds)
-                    if row["acceptance_length"] > best:
-                        best = row["acceptance_length"]
-                        export_head(head, target, run / "head", c.rounds)
+                    found = _validate(accelerator, head, model, target, validation, c.rounds)
+                    row["acceptance_length"] = found
+                    progress.stale += 1
+                    if found > progress.best:
+                        progress.best, progress.stale = found, 0
+                        export_head(head, target, run / "head", config)
+                progress.seconds += _seconds_since(began, accelerator)
             accelerator.log({k: v for k, v in row.items() if k != "step"}, step=step)
             if accelerator.is_main_process:
                 append_metrics(run, row)
-            if step % c.checkpoint_every == 0 or step == c.steps or reduced["stop"]:
+            if step % c.checkpoint_every == 0 or progress.ended(c) or reduced["stop"]:
                 files = gather_tensors(head, optimizer, average)
                 if accelerator.is_main_process:
-                    save_checkpoint(config, step, best, target, files, accelerator.num_processes)
-            bar.update(task, completed=step, status=_status(row, best, bar.tasks[task].speed))
+                    save_checkpoint(config, progress, target, files, accelerator.num_processes)
+            bar.update(
+                task, completed=step, status=_status(row, progress.best, bar.tasks[task].speed)
+            )
             if reduced["stop"]:
                 raise Interrupted(f"stopped after step {step}, saved; go on with --resume")
     ordered = None
     if config.head.use_ordered_embeddings:
         ordered = order_best(config, target, training, validation)
     if accelerator.is_main_process:
-        summary = write_summary(config, head, target, training, validation, ordered)
+        summary = write_summary(config, head, target, training, validation, progress.start, ordered)
         say(f"Best head, of step {summary['best']['step']}: {summary_text(summary['best'])}")
         plot_run(run)
     finish_trackers(accelerator, config)
 
 
-def export_head(head: DraftHead, target: Target, folder: Path, rounds: int) -> None:
-    """Save the head in the native format and in the target's dtype, so that both load as one.
+def export_head(head: DraftHead, target: Target, folder: Path, config: Config) -> None:
+    """Save the head in the native format and in the target's dtype, so that both load as one; an
+    adapter is added to it, and saved beside it too.
 
     All processes must call it; the main one writes.
     """
+    h, dtype = config.head, target.table.dtype
     weights = {name: whole(tensor) for name, tensor in head.assistant.state_dict().items()}
+    beside = None
+    if h.lora is not None:
+        weights, adapter = without_lora(weights, scalings_of(head.assistant), dtype)
+        beside = partial(write_adapter, adapter=adapter, lora=h.lora, base=h.start)
     with whole_weights(head):
         if PartialState().is_main_process:
-            table = head.table(target.table)
-            save_assistant(head.assistant, table, folder, rounds, target.table.dtype, weights)
+            save_assistant(
+                head.assistant, head.table(target.table), folder, config.train.rounds, dtype,
+                weights, target.identity, beside,
+            )  # fmt: skip
 
 
 def _parameter_groups(head: DraftHead, weight_decay: float) -> list[dict[str, Any]]:
@@ -200,16 +225,27 @@ def _parameter_groups(head: DraftHead, weight_decay: float) -> list[dict[str, An
     ]
 
 
+def _seconds_since(began: float, accelerator: Accelerator) -> float:
+    """By the clock of the main process, so that all end at the same step."""
+    own = time.monotonic() - began if accelerator.is_main_process else 0.0
+    return float(accelerator.reduce(torch.tensor(own, device=accelerator.device)))
+
+
 def _validate(
-    accelerator: Accelerator, head: DraftHead, target: Target, validation: Documents, rounds: int
-) -> dict[str, Any]:
+    accelerator: Accelerator,
+    head: DraftHead,
+    model: torch.nn.Module,
+    target: Target,
+    validation: Documents,
+    rounds: int,
+) -> float:
     """Acceptance length on the held-out conversations, every process walking its share."""
     share = range(accelerator.process_index, len(validation.entries), accelerator.num_processes)
-    with accelerator.autocast():
+    with whole_weights(model), accelerator.autocast():
         found = simulate_acceptance(head, target, validation, rounds, share)
     counts = torch.tensor([sum(found.dense.accepted), found.dense.rounds], dtype=torch.float32)
     accepted, walked = accelerator.reduce(counts.to(accelerator.device)).tolist()
-    return {"acceptance_length": 1 + accepted / max(walked, 1)}
+    return 1 + float(accepted) / max(float(walked), 1)
 
 
 def _status(row: dict[str, Any], best: float, steps_per_second: float | None) -> str:

@@ -5,6 +5,7 @@ the states that the head really has.
 """
 
 import json
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,18 +13,14 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
-from headstart.configs.schema import Config
+from headstart.configs.schema import Config, HeadConfig
 from headstart.data.prepare import prepare_documents
 from headstart.data.progress import say
 from headstart.data.store import Documents
 from headstart.eval.simulate import Simulated, simulate_acceptance
-from headstart.heads.assistant import (
-    Assistant,
-    check_pair,
-    load_assistant,
-    load_assistant_config,
-    save_assistant,
-)
+from headstart.heads.assistant import check_pair
+from headstart.heads.export import Assistant, load_assistant, load_assistant_config, save_assistant
+from headstart.heads.lora import ADAPTER
 from headstart.heads.ordered import cluster_count, set_order, token_usage, with_clusters
 from headstart.heads.targets import Target
 from headstart.heads.unroll import DraftHead
@@ -45,7 +42,7 @@ class Order:
     centroid_intermediate_top_k: int | None
     """Clusters whose tokens a draft is chosen from. None: as many as the head says."""
     steps: int
-    """Steps of learning."""
+    """Steps of learning; 0: centroids stay as they are, of new clusters the means."""
 
 
 def order_best(
@@ -64,8 +61,8 @@ def order_best(
     if not (folder / RECORD).is_file():
         order = Order(True, h.num_centroids, h.centroid_intermediate_top_k, STEPS)
         assistant = load_assistant(str(folder), torch.float32, target.device)
-        if h.warm and h.num_centroids is None:
-            assistant, order = _with_earlier_clusters(assistant, h.start, order)
+        if h.warm:
+            assistant, order = _with_earlier_clusters(assistant, h, order)
         assistant, found = order_head(assistant, target, training, validation, config, order)
         if PartialState().is_main_process:
             _save(assistant, target, config, {"head": "this run's", **found}, folder)
@@ -139,6 +136,8 @@ def order_head(
     found: dict[str, Any] = {"rebuilt": order.rebuild, "steps": order.steps}
     if assistant.config.use_ordered_embeddings:
         found["before"] = judged(assistant)
+    if not order.rebuild and not order.steps:
+        return assistant, found | {"after": judged(assistant)}
     drafted = drafts_of(DraftHead(assistant), target, training, config)
     table = assistant.lm_head.weight
     usage = token_usage(lambda states: states @ table.T, drafted)
@@ -171,25 +170,37 @@ def _shape(config: Any, order: Order) -> tuple[int, int]:
 
 
 def _with_earlier_clusters(
-    assistant: Assistant, start: str, order: Order
+    assistant: Assistant, h: HeadConfig, order: Order
 ) -> tuple[Assistant, Order]:
-    """A trained head with the clusters of the head that it started from, whose centroids learn on;
-    unchanged where that one had none."""
-    if not load_assistant_config(start).use_ordered_embeddings:
+    """A trained head with the clusters of the head that it started from, which stay or learn on;
+    unchanged where that one had none or new ones are asked for."""
+    config = load_assistant_config(h.start)
+    if not config.use_ordered_embeddings:
         return assistant, order
-    earlier = load_assistant(start, torch.float32, assistant.device)
-    clusters = earlier.config.num_centroids
-    assistant = with_clusters(assistant, clusters, earlier.config.centroid_intermediate_top_k)
+    how = h.earlier_clusters or ("keep" if h.lora else "refine")
+    if how == "rebuild" or h.num_centroids is not None:
+        return assistant, replace(order, num_centroids=h.num_centroids or config.num_centroids)
+    earlier = load_assistant(h.start, torch.float32, assistant.device)
+    assistant = with_clusters(assistant, config.num_centroids, config.centroid_intermediate_top_k)
     assistant.masked_embedding.load_state_dict(earlier.masked_embedding.state_dict())
-    return assistant, replace(order, rebuild=False)
+    steps = 0 if how == "keep" else order.steps
+    return assistant, Order(False, None, None, steps)
 
 
 def _save(
     assistant: Assistant, target: Target, config: Config, found: dict[str, Any], out: Path
 ) -> None:
     tokens = assistant.generation_config.num_assistant_tokens or config.train.rounds
-    table, record = assistant.lm_head.weight, json.dumps(found, indent=2) + "\n"
-    save_assistant(assistant, table, out, tokens, target.table.dtype, beside={RECORD: record})
+
+    def beside(work: Path) -> None:
+        (work / RECORD).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        if (out / ADAPTER).is_dir():
+            shutil.copytree(out / ADAPTER, work / ADAPTER)
+
+    save_assistant(
+        assistant, assistant.lm_head.weight, out, tokens, target.table.dtype,
+        made_for=target.identity, beside=beside,
+    )  # fmt: skip
 
 
 def print_order(found: dict[str, Any]) -> None:

@@ -11,9 +11,11 @@ from headstart.configs.schema import Config, DataConfig, HeadConfig
 from headstart.data.conversations import conversation_lengths, finished_parts
 from headstart.data.packing import length_when_cut
 from headstart.data.store import bytes_per_token, read_index
-from headstart.heads.assistant import assistant_config, load_assistant_config
+from headstart.heads.assistant import assistant_config
+from headstart.heads.export import load_assistant_config
+from headstart.heads.loading import load_target_config
 from headstart.heads.published import published_config, published_head
-from headstart.heads.targets import SUPPORTED, load_target_config, source_layers
+from headstart.heads.targets import SUPPORTED, source_layers
 
 TRAINING_BYTES = 16  # a trained parameter: weight, gradient and two moments of four bytes each
 PROCESSES = 8  # that a plan says the memory of, beside one

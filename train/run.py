@@ -5,8 +5,8 @@ from accelerate import PartialState
 
 from headstart.configs.schema import Config, EvalConfig
 from headstart.eval.report import run_evaluation
-from headstart.heads.assistant import load_assistant
-from headstart.heads.targets import load_target
+from headstart.heads.export import load_assistant
+from headstart.heads.loading import load_served
 from headstart.train.loop import train
 from headstart.train.run_folder import run_folder
 from headstart.train.tracking import log_report
@@ -35,8 +35,8 @@ def _evaluate(config: Config, chosen: EvalConfig, device: torch.device) -> None:
         few = {"limit": chosen.exact_limit, "num_assistant_tokens": longest}
         checks.append(("float32", chosen.model_copy(update=few), folder / "exact"))
     for dtype, what, out in checks:
-        t = config.target
-        target = load_target(t.name, dtype, t.revision, t.trust_remote_code, device)
+        served = config.target.model_copy(update={"dtype": dtype})
+        target = load_served(served, device)
         head = config.run.dir / "head"
         assistant = load_assistant(head, getattr(torch, dtype), device)
         content = run_evaluation(target, {str(head): assistant}, what, out)

@@ -8,6 +8,7 @@ from headstart.configs.schema import Config, TrainConfig
 from headstart.data.progress import say
 from headstart.data.store import Documents
 from headstart.heads.assistant import build_assistant, warm_assistant
+from headstart.heads.lora import add_lora
 from headstart.heads.ordered import Taught, cluster_count, token_usage
 from headstart.heads.targets import Target
 from headstart.heads.ties import low_rank_agreement, low_rank_start, plain_svd_start
@@ -37,7 +38,10 @@ def build_head(
     """
     h = config.head
     if h.warm:
-        return DraftHead(warm_assistant(target, h.start))
+        head = DraftHead(warm_assistant(target, h.start))
+        if h.lora is not None:
+            add_lora(head.assistant, h.lora)
+        return train_only(head, h.trains)
     if h.use_ordered_embeddings:
         cluster_count(len(target.table), h.num_centroids, h.centroid_intermediate_top_k)
     dense = h.model_copy(update={"use_ordered_embeddings": False, "num_centroids": None})
@@ -49,7 +53,22 @@ def build_head(
             projection = torch.zeros(target.config.hidden_size, width)
         else:
             projection = _start_tie(target, config, taught, validation, width)
-    return DraftHead(assistant, projection).to(target.device)
+    return train_only(DraftHead(assistant, projection).to(target.device), h.trains)
+
+
+def train_only(head: DraftHead, parts: list[str]) -> DraftHead:
+    """Freeze all but the parameters that have one of `parts` in their names; none named: nothing.
+
+    Raises:
+        ValueError: a part is in no name.
+    """
+    names = list(head.trainable())
+    if odd := [part for part in parts if not any(part in name for name in names)]:
+        raise ValueError(f"head.trains: {odd[0]!r} is in none of the names {', '.join(names)}")
+    if parts:
+        for name, parameter in head.trainable().items():
+            parameter.requires_grad_(any(part in name for part in parts))
+    return head
 
 
 def _start_tie(

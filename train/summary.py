@@ -19,6 +19,7 @@ def write_summary(
     target: Target,
     training: Documents,
     validation: Documents,
+    start: float,
     ordered: dict[str, Any] | None,
 ) -> dict[str, Any]:
     """Write `summary.json` into the run folder.
@@ -28,6 +29,7 @@ def write_summary(
         head: as trained.
         target: that it was distilled from.
         training, validation: what it was trained and validated on.
+        start: acceptance length before training, of a head that was finished; 0: there was none.
         ordered: acceptance lengths and recall of its ordered embeddings, where it got some.
 
     Returns:
@@ -35,7 +37,8 @@ def write_summary(
         data, sizes, environment and configuration.
     """
     rows = read_metrics(config.run.dir)
-    validations = [
+    validations = [{"step": 0, "acceptance_length": start}] if start else []
+    validations += [
         {key: row[key] for key in ("step", "acceptance_length")}
         for row in rows
         if "acceptance_length" in row

@@ -7,11 +7,9 @@ Letters: K draft tokens a round.
 """
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import yaml
 from matplotlib.figure import Figure
@@ -21,15 +19,14 @@ from rich.table import Table
 from headstart.configs.loader import dump_config
 from headstart.configs.schema import Config
 from headstart.configs.sweep import Sweep
-from headstart.data.progress import progress_bar
 from headstart.data.store import ActivationStore
-from headstart.eval.acceptance import AcceptanceCounts
 from headstart.eval.environment import environment
-from headstart.eval.simulate import simulate_acceptance
-from headstart.eval.statistics import resampled
-from headstart.heads.assistant import load_assistant
+from headstart.eval.statistics import interval
+from headstart.eval.walked import Walked, length_draws, total_counts, walk_texts
+from headstart.heads.export import load_assistant
 from headstart.heads.files import write_atomically
-from headstart.heads.targets import Target, open_target
+from headstart.heads.loading import open_target
+from headstart.heads.targets import Target
 from headstart.heads.unroll import DraftHead
 from headstart.train.loop import train
 from headstart.train.run_folder import read_metrics
@@ -100,17 +97,8 @@ def _judge(config: Config, target: Target, stores: dict[str, ActivationStore], k
     """Walk rounds over every text of the stores, and keep the counts of each."""
     folder = config.run.dir
     head = DraftHead(load_assistant(folder / "head", target.table.dtype, target.device))
-    texts: dict[str, list[dict[str, Any]]] = {}
-    with progress_bar() as bar:
-        total = sum(len(store.entries) for store in stores.values())
-        task = bar.add_task("Judging", total=total, status="texts")
-        for name, store in stores.items():
-            texts[name] = []
-            for i, entry in enumerate(store.entries):
-                counts = simulate_acceptance(head, target, store, k, [i]).acceptance
-                if counts.rounds:
-                    texts[name].append({"id": entry.id} | asdict(counts))
-                bar.update(task, advance=1)
+    walked = walk_texts(head, target, stores, k, "Judging")
+    texts = {name: [text.row() for text in found] for name, found in walked.items()}
     rows = read_metrics(folder)
     judged = {
         "seed": config.run.seed,
@@ -144,16 +132,15 @@ def summarise(found: list[dict[str, Any]], stores: list[str]) -> list[dict[str, 
         first = [one for one in first if one["seed"] in seeds]
         judged = {}
         for store in stores:
-            lengths, beside = _lengths(own, store), _lengths(first, store)
-            counts = [_counts(one, store) for one in own]
-            whole = sum(counts[1:], counts[0])
-            of_seeds = [one.acceptance_length for one in counts]
+            texts = _texts(own, store)
+            lengths, beside = length_draws(texts), length_draws(_texts(first, store))
+            of_seeds = [total_counts(_texts([one], store)).acceptance_length for one in own]
             judged[store] = {
                 "acceptance_length": lengths[0],
-                "interval": _interval(lengths),
+                "interval": interval(lengths),
                 "difference": lengths[0] - beside[0],
-                "difference_interval": _interval(lengths - beside),
-                "conditional_acceptance_rate": whole.conditional_acceptance_rate,
+                "difference_interval": interval(lengths - beside),
+                "conditional_acceptance_rate": total_counts(texts).conditional_acceptance_rate,
                 "of_each_seed": dict(zip(map(str, seeds), of_seeds, strict=True)),
                 "texts": len(own[0]["texts"][store]),
             }
@@ -165,26 +152,8 @@ def summarise(found: list[dict[str, Any]], stores: list[str]) -> list[dict[str, 
     return results
 
 
-def _lengths(runs: list[dict[str, Any]], store: str) -> np.ndarray:
-    """[1 + S] acceptance length over all seeds: as it is, then over texts drawn anew."""
-    texts = [text for run in runs for text in run["texts"][store]]
-    ids = [text["id"] for text in texts]
-    sums = resampled(ids, [[text["rounds"], sum(text["accepted"])] for text in texts])
-    lengths: np.ndarray = 1 + sums[:, 1] / sums[:, 0]
-    return lengths
-
-
-def _interval(values: np.ndarray) -> list[float]:
-    low, high = np.percentile(values[1:], [2.5, 97.5])
-    return [float(low), float(high)]
-
-
-def _counts(run: dict[str, Any], store: str) -> AcceptanceCounts:
-    parts = []
-    for text in run["texts"][store]:
-        reached, accepted = tuple(text["reached"]), tuple(text["accepted"])
-        parts.append(AcceptanceCounts(text["rounds"], text["drafted"], reached, accepted))
-    return sum(parts[1:], parts[0])
+def _texts(runs: list[dict[str, Any]], store: str) -> list[Walked]:
+    return [Walked.read(row) for run in runs for row in run["texts"][store]]
 
 
 def print_sweep(content: dict[str, Any], console: Console | None = None) -> None:

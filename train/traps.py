@@ -17,7 +17,8 @@ import torch
 
 from headstart.configs.schema import HeadConfig, Trap
 from headstart.data.loader import Batch
-from headstart.heads.assistant import Assistant, set_table
+from headstart.heads.assistant import set_table
+from headstart.heads.export import Assistant
 from headstart.heads.ordered import (
     Taught,
     cluster_count,

@@ -11,7 +11,7 @@ import pytest
 from headstart.cli.main import main
 from headstart.configs.loader import load_config
 from headstart.heads.assistant import build_assistant
-from headstart.heads.targets import load_target
+from headstart.heads.loading import load_target
 from headstart.heads.unroll import DraftHead
 from headstart.train.plan import plan
 

@@ -34,7 +34,7 @@ from headstart.data.regenerate import regenerate
 from headstart.data.shards import Entry, shard_path, shard_settings, write_shard
 from headstart.data.store import write_index
 from headstart.data.summary import Count, Summary, histogram
-from headstart.heads.targets import load_target
+from headstart.heads.loading import load_target
 from tests.samples import conversations, jobs
 
 TARGET = load_target("tiny-gemma4", "float32")

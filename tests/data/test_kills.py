@@ -20,7 +20,8 @@ from headstart.data.conversations import finished_parts, read_part
 from headstart.data.extraction import extract
 from headstart.data.regenerate import regenerate
 from headstart.data.store import ActivationStore
-from headstart.heads.targets import Target, load_target
+from headstart.heads.loading import load_target
+from headstart.heads.targets import Target
 from tests.samples import conversations, jobs
 
 KILLS = 20

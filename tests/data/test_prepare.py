@@ -15,7 +15,7 @@ from headstart.data.prepare import prepare_documents, stream_folder, without_con
 from headstart.data.prompts import Prompt
 from headstart.data.store import ActivationStore
 from headstart.data.templates import encode_prompt
-from headstart.heads.targets import load_target
+from headstart.heads.loading import load_target
 from headstart.train.loop import train
 from tests.train.test_loop import metrics, tiny_config, weights
 

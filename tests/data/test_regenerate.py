@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from headstart.configs.schema import DataConfig
+from headstart.configs.schema import DataConfig, TargetConfig
 from headstart.data import regenerate as module
 from headstart.data.conversations import (
     Conversation,
@@ -25,7 +25,8 @@ from headstart.data.prompts import Prompt
 from headstart.data.regenerate import regenerate
 from headstart.data.sampling import BLOCK, SamplingMixture, _inverse_cdf
 from headstart.data.store import ActivationStore
-from headstart.heads.targets import Target, load_target_tokens
+from headstart.heads.loading import load_target_tokens
+from headstart.heads.targets import Target
 from headstart.heads.tokens import Sampling
 from tests.conftest import FAMILIES, make_target
 from tests.samples import conversations, interrupt_second_call, jobs, prompts
@@ -223,7 +224,7 @@ def test_prompts_that_the_template_refuses_are_counted(
 
 
 def test_what_a_server_needs_is_known_without_weights() -> None:
-    tokens = load_target_tokens("tiny-gemma4")
+    tokens = load_target_tokens(TargetConfig(name="tiny-gemma4"))
     target = make_target("gemma4-kv-sharing")
     assert tokens.tokenizer_hash == target.tokenizer_hash
     assert tokens.eos_ids == target.eos_ids

@@ -22,7 +22,7 @@ from headstart.data.answers import Answer, read_answer, server_ids
 from headstart.data.prompts import load_prompts
 from headstart.data.server import AnswerServer
 from headstart.data.templates import encode_prompt
-from headstart.heads.targets import load_target
+from headstart.heads.loading import load_target
 from headstart.heads.tiny import byte_tokenizer
 from headstart.heads.tokens import Sampling
 from tests.llama_server import LlamaServer, real_gguf

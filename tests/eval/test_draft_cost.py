@@ -15,7 +15,8 @@ from headstart.eval.draft_cost import WARM_UP, cost_ratios, measure, run_draft_b
 from headstart.eval.moment import MAX_DRAFT_TOKENS, Moment, dense_lm_head, prepare
 from headstart.heads.assistant import build_assistant
 from headstart.heads.drafting import Drafter
-from headstart.heads.targets import Target, load_target
+from headstart.heads.loading import load_target
+from headstart.heads.targets import Target
 from tests.conftest import make_target
 from tests.heads.test_describe import ordered_head
 from tests.heads.test_parity import K, noisy_head, prefill, stock_drafts

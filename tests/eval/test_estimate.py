@@ -10,7 +10,7 @@ from headstart.cli.main import main
 from headstart.configs.schema import EvalConfig
 from headstart.eval.estimate import run_estimate
 from headstart.eval.report import run_evaluation
-from headstart.heads.targets import load_target
+from headstart.heads.loading import load_target
 from tests.eval.test_decoding import half_trained_head
 
 NEW = 24

@@ -5,7 +5,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from headstart.configs.schema import HeadConfig
-from headstart.heads.assistant import build_assistant, check_pair, load_assistant, save_assistant
+from headstart.heads.assistant import build_assistant, check_pair
+from headstart.heads.export import load_assistant, save_assistant
 from headstart.heads.targets import Target
 from headstart.heads.ties import low_rank_agreement, low_rank_start, plain_svd_start
 from headstart.heads.unroll import DraftHead

@@ -12,11 +12,8 @@ from transformers import PreTrainedModel
 from headstart.configs.schema import HeadConfig
 from headstart.eval.decoding import decode
 from headstart.eval.recall import RecallCounts, zero_recall
-from headstart.heads.assistant import (
-    assistant_config,
-    load_assistant,
-    save_assistant,
-)
+from headstart.heads.assistant import assistant_config
+from headstart.heads.export import load_assistant, save_assistant
 from headstart.heads.ordered import (
     Taught,
     balanced_assignment,

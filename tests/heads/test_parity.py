@@ -16,13 +16,8 @@ from transformers.generation.candidate_generator import (
 )
 
 from headstart.configs.schema import HeadConfig
-from headstart.heads.assistant import (
-    Assistant,
-    build_assistant,
-    check_pair,
-    load_assistant,
-    save_assistant,
-)
+from headstart.heads.assistant import build_assistant, check_pair
+from headstart.heads.export import Assistant, load_assistant, save_assistant
 from headstart.heads.targets import Activations, Target
 from headstart.heads.unroll import DraftHead
 from tests.conftest import make_target

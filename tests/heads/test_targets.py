@@ -8,7 +8,8 @@ from transformers import Gemma2Config, Gemma3nTextConfig, Gemma4ForCausalLM
 
 from headstart.heads.demo import check_sha256
 from headstart.heads.gemma3 import Gemma3ForAssistedDecoding
-from headstart.heads.targets import Target, load_target
+from headstart.heads.loading import load_target
+from headstart.heads.targets import Target
 from headstart.heads.tiny import byte_tokenizer, gemma3_config, gemma4_text_config, random_model
 from headstart.heads.versions import check_transformers
 from tests.conftest import make_target

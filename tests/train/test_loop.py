@@ -16,9 +16,11 @@ from headstart.configs.schema import Config, HeadConfig, TrainConfig
 from headstart.data.loader import candidate_rows, gather_rows
 from headstart.data.shards import Document
 from headstart.eval.decoding import decode
-from headstart.heads.assistant import build_assistant, load_assistant, save_assistant
+from headstart.heads.assistant import build_assistant
+from headstart.heads.export import load_assistant, save_assistant
+from headstart.heads.loading import load_target
 from headstart.heads.ordered import Taught, set_order, token_usage, with_clusters
-from headstart.heads.targets import Target, load_target
+from headstart.heads.targets import Target
 from headstart.heads.unroll import DraftHead
 from headstart.train import loop
 from headstart.train.centroids import learn_centroids
@@ -53,7 +55,7 @@ def acceptance_after_overfitting(
     """Train a head on one text, save it, and decode that text with the stock `generate`."""
     prompt, document = greedy_document(target)
     head = overfit(target, document, steps=500, rounds=K, shift=shift)
-    export_head(head, target, tmp_path / "head", K)
+    export_head(head, target, tmp_path / "head", tiny_config(tmp_path, f"train.rounds={K}"))
     if top_k is not None:
         order_by_one_text(target, document, tmp_path / "head", top_k)
     assistant = load_assistant(tmp_path / "head", torch.float32)

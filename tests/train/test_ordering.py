@@ -9,13 +9,10 @@ import torch
 
 from headstart.cli.main import main
 from headstart.configs.schema import HeadConfig
-from headstart.heads.assistant import (
-    build_assistant,
-    load_assistant,
-    save_assistant,
-)
+from headstart.heads.assistant import build_assistant
+from headstart.heads.export import load_assistant, save_assistant
+from headstart.heads.loading import load_target
 from headstart.heads.ordered import is_of_clusters
-from headstart.heads.targets import load_target
 from headstart.train import ordering
 from headstart.train.centroids import TEMPERATURE, cluster_mass
 from headstart.train.loop import train

@@ -7,9 +7,11 @@ import torch
 
 from headstart.configs.schema import HeadConfig
 from headstart.data.loader import Batch, candidate_rows, gather_rows
-from headstart.heads.assistant import load_assistant, save_assistant, warm_assistant
+from headstart.heads.assistant import warm_assistant
+from headstart.heads.export import load_assistant, save_assistant
+from headstart.heads.loading import load_target
 from headstart.heads.ordered import with_clusters
-from headstart.heads.targets import Target, load_target
+from headstart.heads.targets import Target
 from headstart.heads.unroll import DraftHead
 from headstart.train.loop import train
 from tests.conftest import make_target

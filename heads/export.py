@@ -1,0 +1,130 @@
+"""Heads in the native format, on disk and on the Hub: what plain transformers loads, and back.
+
+Letters: H head width, V vocabulary.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from transformers import (
+    AutoConfig,
+    Gemma4AssistantForCausalLM,
+    Gemma4UnifiedAssistantForCausalLM,
+    GenerationConfig,
+    PreTrainedModel,
+)
+
+from headstart.heads.files import whole_folder
+from headstart.heads.served import add_adapters
+
+MADE_FOR = "headstart_target"  # in config.json, where other readers leave it alone
+Assistant: TypeAlias = Gemma4AssistantForCausalLM | Gemma4UnifiedAssistantForCausalLM
+
+
+def save_assistant(
+    assistant: Assistant,
+    table: torch.Tensor,
+    folder: Path,
+    num_assistant_tokens: int,
+    dtype: torch.dtype,
+    weights: Mapping[str, torch.Tensor] | None = None,
+    made_for: Mapping[str, str | None] | None = None,
+    beside: Callable[[Path], None] | None = None,
+) -> None:
+    """Write a folder that plain transformers loads with `from_pretrained`.
+
+    The folder is written beside its place and then put there (`whole_folder`).
+
+    Args:
+        assistant: the head; its own table is ignored.
+        table: [V, H] the table to save, materialised where the tie is low-rank.
+        folder: where to.
+        num_assistant_tokens: K that `generate` reads from the folder.
+        dtype: of the saved weights.
+        weights: in place of the state dict of `assistant`.
+        made_for: the target that it was trained for (`Target.identity`), noted in config.json;
+            None: what stands there already.
+        beside: writes further files into the folder.
+    """
+    # The order of the tokens is of integers, and stays so.
+    weights = assistant.state_dict() if weights is None else weights
+    state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in weights.items()}
+    # Detached, or `assign` would turn the target's own table into a trainable parameter.
+    state["model.embed_tokens.weight"] = state["lm_head.weight"] = table.detach().to(dtype)
+    with torch.device("meta"):  # no memory for a table that is replaced at once
+        native = type(assistant)(assistant.config)
+    native.load_state_dict(state, assign=True)
+    native.tie_weights()
+    native.generation_config = GenerationConfig(num_assistant_tokens=num_assistant_tokens)
+    native.config.dtype = dtype
+    if made_for is not None:
+        setattr(native.config, MADE_FOR, dict(made_for))
+    with whole_folder(folder) as work:
+        native.save_pretrained(work)
+        _write_global_head_dim(work / "config.json")
+        if beside is not None:
+            beside(work)
+
+
+def _write_global_head_dim(path: Path) -> None:
+    # transformers >= 5.19 writes only per_layer_config; other engines read global_head_dim.
+    config = json.loads(path.read_text())
+    text = config["text_config"]
+    full: dict[str, int] = next(iter(text.get("per_layer_config", {}).values()), {})
+    text["global_head_dim"] = full.get("head_dim", text["head_dim"])
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def split_pair(path: str | Path) -> tuple[str, str | None]:
+    """A head, and the adapter of `HEAD+ADAPTER` that is to be added to it."""
+    if Path(path).exists() or "+" not in str(path):
+        return str(path), None
+    head, _, adapter = str(path).rpartition("+")
+    return head, adapter
+
+
+def load_assistant(
+    path: str | Path, dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> PreTrainedModel:
+    """Load a head in the native format, from a folder or the Hub; of `HEAD+ADAPTER`, with the
+    weights of a peft adapter added to its own.
+
+    Raises:
+        ValueError: there is no head at `path`, the folder holds another kind of model, or the
+            adapter is none of it.
+    """
+    head, adapter = split_pair(path)
+    config = load_assistant_config(head)
+    unified = config.model_type == "gemma4_unified_assistant"
+    cls = Gemma4UnifiedAssistantForCausalLM if unified else Gemma4AssistantForCausalLM
+    if adapter is None:
+        return cls.from_pretrained(head, dtype=dtype).to(device).eval()
+    # Added in float32 and rounded once, as the head was that the adapter was saved beside.
+    merged = add_adapters(cls.from_pretrained(head, dtype=torch.float32), [adapter], merge=True)
+    return merged.to(device, dtype).eval()
+
+
+def made_for(config: Any) -> dict[str, str | None] | None:
+    """The `Target.identity` that a head was trained for, of its configuration; None: it does not
+    say, as heads of other makers."""
+    return getattr(config, MADE_FOR, None)
+
+
+def load_assistant_config(path: str | Path) -> Any:
+    """The configuration of a head in the native format.
+
+    Raises:
+        ValueError: there is no head at `path`, or the folder holds another kind of model.
+    """
+    path, _ = split_pair(path)
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"no draft head at {path}: {reason}") from error
+    if "assistant" not in config.model_type:
+        raise ValueError(f"{path} is a {config.model_type} model, not a Gemma 4 assistant")
+    return config

@@ -1,0 +1,189 @@
+"""Loading targets: from built-in names, folders, the Hub or GGUF files, as they will be served."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    GenerationConfig,
+    GgufConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from headstart.configs.hardware import natural_dtype
+from headstart.configs.schema import Quantization, TargetConfig
+from headstart.heads.demo import gemma3_270m_dir
+from headstart.heads.processes import join_processes
+from headstart.heads.served import (
+    add_adapters,
+    loading_arguments,
+    quantise,
+    served_name,
+    tokenizer_folder,
+)
+from headstart.heads.targets import SUPPORTED, Target, check_supported
+from headstart.heads.tiny import TINY_TARGETS, byte_tokenizer, tiny_config, tiny_target
+from headstart.heads.tokens import TargetTokens
+from headstart.heads.versions import check_transformers
+
+BUILT_IN = ("gemma3-270m", *TINY_TARGETS)
+
+
+def load_target_config(
+    name: str, revision: str | None = None, trust_remote_code: bool = False
+) -> Any:
+    """The configuration of a supported target, without its weights; arguments of `load_target`.
+
+    Raises:
+        ValueError: nothing loadable at `name`, or an unsupported architecture.
+    """
+    if name in TINY_TARGETS:
+        return tiny_config(name)
+    path, options = _where(name)
+    try:
+        config = AutoConfig.from_pretrained(
+            path, revision=revision, trust_remote_code=trust_remote_code, **options
+        )
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"target {name!r} is no built-in name ({', '.join(BUILT_IN)}), and no folder or Hub id "
+            f"that loads: {reason}"
+        ) from error
+    check_supported(config)
+    return config
+
+
+def load_target(
+    name: str,
+    dtype: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    device: torch.device | str = "cpu",
+    adapters: Sequence[str] = (),
+    merge_adapters: bool = True,
+    quantization: Quantization | None = None,
+) -> Target:
+    """Load a frozen target as it will be served: its weights, then its adapters, then fewer bits.
+
+    Args:
+        name: `gemma3-270m`, `tiny-gemma4`, `tiny-gemma3`, a local folder, a Hub id or a GGUF file.
+        dtype: `bfloat16`, `float32` or `auto`, the one that pays on this machine.
+        revision: Hub revision.
+        trust_remote_code: whether code shipped with the checkpoint may run.
+        device: where the weights go.
+        adapters: PEFT adapters on top, in order: folders or Hub ids, `ID@REVISION`.
+        merge_adapters: whether they are added to the weights or stay beside them.
+        quantization: of the layers' weights.
+
+    Raises:
+        RuntimeError: the installed transformers is outside the tested range.
+        ValueError: nothing loadable at `name`, an unsupported architecture, an adapter that is none
+            or does not fit, or a quantisation that this machine cannot have.
+    """
+    check_transformers()
+    config = load_target_config(name, revision, trust_remote_code)
+    torch_dtype = getattr(torch, natural_dtype() if dtype == "auto" else dtype)
+    bits = loading_arguments(quantization, device)
+    commit = None
+    if name in TINY_TARGETS:
+        if bits:
+            raise ValueError(f"{quantization} is of weights that are read; {name} has none to read")
+        model: PreTrainedModel = tiny_target(name).to(device, torch_dtype)
+    else:
+        path, options = _where(name)
+        if options:
+            bits = {"quantization_config": GgufConfig(dequantize=True)}
+        model = SUPPORTED[config.model_type].from_pretrained(
+            path, dtype=torch_dtype, revision=revision, trust_remote_code=trust_remote_code,
+            **options, **bits,
+        )  # fmt: skip
+        commit = _commit(config) or revision
+        if "device_map" not in bits:
+            model = model.to(device)
+    model = add_adapters(model, adapters, merge_adapters)
+    if quantization == "torchao-int8":
+        quantise(model)
+    tokenizer = _load_tokenizer(name, revision, trust_remote_code, adapters)
+    return Target(model, tokenizer, served_name(name, adapters, quantization), commit)
+
+
+def _where(name: str) -> tuple[str | Path, dict[str, Any]]:
+    """What transformers loads for a target that is not tiny: path or id, and how to read it."""
+    if name == "gemma3-270m":
+        return gemma3_270m_dir(), {}
+    if name.endswith(".gguf"):
+        if not Path(name).is_file():
+            raise ValueError(f"target {name!r}: there is no such file")
+        return Path(name).parent, {"gguf_file": Path(name).name}
+    return name, {}
+
+
+def _load_tokenizer(
+    name: str, revision: str | None, trust_remote_code: bool, adapters: Sequence[str] = ()
+) -> PreTrainedTokenizerBase:
+    if (own := tokenizer_folder(adapters)) is not None:
+        return AutoTokenizer.from_pretrained(own)
+    if name in TINY_TARGETS:
+        return byte_tokenizer()
+    path, options = _where(name)
+    if options and (Path(path) / "tokenizer.json").is_file():
+        options = {}
+    tokenizer = AutoTokenizer.from_pretrained(
+        path, revision=revision, trust_remote_code=trust_remote_code, **options
+    )
+    if options:
+        tokenizer.add_bos_token = True  # out of a GGUF file it comes without: heads/demo.py
+    return tokenizer
+
+
+def load_served(t: TargetConfig, device: torch.device | str = "cpu") -> Target:
+    """`load_target` of a run configuration."""
+    return load_target(
+        t.name, t.dtype, t.revision, t.trust_remote_code, device,
+        t.adapters, t.merge_adapters, t.quantization,
+    )  # fmt: skip
+
+
+def open_target(t: TargetConfig, device: torch.device | str = "cpu") -> Target:
+    """The target of a run configuration, for all processes of the launch at once; with `t.sharded`
+    its layers are split over them.
+
+    Raises:
+        RuntimeError, ValueError: as `load_target`.
+    """
+    state = join_processes()
+    with state.main_process_first():  # it downloads, or converts
+        target = load_served(t, device)
+    if t.sharded and state.num_processes > 1:
+        target.shard()
+    return target
+
+
+def _commit(config: Any) -> str | None:
+    """The commit that a configuration was read from; None: a folder."""
+    commit: str | None = getattr(config, "_commit_hash", None)
+    return commit
+
+
+def load_target_tokens(t: TargetConfig) -> TargetTokens:
+    """The tokenizer of a supported target and how its texts end.
+
+    Raises:
+        ValueError: nothing loadable at `t.name`, or an unsupported architecture.
+    """
+    config = load_target_config(t.name, t.revision, t.trust_remote_code)
+    tokenizer = _load_tokenizer(t.name, t.revision, t.trust_remote_code, t.adapters)
+    name = served_name(t.name, t.adapters, t.quantization)
+    if t.name in TINY_TARGETS:
+        return TargetTokens(tokenizer, name, None, GenerationConfig())
+    path, _ = _where(t.name)
+    try:
+        generation = GenerationConfig.from_pretrained(path, revision=t.revision)
+    except OSError:  # the checkpoint has none
+        generation = GenerationConfig.from_model_config(config)
+    return TargetTokens(tokenizer, name, _commit(config) or t.revision, generation)

@@ -1,0 +1,155 @@
+"""A target as it will be served: with adapters, and with fewer bits.
+
+A head is trained on what the served model says, so both come before anything is generated.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from huggingface_hub import snapshot_download
+from torch import nn
+from transformers import BitsAndBytesConfig, PreTrainedModel
+
+from headstart.configs.schema import Quantization, TargetConfig
+
+WEIGHTS = "adapter_model.safetensors"
+FILES = ["*.json", "*.jinja", "*.model", WEIGHTS]  # that are read of an adapter on the Hub
+
+
+def split_revision(adapter: str) -> tuple[str, str | None]:
+    """A folder or Hub id and its revision, of `ID@REVISION`."""
+    if Path(adapter).is_dir() or "@" not in adapter:
+        return adapter, None
+    name, _, revision = adapter.rpartition("@")
+    return name, revision
+
+
+def served_name(name: str, adapters: Sequence[str], quantization: Quantization | None) -> str:
+    """What reports call a target: `NAME + ADAPTER (QUANTISATION)`."""
+    whole = " + ".join([name, *adapters])
+    return whole if quantization is None else f"{whole} ({quantization})"
+
+
+def served_config(name: str, revision: str | None = None) -> TargetConfig:
+    """The configuration of a target by what `served_name` calls it."""
+    whole, quantization = name, None
+    for one in get_args(Quantization):
+        if name.endswith(f" ({one})"):
+            whole, quantization = name.removesuffix(f" ({one})"), one
+    base, *adapters = whole.split(" + ")
+    kept = quantization is not None and quantization != "torchao-int8"
+    return TargetConfig(
+        name=base, revision=revision, adapters=adapters, quantization=quantization,
+        merge_adapters=not kept,
+    )  # fmt: skip
+
+
+def add_adapters(model: PreTrainedModel, adapters: Sequence[str], merge: bool) -> PreTrainedModel:
+    """A model with PEFT adapters on it, one after another.
+
+    Args:
+        model: changed in place.
+        adapters: folders or Hub ids.
+        merge: add them to the weights; else they stay beside them, all active at once.
+
+    Raises:
+        ValueError: one is no adapter, or does not fit the model.
+    """
+    if not adapters:
+        return model
+    from peft import PeftModel  # a second of imports that most targets do without
+
+    for number, adapter in enumerate(adapters):
+        name = f"adapter_{number}"
+        try:
+            folder = adapter_folder(adapter)
+            if not (folder / WEIGHTS).is_file():
+                raise ValueError(f"it has no {WEIGHTS} (other formats may run code)")
+            if merge:
+                wrapped = PeftModel.from_pretrained(model, folder)
+                model = wrapped.merge_and_unload(safe_merge=True)
+            else:
+                model.load_adapter(str(folder), name)
+        except (OSError, ValueError, RuntimeError, KeyError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise ValueError(
+                f"{adapter} does not go onto {type(model).__name__} as a PEFT adapter: {reason}"
+            ) from error
+    if not merge:
+        model.set_adapter([f"adapter_{number}" for number in range(len(adapters))])
+    return model
+
+
+def adapter_folder(adapter: str) -> Path:
+    """Where an adapter lies, after it was downloaded where it has to be."""
+    path, revision = split_revision(adapter)
+    if Path(path).is_dir():
+        return Path(path)
+    return Path(snapshot_download(path, revision=revision, allow_patterns=FILES))
+
+
+def tokenizer_folder(adapters: Sequence[str]) -> Path | None:
+    """Of the last adapter that brings a tokenizer, whose chat template it was then trained with;
+    None: the target's own is right."""
+    folders = [adapter_folder(adapter) for adapter in reversed(adapters)]
+    return next((f for f in folders if (f / "tokenizer_config.json").is_file()), None)
+
+
+def loading_arguments(
+    quantization: Quantization | None, device: torch.device | str
+) -> dict[str, Any]:
+    """What `from_pretrained` is told of bits; nothing for `torchao-int8`, which comes after it.
+
+    Raises:
+        ValueError: the library is not installed.
+    """
+    if quantization is None or quantization == "torchao-int8":
+        return {}
+    _needs("bitsandbytes", quantization)
+    eight = quantization == "bnb-int8"
+    config = BitsAndBytesConfig(
+        load_in_8bit=eight,
+        load_in_4bit=not eight,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    return {"quantization_config": config, "device_map": {"": str(device)}}
+
+
+def quantise(model: PreTrainedModel) -> None:
+    """Hold the weights of the decoder layers as int8, a scale a row, in place; embeddings and LM
+    head, which the head shares, stay as they are.
+
+    Raises:
+        ValueError: torchao is not installed.
+    """
+    _needs("torchao", "torchao-int8")
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    def in_a_layer(module: nn.Module, name: str) -> bool:
+        # Adapters stay in their own precision.
+        return isinstance(module, nn.Linear) and "layers." in name and ".lora_" not in name
+
+    quantize_(model, Int8WeightOnlyConfig(), in_a_layer)
+
+
+def _needs(library: str, quantization: Quantization) -> None:
+    try:
+        __import__(library)
+    except ImportError as error:
+        raise ValueError(
+            f"target.quantization={quantization} needs {library}: pip install {library}"
+        ) from error
+
+
+def raw_bytes(tensor: torch.Tensor) -> Iterator[Any]:
+    """The bytes of a tensor, or of the plain ones that a quantised tensor is made of."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        names, _ = tensor.__tensor_flatten__()
+        for name in names:
+            yield from raw_bytes(getattr(tensor, name))
+        return
+    flat = tensor.detach().cpu().contiguous().view(-1)
+    yield flat.view(torch.uint8).numpy().data if flat.numel() else b""

@@ -1,0 +1,153 @@
+"""`headstart adapt` on a tiny Gemma 4 with KV-shared layers, an adapter and a clustered head."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from headstart.configs.adapt import Adaptation, minutes
+from headstart.configs.schema import TargetConfig
+from headstart.eval.acceptance import AcceptanceCounts
+from headstart.eval.adaptation import advice, compare_stages, headline, outcome
+from headstart.eval.walked import Walked
+from headstart.heads.export import load_assistant, load_assistant_config, made_for
+from headstart.heads.loading import load_served
+from headstart.train import adapt as module
+from headstart.train.adapt import adapt
+from headstart.train.loop import train
+from tests.heads.test_served import make_adapter
+from tests.train.test_loop import ROOT, tiny_config
+
+QUICK = [
+    "train.steps=24", "train.validate_every=12", "train.warmup_steps=2", "train.likely_tokens=32",
+    "train.negatives=32", "train.rounds=3", "train.anchors=16", "train.later_anchors=8",
+    "train.learning_rate=0.003", "train.precision=float32", "data.num_conversations=16",
+    "data.validation_conversations=4", "data.max_new_tokens=24", "data.max_prompt_tokens=24",
+    "data.generation_batch_size=8", "data.teacher_top_k=16",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A head of the plain tiny target, and an adapter that tunes that target."""
+    folder = tmp_path_factory.mktemp("adapt")
+    train(tiny_config(folder / "base", f"data.cache_dir={folder / 'cache'}"))
+    return folder / "base" / "head", make_adapter(folder / "lora")
+
+
+def asked(setting: tuple[Path, str], **changes: Any) -> Adaptation:
+    head, adapter = setting
+    return Adaptation(
+        **{
+            "target": TargetConfig(name="tiny-gemma4", dtype="float32", adapters=[adapter]),
+            "head": str(head),
+            "prompts": str(ROOT / "data" / "prompts" / "text_eval.jsonl"),
+            "general": {"path": str(ROOT / "data" / "prompts" / "chat_eval.jsonl"), "limit": 60},
+            "held_out": 8,
+            "decoded": 2,
+            "budget_minutes": 5,
+            **changes,
+        }
+    )
+
+
+def test_a_head_follows_its_target_and_goes_on_after_a_stop(
+    setting: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a, out = asked(setting), tmp_path / "out"
+
+    def stopped(*args: object, **named: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "train", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            adapt(a, out, QUICK, "cpu", ["headstart", "adapt"])
+    written = {p: p.stat().st_mtime_ns for p in out.rglob("*.safetensors")}
+    assert len(written) > 2
+    content = adapt(a, out, QUICK, "cpu", ["headstart", "adapt"])
+    assert all(path.stat().st_mtime_ns == then for path, then in written.items())
+
+    kinds = content["acceptance"]
+    assert set(kinds) == {"domain", "general"}
+    for found in kinds.values():
+        assert {"reference", "stale", "adapted", "lost", "gained"} <= set(found)
+    assert content["stale_acceptance_length"] == kinds["domain"]["stale"]["acceptance_length"]
+    assert content["general_change_share"] is not None
+    assert content["speedup"]["domain"]["adapted"]["prompts"] >= 2
+    assert content["training"]["data"]["documents"] + 4 <= 16
+    assert json.loads((out / "adapt.json").read_text()) == json.loads(json.dumps(content))
+    assert content["verdict"] in (out / "adapt.md").read_text()
+    assert (out / "adapt.png").stat().st_size > 10_000
+
+    tuned = load_served(a.target)
+    noted = made_for(load_assistant_config(out / "run" / "head"))
+    assert noted is not None
+    assert noted["fingerprint"] == tuned.fingerprint
+    before = load_assistant(a.head, torch.float32).masked_embedding
+    after = load_assistant(out / "run" / "head", torch.float32).masked_embedding
+    assert torch.equal(before.token_ordering, after.token_ordering)
+
+    with pytest.raises(ValueError, match="holds an adaptation with held_out=8, now 9"):
+        adapt(asked(setting, held_out=9), out, QUICK, "cpu", [])
+
+
+def test_it_can_stop_at_what_was_lost(setting: tuple[Path, str], tmp_path: Path) -> None:
+    a = asked(setting, measure_only=True, general=None)
+    content = adapt(a, tmp_path / "out", QUICK, "cpu", ["headstart", "adapt"])
+    assert content["adapted_acceptance_length"] is None
+    assert content["verdict"] == content["advice"]
+    assert not (tmp_path / "out" / "run").exists()
+
+
+def test_a_budget_that_measuring_takes_is_refused(
+    setting: tuple[Path, str], tmp_path: Path
+) -> None:
+    a = asked(setting, budget_minutes=0.01, general=None)
+    settings = [one for one in QUICK if "num_conversations" not in one]
+    with pytest.raises(ValueError, match=r"a budget of 0\.01 minutes is not enough"):
+        adapt(a, tmp_path / "out", settings, "cpu", [])
+
+
+def texts(*accepted: int) -> list[Walked]:
+    """Texts of ten rounds, of which so many accepted one draft."""
+    return [
+        Walked(f"t{i}", "c", AcceptanceCounts(10, 10, (10,), (n,))) for i, n in enumerate(accepted)
+    ]
+
+
+def test_the_headline_is_shares_of_accepted_tokens() -> None:
+    stages = {
+        "reference": {"domain": texts(8, 8, 8), "general": texts(8)},
+        "stale": {"domain": texts(4, 4, 4), "general": texts(5)},
+        "adapted": {"domain": texts(7, 7, 7), "general": texts(4)},
+    }
+    compared = compare_stages(stages)
+    found = headline(compared)
+    assert found["reference_acceptance_length"] == pytest.approx(1.8)
+    assert found["recovered_share"] == pytest.approx(0.75)
+    assert found["general_change_share"] == pytest.approx(-0.2)
+    assert "it lost 50% of its accepted tokens" in advice(compared)
+    content = {"acceptance": compared, **found}
+    assert "1.40 to 1.70" in outcome(content)
+    assert "75% of what was lost" in outcome(content)
+    assert "Chance" not in outcome(content)
+
+
+def test_a_head_that_lost_nothing_is_told_so() -> None:
+    stages = {"reference": {"domain": texts(2, 9, 4)}, "stale": {"domain": texts(9, 2, 4)}}
+    compared = compare_stages(stages)
+    assert "chance explains the difference" in advice(compared)
+    assert headline(compared)["recovered_share"] is None
+    alone = compare_stages({"stale": {"domain": texts(3)}})
+    assert "is not known (--base)" in advice(alone)
+
+
+def test_times_are_read() -> None:
+    read = [minutes(text) for text in ("15m", "90s", "1h30m", "2h", "20", "1.5m")]
+    assert read == [15, 1.5, 90, 120, 20, 1.5]
+    for odd in ("", "soon", "15 m"):
+        with pytest.raises(ValueError, match="is no time"):
+            minutes(odd)

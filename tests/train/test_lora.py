@@ -1,0 +1,166 @@
+"""What of a head is trained: an adapter, some parts; and when its training ends."""
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from headstart.configs.schema import HeadConfig, LoraConfig
+from headstart.heads.assistant import other_target
+from headstart.heads.export import load_assistant, load_assistant_config, made_for
+from headstart.heads.loading import load_target
+from headstart.train import loop
+from headstart.train.checkpoints import Progress
+from headstart.train.loop import train
+from headstart.train.schedule import learning_rate
+from headstart.train.stopping import Interrupted
+from tests.train.test_loop import metrics, tiny_config
+from tests.train.test_warm_start import FULL, NARROW, finished
+
+SHORT = ("train.steps=12", "train.validate_every=6", "train.checkpoint_every=6")
+
+
+@pytest.mark.parametrize("width", [NARROW, FULL])
+def test_a_heads_adapter_is_what_the_head_was_changed_by(tmp_path: Path, width: int | None) -> None:
+    """The head that the run made, and the head that it started from with the adapter on it, are the
+    same bits; all that is not under the adapter is the start's."""
+    target = load_target("tiny-gemma4", "bfloat16")
+    start = finished(target, tmp_path / "start", width)
+    ordered = "true" if width else "false"
+    config = tiny_config(
+        tmp_path / "run", f"head.start={start}", "head.lora={rank: 4}", "target.dtype=bfloat16",
+        "head.num_centroids=null", f"head.use_ordered_embeddings={ordered}",
+        "train.learning_rate=0.01", "train.steps=60", "train.validate_every=20",
+    )  # fmt: skip
+    train(config)
+    folder = tmp_path / "run" / "head"
+    whole = load_assistant(folder, torch.bfloat16).state_dict()
+    pair = load_assistant(f"{start}+{folder / 'adapter'}", torch.bfloat16).state_dict()
+    before = load_assistant(start, torch.bfloat16).state_dict()
+    assert whole.keys() == pair.keys() == before.keys()
+    assert all(torch.equal(whole[name], pair[name]) for name in whole)
+    changed = {name for name in whole if not torch.equal(whole[name], before[name])}
+    assert "pre_projection.weight" in changed
+    assert not [name for name in changed if "norm" in name or "centroids" in name]
+    adapter = load_file(folder / "adapter" / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in adapter.values()} == {torch.bfloat16}
+    assert all(4 in tensor.shape for tensor in adapter.values())
+
+
+def test_an_adapters_run_goes_on_as_if_never_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = finished(load_target("tiny-gemma4", "float32"), tmp_path / "start", FULL)
+    settings = [f"head.start={start}", "head.lora={}", *SHORT]
+    settings += ["head.num_centroids=null", "head.use_ordered_embeddings=false"]
+    train(tiny_config(tmp_path / "whole", *settings))
+    rate = loop.learning_rate
+
+    def stop_in_step_5(now: int, *args: Any) -> float:
+        if now == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return rate(now, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "learning_rate", stop_in_step_5)
+        with pytest.raises(Interrupted):
+            train(tiny_config(tmp_path / "parts", *settings))
+    train(tiny_config(tmp_path / "parts", *settings), resume=True)
+    for file in ("head.safetensors", "optimizer.safetensors"):
+        one, two = (
+            load_file(tmp_path / name / "checkpoints" / "step-000012" / file)
+            for name in ("whole", "parts")
+        )
+        assert one.keys() == two.keys()
+        assert all(torch.equal(one[key], two[key]) for key in one)
+        assert all("lora_" in key for key in one)
+
+
+def test_named_parts_alone_are_trained(tmp_path: Path) -> None:
+    target = load_target("tiny-gemma4", "float32")
+    start = finished(target, tmp_path / "start", FULL)
+    settings = [f"head.start={start}", "head.use_ordered_embeddings=false", *SHORT]
+    settings += ["head.num_centroids=null", "train.learning_rate=0.02"]
+    train(tiny_config(tmp_path / "run", *settings, "head.trains=[post_projection, layers.1.]"))
+    parts = load_file(tmp_path / "run" / "checkpoints" / "step-000012" / "head.safetensors")
+    assert parts
+    assert all("post_projection" in n or "layers.1." in n for n in parts)
+    with pytest.raises(ValueError, match="'lm_head' is in none of the names"):
+        train(tiny_config(tmp_path / "odd", *settings, "head.trains=[lm_head]"))
+
+
+def test_a_run_that_finds_nothing_better_ends_with_the_head_that_it_began_with(
+    tmp_path: Path,
+) -> None:
+    target = load_target("tiny-gemma4", "float32")
+    start = finished(target, tmp_path / "start", FULL)
+    config = tiny_config(
+        tmp_path / "run", f"head.start={start}", "head.use_ordered_embeddings=false",
+        "head.num_centroids=null", "train.learning_rate=1e-12", "train.patience=2",
+        "train.steps=40", "train.validate_every=3", "train.weight_decay=0",
+    )  # fmt: skip
+    train(config)
+    assert [row["step"] for row in metrics(tmp_path / "run")][-1] == 6, "two stale validations"
+    train(config, resume=True)  # it is at its end
+    assert len(metrics(tmp_path / "run")) == 6
+    before, after = (load_assistant(f, torch.float32) for f in (start, tmp_path / "run" / "head"))
+    for name, tensor in after.state_dict().items():
+        assert torch.equal(tensor, before.state_dict()[name]), name
+
+
+def test_training_ends_when_its_time_is_over(tmp_path: Path) -> None:
+    """The learning rate falls with the time, and the last step is validated and saved."""
+    config = tiny_config(
+        tmp_path / "run", "train.steps=100000", "train.max_minutes=0.02", "train.warmup_steps=1",
+        "train.validate_every=50000", "head.use_ordered_embeddings=false",
+        "head.num_centroids=null",
+    )  # fmt: skip
+    train(config)
+    rows = metrics(tmp_path / "run")
+    assert len(rows) < 100000
+    assert "acceptance_length" in rows[-1]
+    assert rows[-1]["learning_rate"] < 0.4 * rows[1]["learning_rate"]
+    assert (tmp_path / "run" / "checkpoints" / f"step-{len(rows):06d}").is_dir()
+    assert learning_rate(5, 1000, 1, 1.0, 1.0) == pytest.approx(0.1)
+
+
+def test_the_end_of_a_run() -> None:
+    c = tiny_config(Path("unused"), "train.steps=10").train
+    timed = c.model_copy(update={"max_minutes": 1.0, "patience": 3})
+    assert not Progress(step=9, stale=5, seconds=100).ended(c)
+    assert Progress(step=10).ended(c)
+    assert not Progress(step=9, stale=2, seconds=59).ended(timed)
+    assert Progress(stale=3).ended(timed)
+    assert Progress(seconds=60).ended(timed)
+
+
+def test_a_head_knows_its_target(tmp_path: Path) -> None:
+    """It says for which it was trained, and warns of another one by both names; transformers' own
+    loader reads it all the same."""
+    config = tiny_config(tmp_path / "run", *SHORT, "train.warmup_steps=2")
+    train(config)
+    folder = tmp_path / "run" / "head"
+    target = load_target("tiny-gemma4", config.target.dtype)
+    assert made_for(load_assistant_config(folder)) == target.identity
+    head = load_assistant(folder, target.table.dtype)
+    assert other_target(target, head) is None
+    assert other_target(load_target("tiny-gemma4", "bfloat16"), head) is None, "the same weights"
+    tuned = load_target("tiny-gemma4", config.target.dtype, quantization="torchao-int8")
+    warning = other_target(tuned, head)
+    assert warning is not None
+    assert target.fingerprint[:12] in warning
+    assert tuned.fingerprint[:12] in warning
+    assert "tiny-gemma4 (torchao-int8)" in warning
+
+
+def test_combinations_that_cannot_be_raise() -> None:
+    with pytest.raises(ValueError, match="lora is beside a finished head"):
+        HeadConfig(lora=LoraConfig())
+    with pytest.raises(ValueError, match="leave out trains"):
+        HeadConfig(start="ORG/head", lora=LoraConfig(), trains=["pre_projection"])
+    with pytest.raises(ValueError, match="those of a finished head"):
+        HeadConfig(earlier_clusters="keep")

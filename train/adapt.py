@@ -1,0 +1,357 @@
+"""`headstart adapt`: a head follows its target to the target's new work, within a given time.
+
+Measure, say what was lost, let the target answer, train on, measure again. Every stage is noted in
+notes.json when it is done, and the same command goes on where it stopped.
+"""
+
+import json
+import shlex
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+
+from headstart.configs.adapt import DEFAULTS, Adaptation
+from headstart.configs.loader import load_config
+from headstart.configs.schema import Config, EvalConfig, TargetConfig
+from headstart.data.contamination import remove_contaminated
+from headstart.data.jobs import make_jobs
+from headstart.data.prepare import deal_sampling
+from headstart.data.progress import say
+from headstart.data.prompts import Prompt, deal, limit_evenly, load_prompts, split_by_source
+from headstart.data.regenerate import regenerate
+from headstart.data.store import ActivationStore
+from headstart.data.templates import encode_prompt
+from headstart.eval.adaptation import (
+    Texts,
+    adaptation_markdown,
+    advice,
+    compare_stages,
+    headline,
+    outcome,
+    plot_adaptation,
+    speedups,
+)
+from headstart.eval.decoding import decode
+from headstart.eval.environment import environment
+from headstart.eval.report import as_json, run_evaluation
+from headstart.eval.walked import Walked, walk_texts
+from headstart.heads.assistant import check_pair
+from headstart.heads.export import load_assistant, load_assistant_config, made_for
+from headstart.heads.files import alone_in, write_atomically
+from headstart.heads.loading import open_target
+from headstart.heads.served import served_config, served_name
+from headstart.heads.targets import Target
+from headstart.heads.tokens import Sampling
+from headstart.heads.unroll import DraftHead
+from headstart.train.loop import train
+
+SCHEMA = 1
+ANSWERING = 0.35  # share of the time between both measurements in which the target answers
+DECODING = 0.12  # share of the budget that the decoding in the end may take
+
+
+class Notes:
+    """What an adaptation has found so far, in notes.json, with the seconds that each stage took.
+
+    Args:
+        path: of the file.
+        settings: that all of it stands for.
+
+    Raises:
+        ValueError: the file is of other settings.
+    """
+
+    def __init__(self, path: Path, settings: dict[str, Any]):
+        self.path = path
+        self.found: dict[str, Any] = {"settings": settings, "seconds": {}}
+        if path.is_file():
+            self.found = json.loads(path.read_text(encoding="utf-8"))
+        there = self.found["settings"]
+        for key in settings | there:
+            if settings.get(key) != there.get(key):
+                raise ValueError(
+                    f"{path.parent} holds an adaptation with {key}={there.get(key)}, now "
+                    f"{settings.get(key)}: give it back, or name another folder, --out DIR"
+                )
+
+    def once(self, stage: str, work: Callable[[], Any]) -> Any:
+        """What `work` returns (it must go into JSON); the first time it is done and noted."""
+        if stage not in self.found:
+            began = time.monotonic()
+            found = work()
+            self.found["seconds"][stage] = time.monotonic() - began
+            self.found[stage] = found
+            write_atomically(self.path, json.dumps(self.found) + "\n")
+        return self.found[stage]
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Stage -> how long it took."""
+        seconds: dict[str, float] = self.found["seconds"]
+        return seconds
+
+
+def adapt(
+    a: Adaptation, out: Path, overrides: list[str], device: torch.device | str, command: list[str]
+) -> dict[str, Any]:
+    """Train a head on for a tuned target; writes adapt.json, adapt.md, adapt.png and head/.
+
+    Args:
+        a: what is asked.
+        out: folder; the head is in `out`/run/head.
+        overrides: `section.key=value` of the training and its data.
+        device: where target and head run.
+        command: the command line, for the report.
+
+    Returns:
+        What adapt.json holds.
+
+    Raises:
+        ValueError: several processes, bad prompts, a head that does not fit the target, a folder of
+            another adaptation, or a budget that measuring alone takes.
+    """
+    if PartialState().num_processes > 1:
+        raise ValueError(
+            "adapt runs in one process; with several use `headstart regenerate --extract`, then "
+            "train with head.start=HEAD, which both take them all"
+        )
+    ordered = load_assistant_config(a.head).use_ordered_embeddings
+    config = load_config(None, [
+        *DEFAULTS, f"head.start={a.head}", f"head.use_ordered_embeddings={str(ordered).lower()}",
+        *overrides, f"run.dir={out / 'run'}", f"data.store={out / 'answers'}",
+        f"target={a.target.model_dump_json()}",
+    ])  # fmt: skip
+    a = a.model_copy(update={"target": config.target})  # in the dtype of this machine
+    with alone_in(out):
+        settings = a.model_dump(mode="json", exclude={"measure_only"})
+        notes = Notes(out / "notes.json", settings | {"overrides": overrides})
+        prompts = split_prompts(a, config)
+        stages = _before(a, config, prompts, out, notes, device)
+        told = advice(compare_stages(stages))
+        say(told)
+        content = {"advice": told}
+        if not a.measure_only:
+            target = open_target(a.target, device)
+            _answer_and_train(a, config, prompts, target, out, notes)
+            content |= _after(a, config, prompts, target, stages, out, notes)
+        return _write(a, config, stages, content, out, notes, command)
+
+
+def split_prompts(a: Adaptation, config: Config) -> dict[str, tuple[list[Prompt], list[Prompt]]]:
+    """Kind -> prompts to train on, and held out: no source and no copy is in both.
+
+    Raises:
+        ValueError: a set is missing, malformed or too small to hold out from.
+    """
+    sources = {"domain": a.prompts} | ({"general": a.general} if a.general else {})
+    loaded = {k: load_prompts(source, config.data.max_bad_rows) for k, source in sources.items()}
+    parts = {k: split_by_source(own, a.held_out, config.run.seed) for k, own in loaded.items()}
+    held_out = [prompt for _, own in parts.values() for prompt in own]
+    found = {}
+    for kind, (training, own) in parts.items():
+        kept, copies = remove_contaminated(training, held_out)
+        say(f"{kind}: {len(own)} prompts held out, {len(kept):,} to train on; {copies.describe()}")
+        found[kind] = (kept, own)
+    return found
+
+
+def _base(a: Adaptation) -> TargetConfig | None:
+    """The target that the head was trained for, in the dtype of the tuned one."""
+    t, made = a.target, made_for(load_assistant_config(a.head))
+    name = a.base or (made["name"] if made else None)
+    if name is not None:
+        return served_config(str(name)).model_copy(update={"dtype": t.dtype})
+    if t.adapters or t.quantization:
+        return t.model_copy(update={"adapters": [], "quantization": None})
+    return None
+
+
+def _before(
+    a: Adaptation, config: Config, prompts: Any, out: Path, notes: Notes, device: Any
+) -> dict[str, Texts]:
+    """Walk the head over what its own target says to the held-out prompts, and the tuned one."""
+    stages = {}
+    for stage, served in (("reference", _base(a)), ("stale", a.target)):
+        if served is None:
+            continue
+
+        def measure(served: TargetConfig = served, stage: str = stage) -> Any:
+            target = open_target(served, device)
+            held_out = {kind: own for kind, (_, own) in prompts.items()}
+            stores = _answers(target, held_out, config, out / stage)
+            return _walked(target, a.head, stores, a, f"Walking ({stage})")
+
+        stages[stage] = _read(notes.once(stage, measure))
+    return stages
+
+
+def _answers(
+    target: Target, held_out: dict[str, list[Prompt]], config: Config, folder: Path
+) -> dict[str, ActivationStore]:
+    """Kind -> the target's greedy answers."""
+    stores = {}
+    for kind, own in held_out.items():
+        jobs = make_jobs(own, [Sampling(0.0)] * len(own), target, config.data)
+        name = f"Answering ({kind}, held out)"
+        regenerate(target, jobs, config.data, config.run.seed, folder / kind, True, name)
+        stores[kind] = ActivationStore(folder / kind, target)
+    return stores
+
+
+def _walked(
+    target: Target, head: str, stores: dict[str, ActivationStore], a: Adaptation, doing: str
+) -> dict[str, Any]:
+    assistant = load_assistant(head, target.table.dtype, target.device)
+    check_pair(target, assistant)
+    found = walk_texts(DraftHead(assistant), target, stores, a.num_assistant_tokens, doing)
+    return {kind: [text.row() for text in texts] for kind, texts in found.items()}
+
+
+def _read(found: dict[str, Any]) -> Texts:
+    return {kind: [Walked.read(row) for row in rows] for kind, rows in found.items()}
+
+
+def _answer_and_train(
+    a: Adaptation, config: Config, prompts: Any, target: Target, out: Path, notes: Notes
+) -> None:
+    """In the time that measuring leaves: a share of it for answers, the rest for steps."""
+    d, seed = config.data, config.run.seed
+    held_out = sum(len(own) for _, own in prompts.values())
+
+    def conversations() -> int:
+        if d.num_conversations is not None:
+            return d.num_conversations
+        # Answering and walking the held-out prompts took `stale`; a batch of answers is as long.
+        each = notes.seconds["stale"] / held_out
+        left = _left(a, notes)
+        if left < 60:
+            raise ValueError(
+                f"a budget of {a.budget_minutes:g} minutes is not enough: measuring takes "
+                f"{sum(notes.seconds.values()) / 60:.1f} of them; give more, --budget 15m, or "
+                "hold fewer prompts out, --held-out 16"
+            )
+        size = d.generation_batch_size
+        return max(1, round(ANSWERING * left / each / size)) * size
+
+    def answer() -> int:
+        sources = [(prompts["domain"][0], 1 - a.general_share if a.general else None)]
+        if a.general and a.general_share:
+            sources.append((prompts["general"][0], a.general_share))
+        dealt = deal(sources, notes.found["conversations"], seed)
+        jobs = make_jobs(dealt, deal_sampling(d, target, dealt), target, d)
+        regenerate(target, jobs, d, seed, out / "answers", True, "Answering")
+        return len(jobs)
+
+    notes.once("conversations", conversations)
+    notes.once("answering", answer)
+    minutes = notes.once("minutes", lambda: max(1.0, _left(a, notes) / 60))
+    c = config.train.model_copy(update={"max_minutes": config.train.max_minutes or minutes})
+    config = config.model_copy(update={"train": c})
+
+    def training() -> dict[str, Any]:
+        train(config, resume=True)
+        summary = json.loads((out / "run" / "summary.json").read_text(encoding="utf-8"))
+        return {key: summary[key] for key in ("best", "validations", "parameters_trained", "data")}
+
+    notes.once("training", training)
+
+
+def _left(a: Adaptation, notes: Notes) -> float:
+    """Seconds of the budget that are not spent, and not needed to measure again."""
+    again = notes.seconds["stale"] / 2 + DECODING * 60 * a.budget_minutes * bool(a.decoded)
+    return 60 * a.budget_minutes - sum(notes.seconds.values()) - again
+
+
+def _after(
+    a: Adaptation,
+    config: Config,
+    prompts: Any,
+    target: Target,
+    stages: dict[str, Texts],
+    out: Path,
+    notes: Notes,
+) -> dict[str, Any]:
+    """Walk the new head over the same texts, and decode some prompts with both heads."""
+    head = str(out / "run" / "head")
+
+    def walk() -> dict[str, Any]:
+        stores = {kind: ActivationStore(out / "stale" / kind, target) for kind in prompts}
+        return _walked(target, head, stores, a, "Walking (adapted)")
+
+    stages["adapted"] = _read(notes.once("adapted", walk))
+    if not a.decoded:
+        return {}
+    names = {"stale": a.head, "adapted": head}
+
+    def measure() -> dict[str, Any]:
+        few = _decodable(a, config, prompts, target, out)
+        chosen = EvalConfig(
+            prompts=str(few), num_assistant_tokens=[a.num_assistant_tokens], decoders=["exact"],
+            max_new_tokens=config.data.max_new_tokens,
+        )  # fmt: skip
+        dtype, device = target.table.dtype, target.device
+        heads = {name: load_assistant(name, dtype, device) for name in names.values()}
+        report = run_evaluation(target, heads, chosen, out / "eval", resume=True)
+        return speedups(report, names)
+
+    return {"speedup": notes.once("decoding", measure)}
+
+
+def _decodable(a: Adaptation, config: Config, prompts: Any, target: Target, out: Path) -> Path:
+    """Write the held-out prompts of each kind that there is time to decode three times each."""
+    first = prompts["domain"][1][0]
+    ids = encode_prompt(first, target.tokenizer)
+    n = config.data.max_new_tokens
+    seconds = decode(target, ids, n).seconds  # plain: the longest of the three
+    there = DECODING * 60 * a.budget_minutes / (3 * seconds) / len(prompts)
+    rows = []
+    for kind, (_, held_out) in prompts.items():
+        for prompt in limit_evenly(held_out, max(2, min(a.decoded, int(there)))):
+            asked: dict[str, Any] = {"messages": prompt.question, "tools": prompt.tools}
+            if prompt.raw:
+                asked = {"text": prompt.text}
+            row = {"id": f"{kind}-{prompt.id}", "category": f"{kind}: {prompt.category}", **asked}
+            rows.append({key: value for key, value in row.items() if value is not None})
+    path = out / "decoded.jsonl"
+    write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def _write(
+    a: Adaptation,
+    config: Config,
+    stages: dict[str, Texts],
+    content: dict[str, Any],
+    out: Path,
+    notes: Notes,
+    command: list[str],
+) -> dict[str, Any]:
+    compared = compare_stages(stages)
+    content = {
+        "adaptation": SCHEMA,
+        "environment": environment(PartialState().device),
+        "command": shlex.join(command),
+        "target": {
+            **a.target.model_dump(mode="json"),
+            "name": served_name(a.target.name, a.target.adapters, a.target.quantization),
+        },
+        "head": a.head,
+        "num_assistant_tokens": a.num_assistant_tokens,
+        "general_share": a.general_share if a.general else 0.0,
+        **headline(compared),
+        **content,
+        "acceptance": compared,
+        "seconds": notes.seconds,
+        "training": notes.found.get("training"),
+    }
+    content["verdict"] = outcome(content) if "adapted" in stages else content["advice"]
+    write_atomically(out / "adapt.json", as_json(content))
+    write_atomically(out / "adapt.md", adaptation_markdown(content))
+    plot_adaptation(content, out / "adapt.png")
+    say(content["verdict"])
+    say(f"Written: {out / 'adapt.json'}, adapt.md, adapt.png")
+    return content
