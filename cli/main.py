@@ -5,6 +5,7 @@ with everything saved.
 """
 
 import argparse
+import logging
 import sys
 import traceback
 from importlib.metadata import version
@@ -23,6 +24,12 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     args = _parse(argv)
     try:
+        for chatty in (
+            "torchao",
+            "bitsandbytes",
+            "torch.utils._pytree",
+        ):  # at import, of what nobody asked for
+            logging.getLogger(chatty).setLevel(logging.ERROR)
         # Seconds of imports, so only after the arguments are known to be good; and the version
         # before the classes that another release may lack.
         from headstart.heads.versions import check_transformers

@@ -14,6 +14,7 @@ from headstart.data.store import bytes_per_token, read_index
 from headstart.heads.assistant import assistant_config
 from headstart.heads.export import load_assistant_config
 from headstart.heads.loading import load_target_config
+from headstart.heads.lora import add_lora
 from headstart.heads.published import published_config, published_head
 from headstart.heads.targets import SUPPORTED, source_layers
 
@@ -46,6 +47,9 @@ def plan(config: Config) -> dict[str, str]:
     trained = sum(p.numel() for p in assistant.parameters()) - shared
     if text.hidden_size < source.hidden_size and not config.head.warm:
         trained += source.hidden_size * text.hidden_size  # the projection of the low-rank tie
+    if config.head.lora is not None:
+        add_lora(assistant, config.head.lora)
+        trained = sum(p.numel() for p in assistant.parameters() if p.requires_grad)
     width = 2 if t.dtype == "bfloat16" else 4
     token = bytes_per_token(source, width, d.teacher_top_k, d.storage)
     each = c.batch_size * c.gradient_accumulation_steps

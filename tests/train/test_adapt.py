@@ -1,5 +1,6 @@
 """`headstart adapt` on a tiny Gemma 4 with KV-shared layers, an adapter and a clustered head."""
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -143,6 +144,31 @@ def test_a_head_that_lost_nothing_is_told_so() -> None:
     assert headline(compared)["recovered_share"] is None
     alone = compare_stages({"stale": {"domain": texts(3)}})
     assert "is not known (--base)" in advice(alone)
+
+
+def test_the_example_tunes_a_target_and_its_head_follows(
+    setting: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = importlib.util.spec_from_file_location(
+        "example", ROOT / "examples" / "tune_and_adapt.py"
+    )
+    assert spec is not None
+    assert spec.loader is not None
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    command = ["tune_and_adapt.py", "--target", "tiny-gemma4", "--head", str(setting[0])]
+    command += ["--steps", "3", "--batch", "2", "--out", str(tmp_path), "--budget", "5m"]
+    command += ["--held-out", "6", "--decoded", "0", *QUICK]
+    monkeypatch.setattr("sys.argv", command)
+    assert example.run() == 0
+    content = json.loads((tmp_path / "adapted" / "adapt.json").read_text())
+    assert content["reference_acceptance_length"] > 1
+    assert content["target"]["adapters"] == [str(tmp_path / "lora")]
+    tuned, unseen = (
+        {json.loads(line)["id"] for line in (tmp_path / name).read_text().splitlines()}
+        for name in ("math-tuned.jsonl", "math.jsonl")
+    )
+    assert not tuned & unseen
 
 
 def test_times_are_read() -> None:

@@ -1,0 +1,124 @@
+"""The whole story on two CPU cores: tune Gemma 3 270M with LoRA on one kind of work, then let the
+draft head that fitted it follow.
+
+    headstart train --config configs/gemma3-270m.yaml        # or any head of the plain target
+    python examples/tune_and_adapt.py --head runs/gemma3-270m/head --domain math --steps 100
+
+The tuning is the few lines of `tune`; yours comes from wherever you tune. What follows it is one
+command, which the script prints before it runs it.
+"""
+
+import argparse
+import json
+import shlex
+import sys
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, get_peft_model
+
+from headstart.cli.main import main
+from headstart.data.progress import progress_bar
+from headstart.data.prompts import load_prompts
+from headstart.data.templates import encode_conversation
+from headstart.heads.loading import load_target
+from headstart.heads.targets import Target
+
+PROMPTS = Path(__file__).resolve().parents[1] / "data" / "prompts" / "chat_train.jsonl"
+LONGEST = 384  # tokens of a conversation that is tuned on
+
+
+def write_domain(domain: str, out: Path) -> tuple[Path, Path]:
+    """The prompts of one category that have a response, each a source of its own: half to tune on,
+    half that the tuning does not see."""
+    rows = map(json.loads, PROMPTS.read_text(encoding="utf-8").splitlines())
+    kept = [row for row in rows if row["category"] == domain and row.get("response")]
+    if not kept:
+        raise SystemExit(f"{PROMPTS} has no responses of the category {domain}: try math or code")
+    keys = ("id", "category", "prompt", "response")
+    lines = [json.dumps({k: row[k] for k in keys}) + "\n" for row in kept]
+    tuned, unseen = out / f"{domain}-tuned.jsonl", out / f"{domain}.jsonl"
+    tuned.write_text("".join(lines[::2]))
+    unseen.write_text("".join(lines[1::2]))
+    return tuned, unseen
+
+
+def write_general(domain: str, out: Path) -> Path:
+    """The prompts of all other categories."""
+    rows = map(json.loads, PROMPTS.read_text(encoding="utf-8").splitlines())
+    keys = ("id", "category", "prompt")
+    kept = [{k: row[k] for k in keys} for row in rows if row["category"] != domain]
+    path = out / "general.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+    return path
+
+
+def tune(target: Target, texts: Path, steps: int, batch: int, rate: float, out: Path) -> None:
+    """LoRA on the linear layers of the target; the loss is on the responses alone."""
+    rows = [
+        (ids, spans)
+        for prompt in load_prompts(texts)
+        for ids, spans in [encode_conversation(prompt, target.tokenizer, target.eos_ids)]
+        if len(ids) <= LONGEST
+    ]
+    torch.manual_seed(0)
+    lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
+    model = get_peft_model(target.model, lora)
+    weights = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=rate, weight_decay=0.0)
+    with progress_bar() as bar:
+        task = bar.add_task("Tuning", total=steps, status="")
+        for step in range(steps):
+            optimizer.param_groups[0]["lr"] = rate * min(1.0, (step + 1) / 10) * (1 - step / steps)
+            loss = torch.zeros(())
+            drawn = torch.randint(len(rows), (batch,))
+            taught = sum(b - a for i in drawn for a, b in rows[i][1])
+            for i in drawn.tolist():
+                ids, spans = rows[i]
+                inputs = torch.tensor([ids], device=target.device)
+                hidden = model.base_model.model.model(inputs, use_cache=False).last_hidden_state[0]
+                where = [t for a, b in spans for t in range(a, b)]
+                logits = target.model.lm_head(hidden[[t - 1 for t in where]]).float()
+                part = torch.nn.functional.cross_entropy(logits, inputs[0, where], reduction="sum")
+                (part / taught).backward()
+                loss += part.detach().cpu() / taught
+            torch.nn.utils.clip_grad_norm_(weights, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            bar.update(task, advance=1, status=f"loss {loss:.3f}")
+    model.save_pretrained(str(out))
+
+
+def run() -> int:
+    """Tune, then adapt."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    add = parser.add_argument
+    add("--target", default="gemma3-270m")
+    add("--head", required=True, help="a draft head of the plain target")
+    add("--domain", default="math", help="category of data/prompts/chat_train.jsonl: math or code")
+    add("--steps", type=int, default=100, help="strength of the tuning (default 100)")
+    add("--batch", type=int, default=8)
+    add("--rate", type=float, default=3e-4)
+    add("--budget", default="20m", help="of the adaptation (default 20m)")
+    add("--out", type=Path, help="default runs/adapt-DOMAIN-STEPS")
+    args, rest = parser.parse_known_args()  # the rest goes to `headstart adapt`
+    out = args.out or Path(f"runs/adapt-{args.domain}-{args.steps}")
+    out.mkdir(parents=True, exist_ok=True)
+    (tuned, unseen), general = write_domain(args.domain, out), write_general(args.domain, out)
+    adapter = out / "lora"
+    if not (adapter / "adapter_model.safetensors").is_file():
+        tune(load_target(args.target), tuned, args.steps, args.batch, args.rate, adapter)
+    command = [
+        "adapt", "--target", args.target, "--adapter", str(adapter), "--head", args.head,
+        "--prompts", str(unseen), "--general", str(general), "--budget", args.budget,
+        "--out", str(out / "adapted"), *rest,
+    ]  # fmt: skip
+    print("$ headstart " + shlex.join(command), flush=True)
+    sys.argv = ["headstart", *command]
+    return main(command)
+
+
+if __name__ == "__main__":
+    sys.exit(run())
