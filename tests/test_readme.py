@@ -181,8 +181,9 @@ def test_the_figures_of_the_recipe_page_are_those_of_the_result_files() -> None:
     walked = ", ".join(f"{v['acceptance_length']:.2f}" for v in run["validations"])
     assert walked in page
     assert f"through the clusters\n{run['best']['acceptance_length']:.2f} ([reference.json]" in page
-    for trap in results("sweep-traps.json")["results"]:
-        assert f"| {trap['loss'][0]:.2f} | {beside_the_first(trap)} |" in page
+    for name in ("sweep-traps.json", "sweep-traps-clusters.json", "sweep-soft-cap.json"):
+        for trap in results(name)["results"]:
+            assert f"| {trap['loss'][0]:.2f} | {beside_the_first(trap)} |" in page
     base, *others = results("sweep-recipe.json")["results"]
     greedy, sampled = (f"{one['acceptance_length']:.3f}" for one in base["judged_on"].values())
     assert f"| {greedy} | | {sampled} | |" in page
