@@ -115,7 +115,7 @@ def test_a_difference_is_of_the_same_texts() -> None:
     first, second = summarise([run("a", 1), run("b", 2)], ["t"])
     one, other = first["judged_on"]["t"], second["judged_on"]["t"]
     assert one["acceptance_length"] == pytest.approx(1.45)
-    assert one["difference_interval"] == [0.0, 0.0]
+    assert one["difference_interval"] == (0.0, 0.0)
     assert other["difference"] == pytest.approx(0.45)
     low, high = other["difference_interval"]
     assert 0.3 < low < 0.45 < high < 0.6
