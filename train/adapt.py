@@ -7,7 +7,6 @@ notes.json when it is done, and the same command goes on where it stopped.
 import json
 import shlex
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -48,51 +47,11 @@ from headstart.heads.targets import Target
 from headstart.heads.tokens import Sampling
 from headstart.heads.unroll import DraftHead
 from headstart.train.loop import train
+from headstart.train.notes import Notes
 
 SCHEMA = 1
 ANSWERING = 0.35  # share of the time between both measurements in which the target answers
 DECODING = 0.12  # share of the budget that the decoding in the end may take
-
-
-class Notes:
-    """What an adaptation has found so far, in notes.json, with the seconds that each stage took.
-
-    Args:
-        path: of the file.
-        settings: that all of it stands for.
-
-    Raises:
-        ValueError: the file is of other settings.
-    """
-
-    def __init__(self, path: Path, settings: dict[str, Any]):
-        self.path = path
-        self.found: dict[str, Any] = {"settings": settings, "seconds": {}}
-        if path.is_file():
-            self.found = json.loads(path.read_text(encoding="utf-8"))
-        there = self.found["settings"]
-        for key in settings | there:
-            if settings.get(key) != there.get(key):
-                raise ValueError(
-                    f"{path.parent} holds an adaptation with {key}={there.get(key)}, now "
-                    f"{settings.get(key)}: give it back, or name another folder, --out DIR"
-                )
-
-    def once(self, stage: str, work: Callable[[], Any]) -> Any:
-        """What `work` returns (it must go into JSON); the first time it is done and noted."""
-        if stage not in self.found:
-            began = time.monotonic()
-            found = work()
-            self.found["seconds"][stage] = time.monotonic() - began
-            self.found[stage] = found
-            write_atomically(self.path, json.dumps(self.found) + "\n")
-        return self.found[stage]
-
-    @property
-    def seconds(self) -> dict[str, float]:
-        """Stage -> how long it took."""
-        seconds: dict[str, float] = self.found["seconds"]
-        return seconds
 
 
 def adapt(
@@ -179,14 +138,29 @@ def _before(
         if served is None:
             continue
 
-        def measure(served: TargetConfig = served, stage: str = stage) -> Any:
-            target = open_target(served, device)
+        def measure(served: TargetConfig = served, stage: str = stage) -> dict[str, Any]:
+            target = _opened(served, stage, device)
+            began = time.monotonic()
             held_out = {kind: own for kind, (_, own) in prompts.items()}
             stores = _answers(target, held_out, config, out / stage)
-            return _walked(target, a.head, stores, a, f"Walking ({stage})")
+            answering = time.monotonic() - began
+            texts = _walked(target, a.head, stores, a, f"Walking ({stage})")
+            return {"texts": texts, "answering": answering}
 
-        stages[stage] = _read(notes.once(stage, measure))
+        stages[stage] = _read(notes.once(stage, measure)["texts"])
     return stages
+
+
+def _opened(served: TargetConfig, stage: str, device: Any) -> Target:
+    try:
+        return open_target(served, device)
+    except ValueError as error:
+        if stage == "stale":
+            raise
+        raise ValueError(
+            f"{error}. It was taken for the target that the head was trained for: name that one, "
+            "--base NAME"
+        ) from error
 
 
 def _answers(
@@ -225,8 +199,9 @@ def _answer_and_train(
     def conversations() -> int:
         if d.num_conversations is not None:
             return d.num_conversations
-        # Answering and walking the held-out prompts took `stale`; a batch of answers is as long.
-        each = notes.seconds["stale"] / held_out
+        # After a stop in that stage, answering took less time than it would have.
+        answering = max(notes.found["stale"]["answering"], notes.seconds["stale"] / 2)
+        each = answering / held_out
         left = _left(a, notes)
         if left < 60:
             raise ValueError(
