@@ -5,7 +5,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from headstart.cli.arguments import add_target_arguments, count, default_device, target_config
+from headstart.cli.arguments import (
+    add_target_arguments,
+    count,
+    default_device,
+    natural,
+    target_config,
+)
 
 
 def add_adapt_command(commands: Any) -> None:
@@ -60,7 +66,7 @@ def add_adapt_command(commands: Any) -> None:
         help="draft length at which the head is measured (default 4)",
     )  # fmt: skip
     add(
-        "--decoded", type=int, default=8, metavar="N",
+        "--decoded", type=natural, default=8, metavar="N",
         help="held-out prompts of each kind that are decoded in the end for the speedup, as far as "
         "time allows (default 8; 0: none)",
     )  # fmt: skip

@@ -13,6 +13,14 @@ def count(text: str) -> int:
     return value
 
 
+def natural(text: str) -> int:
+    """For argparse: a whole number, 0 or more."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{value} is below 0")
+    return value
+
+
 def counts(text: str) -> list[int]:
     """For argparse: `2,4`."""
     return [count(part) for part in text.split(",")]
@@ -26,6 +34,15 @@ def decoders(text: str) -> list[str]:
     if odd := [name for name in names if name not in known]:
         raise argparse.ArgumentTypeError(f"{odd[0]!r} is none of {', '.join(known)}")
     return names
+
+
+def quantization(text: str) -> str:
+    """For argparse: one that a target can have."""
+    from headstart.configs.schema import Quantization
+
+    if text not in get_args(Quantization):
+        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(get_args(Quantization))}")
+    return text
 
 
 def numbers(text: str) -> list[float]:
@@ -52,8 +69,8 @@ def add_target_arguments(parser: argparse.ArgumentParser) -> None:
         help="leave adapters beside the weights, in place of adding them",
     )  # fmt: skip
     parser.add_argument(
-        "--quantization", choices=("torchao-int8", "bnb-int8", "bnb-nf4"),
-        help="of the target's layers, as it is served",
+        "--quantization", type=quantization, metavar="NAME",
+        help="of the target's layers, as it is served: torchao-int8, bnb-int8 or bnb-nf4",
     )  # fmt: skip
     parser.add_argument("--revision", help="Hub revision of the target")
     parser.add_argument("--trust-remote-code", action="store_true", help="run code of the target's")

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from headstart.cli.arguments import add_config_arguments, count, default_device
+from headstart.cli.arguments import add_config_arguments, count, default_device, natural
 
 
 def add_heads_commands(commands: Any) -> None:
@@ -47,7 +47,7 @@ def add_heads_commands(commands: Any) -> None:
     )
     order.add_argument(
         "--steps",
-        type=int,
+        type=natural,
         default=500,
         metavar="N",
         help="of learning (default 500); 0 with --rebuild: centroids are the means of the clusters",

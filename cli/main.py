@@ -24,11 +24,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     args = _parse(argv)
     try:
-        for chatty in (
-            "torchao",
-            "bitsandbytes",
-            "torch.utils._pytree",
-        ):  # at import, of what nobody asked for
+        for chatty in ("torchao", "bitsandbytes", "torch.utils._pytree"):
+            # They warn at import, of what nobody asked for.
             logging.getLogger(chatty).setLevel(logging.ERROR)
         # Seconds of imports, so only after the arguments are known to be good; and the version
         # before the classes that another release may lack.

@@ -113,8 +113,8 @@ def outcome(content: dict[str, Any]) -> str:
         text += f"; on general prompts {content['general_change_share']:+.0%} accepted tokens"
     if low <= 0:
         text += ". Chance may explain the gain: keep the head that you have, or give it more time"
-    speeds = content.get("speedup", {}).get("domain")
-    if speeds:
+    if content.get("speedup"):
+        speeds = content["speedup"]["domain"]
         told = [
             f"{speeds[s]['speedup']:.2f} ({speeds[s]['interval'][0]:.2f} to "
             f"{speeds[s]['interval'][1]:.2f})"

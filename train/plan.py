@@ -47,9 +47,14 @@ def plan(config: Config) -> dict[str, str]:
     trained = sum(p.numel() for p in assistant.parameters()) - shared
     if text.hidden_size < source.hidden_size and not config.head.warm:
         trained += source.hidden_size * text.hidden_size  # the projection of the low-rank tie
+    frozen = 0
     if config.head.lora is not None:
         add_lora(assistant, config.head.lora)
-        trained = sum(p.numel() for p in assistant.parameters() if p.requires_grad)
+        frozen, trained = trained, sum(p.numel() for p in assistant.parameters() if p.requires_grad)
+    elif parts := config.head.trains:
+        named = assistant.named_parameters()
+        chosen = sum(p.numel() for name, p in named if any(part in name for part in parts))
+        frozen, trained = trained - chosen, chosen
     width = 2 if t.dtype == "bfloat16" else 4
     token = bytes_per_token(source, width, d.teacher_top_k, d.storage)
     each = c.batch_size * c.gradient_accumulation_steps
@@ -72,12 +77,12 @@ def plan(config: Config) -> dict[str, str]:
         if config.head.warm
         else "none: low-rank tie, materialised when saved",
         **_plan_clusters(head),
-        **_plan_memory(whole, width, trained * TRAINING_BYTES),
+        **_plan_memory(whole, width, trained * TRAINING_BYTES + frozen * 4),
         **_plan_data(d, token),
         "rows a step": f"{rows:,} a process, {rows + later * (c.rounds - 1):,} drafts in "
         f"{c.rounds} rounds",
         "steps": f"{c.steps:,} ({c.steps * rows:,} rows in all)",
-        **_plan_step(c, source, trained, rows, rows + later * (c.rounds - 1)),
+        **_plan_step(c, source, trained + frozen, rows, rows + later * (c.rounds - 1)),
     }
 
 

@@ -60,3 +60,17 @@ def test_so_has_its_warm_start_from_the_published_assistant(path: Path) -> None:
 def test_a_checkpoint_of_somebody_else_is_not_taken_for_a_published_one() -> None:
     assert published_config("ORG/gemma-4-E2B-it") is None
     assert published_config("google/gemma-4-E2B-it-assistant") is None
+
+
+def test_an_adapter_is_what_a_plan_says_is_trained() -> None:
+    """Rank times the sum of both sides of each layer; the frozen rest is held all the same."""
+    start = ["head.start=google/gemma-4-E4B-it-assistant"]
+    (path,) = (one for one in RECIPES if one.stem == "gemma4-e4b")
+    whole = plan(load_config(path, start))
+    one, two = (plan(load_config(path, [*start, f"head.lora={{rank: {r}}}"])) for r in (8, 16))
+    small, large = (int(p["parameters trained"].replace(",", "")) for p in (one, two))
+    assert large == 2 * small
+    assert small < int(whole["parameters trained"].replace(",", "")) / 10
+    assert one["head in training"] != two["head in training"]
+    parts = plan(load_config(path, [*start, "head.trains=[pre_projection]"]))
+    assert int(parts["parameters trained"].replace(",", "")) == 2 * 2560 * 256
