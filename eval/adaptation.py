@@ -57,8 +57,10 @@ def _difference(before: Sequence[Walked], after: Sequence[Walked]) -> dict[str, 
 def headline(compared: dict[str, Any]) -> dict[str, Any]:
     """The figures that an adaptation is judged by; None where they were not measured.
 
-    `recovered_share`: of the accepted tokens that the domain lost, those that came back.
-    `general_change_share`: accepted tokens on general prompts after, over those before, less one.
+    `recovered_share`: of the accepted tokens that the domain lost, those that came back; and the
+    same where each stage counts its texts without loops alone, since a target that loops flatters
+    the head that it had. `general_change_share`: accepted tokens on general prompts after, over
+    those before, less one.
     """
     domain = compared["domain"]
     lengths = {
@@ -67,16 +69,26 @@ def headline(compared: dict[str, Any]) -> dict[str, Any]:
         else None
         for stage in STAGES
     }
-    recovered = change = None
-    if "reference" in domain and "adapted" in domain:
-        lost = -domain["lost"]["difference"]
-        recovered = domain["gained"]["difference"] / lost if lost > 0 else None
+    change = None
     if "general" in compared and "adapted" in compared["general"]:
         before, after = (
             compared["general"][stage]["acceptance_length"] - 1 for stage in ("stale", "adapted")
         )
         change = after / before - 1 if before > 0 else None
-    return lengths | {"recovered_share": recovered, "general_change_share": change}
+    return lengths | {
+        "recovered_share": _recovered(domain, "acceptance_length"),
+        "recovered_share_without_loops": _recovered(domain, "acceptance_length_without_loops"),
+        "general_change_share": change,
+    }
+
+
+def _recovered(domain: dict[str, Any], name: str) -> float | None:
+    """None: a stage is missing, or nothing was lost."""
+    reference, stale, adapted = (domain[s].get(name) if s in domain else None for s in STAGES)
+    if reference is None or stale is None or adapted is None or reference <= stale:
+        return None
+    recovered: float = (adapted - stale) / (reference - stale)
+    return recovered
 
 
 def advice(compared: dict[str, Any]) -> str:
@@ -96,6 +108,20 @@ def advice(compared: dict[str, Any]) -> str:
     return (
         f"{now}, and at {_length(domain['reference'])} on its own target: it lost {share:.0%} of "
         f"its accepted tokens ({lost:+.2f}, {low:+.2f} to {high:+.2f}). Adapting it is worth it."
+        + _loops(domain)
+    )
+
+
+def _loops(domain: dict[str, Any]) -> str:
+    """What to say where the plain target's texts loop more than the tuned one's."""
+    reference, stale = domain["reference"], domain["stale"]
+    if reference["looping_share"] - stale["looping_share"] < 0.1:
+        return ""
+    without = reference["acceptance_length_without_loops"]
+    return (
+        f" But {reference['looping_share']:.0%} of that target's texts end in a loop, which "
+        f"flatters drafts ({stale['looping_share']:.0%} here)"
+        + (f"; without them it had {without:.2f}." if without else ".")
     )
 
 
@@ -109,6 +135,9 @@ def outcome(content: dict[str, Any]) -> str:
     )
     if content["recovered_share"] is not None:
         text += f", {content['recovered_share']:.0%} of what was lost"
+        straight = content["recovered_share_without_loops"]
+        if straight is not None and _loops(domain):
+            text += f" ({straight:.0%} where looping texts are left out)"
     if content["general_change_share"] is not None:
         text += f"; on general prompts {content['general_change_share']:+.0%} accepted tokens"
     if low <= 0:

@@ -14,6 +14,7 @@ from headstart.data.store import ActivationStore
 from headstart.eval.acceptance import AcceptanceCounts, zero_counts
 from headstart.eval.simulate import simulate_acceptance
 from headstart.eval.statistics import interval, resampled
+from headstart.eval.verdict import ends_in_loop
 from headstart.heads.targets import Target
 from headstart.heads.unroll import DraftHead
 
@@ -25,17 +26,20 @@ class Walked:
     id: str
     category: str
     counts: AcceptanceCounts
+    loops: bool
+    """Whether what the target wrote ends in a loop, which flatters drafts of any kind."""
 
     @classmethod
     def read(cls, row: dict[str, Any]) -> "Walked":
         """Of what `row` gave."""
         reached, accepted = tuple(row["reached"]), tuple(row["accepted"])
         counts = AcceptanceCounts(row["rounds"], row["drafted"], reached, accepted)
-        return cls(row["id"], row["category"], counts)
+        return cls(row["id"], row["category"], counts, row["loops"])
 
     def row(self) -> dict[str, Any]:
         """For JSON."""
-        return {"id": self.id, "category": self.category} | asdict(self.counts)
+        own = {"id": self.id, "category": self.category, "loops": self.loops}
+        return own | asdict(self.counts)
 
 
 def walk_texts(
@@ -62,7 +66,9 @@ def walk_texts(
             for i, entry in enumerate(store.entries):
                 counts = simulate_acceptance(head, target, store, k, [i]).acceptance
                 if counts.rounds:
-                    found[name].append(Walked(entry.id, entry.category, counts))
+                    [text] = store.read([i])
+                    loops = ends_in_loop(text.ids[text.loss_mask].tolist())
+                    found[name].append(Walked(entry.id, entry.category, counts, loops))
                 bar.update(task, advance=1)
     return found
 
@@ -84,13 +90,19 @@ def total_counts(texts: Sequence[Walked]) -> AcceptanceCounts:
 
 
 def describe_walked(texts: Sequence[Walked]) -> dict[str, Any]:
-    """Acceptance length with its 95% interval, conditional acceptance, and each category's."""
+    """Acceptance length with its 95% interval, without looping texts (None: all loop), conditional
+    acceptance, and each category's."""
+    straight = [text for text in texts if not text.loops]
     categories = sorted({text.category for text in texts})
     of_category = {c: [text for text in texts if text.category == c] for c in categories}
     draws = length_draws(texts)
     return {
         "acceptance_length": float(draws[0]),
         "acceptance_length_interval": interval(draws),
+        "looping_share": 1 - len(straight) / len(texts),
+        "acceptance_length_without_loops": total_counts(straight).acceptance_length
+        if straight
+        else None,
         "conditional_acceptance_rate": total_counts(texts).conditional_acceptance_rate,
         "texts": len(texts),
         "rounds": total_counts(texts).rounds,

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
+from torch.nn.utils.rnn import pad_sequence
 
 from headstart.cli.main import main
 from headstart.data.progress import progress_bar
@@ -25,7 +26,7 @@ from headstart.heads.loading import load_target
 from headstart.heads.targets import Target
 
 PROMPTS = Path(__file__).resolve().parents[1] / "data" / "prompts" / "chat_train.jsonl"
-LONGEST = 384  # tokens of a conversation that is tuned on
+LONGEST = 256  # tokens of a conversation that is tuned on
 
 
 def write_domain(domain: str, out: Path) -> tuple[Path, Path]:
@@ -70,18 +71,15 @@ def tune(target: Target, texts: Path, steps: int, batch: int, rate: float, out: 
         task = bar.add_task("Tuning", total=steps, status="")
         for step in range(steps):
             optimizer.param_groups[0]["lr"] = rate * min(1.0, (step + 1) / 10) * (1 - step / steps)
-            loss = torch.zeros(())
-            drawn = torch.randint(len(rows), (batch,))
-            taught = sum(b - a for i in drawn for a, b in rows[i][1])
-            for i in drawn.tolist():
-                ids, spans = rows[i]
-                inputs = torch.tensor([ids], device=target.device)
-                hidden = model.base_model.model.model(inputs, use_cache=False).last_hidden_state[0]
-                where = [t for a, b in spans for t in range(a, b)]
-                logits = target.model.lm_head(hidden[[t - 1 for t in where]]).float()
-                part = torch.nn.functional.cross_entropy(logits, inputs[0, where], reduction="sum")
-                (part / taught).backward()
-                loss += part.detach().cpu() / taught
+            ids, spans = zip(*(rows[i] for i in torch.randint(len(rows), (batch,))), strict=True)
+            # Padding comes last, where nothing that is taught can see it.
+            inputs = pad_sequence([torch.tensor(row) for row in ids], True).to(target.device)
+            hidden = model.base_model.model.model(inputs, use_cache=False).last_hidden_state
+            taught = [(row, t) for row in range(batch) for a, b in spans[row] for t in range(a, b)]
+            row, t = torch.tensor(taught, device=target.device).T
+            logits = target.model.lm_head(hidden[row, t - 1]).float()
+            loss = torch.nn.functional.cross_entropy(logits, inputs[row, t])
+            loss.backward()
             torch.nn.utils.clip_grad_norm_(weights, 1.0)
             optimizer.step()
             optimizer.zero_grad()
@@ -99,7 +97,7 @@ def run() -> int:
     add("--head", required=True, help="a draft head of the plain target")
     add("--domain", default="math", help="category of data/prompts/chat_train.jsonl: math or code")
     add("--steps", type=int, default=100, help="strength of the tuning (default 100)")
-    add("--batch", type=int, default=8)
+    add("--batch", type=int, default=4)
     add("--rate", type=float, default=3e-4)
     add("--budget", default="20m", help="of the adaptation (default 20m)")
     add("--out", type=Path, help="default runs/adapt-DOMAIN-STEPS")
