@@ -5,7 +5,7 @@ draft head that fitted it follow.
     python examples/tune_and_adapt.py --head runs/gemma3-270m/head --domain math --steps 100
 
 The tuning is the few lines of `tune`; yours comes from wherever you tune. What follows it is one
-command, which the script prints before it runs it.
+command, which the script prints before it runs it. The figures are in OUT/OUT.json in the end.
 """
 
 import argparse
@@ -99,14 +99,15 @@ def run() -> int:
     add("--steps", type=int, default=100, help="strength of the tuning (default 100)")
     add("--batch", type=int, default=4)
     add("--rate", type=float, default=3e-4)
+    add("--tuned", type=Path, metavar="ADAPTER", help="of an earlier run, in place of tuning")
     add("--budget", default="20m", help="of the adaptation (default 20m)")
     add("--out", type=Path, help="default runs/adapt-DOMAIN-STEPS")
     args, rest = parser.parse_known_args()  # the rest goes to `headstart adapt`
     out = args.out or Path(f"runs/adapt-{args.domain}-{args.steps}")
     out.mkdir(parents=True, exist_ok=True)
     (tuned, unseen), general = write_domain(args.domain, out), write_general(args.domain, out)
-    adapter = out / "lora"
-    if not (adapter / "adapter_model.safetensors").is_file():
+    adapter = args.tuned or out / "lora"
+    if args.tuned is None and not (adapter / "adapter_model.safetensors").is_file():
         tune(load_target(args.target), tuned, args.steps, args.batch, args.rate, adapter)
     command = [
         "adapt", "--target", args.target, "--adapter", str(adapter), "--head", args.head,
@@ -114,8 +115,14 @@ def run() -> int:
         "--out", str(out / "adapted"), *rest,
     ]  # fmt: skip
     print("$ headstart " + shlex.join(command), flush=True)
-    sys.argv = ["headstart", *command]
-    return main(command)
+    ran, sys.argv = shlex.join(["python", *sys.argv]), ["headstart", *command]
+    if (code := main(command)) == 0:
+        content = json.loads((out / "adapted" / "adapt.json").read_text(encoding="utf-8"))
+        tuning = {name: getattr(args, name) for name in ("domain", "steps", "batch", "rate")}
+        content |= {"tuning": tuning, "commands": [ran, content.pop("command")]}
+        (out / f"{out.name}.json").write_text(json.dumps(content, indent=1) + "\n")
+        print(f"Written: {out / f'{out.name}.json'}")
+    return code
 
 
 if __name__ == "__main__":

@@ -179,6 +179,9 @@ def test_the_example_tunes_a_target_and_its_head_follows(
     content = json.loads((tmp_path / "adapted" / "adapt.json").read_text())
     assert content["reference_acceptance_length"] > 1
     assert content["target"]["adapters"] == [str(tmp_path / "lora")]
+    result = json.loads((tmp_path / f"{tmp_path.name}.json").read_text())
+    assert result["stale_acceptance_length"] == content["stale_acceptance_length"]
+    assert [line.split()[1] for line in result["commands"]] == ["tune_and_adapt.py", "adapt"]
     tuned, unseen = (
         {json.loads(line)["id"] for line in (tmp_path / name).read_text().splitlines()}
         for name in ("math-tuned.jsonl", "math.jsonl")
