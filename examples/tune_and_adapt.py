@@ -30,18 +30,21 @@ LONGEST = 256  # tokens of a conversation that is tuned on
 
 
 def write_domain(domain: str, out: Path) -> tuple[Path, Path]:
-    """The prompts of one category that have a response, each a source of its own: half to tune on,
-    half that the tuning does not see."""
-    rows = map(json.loads, PROMPTS.read_text(encoding="utf-8").splitlines())
-    kept = [row for row in rows if row["category"] == domain and row.get("response")]
-    if not kept:
+    """The prompts of one category: half of those that have a response to tune on, and all that the
+    tuning does not see, which need none."""
+    rows = list(map(json.loads, PROMPTS.read_text(encoding="utf-8").splitlines()))
+    kept = [row for row in rows if row["category"] == domain]
+    tuned = [row for row in kept if row.get("response")][::2]
+    if not tuned:
         raise SystemExit(f"{PROMPTS} has no responses of the category {domain}: try math or code")
-    keys = ("id", "category", "prompt", "response")
-    lines = [json.dumps({k: row[k] for k in keys}) + "\n" for row in kept]
-    tuned, unseen = out / f"{domain}-tuned.jsonl", out / f"{domain}.jsonl"
-    tuned.write_text("".join(lines[::2]))
-    unseen.write_text("".join(lines[1::2]))
-    return tuned, unseen
+    seen = {row["id"] for row in tuned}
+    unseen = [row for row in kept if row["id"] not in seen]
+    paths = out / f"{domain}-tuned.jsonl", out / f"{domain}.jsonl"
+    for path, own in zip(paths, (tuned, unseen), strict=True):
+        keys = ("id", "category", "prompt", "response")
+        lines = [json.dumps({k: row[k] for k in keys if k in row}) + "\n" for row in own]
+        path.write_text("".join(lines))
+    return paths
 
 
 def write_general(domain: str, out: Path) -> Path:

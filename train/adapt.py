@@ -50,7 +50,7 @@ from headstart.train.loop import train
 from headstart.train.notes import Notes
 
 SCHEMA = 1
-ANSWERING = 0.35  # share of the time between both measurements in which the target answers
+ANSWERING = 0.6  # share of the time between both measurements in which the target answers
 DECODING = 0.12  # share of the budget that the decoding in the end may take
 
 
@@ -244,9 +244,11 @@ def _train(config: Config, minutes: float) -> dict[str, Any]:
 
 
 def _left(a: Adaptation, notes: Notes) -> float:
-    """Seconds of the budget that are not spent, and not needed to measure again."""
-    again = notes.seconds["stale"] / 2 + DECODING * 60 * a.budget_minutes * bool(a.decoded)
-    return 60 * a.budget_minutes - sum(notes.seconds.values()) - again
+    """Seconds of the budget that are not spent, and not needed to load and validate around the
+    training or to measure after it."""
+    walking = 1.5 * notes.seconds["stale"]
+    decoding = DECODING * 60 * a.budget_minutes * bool(a.decoded)
+    return 60 * a.budget_minutes - sum(notes.seconds.values()) - walking - decoding
 
 
 def _measure_again(
@@ -280,8 +282,8 @@ def _measure_again(
 
 
 def _decodable(a: Adaptation, config: Config, prompts: Any, target: Target, out: Path) -> Path:
-    """Write the held-out prompts of each kind that there is time to decode three times each; after
-    a stop they stay."""
+    """Write the held-out prompts of each kind that there is time to decode three times each, and
+    half as long again for what a decoder measures first; after a stop they stay."""
     path = out / "decoded.jsonl"
     if path.is_file():
         return path
@@ -289,7 +291,7 @@ def _decodable(a: Adaptation, config: Config, prompts: Any, target: Target, out:
     ids = encode_prompt(first, target.tokenizer)
     n = config.data.max_new_tokens
     seconds = decode(target, ids, n).seconds  # plain: the longest of the three
-    there = DECODING * 60 * a.budget_minutes / (3 * seconds) / len(prompts)
+    there = DECODING * 60 * a.budget_minutes / (4.5 * seconds) / len(prompts)
     rows = []
     for kind, (_, held_out) in prompts.items():
         for prompt in limit_evenly(held_out, max(2, min(a.decoded, int(there)))):
