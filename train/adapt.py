@@ -271,6 +271,7 @@ def _measure_again(
             num_assistant_tokens=[a.num_assistant_tokens],
             decoders=["exact"],
             max_new_tokens=config.data.max_new_tokens,
+            exact_limit=0,
         )
         dtype = target.table.dtype
         heads = {name: load_assistant(name, dtype, target.device) for name in names.values()}
