@@ -214,7 +214,7 @@ def adaptation_markdown(content: dict[str, Any]) -> str:
             lines.append(f"| {kind}, {one['stale']['prompts']} prompts | {' | '.join(cells)} |")
         lines.append("")
     took = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in content["seconds"].items())
-    lines += [f"Time: {took}.", "", "```sh", content["command"], "```", ""]
+    lines += [f"Time: {took}.", "", "```sh", *content["commands"], "```", ""]
     return "\n".join(lines)
 
 

@@ -122,7 +122,7 @@ def run() -> int:
     if (code := main(command)) == 0:
         content = json.loads((out / "adapted" / "adapt.json").read_text(encoding="utf-8"))
         tuning = {name: getattr(args, name) for name in ("domain", "steps", "batch", "rate")}
-        content |= {"tuning": tuning, "commands": [ran, content.pop("command")]}
+        content |= {"tuning": tuning, "commands": [ran, *content["commands"]]}
         (out / f"{out.name}.json").write_text(json.dumps(content, indent=1) + "\n")
         print(f"Written: {out / f'{out.name}.json'}")
     return code

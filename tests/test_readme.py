@@ -209,15 +209,14 @@ def adapted_row(name: str, r: dict[str, Any]) -> str:
     found = r["acceptance"]["domain"]
     cells = [f"[{name}](results/adapt-{name}.json)"]
     for stage in ("reference", "stale", "adapted"):
-        if stage in found:
-            whole, straight = (
-                found[stage][f"acceptance_length{end}"] for end in ("", "_without_loops")
-            )
-            cells.append(f"{whole:.2f} ({straight:.2f})")
-        else:
-            cells.append("")
-    cells.append(f"{r['recovered_share']:.0%} ({r['recovered_share_without_loops']:.0%})")
-    cells.append(f"{r['general_change_share']:+.0%}")
+        whole, straight = (
+            found[stage][f"acceptance_length{end}"] for end in ("", "_without_loops")
+        )
+        cells.append(f"{whole:.2f} ({straight:.2f})")
+    recovered, straight = r["recovered_share"], r["recovered_share_without_loops"]
+    cells.append("" if recovered is None else f"{recovered:.0%} ({straight:.0%})")
+    change = r["general_change_share"]
+    cells.append("" if change is None else f"{change:+.0%}")
     speeds = r["speedup"]["domain"]
     cells += [f"{speeds[s]['speedup']:.2f}" for s in ("stale", "adapted")]
     return f"| {' | '.join(cells)} |"

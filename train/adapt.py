@@ -50,7 +50,7 @@ from headstart.train.loop import train
 from headstart.train.notes import Notes
 
 SCHEMA = 1
-ANSWERING = 0.6  # share of the time between both measurements in which the target answers
+ANSWERING = 0.5  # share of the time between both measurements in which the target answers
 DECODING = 0.12  # share of the budget that the decoding in the end may take
 
 
@@ -317,7 +317,7 @@ def _write(
     content = {
         "adaptation": SCHEMA,
         "environment": environment(PartialState().device),
-        "command": shlex.join(command),
+        "commands": [shlex.join(command)],
         "target": {
             **a.target.model_dump(mode="json"),
             "name": served_name(a.target.name, a.target.adapters, a.target.quantization),
