@@ -26,15 +26,16 @@ class Walked:
     id: str
     category: str
     counts: AcceptanceCounts
-    loops: bool
-    """Whether what the target wrote ends in a loop, which flatters drafts of any kind."""
+    loops: bool | None
+    """Whether what the target wrote ends in a loop, which flatters drafts of any kind. None: not
+    known, of a text that an earlier version walked."""
 
     @classmethod
     def read(cls, row: dict[str, Any]) -> "Walked":
         """Of what `row` gave."""
         reached, accepted = tuple(row["reached"]), tuple(row["accepted"])
         counts = AcceptanceCounts(row["rounds"], row["drafted"], reached, accepted)
-        return cls(row["id"], row["category"], counts, row["loops"])
+        return cls(row["id"], row["category"], counts, row.get("loops"))
 
     def row(self) -> dict[str, Any]:
         """For JSON."""

@@ -29,32 +29,26 @@ PROMPTS = Path(__file__).resolve().parents[1] / "data" / "prompts" / "chat_train
 LONGEST = 256  # tokens of a conversation that is tuned on
 
 
-def write_domain(domain: str, out: Path) -> tuple[Path, Path]:
-    """The prompts of one category: half of those that have a response to tune on, and all that the
-    tuning does not see, which need none."""
+def write_prompts(domain: str, out: Path) -> tuple[Path, Path, Path]:
+    """Half of the domain's prompts that have a response, to tune on; all others of the domain, and
+    all of other domains, which need none."""
     rows = list(map(json.loads, PROMPTS.read_text(encoding="utf-8").splitlines()))
-    kept = [row for row in rows if row["category"] == domain]
-    tuned = [row for row in kept if row.get("response")][::2]
+    own = [row for row in rows if row["category"] == domain]
+    tuned = [row for row in own if row.get("response")][::2]
     if not tuned:
         raise SystemExit(f"{PROMPTS} has no responses of the category {domain}: try math or code")
     seen = {row["id"] for row in tuned}
-    unseen = [row for row in kept if row["id"] not in seen]
-    paths = out / f"{domain}-tuned.jsonl", out / f"{domain}.jsonl"
-    for path, own in zip(paths, (tuned, unseen), strict=True):
-        keys = ("id", "category", "prompt", "response")
-        lines = [json.dumps({k: row[k] for k in keys if k in row}) + "\n" for row in own]
-        path.write_text("".join(lines))
-    return paths
-
-
-def write_general(domain: str, out: Path) -> Path:
-    """The prompts of all other categories."""
-    rows = map(json.loads, PROMPTS.read_text(encoding="utf-8").splitlines())
-    keys = ("id", "category", "prompt")
-    kept = [{k: row[k] for k in keys} for row in rows if row["category"] != domain]
-    path = out / "general.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in kept))
-    return path
+    parts = {
+        f"{domain}-tuned": tuned,
+        domain: [row for row in own if row["id"] not in seen],
+        "general": [row for row in rows if row["category"] != domain],
+    }
+    for name, part in parts.items():
+        keys = ("id", "category", "prompt", "response")  # each is a source of its own
+        lines = [json.dumps({k: row[k] for k in keys if k in row}) + "\n" for row in part]
+        (out / f"{name}.jsonl").write_text("".join(lines))
+    tuned_on, unseen, general = (out / f"{name}.jsonl" for name in parts)
+    return tuned_on, unseen, general
 
 
 def tune(target: Target, texts: Path, steps: int, batch: int, rate: float, out: Path) -> None:
@@ -100,18 +94,24 @@ def run() -> int:
     add("--head", required=True, help="a draft head of the plain target")
     add("--domain", default="math", help="category of data/prompts/chat_train.jsonl: math or code")
     add("--steps", type=int, default=100, help="strength of the tuning (default 100)")
-    add("--batch", type=int, default=4)
-    add("--rate", type=float, default=3e-4)
+    add("--batch", type=int, default=4, help="conversations a step of it (default 4)")
+    add("--rate", type=float, default=3e-4, help="learning rate of it (default 3e-4)")
     add("--tuned", type=Path, metavar="ADAPTER", help="of an earlier run, in place of tuning")
     add("--budget", default="20m", help="of the adaptation (default 20m)")
     add("--out", type=Path, help="default runs/adapt-DOMAIN-STEPS")
     args, rest = parser.parse_known_args()  # the rest goes to `headstart adapt`
     out = args.out or Path(f"runs/adapt-{args.domain}-{args.steps}")
     out.mkdir(parents=True, exist_ok=True)
-    (tuned, unseen), general = write_domain(args.domain, out), write_general(args.domain, out)
+    tuned_on, unseen, general = write_prompts(args.domain, out)
     adapter = args.tuned or out / "lora"
-    if args.tuned is None and not (adapter / "adapter_model.safetensors").is_file():
-        tune(load_target(args.target), tuned, args.steps, args.batch, args.rate, adapter)
+    note = adapter / "tuning.json"
+    if args.tuned is None:
+        tuning = {name: getattr(args, name) for name in ("domain", "steps", "batch", "rate")}
+        if not note.is_file():
+            tune(load_target(args.target), tuned_on, args.steps, args.batch, args.rate, adapter)
+            note.write_text(json.dumps(tuning))
+        elif (there := json.loads(note.read_text())) != tuning:
+            raise SystemExit(f"{adapter} was tuned with {there}, now {tuning}: name another --out")
     command = [
         "adapt", "--target", args.target, "--adapter", str(adapter), "--head", args.head,
         "--prompts", str(unseen), "--general", str(general), "--budget", args.budget,
@@ -121,7 +121,7 @@ def run() -> int:
     ran, sys.argv = shlex.join(["python", *sys.argv]), ["headstart", *command]
     if (code := main(command)) == 0:
         content = json.loads((out / "adapted" / "adapt.json").read_text(encoding="utf-8"))
-        tuning = {name: getattr(args, name) for name in ("domain", "steps", "batch", "rate")}
+        tuning = json.loads(note.read_text()) if note.is_file() else None
         content |= {"tuning": tuning, "commands": [ran, *content["commands"]]}
         (out / f"{out.name}.json").write_text(json.dumps(content, indent=1) + "\n")
         print(f"Written: {out / f'{out.name}.json'}")

@@ -6,7 +6,6 @@ notes.json when it is done, and the same command goes on where it stopped.
 
 import json
 import shlex
-import time
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +14,13 @@ from accelerate import PartialState
 
 from headstart.configs.adapt import DEFAULTS, Adaptation
 from headstart.configs.loader import load_config
-from headstart.configs.schema import Config, EvalConfig, TargetConfig
+from headstart.configs.schema import Config
 from headstart.data.contamination import remove_contaminated
 from headstart.data.jobs import make_jobs
 from headstart.data.prepare import deal_sampling
 from headstart.data.progress import say
-from headstart.data.prompts import Prompt, deal, limit_evenly, load_prompts, split_by_source
+from headstart.data.prompts import Prompt, deal, load_prompts, split_by_source
 from headstart.data.regenerate import regenerate
-from headstart.data.store import ActivationStore
-from headstart.data.templates import encode_prompt
 from headstart.eval.adaptation import (
     Texts,
     adaptation_markdown,
@@ -32,26 +29,19 @@ from headstart.eval.adaptation import (
     headline,
     outcome,
     plot_adaptation,
-    speedups,
 )
-from headstart.eval.decoding import decode
 from headstart.eval.environment import environment
-from headstart.eval.report import as_json, run_evaluation
-from headstart.eval.walked import Walked, walk_texts
-from headstart.heads.assistant import check_pair
-from headstart.heads.export import load_assistant, load_assistant_config, made_for
+from headstart.eval.report import as_json
+from headstart.heads.export import load_assistant_config
 from headstart.heads.files import alone_in, write_atomically
 from headstart.heads.loading import open_target
-from headstart.heads.served import served_config, served_name
-from headstart.heads.targets import Target
-from headstart.heads.tokens import Sampling
-from headstart.heads.unroll import DraftHead
+from headstart.heads.served import served_name
+from headstart.train.before_after import DECODING, measure_again, measure_before, read_texts
 from headstart.train.loop import train
 from headstart.train.notes import Notes
 
-SCHEMA = 1
+SCHEMA = 2
 ANSWERING = 0.5  # share of the time between both measurements in which the target answers
-DECODING = 0.12  # share of the budget that the decoding in the end may take
 
 
 def adapt(
@@ -87,9 +77,10 @@ def adapt(
     a = a.model_copy(update={"target": config.target})  # in the dtype of this machine
     with alone_in(out):
         settings = a.model_dump(mode="json", exclude={"measure_only"})
-        notes = Notes(out / "notes.json", settings | {"overrides": overrides})
+        settings |= {"overrides": overrides, "adaptation": SCHEMA}
+        notes = Notes(out / "notes.json", settings)
         prompts = split_prompts(a, config)
-        stages = _before(a, config, prompts, out, notes, device)
+        stages = measure_before(a, config, prompts, out, notes, device)
         told = advice(compare_stages(stages))
         say(told)
         content = {"advice": told}
@@ -100,8 +91,8 @@ def adapt(
             minutes = notes.once("minutes", lambda: max(1.0, _left(a, notes) / 60))
             notes.once("training", lambda: _train(config, minutes))
             if {"adapted", "decoding"} - set(notes.found):
-                _measure_again(a, config, prompts, out, notes, device)
-            stages["adapted"] = _read(notes.found["adapted"])
+                measure_again(a, config, prompts, out, notes, device)
+            stages["adapted"] = read_texts(notes.found["adapted"])
             content["speedup"] = notes.found["decoding"]
         return _write(a, stages, content, out, notes, command)
 
@@ -122,78 +113,6 @@ def split_prompts(a: Adaptation, config: Config) -> dict[str, tuple[list[Prompt]
         say(f"{kind}: {len(own)} prompts held out, {len(kept):,} to train on; {copies.describe()}")
         found[kind] = (kept, own)
     return found
-
-
-def _base(a: Adaptation) -> TargetConfig | None:
-    """The target that the head was trained for, in the dtype of the tuned one."""
-    t, made = a.target, made_for(load_assistant_config(a.head))
-    name = a.base or (made["name"] if made else None)
-    if name is not None:
-        revision = made["revision"] if made and not a.base else None
-        return served_config(str(name), revision).model_copy(update={"dtype": t.dtype})
-    if t.adapters or t.quantization:
-        return t.model_copy(update={"adapters": [], "quantization": None})
-    return None
-
-
-def _before(
-    a: Adaptation, config: Config, prompts: Any, out: Path, notes: Notes, device: Any
-) -> dict[str, Texts]:
-    """Walk the head over what its own target says to the held-out prompts, and the tuned one."""
-    stages = {}
-    for stage, served in (("reference", _base(a)), ("stale", a.target)):
-        if served is None:
-            continue
-
-        def measure(served: TargetConfig = served, stage: str = stage) -> dict[str, Any]:
-            target = _opened(served, stage, device)
-            began = time.monotonic()
-            held_out = {kind: own for kind, (_, own) in prompts.items()}
-            stores = _answers(target, held_out, config, out / stage)
-            answering = time.monotonic() - began
-            texts = _walked(target, a.head, stores, a, f"Walking ({stage})")
-            return {"texts": texts, "answering": answering}
-
-        stages[stage] = _read(notes.once(stage, measure)["texts"])
-    return stages
-
-
-def _opened(served: TargetConfig, stage: str, device: Any) -> Target:
-    try:
-        return open_target(served, device)
-    except ValueError as error:
-        if stage == "stale":
-            raise
-        raise ValueError(
-            f"{error}. It was taken for the target that the head was trained for: name that one, "
-            "--base NAME"
-        ) from error
-
-
-def _answers(
-    target: Target, held_out: dict[str, list[Prompt]], config: Config, folder: Path
-) -> dict[str, ActivationStore]:
-    """Kind -> the target's greedy answers."""
-    stores = {}
-    for kind, own in held_out.items():
-        jobs = make_jobs(own, [Sampling(0.0)] * len(own), target, config.data)
-        name = f"Answering ({kind}, held out)"
-        regenerate(target, jobs, config.data, config.run.seed, folder / kind, True, name)
-        stores[kind] = ActivationStore(folder / kind, target)
-    return stores
-
-
-def _walked(
-    target: Target, head: str, stores: dict[str, ActivationStore], a: Adaptation, doing: str
-) -> dict[str, Any]:
-    assistant = load_assistant(head, target.table.dtype, target.device)
-    check_pair(target, assistant)
-    found = walk_texts(DraftHead(assistant), target, stores, a.num_assistant_tokens, doing)
-    return {kind: [text.row() for text in texts] for kind, texts in found.items()}
-
-
-def _read(found: dict[str, Any]) -> Texts:
-    return {kind: [Walked.read(row) for row in rows] for kind, rows in found.items()}
 
 
 def _conversations(a: Adaptation, config: Config, prompts: Any, notes: Notes) -> int:
@@ -249,60 +168,6 @@ def _left(a: Adaptation, notes: Notes) -> float:
     walking = 1.5 * notes.seconds["stale"]
     decoding = DECODING * 60 * a.budget_minutes * bool(a.decoded)
     return 60 * a.budget_minutes - sum(notes.seconds.values()) - walking - decoding
-
-
-def _measure_again(
-    a: Adaptation, config: Config, prompts: Any, out: Path, notes: Notes, device: Any
-) -> None:
-    """Walk the new head over the same texts, and decode some prompts with both heads."""
-    head = str(config.run.dir / "head")
-    target = open_target(a.target, device)
-
-    def walk() -> dict[str, Any]:
-        stores = {kind: ActivationStore(out / "stale" / kind, target) for kind in prompts}
-        return _walked(target, head, stores, a, "Walking (adapted)")
-
-    def compare_speeds() -> dict[str, Any] | None:
-        if not a.decoded:
-            return None
-        names = {"stale": a.head, "adapted": head}
-        chosen = EvalConfig(
-            prompts=str(_decodable(a, config, prompts, target, out)),
-            num_assistant_tokens=[a.num_assistant_tokens],
-            decoders=["exact"],
-            max_new_tokens=config.data.max_new_tokens,
-            exact_limit=0,
-        )
-        dtype = target.table.dtype
-        heads = {name: load_assistant(name, dtype, target.device) for name in names.values()}
-        report = run_evaluation(target, heads, chosen, out / "eval", resume=True)
-        return speedups(report, names)
-
-    notes.once("adapted", walk)
-    notes.once("decoding", compare_speeds)
-
-
-def _decodable(a: Adaptation, config: Config, prompts: Any, target: Target, out: Path) -> Path:
-    """Write the held-out prompts of each kind that there is time to decode three times each, and
-    half as long again for what a decoder measures first; after a stop they stay."""
-    path = out / "decoded.jsonl"
-    if path.is_file():
-        return path
-    first = prompts["domain"][1][0]
-    ids = encode_prompt(first, target.tokenizer)
-    n = config.data.max_new_tokens
-    seconds = decode(target, ids, n).seconds  # plain: the longest of the three
-    there = DECODING * 60 * a.budget_minutes / (4.5 * seconds) / len(prompts)
-    rows = []
-    for kind, (_, held_out) in prompts.items():
-        for prompt in limit_evenly(held_out, max(2, min(a.decoded, int(there)))):
-            asked: dict[str, Any] = {"messages": prompt.question, "tools": prompt.tools}
-            if prompt.raw:
-                asked = {"text": prompt.text}
-            row = {"id": f"{kind}-{prompt.id}", "category": f"{kind}: {prompt.category}", **asked}
-            rows.append({key: value for key, value in row.items() if value is not None})
-    write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
-    return path
 
 
 def _write(

@@ -180,6 +180,7 @@ def test_the_example_tunes_a_target_and_its_head_follows(
     assert content["reference_acceptance_length"] > 1
     assert content["target"]["adapters"] == [str(tmp_path / "lora")]
     result = json.loads((tmp_path / f"{tmp_path.name}.json").read_text())
+    assert result["tuning"] == {"domain": "math", "steps": 3, "batch": 2, "rate": 3e-4}
     assert result["stale_acceptance_length"] == content["stale_acceptance_length"]
     assert [line.split()[1] for line in result["commands"]] == ["tune_and_adapt.py", "adapt"]
     tuned, unseen = (
@@ -187,6 +188,9 @@ def test_the_example_tunes_a_target_and_its_head_follows(
         for name in ("math-tuned.jsonl", "math.jsonl")
     )
     assert not tuned & unseen
+    monkeypatch.setattr("sys.argv", [*command, "--steps", "4"])
+    with pytest.raises(SystemExit, match=r"was tuned with .*'steps': 3.*'steps': 4"):
+        example.run()
 
 
 def test_times_are_read() -> None:

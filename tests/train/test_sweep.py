@@ -103,8 +103,8 @@ def test_a_difference_is_of_the_same_texts() -> None:
 
     def run(name: str, gain: int) -> dict[str, Any]:
         texts = [
-            {"id": str(i), "category": "c", "loops": False, "rounds": 10, "drafted": 20,
-             "reached": [10, 10], "accepted": [i % 10 * gain, 0]}
+            {"id": str(i), "category": "c", "rounds": 10, "drafted": 20, "reached": [10, 10],
+             "accepted": [i % 10 * gain, 0]}
             for i in range(40)
         ]  # fmt: skip
         return {
