@@ -14,7 +14,7 @@ from accelerate import PartialState
 
 from headstart.configs.adapt import DEFAULTS, Adaptation
 from headstart.configs.loader import load_config
-from headstart.configs.schema import Config
+from headstart.configs.schema import Config, EvalConfig
 from headstart.data.contamination import remove_contaminated
 from headstart.data.jobs import make_jobs
 from headstart.data.prepare import deal_sampling
@@ -36,7 +36,13 @@ from headstart.heads.export import load_assistant_config
 from headstart.heads.files import alone_in, write_atomically
 from headstart.heads.loading import open_target
 from headstart.heads.served import served_name
-from headstart.train.before_after import DECODING, measure_again, measure_before, read_texts
+from headstart.train.before_after import (
+    DECODING,
+    measure_again,
+    measure_before,
+    read_texts,
+    write_held_out,
+)
 from headstart.train.loop import train
 from headstart.train.notes import Notes
 
@@ -47,7 +53,8 @@ ANSWERING = 0.5  # share of the time between both measurements in which the targ
 def adapt(
     a: Adaptation, out: Path, overrides: list[str], device: torch.device | str, command: list[str]
 ) -> dict[str, Any]:
-    """Train a head on for a tuned target; writes adapt.json, adapt.md, adapt.png and head/.
+    """Train a head on for a tuned target; writes adapt.json, adapt.md, adapt.png,
+    held_out.jsonl and the head.
 
     Args:
         a: what is asked.
@@ -80,6 +87,11 @@ def adapt(
         settings |= {"overrides": overrides, "adaptation": SCHEMA}
         notes = Notes(out / "notes.json", settings)
         prompts = split_prompts(a, config)
+        write_held_out({kind: own for kind, (_, own) in prompts.items()}, out / "held_out.jsonl")
+        held_out = EvalConfig(
+            prompts=str(out / "held_out.jsonl")
+        )  # of which training keeps no copy
+        config = config.model_copy(update={"eval": held_out})
         stages = measure_before(a, config, prompts, out, notes, device)
         told = advice(compare_stages(stages))
         say(told)

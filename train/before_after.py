@@ -155,6 +155,19 @@ def measure_again(
     notes.once("decoding", compare_speeds)
 
 
+def write_held_out(prompts: dict[str, list[Prompt]], path: Path) -> None:
+    """Write prompts such that `headstart eval --prompts` reads them, their kind in the category."""
+    rows = []
+    for kind, own in prompts.items():
+        for prompt in own:
+            asked: dict[str, Any] = {"messages": prompt.question, "tools": prompt.tools}
+            if prompt.raw:
+                asked = {"text": prompt.text}
+            row = {"id": f"{kind}-{prompt.id}", "category": f"{kind}: {prompt.category}", **asked}
+            rows.append({key: value for key, value in row.items() if value is not None})
+    write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
 def _decodable(a: Adaptation, config: Config, prompts: Any, target: Target, out: Path) -> Path:
     """Write the held-out prompts of each kind that there is time to decode three times each, and
     half as long again for what a decoder measures first; after a stop they stay."""
@@ -166,13 +179,6 @@ def _decodable(a: Adaptation, config: Config, prompts: Any, target: Target, out:
     n = config.data.max_new_tokens
     seconds = decode(target, ids, n).seconds  # plain: the longest of the three
     there = DECODING * 60 * a.budget_minutes / (4.5 * seconds) / len(prompts)
-    rows = []
-    for kind, (_, held_out) in prompts.items():
-        for prompt in limit_evenly(held_out, max(2, min(a.decoded, int(there)))):
-            asked: dict[str, Any] = {"messages": prompt.question, "tools": prompt.tools}
-            if prompt.raw:
-                asked = {"text": prompt.text}
-            row = {"id": f"{kind}-{prompt.id}", "category": f"{kind}: {prompt.category}", **asked}
-            rows.append({key: value for key, value in row.items() if value is not None})
-    write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
+    many = max(2, min(a.decoded, int(there)))
+    write_held_out({kind: limit_evenly(own, many) for kind, (_, own) in prompts.items()}, path)
     return path

@@ -10,6 +10,7 @@ import torch
 
 from headstart.configs.adapt import Adaptation, minutes
 from headstart.configs.schema import TargetConfig
+from headstart.data.prompts import load_prompts
 from headstart.eval.acceptance import AcceptanceCounts
 from headstart.eval.adaptation import advice, compare_stages, headline, outcome
 from headstart.eval.walked import Walked
@@ -81,6 +82,7 @@ def test_a_head_follows_its_target_and_goes_on_after_a_stop(
     assert content["training"]["data"]["documents"] + 4 <= 16
     assert json.loads((out / "adapt.json").read_text()) == json.loads(json.dumps(content))
     assert content["verdict"] in (out / "adapt.md").read_text()
+    assert len(load_prompts(out / "held_out.jsonl")) == 16
     assert (out / "adapt.png").stat().st_size > 10_000
 
     tuned = load_served(a.target)
