@@ -16,7 +16,9 @@ from headstart.cli.bench import add_bench_commands
 from headstart.cli.data import add_data_commands
 from headstart.cli.evaluate import add_eval_commands
 from headstart.cli.heads import add_heads_commands
+from headstart.cli.publish import add_publish_command
 from headstart.cli.runs import add_runs_commands
+from headstart.cli.serving import add_serving_commands
 from headstart.cli.sweep import add_sweep_command
 
 
@@ -99,6 +101,8 @@ def _parser() -> argparse.ArgumentParser:
 
     add_eval_commands(commands)
     add_sweep_command(commands)
+    add_publish_command(commands)
+    add_serving_commands(commands)
     add_adapt_command(commands)
     return parser
 

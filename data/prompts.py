@@ -287,5 +287,5 @@ def split_by_source(prompts: list[S], held_out: int, seed: int) -> tuple[list[S]
 
 def _round_robin(columns: list[list[T]]) -> list[T]:
     """The first of each column, then the second of each, and so on."""
-    longest = max(map(len, columns))
+    longest = max(map(len, columns), default=0)
     return [column[i] for i in range(longest) for column in columns if i < len(column)]

@@ -24,6 +24,7 @@ from headstart.eval.tables import markdown, print_report
 from headstart.eval.verdict import verdict
 from headstart.heads.assistant import check_pair, other_target
 from headstart.heads.files import write_atomically
+from headstart.heads.served import model_fingerprint
 from headstart.heads.targets import Target
 from headstart.heads.tokens import Sampling
 
@@ -70,6 +71,7 @@ def run_evaluation(
         "target": target.name,
         "target_fingerprint": target.fingerprint,
         "heads": list(heads),
+        "head_fingerprints": {n: model_fingerprint(h, h.config) for n, h in heads.items()},
         "dtype": target.identity["dtype"],
         **chosen.model_dump(mode="json", exclude={"exact_limit"}),
     }

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from headstart.heads.files import whole_folder
-from headstart.heads.served import add_adapters
+from headstart.heads.served import add_adapters, split_revision
 
 MADE_FOR = "headstart_target"  # in config.json, where other readers leave it alone
 Assistant: TypeAlias = Gemma4AssistantForCausalLM | Gemma4UnifiedAssistantForCausalLM
@@ -64,15 +64,16 @@ def save_assistant(
         setattr(native.config, MADE_FOR, dict(made_for))
     with whole_folder(folder) as work:
         native.save_pretrained(work)
-        _write_global_head_dim(work / "config.json")
+        write_global_head_dim(work / "config.json")
         if beside is not None:
             beside(work)
 
 
-def _write_global_head_dim(path: Path) -> None:
-    # transformers >= 5.19 writes only per_layer_config; other engines read global_head_dim.
+def write_global_head_dim(path: Path) -> None:
+    """Add `global_head_dim` to the config.json of a head or a Gemma 4: transformers >= 5.19 writes
+    `per_layer_config` alone, and other engines read the former."""
     config = json.loads(path.read_text())
-    text = config["text_config"]
+    text = config.get("text_config", config)
     full: dict[str, int] = next(iter(text.get("per_layer_config", {}).values()), {})
     text["global_head_dim"] = full.get("head_dim", text["head_dim"])
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
@@ -89,8 +90,8 @@ def split_pair(path: str | Path) -> tuple[str, str | None]:
 def load_assistant(
     path: str | Path, dtype: torch.dtype, device: torch.device | str = "cpu"
 ) -> PreTrainedModel:
-    """Load a head in the native format, from a folder or the Hub; of `HEAD+ADAPTER`, with the
-    weights of a peft adapter added to its own.
+    """Load a head in the native format, from a folder or the Hub (`ID@REVISION`); of
+    `HEAD+ADAPTER`, with the weights of a peft adapter added to its own.
 
     Raises:
         ValueError: there is no head at `path`, the folder holds another kind of model, or the
@@ -98,13 +99,14 @@ def load_assistant(
     """
     head, adapter = split_pair(path)
     config = load_assistant_config(head)
+    name, revision = split_revision(head)
     unified = config.model_type == "gemma4_unified_assistant"
     cls = Gemma4UnifiedAssistantForCausalLM if unified else Gemma4AssistantForCausalLM
     if adapter is None:
-        return cls.from_pretrained(head, dtype=dtype).to(device).eval()
+        return cls.from_pretrained(name, revision=revision, dtype=dtype).to(device).eval()
     # Added in float32 and rounded once, as the head was that the adapter was saved beside.
-    merged = add_adapters(cls.from_pretrained(head, dtype=torch.float32), [adapter], merge=True)
-    return merged.to(device, dtype).eval()
+    whole = cls.from_pretrained(name, revision=revision, dtype=torch.float32)
+    return add_adapters(whole, [adapter], merge=True).to(device, dtype).eval()
 
 
 def made_for(config: Any) -> dict[str, str | None] | None:
@@ -120,8 +122,9 @@ def load_assistant_config(path: str | Path) -> Any:
         ValueError: there is no head at `path`, or the folder holds another kind of model.
     """
     path, _ = split_pair(path)
+    name, revision = split_revision(path)
     try:
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(name, revision=revision)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"no draft head at {path}: {reason}") from error

@@ -3,6 +3,8 @@
 A head is trained on what the served model says, so both come before anything is generated.
 """
 
+import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -142,6 +144,24 @@ def _needs(library: str, quantization: Quantization) -> None:
         raise ValueError(
             f"target.quantization={quantization} needs {library}: pip install {library}"
         ) from error
+
+
+def model_fingerprint(model: nn.Module, config: Any) -> str:
+    """SHA-256 over a configuration and every weight: equal models, equal prints.
+
+    Args:
+        model: whose state dict counts, in the dtypes that it has now.
+        config: of transformers; what changes no value is left out.
+    """
+    content = config.to_dict()
+    for what_changes_no_value in ("transformers_version", "_name_or_path", "headstart_target"):
+        content.pop(what_changes_no_value, None)
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        for part in raw_bytes(tensor):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 def raw_bytes(tensor: torch.Tensor) -> Iterator[Any]:

@@ -3,8 +3,6 @@
 Letters: B batch, T positions, D target width, V vocabulary.
 """
 
-import hashlib
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,7 +22,7 @@ from transformers import (
 
 from headstart.heads.gemma3 import Gemma3ForAssistedDecoding, SharedKV
 from headstart.heads.processes import split_layers
-from headstart.heads.served import raw_bytes
+from headstart.heads.served import model_fingerprint
 from headstart.heads.tokens import TargetTokens
 
 SUPPORTED: dict[str, type[PreTrainedModel]] = {
@@ -135,15 +133,7 @@ class Target(TargetTokens):
     @cached_property
     def fingerprint(self) -> str:  # type: ignore[override]
         """SHA-256 over the text configuration and every weight: equal models, equal prints."""
-        config = self.config.to_dict()
-        for what_changes_no_value in ("transformers_version", "_name_or_path"):
-            config.pop(what_changes_no_value, None)
-        digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-        for name, tensor in sorted(self.model.state_dict().items()):
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            for part in raw_bytes(tensor):
-                digest.update(part)
-        return digest.hexdigest()
+        return model_fingerprint(self.model, self.config)
 
     @property
     def identity(self) -> dict[str, str | None]:

@@ -194,6 +194,14 @@ def test_the_figures_of_the_recipe_page_are_those_of_the_result_files() -> None:
     one = own["judged_on"]["greedy"]
     low, high = one["difference_interval"]
     assert f"{one['difference']:+.3f} ({low:+.3f} to {high:+.3f}) greedy" in page
+    mean, learned = (results(f"ordered-{kind}.json")["after"] for kind in ("mean", "learned"))
+    assert f"dense {mean['dense_acceptance_length']:.3f}; through the best 32" in page
+    assert f"clusters {mean['acceptance_length']:.3f} with the clusters' means" in page
+    assert f"head in {1 - mean['recall']['argmax']['32']:.1%} of drafts" in page
+    assert (
+        f"and {learned['acceptance_length']:.3f} after 500 steps of learning, which miss " in page
+    )
+    assert f"miss {1 - learned['recall']['argmax']['32']:.1%} ([ordered-learned.json]" in page
 
 
 def beside_the_first(run: dict[str, Any]) -> str:

@@ -390,6 +390,8 @@ def test_no_source_is_both_trained_and_validated_on() -> None:
     assert len(training) + 32 == len(prompts)
     with pytest.raises(ValueError, match="cannot hold out 4 validation prompts of 4"):
         split_by_source(prompts[:4], 4, seed=0)
+    with pytest.raises(ValueError, match="prompts of 0 from 0 sources"):
+        split_by_source([], 4, seed=0)  # all were copies of evaluation prompts
 
 
 def test_a_limit_is_dealt_over_the_categories() -> None:

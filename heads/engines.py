@@ -1,0 +1,69 @@
+"""What serving engines ask of a draft head, beyond what transformers asks.
+
+Seen with transformers 5.22, vLLM's CPU build 0.32, llama.cpp through xllamacpp and mlx-vlm 0.7.10;
+docs/serving.md has how.
+"""
+
+from typing import Any, Literal, get_args
+
+Engine = Literal["transformers", "vllm", "llama.cpp", "mlx"]
+ENGINES: tuple[Engine, ...] = get_args(Engine)
+
+
+def obstacles(engine: Engine, head: Any, target: Any) -> list[str]:
+    """Why an engine would refuse a head, one line each, with the cure; empty: it takes it.
+
+    Args:
+        engine: that is to serve.
+        head: configuration of a head in the native format.
+        target: configuration of its target (`load_target_config`), whole, not its text part alone.
+    """
+    found = []
+    text = head.text_config
+    if missing := {"sliding_attention", "full_attention"} - set(text.layer_types):
+        found.append(
+            f"the head has no {' and no '.join(sorted(missing))} layer, and every engine wants one "
+            "of each: train one with head.num_hidden_layers=2 or more"
+        )
+    if text.num_kv_shared_layers != text.num_hidden_layers:
+        found.append(
+            f"num_kv_shared_layers is {text.num_kv_shared_layers} where the head has "
+            f"{text.num_hidden_layers} layers: all of them have to read the target's keys"
+        )
+    if getattr(text, "hidden_size_per_layer_input", 0):
+        found.append("hidden_size_per_layer_input is not 0: a head has no inputs per layer")
+    if not head.tie_word_embeddings:
+        found.append(
+            "the LM head is a table of its own, and engines read the embeddings for it: train a "
+            "head with Headstart, whose tables are tied"
+        )
+    match engine:
+        case "llama.cpp":
+            found += _llama_cpp(head, target)
+        case "mlx":
+            if target.model_type != "gemma4":
+                found.append(
+                    f"mlx-vlm drafts for multimodal Gemma 4 targets alone, and this one is a "
+                    f"{target.model_type}: save it as Gemma4ForConditionalGeneration"
+                )
+        case "vllm":
+            if head.use_ordered_embeddings:
+                found.append(
+                    "vLLM's CPU backend cannot read ordered embeddings: export with --dense"
+                )
+    return found
+
+
+def _llama_cpp(head: Any, target: Any) -> list[str]:
+    found = []
+    if not target.model_type.startswith("gemma4"):
+        found.append(
+            f"llama.cpp drafts for Gemma 4 targets alone, and this one is a {target.model_type}: "
+            "serve it with vLLM"
+        )
+    if head.text_config.hidden_size == head.backbone_hidden_size:
+        found.append(
+            f"llama.cpp refuses a head as wide as its target ({head.backbone_hidden_size}): train "
+            f"one with head.hidden_size={head.backbone_hidden_size // 2}"
+        )
+    return found

@@ -1,0 +1,244 @@
+"""Publishing against a stand-in of the Hub: what arrives is what was evaluated, or nothing."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub.constants
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file, save_file
+
+from headstart.cli.main import main
+from headstart.heads.export import load_assistant
+from headstart.heads.loading import load_target
+from headstart.train.run import run
+from tests.hub import TOKEN, Fault, Hub
+from tests.train.test_loop import ROOT, tiny_config
+from tests.train.test_warm_start import FULL, finished
+
+REPO = "org/tiny-head"
+SHORT = (
+    "train.steps=6", "train.validate_every=6", "train.checkpoint_every=6", "eval.limit=2",
+    "eval.max_new_tokens=8", "eval.exact_limit=0",
+)  # fmt: skip
+PUBLISH = ("--repo-id", REPO, "--base-model", "org/tiny")
+
+
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder as `headstart train` leaves it."""
+    folder = tmp_path_factory.mktemp("run") / "tiny"
+    prompts = ROOT / "data" / "prompts" / "text_eval.jsonl"
+    cache = tmp_path_factory.mktemp("cache")
+    run(tiny_config(folder, *SHORT, f"eval.prompts={prompts}", f"data.cache_dir={cache}"))
+    return folder
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Any:
+    with Hub() as up:
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", up.url)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        yield up
+
+
+def publish(run_folder: Path, *more: object) -> int:
+    return main(["publish", str(run_folder), *PUBLISH, *map(str, more)])
+
+
+def copy_of(run_folder: Path, to: Path) -> Path:
+    """A run folder that a test may spoil."""
+    import shutil
+
+    return Path(shutil.copytree(run_folder, to))
+
+
+def test_a_head_that_was_published_reads_back_as_the_one_evaluated(
+    finished_run: Path, tmp_path: Path
+) -> None:
+    """As a user does it: HF_ENDPOINT names the Hub, each command is a process of its own."""
+    with Hub() as hub:
+        environment = os.environ | {
+            "HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1",
+            "HF_HOME": str(tmp_path / "hf"),
+        }  # fmt: skip
+
+        def headstart(*arguments: object) -> str:
+            command = [sys.executable, "-m", "headstart.cli", *map(str, arguments)]
+            done = subprocess.run(
+                command, env=environment, capture_output=True, text=True, timeout=300
+            )
+            assert done.returncode == 0, done.stderr
+            assert TOKEN not in done.stdout + done.stderr
+            return done.stdout
+
+        said = headstart("publish", finished_run, *PUBLISH, "--out", tmp_path / "folder")
+        repository = hub.repositories[REPO]
+        commit = repository.commit("main")
+        assert f"/commit/{commit}" in said
+        assert repository.visibility == "private"
+        assert sum("/commit/" in request for request in hub.requests) == 1
+        there = {
+            str(p.relative_to(tmp_path / "folder"))
+            for p in (tmp_path / "folder").rglob("*")
+            if p.is_file()
+        }
+        assert set(repository.files("main")) == there
+        assert {
+            "README.md",
+            "config.json",
+            "generation_config.json",
+            "model.safetensors",
+            "tokenizer.json",
+            "training_config.yaml",
+            "evaluation/report.json",
+        } <= there
+
+        arguments = ["--target", "tiny-gemma4", "--dtype", "float32", "--limit", "1"]
+        arguments += ["--max-new-tokens", "8", "--num-assistant-tokens", "2"]
+        arguments += ["--prompts", "data/prompts/text_eval.jsonl"]
+        for name in (f"{REPO}@{commit}", str(finished_run / "head")):
+            headstart("eval", "--head", name, *arguments, "--out", tmp_path / name[-8:])
+        pinned, local = (
+            json.loads((tmp_path / end / "report.json").read_text())["environment"]
+            for end in (commit[-8:], str(finished_run / "head")[-8:])
+        )
+        assert [*pinned["head_fingerprints"].values()] == [*local["head_fingerprints"].values()]
+
+
+def test_the_card_holds_the_reports_figures_and_no_others(
+    finished_run: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "folder"
+    assert publish(finished_run, "--dry-run", "--out", out, "--language", "en") == 0
+    card = ModelCard.load(out / "README.md")
+    report = json.loads((finished_run / "eval" / "report.json").read_text())
+    wanted = {
+        (metric, round(result[metric], 4))
+        for result in report["results"]
+        if result["category"] == "all"
+        for metric in ("acceptance_length", "speedup")
+    }
+    found = {(r.metric_type, r.metric_value) for r in card.data.eval_results or []}
+    assert found == wanted
+    assert card.data.base_model == ["org/tiny"]
+    assert card.data["base_model_relation"] == "finetune"
+    assert card.data.license == "apache-2.0"
+    assert card.data.language == ["en"]
+    for result in report["results"]:
+        if result["category"] == "all":
+            assert f"{result['acceptance_length']:.2f} (" in card.text
+    assert report["verdict"] in card.text
+    assert report["environment"]["target_fingerprint"][:16] in card.text
+
+
+def test_without_texts_no_prompt_leaves_the_machine(finished_run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "folder"
+    assert publish(finished_run, "--dry-run", "--out", out, "--without-texts") == 0
+    report = json.loads((finished_run / "eval" / "report.json").read_text())
+    shown = {example["prompt"][:40] for example in report["examples"]}
+    assert shown
+    for path in (out / "evaluation").iterdir():
+        assert not any(text in path.read_text(errors="replace") for text in shown)
+
+
+def test_another_head_than_the_evaluated_one_is_refused(
+    finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spoilt = copy_of(finished_run, tmp_path / "run")
+    weights = load_file(spoilt / "head" / "model.safetensors")
+    weights["pre_projection.weight"][0, 0] += 1e-3
+    save_file(weights, spoilt / "head" / "model.safetensors", metadata={"format": "pt"})
+    assert publish(spoilt, "--dry-run", "--out", tmp_path / "folder") == 1
+    assert "is not a head of the report" in capsys.readouterr().err
+    assert not (tmp_path / "folder").exists()
+
+    report = spoilt / "eval" / "report.json"
+    content = json.loads(report.read_text())
+    del content["environment"]["head_fingerprints"]
+    report.write_text(json.dumps(content))
+    assert publish(spoilt, "--dry-run", "--out", tmp_path / "folder") == 1
+    assert "headstart eval" in capsys.readouterr().err
+
+    (spoilt / "head" / "model.safetensors").write_bytes(b"cut")
+    assert publish(finished_run, "--report", spoilt, "--dry-run", "--out", tmp_path / "x") == 1
+
+
+def test_a_target_that_the_hub_does_not_have_is_asked_for(
+    finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["publish", str(finished_run), "--repo-id", REPO, "--dry-run"]
+    assert main([*command, "--out", str(tmp_path / "folder")]) == 1
+    assert "--base-model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("status", "says"),
+    [(401, "hf auth login"), (403, "may not write"), (409, "same time"), (500, "later")],
+)
+def test_refusals_say_what_to_do_and_never_the_token(
+    finished_run: Path, hub: Hub, capsys: pytest.CaptureFixture[str], status: int, says: str
+) -> None:
+    hub.faults.append(Fault("POST", "/commit/", status, times=100))
+    assert publish(finished_run, "--debug") == 1
+    out, err = capsys.readouterr()
+    assert says in err
+    assert TOKEN not in out + err
+    assert hub.repositories[REPO].files("main") == {}
+
+
+def test_an_upload_that_was_cut_goes_on_without_sending_large_files_again(
+    finished_run: Path, hub: Hub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hub.faults.append(Fault("POST", "/commit/", "cut", times=100))
+    assert publish(finished_run) == 1
+    assert "again" in capsys.readouterr().err
+    assert hub.repositories[REPO].files("main") == {}
+    sent = [request for request in hub.requests if request.startswith("PUT")]
+    assert len(sent) == 1
+    hub.faults.clear()
+    assert publish(finished_run) == 0
+    assert [request for request in hub.requests if request.startswith("PUT")] == sent
+    weights = (finished_run / "head" / "model.safetensors").read_bytes()
+    assert hub.repositories[REPO].files("main")["model.safetensors"] == weights
+
+
+def test_branches_and_pull_requests(finished_run: Path, hub: Hub) -> None:
+    assert publish(finished_run, "--branch", "v2") == 0
+    assert publish(finished_run, "--pr", "--public") == 0
+    repository = hub.repositories[REPO]
+    assert repository.files("main") == {}
+    assert set(repository.files("v2")) == set(repository.files("refs/pr/1"))
+
+
+def test_an_adapter_of_a_head_is_published_as_a_peft_adapter(tmp_path: Path) -> None:
+    """Read back by peft alone, onto the head that it is of, it is the head that was evaluated."""
+    from peft import PeftModel
+
+    start = finished(load_target("tiny-gemma4", "float32"), tmp_path / "start", FULL)
+    folder = tmp_path / "run"
+    prompts = ROOT / "data" / "prompts" / "text_eval.jsonl"
+    run(tiny_config(
+        folder, *SHORT, f"head.start={start}", "head.lora={rank: 4}", f"eval.prompts={prompts}",
+        "head.num_centroids=null", "head.use_ordered_embeddings=false",
+    ))  # fmt: skip
+    out = tmp_path / "folder"
+    assert publish(folder, "--dry-run", "--out", out, "--base-head", "org/head") == 0
+    card = ModelCard.load(out / "README.md")
+    assert (card.data.base_model, card.data.library_name) == (["org/head"], "peft")
+    assert json.loads((out / "adapter_config.json").read_text())["base_model_name_or_path"] == (
+        "org/head"
+    )
+    assert not (out / "model.safetensors").exists()
+    wrapped = PeftModel.from_pretrained(load_assistant(start, torch.float32), out)
+    theirs = wrapped.merge_and_unload().state_dict()
+    ours = load_assistant(folder / "head", torch.float32).state_dict()
+    assert all(torch.equal(theirs[name], ours[name]) for name in ours)
+    assert publish(folder, "--dry-run", "--out", tmp_path / "whole", "--merged") == 0
+    assert (tmp_path / "whole" / "model.safetensors").is_file()

@@ -1,0 +1,137 @@
+"""Tiny Gemma 4 targets and draft heads for them, trained from nothing on text in a minute or two:
+they agree often enough, and not always, that an engine's acceptance means something.
+
+Two kinds: `shared` (KV sharing, per-layer embeddings, soft cap) and `plain` (none of them).
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import (
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
+from transformers import Gemma4ForCausalLM, PreTrainedTokenizerFast
+
+from headstart.configs.loader import load_config
+from headstart.heads.tiny import gemma4_text_config
+from headstart.train.loop import train
+
+ROOT = Path(__file__).resolve().parents[1]
+PROMPTS = ROOT / "data" / "prompts" / "text_train.jsonl"
+KINDS = ("shared", "plain")
+VOCABULARY = 512
+SHAPE: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "head_dim": 32,  # a size that engines have kernels for
+    "global_head_dim": 64,
+    "sliding_window": 64,
+    "max_position_embeddings": 2048,
+    "initializer_range": 0.02,
+    "bos_token_id": 2,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+    "rope_parameters": {
+        "full_attention": {
+            "rope_type": "proportional", "rope_theta": 1_000_000.0, "partial_rotary_factor": 0.25,
+        },
+        "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
+    },
+}  # fmt: skip
+SHARED = {
+    "num_kv_shared_layers": 3,
+    "hidden_size_per_layer_input": 32,
+    "vocab_size_per_layer_input": VOCABULARY,
+}
+
+
+def texts() -> list[str]:
+    """The plain text of the repository's training prompts."""
+    lines = PROMPTS.read_text(encoding="utf-8").splitlines()
+    rows = map(json.loads, lines)
+    return [row["prompt"] + (row.get("response") or "") for row in rows]
+
+
+def tokenizer_of(training: list[str]) -> PreTrainedTokenizerFast:
+    """A small one of Gemma's kind: BPE over pieces that begin with ▁, bytes where it has none."""
+    specials = ["<pad>", "<eos>", "<bos>", "<unk>"]
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY, limit_alphabet=100, show_progress=False,
+        special_tokens=[*specials, *(f"<0x{byte:02X}>" for byte in range(256))],
+    )  # fmt: skip
+    tokenizer.train_from_iterator(training, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", 2)]
+    )
+    names = dict(zip(("pad_token", "eos_token", "bos_token", "unk_token"), specials, strict=True))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
+
+
+def write_target(kind: str, folder: Path, steps: int = 500, seed: int = 0) -> None:
+    """Train a target on the texts and save it, in float32."""
+    torch.manual_seed(seed)
+    training = texts()
+    tokenizer = tokenizer_of(training)
+    stream = [i for text in training for i in tokenizer(text)["input_ids"]]
+    ids = torch.tensor(stream[: len(stream) // 128 * 128]).view(-1, 128)
+    shared = SHARED if kind == "shared" else {"final_logit_softcapping": None}
+    model: Any = Gemma4ForCausalLM(gemma4_text_config(**SHAPE, **shared))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = 3e-3 * min(1, (step + 1) / 20) * (1 - 0.9 * step / steps)
+        batch = ids[torch.randint(len(ids), (16,))]
+        loss = model(input_ids=batch, labels=batch).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    print(f"{kind}: loss {loss:.3f} after {steps} steps")
+    model.generation_config.bos_token_id, model.generation_config.eos_token_id = 2, 1
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def write_head(target: Path, run: Path) -> Path:
+    """Train a head for it, narrower than the target and with a dense LM head: every engine takes
+    such a one. Returns its folder."""
+    train(load_config(ROOT / "configs" / "tiny.yaml", [
+        f"run.dir={run}", f"target.name={target}", "target.dtype=float32",
+        f"data.prompts=[{PROMPTS}]", "data.num_conversations=256", "data.max_prompt_tokens=64",
+        "data.max_new_tokens=64", "data.generation_batch_size=64", f"data.cache_dir={run}-data",
+        "head.use_ordered_embeddings=false", "head.num_centroids=null", "head.hidden_size=64",
+        "train.steps=400", "train.batch_size=8", "train.rounds=4", "train.anchors=32",
+        "train.likely_tokens=256", "train.validate_every=200", "train.checkpoint_every=400",
+        "eval=null",
+    ]))  # fmt: skip
+    return run / "head"
+
+
+def write_pair(kind: str, folder: Path) -> tuple[Path, Path]:
+    """Target and head, made once: their folders."""
+    target, run = folder / kind / "target", folder / kind / "run"
+    if not (run / "head" / "config.json").is_file():
+        write_target(kind, target)
+        write_head(target, run)
+    return target, run / "head"
+
+
+if __name__ == "__main__":
+    import sys
+
+    for kind in KINDS:
+        print(*write_pair(kind, Path(sys.argv[1])))
