@@ -16,7 +16,7 @@ export PIP_REQUIRE_VIRTUALENV := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup train test test-unit check format build clean links
+.PHONY: help setup train test test-unit test-engines check format build clean links
 
 help: ## show this text
 	@echo "Headstart: a draft head for any Gemma model."
@@ -66,7 +66,10 @@ test: $(STAMP) ## run all tests, those on the real Gemma 3 270M too (ARGS='-k na
 	@$(PATIENT) $(BIN)/python -m pytest $(ARGS)
 
 test-unit: $(STAMP) ## run the tests that need no weights
-	@$(PATIENT) $(BIN)/python -m pytest -m "not real" $(ARGS)
+	@$(PATIENT) $(BIN)/python -m pytest -m "not real and not engines" $(ARGS)
+
+test-engines: $(STAMP) ## install serving engines (4 GB) and compare them with transformers
+	@$(PATIENT) $(BIN)/python -m pytest -m engines $(ARGS)
 
 check: $(STAMP) links ## lint, formatting and types
 	$(BIN)/ruff check .

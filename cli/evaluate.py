@@ -54,6 +54,11 @@ def add_eval_commands(commands: Any) -> None:
         help="estimate acceptance from an activation store instead: nothing is decoded",
     )  # fmt: skip
     add(
+        "--rope-position", choices=("newest", "one_earlier"), default="newest",
+        help="with --simulate: where drafts stand, as in transformers and llama.cpp (default "
+        "newest) or one earlier, as in vLLM",
+    )  # fmt: skip
+    add(
         "--num-assistant-tokens", type=counts, default=[2, 4], metavar="K,K",
         help="draft lengths to measure (default 2,4)",
     )  # fmt: skip
@@ -128,7 +133,9 @@ def _run_eval(args: argparse.Namespace) -> None:
     dtype = target.table.dtype
     heads = {name: load_assistant(name, dtype, device) for name in args.head}
     if args.simulate is not None:
-        run_estimate(target, heads, args.simulate, args.num_assistant_tokens, args.out)
+        run_estimate(
+            target, heads, args.simulate, args.num_assistant_tokens, args.out, args.rope_position
+        )
         return
     of_target = str(dtype).removeprefix("torch.")
     models = {name: load_target(name, of_target, device=device).model for name in args.draft_model}

@@ -117,6 +117,8 @@ def _run_check(args: argparse.Namespace) -> None:
     from headstart.heads.loading import load_served, load_target_config
 
     engine_python(args.engine)  # before the weights are loaded
+    if args.quantization is not None:
+        raise ValueError("serve-check writes the target's weights for the engine: leave out bits")
     prompts = limit_evenly(load_prompt_set(args.prompts), args.limit)
     target = load_served(target_config(args), default_device())
     config = load_target_config(args.target, args.revision, args.trust_remote_code)

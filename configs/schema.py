@@ -265,6 +265,10 @@ Unroll = Literal["teacher_forced", "reached", "own_tokens"]
 """Ways to go beyond the first round (`TrainConfig.unroll`)."""
 
 
+RopePosition = Literal["newest", "one_earlier", "both"]
+"""Where the drafts of a round stand (`TrainConfig.rope_position`)."""
+
+
 class TrainConfig(Section):
     steps: PositiveInt = 600
     """Optimizer steps."""
@@ -292,6 +296,10 @@ class TrainConfig(Section):
     text's tokens, as a decoder would have it; `own_tokens`: the head's own best tokens, as a
     decoder would feed them, though the teacher goes on from the text's. The loss is divided by the
     weight of all drafts, whichever count."""
+    rope_position: RopePosition = "newest"
+    """RoPE position of the drafts of a round, in which engines differ. `newest`: that of the newest
+    token, as in transformers and llama.cpp; `one_earlier`: as in vLLM; `both`: every second row of
+    a text either way. docs/recipe.md has what a head loses under the other."""
     objective: Literal["forward_kl", "cross_entropy", "total_variation", "lk_hybrid"] = "forward_kl"
     """Loss of a draft. `cross_entropy` looks at the target's best token alone; `lk_hybrid` turns
     from KL to total variation as a row comes to be accepted (arXiv 2602.23881)."""

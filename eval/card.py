@@ -7,15 +7,24 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, StrictUndefined
 
-from headstart.configs.schema import Config
+from headstart.configs.schema import Config, RopePosition
 from headstart.eval.tables import cells, title
 from headstart.heads.engines import ENGINES, Engine, obstacles
+from headstart.heads.export import rope_position
 
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
 GEMMA_TERMS = {"license": "gemma", "license_link": "https://ai.google.dev/gemma/terms"}
 APACHE = {
     "license": "apache-2.0",
     "license_link": "https://ai.google.dev/gemma/docs/gemma_4_license",
+}
+POSITIONS: dict[RopePosition, str] = {
+    "newest": "RoPE position: trained for drafts that stand at the newest token, as in "
+    "transformers and llama.cpp; vLLM, SGLang and MLX put them one earlier.",
+    "one_earlier": "RoPE position: trained for drafts that stand one before the newest token, as "
+    "in vLLM, SGLang and MLX; transformers and llama.cpp put them at the newest.",
+    "both": "RoPE position: trained for drafts at the newest token, as in transformers and "
+    "llama.cpp, and one before it, as in vLLM, SGLang and MLX.",
 }
 NAMES = {"vllm": "vLLM", "llama.cpp": "llama.cpp", "mlx": "MLX (mlx-vlm)"}
 
@@ -184,8 +193,7 @@ def _limits(p: Published) -> list[str]:
         f"For this target alone: {made['target']}, fingerprint "
         f"`{made['target_fingerprint'][:16]}` in {made['dtype']}. Another fine-tune, or "
         "other bits, costs accepted drafts: `headstart adapt` trains it on.",
-        "RoPE position: drafts of a round stand at the position of the newest token, as in "
-        "transformers and llama.cpp. vLLM, SGLang and MLX put them one earlier.",
+        POSITIONS[rope_position(p.head_config)],
         f"Languages: {spoken}.",
         f"Lengths: trained on prompts of up to {data.max_prompt_tokens} tokens and answers of up "
         f"to {data.max_new_tokens}.",

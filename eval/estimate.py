@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Table
@@ -26,6 +26,7 @@ def run_estimate(
     store: Path,
     num_assistant_tokens: Sequence[int],
     out: Path,
+    position: Literal["newest", "one_earlier"] = "newest",
 ) -> dict[str, Any]:
     """Walk rounds over the greedy texts of a store; print a table and write `out/estimate.json`.
 
@@ -35,6 +36,8 @@ def run_estimate(
         store: folder of `headstart extract` or `headstart regenerate --extract`.
         num_assistant_tokens: draft lengths K.
         out: folder.
+        position: RoPE position of the drafts: `newest`, where transformers puts them, or
+            `one_earlier`, where vLLM does.
 
     Returns:
         What the file holds.
@@ -67,7 +70,9 @@ def run_estimate(
                     counts = zero_counts(k)
                     for start in range(0, len(which), DOCUMENTS):
                         few = which[start : start + DOCUMENTS]
-                        counts += simulate_acceptance(head, target, stored, k, few).acceptance
+                        counts += simulate_acceptance(
+                            head, target, stored, k, few, ahead=int(position == "newest")
+                        ).acceptance
                         bar.update(task, advance=len(few))
                     whole += counts
                     parts.append(_result(name, k, category, counts))
@@ -75,7 +80,12 @@ def run_estimate(
     content = {
         "estimate": 1,
         "environment": environment(target.device)
-        | {"target": target.name, "store": str(store), "texts": texts},
+        | {
+            "target": target.name,
+            "store": str(store),
+            "texts": texts,
+            "rope_position": position,
+        },
         "results": found,
     }
     out.mkdir(parents=True, exist_ok=True)

@@ -25,6 +25,7 @@ from headstart.heads.engine_export import GGUF, convert_to_gguf, export_head
 from headstart.heads.exact import ExactDecoding
 from headstart.heads.export import load_assistant
 from headstart.heads.files import write_atomically
+from headstart.heads.gemma3 import Gemma3ForAssistedDecoding
 from headstart.heads.targets import Target
 
 SCHEMA = 1
@@ -109,11 +110,21 @@ def _written(target: Target, config: Any, check: ServeCheck, folder: Path) -> _F
     model = folder / "target"
     target.model.save_pretrained(model)
     target.tokenizer.save_pretrained(model)
+    _name_the_stock_class(model / "config.json")
     if check.engine == "vllm":
         return _Files(head, model, head)
     gguf = folder / "target.gguf"
     convert_to_gguf(model, gguf, "f32" if dtype == torch.float32 else "bf16")
     return _Files(head, gguf, head / GGUF)
+
+
+def _name_the_stock_class(path: Path) -> None:
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if content["architectures"] == [
+        Gemma3ForAssistedDecoding.__name__
+    ]:  # ours, of the same weights
+        content["architectures"] = ["Gemma3ForCausalLM"]
+        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def max_length(target: Target, prompts: Sequence[Prompt], max_new_tokens: int) -> int:
@@ -159,7 +170,8 @@ def _compared(
     sides: dict[str, tuple[list[Answer], Counts]],
 ) -> dict[str, Any]:
     plain, (assisted, told) = sides["plain"][0], sides["assisted"]
-    length = 1 + told.accepted / max(told.rounds, 1)
+    # Of tokens, since vLLM counts drafts beyond the end of a text as accepted too.
+    length = sum(len(text.tokens) - 1 for text in assisted) / max(told.rounds, 1)
     speeds = {
         **{f"transformers_{name}": _speed(texts) for name, texts in ours.items()},
         **{f"engine_{name}": _speed(texts) for name, (texts, _) in sides.items()},

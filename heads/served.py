@@ -154,8 +154,8 @@ def model_fingerprint(model: nn.Module, config: Any) -> str:
         config: of transformers; what changes no value is left out.
     """
     content = config.to_dict()
-    for what_changes_no_value in ("transformers_version", "_name_or_path", "headstart_target"):
-        content.pop(what_changes_no_value, None)
+    changes_no_value = ("transformers_version", "_name_or_path", "headstart_")
+    content = {k: v for k, v in content.items() if not k.startswith(changes_no_value)}
     digest = hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

@@ -1,8 +1,9 @@
 """The K-round unroll: what the decoder will feed the head, for many rows in parallel.
 
 Row t pairs the embedding of token x_{t+1} with the target's hidden state h_t, stands at position
-t + 1, sees KV rows j <= t, and predicts what the target says after x_{<= t+1}. In round k the row
-reads token x_{t+k} and the head's own hidden state of round k - 1; position and KV stay.
+t + 1 (in vLLM at t, which a head can be trained for), sees KV rows j <= t, and predicts what the
+target says after x_{<= t+1}. In round k the row reads token x_{t+k} and the head's own hidden state
+of round k - 1; position and KV stay.
 
 Mirrors `SinglePositionMultiTokenCandidateGenerator.get_candidates` and
 `Gemma4AssistantForCausalLM.create_attention_masks` of transformers 5.20 to 5.22.
@@ -16,6 +17,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from headstart.configs.schema import RopePosition
 from headstart.heads.export import Assistant
 from headstart.heads.gemma3 import SharedKV
 from headstart.heads.ordered import token_clusters
@@ -42,6 +44,22 @@ def row_masks(
     j = torch.arange(kv_len, device=seen.device)
     full = (j <= t) & (j >= starts[:, None, :, None])
     return {"full_attention": full, "sliding_attention": full & (j >= t - sliding_window)}
+
+
+def ahead_of(position: RopePosition, rows: torch.Tensor) -> torch.Tensor | int:
+    """How far behind t drafts stand, of `rows` [B, R] (`DraftHead.forward`)."""
+    match position:
+        case "newest":
+            return 1
+        case "one_earlier":
+            return 0
+        case "both":
+            return rows % 2
+
+
+def walked_at(position: RopePosition) -> int:
+    """`ahead` of a decoder that serves a head trained so; of both: transformers'."""
+    return 0 if position == "one_earlier" else 1
 
 
 def select(tensor: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
@@ -73,6 +91,7 @@ class DraftHead(nn.Module):
         later: torch.Tensor | None = None,
         seen: torch.Tensor | None = None,
         embeds_of: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        ahead: torch.Tensor | int = 1,
     ) -> list[torch.Tensor]:
         """Run K rounds over the same rows.
 
@@ -87,6 +106,8 @@ class DraftHead(nn.Module):
                 has it.
             embeds_of: the states of a round, as returned, [B, R or S, ...] -> what the next round
                 reads, [B, R or S, D]; None: `token_embeds`.
+            ahead: [B, R] or of all rows: how far behind t the drafts stand (RoPE). 1: at the newest
+                token, as in transformers and llama.cpp; 0: one earlier, as in vLLM.
 
         Returns:
             K of [B, R, D], from the second on [B, S, D]: their product with `draft_table` is the
@@ -97,11 +118,12 @@ class DraftHead(nn.Module):
         kv_len = next(iter(shared_kv.values()))[0].shape[2]
         window = self.assistant.config.text_config.sliding_window
         masks = row_masks(seen, starts, kv_len, window)
+        positions = rows - starts + ahead
         states: list[torch.Tensor] = []
         for k in range(token_embeds.shape[2]):
             if k == 1 and later is not None:
                 hidden, token_embeds = select(hidden, later), select(token_embeds, later)
-                rows, starts, seen = (select(one, later) for one in (rows, starts, seen))
+                starts, seen, positions = (select(one, later) for one in (starts, seen, positions))
                 masks = row_masks(seen, starts, kv_len, window)
             read = token_embeds[:, :, k]
             if k and embeds_of is not None:
@@ -110,7 +132,7 @@ class DraftHead(nn.Module):
             state = self.assistant.model(
                 inputs_embeds=self.assistant.pre_projection(inputs),
                 attention_mask=masks,
-                position_ids=rows - starts + 1,
+                position_ids=positions,
                 shared_kv_states=shared_kv,
                 use_cache=False,
             ).last_hidden_state

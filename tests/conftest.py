@@ -90,8 +90,9 @@ def tiny() -> Target:
 def own_cache(
     request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No test reads or fills the user's cache, but for the converted weights of the real target."""
-    if request.node.get_closest_marker("real") is None:
+    """No test reads or fills the user's cache, but for the converted weights of the real target and
+    the environments of serving engines."""
+    if not any(map(request.node.get_closest_marker, ("real", "engines"))):
         monkeypatch.setenv("HEADSTART_CACHE", str(tmp_path / "cache"))
 
 

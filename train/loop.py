@@ -11,18 +11,18 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import set_seed
 
-from headstart.configs.schema import Config
+from headstart.configs.schema import Config, TrainConfig
 from headstart.data.loader import AnchorLoader
 from headstart.data.prepare import prepare_documents
 from headstart.data.progress import progress_bar, say
 from headstart.data.store import Documents
 from headstart.eval.simulate import simulate_acceptance
-from headstart.heads.export import save_assistant
+from headstart.heads.export import ROPE_POSITION, save_assistant
 from headstart.heads.loading import open_target
 from headstart.heads.lora import scalings_of, without_lora, write_adapter
 from headstart.heads.processes import join_processes
 from headstart.heads.targets import Target
-from headstart.heads.unroll import DraftHead
+from headstart.heads.unroll import DraftHead, walked_at
 from headstart.train.average import Average
 from headstart.train.checkpoints import (
     Progress,
@@ -111,7 +111,7 @@ def _train(config: Config, resume: bool, accelerator: Accelerator) -> None:
         drop_metrics_after(run, progress.step)
     start_trackers(accelerator, config)
     if config.head.warm and not saved:  # a run that finds nothing better ends with what it had
-        found = _validate(accelerator, head, model, target, validation, c.rounds)
+        found = _validate(accelerator, head, model, target, validation, c)
         progress.start = progress.best = found
         export_head(head, target, run / "head", config)
         say(f"Held-out acceptance length before training: {found:.3f}")
@@ -168,7 +168,7 @@ def _train(config: Config, resume: bool, accelerator: Accelerator) -> None:
             if step % c.validate_every == 0 or progress.ended(c):
                 began = time.monotonic()
                 with average.applied():
-                    found = _validate(accelerator, head, model, target, validation, c.rounds)
+                    found = _validate(accelerator, head, model, target, validation, c)
                     row["acceptance_length"] = found
                     progress.stale += 1
                     if found > progress.best:
@@ -209,6 +209,7 @@ def export_head(head: DraftHead, target: Target, folder: Path, config: Config) -
     if h.lora is not None:
         weights, adapter = without_lora(weights, scalings_of(head.assistant), dtype)
         beside = partial(write_adapter, adapter=adapter, lora=h.lora, base=h.start)
+    setattr(head.assistant.config, ROPE_POSITION, config.train.rope_position)
     with whole_weights(head):
         if PartialState().is_main_process:
             save_assistant(
@@ -237,12 +238,14 @@ def _validate(
     model: torch.nn.Module,
     target: Target,
     validation: Documents,
-    rounds: int,
+    c: TrainConfig,
 ) -> float:
     """Acceptance length on the held-out conversations, every process walking its share."""
     share = range(accelerator.process_index, len(validation.entries), accelerator.num_processes)
     with whole_weights(model), accelerator.autocast():
-        found = simulate_acceptance(head, target, validation, rounds, share)
+        found = simulate_acceptance(
+            head, target, validation, c.rounds, share, walked_at(c.rope_position)
+        )
     counts = torch.tensor([sum(found.dense.accepted), found.dense.rounds], dtype=torch.float32)
     accepted, walked = accelerator.reduce(counts.to(accelerator.device)).tolist()
     return 1 + float(accepted) / max(float(walked), 1)

@@ -23,7 +23,7 @@ from headstart.heads.export import Assistant, load_assistant, load_assistant_con
 from headstart.heads.lora import ADAPTER
 from headstart.heads.ordered import cluster_count, set_order, token_usage, with_clusters
 from headstart.heads.targets import Target
-from headstart.heads.unroll import DraftHead
+from headstart.heads.unroll import DraftHead, walked_at
 from headstart.train.centroids import drafts_of, learn_centroids
 from headstart.train.summary import summary_text
 
@@ -130,7 +130,14 @@ def order_head(
         everything = range(len(validation.entries))
         head = DraftHead(assistant)
         return describe_simulated(
-            simulate_acceptance(head, target, validation, config.train.rounds, everything)
+            simulate_acceptance(
+                head,
+                target,
+                validation,
+                config.train.rounds,
+                everything,
+                walked_at(config.train.rope_position),
+            )
         )
 
     found: dict[str, Any] = {"rebuilt": order.rebuild, "steps": order.steps}

@@ -11,10 +11,10 @@ from functools import partial
 import torch
 from accelerate.utils import extract_model_from_parallel
 
-from headstart.configs.schema import TrainConfig
+from headstart.configs.schema import RopePosition, TrainConfig
 from headstart.data.loader import Batch
 from headstart.heads.targets import Target
-from headstart.heads.unroll import select
+from headstart.heads.unroll import ahead_of, select
 from headstart.train.objectives import OBJECTIVES
 from headstart.train.traps import in_top_clusters, trapped, uncapped
 from headstart.train.vocabulary import (
@@ -46,6 +46,7 @@ def draft_batch(
     batch: Batch,
     dtype: torch.dtype,
     embeds_of: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    position: RopePosition = "newest",
 ) -> Drafts:
     """Run the head over a batch and pair what it says with what the target says.
 
@@ -55,13 +56,14 @@ def draft_batch(
         batch: B conversations, R anchors of each, K rounds.
         dtype: of the shared KV; with bfloat16 under autocast, the weights staying float32.
         embeds_of: of `DraftHead.forward`.
+        position: where the drafts stand.
     """
     shared_kv = {t: (k.to(dtype), v.to(dtype)) for t, (k, v) in batch.shared_kv.items()}
     with torch.autocast(batch.rows.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
         embeds = target.embed(batch.tokens).float()
         states = model(
             batch.hidden.float(), embeds, batch.rows, shared_kv, batch.starts, batch.later,
-            batch.seen, embeds_of,
+            batch.seen, embeds_of, ahead_of(position, batch.rows),
         )  # fmt: skip
     b, r, rounds = batch.weights.shape
     anchors = torch.arange(b * r, device=batch.rows.device).view(b, r)
@@ -148,7 +150,7 @@ def batch_sums(
     embeds_of = None
     if c.unroll == "own_tokens":
         embeds_of = partial(_own_embeds, target=target, table=table, candidates=candidates)
-    drafts = draft_batch(model, target, batch, dtype, embeds_of)
+    drafts = draft_batch(model, target, batch, dtype, embeds_of, c.rope_position)
     teacher, objective = drafts.teacher, OBJECTIVES[c.objective]
     common = (objective, c.temperature, dtype, table)
     if candidates is None:

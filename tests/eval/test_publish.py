@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -136,6 +137,28 @@ def test_the_card_holds_the_reports_figures_and_no_others(
             assert f"{result['acceptance_length']:.2f} (" in card.text
     assert report["verdict"] in card.text
     assert report["environment"]["target_fingerprint"][:16] in card.text
+
+
+def test_the_cards_own_snippet_drafts_without_headstart(finished_run: Path, tmp_path: Path) -> None:
+    """In a process that cannot import Headstart; the names of the Hub stand for folders."""
+    out = tmp_path / "folder"
+    assert publish(finished_run, "--dry-run", "--out", out) == 0
+    target = load_target("tiny-gemma4", "float32")
+    target.model.save_pretrained(tmp_path / "target")
+    target.tokenizer.save_pretrained(tmp_path / "target")
+    card = (out / "README.md").read_text()
+    snippet = "\n".join(re.findall(r"```python\n(.*?)```", card, re.S))
+    snippet = snippet.replace('"org/tiny"', f'"{tmp_path / "target"}"')
+    snippet = snippet.replace(f'"{REPO}"', f'"{out}"')
+    program = f"import sys; sys.modules['headstart'] = None\n{snippet}\nprint(text.shape[1])"
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    ids = target.tokenizer("The capital of France is", return_tensors="pt")
+    plain = target.model.generate(**ids, do_sample=False, max_new_tokens=64)
+    assert done.stdout.splitlines()[-1] == str(plain.shape[1])
+    assert target.tokenizer.decode(plain[0]) in done.stdout
 
 
 def test_without_texts_no_prompt_leaves_the_machine(finished_run: Path, tmp_path: Path) -> None:

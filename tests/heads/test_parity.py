@@ -19,7 +19,7 @@ from headstart.configs.schema import HeadConfig
 from headstart.heads.assistant import build_assistant, check_pair
 from headstart.heads.export import Assistant, load_assistant, save_assistant
 from headstart.heads.targets import Activations, Target
-from headstart.heads.unroll import DraftHead
+from headstart.heads.unroll import DraftHead, ahead_of
 from tests.conftest import make_target
 
 K = 3
@@ -109,6 +109,41 @@ def test_training_rows_equal_the_stock_generator(target: Target) -> None:
     said = head(seen.hidden[:, rows], text[None], rows[None], seen.shared_kv, embeds_of=own_embeds)
     logits = torch.stack(said)[:, 0] @ target.table.T
     torch.testing.assert_close(logits, torch.stack(wanted, dim=1), atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["gemma3", "gemma4-kv-sharing"])
+def test_rows_one_earlier_equal_the_stock_generator_one_position_earlier(family: str) -> None:
+    """As vLLM has it: the generator with every position lowered by one. Of `both`, every second
+    row."""
+    target = make_target(family)
+    head = noisy_head(target)
+    ids = torch.randint(4, 260, (1, TOKENS))
+    rows = torch.arange(TOKENS - 1)
+
+    def lower(module: Any, args: Any, kwargs: Any) -> Any:
+        return args, kwargs | {"position_ids": kwargs["position_ids"] - 1}
+
+    found: dict[int, list[Any]] = {0: [], 1: []}
+    for t in rows.tolist():
+        outputs = prefill(target, ids[:, : t + 1])
+        found[1].append(stock_drafts(target, head.assistant, ids[:, : t + 2], outputs))
+        handle = head.assistant.register_forward_pre_hook(lower, with_kwargs=True)
+        found[0].append(stock_drafts(target, head.assistant, ids[:, : t + 2], outputs))
+        handle.remove()
+    said = {}
+    for position, ahead in (("one_earlier", [0, 0]), ("both", [0, 1])):
+        chosen = [found[ahead[t % 2]][t] for t in rows.tolist()]
+        own, wanted = (torch.stack(parts) for parts in zip(*chosen, strict=True))
+        fed = torch.cat([ids[0, 1:, None], own[:, : K - 1]], dim=1)
+        seen = target.activations(ids)
+        states = head(
+            seen.hidden[:, rows], target.embed(fed[None]), rows[None], seen.shared_kv,
+            ahead=ahead_of(position, rows[None]),
+        )  # fmt: skip
+        said[position] = torch.stack(states)[:, 0] @ target.table.T
+        torch.testing.assert_close(said[position], wanted.transpose(0, 1), atol=1e-4, rtol=0)
+    assert not torch.allclose(said["one_earlier"], said["both"], atol=1e-2)
 
 
 @torch.no_grad()

@@ -1,0 +1,79 @@
+"""What engines would refuse is said before; what is exported reads back."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from headstart.cli.main import main
+from headstart.configs.schema import HeadConfig
+from headstart.heads.assistant import assistant_config
+from headstart.heads.engines import ENGINES, Engine, obstacles
+from headstart.heads.export import load_assistant
+from headstart.heads.loading import load_target
+from headstart.heads.targets import Target
+from tests.conftest import make_target
+from tests.train.test_warm_start import FULL, NARROW, finished
+
+
+def config_of(target: Target, **head: Any) -> Any:
+    return assistant_config(target.config, HeadConfig(**head))
+
+
+@pytest.mark.parametrize(
+    ("engine", "family", "head", "says"),
+    [
+        ("llama.cpp", "gemma4", {}, "as wide as its target"),
+        ("llama.cpp", "gemma3", {"hidden_size": 24}, "Gemma 4 targets alone"),
+        ("mlx", "gemma4", {"hidden_size": 24}, "multimodal"),
+        (
+            "vllm", "gemma4",
+            {"use_ordered_embeddings": True, "num_centroids": 20, "centroid_intermediate_top_k": 8},
+            "--dense",
+        ),
+    ],
+)  # fmt: skip
+def test_what_an_engine_refuses_is_named(
+    engine: Engine, family: str, head: dict[str, Any], says: str
+) -> None:
+    target = make_target(family)
+    found = obstacles(engine, config_of(target, **head), target.model.config)
+    assert len(found) == 1
+    assert says in found[0]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_what_every_engine_refuses_is_named(engine: Engine) -> None:
+    target = make_target("gemma4-multimodal")
+    config = config_of(target, hidden_size=24)
+    assert obstacles(engine, config, target.model.config) == []
+    config.text_config.layer_types = ["full_attention"] * 2
+    config.text_config.num_kv_shared_layers = 1
+    config.tie_word_embeddings = False
+    found = " ".join(obstacles(engine, config, target.model.config))
+    assert all(part in found for part in ("no sliding_attention", "num_kv_shared_layers", "tied"))
+
+
+@pytest.mark.parametrize("width", [NARROW, FULL])
+def test_an_exported_head_drafts_as_its_dense_self(tmp_path: Path, width: int | None) -> None:
+    """bfloat16, without clusters, with both of the keys that engines read, and the tokenizer."""
+    start = finished(load_target("tiny-gemma4", "float32"), tmp_path / "start", width)
+    out = tmp_path / "out"
+    command = ["export", str(start), "--to", "vllm", "--target", "tiny-gemma4", "--out", str(out)]
+    if width is not None:  # it has clusters
+        assert main(command) == 1
+        assert not out.exists()
+    assert main([*command, "--dense"]) == 0
+    text = json.loads((out / "config.json").read_text())["text_config"]
+    assert text["global_head_dim"] == 32
+    assert "per_layer_config" in text
+    assert (out / "tokenizer.json").is_file()
+    theirs, ours = (load_assistant(path, torch.bfloat16) for path in (out, start))
+    assert not theirs.config.use_ordered_embeddings
+    there, here = theirs.state_dict(), ours.state_dict()
+    assert all(torch.equal(there[name], here[name]) for name in there)
+    assert {name for name in here if name not in there} == {
+        name for name in here if name.startswith("masked_embedding.")
+    }
