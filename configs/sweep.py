@@ -2,11 +2,20 @@
 
 import re
 from pathlib import Path
+from typing import Any, Literal
 
 from pydantic import Field, PositiveInt, ValidationError, field_validator
 
 from headstart.configs.loader import explain, load_config, read_yaml
 from headstart.configs.schema import Config, Section
+
+
+class Judge(Section):
+    store: Path
+    """Activation store of texts that no run trains on, in which rounds are walked. Greedy text is
+    judged as greedy decoding; on sampled text a draft is right where the target drew it."""
+    rope_position: Literal["newest", "one_earlier"] = "newest"
+    """Where drafts stand: as in transformers, or as in vLLM."""
 
 
 class Sweep(Section):
@@ -20,9 +29,15 @@ class Sweep(Section):
     """Each run is trained once with each."""
     num_assistant_tokens: PositiveInt = 4
     """Draft length K at which all are judged."""
-    judged_on: dict[str, Path]
-    """Name -> activation store of texts that no run trains on, in which rounds are walked. Greedy
-    text is judged as greedy decoding; on sampled text a draft is right where the target drew it."""
+    judged_on: dict[str, Judge]
+    """Name -> what a run is judged on; a path alone is a store."""
+
+    @field_validator("judged_on", mode="before")
+    @classmethod
+    def _stores(cls, judged_on: Any) -> Any:
+        if not isinstance(judged_on, dict):
+            return judged_on
+        return {k: {"store": v} if isinstance(v, str) else v for k, v in judged_on.items()}
 
     @field_validator("runs")
     @classmethod

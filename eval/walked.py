@@ -3,7 +3,7 @@
 Letters: K draft tokens a round, S resamples.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -44,7 +44,12 @@ class Walked:
 
 
 def walk_texts(
-    head: DraftHead, target: Target, stores: dict[str, ActivationStore], k: int, doing: str
+    head: DraftHead,
+    target: Target,
+    stores: dict[str, ActivationStore],
+    k: int,
+    doing: str,
+    ahead: Mapping[str, int] | None = None,
 ) -> dict[str, list[Walked]]:
     """Walk rounds over every text of some stores.
 
@@ -54,6 +59,7 @@ def walk_texts(
         stores: name -> texts.
         k: K.
         doing: label of the progress bar.
+        ahead: name -> where drafts stand there (`DraftHead.forward`); None: as in transformers.
 
     Returns:
         Name -> the texts in which there was a round.
@@ -65,7 +71,8 @@ def walk_texts(
         for name, store in stores.items():
             found[name] = []
             for i, entry in enumerate(store.entries):
-                counts = simulate_acceptance(head, target, store, k, [i]).acceptance
+                at = 1 if ahead is None else ahead[name]
+                counts = simulate_acceptance(head, target, store, k, [i], at).acceptance
                 if counts.rounds:
                     [text] = store.read([i])
                     loops = ends_in_loop(text.ids[text.loss_mask].tolist())

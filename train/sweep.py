@@ -27,7 +27,7 @@ from headstart.heads.export import load_assistant
 from headstart.heads.files import write_atomically
 from headstart.heads.loading import open_target
 from headstart.heads.targets import Target
-from headstart.heads.unroll import DraftHead
+from headstart.heads.unroll import DraftHead, walked_at
 from headstart.train.loop import train
 from headstart.train.run_folder import read_metrics
 
@@ -56,7 +56,7 @@ def run_sweep(
     """
     runs = sweep.configs(out, overrides)
     target = open_target(runs[0][1].target, device)
-    stores = {name: ActivationStore(path, target) for name, path in sweep.judged_on.items()}
+    stores = {name: ActivationStore(on.store, target) for name, on in sweep.judged_on.items()}
     for _, config in runs:
         _check_same(config)
     found: list[dict[str, Any]] = []
@@ -65,7 +65,7 @@ def run_sweep(
         if not (config.run.dir / JUDGED).is_file():
             print(f"Run {number} of {len(runs)}: {name}, seed {config.run.seed}", flush=True)
             train(config, resume=True)
-            _judge(config, target, stores, sweep.num_assistant_tokens)
+            _judge(config, target, stores, sweep)
         judged = json.loads((config.run.dir / JUDGED).read_text(encoding="utf-8"))
         found.append({"run": name, "overrides": sweep.runs[name], **judged})
         content = {
@@ -93,11 +93,14 @@ def _check_same(config: Config) -> None:
             )
 
 
-def _judge(config: Config, target: Target, stores: dict[str, ActivationStore], k: int) -> None:
+def _judge(
+    config: Config, target: Target, stores: dict[str, ActivationStore], sweep: Sweep
+) -> None:
     """Walk rounds over every text of the stores, and keep the counts of each."""
     folder = config.run.dir
     head = DraftHead(load_assistant(folder / "head", target.table.dtype, target.device))
-    walked = walk_texts(head, target, stores, k, "Judging")
+    ahead = {name: walked_at(on.rope_position) for name, on in sweep.judged_on.items()}
+    walked = walk_texts(head, target, stores, sweep.num_assistant_tokens, "Judging", ahead)
     texts = {name: [text.row() for text in found] for name, found in walked.items()}
     rows = read_metrics(folder)
     judged = {

@@ -36,7 +36,10 @@ def written(folder: Path, store: Path, **changes: Any) -> Path:
             f"data.store={store}", "train.steps=6", "train.validate_every=3",
             "head.use_ordered_embeddings=false", "head.num_centroids=null", "eval=null",
         ],
-        "judged_on": {"texts": str(store)},
+        "judged_on": {
+            "texts": str(store),
+            "as vLLM": {"store": str(store), "rope_position": "one_earlier"},
+        },
         "num_assistant_tokens": 3,
         "runs": {"right": [], "own_key": ["train.trap=own_key"]},
         "seeds": [0, 1],
@@ -85,8 +88,12 @@ def test_a_sweep_goes_on_where_it_stopped_and_counts_what_the_heads_do(
     target = load_target("tiny-gemma4", "float32")
     texts = ActivationStore(store, target)
     head = DraftHead(load_assistant(tmp_path / "out" / "right-seed0" / "head", target.table.dtype))
-    counts = simulate_acceptance(head, target, texts, 3, range(len(texts.entries))).acceptance
+    every = range(len(texts.entries))
+    counts = simulate_acceptance(head, target, texts, 3, every).acceptance
     assert seed0[0] == pytest.approx(counts.acceptance_length)
+    earlier = whole["results"][0]["judged_on"]["as vLLM"]["of_each_seed"]["0"]
+    counts = simulate_acceptance(head, target, texts, 3, every, ahead=0).acceptance
+    assert earlier == pytest.approx(counts.acceptance_length)
 
 
 def test_a_judged_run_of_other_settings_is_not_taken_for_this_one(
