@@ -90,7 +90,10 @@ def model_card(published: Published) -> str:
         rows=[_row(result) for result in results],
         verdict=p.report["verdict"],
         needs_headstart=p.target_config.model_type.startswith("gemma3"),
-        engines=[_engine(engine, p) for engine in ENGINES if engine != "transformers"],
+        engines=[
+            *(_engine(engine, p) for engine in ENGINES if engine != "transformers"),
+            _sglang(p),
+        ],
         training=_training(p),
         limits=_limits(p),
     )
@@ -168,6 +171,21 @@ def _engine(engine: Engine, p: Published) -> dict[str, str]:
         "mlx": f"mlx_vlm.server --model {target} --draft-model {repo}",
     }
     return says | {"command": commands[engine]}
+
+
+def _sglang(p: Published) -> dict[str, str]:
+    """As its pull request 24436 has it: `NEXTN` becomes `FROZEN_KV_MTP` for these heads."""
+    if not p.target_config.model_type.startswith("gemma4") or p.is_adapter:
+        return {"name": "SGLang", "says": "Gemma 4 targets and whole heads alone.", "command": ""}
+    k = p.config.train.rounds
+    return {
+        "name": "SGLang",
+        "says": "As sgl-project/sglang#24436 has it; never run with this head.",
+        "command": f"python -m sglang.launch_server --model-path {p.base_models[0]} "
+        f"--speculative-algorithm NEXTN --speculative-draft-model-path {p.repo_id} "
+        f"--speculative-num-steps {k} --speculative-eagle-topk 1 "
+        f"--speculative-num-draft-tokens {k + 1}",
+    }
 
 
 def _training(p: Published) -> list[str]:

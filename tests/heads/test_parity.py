@@ -15,7 +15,7 @@ from transformers.generation.candidate_generator import (
     SinglePositionMultiTokenCandidateGenerator,
 )
 
-from headstart.configs.schema import HeadConfig
+from headstart.configs.schema import HeadConfig, RopePosition
 from headstart.heads.assistant import build_assistant, check_pair
 from headstart.heads.export import Assistant, load_assistant, save_assistant
 from headstart.heads.targets import Activations, Target
@@ -132,7 +132,8 @@ def test_rows_one_earlier_equal_the_stock_generator_one_position_earlier(family:
         found[0].append(stock_drafts(target, head.assistant, ids[:, : t + 2], outputs))
         handle.remove()
     said = {}
-    for position, ahead in (("one_earlier", [0, 0]), ("both", [0, 1])):
+    cases: list[tuple[RopePosition, list[int]]] = [("one_earlier", [0, 0]), ("both", [0, 1])]
+    for position, ahead in cases:
         chosen = [found[ahead[t % 2]][t] for t in rows.tolist()]
         own, wanted = (torch.stack(parts) for parts in zip(*chosen, strict=True))
         fed = torch.cat([ids[0, 1:, None], own[:, : K - 1]], dim=1)
