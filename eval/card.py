@@ -156,11 +156,14 @@ def _engine(engine: Engine, p: Published) -> dict[str, str]:
     against = obstacles(engine, p.head_config, p.target_config)
     says = {
         "name": NAMES[engine],
-        "says": "Not checked with this head; `headstart serve-check` does.",
+        "says": "Not checked with this head."
+        if engine == "mlx"
+        else "Not checked with this head; `headstart serve-check` does.",
         "command": "",
     }
     if p.is_adapter:
-        return says | {"says": "Merge the adapter into its head first, then as a whole head."}
+        merge = f"headstart export {p.base_models[0]}+{repo} --to {engine} --out head --target "
+        return says | {"says": "With the adapter merged:", "command": merge + p.config.target.name}
     if against:
         return says | {"says": "It does not take this head as it is: " + "; ".join(against) + "."}
     commands = {
