@@ -7,7 +7,7 @@ from typing import Any
 from headstart.cli.arguments import add_target_arguments, count, default_device, target_config
 
 NAMES = ("transformers", "vllm", "llama.cpp", "mlx")
-SERVED = ("vllm", "llama.cpp")
+SERVED = NAMES[1:]
 
 
 def add_serving_commands(commands: Any) -> None:

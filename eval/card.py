@@ -156,9 +156,7 @@ def _engine(engine: Engine, p: Published) -> dict[str, str]:
     against = obstacles(engine, p.head_config, p.target_config)
     says = {
         "name": NAMES[engine],
-        "says": "Not checked with this head."
-        if engine == "mlx"
-        else "Not checked with this head; `headstart serve-check` does.",
+        "says": "Not checked with this head; `headstart serve-check` does.",
         "command": "",
     }
     if p.is_adapter:

@@ -1,7 +1,9 @@
 """Real serving engines on loopback, with a head and without: started, asked, stopped by process id.
 
-Both speak HTTP. vLLM counts drafts and accepted tokens by position for all requests together
-(`/metrics`); llama.cpp tells each request how many it drafted and accepted.
+All speak HTTP. vLLM counts drafts and accepted tokens by position for all requests together
+(`/metrics`); llama.cpp tells each request how many it drafted and accepted. mlx-vlm's own server
+takes text alone, so that its decoding loop is served by a few lines here, which pass on what each
+round accepted.
 """
 
 import json
@@ -20,7 +22,7 @@ from typing import Any, Literal
 
 from headstart.heads.engine_environments import engine_python
 
-ServingEngine = Literal["vllm", "llama.cpp"]
+ServingEngine = Literal["vllm", "llama.cpp", "mlx"]
 # llama.cpp's server as the wheel brings it.
 LLAMA = """
 import sys, threading, xllamacpp
@@ -36,6 +38,42 @@ if len(sys.argv) > 5:
     s.draft.cpuparams.n_threads = s.draft.cpuparams_batch.n_threads = int(sys.argv[4])
 server = xllamacpp.Server(p)
 threading.Event().wait()
+"""
+MLX = """
+import json, sys
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+import mlx.core as mx
+from mlx_vlm.generate.ar import generate_step
+from mlx_vlm.speculative.drafters import load_drafter
+from mlx_vlm.utils import load_model
+model, draft = load_model(Path(sys.argv[1])), {}
+if len(sys.argv) > 3:
+    head, kind = load_drafter(sys.argv[3])
+    head.prefer_requested_block_size = True  # else K is raised only where the drafts are right
+    draft = {"draft_model": head, "draft_kind": kind, "draft_block_size": int(sys.argv[4]) + 1}
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.answer({"status": "ok"})
+    def do_POST(self):
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        tokens = []
+        for token, _ in generate_step(
+            mx.array([asked["prompt"]]), model, None, None, max_tokens=asked["n_predict"],
+            temperature=0.0, **draft,
+        ):
+            tokens.append(int(token))
+            if tokens[-1] in asked["stop_ids"] or len(tokens) == asked["n_predict"]:
+                break
+        rounds = [int(n) for n in draft["draft_model"].accept_lens] if draft else []
+        self.answer({"tokens": tokens, "accepted": rounds})
+    def answer(self, content):
+        text = json.dumps(content).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text)
+HTTPServer(("127.0.0.1", int(sys.argv[2])), Handler).serve_forever()
 """
 STARTING = 300.0  # seconds that an engine may take to answer
 
@@ -66,8 +104,22 @@ class Answer:
     """One greedy text."""
 
     tokens: list[int]
+    """Without the token that ends a text: engines differ in whether they hand it out."""
+    ended: bool
+    """Whether it ended before there were as many as asked for."""
     seconds: float
     """Wall time of the request."""
+
+    @classmethod
+    def of(cls, tokens: list[int], stop_ids: Sequence[int], asked: int, seconds: float) -> "Answer":
+        """From the tokens as they came, with the one that ends the text or without."""
+        kept = tokens[:-1] if tokens and tokens[-1] in stop_ids else tokens
+        return cls(kept, len(kept) < asked, seconds)
+
+    @property
+    def written(self) -> int:
+        """Tokens that the target said, that which ends the text included."""
+        return len(self.tokens) + self.ended
 
 
 class EngineServer:
@@ -75,9 +127,10 @@ class EngineServer:
 
     Args:
         engine: installed by `headstart engines install`.
-        target, head: folders for vLLM, GGUF files for llama.cpp. head None: plain decoding.
+        target, head: folders, for llama.cpp GGUF files. head None: plain decoding.
         num_assistant_tokens: K.
         context: tokens of the longest prompt and its answer together.
+        stop_ids: tokens that end a text.
         log: file that keeps what the engine says.
         dtype: of vLLM's weights.
         threads: of the processor.
@@ -93,11 +146,13 @@ class EngineServer:
         head: Path | None,
         num_assistant_tokens: int,
         context: int,
+        stop_ids: Sequence[int],
         log: Path,
         dtype: str,
         threads: int,
     ):
         self.engine, self.log, self.counts = engine, log, Counts()
+        self.stop_ids, self.k = list(stop_ids), num_assistant_tokens
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port: int = free.getsockname()[1]
@@ -106,6 +161,11 @@ class EngineServer:
         python = str(engine_python(engine))
         if engine == "llama.cpp":
             self.command = [python, "-c", LLAMA, str(target), str(port), str(context), str(threads)]
+            if head is not None:
+                self.command += [str(head), str(num_assistant_tokens)]
+            return
+        if engine == "mlx":
+            self.command = [python, "-c", MLX, str(target), str(port)]
             if head is not None:
                 self.command += [str(head), str(num_assistant_tokens)]
             return
@@ -165,19 +225,34 @@ class EngineServer:
         if self.engine == "vllm":
             asked |= {"model": "target", "max_tokens": max_new_tokens, "return_token_ids": True}
             content, seconds = self._post("/v1/completions", asked)
-            return Answer(content["choices"][0]["token_ids"], seconds)
+            tokens = content["choices"][0]["token_ids"]
+            return Answer.of(tokens, self.stop_ids, max_new_tokens, seconds)
         asked |= {"n_predict": max_new_tokens, "return_tokens": True, "cache_prompt": False}
-        content, seconds = self._post("/completion", asked)
+        content, seconds = self._post("/completion", asked | {"stop_ids": self.stop_ids})
+        answer = Answer.of(content["tokens"], self.stop_ids, max_new_tokens, seconds)
+        if self.engine == "mlx":
+            self._count(content["accepted"])
+            return answer
         drafted, accepted = (content["timings"].get(k, 0) for k in ("draft_n", "draft_n_accepted"))
         self.counts.drafted += drafted
         self.counts.accepted += accepted
         # Each round brings a token of the target's own; the first comes of the prompt.
-        self.counts.rounds += len(content["tokens"]) - 1 - accepted
-        return Answer(content["tokens"], seconds)
+        self.counts.rounds += answer.written - 1 - accepted
+        return answer
+
+    def _count(self, accepted: Sequence[int]) -> None:
+        """Of each round, how many drafts were accepted."""
+        self.counts.rounds += len(accepted)
+        self.counts.drafted += len(accepted) * self.k
+        self.counts.accepted += sum(accepted)
+        before = self.counts.by_position or [0] * self.k
+        self.counts.by_position = [
+            b + sum(n >= k for n in accepted) for k, b in enumerate(before, start=1)
+        ]
 
     def read_counts(self) -> Counts:
         """Of all answers since the start."""
-        if self.engine == "llama.cpp":
+        if self.engine != "vllm":
             return replace(self.counts)
         with urllib.request.urlopen(f"{self.url}/metrics", timeout=30) as response:
             return vllm_counts(response.read().decode())

@@ -75,8 +75,8 @@ def serve_check(
         sides: dict[str, tuple[list[Answer], Counts]] = {}
         for name, served in (("plain", None), ("assisted", files.served_head)):
             server = EngineServer(
-                check.engine, files.served_target, served, k, texts, out / f"{name}.log", dtype,
-                torch.get_num_threads(),
+                check.engine, files.served_target, served, k, texts, target.eos_ids,
+                out / f"{name}.log", dtype, torch.get_num_threads(),
             )  # fmt: skip
             with server:
                 sides[name] = _ask(server, ids, check.max_new_tokens, f"{check.engine}, {name}")
@@ -111,7 +111,7 @@ def _written(target: Target, config: Any, check: ServeCheck, folder: Path) -> _F
     target.model.save_pretrained(model)
     target.tokenizer.save_pretrained(model)
     _name_the_stock_class(model / "config.json")
-    if check.engine == "vllm":
+    if check.engine != "llama.cpp":
         return _Files(head, model, head)
     gguf = folder / "target.gguf"
     convert_to_gguf(model, gguf, "f32" if dtype == torch.float32 else "bf16")
@@ -147,8 +147,10 @@ def _by_transformers(
             plain = decode(target, prompt, check.max_new_tokens)
             drafted = decode(target, prompt, check.max_new_tokens, assistant, k, how)
             counts += drafted.counts(len(prompt), k)
-            found["plain"].append(Answer(plain.tokens, plain.seconds))
-            found["assisted"].append(Answer(drafted.tokens, drafted.seconds))
+            for name, text in (("plain", plain), ("assisted", drafted)):
+                found[name].append(
+                    Answer.of(text.tokens, target.eos_ids, check.max_new_tokens, text.seconds)
+                )
     return found, counts
 
 
@@ -171,7 +173,7 @@ def _compared(
 ) -> dict[str, Any]:
     plain, (assisted, told) = sides["plain"][0], sides["assisted"]
     # Of tokens, since vLLM counts drafts beyond the end of a text as accepted too.
-    length = sum(len(text.tokens) - 1 for text in assisted) / max(told.rounds, 1)
+    length = sum(text.written - 1 for text in assisted) / max(told.rounds, 1)
     speeds = {
         **{f"transformers_{name}": _speed(texts) for name, texts in ours.items()},
         **{f"engine_{name}": _speed(texts) for name, (texts, _) in sides.items()},
@@ -197,7 +199,7 @@ def _compared(
 
 
 def _speed(texts: Sequence[Answer]) -> float:
-    return sum(len(t.tokens) for t in texts) / sum(t.seconds for t in texts)
+    return sum(t.written for t in texts) / sum(t.seconds for t in texts)
 
 
 def _equal(texts: Sequence[Answer], others: Sequence[Answer]) -> float:

@@ -7,7 +7,8 @@ import pytest
 
 from headstart.cli.main import main
 from headstart.heads.engine_environments import install_engine
-from tests.tiny_pair import KINDS, write_pair
+from headstart.heads.engines import Engine
+from tests.tiny_pair import KINDS, write_multimodal, write_pair
 
 pytestmark = pytest.mark.engines
 
@@ -15,17 +16,20 @@ pytestmark = pytest.mark.engines
 @pytest.fixture(scope="module", params=KINDS)
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     folder = tmp_path_factory.getbasetemp() / "pairs"
-    target, head = write_pair(request.param, folder)
-    return ["--target", str(target), "--head", str(head)]
+    return list(map(str, write_pair(request.param, folder)))
 
 
-@pytest.mark.parametrize("engine", ["llama.cpp", "vllm"])
+@pytest.mark.parametrize("engine", ["llama.cpp", "vllm", "mlx"])
 def test_an_engine_says_what_transformers_says_and_accepts_as_much(
-    pair: list[str], engine: str, tmp_path: Path
+    pair: list[str], engine: Engine, tmp_path: Path
 ) -> None:
-    install_engine(engine)  # type: ignore[arg-type]
-    command = ["serve-check", "--engine", engine, *pair, "--dtype", "float32", "--limit", "16"]
-    assert main([*command, "--out", str(tmp_path)]) == 0
+    install_engine(engine)
+    target, head = pair
+    if engine == "mlx":
+        target = str(write_multimodal(Path(target), tmp_path / "multimodal"))
+    command = ["serve-check", "--engine", engine, "--target", target, "--head", head]
+    command += ["--dtype", "float32", "--limit", "16", "--out", str(tmp_path)]
+    assert main(command) == 0
     content = json.loads((tmp_path / "serve-check.json").read_text())
     assert set(content["equal_texts"].values()) == {1.0}
     ours, theirs = (content["acceptance_length"][name] for name in ("transformers", "engine"))
@@ -36,7 +40,7 @@ def test_an_engine_says_what_transformers_says_and_accepts_as_much(
 def test_heads_that_were_exported_hold_the_same_weights(pair: list[str], tmp_path: Path) -> None:
     """The converter's file has the tensors of the head, and says so itself."""
     install_engine("llama.cpp")
-    _, target, _, head = pair
+    target, head = pair
     command = [
         "export",
         head,

@@ -18,7 +18,12 @@ from tokenizers import (
     processors,
     trainers,
 )
-from transformers import Gemma4ForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    Gemma4Config,
+    Gemma4ForCausalLM,
+    Gemma4ForConditionalGeneration,
+    PreTrainedTokenizerFast,
+)
 
 from headstart.configs.loader import load_config
 from headstart.heads.tiny import gemma4_text_config
@@ -130,8 +135,28 @@ def write_pair(kind: str, folder: Path) -> tuple[Path, Path]:
     return target, run / "head"
 
 
+def write_multimodal(target: Path, folder: Path) -> Path:
+    """The same target as a multimodal Gemma 4, with a tower of noise that no text reads."""
+    model: Any = Gemma4ForCausalLM.from_pretrained(target, dtype=torch.float32)
+    config = Gemma4Config(
+        text_config=model.config.to_dict(), audio_config=None,
+        vision_config={
+            "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+            "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8,
+        },
+    )  # fmt: skip
+    whole: Any = Gemma4ForConditionalGeneration(config)
+    whole.model.language_model.load_state_dict(model.model.state_dict())
+    whole.tie_weights()
+    whole.generation_config = model.generation_config
+    whole.save_pretrained(folder)
+    PreTrainedTokenizerFast.from_pretrained(target).save_pretrained(folder)
+    return folder
+
+
 if __name__ == "__main__":
     import sys
 
     for kind in KINDS:
-        print(*write_pair(kind, Path(sys.argv[1])))
+        target, head = write_pair(kind, Path(sys.argv[1]))
+        print(target, write_multimodal(target, target.with_name("multimodal")), head)

@@ -35,7 +35,7 @@ def test_an_engine_that_dies_says_why_and_keeps_its_log(
     # This Python has no vLLM, so that the engine ends at once with an error of its own.
     monkeypatch.setattr(engine_servers, "engine_python", lambda engine: Path(sys.executable))
     log = tmp_path / "vllm.log"
-    server = EngineServer("vllm", tmp_path, None, 4, 64, log, "float32", 2)
+    server = EngineServer("vllm", tmp_path, None, 4, 64, [1], log, "float32", 2)
     with pytest.raises(RuntimeError, match=r"did not come up: .*vllm.*vllm\.log"), server:
         pass
     assert "No module named" in log.read_text()
@@ -47,7 +47,7 @@ def test_what_an_engine_started_is_stopped_with_it(
 ) -> None:
     monkeypatch.setattr(engine_servers, "engine_python", lambda engine: Path(sys.executable))
     monkeypatch.setattr(engine_servers, "STARTING", 3.0)
-    server = EngineServer("vllm", tmp_path, None, 4, 64, tmp_path / "log", "float32", 2)
+    server = EngineServer("vllm", tmp_path, None, 4, 64, [1], tmp_path / "log", "float32", 2)
     child = "import subprocess, sys, time; p = subprocess.Popen(['sleep', '60']); print(p.pid)"
     server.command = [sys.executable, "-u", "-c", f"{child}; time.sleep(60)"]
     with pytest.raises(RuntimeError, match="did not come up"), server:
