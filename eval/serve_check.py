@@ -23,7 +23,7 @@ from headstart.eval.partings import parting
 from headstart.heads.assistant import check_pair
 from headstart.heads.engine_export import GGUF, convert_to_gguf, export_head
 from headstart.heads.exact import ExactDecoding
-from headstart.heads.export import load_assistant
+from headstart.heads.export import load_assistant, write_global_head_dim
 from headstart.heads.files import write_atomically
 from headstart.heads.gemma3 import Gemma3ForAssistedDecoding
 from headstart.heads.targets import Target
@@ -111,6 +111,8 @@ def _written(target: Target, config: Any, check: ServeCheck, folder: Path) -> _F
     target.model.save_pretrained(model)
     target.tokenizer.save_pretrained(model)
     _name_the_stock_class(model / "config.json")
+    if config.model_type.startswith("gemma4"):
+        write_global_head_dim(model / "config.json")
     if check.engine != "llama.cpp":
         return _Files(head, model, head)
     gguf = folder / "target.gguf"

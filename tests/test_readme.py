@@ -211,3 +211,48 @@ def beside_the_first(run: dict[str, Any]) -> str:
         cells += [f"{one['acceptance_length']:.3f}"]
         cells += [f"{one['difference']:+.3f} ({low:+.3f} to {high:+.3f})"]
     return " | ".join(cells)
+
+
+def test_the_figures_of_the_page_on_serving_are_those_of_the_result_files() -> None:
+    page = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+    files = sorted((ROOT / "docs" / "results").glob("serve-*.json"))
+    assert files
+    for path in files:
+        r = json.loads(path.read_text(encoding="utf-8"))
+        length, speed = r["acceptance_length"], r["tokens_per_second"]
+        figures = f"{length['transformers']:.3f} | {length['engine']:.3f}"
+        figures += f" | {speed['engine_plain']:.0f} | {speed['engine_assisted']:.0f} |"
+        assert f"(results/{path.name}) | {r['environment']['engine']} | {figures}" in page
+        if r["environment"]["dtype"] == "float32":
+            assert set(r["equal_texts"].values()) == {1.0}
+
+
+def adapted_row(name: str, r: dict[str, Any]) -> str:
+    found = r["acceptance"]["domain"]
+    cells = [f"[{name}](results/adapt-{name}.json)"]
+    for stage in ("reference", "stale", "adapted"):
+        whole, straight = (
+            found[stage][f"acceptance_length{end}"] for end in ("", "_without_loops")
+        )
+        cells.append(f"{whole:.2f} ({straight:.2f})")
+    recovered, straight = r["recovered_share"], r["recovered_share_without_loops"]
+    cells.append("" if recovered is None else f"{recovered:.0%} ({straight:.0%})")
+    change = r["general_change_share"]
+    cells.append("" if change is None else f"{change:+.0%}")
+    speeds = r["speedup"]["domain"]
+    cells += [f"{speeds[s]['speedup']:.2f}" for s in ("stale", "adapted")]
+    return f"| {' | '.join(cells)} |"
+
+
+def test_the_figures_of_the_page_on_tuned_targets_are_those_of_the_result_files() -> None:
+    page = (ROOT / "docs" / "fine-tuned-targets.md").read_text(encoding="utf-8")
+    files = sorted((ROOT / "docs" / "results").glob("adapt-*.json"))
+    assert files
+    for path in files:
+        name, r = path.stem.removeprefix("adapt-"), json.loads(path.read_text(encoding="utf-8"))
+        if r["adapted_acceptance_length"] is None:
+            lost = [r[f"{s}_acceptance_length"] for s in ("reference", "stale")]
+            wanted = "{:.2f} | {:.2f} |".format(*lost)
+        else:
+            wanted = adapted_row(name, r)
+        assert wanted in page, f"{path.name} holds: {wanted}"
