@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from headstart.cli.arguments import add_target_arguments, count, default_device, target_config
+from headstart.heads.engines import ENGINES
 
-NAMES = ("transformers", "vllm", "llama.cpp", "mlx")
-SERVED = NAMES[1:]
+SERVED = [name for name in ENGINES if name != "transformers"]  # those that are installed
 
 
 def add_serving_commands(commands: Any) -> None:
@@ -22,7 +22,7 @@ def add_serving_commands(commands: Any) -> None:
     )
     add = export.add_argument
     add("head", metavar="HEAD", help="folder or Hub id of a draft head, or HEAD+ADAPTER")
-    add("--to", required=True, choices=NAMES, metavar="ENGINE", help=", ".join(NAMES))
+    add("--to", required=True, choices=ENGINES, metavar="ENGINE", help=", ".join(ENGINES))
     add("--target", required=True, metavar="NAME", help="gemma3-270m, a folder or a Hub id")
     add("--revision", help="Hub revision of the target")
     add("--out", required=True, type=Path, metavar="DIR")
@@ -37,10 +37,10 @@ def add_serving_commands(commands: Any) -> None:
         "install",
         help="make the environment of an engine",
         description="Install an engine into an environment of its own below the user's cache "
-        "(HEADSTART_CACHE): vllm takes about 3 GB, llama.cpp 1 GB with its converter.",
+        "(HEADSTART_CACHE): vllm takes about 3 GB, the others 1 GB each.",
         epilog="example: headstart engines install llama.cpp",
     )
-    install.add_argument("engine", choices=NAMES[1:], metavar="ENGINE", help=", ".join(NAMES[1:]))
+    install.add_argument("engine", choices=SERVED, metavar="ENGINE", help=", ".join(SERVED))
     install.add_argument("--debug", action="store_true", help="show the traceback of a failure")
     install.set_defaults(command=_run_install)
 
@@ -87,12 +87,12 @@ def _run_export(args: argparse.Namespace) -> None:
     import torch
 
     from headstart.configs.schema import TargetConfig
-    from headstart.heads.engine_export import export_head
+    from headstart.heads.engine_export import export_for_engine
     from headstart.heads.loading import load_target_config, load_target_tokens
 
     config = load_target_config(args.target, args.revision)
     tokens = load_target_tokens(TargetConfig(name=args.target, revision=args.revision))
-    remarks = export_head(
+    remarks = export_for_engine(
         args.head, args.to, config, tokens.tokenizer, args.out, args.dense,
         getattr(torch, args.dtype),
     )  # fmt: skip

@@ -216,6 +216,17 @@ def _limits(p: Published) -> list[str]:
         f"Languages: {spoken}.",
         f"Lengths: trained on prompts of up to {data.max_prompt_tokens} tokens and answers of up "
         f"to {data.max_new_tokens}.",
+        *_served_merged(p),
         "Measured on the machine named above; a figure of another machine has to be measured "
         "there: `headstart eval`.",
+    ]
+
+
+def _served_merged(p: Published) -> list[str]:
+    if not p.config.target.adapters:
+        return []
+    added = ", ".join(p.config.target.adapters)
+    return [
+        f"The target is {p.config.target.name} with {added}: engines that read whole checkpoints "
+        "want it merged, and its folder in place of the name above."
     ]

@@ -18,11 +18,12 @@ import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from headstart.data.server import PLAIN_SAMPLING
 from headstart.heads.engine_environments import engine_python
+from headstart.heads.engines import Engine
 
-ServingEngine = Literal["vllm", "llama.cpp", "mlx"]
 # llama.cpp's server as the wheel brings it.
 LLAMA = """
 import sys, threading, xllamacpp
@@ -141,7 +142,7 @@ class EngineServer:
 
     def __init__(
         self,
-        engine: ServingEngine,
+        engine: Engine,
         target: Path,
         head: Path | None,
         num_assistant_tokens: int,
@@ -221,13 +222,13 @@ class EngineServer:
 
     def answer(self, prompt: Sequence[int], max_new_tokens: int) -> Answer:
         """The greedy continuation of a prompt's ids."""
-        asked: dict[str, Any] = {"prompt": list(prompt), "temperature": 0.0}
+        asked = PLAIN_SAMPLING | {"prompt": list(prompt), "temperature": 0.0}
         if self.engine == "vllm":
             asked |= {"model": "target", "max_tokens": max_new_tokens, "return_token_ids": True}
             content, seconds = self._post("/v1/completions", asked)
             tokens = content["choices"][0]["token_ids"]
             return Answer.of(tokens, self.stop_ids, max_new_tokens, seconds)
-        asked |= {"n_predict": max_new_tokens, "return_tokens": True, "cache_prompt": False}
+        asked |= {"n_predict": max_new_tokens, "return_tokens": True}
         content, seconds = self._post("/completion", asked | {"stop_ids": self.stop_ids})
         answer = Answer.of(content["tokens"], self.stop_ids, max_new_tokens, seconds)
         if self.engine == "mlx":

@@ -25,11 +25,7 @@ from headstart.heads.lora import ADAPTER
 from headstart.heads.served import model_fingerprint
 
 DEMO = {"gemma3-270m": "google/gemma-3-270m"}  # built-in name -> what it is on the Hub
-NOT_PUBLISHED = (
-    ADAPTER,
-    "order.json",
-)  # of a run's head folder; what order.json says is in the card
-EXAMPLES = "examples"
+NOT_PUBLISHED = (ADAPTER, "order.json")  # of a run's head folder: what no reader of heads wants
 
 
 @dataclass(frozen=True)
@@ -72,12 +68,9 @@ class _Run:
 
     @property
     def pictures(self) -> list[Path]:
-        names = [
-            self.training / "progress.png",
-            self.folder / "adapt.png",
-            self.folder / "adapt.md",
-        ]
-        return [path for path in names if path.is_file()]
+        run, adapted = self.training, self.folder
+        paths = [run / "progress.png", adapted / "adapt.png", adapted / "adapt.md"]
+        return [path for path in paths if path.is_file()]
 
 
 def build_folder(what: Publication, out: Path) -> list[Path]:
@@ -101,10 +94,9 @@ def build_folder(what: Publication, out: Path) -> list[Path]:
     as_adapter = (run.head / ADAPTER).is_dir() and not what.merged
     base_models = [_base_head(what, config)] if as_adapter else _base_models(what, config)
     if not what.texts:
-        report = report | {EXAMPLES: []}
+        report = report | {"examples": []}
     t = config.target
     target_config = load_target_config(t.name, t.revision, t.trust_remote_code)
-    licence = licence_of(target_config)
     published = Published(
         repo_id=what.repo_id,
         base_models=base_models,
@@ -114,7 +106,7 @@ def build_folder(what: Publication, out: Path) -> list[Path]:
         config=config,
         summary=json.loads((run.training / "summary.json").read_text(encoding="utf-8")),
         report=report,
-        license={"license": what.license} if what.license else licence,
+        license={"license": what.license} if what.license else licence_of(target_config),
         languages=list(what.languages),
         is_adapter=as_adapter,
     )
@@ -153,7 +145,7 @@ def _evaluated(report: dict[str, Any], head: Path) -> tuple[str, str]:
     for name, fingerprint in known.items():
         if fingerprint == mine:
             return name, mine
-    others = ", ".join(f"{name} ({print_[:12]})" for name, print_ in known.items())
+    others = ", ".join(f"{name} ({other[:12]})" for name, other in known.items())
     raise ValueError(
         f"{head} ({mine[:12]}) is not a head of the report, which is of {others}: {again}"
     )

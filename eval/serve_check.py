@@ -17,11 +17,12 @@ from headstart.data.prompts import Prompt
 from headstart.data.templates import encode_prompt
 from headstart.eval.acceptance import AcceptanceCounts, zero_counts
 from headstart.eval.decoding import decode
-from headstart.eval.engine_servers import Answer, Counts, EngineServer, ServingEngine
+from headstart.eval.engine_servers import Answer, Counts, EngineServer
 from headstart.eval.environment import environment
 from headstart.eval.partings import parting
 from headstart.heads.assistant import check_pair
-from headstart.heads.engine_export import GGUF, convert_to_gguf, export_head
+from headstart.heads.engine_export import GGUF, convert_to_gguf, export_for_engine
+from headstart.heads.engines import Engine
 from headstart.heads.exact import ExactDecoding
 from headstart.heads.export import load_assistant, write_global_head_dim
 from headstart.heads.files import write_atomically
@@ -29,6 +30,7 @@ from headstart.heads.gemma3 import Gemma3ForAssistedDecoding
 from headstart.heads.targets import Target
 
 SCHEMA = 1
+SPARE = 16  # tokens of the context for drafts beyond the end of the longest text
 WARM_UP = 8  # tokens of a request before the clock runs
 
 
@@ -36,7 +38,7 @@ WARM_UP = 8  # tokens of a request before the clock runs
 class ServeCheck:
     """What to check."""
 
-    engine: ServingEngine
+    engine: Engine
     head: str
     num_assistant_tokens: int
     max_new_tokens: int
@@ -68,14 +70,15 @@ def serve_check(
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as temporary:
         files = _written(target, config, check, Path(temporary))
-        k, texts = check.num_assistant_tokens, max_length(target, prompts, check.max_new_tokens)
+        k = check.num_assistant_tokens
         ids = [encode_prompt(prompt, target.tokenizer) for prompt in prompts]
+        context = max(map(len, ids)) + check.max_new_tokens + SPARE
         ours, counts = _by_transformers(target, files.head, check, ids)
-        dtype = str(target.table.dtype).removeprefix("torch.")
+        dtype = str(target.identity["dtype"])
         sides: dict[str, tuple[list[Answer], Counts]] = {}
         for name, served in (("plain", None), ("assisted", files.served_head)):
             server = EngineServer(
-                check.engine, files.served_target, served, k, texts, target.eos_ids,
+                check.engine, files.served_target, served, k, context, target.eos_ids,
                 out / f"{name}.log", dtype, torch.get_num_threads(),
             )  # fmt: skip
             with server:
@@ -106,7 +109,7 @@ def _written(target: Target, config: Any, check: ServeCheck, folder: Path) -> _F
     """Target and head as the engine reads them."""
     dtype = target.table.dtype
     head = folder / "head"
-    export_head(check.head, check.engine, config, target.tokenizer, head, check.dense, dtype)
+    export_for_engine(check.head, check.engine, config, target.tokenizer, head, check.dense, dtype)
     model = folder / "target"
     target.model.save_pretrained(model)
     target.tokenizer.save_pretrained(model)
@@ -121,18 +124,11 @@ def _written(target: Target, config: Any, check: ServeCheck, folder: Path) -> _F
 
 
 def _name_the_stock_class(path: Path) -> None:
+    # Ours is a class of the same weights, whose name no engine knows.
     content = json.loads(path.read_text(encoding="utf-8"))
-    if content["architectures"] == [
-        Gemma3ForAssistedDecoding.__name__
-    ]:  # ours, of the same weights
+    if content["architectures"] == [Gemma3ForAssistedDecoding.__name__]:
         content["architectures"] = ["Gemma3ForCausalLM"]
         path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def max_length(target: Target, prompts: Sequence[Prompt], max_new_tokens: int) -> int:
-    """Tokens of the longest prompt and its answer, with room for one round of drafts."""
-    longest = max(len(encode_prompt(prompt, target.tokenizer)) for prompt in prompts)
-    return longest + max_new_tokens + 16
 
 
 def _by_transformers(
@@ -215,13 +211,8 @@ def print_serve_check(content: dict[str, Any]) -> None:
     table = Table(
         title=f"{env['head']} for {env['target']}, {env['dtype']}, {env['prompts']} prompts"
     )
-    for column in (
-        "",
-        "acceptance length",
-        "accepted at draft 1 ..",
-        "tokens/s plain",
-        "with head",
-    ):
+    columns = ["", "acceptance length", "accepted at draft 1 ..", "tokens/s plain", "with head"]
+    for column in columns:
         table.add_column(column, justify="left" if not column else "right")
     for name, label in (("transformers", "transformers, exact"), ("engine", env["engine"])):
         rates = content["cumulative_acceptance_rate"][name]

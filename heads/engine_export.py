@@ -16,7 +16,7 @@ GGUF = "head.gguf"
 DRAFTS = 4  # tokens a round, of a head that does not say
 
 
-def export_head(
+def export_for_engine(
     path: str | Path,
     engine: Engine,
     target: Any,

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -55,8 +56,6 @@ def publish(run_folder: Path, *more: object) -> int:
 
 def copy_of(run_folder: Path, to: Path) -> Path:
     """A run folder that a test may spoil."""
-    import shutil
-
     return Path(shutil.copytree(run_folder, to))
 
 
