@@ -9,7 +9,7 @@ from jinja2 import Environment, StrictUndefined
 
 from headstart.configs.schema import Config, RopePosition
 from headstart.eval.tables import cells, title
-from headstart.heads.engines import ENGINES, Engine, obstacles
+from headstart.heads.engines import ENGINES, Engine, obstacles, remarks
 from headstart.heads.export import rope_position
 
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
@@ -171,7 +171,8 @@ def _engine(engine: Engine, p: Published) -> dict[str, str]:
         "llama.cpp": f"headstart export {repo} --to llama.cpp --target {target} --out head-gguf",
         "mlx": f"mlx_vlm.server --model {target} --draft-model {repo}",
     }
-    return says | {"command": commands[engine]}
+    said = [says["says"], *(f"{line}." for line in remarks(engine, p.head_config))]
+    return says | {"says": " ".join(said), "command": commands[engine]}
 
 
 def _sglang(p: Published) -> dict[str, str]:

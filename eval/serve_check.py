@@ -64,7 +64,7 @@ def serve_check(
         that are equal to plain decoding of transformers and of the engine's own, tokens a second.
 
     Raises:
-        ValueError: the engine is not installed, or would refuse the head.
+        ValueError: the engine is not installed, or would refuse the head, here or everywhere.
         RuntimeError: it did not come up or stopped; its log is kept.
     """
     out.mkdir(parents=True, exist_ok=True)
@@ -109,7 +109,11 @@ def _written(target: Target, config: Any, check: ServeCheck, folder: Path) -> _F
     """Target and head as the engine reads them."""
     dtype = target.table.dtype
     head = folder / "head"
-    export_for_engine(check.head, check.engine, config, target.tokenizer, head, check.dense, dtype)
+    said = export_for_engine(
+        check.head, check.engine, config, target.tokenizer, head, check.dense, dtype
+    )
+    if check.engine == "vllm" and said:  # what is installed is its build for the CPU
+        raise ValueError(f"{said[0]}; serve-check too takes --dense")
     model = folder / "target"
     target.model.save_pretrained(model)
     target.tokenizer.save_pretrained(model)

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from headstart.heads.engine_environments import engine_python
-from headstart.heads.engines import Engine, obstacles
+from headstart.heads.engines import Engine, obstacles, remarks
 from headstart.heads.export import load_assistant, save_assistant
 
 GGUF = "head.gguf"
@@ -37,7 +37,7 @@ def export_for_engine(
         dtype: of the weights.
 
     Returns:
-        Remarks on what the engine leaves aside.
+        `remarks` of the engine on the head as it was written.
 
     Raises:
         ValueError: the engine would refuse it, with the cure; or it is not installed.
@@ -56,9 +56,7 @@ def export_for_engine(
 
     tokens = assistant.generation_config.num_assistant_tokens or DRAFTS
     save_assistant(assistant, assistant.lm_head.weight, out, tokens, dtype, beside=beside)
-    if engine == "llama.cpp" and assistant.config.use_ordered_embeddings:
-        return ["llama.cpp ignores ordered embeddings: each draft reads the whole table"]
-    return []
+    return remarks(engine, assistant.config)
 
 
 def convert_to_gguf(folder: Path, out: Path, dtype: str = "bf16") -> None:

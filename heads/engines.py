@@ -46,12 +46,21 @@ def obstacles(engine: Engine, head: Any, target: Any) -> list[str]:
                     f"mlx-vlm drafts for multimodal Gemma 4 targets alone, and this one is a "
                     f"{target.model_type}: save it as Gemma4ForConditionalGeneration"
                 )
-        case "vllm":
-            if head.use_ordered_embeddings:
-                found.append(
-                    "vLLM's CPU backend cannot read ordered embeddings: export with --dense"
-                )
     return found
+
+
+def remarks(engine: Engine, head: Any) -> list[str]:
+    """What an engine does with a head that it takes, where its user should know: a line each."""
+    if not head.use_ordered_embeddings:
+        return []
+    match engine:
+        case "llama.cpp":
+            return ["llama.cpp ignores ordered embeddings: each draft reads the whole table"]
+        case "vllm":
+            return [
+                "vLLM's CPU backend cannot read ordered embeddings: for a CPU export with --dense"
+            ]
+    return []
 
 
 def _llama_cpp(head: Any, target: Any) -> list[str]:

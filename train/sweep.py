@@ -39,8 +39,9 @@ def run_sweep(
 ) -> dict[str, Any]:
     """Train and judge the runs of a sweep, and write `out`/sweep.json and sweep.png.
 
-    A run that was judged stays as it is; one that was cut short goes on from its checkpoint. The
-    files are written anew after each run.
+    A run that was judged stays as it is, one that was judged on other texts or at another K is
+    judged again, one that was cut short goes on from its checkpoint. The files are written anew
+    after each run.
 
     Args:
         sweep: of `load_sweep`.
@@ -62,11 +63,12 @@ def run_sweep(
     found: list[dict[str, Any]] = []
     content: dict[str, Any] = {}
     for number, (name, config) in enumerate(runs, start=1):
-        if not (config.run.dir / JUDGED).is_file():
+        judged = _read_judged(config)
+        if judged is None:
             print(f"Run {number} of {len(runs)}: {name}, seed {config.run.seed}", flush=True)
             train(config, resume=True)
-            _judge(config, target, stores, sweep)
-        judged = json.loads((config.run.dir / JUDGED).read_text(encoding="utf-8"))
+        if judged is None or judged.get("judging") != _judging(sweep):
+            judged = _judge(config, target, stores, sweep)
         found.append({"run": name, "overrides": sweep.runs[name], **judged})
         content = {
             "sweep": 1,
@@ -82,21 +84,35 @@ def run_sweep(
 
 def _check_same(config: Config) -> None:
     """Raise `ValueError` where a judged run had other settings."""
+    if (judged := _read_judged(config)) is None:
+        return
+    # Settings that are newer than the run had their defaults.
+    earlier = Config.model_validate(yaml.safe_load(judged["config"]))
+    if dump_config(earlier) != dump_config(config):
+        raise ValueError(
+            f"{config.run.dir} was judged with other settings: name another folder, --out DIR, "
+            "or delete it"
+        )
+
+
+def _read_judged(config: Config) -> dict[str, Any] | None:
+    """What became of a run; None: it was not judged."""
     path = config.run.dir / JUDGED
-    if path.is_file():
-        earlier = json.loads(path.read_text(encoding="utf-8"))["config"]
-        # Settings that are newer than the run had their defaults.
-        if dump_config(Config.model_validate(yaml.safe_load(earlier))) != dump_config(config):
-            raise ValueError(
-                f"{config.run.dir} was judged with other settings: name another folder, --out DIR, "
-                "or delete it"
-            )
+    if not path.is_file():
+        return None
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+def _judging(sweep: Sweep) -> dict[str, Any]:
+    """How runs are judged, which may change after they were trained."""
+    return sweep.model_dump(mode="json", include={"judged_on", "num_assistant_tokens"})
 
 
 def _judge(
     config: Config, target: Target, stores: dict[str, ActivationStore], sweep: Sweep
-) -> None:
-    """Walk rounds over every text of the stores, and keep the counts of each."""
+) -> dict[str, Any]:
+    """Walk rounds over every text of the stores, and keep the counts of each in the run's folder."""
     folder = config.run.dir
     head = DraftHead(load_assistant(folder / "head", target.table.dtype, target.device))
     ahead = {name: walked_at(on.rope_position) for name, on in sweep.judged_on.items()}
@@ -110,8 +126,10 @@ def _judge(
         "held_out": max(row.get("acceptance_length", 0.0) for row in rows),
         "texts": texts,
         "config": dump_config(config),
+        "judging": _judging(sweep),
     }
     write_atomically(folder / JUDGED, json.dumps(judged) + "\n")
+    return judged
 
 
 def summarise(found: list[dict[str, Any]], stores: list[str]) -> list[dict[str, Any]]:

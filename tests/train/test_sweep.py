@@ -105,6 +105,23 @@ def test_a_judged_run_of_other_settings_is_not_taken_for_this_one(
         run_sweep(load_sweep(path), tmp_path / "out", ["train.steps=7"], "cpu")
 
 
+def test_a_judge_that_is_named_later_judges_the_heads_that_are_there(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = {"seeds": [0], "runs": {"right": []}}
+    run_sweep(
+        load_sweep(written(tmp_path, store, **one, judged_on={"texts": str(store)})),
+        tmp_path / "out", [], "cpu",
+    )  # fmt: skip
+    monkeypatch.setattr(module, "train", lambda *_, **__: pytest.fail("it was trained again"))
+    content = run_sweep(load_sweep(written(tmp_path, store, **one)), tmp_path / "out", [], "cpu")
+    assert list(content["results"][0]["judged_on"]) == ["texts", "as vLLM"]
+    one["num_assistant_tokens"] = 2
+    content = run_sweep(load_sweep(written(tmp_path, store, **one)), tmp_path / "out", [], "cpu")
+    judged = content["results"][0]["judged_on"]["texts"]
+    assert len(judged["conditional_acceptance_rate"]) == 2
+
+
 def test_a_difference_is_of_the_same_texts() -> None:
     """A run that gains one token in every round is ahead for certain, however texts differ."""
 
