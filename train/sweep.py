@@ -112,7 +112,7 @@ def _judging(sweep: Sweep) -> dict[str, Any]:
 def _judge(
     config: Config, target: Target, stores: dict[str, ActivationStore], sweep: Sweep
 ) -> dict[str, Any]:
-    """Walk rounds over every text of the stores, and keep the counts of each in the run's folder."""
+    """Walk rounds over every text of the stores; counts of each are kept in the run's folder."""
     folder = config.run.dir
     head = DraftHead(load_assistant(folder / "head", target.table.dtype, target.device))
     ahead = {name: walked_at(on.rope_position) for name, on in sweep.judged_on.items()}

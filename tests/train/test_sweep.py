@@ -108,7 +108,7 @@ def test_a_judged_run_of_other_settings_is_not_taken_for_this_one(
 def test_a_judge_that_is_named_later_judges_the_heads_that_are_there(
     store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    one = {"seeds": [0], "runs": {"right": []}}
+    one: dict[str, Any] = {"seeds": [0], "runs": {"right": []}}
     run_sweep(
         load_sweep(written(tmp_path, store, **one, judged_on={"texts": str(store)})),
         tmp_path / "out", [], "cpu",
