@@ -26,11 +26,13 @@ def add_publish_command(commands: Any) -> None:
     add("--report", type=Path, metavar="DIR", help="of the figures (default: the run's own)")
     add(
         "--base-model", action="append", default=[], metavar="ORG/NAME",
-        help="the target on the Hub (default: as the run names it)",
+        help="the target on the Hub, whole; again for what else is its base (default: as the run "
+        "names it)",
     )  # fmt: skip
     add(
         "--base-head", metavar="ORG/NAME",
-        help="the head that a head's adapter goes onto (default: as the run names it)",
+        help="the head that a head's adapter goes onto, ORG/NAME@REVISION for a revision (default: "
+        "as the run names it)",
     )  # fmt: skip
     add("--merged", action="store_true", help="publish an adapter's head whole")
     add("--license", metavar="NAME", help="(default: that of the target)")
@@ -47,7 +49,8 @@ def add_publish_command(commands: Any) -> None:
 
 
 def _run_publish(args: argparse.Namespace) -> None:
-    from headstart.eval.publish import Publication, build_folder, print_folder, upload
+    from headstart.eval.hub import upload
+    from headstart.eval.publish import Publication, build_folder, print_folder
 
     if args.dry_run and args.out is None:
         raise ValueError("--dry-run writes a folder: name it with --out DIR")
@@ -65,7 +68,7 @@ def _run_publish(args: argparse.Namespace) -> None:
         texts=not args.without_texts,
     )
     with tempfile.TemporaryDirectory() as temporary:
-        out = args.out or Path(temporary) / "folder"
+        out = (args.out or Path(temporary) / "folder").resolve()
         print_folder(build_folder(what, out), out)
         if not args.dry_run:
             upload(out, args.repo_id, not args.public, args.branch, args.pr)

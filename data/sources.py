@@ -69,10 +69,16 @@ def read_rows(source: SourceConfig) -> Iterator[tuple[Place, Row]]:
     elif path.exists() or glob.has_magic(source.path):
         for file in _files(path):
             yield from _file_rows(file)
-    elif _kind(path) or not HUB_ID.fullmatch(source.path):
-        raise ValueError(f"no prompt file {source.path}")
-    else:
+    elif is_hub_dataset(source.path):
         yield from _hub_rows(source)
+    else:
+        raise ValueError(f"no prompt file {source.path}")
+
+
+def is_hub_dataset(path: str) -> bool:
+    """Whether a source's path is read as the id of a Hugging Face dataset."""
+    there = Path(path).expanduser()
+    return not there.exists() and not _kind(there) and HUB_ID.fullmatch(path) is not None
 
 
 def _kind(path: Path) -> str | None:

@@ -1,5 +1,6 @@
 """The model card of a published head: metadata in the Hub's own form, and figures of its report."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -7,10 +8,15 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, StrictUndefined
 
-from headstart.configs.schema import Config, RopePosition
+from headstart.configs.schema import Config, RopePosition, TargetConfig
+from headstart.data.sources import is_hub_dataset
+from headstart.eval.hub import declared_licence
 from headstart.eval.tables import cells, title
+from headstart.eval.verdict import verdict
 from headstart.heads.engines import ENGINES, Engine, obstacles, remarks
 from headstart.heads.export import rope_position
+from headstart.heads.loading import BUILT_IN
+from headstart.heads.served import split_revision
 
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
 GEMMA_TERMS = {"license": "gemma", "license_link": "https://ai.google.dev/gemma/terms"}
@@ -35,11 +41,16 @@ class Published:
 
     repo_id: str
     base_models: list[str]
-    """Hub ids: the target, or where it was tuned its adapters too; of an adapter of a head, the
-    head."""
+    """Hub ids: what the target was tuned with, and the target."""
+    base_head: str | None
+    """What is published is a PEFT adapter of this head; None: it is a whole head."""
+    served: TargetConfig
+    """The target by the names that others load it by."""
     head_name: str
     """What the report calls the head."""
     head_config: Any
+    own_parameters: int
+    """Of the head, its embedding table apart."""
     target_config: Any
     config: Config
     """Of the run."""
@@ -48,16 +59,18 @@ class Published:
     report: dict[str, Any]
     license: dict[str, str]
     languages: list[str]
-    is_adapter: bool
-    """Whether what is published is a PEFT adapter of the head in `base_models`."""
 
 
-def licence_of(target_config: Any) -> dict[str, str]:
+def licence_of(target_config: Any, served: TargetConfig) -> dict[str, str]:
     """The licence of a target's weights, which binds heads distilled from them.
 
-    Sources: https://ai.google.dev/gemma/terms for Gemma 3; the cards of Google's Gemma 4
-    checkpoints and https://ai.google.dev/gemma/docs/gemma_4_license for Gemma 4.
+    That which the cards of the target and of its adapters name; where none does or they cannot be
+    read, that of its family: https://ai.google.dev/gemma/terms for Gemma 3, and for Gemma 4 the
+    cards of Google's checkpoints and https://ai.google.dev/gemma/docs/gemma_4_license.
     """
+    for name in (*reversed(served.adapters), served.name):
+        if found := declared_licence(*split_revision(name)):
+            return found
     return APACHE if target_config.model_type.startswith("gemma4") else GEMMA_TERMS
 
 
@@ -71,24 +84,29 @@ def model_card(published: Published) -> str:
     p, env = published, published.report["environment"]
     architecture = p.head_config.architectures[0]
     setting = title(p.report)
-    template = Environment(undefined=StrictUndefined, keep_trailing_newline=True).from_string(
-        TEMPLATE.read_text(encoding="utf-8")
-    )
+    base_head, base_revision = split_revision(p.base_head or "")
+    adapters = [split_revision(adapter) for adapter in p.served.adapters]
+    template = Environment(
+        undefined=StrictUndefined, keep_trailing_newline=True, trim_blocks=True, lstrip_blocks=True
+    ).from_string(TEMPLATE.read_text(encoding="utf-8"))
     return template.render(
         metadata=_metadata(p, results).to_yaml(),
         name=p.repo_id.rpartition("/")[2],
         repo_id=p.repo_id,
         target=env["target"],
-        base_model=p.config.target.name if p.is_adapter else p.base_models[0],
-        base_head=p.base_models[0],
-        adapter=p.is_adapter,
+        served=p.served,
+        revision=_revision(p.served.revision),
+        adapters=[(name, _revision(revision)) for name, revision in adapters],
+        load_target=_load_target(p),
+        base_head=base_head,
+        base_revision=_revision(base_revision),
         architecture=architecture,
-        parameters=f"{p.summary['parameters_trained']:,}",
+        parameters=f"{p.own_parameters:,}",
         num_assistant_tokens=p.config.train.rounds,
         setting=f"{setting}, torch {env['torch']}, transformers {env['transformers']}, prompts "
         f"`{env['prompts']}`.",
         rows=[_row(result) for result in results],
-        verdict=p.report["verdict"],
+        verdict=verdict([r for r in p.report["results"] if r["head"] in (p.head_name, None)]),
         needs_headstart=p.target_config.model_type.startswith("gemma3"),
         engines=[
             *(_engine(engine, p) for engine in ENGINES if engine != "transformers"),
@@ -113,35 +131,56 @@ def _row(result: dict[str, Any]) -> list[str]:
     return [decoder, k, f"{texts}, {loops}", length, speedup]
 
 
+def _revision(revision: str | None) -> str:
+    """The last argument of a call that loads from the Hub."""
+    return f', revision="{revision}"' if revision else ""
+
+
+def _load_target(p: Published) -> str:
+    """The call of `headstart.heads.loading.load_target` that loads the target as it is served."""
+    # The built-in Gemma 3 270M has other weights than the Hub's: they were quantised.
+    built_in = p.config.target.name if p.config.target.name in BUILT_IN else None
+    call = f'load_target("{built_in or p.served.name}"{_revision(p.served.revision)}'
+    if p.served.adapters:
+        call += f", adapters={json.dumps(p.served.adapters)}"
+    if p.served.quantization:
+        call += f', quantization="{p.served.quantization}"'
+    return call + ")"
+
+
 def _metadata(p: Published, results: list[dict[str, Any]]) -> ModelCardData:
     """The head of the card. A draft head is no fine-tune, but of the relations that the Hub knows
     (adapter, merge, quantized, finetune) that is the nearest; it puts the head into the target's
     model tree."""
     env = p.report["environment"]
-    where = {"hardware": env["accelerator"] or env["processor"], "threads": env["threads"]}
+    # The Hub keeps one set of arguments for a dataset: what all results share. The rest is in the
+    # metrics' names.
+    shared = {
+        "hardware": env["accelerator"] or env["processor"], "threads": env["threads"],
+        "dtype": env["dtype"], "max_new_tokens": env["max_new_tokens"],
+    }  # fmt: skip
+    on_the_hub = is_hub_dataset(env["prompts"])
     evaluated = []
     for result in results:
-        name = f"{result['decoder']} decoder, K = {result['num_assistant_tokens']}"
-        args = where | {
-            "dtype": env["dtype"], "temperature": result["temperature"], "texts": result["texts"],
-            "max_new_tokens": env["max_new_tokens"],
-            "looping_texts": result["looping_texts"],
-        }  # fmt: skip
+        loops = {"with": "", "without": ", texts without loops"}[result["looping_texts"]]
+        how = (
+            f"{result['decoder']} decoder, K = {result['num_assistant_tokens']}, temperature "
+            f"{result['temperature']:g}, {result['texts']} texts{loops}"
+        )
         for metric in ("acceptance_length", "speedup"):
             evaluated.append(EvalResult(
-                task_type="text-generation", dataset_type="prompts", dataset_name=env["prompts"],
-                dataset_args=args, metric_type=metric, metric_value=round(result[metric], 4),
-                metric_name=f"{metric.replace('_', ' ')} ({name})", metric_args=args,
+                task_type="text-generation", dataset_args=shared, dataset_name=env["prompts"],
+                dataset_type=env["prompts"] if on_the_hub else "prompts",
+                metric_type=metric, metric_value=round(result[metric], 4),
+                metric_name=f"{metric.replace('_', ' ')} ({how})",
             ))  # fmt: skip
     license_fields: Any = p.license  # license and license_link
-    sources = [source.path for source in p.config.data.prompts]
-    on_the_hub = [s for s in sources if s.count("/") == 1 and not Path(s).suffix]
     return ModelCardData(
-        base_model=p.base_models,
-        base_model_relation="adapter" if p.is_adapter else "finetune",
-        library_name="peft" if p.is_adapter else "transformers",
+        base_model=[split_revision(p.base_head)[0]] if p.base_head else p.base_models,
+        base_model_relation="adapter" if p.base_head else "finetune",
+        library_name="peft" if p.base_head else "transformers",
         pipeline_tag="text-generation",
-        datasets=on_the_hub or None,
+        datasets=[name for name in _prompts(p.config) if is_hub_dataset(name)] or None,
         language=p.languages or None,
         tags=["speculative-decoding", "multi-token-prediction", "draft-head", "headstart"],
         model_name=p.repo_id.rpartition("/")[2],
@@ -150,20 +189,29 @@ def _metadata(p: Published, results: list[dict[str, Any]]) -> ModelCardData:
     )
 
 
+def _prompts(config: Config) -> list[str]:
+    """Where the training prompts came from; empty where the run read texts that were there."""
+    data = config.data
+    if data.store is not None or data.conversations is not None:
+        return []
+    return [source.path for source in data.prompts]
+
+
 def _engine(engine: Engine, p: Published) -> dict[str, str]:
     """What the card says of an engine: its command, or why it does not take this head."""
-    target, repo = p.base_models[0], p.repo_id
+    repo = p.repo_id
+    target = "TARGET" if p.served.adapters else p.served.name  # `_served_merged` says what it is
     against = obstacles(engine, p.head_config, p.target_config)
     says = {
         "name": NAMES[engine],
         "says": "Not checked with this head; `headstart serve-check` does.",
         "command": "",
     }
-    if p.is_adapter:
-        merge = f"headstart export {p.base_models[0]}+{repo} --to {engine} --out head --target "
-        return says | {"says": "With the adapter merged:", "command": merge + p.config.target.name}
     if against:
         return says | {"says": "It does not take this head as it is: " + "; ".join(against) + "."}
+    if p.base_head:
+        merge = f"headstart export {p.base_head}+{repo} --to {engine} --out head --target {target}"
+        return says | {"says": "With the adapter merged:", "command": merge}
     commands = {
         "vllm": f"vllm serve {target} --speculative-config "
         f'\'{{"method": "mtp", "model": "{repo}", "num_speculative_tokens": '
@@ -177,13 +225,14 @@ def _engine(engine: Engine, p: Published) -> dict[str, str]:
 
 def _sglang(p: Published) -> dict[str, str]:
     """As its pull request 24436 has it: `NEXTN` becomes `FROZEN_KV_MTP` for these heads."""
-    if not p.target_config.model_type.startswith("gemma4") or p.is_adapter:
+    if not p.target_config.model_type.startswith("gemma4") or p.base_head:
         return {"name": "SGLang", "says": "Gemma 4 targets and whole heads alone.", "command": ""}
     k = p.config.train.rounds
     return {
         "name": "SGLang",
         "says": "As sgl-project/sglang#24436 has it; never run with this head.",
-        "command": f"python -m sglang.launch_server --model-path {p.base_models[0]} "
+        "command": f"python -m sglang.launch_server --model-path "
+        f"{'TARGET' if p.served.adapters else p.served.name} "
         f"--speculative-algorithm NEXTN --speculative-draft-model-path {p.repo_id} "
         f"--speculative-num-steps {k} --speculative-eagle-topk 1 "
         f"--speculative-num-draft-tokens {k + 1}",
@@ -193,14 +242,19 @@ def _sglang(p: Published) -> dict[str, str]:
 def _training(p: Published) -> list[str]:
     data, env, train = p.summary["data"], p.summary["environment"], p.config.train
     where = env["accelerator"] or f"{env['threads']} threads of {env['processor']}"
-    source = ", ".join(s.path for s in p.config.data.prompts) or "a store of conversations"
+    source = ", ".join(_prompts(p.config))
+    best, last = p.summary["best"], p.summary["validations"][-1]["step"]
+    start = p.config.head.start
     return [
-        f"{data['documents']:,} conversations of the target's own "
-        f"({data['answer_tokens']:,} answer tokens), prompts from {source}",
-        f"{train.steps:,} steps of {train.batch_size * train.gradient_accumulation_steps} "
-        f"conversations, {train.rounds} rounds, objective {train.objective}",
+        f"{data['documents']:,} conversations of the target's own ({data['answer_tokens']:,} "
+        f"answer tokens)" + (f", prompts from {source}" if source else ""),
+        "started from "
+        + {"target": "layers of the target", "random": "random weights"}.get(start, start),
+        f"{last:,} steps, of which step {best['step']:,} was the best; each process "
+        f"{train.batch_size * train.gradient_accumulation_steps} conversations a step, "
+        f"{train.rounds} rounds, objective {train.objective}",
         f"on {where}, torch {env['torch']}, transformers {env['transformers']}",
-        f"acceptance length {p.summary['best']['acceptance_length']:.2f} on "
+        f"acceptance length {best['acceptance_length']:.2f} on "
         f"{data['validation_documents']} held-out conversations",
     ]
 
@@ -224,10 +278,9 @@ def _limits(p: Published) -> list[str]:
 
 
 def _served_merged(p: Published) -> list[str]:
-    if not p.config.target.adapters:
+    if not p.served.adapters:
         return []
-    added = ", ".join(p.config.target.adapters)
     return [
-        f"The target is {p.config.target.name} with {added}: engines that read whole checkpoints "
-        "want it merged, and its folder in place of the name above."
+        f"The target is {p.served.name} with {', '.join(p.served.adapters)}: TARGET in the "
+        "commands of engines stands for a folder where they are merged."
     ]

@@ -50,9 +50,17 @@ def whole_folder(folder: Path) -> Iterator[Path]:
             folder.rename(earlier)
         work.rename(folder)
         shutil.rmtree(earlier, ignore_errors=True)
-    except (OSError, SafetensorError) as error:
+    except BaseException as error:
         shutil.rmtree(work, ignore_errors=True)
-        raise OSError(_unwritten(folder, error)) from error
+        if isinstance(error, OSError | SafetensorError):
+            raise OSError(_unwritten(folder, error)) from error
+        raise
+
+
+def check_empty(folder: Path) -> None:
+    """Raise `ValueError` where a folder that is to be written holds something."""
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise ValueError(f"{folder} is not empty: name another folder, --out DIR")
 
 
 def _sync(path: Path) -> None:

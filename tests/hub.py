@@ -20,6 +20,8 @@ class Repository:
     """Private or not, and the files of each revision; a commit's name is that of its content."""
 
     visibility: str
+    license: str | None = None
+    """That its card names."""
     revisions: dict[str, dict[str, bytes]] = field(default_factory=lambda: {"main": {}})
 
     def commit(self, revision: str) -> str:
@@ -173,11 +175,17 @@ class _Handler(BaseHTTPRequestHandler):
     def on_get(self, path: str, _: bytes) -> None:
         if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/([^/]+))?", path):
             repo_id, revision = found.group(1), found.group(2) or "main"
-            repository = self.hub.repositories[repo_id]
+            repository = self.hub.repositories.get(repo_id)
+            if repository is None:
+                return self.answer(404, {"error": "Repository not found"}, "RepoNotFound")
             siblings = [{"rfilename": name} for name in repository.files(revision)]
             sha = revision if len(revision) == 40 else repository.commit(revision)
-            content = {"id": repo_id, "sha": sha, "siblings": siblings, "private": True}
-            return self.answer(200, content | {"tags": [], "downloads": 0, "likes": 0})
+            content = {
+                "id": repo_id, "sha": sha, "siblings": siblings, "tags": [], "downloads": 0,
+                "likes": 0, "private": repository.visibility == "private",
+                "cardData": {"license": repository.license} if repository.license else None,
+            }  # fmt: skip
+            return self.answer(200, content)
         return self._file(path, True)
 
     def on_head(self, path: str, _: bytes) -> None:

@@ -20,6 +20,7 @@ from headstart.data.store import Documents
 from headstart.eval.simulate import Simulated, simulate_acceptance
 from headstart.heads.assistant import check_pair
 from headstart.heads.export import Assistant, load_assistant, load_assistant_config, save_assistant
+from headstart.heads.files import check_empty
 from headstart.heads.lora import ADAPTER
 from headstart.heads.ordered import cluster_count, set_order, token_usage, with_clusters
 from headstart.heads.targets import Target
@@ -90,8 +91,7 @@ def reorder(path: str, target: Target, config: Config, order: Order, out: Path) 
     """
     assistant = load_assistant(path, torch.float32, target.device)
     check_pair(target, assistant)
-    if out.exists() and any(out.iterdir()):
-        raise ValueError(f"{out} is not empty: name another folder, --out DIR")
+    check_empty(out)
     if not assistant.config.use_ordered_embeddings and not order.rebuild:
         raise ValueError(f"{path} has no ordered embeddings to refine: give --rebuild")
     if order.num_centroids is not None and not order.rebuild:

@@ -6,6 +6,8 @@ import re
 import shutil
 import subprocess
 import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +18,13 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
 from headstart.cli.main import main
+from headstart.eval.hub import upload
 from headstart.heads.export import load_assistant
 from headstart.heads.loading import load_target
 from headstart.train.run import run
-from tests.hub import TOKEN, Fault, Hub
+from tests.hub import TOKEN, Fault, Hub, Repository
 from tests.train.test_loop import ROOT, tiny_config
-from tests.train.test_warm_start import FULL, finished
+from tests.train.test_warm_start import FULL, NARROW, finished
 
 REPO = "org/tiny-head"
 SHORT = (
@@ -45,6 +48,8 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def hub(monkeypatch: pytest.MonkeyPatch) -> Any:
     with Hub() as up:
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", up.url)
+        template = up.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         yield up
@@ -125,8 +130,13 @@ def test_the_card_holds_the_reports_figures_and_no_others(
         if result["category"] == "all"
         for metric in ("acceptance_length", "speedup")
     }
-    found = {(r.metric_type, r.metric_value) for r in card.data.eval_results or []}
-    assert found == wanted
+    evaluated = card.data.eval_results or []
+    assert {(r.metric_type, r.metric_value) for r in evaluated} == wanted
+    # One name a figure, and nothing that only some of them share beside them.
+    assert len({r.metric_name for r in evaluated}) == len(evaluated)
+    assert {tuple(r.dataset_args or ()) for r in evaluated} == {
+        ("hardware", "threads", "dtype", "max_new_tokens")
+    }
     assert card.data.base_model == ["org/tiny"]
     assert card.data["base_model_relation"] == "finetune"
     assert card.data.license == "apache-2.0"
@@ -136,6 +146,11 @@ def test_the_card_holds_the_reports_figures_and_no_others(
             assert f"{result['acceptance_length']:.2f} (" in card.text
     assert report["verdict"] in card.text
     assert report["environment"]["target_fingerprint"][:16] in card.text
+    summary = json.loads((finished_run / "summary.json").read_text())
+    assert f"6 steps, of which step {summary['best']['step']} was the best" in card.text
+    assert (
+        "prompts from data/prompts/text_train.jsonl" in card.text or "prompts from /" in card.text
+    )
 
 
 def test_the_cards_own_snippet_drafts_without_headstart(finished_run: Path, tmp_path: Path) -> None:
@@ -158,6 +173,28 @@ def test_the_cards_own_snippet_drafts_without_headstart(finished_run: Path, tmp_
     plain = target.model.generate(**ids, do_sample=False, max_new_tokens=64)
     assert done.stdout.splitlines()[-1] == str(plain.shape[1])
     assert target.tokenizer.decode(plain[0]) in done.stdout
+
+
+def test_a_gemma_3_card_carries_googles_terms_and_a_snippet_that_runs(tmp_path: Path) -> None:
+    folder, prompts = tmp_path / "run", ROOT / "data" / "prompts" / "text_eval.jsonl"
+    run(tiny_config(folder, *SHORT, "target.name=tiny-gemma3", f"eval.prompts={prompts}"))
+    out = tmp_path / "folder"
+    assert publish(folder, "--dry-run", "--out", out) == 0
+    card = ModelCard.load(out / "README.md")
+    assert (card.data.license, card.data["license_link"]) == (
+        "gemma", "https://ai.google.dev/gemma/terms",
+    )  # fmt: skip
+    assert "found at ai.google.dev/gemma/terms\n" in (out / "NOTICE").read_text()
+    snippet = "\n".join(re.findall(r"```python\n(.*?)```", card.text, re.S))
+    assert 'load_target("tiny-gemma3")' in snippet
+    exec(snippet.replace(f'"{REPO}"', f'"{out}"'), {})
+
+
+def test_the_licence_is_the_targets_own(finished_run: Path, hub: Hub) -> None:
+    hub.repositories["org/tiny"] = Repository("public", license="cc-by-nc-4.0")
+    assert publish(finished_run) == 0
+    readme = hub.repositories[REPO].files("main")["README.md"].decode()
+    assert ModelCard(readme).data["license"] == "cc-by-nc-4.0"
 
 
 def test_without_texts_no_prompt_leaves_the_machine(finished_run: Path, tmp_path: Path) -> None:
@@ -189,7 +226,55 @@ def test_another_head_than_the_evaluated_one_is_refused(
     assert "headstart eval" in capsys.readouterr().err
 
     (spoilt / "head" / "model.safetensors").write_bytes(b"cut")
-    assert publish(finished_run, "--report", spoilt, "--dry-run", "--out", tmp_path / "x") == 1
+    report = finished_run / "eval"
+    assert publish(spoilt, "--report", report, "--dry-run", "--out", tmp_path / "folder") == 1
+    assert "does not load" in capsys.readouterr().err
+
+
+def test_a_report_of_another_target_is_refused(
+    finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spoilt = copy_of(finished_run, tmp_path / "run")
+    path = spoilt / "eval" / "report.json"
+    content = json.loads(path.read_text())
+    (name,) = content["environment"]["head_fingerprints"]
+    path.write_text(json.dumps(content | {"warnings": {name: "this head was trained for others"}}))
+    assert publish(spoilt, "--dry-run", "--out", tmp_path / "folder") == 1
+    assert "of another target: this head was trained for others" in capsys.readouterr().err
+
+
+def test_what_reads_back_as_another_head_is_not_published(
+    finished_run: Path,
+    hub: Hub,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As a disk that keeps other bytes than were written would have it."""
+    copytree = shutil.copytree
+
+    def spoiling(source: Path, to: Path, **options: Any) -> Any:
+        copytree(source, to, **options)
+        weights = load_file(Path(to) / "model.safetensors")
+        weights["pre_projection.weight"][0, 0] += 1e-3
+        save_file(weights, Path(to) / "model.safetensors", metadata={"format": "pt"})
+
+    monkeypatch.setattr(shutil, "copytree", spoiling)
+    assert publish(finished_run) == 1
+    assert "nothing was published" in capsys.readouterr().err
+    assert hub.repositories == {}
+
+
+def test_a_folder_that_holds_something_else_is_left_alone(
+    finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The run itself above all; a folder of an earlier dry run is replaced."""
+    mine = copy_of(finished_run, tmp_path / "run")
+    for out in (mine, mine / "head", tmp_path):
+        assert publish(mine, "--dry-run", "--out", out) == 1
+        assert "is not empty" in capsys.readouterr().err
+    assert {p.name for p in mine.iterdir()} == {p.name for p in finished_run.iterdir()}
+    for _ in range(2):
+        assert publish(mine, "--dry-run", "--out", tmp_path / "folder") == 0
 
 
 def test_a_target_that_the_hub_does_not_have_is_asked_for(
@@ -201,18 +286,41 @@ def test_a_target_that_the_hub_does_not_have_is_asked_for(
 
 
 @pytest.mark.parametrize(
-    ("status", "says"),
-    [(401, "hf auth login"), (403, "may not write"), (409, "same time"), (500, "later")],
-)
+    ("fault", "says"),
+    [
+        (Fault("POST", "/repos/create", 401), "hf auth login"),
+        (Fault("POST", "/repos/create", 403), "may not write"),
+        (Fault("POST", "/repos/create", "cut"), "again"),
+        (Fault("POST", "/preupload/", 403), "may not write"),
+        (Fault("POST", "/info/lfs/", 403), "may not write"),
+        (Fault("PUT", "/lfs/", 403), "may not write"),
+        (Fault("PUT", "/lfs/", 500), "later"),
+        (Fault("PUT", "/lfs/", "cut"), "run the same command again"),
+        (Fault("POST", "/commit/", 401), "hf auth login"),
+        (Fault("POST", "/commit/", 403), "may not write"),
+        (Fault("POST", "/commit/", 409), "same time"),
+        (Fault("POST", "/commit/", 412), "same time"),
+        (Fault("POST", "/commit/", 500), "later"),
+    ],
+    ids=lambda value: f"{value.path}{value.what}" if isinstance(value, Fault) else "",
+)  # fmt: skip
 def test_refusals_say_what_to_do_and_never_the_token(
-    finished_run: Path, hub: Hub, capsys: pytest.CaptureFixture[str], status: int, says: str
+    finished_run: Path,
+    hub: Hub,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    fault: Fault,
+    says: str,
 ) -> None:
-    hub.faults.append(Fault("POST", "/commit/", status, times=100))
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # between the Hub library's own tries
+    hub.faults.append(replace(fault, times=100))
     assert publish(finished_run, "--debug") == 1
     out, err = capsys.readouterr()
     assert says in err
     assert TOKEN not in out + err
-    assert hub.repositories[REPO].files("main") == {}
+    if fault.what != "cut":
+        assert "as asked for" in err, "what the Hub itself said"
+    assert not any(repository.files("main") for repository in hub.repositories.values())
 
 
 def test_an_upload_that_was_cut_goes_on_without_sending_large_files_again(
@@ -231,15 +339,28 @@ def test_an_upload_that_was_cut_goes_on_without_sending_large_files_again(
     assert hub.repositories[REPO].files("main")["model.safetensors"] == weights
 
 
+def test_a_private_head_never_lands_in_a_repository_that_all_see(
+    finished_run: Path, hub: Hub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hub.repositories[REPO] = Repository("public")
+    assert publish(finished_run) == 1
+    assert "--public" in capsys.readouterr().err
+    assert hub.repositories[REPO].files("main") == {}
+    assert publish(finished_run, "--public") == 0
+    assert hub.repositories[REPO].files("main")
+
+
 def test_branches_and_pull_requests(finished_run: Path, hub: Hub) -> None:
     assert publish(finished_run, "--branch", "v2") == 0
-    assert publish(finished_run, "--pr", "--public") == 0
+    assert publish(finished_run, "--pr") == 0
     repository = hub.repositories[REPO]
     assert repository.files("main") == {}
     assert set(repository.files("v2")) == set(repository.files("refs/pr/1"))
 
 
-def test_an_adapter_of_a_head_is_published_as_a_peft_adapter(tmp_path: Path) -> None:
+def test_an_adapter_of_a_head_is_published_as_a_peft_adapter(
+    tmp_path: Path, hub: Hub, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Read back by peft alone, onto the head that it is of, it is the head that was evaluated."""
     from peft import PeftModel
 
@@ -251,12 +372,22 @@ def test_an_adapter_of_a_head_is_published_as_a_peft_adapter(tmp_path: Path) -> 
         "head.num_centroids=null", "head.use_ordered_embeddings=false",
     ))  # fmt: skip
     out = tmp_path / "folder"
-    assert publish(folder, "--dry-run", "--out", out, "--base-head", "org/head") == 0
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    base = ("--dry-run", "--out", out, "--base-head")
+    assert publish(folder, *base, "org/head") == 1, "the Hub has no such head"
+    another = finished(load_target("tiny-gemma4", "float32"), tmp_path / "another", NARROW)
+    upload(another, "org/another", True, None, False)
+    upload(start, "org/head", True, None, False)
+    capsys.readouterr()
+    assert publish(folder, *base, "org/another") == 1
+    assert not out.exists()
+    commit = hub.repositories["org/head"].commit("main")
+    assert publish(folder, *base, f"org/head@{commit}") == 0
     card = ModelCard.load(out / "README.md")
     assert (card.data.base_model, card.data.library_name) == (["org/head"], "peft")
-    assert json.loads((out / "adapter_config.json").read_text())["base_model_name_or_path"] == (
-        "org/head"
-    )
+    content = json.loads((out / "adapter_config.json").read_text())
+    assert (content["base_model_name_or_path"], content["revision"]) == ("org/head", commit)
+    assert f'revision="{commit}"' in card.text
     assert not (out / "model.safetensors").exists()
     wrapped = PeftModel.from_pretrained(load_assistant(start, torch.float32), out)
     theirs = wrapped.merge_and_unload().state_dict()
