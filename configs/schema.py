@@ -298,8 +298,8 @@ class TrainConfig(Section):
     weight of all drafts, whichever count."""
     rope_position: RopePosition = "newest"
     """RoPE position of the drafts of a round, in which engines differ. `newest`: that of the newest
-    token, as in transformers and llama.cpp; `one_earlier`: as in vLLM; `both`: every second row of
-    a text either way. configs/sweep-rope.yaml measures what a head loses under the other."""
+    token, as in transformers and llama.cpp; `one_earlier`: as in vLLM; `both`: every second of the
+    rows drawn either way. configs/sweep-rope.yaml measures what a head loses under the other."""
     objective: Literal["forward_kl", "cross_entropy", "total_variation", "lk_hybrid"] = "forward_kl"
     """Loss of a draft. `cross_entropy` looks at the target's best token alone; `lk_hybrid` turns
     from KL to total variation as a row comes to be accepted (arXiv 2602.23881)."""

@@ -1,11 +1,11 @@
 """Real serving engines on loopback, with a head and without: started, asked, stopped by process id.
 
-All speak HTTP. vLLM counts drafts and accepted tokens by position for all requests together
-(`/metrics`); llama.cpp tells each request how many it drafted and accepted. mlx-vlm's own server
-takes text alone, so that its decoding loop is served by a few lines here, which pass on what each
-round accepted.
+All speak HTTP. vLLM and llama.cpp count rounds and accepted drafts by position for all requests
+together (`/metrics`). mlx-vlm's own server takes text alone, so that its decoding loop is served by
+a few lines here, which pass on what each round accepted.
 """
 
+import http.client
 import json
 import os
 import re
@@ -30,8 +30,8 @@ import sys, threading, xllamacpp
 p = xllamacpp.CommonParams()
 p.model.path, p.port, p.n_parallel, p.n_ctx = sys.argv[1], int(sys.argv[2]), 1, int(sys.argv[3])
 p.cpuparams.n_threads = p.cpuparams_batch.n_threads = int(sys.argv[4])
-p.warmup = p.fit_params = False
-p.cache_prompt = False
+p.warmup = p.fit_params = p.cache_prompt = False
+p.endpoint_metrics = True
 if len(sys.argv) > 5:
     s = p.speculative
     s.types = [xllamacpp.common_speculative_type.COMMON_SPECULATIVE_TYPE_DRAFT_MTP]
@@ -59,6 +59,8 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self):
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         tokens = []
+        if draft:
+            draft["draft_model"].accept_lens = []
         for token, _ in generate_step(
             mx.array([asked["prompt"]]), model, None, None, max_tokens=asked["n_predict"],
             temperature=0.0, **draft,
@@ -76,7 +78,10 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(text)
 HTTPServer(("127.0.0.1", int(sys.argv[2])), Handler).serve_forever()
 """
-STARTING = 300.0  # seconds that an engine may take to answer
+STARTING = 1800.0  # seconds that an engine may take to load and answer
+OWN = urllib.request.build_opener(
+    urllib.request.ProxyHandler({})
+)  # no proxy stands before loopback
 
 
 @dataclass
@@ -84,20 +89,27 @@ class Counts:
     """What an engine says of its drafts."""
 
     rounds: int = 0
-    drafted: int = 0
-    accepted: int = 0
+    """With drafts: a last token that is not worth any is none."""
     by_position: list[int] = field(default_factory=list)
-    """Accepted tokens at draft 1 .. K; empty: the engine does not tell."""
+    """Accepted tokens at draft 1 .. K."""
 
     def __sub__(self, earlier: "Counts") -> "Counts":
         """What came after an earlier reading."""
         before = earlier.by_position or [0] * len(self.by_position)
-        return Counts(
-            self.rounds - earlier.rounds,
-            self.drafted - earlier.drafted,
-            self.accepted - earlier.accepted,
-            [a - b for a, b in zip(self.by_position, before, strict=True)],
-        )
+        by_position = [a - b for a, b in zip(self.by_position, before, strict=True)]
+        return Counts(self.rounds - earlier.rounds, by_position)
+
+
+def drafts_at_most(engine: Engine, k: int, left: int) -> int:
+    """How many drafts an engine proposes, and counts, where a text lacks `left` tokens of what was
+    asked for. vLLM goes beyond the end; llama.cpp leaves a place for the target's own token, as
+    transformers does; mlx-vlm does not."""
+    match engine:
+        case "llama.cpp":
+            return min(k, left - 1)
+        case "mlx":
+            return min(k, left)
+    return k
 
 
 @dataclass(frozen=True)
@@ -190,18 +202,25 @@ class EngineServer:
                 self.command, stdout=log, stderr=subprocess.STDOUT, env=self.environment,
                 start_new_session=True,
             )  # fmt: skip
-        deadline = time.monotonic() + STARTING
-        while self.process.poll() is None and time.monotonic() < deadline:
-            try:
-                urllib.request.urlopen(f"{self.url}/health", timeout=5).close()
-            except (urllib.error.URLError, ConnectionError, TimeoutError):
+        try:
+            deadline = time.monotonic() + STARTING
+            while self.process.poll() is None and time.monotonic() < deadline:
+                if self._is_up():
+                    return self
                 time.sleep(0.2)
-            else:
-                return self
-        self.stop()
-        raise RuntimeError(
-            f"{self.engine} did not come up: ... {self._end_of_log()} (all of it: {self.log})"
-        )
+            raise RuntimeError(
+                f"{self.engine} did not come up: ... {self._end_of_log()} (all of it: {self.log})"
+            )
+        except BaseException:  # Ctrl-C too: the engine does not get it
+            self.stop()
+            raise
+
+    def _is_up(self) -> bool:
+        try:
+            OWN.open(f"{self.url}/health", timeout=5).close()
+        except (OSError, http.client.HTTPException):
+            return False
+        return True
 
     def __exit__(self, *error: object) -> None:
         self.stop()
@@ -230,22 +249,13 @@ class EngineServer:
             return Answer.of(tokens, self.stop_ids, max_new_tokens, seconds)
         asked |= {"n_predict": max_new_tokens, "return_tokens": True}
         content, seconds = self._post("/completion", asked | {"stop_ids": self.stop_ids})
-        answer = Answer.of(content["tokens"], self.stop_ids, max_new_tokens, seconds)
         if self.engine == "mlx":
             self._count(content["accepted"])
-            return answer
-        drafted, accepted = (content["timings"].get(k, 0) for k in ("draft_n", "draft_n_accepted"))
-        self.counts.drafted += drafted
-        self.counts.accepted += accepted
-        # Each round brings a token of the target's own; the first comes of the prompt.
-        self.counts.rounds += answer.written - 1 - accepted
-        return answer
+        return Answer.of(content["tokens"], self.stop_ids, max_new_tokens, seconds)
 
     def _count(self, accepted: Sequence[int]) -> None:
         """Of each round, how many drafts were accepted."""
         self.counts.rounds += len(accepted)
-        self.counts.drafted += len(accepted) * self.k
-        self.counts.accepted += sum(accepted)
         before = self.counts.by_position or [0] * self.k
         self.counts.by_position = [
             b + sum(n >= k for n in accepted) for k, b in enumerate(before, start=1)
@@ -253,10 +263,10 @@ class EngineServer:
 
     def read_counts(self) -> Counts:
         """Of all answers since the start."""
-        if self.engine != "vllm":
+        if self.engine == "mlx":
             return replace(self.counts)
-        with urllib.request.urlopen(f"{self.url}/metrics", timeout=30) as response:
-            return vllm_counts(response.read().decode())
+        with OWN.open(f"{self.url}/metrics", timeout=30) as response:
+            return counts_of_metrics(response.read().decode())
 
     def _post(self, path: str, content: dict[str, Any]) -> tuple[dict[str, Any], float]:
         request = urllib.request.Request(
@@ -264,28 +274,25 @@ class EngineServer:
         )
         start = time.perf_counter()
         try:
-            with urllib.request.urlopen(request, timeout=600) as response:
+            with OWN.open(request, timeout=600) as response:
                 found = json.loads(response.read())
-        except (urllib.error.URLError, ConnectionError, TimeoutError) as error:
+        except urllib.error.HTTPError as error:
+            raise RuntimeError(
+                f"{self.engine} refuses a prompt ({error.code}): {error.read().decode()[:700]}"
+            ) from error
+        except (OSError, http.client.HTTPException) as error:
             raise RuntimeError(
                 f"{self.engine} stopped answering: ... {self._end_of_log()} (all of it: {self.log})"
             ) from error
         return found, time.perf_counter() - start
 
 
-def vllm_counts(metrics: str) -> Counts:
-    """Of vLLM's `/metrics`, in Prometheus' text format."""
-
-    def total(name: str) -> int:
-        found = re.findall(rf"^vllm:spec_decode_{name}_total{{[^}}]*}} (\S+)$", metrics, re.M)
-        return int(sum(map(float, found)))
-
-    positions = re.findall(
-        r'^vllm:spec_decode_num_accepted_tokens_per_pos_total{[^}]*position="(\d+)"[^}]*} (\S+)$',
-        metrics, re.M,
-    )  # fmt: skip
-    by_position = {int(position): int(float(value)) for position, value in positions}
-    return Counts(
-        total("num_drafts"), total("num_draft_tokens"), total("num_accepted_tokens"),
-        [by_position[k] for k in sorted(by_position)],
-    )  # fmt: skip
+def counts_of_metrics(metrics: str) -> Counts:
+    """Of `/metrics` of vLLM or llama.cpp, in Prometheus' text format."""
+    name = r"^(?:vllm|llamacpp):spec_decode_num_"
+    rounds = re.findall(name + r"drafts_total(?:{[^}]*})? (\S+)$", metrics, re.M)
+    accepted = re.findall(
+        name + r'accepted_tokens_per_pos_total{[^}]*position="(\d+)"[^}]*} (\S+)$', metrics, re.M
+    )
+    by_position = {int(position): int(float(value)) for position, value in accepted}
+    return Counts(int(sum(map(float, rounds))), [by_position[k] for k in sorted(by_position)])

@@ -16,21 +16,21 @@ from headstart.data.progress import progress_bar
 from headstart.data.prompts import Prompt
 from headstart.data.templates import encode_prompt
 from headstart.eval.acceptance import AcceptanceCounts, zero_counts
-from headstart.eval.decoding import decode
-from headstart.eval.engine_servers import Answer, Counts, EngineServer
+from headstart.eval.decoding import Decoded, decode
+from headstart.eval.engine_servers import Answer, Counts, EngineServer, drafts_at_most
 from headstart.eval.environment import environment
 from headstart.eval.partings import parting
 from headstart.heads.assistant import check_pair
-from headstart.heads.engine_export import GGUF, convert_to_gguf, export_for_engine
+from headstart.heads.engine_export import GGUF, GGUF_TYPES, convert_to_gguf, export_for_engine
 from headstart.heads.engines import Engine
 from headstart.heads.exact import ExactDecoding
-from headstart.heads.export import load_assistant, write_global_head_dim
+from headstart.heads.export import load_assistant, load_assistant_config, write_global_keys
 from headstart.heads.files import write_atomically
 from headstart.heads.gemma3 import Gemma3ForAssistedDecoding
 from headstart.heads.targets import Target
 
 SCHEMA = 1
-SPARE = 16  # tokens of the context for drafts beyond the end of the longest text
+SPARE = 16  # tokens of the context beside K drafts beyond the end of the longest text
 WARM_UP = 8  # tokens of a request before the clock runs
 
 
@@ -72,7 +72,7 @@ def serve_check(
         files = _written(target, config, check, Path(temporary))
         k = check.num_assistant_tokens
         ids = [encode_prompt(prompt, target.tokenizer) for prompt in prompts]
-        context = max(map(len, ids)) + check.max_new_tokens + SPARE
+        context = max(map(len, ids)) + check.max_new_tokens + k + SPARE
         ours, counts = _by_transformers(target, files.head, check, ids)
         dtype = str(target.identity["dtype"])
         sides: dict[str, tuple[list[Answer], Counts]] = {}
@@ -109,21 +109,20 @@ def _written(target: Target, config: Any, check: ServeCheck, folder: Path) -> _F
     """Target and head as the engine reads them."""
     dtype = target.table.dtype
     head = folder / "head"
-    said = export_for_engine(
-        check.head, check.engine, config, target.tokenizer, head, check.dense, dtype
-    )
-    if check.engine == "vllm" and said:  # what is installed is its build for the CPU
-        raise ValueError(f"{said[0]}; serve-check too takes --dense")
+    ordered = load_assistant_config(check.head).use_ordered_embeddings
+    if check.engine == "vllm" and ordered and not check.dense:  # its build for the CPU is installed
+        raise ValueError("vLLM's CPU backend cannot read ordered embeddings: check with --dense")
+    export_for_engine(check.head, check.engine, config, target.tokenizer, head, check.dense, dtype)
     model = folder / "target"
     target.model.save_pretrained(model)
     target.tokenizer.save_pretrained(model)
     _name_the_stock_class(model / "config.json")
     if config.model_type.startswith("gemma4"):
-        write_global_head_dim(model / "config.json")
+        write_global_keys(model / "config.json")
     if check.engine != "llama.cpp":
         return _Files(head, model, head)
     gguf = folder / "target.gguf"
-    convert_to_gguf(model, gguf, "f32" if dtype == torch.float32 else "bf16")
+    convert_to_gguf(model, gguf, GGUF_TYPES[dtype])
     return _Files(head, gguf, head / GGUF)
 
 
@@ -141,19 +140,41 @@ def _by_transformers(
     """Plain and exact decoding of each prompt, in turn, and the acceptance of the latter."""
     assistant = load_assistant(head, target.table.dtype, target.device)
     check_pair(target, assistant)
-    how, k = ExactDecoding(), check.num_assistant_tokens
+    how, k, n = ExactDecoding(), check.num_assistant_tokens, check.max_new_tokens
     found: dict[str, list[Answer]] = {"plain": [], "assisted": []}
     counts = zero_counts(k)
     with progress_bar() as bar:
         for prompt in bar.track(ids, task_id=bar.add_task("transformers", status="texts")):
-            plain = decode(target, prompt, check.max_new_tokens)
-            drafted = decode(target, prompt, check.max_new_tokens, assistant, k, how)
-            counts += drafted.counts(len(prompt), k)
+            plain = decode(target, prompt, n)
+            drafted = decode(target, prompt, n, assistant, k, how)
             for name, text in (("plain", plain), ("assisted", drafted)):
-                found[name].append(
-                    Answer.of(text.tokens, target.eos_ids, check.max_new_tokens, text.seconds)
-                )
+                found[name].append(Answer.of(text.tokens, target.eos_ids, n, text.seconds))
+            longer = decode(target, prompt, n + k + 1, assistant, k, how)
+            counts += as_engine_counts(longer, len(prompt), n, k, check.engine)
     return found, counts
+
+
+def as_engine_counts(
+    longer: Decoded, prompt_len: int, max_new_tokens: int, k: int, engine: Engine
+) -> AcceptanceCounts:
+    """Acceptance in a text of `max_new_tokens` as an engine counts it, by how many drafts it
+    proposes at the end.
+
+    Args:
+        longer: the same text with K + 1 tokens more, so that no round within it had fewer drafts.
+        prompt_len: tokens of the prompt.
+        max_new_tokens: N of the engine's text.
+        k: drafts a round.
+        engine: that is compared with.
+    """
+    rounds = []
+    for (seen, _), (_, accepted) in zip(
+        longer.forwards[1:], longer.rounds(prompt_len), strict=True
+    ):
+        left = max_new_tokens - (seen + 1 - prompt_len)
+        if (proposed := drafts_at_most(engine, k, left)) > 0 and left > 0:
+            rounds.append((proposed, min(accepted, proposed)))
+    return AcceptanceCounts.of_rounds(rounds, k)
 
 
 def _ask(
@@ -174,17 +195,16 @@ def _compared(
     sides: dict[str, tuple[list[Answer], Counts]],
 ) -> dict[str, Any]:
     plain, (assisted, told) = sides["plain"][0], sides["assisted"]
-    # Of tokens, since vLLM counts drafts beyond the end of a text as accepted too.
-    length = sum(text.written - 1 for text in assisted) / max(told.rounds, 1)
+    rates = [accepted / max(told.rounds, 1) for accepted in told.by_position]
     speeds = {
         **{f"transformers_{name}": _speed(texts) for name, texts in ours.items()},
         **{f"engine_{name}": _speed(texts) for name, (texts, _) in sides.items()},
     }
     return {
-        "acceptance_length": {"transformers": counts.acceptance_length, "engine": length},
+        "acceptance_length": {"transformers": counts.acceptance_length, "engine": 1 + sum(rates)},
         "cumulative_acceptance_rate": {
             "transformers": counts.cumulative_acceptance_rate,
-            "engine": [accepted / max(told.rounds, 1) for accepted in told.by_position] or None,
+            "engine": rates,
         },
         "rounds": {"transformers": counts.rounds, "engine": told.rounds},
         "equal_texts": {
@@ -223,7 +243,7 @@ def print_serve_check(content: dict[str, Any]) -> None:
         table.add_row(
             label,
             f"{content['acceptance_length'][name]:.3f}",
-            "not told" if rates is None else ", ".join(f"{rate:.3f}" for rate in rates),
+            ", ".join(f"{rate:.3f}" for rate in rates),
             f"{speed[f'{name}_plain']:.1f}",
             f"{speed[f'{name}_assisted']:.1f}",
         )

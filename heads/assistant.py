@@ -208,7 +208,13 @@ def _start_from_target(assistant: Assistant, target: Target) -> None:
 
 def check_pair(target: Target, assistant: PreTrainedModel) -> None:
     """Raise `ValueError`, naming both values, where a head cannot belong to the target."""
-    head, text, source = assistant.config, assistant.config.text_config, target.config
+    check_shapes(target.config, assistant.config, target.name)
+
+
+def check_shapes(source: Any, head: Any, name: str) -> None:
+    """`check_pair` of the configurations: `source` of the target's text part, `name` what to call
+    the target."""
+    text, layers = head.text_config, source_layers(source)
     pairs = [
         ("backbone_hidden_size", head.backbone_hidden_size, "hidden_size", source.hidden_size),
         ("vocab_size", text.vocab_size, "vocab_size", source.vocab_size),
@@ -216,14 +222,14 @@ def check_pair(target: Target, assistant: PreTrainedModel) -> None:
     ]
     for i, layer_type in enumerate(text.layer_types):
         mine = text.per_layer_config[i]
-        its = source.per_layer_config[target.source_layers[layer_type]]
+        its = source.per_layer_config[layers[layer_type]]
         for key in ("head_dim", "num_key_value_heads"):
-            name = f"{key} of its {layer_type} layers"
-            pairs.append((name, getattr(mine, key), name, getattr(its, key)))
+            what = f"{key} of its {layer_type} layers"
+            pairs.append((what, getattr(mine, key), what, getattr(its, key)))
     for head_key, head_value, target_key, target_value in pairs:
         if head_value != target_value:
             raise ValueError(
-                f"this head does not fit {target.name}: the head's {head_key} is {head_value}, "
+                f"this head does not fit {name}: the head's {head_key} is {head_value}, "
                 f"the target's {target_key} is {target_value}"
             )
 

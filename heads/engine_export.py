@@ -8,11 +8,14 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from headstart.heads.assistant import check_shapes
 from headstart.heads.engine_environments import engine_python
 from headstart.heads.engines import Engine, obstacles, remarks
 from headstart.heads.export import load_assistant, save_assistant
+from headstart.heads.files import check_empty
 
 GGUF = "head.gguf"
+GGUF_TYPES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 DRAFTS = 4  # tokens a round, of a head that does not say
 
 
@@ -32,7 +35,7 @@ def export_for_engine(
         engine: that is to read it.
         target: the configuration of its target, whole.
         tokenizer: of its target, which comes with it.
-        out: folder; llama.cpp's file is `head.gguf` in it.
+        out: folder, new or empty; llama.cpp's file is `head.gguf` in it.
         dense: leave ordered embeddings out: each draft reads the whole table.
         dtype: of the weights.
 
@@ -40,10 +43,15 @@ def export_for_engine(
         `remarks` of the engine on the head as it was written.
 
     Raises:
-        ValueError: the engine would refuse it, with the cure; or it is not installed.
+        ValueError: the engine would refuse it, with the cure; it does not fit the target; `out`
+            holds something; or the engine is wanted for it and not installed.
         RuntimeError: llama.cpp's converter failed, with what it said.
     """
+    check_empty(out)
+    if engine == "llama.cpp":
+        engine_python(engine)  # before the weights are loaded
     assistant: Any = load_assistant(path, dtype)
+    check_shapes(target.get_text_config(), assistant.config, "the target")
     if dense:
         assistant.config.use_ordered_embeddings, assistant.masked_embedding = False, None
     if found := obstacles(engine, assistant.config, target):
@@ -52,20 +60,20 @@ def export_for_engine(
     def beside(work: Path) -> None:
         tokenizer.save_pretrained(work)
         if engine == "llama.cpp":
-            convert_to_gguf(work, work / GGUF)
+            convert_to_gguf(work, work / GGUF, GGUF_TYPES[dtype])
 
     tokens = assistant.generation_config.num_assistant_tokens or DRAFTS
     save_assistant(assistant, assistant.lm_head.weight, out, tokens, dtype, beside=beside)
     return remarks(engine, assistant.config)
 
 
-def convert_to_gguf(folder: Path, out: Path, dtype: str = "bf16") -> None:
+def convert_to_gguf(folder: Path, out: Path, dtype: str) -> None:
     """Convert a model's folder by the public converter, and compare what the file says.
 
     Args:
         folder: of a target or a head; its tokenizer_config.json is changed for the converter.
         out: file.
-        dtype: of the weights: `bf16` or `f32`.
+        dtype: of the weights, of `GGUF_TYPES`.
 
     Raises:
         ValueError: llama.cpp is not installed.
@@ -102,6 +110,8 @@ def gguf_metadata(path: Path) -> dict[str, Any]:
         "print(json.dumps({k: v for k, v in f.items() if isinstance(v, (int, float, str))}))"
     )
     command = [str(engine_python("llama.cpp")), "-c", script, str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{path} cannot be read: {' '.join(done.stderr.split())[-600:]}")
     found: dict[str, Any] = json.loads(done.stdout)
     return found

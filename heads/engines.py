@@ -6,8 +6,14 @@ docs/serving.md has how.
 
 from typing import Any, Literal, get_args
 
+from headstart.heads.export import rope_position
+
 Engine = Literal["transformers", "vllm", "llama.cpp", "mlx"]
 ENGINES: tuple[Engine, ...] = get_args(Engine)
+ROPE_POSITIONS: dict[Engine, Literal["newest", "one_earlier"]] = {
+    "transformers": "newest", "llama.cpp": "newest", "vllm": "one_earlier", "mlx": "one_earlier",
+}  # fmt: skip
+"""Where each puts the drafts of a round (`TrainConfig.rope_position`)."""
 
 
 def obstacles(engine: Engine, head: Any, target: Any) -> list[str]:
@@ -41,7 +47,7 @@ def obstacles(engine: Engine, head: Any, target: Any) -> list[str]:
         case "llama.cpp":
             found += _llama_cpp(head, target)
         case "mlx":
-            if target.model_type != "gemma4":
+            if target.model_type not in ("gemma4", "gemma4_unified"):
                 found.append(
                     f"mlx-vlm drafts for multimodal Gemma 4 targets alone, and this one is a "
                     f"{target.model_type}: save it as Gemma4ForConditionalGeneration"
@@ -51,16 +57,20 @@ def obstacles(engine: Engine, head: Any, target: Any) -> list[str]:
 
 def remarks(engine: Engine, head: Any) -> list[str]:
     """What an engine does with a head that it takes, where its user should know: a line each."""
-    if not head.use_ordered_embeddings:
-        return []
-    match engine:
-        case "llama.cpp":
-            return ["llama.cpp ignores ordered embeddings: each draft reads the whole table"]
-        case "vllm":
-            return [
-                "vLLM's CPU backend cannot read ordered embeddings: for a CPU export with --dense"
-            ]
-    return []
+    found, trained = [], rope_position(head)
+    if trained not in ("both", ROPE_POSITIONS[engine]):
+        how = {"newest": "at the newest token", "one_earlier": "one before the newest token"}
+        found.append(
+            f"{engine} puts drafts {how[ROPE_POSITIONS[engine]]} (RoPE), and this head was trained "
+            f"for drafts {how[trained]}: fewer of them are accepted (docs/recipe.md)"
+        )
+    if head.use_ordered_embeddings and engine == "llama.cpp":
+        found.append("llama.cpp ignores ordered embeddings: each draft reads the whole table")
+    if head.use_ordered_embeddings and engine == "vllm":
+        found.append(
+            "vLLM's CPU backend cannot read ordered embeddings: for a CPU export with --dense"
+        )
+    return found
 
 
 def _llama_cpp(head: Any, target: Any) -> list[str]:

@@ -66,18 +66,21 @@ def save_assistant(
         setattr(native.config, MADE_FOR, dict(made_for))
     with whole_folder(folder) as work:
         native.save_pretrained(work)
-        write_global_head_dim(work / "config.json")
+        write_global_keys(work / "config.json")
         if beside is not None:
             beside(work)
 
 
-def write_global_head_dim(path: Path) -> None:
-    """Add `global_head_dim` to the config.json of a head or a Gemma 4: transformers >= 5.19 writes
-    `per_layer_config` alone, and other engines read the former."""
+def write_global_keys(path: Path) -> None:
+    """Add `global_head_dim`, and `num_global_key_value_heads` where it differs, to the config.json
+    of a head or a Gemma 4: transformers >= 5.19 writes `per_layer_config` alone, and other engines
+    read the former."""
     config = json.loads(path.read_text())
     text = config.get("text_config", config)
     full: dict[str, int] = next(iter(text.get("per_layer_config", {}).values()), {})
     text["global_head_dim"] = full.get("head_dim", text["head_dim"])
+    if "num_key_value_heads" in full:
+        text["num_global_key_value_heads"] = full["num_key_value_heads"]
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 

@@ -32,7 +32,7 @@ from headstart.eval.adaptation import (
 )
 from headstart.eval.environment import environment
 from headstart.eval.report import as_json
-from headstart.heads.export import load_assistant_config
+from headstart.heads.export import load_assistant_config, rope_position
 from headstart.heads.files import alone_in, write_atomically
 from headstart.heads.loading import open_target
 from headstart.heads.served import served_name
@@ -75,9 +75,11 @@ def adapt(
             "adapt runs in one process; with several use `headstart regenerate --extract`, then "
             "train with head.start=HEAD, which both take them all"
         )
-    ordered = load_assistant_config(a.head).use_ordered_embeddings
+    start = load_assistant_config(a.head)
     config = load_config(None, [
-        *DEFAULTS, f"head.start={a.head}", f"head.use_ordered_embeddings={str(ordered).lower()}",
+        *DEFAULTS, f"head.start={a.head}",
+        f"head.use_ordered_embeddings={str(start.use_ordered_embeddings).lower()}",
+        f"train.rope_position={rope_position(start)}",
         *overrides, f"run.dir={out / 'run'}", f"data.store={out / 'answers'}",
         f"target={a.target.model_dump_json()}",
     ])  # fmt: skip

@@ -11,11 +11,12 @@ import torch
 from headstart.cli.main import main
 from headstart.configs.schema import HeadConfig
 from headstart.heads.assistant import assistant_config
-from headstart.heads.engines import ENGINES, Engine, obstacles
-from headstart.heads.export import load_assistant
+from headstart.heads.engines import ENGINES, Engine, obstacles, remarks
+from headstart.heads.export import ROPE_POSITION, load_assistant, save_assistant
 from headstart.heads.loading import load_target
 from headstart.heads.targets import Target
 from tests.conftest import make_target
+from tests.heads.test_parity import noisy_head
 from tests.train.test_warm_start import FULL, NARROW, finished
 
 
@@ -77,3 +78,42 @@ def test_an_exported_head_drafts_as_its_dense_self(
     assert {name for name in here if name not in there} == {
         name for name in here if name.startswith("masked_embedding.")
     }
+
+
+def test_full_layers_with_kv_heads_of_their_own_say_so_as_engines_read_it(tmp_path: Path) -> None:
+    """As those of 12B, 26B-A4B and 31B."""
+    target = make_target("gemma4-moe")
+    head = noisy_head(target).assistant
+    save_assistant(head, target.table, tmp_path / "head", 4, torch.float32)
+    text = json.loads((tmp_path / "head" / "config.json").read_text())["text_config"]
+    assert (text["num_key_value_heads"], text["num_global_key_value_heads"]) == (2, 1)
+
+
+def test_an_export_that_cannot_be_leaves_everything_as_it_was(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    start = finished(load_target("tiny-gemma4", "float32"), tmp_path / "start", FULL)
+    command = ["export", str(start), "--dense", "--out"]
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    wrong = {
+        ("--to", "vllm", "--target", "tiny-gemma4"): (start, "is not empty"),
+        ("--to", "vllm", "--target", "tiny-gemma3"): (tmp_path / "out", "does not fit"),
+        ("--to", "llama.cpp", "--target", "tiny-gemma4"): (tmp_path / "out", "engines install"),
+    }
+    for options, (out, says) in wrong.items():
+        assert main([*command, str(out), *options]) == 1
+        assert says in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    ("trained", "told"),
+    [("newest", {"vllm", "mlx"}), ("one_earlier", {"transformers", "llama.cpp"})],
+)
+def test_an_engine_that_puts_drafts_elsewhere_is_told(trained: str, told: set[str]) -> None:
+    config = config_of(make_target("gemma4"))
+    setattr(config, ROPE_POSITION, trained)
+    found = {engine for engine in ENGINES if any("RoPE" in r for r in remarks(engine, config))}
+    assert found == told
+    setattr(config, ROPE_POSITION, "both")
+    assert not any("RoPE" in r for engine in ENGINES for r in remarks(engine, config))
