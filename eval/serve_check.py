@@ -21,10 +21,16 @@ from headstart.eval.engine_servers import Answer, Counts, EngineServer, drafts_a
 from headstart.eval.environment import environment
 from headstart.eval.partings import parting
 from headstart.heads.assistant import check_pair
+from headstart.heads.engine_environments import engine_version
 from headstart.heads.engine_export import GGUF, GGUF_TYPES, convert_to_gguf, export_for_engine
-from headstart.heads.engines import Engine
+from headstart.heads.engines import ROPE_POSITIONS, Engine
 from headstart.heads.exact import ExactDecoding
-from headstart.heads.export import load_assistant, load_assistant_config, write_global_keys
+from headstart.heads.export import (
+    load_assistant,
+    load_assistant_config,
+    rope_position,
+    write_global_keys,
+)
 from headstart.heads.files import write_atomically
 from headstart.heads.gemma3 import Gemma3ForAssistedDecoding
 from headstart.heads.targets import Target
@@ -87,9 +93,12 @@ def serve_check(
         "schema": SCHEMA,
         "environment": environment(target.device)
         | {
-            "target": target.name, "head": check.head, "engine": check.engine, "dtype": dtype,
-            "prompts": len(prompts), "num_assistant_tokens": k, "dense": check.dense,
-            "max_new_tokens": check.max_new_tokens,
+            "target": target.name, "head": check.head, "engine": check.engine,
+            "engine_version": engine_version(check.engine),
+            "engine_puts_drafts": ROPE_POSITIONS[check.engine],
+            "head_trained_for_drafts": rope_position(load_assistant_config(check.head)),
+            "dtype": dtype, "prompts": len(prompts), "num_assistant_tokens": k,
+            "dense": check.dense, "max_new_tokens": check.max_new_tokens,
         },
         **_compared(ours, counts, sides),
     }  # fmt: skip

