@@ -33,7 +33,7 @@ def declared_licence(name: str, revision: str | None) -> dict[str, str]:
     return {key: said[key] for key in LICENCE if said.get(key)}
 
 
-def _is_of_the_network(error: Exception) -> bool:
+def _is_of_the_network(error: BaseException) -> bool:
     # huggingface_hub 1 speaks through httpx, 2 through httpx2.
     return type(error).__module__.startswith(("httpx", "httpcore"))
 
@@ -70,31 +70,33 @@ def upload(folder: Path, repo_id: str, private: bool, branch: str | None, create
             revision=branch,
             create_pr=create_pr,
         )
-    except ValueError:
-        raise
     except Exception as error:
-        raise RuntimeError(_why(error, repo_id)) from error
+        if (why := _why(error, repo_id)) is None:
+            raise
+        raise RuntimeError(why) from error
     say(f"Published: {commit.pr_url or commit.commit_url}")
     return str(commit.pr_url or commit.commit_url)
 
 
-def _why(error: Exception, repo_id: str) -> str:
-    """What to do after an upload failed."""
+def _why(error: Exception, repo_id: str) -> str | None:
+    """What to do after an upload failed; None: it did not fail for the Hub or the way there."""
     for cause in _causes(error):
         if isinstance(cause, LocalTokenNotFoundError):
             return "the Hub wants a token: run `hf auth login`, or set HF_TOKEN"
         if isinstance(cause, HfHubHTTPError):
             return _refusal(cause, repo_id)
-    # Of the network, of hf_xet or of the system.
-    innermost = type([*_causes(error)][-1]).__name__
+    *_, innermost = _causes(error)
+    # huggingface_hub makes a RuntimeError of what happens to large files, hf_xet of everything.
+    if not (_is_of_the_network(innermost) or isinstance(error, OSError | RuntimeError)):
+        return None
     return (
-        f"the connection to the Hub was cut ({innermost}): run the same command again, large files "
-        "that arrived are not sent again"
+        f"the connection to the Hub was cut ({type(innermost).__name__}): run the same command "
+        "again, large files that arrived are not sent again"
     )
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    """An error, and what it came from: huggingface_hub wraps what happens to large files."""
+    """An error, and what it came from."""
     found: BaseException | None = error
     while found is not None:
         yield found
