@@ -296,10 +296,10 @@ class TrainConfig(Section):
     text's tokens, as a decoder would have it; `own_tokens`: the head's own best tokens, as a
     decoder would feed them, though the teacher goes on from the text's. The loss is divided by the
     weight of all drafts, whichever count."""
-    rope_position: RopePosition = "newest"
+    rope_position: RopePosition = "both"
     """RoPE position of the drafts of a round, in which engines differ. `newest`: that of the newest
-    token, as in transformers and llama.cpp; `one_earlier`: as in vLLM; `both`: every second of the
-    rows drawn either way. configs/sweep-rope.yaml measures what a head loses under the other."""
+    token, as in transformers and llama.cpp; `one_earlier`: as in vLLM, SGLang and MLX; `both`:
+    every second of the rows drawn either way, which loses nothing at either (docs/recipe.md)."""
     objective: Literal["forward_kl", "cross_entropy", "total_variation", "lk_hybrid"] = "forward_kl"
     """Loss of a draft. `cross_entropy` looks at the target's best token alone; `lk_hybrid` turns
     from KL to total variation as a row comes to be accepted (arXiv 2602.23881)."""
