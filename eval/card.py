@@ -64,14 +64,13 @@ class Published:
 def licence_of(target_config: Any, served: TargetConfig) -> dict[str, str]:
     """The licence of a target's weights, which binds heads distilled from them.
 
-    That which the cards of the target and of its adapters name; where none does or they cannot be
-    read, that of its family: https://ai.google.dev/gemma/terms for Gemma 3, and for Gemma 4 the
-    cards of Google's checkpoints and https://ai.google.dev/gemma/docs/gemma_4_license.
+    Gemma 3's terms go with whatever is made from it (https://ai.google.dev/gemma/terms, 3.1). Of a
+    Gemma 4 that which its card names; where it cannot be read, that of Google's own checkpoints
+    (their cards, and https://ai.google.dev/gemma/docs/gemma_4_license).
     """
-    for name in (*reversed(served.adapters), served.name):
-        if found := declared_licence(*split_revision(name)):
-            return found
-    return APACHE if target_config.model_type.startswith("gemma4") else GEMMA_TERMS
+    if target_config.model_type.startswith("gemma3"):
+        return GEMMA_TERMS
+    return declared_licence(served.name, served.revision) or APACHE
 
 
 def model_card(published: Published) -> str:
@@ -107,7 +106,7 @@ def model_card(published: Published) -> str:
         f"`{env['prompts']}`.",
         rows=[_row(result) for result in results],
         verdict=verdict([r for r in p.report["results"] if r["head"] in (p.head_name, None)]),
-        needs_headstart=p.target_config.model_type.startswith("gemma3"),
+        needs_headstart=_needs_headstart(p),
         engines=[
             *(_engine(engine, p) for engine in ENGINES if engine != "transformers"),
             _sglang(p),
@@ -131,6 +130,18 @@ def _row(result: dict[str, Any]) -> list[str]:
     return [decoder, k, f"{texts}, {loops}", length, speedup]
 
 
+def _needs_headstart(p: Published) -> str:
+    """Why the target is loaded through Headstart; empty: transformers does."""
+    if p.target_config.model_type.startswith("gemma3"):
+        return (
+            "Plain transformers takes assistants for Gemma 4 targets alone. For this Gemma 3 "
+            "target the class comes from Headstart:"
+        )
+    if p.served.quantization:
+        return f"The target is served as {p.served.quantization}, as Headstart loads it:"
+    return ""
+
+
 def _revision(revision: str | None) -> str:
     """The last argument of a call that loads from the Hub."""
     return f', revision="{revision}"' if revision else ""
@@ -139,10 +150,13 @@ def _revision(revision: str | None) -> str:
 def _load_target(p: Published) -> str:
     """The call of `headstart.heads.loading.load_target` that loads the target as it is served."""
     # The built-in Gemma 3 270M has other weights than the Hub's: they were quantised.
-    built_in = p.config.target.name if p.config.target.name in BUILT_IN else None
-    call = f'load_target("{built_in or p.served.name}"{_revision(p.served.revision)}'
+    t = p.config.target
+    same = t.name in BUILT_IN and len(t.adapters) == len(p.served.adapters)
+    call = f'load_target("{t.name if same else p.served.name}"{_revision(p.served.revision)}'
     if p.served.adapters:
         call += f", adapters={json.dumps(p.served.adapters)}"
+    if not p.served.merge_adapters:
+        call += ", merge_adapters=False"
     if p.served.quantization:
         call += f', quantization="{p.served.quantization}"'
     return call + ")"
@@ -159,7 +173,7 @@ def _metadata(p: Published, results: list[dict[str, Any]]) -> ModelCardData:
         "hardware": env["accelerator"] or env["processor"], "threads": env["threads"],
         "dtype": env["dtype"], "max_new_tokens": env["max_new_tokens"],
     }  # fmt: skip
-    on_the_hub = is_hub_dataset(env["prompts"])
+    on_the_hub = "/" in env["prompts"] and is_hub_dataset(env["prompts"])
     evaluated = []
     for result in results:
         loops = {"with": "", "without": ", texts without loops"}[result["looping_texts"]]
@@ -180,7 +194,7 @@ def _metadata(p: Published, results: list[dict[str, Any]]) -> ModelCardData:
         base_model_relation="adapter" if p.base_head else "finetune",
         library_name="peft" if p.base_head else "transformers",
         pipeline_tag="text-generation",
-        datasets=[name for name in _prompts(p.config) if is_hub_dataset(name)] or None,
+        datasets=[s for s in _prompts(p.config) if "/" in s and is_hub_dataset(s)] or None,
         language=p.languages or None,
         tags=["speculative-decoding", "multi-token-prediction", "draft-head", "headstart"],
         model_name=p.repo_id.rpartition("/")[2],
@@ -209,18 +223,20 @@ def _engine(engine: Engine, p: Published) -> dict[str, str]:
     }
     if against:
         return says | {"says": "It does not take this head as it is: " + "; ".join(against) + "."}
+    said = [f"{line}." for line in remarks(engine, p.head_config)]
+    at = f" --revision {p.served.revision}" if p.served.revision else ""
+    export = f"headstart export {{}} --to {engine} --target {target}{at} --out"
     if p.base_head:
-        merge = f"headstart export {p.base_head}+{repo} --to {engine} --out head --target {target}"
-        return says | {"says": "With the adapter merged:", "command": merge}
+        merge = export.format(f"{p.base_head}+{repo}") + " head"
+        return says | {"says": " ".join([*said, "With the adapter merged:"]), "command": merge}
     commands = {
-        "vllm": f"vllm serve {target} --speculative-config "
+        "vllm": f"vllm serve {target}{at} --speculative-config "
         f'\'{{"method": "mtp", "model": "{repo}", "num_speculative_tokens": '
         f"{p.config.train.rounds}}}'",
-        "llama.cpp": f"headstart export {repo} --to llama.cpp --target {target} --out head-gguf",
+        "llama.cpp": export.format(repo) + " head-gguf",
         "mlx": f"mlx_vlm.server --model {target} --draft-model {repo}",
     }
-    said = [says["says"], *(f"{line}." for line in remarks(engine, p.head_config))]
-    return says | {"says": " ".join(said), "command": commands[engine]}
+    return says | {"says": " ".join([says["says"], *said]), "command": commands[engine]}
 
 
 def _sglang(p: Published) -> dict[str, str]:

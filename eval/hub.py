@@ -30,7 +30,7 @@ def declared_licence(name: str, revision: str | None) -> dict[str, str]:
             raise
         return {}
     said = card.to_dict() if card is not None else {}
-    return {key: said[key] for key in LICENCE if said.get(key)}
+    return {key: said[key] for key in LICENCE if said.get(key)} if said.get("license") else {}
 
 
 def _is_of_the_network(error: BaseException) -> bool:
@@ -81,13 +81,16 @@ def upload(folder: Path, repo_id: str, private: bool, branch: str | None, create
 def _why(error: Exception, repo_id: str) -> str | None:
     """What to do after an upload failed; None: it did not fail for the Hub or the way there."""
     for cause in _causes(error):
+        if isinstance(cause, OfflineModeIsEnabled):
+            return "HF_HUB_OFFLINE is set: unset it to publish"
         if isinstance(cause, LocalTokenNotFoundError):
             return "the Hub wants a token: run `hf auth login`, or set HF_TOKEN"
         if isinstance(cause, HfHubHTTPError):
             return _refusal(cause, repo_id)
     *_, innermost = _causes(error)
-    # huggingface_hub makes a RuntimeError of what happens to large files, hf_xet of everything.
-    if not (_is_of_the_network(innermost) or isinstance(error, OSError | RuntimeError)):
+    # hf_xet makes a RuntimeError of everything that happens to large files.
+    cut = isinstance(innermost, ConnectionError | TimeoutError | RuntimeError)
+    if not (cut or _is_of_the_network(innermost)):
         return None
     return (
         f"the connection to the Hub was cut ({type(innermost).__name__}): run the same command "

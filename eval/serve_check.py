@@ -170,7 +170,8 @@ def as_engine_counts(
     proposes at the end.
 
     Args:
-        longer: the same text with K + 1 tokens more, so that no round within it had fewer drafts.
+        longer: the same text with K + 1 tokens more, so that no round within it had fewer drafts;
+            but for a text that ends by itself, beyond whose end engines count and this does not.
         prompt_len: tokens of the prompt.
         max_new_tokens: N of the engine's text.
         k: drafts a round.
@@ -216,6 +217,7 @@ def _compared(
             "engine": rates,
         },
         "rounds": {"transformers": counts.rounds, "engine": told.rounds},
+        "ended_texts": sum(text.ended for text in assisted),
         "equal_texts": {
             "engine_assisted_to_engine_plain": _equal(assisted, plain),
             "engine_plain_to_transformers_plain": _equal(plain, ours["plain"]),

@@ -48,14 +48,16 @@ def row_masks(
 
 def ahead_of(position: RopePosition, rows: torch.Tensor) -> torch.Tensor | int:
     """How far behind t drafts stand, of `rows` [B, R] (`DraftHead.forward`). Of both: every second
-    of the anchors that were drawn, so that a row of the text comes to stand at either by chance."""
+    anchor, from the first or the second as the text's place in its batch has it; as anchors and
+    batches are drawn anew, a row of a text comes to stand at either by chance."""
     match position:
         case "newest":
             return 1
         case "one_earlier":
             return 0
         case "both":
-            return torch.arange(rows.shape[1], device=rows.device).expand_as(rows) % 2
+            texts, anchors = (torch.arange(n, device=rows.device) for n in rows.shape)
+            return (texts[:, None] + anchors) % 2
 
 
 def walked_at(position: RopePosition) -> int:

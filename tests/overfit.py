@@ -50,7 +50,9 @@ def overfit(
     head = DraftHead(build_assistant(target, HeadConfig()))
     batch = gather_rows([document], [candidate_rows(document)], rounds)
     batch.hidden = torch.roll(batch.hidden, -shift, dims=1)
-    c = TrainConfig(rounds=rounds, round_decay=1.0, negatives=64, precision="float32")
+    c = TrainConfig(
+        rounds=rounds, round_decay=1.0, negatives=64, precision="float32", rope_position="newest"
+    )
     optimizer = torch.optim.AdamW(head.trainable().values(), lr=3e-3)
     for step in range(steps):
         for group in optimizer.param_groups:

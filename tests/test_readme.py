@@ -190,6 +190,8 @@ def test_the_figures_of_the_recipe_page_are_those_of_the_result_files() -> None:
     for run in others:
         assert f"| `{run['run']}` |" in page
         assert f" | {beside_the_first(run)} |" in page
+    for run in results("sweep-rope.json")["results"]:
+        assert f"| `{run['run']}` | {beside_the_first(run)} |" in page
     _, own = results("sweep-prose.json")["results"]
     one = own["judged_on"]["greedy"]
     low, high = one["difference_interval"]

@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from headstart.configs.schema import Config
+from headstart.configs.schema import Config, TrainConfig
 from headstart.data.conversations import Conversation, answered
 from headstart.data.extraction import OnlineActivations
 from headstart.data.loader import AnchorLoader, Batch
@@ -135,7 +135,7 @@ def bench_step(
         "target forward with LM head": lambda turn: bare_forwards(target, texts),
         "head step": stepping(sparse),
         "head step, plain full-vocabulary objective": stepping(
-            lambda: plain_loss(head, target, batch, c.round_decay, c.precision == "bfloat16")
+            lambda: plain_loss(head, target, batch, c)
         ),
     }
     stepping(sparse)(0)  # a warm-up, which also makes the optimizer's moments
@@ -164,18 +164,16 @@ def bench_step(
     return figures
 
 
-def plain_loss(
-    head: DraftHead, target: Target, batch: Batch, round_decay: float, bfloat16: bool
-) -> torch.Tensor:
+def plain_loss(head: DraftHead, target: Target, batch: Batch, c: TrainConfig) -> torch.Tensor:
     """Forward KL over all of V as one would write it down: [N, V] logits of both, whole."""
-    dtype = torch.bfloat16 if bfloat16 else torch.float32
-    drafts = draft_batch(head, target, batch, dtype)
+    dtype = torch.bfloat16 if c.precision == "bfloat16" else torch.float32
+    drafts = draft_batch(head, target, batch, dtype, c.rope_position)
     log_p = target.logits(drafts.teacher.hidden).log_softmax(-1)[drafts.teacher.at]
     logits = torch.nn.functional.linear(drafts.states.to(dtype), target.table.to(dtype)).float()
     losses = torch.nn.functional.kl_div(
         logits.log_softmax(-1), log_p, reduction="none", log_target=True
     ).sum(-1)
-    return (losses * round_decay**drafts.round).sum()
+    return (losses * c.round_decay**drafts.round).sum()
 
 
 def run_tie_benchmark(config: Config, device: str, out: Path | None) -> None:

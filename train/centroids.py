@@ -53,7 +53,7 @@ def drafts_of(head: DraftHead, target: Target, training: Documents, config: Conf
         task = bar.add_task("Drafting", total=DRAFTS, status="")
         for number in range(batches):
             batch = loader.batch(number).to(target.device)
-            drafts = draft_batch(head, target, batch, torch.float32, position=c.rope_position)
+            drafts = draft_batch(head, target, batch, torch.float32, c.rope_position)
             teacher = drafts.teacher
             parts.append((drafts.states, teacher.ids.long(), teacher.logprobs))
             count += len(drafts.states)

@@ -115,6 +115,8 @@ def _train(config: Config, resume: bool, accelerator: Accelerator) -> None:
         progress.start = progress.best = found
         export_head(head, target, run / "head", config)
         say(f"Held-out acceptance length before training: {found:.3f}")
+    # Of what is exported from here on; a head to start from, above, keeps what it says of itself.
+    setattr(head.assistant.config, ROPE_POSITION, c.rope_position)
 
     with progress_bar() as bar, stop_signals() as stop_requests:
         task = bar.add_task("Training", total=c.steps, completed=progress.step, status="")
@@ -209,7 +211,6 @@ def export_head(head: DraftHead, target: Target, folder: Path, config: Config) -
     if h.lora is not None:
         weights, adapter = without_lora(weights, scalings_of(head.assistant), dtype)
         beside = partial(write_adapter, adapter=adapter, lora=h.lora, base=h.start)
-    setattr(head.assistant.config, ROPE_POSITION, config.train.rope_position)
     with whole_weights(head):
         if PartialState().is_main_process:
             save_assistant(

@@ -19,7 +19,13 @@ from headstart.data.progress import say
 from headstart.data.store import Documents
 from headstart.eval.simulate import Simulated, simulate_acceptance
 from headstart.heads.assistant import check_pair
-from headstart.heads.export import Assistant, load_assistant, load_assistant_config, save_assistant
+from headstart.heads.export import (
+    Assistant,
+    load_assistant,
+    load_assistant_config,
+    rope_position,
+    save_assistant,
+)
 from headstart.heads.files import check_empty
 from headstart.heads.lora import ADAPTER
 from headstart.heads.ordered import cluster_count, set_order, token_usage, with_clusters
@@ -97,6 +103,8 @@ def reorder(path: str, target: Target, config: Config, order: Order, out: Path) 
     if order.num_centroids is not None and not order.rebuild:
         raise ValueError("--num-centroids makes other clusters: give --rebuild too")
     _shape(assistant.config, order)
+    its_own = config.train.model_copy(update={"rope_position": rope_position(assistant.config)})
+    config = config.model_copy(update={"train": its_own})
     training, validation = prepare_documents(target, config.data, config.run.seed, None)
     assistant, found = order_head(assistant, target, training, validation, config, order)
     found = {"head": path, **found}

@@ -45,8 +45,8 @@ def draft_batch(
     target: Target,
     batch: Batch,
     dtype: torch.dtype,
+    position: RopePosition,
     embeds_of: Callable[[torch.Tensor], torch.Tensor] | None = None,
-    position: RopePosition = "newest",
 ) -> Drafts:
     """Run the head over a batch and pair what it says with what the target says.
 
@@ -55,8 +55,8 @@ def draft_batch(
         target: for its embeddings.
         batch: B conversations, R anchors of each, K rounds.
         dtype: of the shared KV; with bfloat16 under autocast, the weights staying float32.
-        embeds_of: of `DraftHead.forward`.
         position: where the drafts stand.
+        embeds_of: of `DraftHead.forward`.
     """
     shared_kv = {t: (k.to(dtype), v.to(dtype)) for t, (k, v) in batch.shared_kv.items()}
     with torch.autocast(batch.rows.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
@@ -150,7 +150,7 @@ def batch_sums(
     embeds_of = None
     if c.unroll == "own_tokens":
         embeds_of = partial(_own_embeds, target=target, table=table, candidates=candidates)
-    drafts = draft_batch(model, target, batch, dtype, embeds_of, c.rope_position)
+    drafts = draft_batch(model, target, batch, dtype, c.rope_position, embeds_of)
     teacher, objective = drafts.teacher, OBJECTIVES[c.objective]
     common = (objective, c.temperature, dtype, table)
     if candidates is None:

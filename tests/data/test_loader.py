@@ -87,7 +87,7 @@ def losses_by_token(
     target: Target, head: DraftHead, batch: Batch
 ) -> dict[tuple[float, ...], list[float]]:
     """(first values of h_t) -> the loss of each round of that row, over the whole vocabulary."""
-    drafts = draft_batch(head, target, batch, torch.float32)
+    drafts = draft_batch(head, target, batch, torch.float32, "newest")
     how = (forward_kl, 1.0, torch.float32, target.table)
     said = exact_losses(drafts.states, target, drafts.teacher, *how)
     losses = torch.zeros(batch.weights[..., 0].numel(), batch.weights.shape[-1])
@@ -178,7 +178,7 @@ def test_every_draft_is_taught_by_the_target_at_its_own_place(
     loader = AnchorLoader(documents, 6, 9, 3, seed=2, pack_tokens=pack_tokens, later_anchors=4)
     batch = loader.batch(0)
     head = DraftHead(build_assistant(target, HeadConfig()))
-    drafts = draft_batch(head, target, batch, torch.float32)
+    drafts = draft_batch(head, target, batch, torch.float32, "newest")
     said = target.logits(drafts.teacher.hidden[drafts.teacher.at])
     assert torch.equal(said.argmax(-1), drafts.teacher.ids[:, 0])
     torch.testing.assert_close(

@@ -350,6 +350,15 @@ def test_a_private_head_never_lands_in_a_repository_that_all_see(
     assert hub.repositories[REPO].files("main")
 
 
+def test_without_the_hub_it_is_said_what_keeps_it_away(
+    finished_run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    assert publish(finished_run) == 1
+    assert "unset it to publish" in capsys.readouterr().err
+
+
 def test_branches_and_pull_requests(finished_run: Path, hub: Hub) -> None:
     assert publish(finished_run, "--branch", "v2") == 0
     assert publish(finished_run, "--pr") == 0

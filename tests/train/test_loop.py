@@ -69,7 +69,7 @@ def order_by_one_text(target: Target, document: Document, folder: Path, top_k: i
     assistant = load_assistant(folder, torch.float32)
     batch = gather_rows([document], [candidate_rows(document)], K)
     with torch.no_grad():
-        drafts = draft_batch(DraftHead(assistant), target, batch, torch.float32)
+        drafts = draft_batch(DraftHead(assistant), target, batch, torch.float32, "newest")
     drafted = Taught(drafts.states, drafts.teacher.ids.long(), drafts.teacher.logprobs)
     ordered = with_clusters(assistant, 20, top_k)
     usage = token_usage(lambda states: states @ target.table.T, drafted)

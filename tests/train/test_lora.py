@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from headstart.configs.schema import HeadConfig, LoraConfig
 from headstart.heads.assistant import other_target
-from headstart.heads.export import load_assistant, load_assistant_config, made_for
+from headstart.heads.export import load_assistant, load_assistant_config, made_for, rope_position
 from headstart.heads.loading import load_target
 from headstart.train import loop
 from headstart.train.checkpoints import Progress
@@ -110,6 +110,7 @@ def test_a_run_that_finds_nothing_better_ends_with_the_head_that_it_began_with(
     before, after = (load_assistant(f, torch.float32) for f in (start, tmp_path / "run" / "head"))
     for name, tensor in after.state_dict().items():
         assert torch.equal(tensor, before.state_dict()[name]), name
+    assert rope_position(after.config) == "newest", "where it was trained, whatever was tried since"
 
 
 def test_training_ends_when_its_time_is_over(tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ def fed_as_text(batch: Batch, drafts: torch.Tensor) -> None:
 
 def by_anchor(head: DraftHead, target: Target, batch: Batch) -> tuple[Any, torch.Tensor]:
     """All drafts of a batch with their losses, and their tokens as [B x R, K]."""
-    drafts = draft_batch(head, target, batch, torch.float32)
+    drafts = draft_batch(head, target, batch, torch.float32, TrainConfig().rope_position)
     found = exact_losses(
         drafts.states, target, drafts.teacher, forward_kl, 1.0, torch.float32, target.table
     )

@@ -8,7 +8,7 @@ import torch
 from headstart.configs.schema import HeadConfig
 from headstart.data.loader import Batch, candidate_rows, gather_rows
 from headstart.heads.assistant import warm_assistant
-from headstart.heads.export import load_assistant, save_assistant
+from headstart.heads.export import load_assistant, rope_position, save_assistant
 from headstart.heads.loading import load_target
 from headstart.heads.ordered import with_clusters
 from headstart.heads.targets import Target
@@ -74,8 +74,8 @@ def test_a_run_goes_on_from_it_and_keeps_its_clusters_and_table(
     target = load_target("tiny-gemma4", "float32")
     start = finished(target, tmp_path / "start", width)
     config = tiny_config(
-        tmp_path / "run", f"head.start={start}", "train.steps=12", "train.validate_every=4",
-        "train.checkpoint_every=8", "head.num_centroids=null",
+        tmp_path / "run", f"head.start={start}", "train.steps=40", "train.validate_every=10",
+        "train.checkpoint_every=20", "train.learning_rate=1e-2", "head.num_centroids=null",
         f"head.use_ordered_embeddings={'true' if width else 'false'}",
     )  # fmt: skip
     train(config)
@@ -84,6 +84,7 @@ def test_a_run_goes_on_from_it_and_keeps_its_clusters_and_table(
     before = load_assistant(start, torch.float32)
     after = load_assistant(tmp_path / "run" / "head", torch.float32)
     assert torch.equal(after.lm_head.weight, before.lm_head.weight)
+    assert [rope_position(head.config) for head in (before, after)] == ["newest", "both"]
     q_proj = "model.layers.0.self_attn.q_proj.weight"
     assert not torch.equal(after.state_dict()[q_proj], before.state_dict()[q_proj])
     if width is NARROW:
