@@ -10,6 +10,7 @@ from headstart.heads.export import rope_position
 
 Engine = Literal["transformers", "vllm", "llama.cpp", "mlx"]
 ENGINES: tuple[Engine, ...] = get_args(Engine)
+VLLM = "serve it with vLLM"  # which drafts for Gemma 3 too
 ROPE_POSITIONS: dict[Engine, Literal["newest", "one_earlier"]] = {
     "transformers": "newest", "llama.cpp": "newest", "vllm": "one_earlier", "mlx": "one_earlier",
 }  # fmt: skip
@@ -48,9 +49,11 @@ def obstacles(engine: Engine, head: Any, target: Any) -> list[str]:
             found += _llama_cpp(head, target)
         case "mlx":
             if target.model_type not in ("gemma4", "gemma4_unified"):
+                gemma4 = target.model_type.startswith("gemma4")
+                cure = "save it as Gemma4ForConditionalGeneration" if gemma4 else VLLM
                 found.append(
                     f"mlx-vlm drafts for multimodal Gemma 4 targets alone, and this one is a "
-                    f"{target.model_type}: save it as Gemma4ForConditionalGeneration"
+                    f"{target.model_type}: {cure}"
                 )
     return found
 
@@ -78,7 +81,7 @@ def _llama_cpp(head: Any, target: Any) -> list[str]:
     if not target.model_type.startswith("gemma4"):
         found.append(
             f"llama.cpp drafts for Gemma 4 targets alone, and this one is a {target.model_type}: "
-            "serve it with vLLM"
+            f"{VLLM}"
         )
     if head.text_config.hidden_size == head.backbone_hidden_size:
         found.append(
