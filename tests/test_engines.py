@@ -40,7 +40,7 @@ def test_an_engine_says_what_transformers_says_and_accepts_as_much(
     assert ours > 2, "a head that is hardly accepted tells nothing"
     assert theirs == pytest.approx(ours, rel=0.03)
     rates = content["cumulative_acceptance_rate"]
-    assert rates["engine"] == pytest.approx(rates["transformers"], abs=0.03)
+    assert rates["engine"] == pytest.approx(rates["transformers"], abs=0.04)
 
 
 def test_an_exported_gguf_holds_the_heads_weights(pair: list[str], tmp_path: Path) -> None:
