@@ -177,6 +177,13 @@ def test_the_table_of_sampled_decoding_is_that_of_the_result_file() -> None:
 
 def test_the_figures_of_the_recipe_page_are_those_of_the_result_files() -> None:
     page = (ROOT / "docs" / "recipe.md").read_text(encoding="utf-8")
+    for name, told in (
+        ("", "this one {:.3f}"),
+        ("-newest", "  {:.3f}, and"),
+        ("-1200-steps", "{:.2f}"),
+    ):
+        exact = whole(results(f"eval-64{name}.json"))[1]
+        assert told.format(exact["acceptance_length"]) in page
     run = results("reference.json")
     walked = ", ".join(f"{v['acceptance_length']:.2f}" for v in run["validations"])
     assert walked in page
