@@ -299,7 +299,7 @@ class TrainConfig(Section):
     rope_position: RopePosition = "both"
     """RoPE position of the drafts of a round, in which engines differ. `newest`: that of the newest
     token, as in transformers and llama.cpp; `one_earlier`: as in vLLM, SGLang and MLX; `both`:
-    every second of the rows drawn either way, which loses nothing at either (docs/recipe.md)."""
+    every second row of a text either way, which loses nothing at either (docs/recipe.md)."""
     objective: Literal["forward_kl", "cross_entropy", "total_variation", "lk_hybrid"] = "forward_kl"
     """Loss of a draft. `cross_entropy` looks at the target's best token alone; `lk_hybrid` turns
     from KL to total variation as a row comes to be accepted (arXiv 2602.23881)."""

@@ -46,18 +46,19 @@ def row_masks(
     return {"full_attention": full, "sliding_attention": full & (j >= t - sliding_window)}
 
 
-def ahead_of(position: RopePosition, rows: torch.Tensor) -> torch.Tensor | int:
-    """How far behind t drafts stand, of `rows` [B, R] (`DraftHead.forward`). Of both: every second
-    anchor, from the first or the second as the text's place in its batch has it; as anchors and
-    batches are drawn anew, a row of a text comes to stand at either by chance."""
+def ahead_of(
+    position: RopePosition, rows: torch.Tensor, starts: torch.Tensor
+) -> torch.Tensor | int:
+    """How far behind t drafts stand, of `rows` [B, R] in texts that begin at `starts` [B, R]
+    (`DraftHead.forward`). Of both: every second row of a text either way, however texts are dealt
+    over batches and processes or packed."""
     match position:
         case "newest":
             return 1
         case "one_earlier":
             return 0
         case "both":
-            texts, anchors = (torch.arange(n, device=rows.device) for n in rows.shape)
-            return (texts[:, None] + anchors) % 2
+            return (rows - starts) % 2
 
 
 def walked_at(position: RopePosition) -> int:

@@ -63,7 +63,7 @@ def draft_batch(
         embeds = target.embed(batch.tokens).float()
         states = model(
             batch.hidden.float(), embeds, batch.rows, shared_kv, batch.starts, batch.later,
-            batch.seen, embeds_of, ahead_of(position, batch.rows),
+            batch.seen, embeds_of, ahead_of(position, batch.rows, batch.starts),
         )  # fmt: skip
     b, r, rounds = batch.weights.shape
     anchors = torch.arange(b * r, device=batch.rows.device).view(b, r)
