@@ -19,15 +19,18 @@ from headstart.train.loop import train
 from headstart.train.schedule import learning_rate
 from headstart.train.stopping import Interrupted
 from tests.train.test_loop import metrics, tiny_config
-from tests.train.test_warm_start import FULL, NARROW, finished
+from tests.train.test_warm_start import FULL, NARROW, finished, take_every_head
 
 SHORT = ("train.steps=12", "train.validate_every=6", "train.checkpoint_every=6")
 
 
 @pytest.mark.parametrize("width", [NARROW, FULL])
-def test_a_heads_adapter_is_what_the_head_was_changed_by(tmp_path: Path, width: int | None) -> None:
+def test_a_heads_adapter_is_what_the_head_was_changed_by(
+    tmp_path: Path, width: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The head that the run made, and the head that it started from with the adapter on it, are the
     same bits; all that is not under the adapter is the start's."""
+    take_every_head(monkeypatch)
     target = load_target("tiny-gemma4", "bfloat16")
     start = finished(target, tmp_path / "start", width)
     ordered = "true" if width else "false"
