@@ -68,7 +68,7 @@ def _run_publish(args: argparse.Namespace) -> None:
         texts=not args.without_texts,
     )
     with tempfile.TemporaryDirectory() as temporary:
-        out = (args.out or Path(temporary) / "folder").resolve()
+        out = args.out or Path(temporary) / "folder"
         print_folder(build_folder(what, out), out)
         if not args.dry_run:
             upload(out, args.repo_id, not args.public, args.branch, args.pr)

@@ -10,7 +10,6 @@ from jinja2 import Environment, StrictUndefined
 
 from headstart.configs.schema import Config, RopePosition, TargetConfig
 from headstart.data.sources import is_hub_dataset
-from headstart.eval.hub import declared_licence
 from headstart.eval.tables import cells, title
 from headstart.eval.verdict import verdict
 from headstart.heads.engines import ENGINES, Engine, obstacles, remarks
@@ -19,11 +18,6 @@ from headstart.heads.loading import BUILT_IN
 from headstart.heads.served import split_revision
 
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
-GEMMA_TERMS = {"license": "gemma", "license_link": "https://ai.google.dev/gemma/terms"}
-APACHE = {
-    "license": "apache-2.0",
-    "license_link": "https://ai.google.dev/gemma/docs/gemma_4_license",
-}
 POSITIONS: dict[RopePosition, str] = {
     "newest": "RoPE position: trained for drafts that stand at the newest token, as in "
     "transformers and llama.cpp; vLLM, SGLang and MLX put them one earlier.",
@@ -60,17 +54,10 @@ class Published:
     license: dict[str, str]
     languages: list[str]
 
-
-def licence_of(target_config: Any, served: TargetConfig) -> dict[str, str]:
-    """The licence of a target's weights, which binds heads distilled from them.
-
-    Gemma 3's terms go with whatever is made from it (https://ai.google.dev/gemma/terms, 3.1). Of a
-    Gemma 4 that which its card names; where it cannot be read, that of Google's own checkpoints
-    (their cards, and https://ai.google.dev/gemma/docs/gemma_4_license).
-    """
-    if target_config.model_type.startswith("gemma3"):
-        return GEMMA_TERMS
-    return declared_licence(served.name, served.revision) or APACHE
+    @property
+    def engine_target(self) -> str:
+        """What the commands of engines call the target; `_served_merged` says what TARGET is."""
+        return "TARGET" if self.served.adapters else self.served.name
 
 
 def model_card(published: Published) -> str:
@@ -173,7 +160,6 @@ def _metadata(p: Published, results: list[dict[str, Any]]) -> ModelCardData:
         "hardware": env["accelerator"] or env["processor"], "threads": env["threads"],
         "dtype": env["dtype"], "max_new_tokens": env["max_new_tokens"],
     }  # fmt: skip
-    on_the_hub = "/" in env["prompts"] and is_hub_dataset(env["prompts"])
     evaluated = []
     for result in results:
         loops = {"with": "", "without": ", texts without loops"}[result["looping_texts"]]
@@ -184,7 +170,7 @@ def _metadata(p: Published, results: list[dict[str, Any]]) -> ModelCardData:
         for metric in ("acceptance_length", "speedup"):
             evaluated.append(EvalResult(
                 task_type="text-generation", dataset_args=shared, dataset_name=env["prompts"],
-                dataset_type=env["prompts"] if on_the_hub else "prompts",
+                dataset_type=env["prompts"] if _is_on_the_hub(env["prompts"]) else "prompts",
                 metric_type=metric, metric_value=round(result[metric], 4),
                 metric_name=f"{metric.replace('_', ' ')} ({how})",
             ))  # fmt: skip
@@ -194,13 +180,18 @@ def _metadata(p: Published, results: list[dict[str, Any]]) -> ModelCardData:
         base_model_relation="adapter" if p.base_head else "finetune",
         library_name="peft" if p.base_head else "transformers",
         pipeline_tag="text-generation",
-        datasets=[s for s in _prompts(p.config) if "/" in s and is_hub_dataset(s)] or None,
+        datasets=[name for name in _prompts(p.config) if _is_on_the_hub(name)] or None,
         language=p.languages or None,
         tags=["speculative-decoding", "multi-token-prediction", "draft-head", "headstart"],
         model_name=p.repo_id.rpartition("/")[2],
         eval_results=evaluated,
         **license_fields,
     )
+
+
+def _is_on_the_hub(prompts: str) -> bool:
+    # A bare name may be that of a built-in set.
+    return "/" in prompts and is_hub_dataset(prompts)
 
 
 def _prompts(config: Config) -> list[str]:
@@ -213,8 +204,7 @@ def _prompts(config: Config) -> list[str]:
 
 def _engine(engine: Engine, p: Published) -> dict[str, str]:
     """What the card says of an engine: its command, or why it does not take this head."""
-    repo = p.repo_id
-    target = "TARGET" if p.served.adapters else p.served.name  # `_served_merged` says what it is
+    repo, target = p.repo_id, p.engine_target
     against = obstacles(engine, p.head_config, p.target_config)
     says = {
         "name": NAMES[engine],
@@ -247,8 +237,7 @@ def _sglang(p: Published) -> dict[str, str]:
     return {
         "name": "SGLang",
         "says": "As sgl-project/sglang#24436 has it; never run with this head.",
-        "command": f"python -m sglang.launch_server --model-path "
-        f"{'TARGET' if p.served.adapters else p.served.name} "
+        "command": f"python -m sglang.launch_server --model-path {p.engine_target} "
         f"--speculative-algorithm NEXTN --speculative-draft-model-path {p.repo_id} "
         f"--speculative-num-steps {k} --speculative-eagle-topk 1 "
         f"--speculative-num-draft-tokens {k + 1}",

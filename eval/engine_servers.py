@@ -79,9 +79,8 @@ class Handler(BaseHTTPRequestHandler):
 HTTPServer(("127.0.0.1", int(sys.argv[2])), Handler).serve_forever()
 """
 STARTING = 1800.0  # seconds that an engine may take to load and answer
-OWN = urllib.request.build_opener(
-    urllib.request.ProxyHandler({})
-)  # no proxy stands before loopback
+# No proxy stands before loopback.
+OWN = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 @dataclass

@@ -14,8 +14,9 @@ from safetensors import SafetensorError
 
 from headstart.configs.loader import load_config
 from headstart.configs.schema import Config, TargetConfig
-from headstart.eval.card import GEMMA_TERMS, Published, licence_of, model_card
+from headstart.eval.card import Published, model_card
 from headstart.eval.compare import read_report
+from headstart.eval.licence import licence_of, notice
 from headstart.eval.report import write_report
 from headstart.heads.export import load_assistant, load_assistant_config
 from headstart.heads.files import check_empty, whole_folder
@@ -26,11 +27,6 @@ from headstart.heads.served import model_fingerprint, split_revision
 DEMO = {"gemma3-270m": "google/gemma-3-270m"}  # built-in name -> what it is on the Hub
 NOT_PUBLISHED = (ADAPTER, "order.json")  # of a run's head folder: what no reader of heads wants
 SETTINGS, EVALUATION = "training_config.yaml", "evaluation"
-NOTICE = (
-    "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/"
-    "terms\n\nThis draft head is a Model Derivative of Gemma: it was distilled from {target}.\n"
-)
-"""The file that the Gemma Terms of Use ask for in section 3.1, with their sentence."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +103,6 @@ def build_folder(what: Publication, out: Path) -> list[Path]:
             target; the target has no name on the Hub; what was written does not load back as what
             was evaluated; or `out` holds something else.
     """
-    out = out.resolve()
     if not ((out / SETTINGS).is_file() and (out / EVALUATION).is_dir()):
         check_empty(out)
     run = _Run(what.run)
@@ -154,8 +149,8 @@ def build_folder(what: Publication, out: Path) -> list[Path]:
         for picture in run.pictures:
             shutil.copy(picture, work / EVALUATION / picture.name)
         (work / "README.md").write_text(model_card(published), encoding="utf-8")
-        if terms["license"] == GEMMA_TERMS["license"]:
-            (work / "NOTICE").write_text(NOTICE.format(target=served.name), encoding="utf-8")
+        if (wanted := notice(terms, served.name)) is not None:
+            (work / "NOTICE").write_text(wanted, encoding="utf-8")
         _check(work, base_head, evaluated)
     return files_of(out)
 

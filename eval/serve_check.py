@@ -182,7 +182,7 @@ def as_engine_counts(
         longer.forwards[1:], longer.rounds(prompt_len), strict=True
     ):
         left = max_new_tokens - (seen + 1 - prompt_len)
-        if (proposed := drafts_at_most(engine, k, left)) > 0 and left > 0:
+        if left > 0 and (proposed := drafts_at_most(engine, k, left)) > 0:
             rounds.append((proposed, min(accepted, proposed)))
     return AcceptanceCounts.of_rounds(rounds, k)
 

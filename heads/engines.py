@@ -81,7 +81,7 @@ def _llama_cpp(head: Any, target: Any) -> list[str]:
     if not target.model_type.startswith("gemma4"):
         found.append(
             f"llama.cpp drafts for Gemma 4 targets alone, and this one is a {target.model_type}: "
-            f"{VLLM}"
+            + VLLM
         )
     if head.text_config.hidden_size == head.backbone_hidden_size:
         found.append(

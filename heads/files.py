@@ -35,6 +35,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     Raises:
         OSError: with what to do, when the disk is full; the earlier folder is kept.
     """
+    folder = folder.resolve()  # "." has no name
     # Of the process's own, so that two may work on the same.
     work = folder.with_name(f"{folder.name}.{os.getpid()}{PART}")
     shutil.rmtree(work, ignore_errors=True)
@@ -59,7 +60,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 
 def check_empty(folder: Path) -> None:
     """Raise `ValueError` where a folder that is to be written holds something."""
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} is not empty: name another folder, --out DIR")
 
 

@@ -6,8 +6,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,41 +20,10 @@ from headstart.eval.hub import upload
 from headstart.heads.export import load_assistant
 from headstart.heads.loading import load_target
 from headstart.train.run import run
-from tests.hub import TOKEN, Fault, Hub, Repository
+from tests.eval.conftest import PUBLISH, REPO, SHORT, publish
+from tests.hub import TOKEN, Hub, Repository
 from tests.train.test_loop import ROOT, tiny_config
 from tests.train.test_warm_start import FULL, NARROW, finished
-
-REPO = "org/tiny-head"
-SHORT = (
-    "train.steps=6", "train.validate_every=6", "train.checkpoint_every=6", "eval.limit=2",
-    "eval.max_new_tokens=8", "eval.exact_limit=0",
-)  # fmt: skip
-PUBLISH = ("--repo-id", REPO, "--base-model", "org/tiny")
-
-
-@pytest.fixture(scope="module")
-def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run folder as `headstart train` leaves it."""
-    folder = tmp_path_factory.mktemp("run") / "tiny"
-    prompts = ROOT / "data" / "prompts" / "text_eval.jsonl"
-    cache = tmp_path_factory.mktemp("cache")
-    run(tiny_config(folder, *SHORT, f"eval.prompts={prompts}", f"data.cache_dir={cache}"))
-    return folder
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Any:
-    with Hub() as up:
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", up.url)
-        template = up.url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
-        yield up
-
-
-def publish(run_folder: Path, *more: object) -> int:
-    return main(["publish", str(run_folder), *PUBLISH, *map(str, more)])
 
 
 def copy_of(run_folder: Path, to: Path) -> Path:
@@ -283,88 +250,6 @@ def test_a_target_that_the_hub_does_not_have_is_asked_for(
     command = ["publish", str(finished_run), "--repo-id", REPO, "--dry-run"]
     assert main([*command, "--out", str(tmp_path / "folder")]) == 1
     assert "--base-model" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("fault", "says"),
-    [
-        (Fault("POST", "/repos/create", 401), "hf auth login"),
-        (Fault("POST", "/repos/create", 403), "may not write"),
-        (Fault("POST", "/repos/create", "cut"), "again"),
-        (Fault("POST", "/preupload/", 403), "may not write"),
-        (Fault("POST", "/info/lfs/", 403), "may not write"),
-        (Fault("PUT", "/lfs/", 403), "may not write"),
-        (Fault("PUT", "/lfs/", 500), "later"),
-        (Fault("PUT", "/lfs/", "cut"), "run the same command again"),
-        (Fault("POST", "/commit/", 401), "hf auth login"),
-        (Fault("POST", "/commit/", 403), "may not write"),
-        (Fault("POST", "/commit/", 409), "same time"),
-        (Fault("POST", "/commit/", 412), "same time"),
-        (Fault("POST", "/commit/", 500), "later"),
-    ],
-    ids=lambda value: f"{value.path}{value.what}" if isinstance(value, Fault) else "",
-)  # fmt: skip
-def test_refusals_say_what_to_do_and_never_the_token(
-    finished_run: Path,
-    hub: Hub,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-    fault: Fault,
-    says: str,
-) -> None:
-    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # between the Hub library's own tries
-    hub.faults.append(replace(fault, times=100))
-    assert publish(finished_run, "--debug") == 1
-    out, err = capsys.readouterr()
-    assert says in err
-    assert TOKEN not in out + err
-    if fault.what != "cut":
-        assert "as asked for" in err, "what the Hub itself said"
-    assert not any(repository.files("main") for repository in hub.repositories.values())
-
-
-def test_an_upload_that_was_cut_goes_on_without_sending_large_files_again(
-    finished_run: Path, hub: Hub, capsys: pytest.CaptureFixture[str]
-) -> None:
-    hub.faults.append(Fault("POST", "/commit/", "cut", times=100))
-    assert publish(finished_run) == 1
-    assert "again" in capsys.readouterr().err
-    assert hub.repositories[REPO].files("main") == {}
-    sent = [request for request in hub.requests if request.startswith("PUT")]
-    assert len(sent) == 1
-    hub.faults.clear()
-    assert publish(finished_run) == 0
-    assert [request for request in hub.requests if request.startswith("PUT")] == sent
-    weights = (finished_run / "head" / "model.safetensors").read_bytes()
-    assert hub.repositories[REPO].files("main")["model.safetensors"] == weights
-
-
-def test_a_private_head_never_lands_in_a_repository_that_all_see(
-    finished_run: Path, hub: Hub, capsys: pytest.CaptureFixture[str]
-) -> None:
-    hub.repositories[REPO] = Repository("public")
-    assert publish(finished_run) == 1
-    assert "--public" in capsys.readouterr().err
-    assert hub.repositories[REPO].files("main") == {}
-    assert publish(finished_run, "--public") == 0
-    assert hub.repositories[REPO].files("main")
-
-
-def test_without_the_hub_it_is_said_what_keeps_it_away(
-    finished_run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
-    assert publish(finished_run) == 1
-    assert "unset it to publish" in capsys.readouterr().err
-
-
-def test_branches_and_pull_requests(finished_run: Path, hub: Hub) -> None:
-    assert publish(finished_run, "--branch", "v2") == 0
-    assert publish(finished_run, "--pr") == 0
-    repository = hub.repositories[REPO]
-    assert repository.files("main") == {}
-    assert set(repository.files("v2")) == set(repository.files("refs/pr/1"))
 
 
 def test_an_adapter_of_a_head_is_published_as_a_peft_adapter(
