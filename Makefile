@@ -1,4 +1,4 @@
-# Headstart needs python3 (3.10 to 3.13) with pip, make and git. All else is installed into .venv.
+# Headstart needs python3 (3.10 to 3.14) with pip, make and git. All else is installed into .venv.
 # Try `make help`.
 
 PYTHON ?= python3
@@ -8,20 +8,31 @@ STAMP := $(VENV)/.headstart
 PACKAGES := configs heads data eval train cli
 CONFIG ?= configs/quickstart.yaml
 ARGS ?=
+# Releases of transformers that `make test-matrix` tests: the oldest, a middle and the newest one.
+MATRIX ?= 5.20.2 5.22.2 5.24.0
+# The release that `make setup` installs; empty: pip's choice of those that pyproject.toml allows.
+TRANSFORMERS ?=
+TORCH := $(shell sed -n 's/^ *"\(torch[^"]*\)".*/\1/p' pyproject.toml)
+# CPU builds of torch that an index may have, newest first, and the index that PyTorch's install
+# page names for them.
+TORCH_CPU := 2.15.0 2.14.1 2.14.0 2.13.0
+TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 # Threads that wait sleep: tests with several processes would otherwise spin each other to a crawl.
 PATIENT := OMP_WAIT_POLICY=passive
+PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 # Should .venv be broken in a way not thought of here, pip refuses to install into the system.
 export PIP_REQUIRE_VIRTUALENV := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup train test test-unit test-engines check format build clean links
+.PHONY: help setup torch train test test-unit test-matrix test-dtypes test-engines check format \
+	build clean links
 
 help: ## show this text
 	@echo "Headstart: a draft head for any Gemma model."
 	@echo
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 	@echo
 	@echo "Start with \`make setup\`, then \`make train\`. Settings go through ARGS, as in"
 	@echo "  make train ARGS='train.steps=100'"
@@ -33,24 +44,34 @@ setup: $(STAMP) links ## make .venv with Headstart in it (again only if pyprojec
 # A venv that was cut short while it was made lacks pyvenv.cfg (then its python answers for the
 # system's, where sys.prefix == sys.base_prefix) or pip's RECORD, the last file that is written.
 # Such a venv, or one whose Python is gone, is made anew.
-#
-# Without a GPU the CPU build of torch is tried first: it is a tenth of the size. Not every index
-# has it, so a failure is no error: the plain install below brings the usual build.
 $(STAMP): pyproject.toml
 	@if ! $(BIN)/python -c 'import sys, pip, importlib.metadata as m; sys.exit(sys.prefix == sys.base_prefix or not m.distribution("pip").read_text("RECORD"))' >/dev/null 2>&1; then \
-		command -v '$(PYTHON)' >/dev/null 2>&1 || { echo "Headstart needs Python 3.10 to 3.13, but '$(PYTHON)' was not found: try make setup PYTHON=python3.11" >&2; exit 1; }; \
-		'$(PYTHON)' -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 10) <= v <= (3, 13) else "Headstart needs Python 3.10 to 3.13, but $(PYTHON) is %d.%d: try make setup PYTHON=python3.11" % v)' || exit 1; \
+		command -v '$(PYTHON)' >/dev/null 2>&1 || { echo "Headstart needs Python 3.10 to 3.14, but '$(PYTHON)' was not found: try make setup PYTHON=python3.11" >&2; exit 1; }; \
+		'$(PYTHON)' -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 10) <= v <= (3, 14) else "Headstart needs Python 3.10 to 3.14, but $(PYTHON) is %d.%d: try make setup PYTHON=python3.11" % v)' || exit 1; \
 		echo "Making $(VENV) ..."; \
 		'$(PYTHON)' -m venv --clear $(VENV); \
 	fi
-	@if ! command -v nvidia-smi >/dev/null 2>&1; then \
-		echo "No GPU here: trying the CPU build of torch ..."; \
-		$(BIN)/python -m pip install --quiet --disable-pip-version-check 'torch==2.13.0+cpu' >/dev/null 2>&1 \
-			|| echo "There is none for this Python and platform: taking the usual build."; \
-	fi
+	@$(MAKE) --no-print-directory torch
 	@echo "Installing Headstart and what it needs (some minutes the first time) ..."
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[demo,dev]'
+	@$(PIP) install --quiet -e '.[demo,dev]' $(TRANSFORMERS:%='transformers==%')
 	@touch $(STAMP)
+
+# Without a GPU a CPU build of torch does, a tenth of the size: one that the usual index or a local
+# folder has, else one of PyTorch's own CPU index. Neither is everywhere, so a failure is no error:
+# the plain install that comes next brings the usual build.
+torch:
+	@if command -v nvidia-smi >/dev/null 2>&1; then exit 0; fi; \
+	echo "No GPU here: looking for a CPU build of torch ..."; \
+	for version in $(TORCH_CPU); do \
+		if $(PIP) install --quiet "torch==$$version+cpu" >/dev/null 2>&1; then \
+			echo "Took torch $$version+cpu, of the index or folder that pip is set to."; exit 0; \
+		fi; \
+	done; \
+	if $(PIP) --retries 1 --timeout 15 install --quiet --index-url $(TORCH_CPU_INDEX) \
+		'$(TORCH)' >/dev/null 2>&1; then \
+		echo "Took the newest CPU build of torch from $(TORCH_CPU_INDEX)."; exit 0; \
+	fi; \
+	echo "There is none for this Python and platform: taking the usual build, with its GPU libraries."
 
 # mypy and editors find headstart.NAME through these links.
 links:
@@ -67,6 +88,20 @@ test: $(STAMP) ## run all tests, those on the real Gemma 3 270M too (ARGS='-k na
 
 test-unit: $(STAMP) ## run the tests that need no weights
 	@$(PATIENT) $(BIN)/python -m pytest -m "not real and not engines" $(ARGS)
+
+# In environments of their own, .venvs/RELEASE.
+test-matrix: ## run the unit tests on each tested release of transformers (MATRIX='5.22.2' to choose)
+	@failed=; for release in $(MATRIX); do \
+		echo "=== transformers $$release"; \
+		$(MAKE) --no-print-directory test-unit VENV=.venvs/$$release TRANSFORMERS=$$release \
+			|| failed="$$failed $$release"; \
+	done; \
+	[ -z "$$failed" ] || { echo "failed on transformers$$failed" >&2; exit 1; }
+
+test-dtypes: $(STAMP) ## run what hangs on bfloat16 instructions as on machines with and without them
+	@for dtype in float32 bfloat16; do \
+		$(PATIENT) $(BIN)/python -m pytest -m auto_dtype --machine-dtype $$dtype $(ARGS) || exit 1; \
+	done
 
 test-engines: $(STAMP) ## install serving engines (4 GB) and compare them with transformers
 	@$(PATIENT) $(BIN)/python -m pytest -m engines $(ARGS)

@@ -1,6 +1,7 @@
 """What several commands parse alike."""
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -26,23 +27,39 @@ def counts(text: str) -> list[int]:
     return [count(part) for part in text.split(",")]
 
 
+# The names are read where they are needed: importing the schema would double the time of --help.
 def decoders(text: str) -> list[str]:
     """For argparse: `transformers,exact`."""
     from headstart.configs.schema import Decoder
 
-    known, names = get_args(Decoder), text.split(",")
-    if odd := [name for name in names if name not in known]:
-        raise argparse.ArgumentTypeError(f"{odd[0]!r} is none of {', '.join(known)}")
-    return names
+    return [_one_of(get_args(Decoder), name) for name in text.split(",")]
 
 
 def quantization(text: str) -> str:
     """For argparse: one that a target can have."""
     from headstart.configs.schema import Quantization
 
-    if text not in get_args(Quantization):
-        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(get_args(Quantization))}")
-    return text
+    return _one_of(get_args(Quantization), text)
+
+
+def engine(text: str) -> str:
+    """For argparse: what serves a head."""
+    from headstart.configs.schema import Engine
+
+    return _one_of(get_args(Engine), text)
+
+
+def installed_engine(text: str) -> str:
+    """For argparse: what serves a head in an environment of its own."""
+    from headstart.configs.schema import Engine
+
+    return _one_of([name for name in get_args(Engine) if name != "transformers"], text)
+
+
+def _one_of(known: Sequence[str], name: str) -> str:
+    if name not in known:
+        raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(known)}")
+    return name
 
 
 def numbers(text: str) -> list[float]:

@@ -4,10 +4,16 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from headstart.cli.arguments import add_target_arguments, count, default_device, target_config
-from headstart.heads.engines import ENGINES
+from headstart.cli.arguments import (
+    add_target_arguments,
+    count,
+    default_device,
+    engine,
+    installed_engine,
+    target_config,
+)
 
-SERVED = [name for name in ENGINES if name != "transformers"]  # those that are installed
+INSTALLED = "vllm, llama.cpp or mlx"
 
 
 def add_serving_commands(commands: Any) -> None:
@@ -22,7 +28,7 @@ def add_serving_commands(commands: Any) -> None:
     )
     add = export.add_argument
     add("head", metavar="HEAD", help="folder or Hub id of a draft head, or HEAD+ADAPTER")
-    add("--to", required=True, choices=ENGINES, metavar="ENGINE", help=", ".join(ENGINES))
+    add("--to", required=True, type=engine, metavar="ENGINE", help=f"transformers, {INSTALLED}")
     add("--target", required=True, metavar="NAME", help="gemma3-270m, a folder or a Hub id")
     add("--revision", help="Hub revision of the target")
     add("--out", required=True, type=Path, metavar="DIR")
@@ -40,7 +46,7 @@ def add_serving_commands(commands: Any) -> None:
         "(HEADSTART_CACHE): vllm takes about 3 GB, the others 1 GB each.",
         epilog="example: headstart engines install llama.cpp",
     )
-    install.add_argument("engine", choices=SERVED, metavar="ENGINE", help=", ".join(SERVED))
+    install.add_argument("engine", type=installed_engine, metavar="ENGINE", help=INSTALLED)
     install.add_argument("--debug", action="store_true", help="show the traceback of a failure")
     install.set_defaults(command=_run_install)
 
@@ -55,7 +61,7 @@ def add_serving_commands(commands: Any) -> None:
         "runs/quickstart/head --dense --out check",
     )
     add = check.add_argument
-    add("--engine", required=True, choices=SERVED, metavar="ENGINE", help=", ".join(SERVED))
+    add("--engine", required=True, type=installed_engine, metavar="ENGINE", help=INSTALLED)
     add("--target", required=True, help="gemma3-270m, a folder or a Hub id")
     add_target_arguments(check)
     add("--head", required=True, metavar="HEAD", help="folder or Hub id of a draft head")

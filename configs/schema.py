@@ -360,6 +360,10 @@ class TrainConfig(Section):
         return self
 
 
+Engine = Literal["transformers", "vllm", "llama.cpp", "mlx"]
+"""What serves a head (heads/engines.py)."""
+
+
 Decoder = Literal[
     "transformers", "exact", "heuristic", "confident", "cost", "hybrid", "lookup", "draft-model"
 ]

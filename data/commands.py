@@ -9,13 +9,13 @@ from headstart.data.extraction import extract
 from headstart.data.jobs import make_jobs
 from headstart.data.packing import length_when_cut
 from headstart.data.prepare import deal_prompts, deal_sampling, extract_folder, load_sources
-from headstart.data.progress import say
 from headstart.data.prompts import load_prompts, report_refused
 from headstart.data.regenerate import regenerate, regenerate_by_server
 from headstart.data.server import AnswerServer
 from headstart.data.store import ActivationStore
 from headstart.data.templates import encode_conversation
 from headstart.heads.loading import load_target_tokens, open_target
+from headstart.heads.progress import say
 from headstart.heads.tokens import TargetTokens
 
 

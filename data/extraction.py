@@ -15,7 +15,6 @@ from accelerate import PartialState
 from headstart.configs.schema import DataConfig
 from headstart.data.conversations import MANIFEST, Conversation
 from headstart.data.packing import trainable
-from headstart.data.progress import progress_bar
 from headstart.data.recording import top_logprobs
 from headstart.data.shards import (
     Document,
@@ -28,6 +27,7 @@ from headstart.data.shards import (
 )
 from headstart.data.store import ActivationStore, check_space, stored_bytes, write_index
 from headstart.heads.processes import in_step, is_mine, processes_in
+from headstart.heads.progress import progress_bar
 from headstart.heads.targets import Target
 
 SHARD = 64  # conversations a shard, at most

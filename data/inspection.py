@@ -14,7 +14,6 @@ from rich.console import Console
 
 from headstart.configs.schema import DataConfig, SourceConfig
 from headstart.data.conversations import MANIFEST, Conversation, part_path, read_manifest, read_part
-from headstart.data.progress import progress_bar
 from headstart.data.prompts import Prompt, prompt_of
 from headstart.data.rows import layout_of, renamed, turn_text
 from headstart.data.shards import Shard, shard_paths
@@ -23,6 +22,7 @@ from headstart.data.store import ActivationStore
 from headstart.data.summary import Seen, Summary, print_summary, summarise
 from headstart.data.templates import encode_conversation, encode_prompt
 from headstart.heads.loading import load_target_tokens
+from headstart.heads.progress import progress_bar
 from headstart.heads.served import served_config
 from headstart.heads.tokens import TargetTokens
 

@@ -5,9 +5,9 @@ from typing import Any
 
 from headstart.configs.schema import DataConfig
 from headstart.data.conversations import Conversation, answered, stable_hash
-from headstart.data.progress import say
 from headstart.data.prompts import Prompt, report_refused
 from headstart.data.templates import encode_prompt, shortened
+from headstart.heads.progress import say
 from headstart.heads.tokens import Sampling, TargetTokens
 
 

@@ -18,7 +18,6 @@ from headstart.data.conversations import (
 from headstart.data.extraction import OnlineActivations, extract
 from headstart.data.jobs import Job, conversation_settings, make_jobs
 from headstart.data.packing import length_when_cut
-from headstart.data.progress import say
 from headstart.data.prompt_sets import load_prompt_set
 from headstart.data.prompts import Prompt, deal, load_prompts, split_by_source
 from headstart.data.regenerate import regenerate
@@ -26,6 +25,7 @@ from headstart.data.shards import Document, Entry
 from headstart.data.store import ActivationStore, Documents
 from headstart.data.templates import encode_prompt
 from headstart.heads.demo import cache_dir
+from headstart.heads.progress import say
 from headstart.heads.targets import Target
 from headstart.heads.tokens import Sampling, TargetTokens
 

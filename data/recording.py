@@ -10,6 +10,7 @@ import torch
 from transformers import DynamicCache, LogitsProcessor
 
 from headstart.heads.targets import Target
+from headstart.heads.versions import CACHE, all_prompt_rows, check_rows
 
 
 def top_logprobs(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -30,7 +31,10 @@ class Recorder(LogitsProcessor):
 
     As the first logits processor it sees the logits as the target emits them; a hook on the final
     norm sees the hidden states; the cache that it brings keeps every row, beyond sliding windows
-    too. Use it as a context manager around `generate(past_key_values=recorder.cache, ...)`.
+    too. Use it as a context manager around `generate(**recorder.arguments(), ...)`.
+
+    Raises:
+        RuntimeError: (in `generate`) the target left out rows of the prompt.
     """
 
     def __init__(self, target: Target, top_k: int):
@@ -38,6 +42,10 @@ class Recorder(LogitsProcessor):
         self.cache = DynamicCache()  # without a config: no layer drops rows
         self.hidden: list[torch.Tensor] = []
         self.teacher: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def arguments(self) -> dict[str, Any]:
+        """Keywords for `generate`."""
+        return {CACHE: self.cache, **all_prompt_rows(self.target.device)}
 
     def __enter__(self) -> "Recorder":
         self._hook = self.target.final_norm.register_forward_hook(
@@ -49,7 +57,8 @@ class Recorder(LogitsProcessor):
         self._hook.remove()
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """`scores` [B, V], unchanged."""
+        """`scores` [B, V], unchanged; `input_ids` [B, W + tokens so far]."""
+        check_rows(sum(block.shape[1] for block in self.hidden), input_ids.shape[1])
         self.teacher.append(top_logprobs(scores, self.top_k))
         return scores
 

@@ -18,7 +18,6 @@ from headstart.data.conversations import (
 )
 from headstart.data.extraction import entries_of
 from headstart.data.jobs import Job, batches_of, conversation_settings, conversations_of
-from headstart.data.progress import progress_bar, say
 from headstart.data.prompts import Prompt
 from headstart.data.recording import Recorder
 from headstart.data.sampling import SamplingMixture
@@ -28,6 +27,7 @@ from headstart.data.store import check_space, stored_bytes, write_index
 from headstart.heads.few_rows import plain_strides
 from headstart.heads.files import alone_in
 from headstart.heads.processes import in_step, is_mine, processes_in
+from headstart.heads.progress import progress_bar, say
 from headstart.heads.single_query import quick_single_queries
 from headstart.heads.targets import Target
 from headstart.heads.tokens import Sampling, TargetTokens
@@ -226,7 +226,7 @@ def answer(
             generation_config=settings,
             logits_processor=LogitsProcessorList(processors),
             synced_gpus=target.sharded,
-            past_key_values=None if recorder is None else recorder.cache,
+            **(recorder.arguments() if recorder is not None else {}),
         )
     responses = output[:, inputs["input_ids"].shape[1] :].tolist()
     return [_cut_after(response, target.eos_ids) for response in responses]

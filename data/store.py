@@ -15,9 +15,9 @@ from typing import Any, Protocol
 import torch
 
 from headstart.configs.schema import DataConfig
-from headstart.data.progress import say
 from headstart.data.shards import FORMAT, Document, Entry, Shard, Storage, refusal, shard_paths
 from headstart.heads.files import content_sha256, write_atomically
+from headstart.heads.progress import say
 from headstart.heads.targets import Target, source_layers
 
 OPEN_SHARDS = 32  # memory maps held at once

@@ -17,6 +17,7 @@ from headstart.heads.exact import ExactDecoding, exact_decoding
 from headstart.heads.few_rows import plain_strides
 from headstart.heads.targets import Target
 from headstart.heads.tokens import Sampling
+from headstart.heads.versions import CACHE
 
 GREEDY = Sampling(0.0)
 
@@ -160,7 +161,7 @@ def _watch(model: PreTrainedModel) -> Iterator[_Seen]:
     seen = _Seen()
 
     def begin(module: torch.nn.Module, args: tuple[object, ...], kwargs: dict[str, Any]) -> None:
-        seen.given.append((kwargs["past_key_values"].get_seq_length(), kwargs["input_ids"]))
+        seen.given.append((kwargs[CACHE].get_seq_length(), kwargs["input_ids"]))
 
     def end(module: torch.nn.Module, args: tuple[object, ...], output: object) -> None:
         if len(seen.given) == 1:  # to wait after each would slow the decoding down

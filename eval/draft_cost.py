@@ -21,7 +21,6 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel
 
-from headstart.data.progress import progress_bar
 from headstart.eval.benchmarks import write_figures
 from headstart.eval.decoding import synchronize
 from headstart.eval.environment import environment
@@ -29,6 +28,7 @@ from headstart.eval.moment import MAX_DRAFT_TOKENS, Moment, dense_lm_head, prepa
 from headstart.heads.assistant import check_pair
 from headstart.heads.drafting import Drafter
 from headstart.heads.few_rows import quick_few_rows
+from headstart.heads.progress import progress_bar
 from headstart.heads.targets import Target
 
 DRAFTS = 4  # a draft step is timed as a part of a round: its first draft finds other weights cached

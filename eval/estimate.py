@@ -9,13 +9,13 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel
 
-from headstart.data.progress import progress_bar
 from headstart.data.store import ActivationStore
 from headstart.eval.acceptance import AcceptanceCounts, zero_counts
 from headstart.eval.environment import environment
 from headstart.eval.simulate import DOCUMENTS, simulate_acceptance
 from headstart.heads.assistant import check_pair
 from headstart.heads.files import write_atomically
+from headstart.heads.progress import progress_bar
 from headstart.heads.targets import Target
 from headstart.heads.unroll import DraftHead
 

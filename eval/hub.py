@@ -13,7 +13,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
-from headstart.data.progress import say
+from headstart.heads.progress import say
 
 LICENCE = ("license", "license_name", "license_link")  # fields of a card
 SECONDS = 10.0  # that the Hub may take to tell a licence

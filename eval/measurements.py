@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from headstart.data.progress import progress_bar
 from headstart.data.prompts import Prompt
 from headstart.data.templates import encode_prompt
 from headstart.eval.decoding import GREEDY, Decoded, decode
@@ -15,6 +14,7 @@ from headstart.eval.partings import Parting, explain_parting, parting
 from headstart.eval.sides import Side
 from headstart.eval.verdict import ends_in_loop
 from headstart.heads.files import write_atomically
+from headstart.heads.progress import progress_bar
 from headstart.heads.targets import Target
 from headstart.heads.tokens import Sampling
 

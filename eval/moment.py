@@ -14,6 +14,7 @@ from transformers import DynamicCache, PreTrainedModel
 from headstart.heads.drafting import CleanKV, Drafter
 from headstart.heads.gemma3 import SharedKV
 from headstart.heads.targets import Target
+from headstart.heads.versions import CACHE
 
 MAX_DRAFT_TOKENS = 8  # verifications are measured for K = 1 .. 8
 
@@ -56,7 +57,7 @@ class Moment:
         """Draft K tokens after token T + 1: [1, K].
 
         Mirrors the loop of `SinglePositionMultiTokenCandidateGenerator.get_candidates` of
-        transformers 5.20 to 5.22.
+        transformers 5.20 to 5.24.
         """
         embed = self.target.model.get_input_embeddings()
         token, hidden = self.ids[:, self.context + 1 : self.context + 2], self.hidden
@@ -96,8 +97,8 @@ def _forward(target: Target, cache: DynamicCache, ids: torch.Tensor, **kwargs: A
     return target.model(
         input_ids=ids[:, cache.get_seq_length() :],
         attention_mask=torch.ones_like(ids),
-        past_key_values=cache,
         use_cache=True,
+        **{CACHE: cache},
         **kwargs,
     )
 

@@ -11,6 +11,7 @@ from transformers import DynamicCache
 
 from headstart.heads.few_rows import plain_strides
 from headstart.heads.targets import Target
+from headstart.heads.versions import CACHE
 
 ROUNDING = {"float32": 1e-3, "bfloat16": 0.25}
 """Gap between two logits that the shape of a batch may turn around anywhere: in bfloat16 two units
@@ -90,8 +91,8 @@ def _last_logits(target: Target, ids: list[int], first: int, rows: int) -> torch
             logits = target.model(
                 input_ids=given[:, start:end],
                 attention_mask=torch.ones_like(given[:, :end]),
-                past_key_values=cache,
                 use_cache=True,
                 logits_to_keep=1,
+                **{CACHE: cache},
             ).logits[0, -1]
     return logits.float()

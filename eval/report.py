@@ -10,7 +10,6 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from headstart.configs.schema import EvalConfig
-from headstart.data.progress import say
 from headstart.data.prompt_sets import load_prompt_set
 from headstart.data.prompts import Prompt, limit_evenly
 from headstart.data.templates import encode_prompt
@@ -24,6 +23,7 @@ from headstart.eval.tables import markdown, print_report
 from headstart.eval.verdict import verdict
 from headstart.heads.assistant import check_pair, other_target
 from headstart.heads.files import write_atomically
+from headstart.heads.progress import say
 from headstart.heads.served import model_fingerprint
 from headstart.heads.targets import Target
 from headstart.heads.tokens import Sampling

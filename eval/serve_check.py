@@ -12,7 +12,6 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from headstart.data.progress import progress_bar
 from headstart.data.prompts import Prompt
 from headstart.data.templates import encode_prompt
 from headstart.eval.acceptance import AcceptanceCounts, zero_counts
@@ -33,6 +32,7 @@ from headstart.heads.export import (
 )
 from headstart.heads.files import write_atomically
 from headstart.heads.gemma3 import Gemma3ForAssistedDecoding
+from headstart.heads.progress import progress_bar
 from headstart.heads.targets import Target
 
 SCHEMA = 1

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from transformers import PreTrainedModel
 
 from headstart.configs.schema import Decoder
-from headstart.data.progress import progress_bar
 from headstart.eval.decoding import Decoded, decode
 from headstart.eval.draft_cost import Costs
 from headstart.eval.moment import MAX_DRAFT_TOKENS
 from headstart.heads.draft_length import Confident, CostRule, DraftLength, Heuristic
 from headstart.heads.exact import ExactDecoding, Lookup, Round
+from headstart.heads.progress import progress_bar
 from headstart.heads.targets import Target
 from headstart.heads.tokens import Sampling
 

@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from headstart.data.progress import progress_bar
 from headstart.data.store import ActivationStore
 from headstart.eval.acceptance import AcceptanceCounts, zero_counts
 from headstart.eval.simulate import simulate_acceptance
 from headstart.eval.statistics import interval, resampled
 from headstart.eval.verdict import ends_in_loop
+from headstart.heads.progress import progress_bar
 from headstart.heads.targets import Target
 from headstart.heads.unroll import DraftHead
 

@@ -19,10 +19,10 @@ from peft import LoraConfig, get_peft_model
 from torch.nn.utils.rnn import pad_sequence
 
 from headstart.cli.main import main
-from headstart.data.progress import progress_bar
 from headstart.data.prompts import load_prompts
 from headstart.data.templates import encode_conversation
 from headstart.heads.loading import load_target
+from headstart.heads.progress import progress_bar
 from headstart.heads.targets import Target
 
 PROMPTS = Path(__file__).resolve().parents[1] / "data" / "prompts" / "chat_train.jsonl"

@@ -58,7 +58,7 @@ class Constant:
 class Heuristic(Constant):
     """Two more after a round that accepted all, one less after any other.
 
-    Mirrors `AssistedCandidateGenerator.update_candidate_strategy` of transformers 5.20 to 5.22,
+    Mirrors `AssistedCandidateGenerator.update_candidate_strategy` of transformers 5.20 to 5.24,
     which knows no `most`.
     """
 

@@ -1,6 +1,6 @@
 """One round of drafting, lean: what does not change within the round is computed once.
 
-Same layers, same arithmetic as `Gemma4AssistantForCausalLM.forward` of transformers 5.20 to 5.22,
+Same layers, same arithmetic as `Gemma4AssistantForCausalLM.forward` of transformers 5.20 to 5.24,
 without what that forward does anew for every draft: masks (one row sees all the KV that it is
 given), rotary embeddings (the position stays), and logits over the whole vocabulary of which a head
 with ordered embeddings looks at some thousand.

@@ -6,9 +6,9 @@ docs/serving.md has how.
 
 from typing import Any, Literal, get_args
 
+from headstart.configs.schema import Engine
 from headstart.heads.export import rope_position
 
-Engine = Literal["transformers", "vllm", "llama.cpp", "mlx"]
 ENGINES: tuple[Engine, ...] = get_args(Engine)
 VLLM = "serve it with vLLM"  # which drafts for Gemma 3 too
 ROPE_POSITIONS: dict[Engine, Literal["newest", "one_earlier"]] = {

@@ -4,6 +4,7 @@ transformers gives `shared_kv_states` only from Gemma 4 and refuses every other 
 Gemma 3 keeps the same tensors in its cache, so a subclass that reads them there is enough.
 """
 
+from inspect import Parameter, Signature, signature
 from typing import Any
 
 import torch
@@ -13,7 +14,16 @@ from transformers.generation.candidate_generator import (
     SinglePositionMultiTokenCandidateGenerator,
 )
 
+from headstart.heads.versions import CACHE
+
 SharedKV = dict[str, tuple[torch.Tensor, torch.Tensor]]
+
+
+def _with_argument(stock: Signature, name: str) -> Signature:
+    added = Parameter(name, Parameter.KEYWORD_ONLY, default=False, annotation=bool)
+    named, last = list(stock.parameters.values())[:-1], list(stock.parameters.values())[-1]
+    assert last.kind is Parameter.VAR_KEYWORD
+    return stock.replace(parameters=[*named, added, last])
 
 
 class Gemma3ForAssistedDecoding(Gemma3ForCausalLM):
@@ -40,38 +50,19 @@ class Gemma3ForAssistedDecoding(Gemma3ForCausalLM):
             shared[layer_type] = (layer.keys[:, :, -rows:], layer.values[:, :, -rows:])
         return shared
 
-    def forward(  # every name spelled out: `generate` reads the signature to see what it may pass
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        past_key_values: DynamicCache | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | torch.Tensor = 0,
-        return_shared_kv_states: bool = False,
-        **kwargs: Any,
-    ) -> Any:
+    def forward(self, *args: Any, return_shared_kv_states: bool = False, **kwargs: Any) -> Any:
         """As `Gemma3ForCausalLM.forward`; `return_shared_kv_states` adds `shared_kv_states`."""
-        seen = 0 if past_key_values is None else past_key_values.get_seq_length()
-        outputs = super().forward(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            labels=labels,
-            use_cache=use_cache,
-            logits_to_keep=logits_to_keep,
-            **kwargs,
-        )
+        outputs = super().forward(*args, **kwargs)
         if return_shared_kv_states:
-            cache = outputs.past_key_values
-            outputs["shared_kv_states"] = self.shared_kv_states(
-                cache, cache.get_seq_length() - seen
-            )
+            given = args[0] if args else kwargs.get("input_ids")
+            given = kwargs["inputs_embeds"] if given is None else given
+            outputs["shared_kv_states"] = self.shared_kv_states(outputs[CACHE], given.shape[1])
         return outputs
+
+    # `generate` reads the signature to see what it may pass; names differ from release to release.
+    forward.__signature__ = _with_argument(  # type: ignore[attr-defined]
+        signature(Gemma3ForCausalLM.forward), "return_shared_kv_states"
+    )
 
     def _get_candidate_generator(self, **kwargs: Any) -> CandidateGenerator:
         assistant = kwargs.get("assistant_model")

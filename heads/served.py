@@ -63,8 +63,12 @@ def add_adapters(model: PreTrainedModel, adapters: Sequence[str], merge: bool) -
         return model
     from peft import PeftModel  # a second of imports that most targets do without
 
-    for number, adapter in enumerate(adapters):
-        name = f"adapter_{number}"
+    # peft's own wrapper puts its layers into the model and is then left behind: the methods of
+    # transformers >= 5.24 that do the same ask for a peft that does not exist (docs/upstream.md).
+    wrapper: Any = None
+    own_dtype: Any = {"autocast_adapter_dtype": False}  # that of the weights, as it is served
+    names = [f"adapter_{number}" for number in range(len(adapters))]
+    for name, adapter in zip(names, adapters, strict=True):
         try:
             folder = adapter_folder(adapter)
             if not (folder / WEIGHTS).is_file():
@@ -72,15 +76,17 @@ def add_adapters(model: PreTrainedModel, adapters: Sequence[str], merge: bool) -
             if merge:
                 wrapped = PeftModel.from_pretrained(model, folder)
                 model = wrapped.merge_and_unload(safe_merge=True)
+            elif wrapper is None:
+                wrapper = PeftModel.from_pretrained(model, folder, name, **own_dtype)
             else:
-                model.load_adapter(str(folder), name)
+                wrapper.load_adapter(folder, name, **own_dtype)
         except (OSError, ValueError, RuntimeError, KeyError) as error:
             reason = " ".join(str(error).split())[:300]
             raise ValueError(
                 f"{adapter} does not go onto {type(model).__name__} as a PEFT adapter: {reason}"
             ) from error
-    if not merge:
-        model.set_adapter([f"adapter_{number}" for number in range(len(adapters))])
+    if wrapper is not None:
+        wrapper.base_model.set_adapter(names)
     return model
 
 

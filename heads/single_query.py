@@ -4,6 +4,9 @@ Query heads that share a key head are given to torch's attention as so many head
 keys each, one row a head. In bfloat16 its CPU kernel packs the keys for every such row: nine times
 the time of the same rows given as one block (docs/data.md). The scores are the same numbers.
 
+From transformers 5.23 on it is done there too, under a mask. Without one, as in drafts and in the
+decoding of one text, torch is told to share the keys, and its kernel packs them all the same.
+
 Letters: B batch, H query heads, G key heads, T rows of keys, D head width.
 """
 

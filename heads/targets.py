@@ -24,6 +24,7 @@ from headstart.heads.gemma3 import Gemma3ForAssistedDecoding, SharedKV
 from headstart.heads.processes import split_layers
 from headstart.heads.served import model_fingerprint
 from headstart.heads.tokens import TargetTokens
+from headstart.heads.versions import CACHE, check_rows
 
 SUPPORTED: dict[str, type[PreTrainedModel]] = {
     "gemma3_text": Gemma3ForAssistedDecoding,
@@ -157,18 +158,23 @@ class Target(TargetTokens):
         Args:
             ids: [B, T] token ids, padded on the right.
             mask: [B, T] 1 for tokens, 0 for padding; None: no padding.
+
+        Raises:
+            RuntimeError: the model left rows out.
         """
         if isinstance(self.model, Gemma3ForAssistedDecoding):
             # A cache without a config keeps every row of the sliding layers too.
             cache = DynamicCache()
-            outputs = self.model.model(ids, mask, past_key_values=cache, use_cache=True)
-            return Activations(
-                outputs.last_hidden_state, self.model.shared_kv_states(cache, ids.shape[1])
+            outputs = self.model.model(ids, mask, use_cache=True, **{CACHE: cache})
+            shared_kv = self.model.shared_kv_states(cache, ids.shape[1])
+        else:
+            outputs = self.model.model(
+                input_ids=ids, attention_mask=mask, use_cache=False, return_shared_kv_states=True
             )
-        outputs = self.model.model(
-            input_ids=ids, attention_mask=mask, use_cache=False, return_shared_kv_states=True
-        )
-        return Activations(outputs.last_hidden_state, dict(outputs.shared_kv_states))
+            shared_kv = dict(outputs.shared_kv_states)
+        hidden = outputs.last_hidden_state
+        check_rows(hidden.shape[1], ids.shape[1])
+        return Activations(hidden, shared_kv)
 
     @torch.no_grad()
     def logits(self, hidden: torch.Tensor, table: torch.Tensor | None = None) -> torch.Tensor:

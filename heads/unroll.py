@@ -6,7 +6,7 @@ target says after x_{<= t+1}. In round k the row reads token x_{t+k} and the hea
 of round k - 1; position and KV stay.
 
 Mirrors `SinglePositionMultiTokenCandidateGenerator.get_candidates` and
-`Gemma4AssistantForCausalLM.create_attention_masks` of transformers 5.20 to 5.22.
+`Gemma4AssistantForCausalLM.create_attention_masks` of transformers 5.20 to 5.24.
 
 Letters: B batch, T positions, R rows of a sequence, S of them in rounds above the first, K rounds,
 D target width, H head width.
@@ -21,6 +21,7 @@ from headstart.configs.schema import RopePosition
 from headstart.heads.export import Assistant
 from headstart.heads.gemma3 import SharedKV
 from headstart.heads.ordered import token_clusters
+from headstart.heads.versions import ALL_ROWS
 
 
 def row_masks(
@@ -139,6 +140,7 @@ class DraftHead(nn.Module):
                 position_ids=positions,
                 shared_kv_states=shared_kv,
                 use_cache=False,
+                **ALL_ROWS,
             ).last_hidden_state
             hidden = self.assistant.post_projection(state)
             states.append(state if self.projection is None else state @ self.projection.T)

@@ -18,7 +18,6 @@ from headstart.configs.schema import Config, EvalConfig
 from headstart.data.contamination import remove_contaminated
 from headstart.data.jobs import make_jobs
 from headstart.data.prepare import deal_sampling
-from headstart.data.progress import say
 from headstart.data.prompts import Prompt, deal, load_prompts, split_by_source
 from headstart.data.regenerate import regenerate
 from headstart.eval.adaptation import (
@@ -35,6 +34,7 @@ from headstart.eval.report import as_json
 from headstart.heads.export import load_assistant_config, rope_position
 from headstart.heads.files import alone_in, write_atomically
 from headstart.heads.loading import open_target
+from headstart.heads.progress import say
 from headstart.heads.served import served_name
 from headstart.train.before_after import (
     DECODING,

@@ -8,10 +8,10 @@ import torch
 
 from headstart.configs.schema import Config
 from headstart.data.loader import AnchorLoader
-from headstart.data.progress import progress_bar
 from headstart.data.store import Documents
 from headstart.eval.recall import RecallCounts
 from headstart.heads.ordered import Taught
+from headstart.heads.progress import progress_bar
 from headstart.heads.targets import Target
 from headstart.heads.unroll import DraftHead
 from headstart.train.schedule import learning_rate

@@ -14,13 +14,13 @@ from accelerate.utils import set_seed
 from headstart.configs.schema import Config, TrainConfig
 from headstart.data.loader import AnchorLoader
 from headstart.data.prepare import prepare_documents
-from headstart.data.progress import progress_bar, say
 from headstart.data.store import Documents
 from headstart.eval.simulate import simulate_acceptance
 from headstart.heads.export import ROPE_POSITION, save_assistant
 from headstart.heads.loading import open_target
 from headstart.heads.lora import scalings_of, without_lora, write_adapter
 from headstart.heads.processes import join_processes
+from headstart.heads.progress import progress_bar, say
 from headstart.heads.targets import Target
 from headstart.heads.unroll import DraftHead, walked_at
 from headstart.train.average import Average

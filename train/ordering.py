@@ -15,7 +15,6 @@ from accelerate import PartialState
 
 from headstart.configs.schema import Config, HeadConfig
 from headstart.data.prepare import prepare_documents
-from headstart.data.progress import say
 from headstart.data.store import Documents
 from headstart.eval.simulate import Simulated, simulate_acceptance
 from headstart.heads.assistant import check_pair
@@ -29,6 +28,7 @@ from headstart.heads.export import (
 from headstart.heads.files import check_empty
 from headstart.heads.lora import ADAPTER
 from headstart.heads.ordered import cluster_count, set_order, token_usage, with_clusters
+from headstart.heads.progress import say
 from headstart.heads.targets import Target
 from headstart.heads.unroll import DraftHead, walked_at
 from headstart.train.centroids import drafts_of, learn_centroids

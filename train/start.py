@@ -5,11 +5,11 @@ from typing import Literal
 import torch
 
 from headstart.configs.schema import Config, TrainConfig
-from headstart.data.progress import say
 from headstart.data.store import Documents
 from headstart.heads.assistant import build_assistant, warm_assistant
 from headstart.heads.lora import add_lora
 from headstart.heads.ordered import Taught, cluster_count, token_usage
+from headstart.heads.progress import say
 from headstart.heads.targets import Target
 from headstart.heads.ties import low_rank_agreement, low_rank_start, plain_svd_start
 from headstart.heads.unroll import DraftHead

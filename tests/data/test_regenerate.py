@@ -82,6 +82,26 @@ def test_recording_changes_no_conversation(tiny: Target, tmp_path: Path) -> None
     assert written(tmp_path / "True") == written(tmp_path / "False")
 
 
+@pytest.mark.parametrize("kept", [slice(1, None), slice(-1, None), slice(0, -1)], ids=str)
+def test_a_target_that_leaves_rows_of_the_prompt_out_is_not_recorded(
+    kept: slice, target: Target, tmp_path: Path
+) -> None:
+    """As transformers >= 5.23 does in layers that share keys, where only the last logits are asked
+    for: the text stays right, and what a head is trained on would be wrong without a word."""
+
+    def cut(module: Any, args: Any) -> Any:
+        states = args[0]
+        return states[:, kept] if states.shape[1] > 1 else states
+
+    asked = jobs(target, [0.0, 1.0], CONFIG)
+    target.final_norm.register_forward_pre_hook(cut)
+    with pytest.raises(RuntimeError, match=r"are of \d+ rows where it was given \d+ tokens"):
+        regenerate(target, asked, CONFIG, 3, tmp_path, extract=True)
+    assert not list(tmp_path.glob("*.safetensors")), "nothing of it is kept"
+    with pytest.raises(RuntimeError, match=r"rows where it was given 6 tokens"):
+        target.activations(torch.tensor([[2, 70, 71, 72, 73, 74]]))
+
+
 @pytest.mark.parametrize("change", ["seed", "max_new_tokens", "prompts", "extract", "target"])
 def test_a_folder_of_other_settings_is_not_gone_on_with(
     change: str, tiny: Target, tmp_path: Path

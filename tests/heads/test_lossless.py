@@ -25,6 +25,7 @@ from headstart.heads.ordered import with_clusters
 from headstart.heads.targets import Target
 from headstart.heads.tiny import byte_tokenizer, gemma4_text_config
 from headstart.heads.unroll import DraftHead
+from headstart.heads.versions import CACHE
 from tests.heads.test_ordered import order_by_target
 from tests.heads.test_parity import noisy_head
 
@@ -40,17 +41,17 @@ class Gemma4Markov(Gemma4ForCausalLM):
     def forward(
         self,
         input_ids: torch.Tensor,
-        past_key_values: Any = None,
         logits_to_keep: int = 0,
         **kwargs: Any,
     ) -> Any:
+        cache = kwargs[CACHE]
         nothing = torch.zeros(1, 1, input_ids.shape[1], 8)
-        kv = [past_key_values.update(nothing, nothing, i) for i in range(2)]
+        kv = [cache.update(nothing, nothing, i) for i in range(2)]
         hidden = self.get_input_embeddings()(input_ids)
         outputs = CausalLMOutputWithPast(
             logits=self.table[input_ids[:, -logits_to_keep:]],
-            past_key_values=past_key_values,
             hidden_states=(hidden,),
+            **{CACHE: cache},
         )
         types = self.config.layer_types
         outputs["shared_kv_states"] = dict(zip(types, kv, strict=True))

@@ -49,6 +49,16 @@ def test_adapters_change_the_target_merged_or_beside_it_alike(tmp_path: Path) ->
     torch.testing.assert_close(kept, both, atol=2e-5, rtol=1e-4)
 
 
+def test_an_adapter_beside_the_weights_has_their_dtype(tmp_path: Path) -> None:
+    adapter = make_adapter(tmp_path / "one")
+    for dtype in (torch.bfloat16, torch.float32):
+        target = load_target(
+            "tiny-gemma4", str(dtype)[6:], adapters=[adapter], merge_adapters=False
+        )
+        own = {p.dtype for name, p in target.model.named_parameters() if ".lora_" in name}
+        assert own == {dtype}
+
+
 def test_each_way_to_serve_has_a_fingerprint_and_a_name(tmp_path: Path) -> None:
     adapter = make_adapter(tmp_path / "one")
     ways = [

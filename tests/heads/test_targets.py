@@ -3,9 +3,10 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
-from transformers import Gemma2Config, Gemma3nTextConfig, Gemma4ForCausalLM
+from packaging.version import Version
+from transformers import Gemma2Config, Gemma3nTextConfig, Gemma4ForCausalLM, PreTrainedConfig
 
+from headstart.heads import versions
 from headstart.heads.demo import check_sha256
 from headstart.heads.gemma3 import Gemma3ForAssistedDecoding
 from headstart.heads.loading import load_target
@@ -67,7 +68,7 @@ def test_a_target_is_frozen_and_its_fingerprint_follows_its_weights() -> None:
     [(Gemma2Config(), "shared_kv_states"), (Gemma3nTextConfig(), "shared_kv_states")],
 )
 def test_an_unsupported_model_is_told_what_it_lacks(
-    config: transformers.PreTrainedConfig, lacks: str, tmp_path: Path
+    config: PreTrainedConfig, lacks: str, tmp_path: Path
 ) -> None:
     config.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=f"{config.model_type}.*lacks.*{lacks}"):
@@ -92,16 +93,22 @@ def test_a_missing_target_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("version", "reason"), [("5.23.0", "cannot be built"), ("5.19.0", "before 5.20")]
+    ("version", "reason"),
+    [("5.19.0", "before 5.20"), ("5.23.1", "cannot be built"), ("5.25.0", "newer than any")],
 )
 def test_an_untested_transformers_is_refused_with_the_command_that_cures_it(
     version: str, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(transformers, "__version__", version)
+    monkeypatch.setattr(versions, "INSTALLED", Version(version))
     with pytest.raises(RuntimeError, match=reason) as error:
         load_target("tiny-gemma4")
     assert f"transformers {version}" in str(error.value)
-    assert "pip install 'transformers>=5.20,<5.23'" in str(error.value)
+    assert f"pip install 'transformers{versions.TESTED}'" in str(error.value)
+
+
+def test_the_project_asks_for_the_releases_that_were_tested() -> None:
+    project = (Path(__file__).resolve().parents[2] / "pyproject.toml").read_text()
+    assert f'"transformers{versions.TESTED}"' in project
 
 
 def test_the_installed_transformers_is_a_tested_one() -> None:

@@ -1,0 +1,156 @@
+"""How a long piece of work shows where it is: bars in a terminal, plain lines in a log."""
+
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from accelerate import PartialState
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+LOG_SECONDS = "HEADSTART_LOG_SECONDS"  # in the environment: between two lines in a log
+SPEED_PERIOD = 300.0  # seconds that a rate is taken over: a batch may take a minute
+
+
+def progress_bar() -> Progress:
+    """A bar with a count, the elapsed and the remaining time, and a free `status` field.
+
+    Only the main process shows it. Where the output is no terminal (nohup, Slurm, CI) it is lines:
+    one at the start of each task, one every 30 s (`HEADSTART_LOG_SECONDS`), one at its end.
+
+    Raises:
+        ValueError: the environment names an interval that is not above 0.
+    """
+    console = Console()
+    if PartialState().is_main_process and not console.is_terminal:
+        return LogProgress(_log_seconds())
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("eta"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[status]}"),
+        console=console,
+        speed_estimate_period=SPEED_PERIOD,
+        disable=not PartialState().is_main_process,
+    )
+
+
+def _log_seconds() -> float:
+    text = os.environ.get(LOG_SECONDS, "30")
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < threading.TIMEOUT_MAX:
+        raise ValueError(f"{LOG_SECONDS}={text!r} is no number of seconds above 0")
+    return seconds
+
+
+class LogProgress(Progress):
+    """The same tasks as lines of text on stdout.
+
+    Args:
+        seconds: between two lines of a task that goes on.
+    """
+
+    def __init__(self, seconds: float):
+        super().__init__(speed_estimate_period=SPEED_PERIOD, disable=True)
+        self.seconds = seconds
+        self.running: set[TaskID] = set()
+        """Tasks that have begun and not ended."""
+        self.stopped = threading.Event()
+
+    def start(self) -> None:
+        # A thread, so that one batch of minutes shows that it is still under way.
+        self.stopped.clear()
+        threading.Thread(target=self._tick, daemon=True).start()
+
+    def stop(self) -> None:
+        self.stopped.set()
+        with self._lock:
+            for task_id in sorted(self.running):
+                self._close(task_id)
+
+    def add_task(self, *args: Any, **kwargs: Any) -> TaskID:
+        task_id = super().add_task(*args, **kwargs)
+        with self._lock:
+            self.running.add(task_id)
+            self._print(task_id, "started")
+        return task_id
+
+    def update(self, task_id: TaskID, **kwargs: Any) -> None:
+        super().update(task_id, **kwargs)
+        with self._lock:
+            if task_id in self.running and self._tasks[task_id].finished:
+                self._close(task_id)
+
+    def advance(self, task_id: TaskID, advance: float = 1) -> None:
+        self.update(task_id, advance=advance)
+
+    def _tick(self) -> None:
+        while not self.stopped.wait(self.seconds):
+            with self._lock:
+                for task_id in sorted(self.running):
+                    self._print(task_id, "")
+
+    def _close(self, task_id: TaskID) -> None:
+        self.running.discard(task_id)
+        self._print(task_id, f"ended after {_duration(self._tasks[task_id].elapsed or 0.0)}")
+
+    def _print(self, task_id: TaskID, word: str) -> None:
+        print(progress_line(self._tasks[task_id], word), flush=True)
+
+
+def progress_line(task: Task, word: str) -> str:
+    """One line of a log: what is done of what, how fast, the time left, and the task's status.
+
+    Args:
+        task: with its samples so far.
+        word: what happens to it; empty: it goes on.
+    """
+    parts = [word] if word else []
+    if task.total is not None and task.total != 1:
+        parts.append(f"{task.completed:,.0f} of {task.total:,.0f}")
+    elif not word and task.total is None:
+        parts.append(f"{_duration(task.elapsed or 0.0)} so far")
+    if task.total is not None and not task.finished and task.speed:
+        parts.append(f"{task.speed:,.3g} per second")
+        if (left := task.time_remaining) is not None:
+            parts.append(f"{_duration(left)} left")
+    status = str(task.fields.get("status", ""))
+    return f"{task.description}: {', '.join([*parts, status] if status else parts)}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}"
+
+
+@contextmanager
+def phase(description: str) -> Iterator[None]:
+    """Show that something of unknown length is under way, such as weights that are loaded."""
+    with progress_bar() as bar:
+        task = bar.add_task(description, total=None, status="")
+        yield
+        bar.update(task, total=1, completed=1)
+
+
+def say(line: str) -> None:
+    """Print a line, once for all processes of a run."""
+    if PartialState().is_main_process:
+        print(line, flush=True)
