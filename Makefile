@@ -19,6 +19,9 @@ TORCH_CPU := 2.15.0 2.14.1 2.14.0 2.13.0
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 # Threads that wait sleep: tests with several processes would otherwise spin each other to a crawl.
 PATIENT := OMP_WAIT_POLICY=passive
+# Tests that run at a time, those of one file after another.
+WORKERS ?= 2
+PYTEST = $(PATIENT) $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 # Should .venv be broken in a way not thought of here, pip refuses to install into the system.
@@ -84,10 +87,10 @@ train: $(STAMP) ## train a head and measure it (CONFIG=..., ARGS='key=value ...'
 	$(BIN)/headstart train --resume --config $(CONFIG) $(ARGS)
 
 test: $(STAMP) ## run all tests, those on the real Gemma 3 270M too (ARGS='-k name' to choose)
-	@$(PATIENT) $(BIN)/python -m pytest $(ARGS)
+	@$(PYTEST) $(ARGS)
 
 test-unit: $(STAMP) ## run the tests that need no weights
-	@$(PATIENT) $(BIN)/python -m pytest -m "not real and not engines" $(ARGS)
+	@$(PYTEST) -m "not real and not engines" $(ARGS)
 
 # In environments of their own, .venvs/RELEASE.
 test-matrix: ## run the unit tests on each tested release of transformers (MATRIX='5.22.2' to choose)
@@ -100,7 +103,7 @@ test-matrix: ## run the unit tests on each tested release of transformers (MATRI
 
 test-dtypes: $(STAMP) ## run what hangs on bfloat16 instructions as on machines with and without them
 	@for dtype in float32 bfloat16; do \
-		$(PATIENT) $(BIN)/python -m pytest -m auto_dtype --machine-dtype $$dtype $(ARGS) || exit 1; \
+		$(PYTEST) -m auto_dtype --machine-dtype $$dtype $(ARGS) || exit 1; \
 	done
 
 test-engines: $(STAMP) ## install serving engines (4 GB) and compare them with transformers

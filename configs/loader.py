@@ -7,7 +7,7 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from headstart.configs.hardware import natural_dtype
+from headstart.configs import hardware
 from headstart.configs.schema import Config
 
 
@@ -35,12 +35,13 @@ def load_config(path: str | Path | None, overrides: list[str] | None = None) -> 
 
 def _without_auto(config: Config) -> Config:
     """The same with the dtypes of this machine, so that what is saved says what was computed."""
-    dtype = natural_dtype()
     update: dict[str, Any] = {}
     if config.target.dtype == "auto":
+        dtype = hardware.natural_dtype()
         update["target"] = config.target.model_copy(update={"dtype": dtype})
     if config.train.precision == "auto":
-        update["train"] = config.train.model_copy(update={"precision": dtype})
+        precision = hardware.natural_dtype()
+        update["train"] = config.train.model_copy(update={"precision": precision})
     return config.model_copy(update=update)
 
 

@@ -27,6 +27,7 @@ from headstart.heads.progress import say
 from headstart.heads.served import model_fingerprint
 from headstart.heads.targets import Target
 from headstart.heads.tokens import Sampling
+from headstart.heads.versions import skips_prefill
 
 SCHEMA = 2
 CALIBRATION = 6  # prompts on which a confidence threshold is chosen
@@ -106,6 +107,7 @@ def _content(
         "schema": SCHEMA,
         "environment": environment(target.device)
         | settings
+        | {"prefill_skips_layers": skips_prefill(target.config)}
         | {"peak_process_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024},
         "costs": kept.found.get("costs", {}),
         "thresholds": kept.found.get("thresholds", {}),

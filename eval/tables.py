@@ -66,6 +66,12 @@ def remarks(content: dict[str, Any]) -> list[str]:
             f"Noise: plain decoding measured twice on {noise['texts']} of the texts is "
             f"{noise['speedup']:.2f} times as fast as itself ({low:.2f} to {high:.2f})."
         )
+    if content["environment"].get("prefill_skips_layers"):  # reports of before do not say
+        lines.append(
+            "From transformers 5.23 on plain decoding runs on the last token of the prompt alone "
+            "in layers that share keys, and assisted decoding on all of them: the longer the "
+            "prompt, the lower the speedup. What drafting gives stands under «without prefill»."
+        )
     for name, costs in content["costs"].items():
         for decoder, cost in costs.items():
             v = ", ".join(f"{value:.2f}" for value in cost["v"][1:])

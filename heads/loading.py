@@ -14,10 +14,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from headstart.configs.hardware import natural_dtype
+from headstart.configs import hardware
 from headstart.configs.schema import Quantization, TargetConfig
 from headstart.heads.demo import gemma3_270m_dir
 from headstart.heads.processes import join_processes
+from headstart.heads.progress import phase
 from headstart.heads.served import (
     add_adapters,
     loading_arguments,
@@ -87,7 +88,7 @@ def load_target(
     """
     check_transformers()
     config = load_target_config(name, revision, trust_remote_code)
-    torch_dtype = getattr(torch, natural_dtype() if dtype == "auto" else dtype)
+    torch_dtype = getattr(torch, hardware.natural_dtype() if dtype == "auto" else dtype)
     bits = loading_arguments(quantization, device)
     commit = None
     if name in TINY_TARGETS:
@@ -144,11 +145,12 @@ def _load_tokenizer(
 
 
 def load_served(t: TargetConfig, device: torch.device | str = "cpu") -> Target:
-    """`load_target` of a run configuration."""
-    return load_target(
-        t.name, t.dtype, t.revision, t.trust_remote_code, device,
-        t.adapters, t.merge_adapters, t.quantization,
-    )  # fmt: skip
+    """`load_target` of a run configuration, shown while it takes its time."""
+    with phase(f"Loading {t.name}"):
+        return load_target(
+            t.name, t.dtype, t.revision, t.trust_remote_code, device,
+            t.adapters, t.merge_adapters, t.quantization,
+        )  # fmt: skip
 
 
 def open_target(t: TargetConfig, device: torch.device | str = "cpu") -> Target:

@@ -25,6 +25,18 @@ GROUPS_MASKED_QUERIES = Version("5.23") <= INSTALLED
 """Whether query heads that share a key head are grouped under a mask (heads/single_query.py)."""
 
 
+def skips_prefill(config: Any) -> bool:
+    """Whether plain decoding of a target runs on a part of the prompt alone in some layers.
+
+    Assisted decoding, which asks for hidden states, runs on all of it.
+
+    Args:
+        config: text configuration of the target.
+    """
+    # Gemma 3 shares no keys and has no such field.
+    return CUTS_ROWS and getattr(config, "num_kv_shared_layers", 0) > 0
+
+
 def all_prompt_rows(device: torch.device) -> dict[str, torch.Tensor]:
     """Keywords for `generate` that let every layer run on every row of the prompt, in all releases:
     where the rows that have logits are named one by one, here the last, none is cut.

@@ -1,9 +1,13 @@
-"""Tiny random targets of every supported family, and a cache folder of the test's own."""
+"""Tiny random targets of every supported family; a cache folder, random numbers and a dtype of
+`auto` that are each test's own."""
 
+import os
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import (
@@ -17,6 +21,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from headstart.configs import hardware
 from headstart.heads.gemma3 import Gemma3ForAssistedDecoding
 from headstart.heads.targets import Target
 from headstart.heads.tiny import (
@@ -96,6 +101,49 @@ def own_cache(
         monkeypatch.setenv("HEADSTART_CACHE", str(tmp_path / "cache"))
 
 
+@pytest.fixture(autouse=True)
+def own_random_numbers() -> None:
+    """The same in each test, whichever ran before it."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def two_threads() -> None:
-    torch.set_num_threads(2)
+    """In all: workers of pytest-xdist have one each."""
+    torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--machine-dtype",
+        choices=("float32", "bfloat16"),
+        help="the dtype that pays on this machine (default: what its processor says)",
+    )
+
+
+class MachineDtype:
+    """What `auto` comes to in a test. One that asks says so by the marker `auto_dtype`, and is run
+    once each way (`make test-dtypes`); the outcome of the others is the same on every machine."""
+
+    def __init__(self, chosen: str | None):
+        self.chosen, self.ask = chosen, hardware.natural_dtype
+        self.item: pytest.Item | None = None
+
+    def __call__(self) -> str:
+        if self.item is not None and self.item.get_closest_marker("auto_dtype") is None:
+            raise AssertionError(
+                f"{self.item.nodeid} hangs on the machine's dtype: name one, or mark it auto_dtype"
+            )
+        return self.chosen or self.ask()
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_setup(self, item: pytest.Item) -> None:
+        self.item = item  # before its fixtures, those of its module too
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    machine = MachineDtype(config.getoption("--machine-dtype"))
+    hardware.natural_dtype = machine
+    config.pluginmanager.register(machine)

@@ -21,7 +21,8 @@ def side(r: dict[str, Any]) -> list[str]:
 def row(r: dict[str, Any]) -> str:
     rates = ", ".join(f"{a:.2f}" for a in r["conditional_acceptance_rate"])
     equal = "yes" if r["equal_to_plain"] else f"{r['parted_share']:.0%} part"
-    cells = [*side(r), f"{r['acceptance_length']:.2f}", rates, speedup(r), equal]
+    speedups = [speedup(r), f"{r['decode_speedup']:.2f}"]
+    cells = [*side(r), f"{r['acceptance_length']:.2f}", rates, *speedups, equal]
     return f"| {' | '.join(cells)} |"
 
 

@@ -20,9 +20,12 @@ BIN = Path(sys.executable).parent
 
 
 def run(*command: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
+    """A command that went well has nothing to say on stderr: no library's warning either."""
+    result = subprocess.run(
         [str(part) for part in command], cwd=ROOT, capture_output=True, text=True, timeout=600
     )
+    assert result.returncode or not result.stderr, result.stderr
+    return result
 
 
 def test_version_from_the_console_command_and_the_module() -> None:
@@ -32,11 +35,75 @@ def test_version_from_the_console_command_and_the_module() -> None:
         assert result.stdout.startswith("headstart 0.")
 
 
+ANSWER_WITHOUT_TORCH = """
+import argparse, contextlib, io, sys
+from headstart.cli.main import _parser, main
+
+def leaves(parser, path):
+    below = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
+    if not below:
+        yield path
+    for action in below:
+        for name, child in action.choices.items():
+            yield from leaves(child, [*path, name])
+
+found = list(leaves(_parser(), []))
+cases = [([], 2), (["nope"], 2), (["--version"], 0), (["--help"], 0)]
+cases += [([*leaf, word], code) for leaf in found for word, code in (("--help", 0), ("--nope", 2))]
+for argv, code in cases:
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+        try:
+            main(argv)
+        except SystemExit as stop:
+            assert stop.code == code, (argv, stop.code)
+    assert output.getvalue(), argv
+    loaded = {"torch", "transformers", "accelerate", "pydantic"} & set(sys.modules)
+    assert not loaded, f"{argv} loads {loaded}"
+print(len(found))
+"""
+
+
+def test_help_and_usage_errors_answer_without_torch() -> None:
+    """Of every command: torch alone takes seconds to load."""
+    result = run(sys.executable, "-c", ANSWER_WITHOUT_TORCH)
+    assert result.returncode == 0, result.stderr
+    assert int(result.stdout) > 15, "all leaves were found"
+
+
+def test_wrong_names_are_told_without_torch() -> None:
+    """Those that are checked while arguments are parsed."""
+    for argv in (
+        ["engines", "install", "nope"],
+        ["export", "h", "--to", "nope", "--target", "t", "--out", "o"],
+        ["eval", "--target", "t", "--prompts", "p", "--out", "o", "--decoders", "nope"],
+        ["eval", "--target", "t", "--prompts", "p", "--out", "o", "--quantization", "nope"],
+        ["bench", "draft", "--head", "h", "--dtype", "nope"],
+    ):
+        code = (
+            "import sys; from headstart.cli.main import main\n"
+            f"try: main({argv})\n"
+            "except SystemExit as stop: sys.exit(stop.code + 10 * ('torch' in sys.modules))"
+        )
+        result = run(sys.executable, "-c", code)
+        assert result.returncode == 2, (argv, result.stderr)
+        assert "'nope'" in result.stderr
+
+
 def test_accelerate_launch_and_the_console_command_run_the_same_code(tmp_path: Path) -> None:
     """Train a tiny head both ways: the same losses, a head, and reports."""
     shared = ["train.steps=6", "eval.limit=2", "eval.max_new_tokens=8", "eval.exact_limit=1"]
     shared += [f"data.cache_dir={tmp_path / 'cache'}"]
-    launch = ["launch", "--num_processes", "1", "--num_cpu_threads_per_process", "2", "train.py"]
+    launch = ["launch", "--num_processes", "1", "--num_cpu_threads_per_process", "2"]
+    launch += [
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+        "train.py",
+    ]
     ways = {
         "launch": [BIN / "accelerate", *launch],
         "console": [BIN / "headstart", "train"],

@@ -23,6 +23,8 @@ from tests.overfit import candidates_of
 from tests.samples import conversations, interrupt_second_call
 from tests.train.test_loop import tiny_config
 
+pytestmark = pytest.mark.contract
+
 CONFIG = DataConfig(teacher_top_k=5)
 
 

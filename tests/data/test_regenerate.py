@@ -31,6 +31,8 @@ from headstart.heads.tokens import Sampling
 from tests.conftest import FAMILIES, make_target
 from tests.samples import conversations, interrupt_second_call, jobs, prompts
 
+pytestmark = pytest.mark.contract
+
 GREEDY = Sampling(0.0)
 CONFIG = DataConfig(max_new_tokens=12, generation_batch_size=3, teacher_top_k=5)
 

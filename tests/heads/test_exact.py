@@ -18,7 +18,7 @@ from tests.heads.test_ordered import order_by_target
 from tests.heads.test_parity import training_logits
 from tests.overfit import greedy_document, overfit
 
-pytestmark = pytest.mark.usefixtures("weights_first")
+pytestmark = [pytest.mark.contract, pytest.mark.usefixtures("weights_first")]
 K = 3
 FAMILIES = ["gemma3", "gemma4-kv-sharing", "gemma4-multimodal", "gemma4-unified"]
 

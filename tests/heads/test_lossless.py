@@ -29,6 +29,8 @@ from headstart.heads.versions import CACHE
 from tests.heads.test_ordered import order_by_target
 from tests.heads.test_parity import noisy_head
 
+pytestmark = pytest.mark.contract
+
 TOKENS = 12
 K = 6
 TEXT = 1000  # new tokens a call

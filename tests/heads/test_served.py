@@ -18,6 +18,8 @@ from headstart.heads.served import served_config, served_name, split_revision
 from headstart.heads.tiny import byte_tokenizer, gemma3_config, random_model, tiny_target
 from tests.heads.test_parity import noisy_head
 
+pytestmark = pytest.mark.contract
+
 IDS = torch.tensor([[2, 70, 71, 72, 73, 74]])
 
 

@@ -15,6 +15,8 @@ from headstart.heads.tiny import byte_tokenizer, gemma3_config, gemma4_text_conf
 from headstart.heads.versions import check_transformers
 from tests.conftest import make_target
 
+pytestmark = pytest.mark.contract
+
 
 @torch.no_grad()
 def test_activations_and_logits_are_those_of_the_targets_own_forward(target: Target) -> None:

@@ -11,12 +11,13 @@ from headstart.heads.targets import SUPPORTED, source_layers
 from headstart.train.plan import plan
 
 RECIPES = sorted((Path(__file__).resolve().parents[2] / "configs").glob("gemma4-*.yaml"))
+GPU = ["target.dtype=bfloat16", "train.precision=bfloat16"]  # what `auto` comes to there
 BILLIONS = {"E2B": 2, "E4B": 4, "12B": 12, "26B-A4B": 26, "31B": 31}
 """What the names say; for E2B and E4B that is without the tables of per-layer embeddings."""
 
 
 def test_there_is_a_recipe_for_each_published_checkpoint() -> None:
-    named = {load_config(path).target.name for path in RECIPES}
+    named = {load_config(path, GPU).target.name for path in RECIPES}
     assert named == {f"google/{name}-it" for name in SHAPES}
 
 
@@ -34,7 +35,7 @@ def test_a_published_shape_has_the_size_that_its_checkpoint_has(name: str) -> No
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_has_a_plan_that_fits_its_machine(path: Path) -> None:
-    config = load_config(path)
+    config = load_config(path, GPU)
     lines = plan(config)
     shared = lines["a process holds"]
     split = shared.split("target.sharded=true ")[1] if config.target.sharded else shared
@@ -47,8 +48,8 @@ def test_a_recipe_has_a_plan_that_fits_its_machine(path: Path) -> None:
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_so_has_its_warm_start_from_the_published_assistant(path: Path) -> None:
-    name = load_config(path).target.name
-    config = load_config(path, [f"head.start={name}-assistant"])
+    name = load_config(path, GPU).target.name
+    config = load_config(path, [*GPU, f"head.start={name}-assistant"])
     lines = plan(config)
     assert lines["head"].startswith("4 layers (sliding_attention, sliding_attention, sliding_att")
     small = "E2B" in name or "E4B" in name
@@ -64,7 +65,7 @@ def test_a_checkpoint_of_somebody_else_is_not_taken_for_a_published_one() -> Non
 
 def test_an_adapter_is_what_a_plan_says_is_trained() -> None:
     """Rank times the sum of both sides of each layer; the frozen rest is held all the same."""
-    start = ["head.start=google/gemma-4-E4B-it-assistant"]
+    start = [*GPU, "head.start=google/gemma-4-E4B-it-assistant"]
     (path,) = (one for one in RECIPES if one.stem == "gemma4-e4b")
     whole = plan(load_config(path, start))
     one, two = (plan(load_config(path, [*start, f"head.lora={{rank: {r}}}"])) for r in (8, 16))

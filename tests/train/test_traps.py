@@ -11,6 +11,7 @@ from headstart.data.loader import Batch, candidate_rows, gather_rows
 from headstart.data.shards import Document
 from headstart.heads.ordered import Taught
 from headstart.heads.targets import Target
+from headstart.heads.versions import ALL_ROWS
 from headstart.train.objectives import forward_kl
 from headstart.train.traps import in_top_clusters, trapped, uncapped, with_top_clusters
 from headstart.train.vocabulary import Teacher, draw_candidates, sparse_losses
@@ -90,6 +91,7 @@ def test_future_keys_are_those_of_the_stock_forward_over_several_rows(tiny: Targ
             position_ids=batch.rows + 1,
             shared_kv_states=batch.shared_kv,
             use_cache=False,
+            **ALL_ROWS,
         )
     logits = states(tiny, wrong)[0] @ tiny.table.T
     torch.testing.assert_close(logits, stock.logits, atol=1e-4, rtol=1e-4)
