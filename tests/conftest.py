@@ -1,6 +1,7 @@
 """Tiny random targets of every supported family; a cache folder, random numbers and a dtype of
 `auto` that are each test's own."""
 
+import json
 import os
 import random
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from transformers import (
 )
 
 from headstart.configs import hardware
+from headstart.eval.environment import environment
 from headstart.heads.gemma3 import Gemma3ForAssistedDecoding
 from headstart.heads.targets import Target
 from headstart.heads.tiny import (
@@ -121,6 +123,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         choices=("float32", "bfloat16"),
         help="the dtype that pays on this machine (default: what its processor says)",
     )
+    parser.addoption(
+        "--versions-json",
+        type=Path,
+        metavar="FILE",
+        help="add what ran and how it ended to this file, which docs/versions.md tells of",
+    )
 
 
 class MachineDtype:
@@ -146,4 +154,22 @@ class MachineDtype:
 def pytest_configure(config: pytest.Config) -> None:
     machine = MachineDtype(config.getoption("--machine-dtype"))
     hardware.natural_dtype = machine
-    config.pluginmanager.register(machine)
+    config.pluginmanager.register(machine, "machine-dtype")
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    if (path := config.getoption("--versions-json")) is None:
+        return
+    stats, machine = terminalreporter.stats, config.pluginmanager.get_plugin("machine-dtype")
+    assert isinstance(machine, MachineDtype)
+    row = environment(torch.device("cpu")) | {
+        "selected": config.getoption("markexpr"),
+        "machine_dtype": machine.chosen or machine.ask(),
+        "order": config.getoption("random_order_seed", None) or "as written",
+        **{how: len(stats.get(how, [])) for how in ("passed", "failed", "error", "skipped")},
+        "failures": sorted(report.nodeid for report in stats.get("failed", [])),
+    }
+    rows = json.loads(path.read_text()) if path.is_file() else []
+    path.write_text(json.dumps([*rows, row], indent=1) + "\n")

@@ -211,7 +211,7 @@ def test_a_tool_with_a_turn_of_its_own_is_outside_spans() -> None:
         (GEMMA4, [user("a"), call(), returned("<tool_response|>"), assistant("b")], "holds '<tool"),
         # The text before the call comes after its response, and the answer after the turn's end.
         (GEMMA4, [user("a"), call("so"), returned("3"), assistant("b")], r"early: before '\\nb'"),
-        (CHATML, [user("a"), assistant(None)], "refuses the conversation: (can only concatenate|.* has no attribute)"),
+        (CHATML, [user("a"), assistant(None)], "refuses the conversation: "),
         (CHATML.replace("<|im_", "<"), [user("a"), assistant("b")], "no control token"),
         (CHATML.replace("assistant\\n' if", "bot\\n' if"), [user("a"), assistant("b")], "bot"),
         (CHATML.replace("in messages", "in messages[-3:]"),
