@@ -10,7 +10,8 @@ CONFIG ?= configs/quickstart.yaml
 ARGS ?=
 # Releases of transformers that `make test-matrix` tests: the oldest, a middle and the newest one.
 MATRIX ?= 5.20.2 5.22.2 5.24.0
-# The release that `make setup` installs; empty: pip's choice of those that pyproject.toml allows.
+# The release that `make setup` installs into a new environment; empty: pip's choice of those that
+# pyproject.toml allows.
 TRANSFORMERS ?=
 TORCH := $(shell sed -n 's/^ *"\(torch[^"]*\)".*/\1/p' pyproject.toml)
 # CPU builds of torch that an index may have, newest first, and the index that PyTorch's install
@@ -64,6 +65,9 @@ $(STAMP): pyproject.toml
 # the plain install that comes next brings the usual build.
 torch:
 	@if command -v nvidia-smi >/dev/null 2>&1; then exit 0; fi; \
+	if $(BIN)/python -c 'import importlib.metadata as m; m.version("torch")' >/dev/null 2>&1; then \
+		exit 0; \
+	fi; \
 	echo "No GPU here: looking for a CPU build of torch ..."; \
 	for version in $(TORCH_CPU); do \
 		if $(PIP) install --quiet "torch==$$version+cpu" >/dev/null 2>&1; then \
@@ -74,7 +78,7 @@ torch:
 		'$(TORCH)' >/dev/null 2>&1; then \
 		echo "Took the newest CPU build of torch from $(TORCH_CPU_INDEX)."; exit 0; \
 	fi; \
-	echo "There is none for this Python and platform: taking the usual build, with its GPU libraries."
+	echo "There is none for this Python and platform: taking the usual build."
 
 # mypy and editors find headstart.NAME through these links.
 links:
@@ -101,7 +105,7 @@ test-matrix: ## run the unit tests on each tested release of transformers (MATRI
 	done; \
 	[ -z "$$failed" ] || { echo "failed on transformers$$failed" >&2; exit 1; }
 
-test-dtypes: $(STAMP) ## run what hangs on bfloat16 instructions as on machines with and without them
+test-dtypes: $(STAMP) ## run what depends on bfloat16 instructions, as on machines with and without them
 	@for dtype in float32 bfloat16; do \
 		$(PYTEST) -m auto_dtype --machine-dtype $$dtype $(ARGS) || exit 1; \
 	done

@@ -13,7 +13,7 @@ from headstart.cli.arguments import (
     target_config,
 )
 
-INSTALLED = "vllm, llama.cpp or mlx"
+INSTALLABLE = "vllm, llama.cpp or mlx"
 
 
 def add_serving_commands(commands: Any) -> None:
@@ -28,7 +28,7 @@ def add_serving_commands(commands: Any) -> None:
     )
     add = export.add_argument
     add("head", metavar="HEAD", help="folder or Hub id of a draft head, or HEAD+ADAPTER")
-    add("--to", required=True, type=engine, metavar="ENGINE", help=f"transformers, {INSTALLED}")
+    add("--to", required=True, type=engine, metavar="ENGINE", help=f"transformers, {INSTALLABLE}")
     add("--target", required=True, metavar="NAME", help="gemma3-270m, a folder or a Hub id")
     add("--revision", help="Hub revision of the target")
     add("--out", required=True, type=Path, metavar="DIR")
@@ -46,7 +46,7 @@ def add_serving_commands(commands: Any) -> None:
         "(HEADSTART_CACHE): vllm takes about 3 GB, the others 1 GB each.",
         epilog="example: headstart engines install llama.cpp",
     )
-    install.add_argument("engine", type=installed_engine, metavar="ENGINE", help=INSTALLED)
+    install.add_argument("engine", type=installed_engine, metavar="ENGINE", help=INSTALLABLE)
     install.add_argument("--debug", action="store_true", help="show the traceback of a failure")
     install.set_defaults(command=_run_install)
 
@@ -61,7 +61,7 @@ def add_serving_commands(commands: Any) -> None:
         "runs/quickstart/head --dense --out check",
     )
     add = check.add_argument
-    add("--engine", required=True, type=installed_engine, metavar="ENGINE", help=INSTALLED)
+    add("--engine", required=True, type=installed_engine, metavar="ENGINE", help=INSTALLABLE)
     add("--target", required=True, help="gemma3-270m, a folder or a Hub id")
     add_target_arguments(check)
     add("--head", required=True, metavar="HEAD", help="folder or Hub id of a draft head")

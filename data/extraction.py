@@ -84,7 +84,7 @@ def extract(
                 raise ValueError(f"{folder} holds conversations: name another folder for the store")
             there = sum(path.stat().st_size for path in shard_paths(folder))
             check_space(folder, stored_bytes(target, config) * tokens - there)
-        task = bar.add_task(description, total=tokens, status="tokens")
+        task = bar.add_task(f"{description} (tokens)", total=tokens, status="")
         for pending in in_step(mine(), target.sharded):
             path, pieces = pending or (folder, [])
             tensors = extract_tensors(target, pieces, config.teacher_top_k)

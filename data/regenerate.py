@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from rich.progress import Progress, TaskID
+from rich.progress import Progress
 from transformers import GenerationConfig, LogitsProcessorList
 
 from headstart.configs.schema import DataConfig
@@ -79,11 +79,9 @@ def regenerate(
                 _check_space(folder, target, batches, config)
         PartialState().wait_for_everyone()
         mine = [number for number in range(len(batches)) if is_mine(number)]
-        task = bar.add_task(description, total=sum(len(batches[n]) for n in mine), status="")
-        done = _Done(bar, task)
         missing = [number for number in mine if not _is_done(folder, number, extract)]
-        for number in sorted(set(mine) - set(missing)):
-            done.add(part_path(folder, number))
+        there = [part_path(folder, number) for number in sorted(set(mine) - set(missing))]
+        done = _Done(bar, description, sum(len(batches[n]) for n in mine), there)
         for pending in in_step(missing, target.sharded):
             if pending is None:
                 answer(target, [_IDLE], 1, seed, None)
@@ -141,7 +139,7 @@ def regenerate_by_server(
     async def write(number: int, batch: list[Job], done: _Done) -> None:
         nonlocal retokenised
         path = part_path(folder, number)
-        if not path.is_file():
+        if path not in done.there:
             first = number * config.generation_batch_size
             answers = await asyncio.gather(
                 *(
@@ -154,7 +152,7 @@ def regenerate_by_server(
             retokenised += sum(answer.retokenised for answer in answers)
             written = conversations_of(batch, [a.ids for a in answers], tokens.eos_ids)
             write_part(path, written, tokens.tokenizer, tokens.name, tokens.revision)
-        done.add(path)
+            done.add(path)
 
     async def write_all(done: _Done) -> None:
         # Enough batches under way to keep the server busy, and no more: a kill loses those.
@@ -180,21 +178,38 @@ def regenerate_by_server(
 
     with alone_in(folder), progress_bar() as bar:
         claim_folder(folder, made_with, len(batches))
-        task = bar.add_task("Generating", total=len(jobs), status="")
-        asyncio.run(write_all(_Done(bar, task)))
+        numbers = range(len(batches))
+        there = [part_path(folder, n) for n in numbers if _is_done(folder, n, extract=False)]
+        asyncio.run(write_all(_Done(bar, "Generating", len(jobs), there)))
     return retokenised
 
 
 class _Done:
-    """Counts finished parts on a progress bar."""
+    """Counts finished parts on a progress bar.
 
-    def __init__(self, bar: Progress, task: TaskID):
-        self.bar, self.task, self.tokens = bar, task, 0
+    Args:
+        bar: where.
+        description: of the task.
+        total: conversations in all.
+        there: parts that an earlier call finished.
+    """
+
+    def __init__(self, bar: Progress, description: str, total: int, there: list[Path]):
+        self.bar, self.there, self.tokens = bar, set(there), 0
+        count = sum(self._read(path) for path in there)
+        status = self._status() if there else ""
+        self.task = bar.add_task(description, total=total, completed=count, status=status)
 
     def add(self, path: Path) -> None:
+        self.bar.update(self.task, advance=self._read(path), status=self._status())
+
+    def _read(self, path: Path) -> int:
         conversations = read_part(path)
         self.tokens += sum(c.trained for c in conversations)
-        self.bar.update(self.task, advance=len(conversations), status=f"{self.tokens} tokens")
+        return len(conversations)
+
+    def _status(self) -> str:
+        return f"{self.tokens:,} tokens"
 
 
 def _is_done(folder: Path, number: int, extract: bool) -> bool:

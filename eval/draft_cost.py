@@ -89,7 +89,7 @@ def measure(
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     device, turns = moment.target.device, WARM_UP + (turns or TURNS)
     with progress_bar() as bar:
-        task = bar.add_task("Measuring", total=turns, status="turns")
+        task = bar.add_task("Measuring (turns)", total=turns, status="")
         for turn in range(turns):
             for name in list(sides) if turn % 2 == 0 else reversed(sides):
                 lean = quick_few_rows(model) if "exact" in name else nullcontext()

@@ -157,8 +157,9 @@ def measure_prompts(
             for side in one_of_each:
                 _decode(side, target, warm, min(max_new_tokens, WARM_UP_TOKENS), GREEDY, 0)
                 bar.update(task, advance=1)
-        task = bar.add_task(f"Decoding ({dtype})", total=len(prompts), status="")
-        bar.update(task, advance=len(prompts) - len(todo))
+        done = len(prompts) - len(todo)
+        doing = f"Decoding ({dtype})"
+        task = bar.add_task(doing, total=len(prompts), completed=done, status="")
         for place in todo:
             prompt, again = prompts[place], place % AGAIN_EVERY == 0
             line: dict[str, Any] = {"id": prompt.id, "category": prompt.category, "turns": []}

@@ -153,13 +153,15 @@ def _by_transformers(
     found: dict[str, list[Answer]] = {"plain": [], "assisted": []}
     counts = zero_counts(k)
     with progress_bar() as bar:
-        for prompt in bar.track(ids, task_id=bar.add_task("transformers", status="texts")):
+        task = bar.add_task("transformers (texts)", total=len(ids), status="")
+        for prompt in ids:
             plain = decode(target, prompt, n)
             drafted = decode(target, prompt, n, assistant, k, how)
             for name, text in (("plain", plain), ("assisted", drafted)):
                 found[name].append(Answer.of(text.tokens, target.eos_ids, n, text.seconds))
             longer = decode(target, prompt, n + k + 1, assistant, k, how)
             counts += as_engine_counts(longer, len(prompt), n, k, check.engine)
+            bar.update(task, advance=1)
     return found, counts
 
 
@@ -194,8 +196,11 @@ def _ask(
     server.answer(ids[0], WARM_UP)
     before = server.read_counts()
     with progress_bar() as bar:
-        shown = bar.track(ids, task_id=bar.add_task(what, status="texts"))
-        found = [server.answer(prompt, max_new_tokens) for prompt in shown]
+        task = bar.add_task(f"{what} (texts)", total=len(ids), status="")
+        found = []
+        for prompt in ids:
+            found.append(server.answer(prompt, max_new_tokens))
+            bar.update(task, advance=1)
     return found, server.read_counts() - before
 
 

@@ -69,8 +69,8 @@ def remarks(content: dict[str, Any]) -> list[str]:
     if content["environment"].get("prefill_skips_layers"):  # reports of before do not say
         lines.append(
             "From transformers 5.23 on plain decoding runs on the last token of the prompt alone "
-            "in layers that share keys, and assisted decoding on all of them: the longer the "
-            "prompt, the lower the speedup. What drafting gives stands under «without prefill»."
+            "in layers that share keys, and decoding with a head on all tokens: the longer the "
+            "prompt, the lower the speedup. The column `without prefill` is what drafting gives."
         )
     for name, costs in content["costs"].items():
         for decoder, cost in costs.items():

@@ -50,6 +50,7 @@ def walk_texts(
     k: int,
     doing: str,
     ahead: Mapping[str, int] | None = None,
+    greedy: bool = False,
 ) -> dict[str, list[Walked]]:
     """Walk rounds over every text of some stores.
 
@@ -60,17 +61,23 @@ def walk_texts(
         k: K.
         doing: label of the progress bar.
         ahead: name -> where drafts stand there (`DraftHead.forward`); None: as in transformers.
+        greedy: leave out the texts that were sampled.
 
     Returns:
         Name -> the texts in which there was a round.
     """
     found: dict[str, list[Walked]] = {}
+    which = {
+        name: [i for i, entry in enumerate(store.entries) if not (greedy and entry.temperature)]
+        for name, store in stores.items()
+    }
     with progress_bar() as bar:
-        total = sum(len(store.entries) for store in stores.values())
-        task = bar.add_task(doing, total=total, status="texts")
+        total = sum(map(len, which.values()))
+        task = bar.add_task(f"{doing} (texts)", total=total, status="")
         for name, store in stores.items():
             found[name] = []
-            for i, entry in enumerate(store.entries):
+            for i in which[name]:
+                entry = store.entries[i]
                 at = 1 if ahead is None else ahead[name]
                 counts = simulate_acceptance(head, target, store, k, [i], at).acceptance
                 if counts.rounds:

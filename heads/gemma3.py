@@ -21,9 +21,9 @@ SharedKV = dict[str, tuple[torch.Tensor, torch.Tensor]]
 
 def _with_argument(stock: Signature, name: str) -> Signature:
     added = Parameter(name, Parameter.KEYWORD_ONLY, default=False, annotation=bool)
-    named, last = list(stock.parameters.values())[:-1], list(stock.parameters.values())[-1]
-    assert last.kind is Parameter.VAR_KEYWORD
-    return stock.replace(parameters=[*named, added, last])
+    named = [p for p in stock.parameters.values() if p.kind is not Parameter.VAR_KEYWORD]
+    others = [p for p in stock.parameters.values() if p.kind is Parameter.VAR_KEYWORD]
+    return stock.replace(parameters=[*named, added, *others])
 
 
 class Gemma3ForAssistedDecoding(Gemma3ForCausalLM):

@@ -1,13 +1,13 @@
 """How a long piece of work shows where it is: bars in a terminal, plain lines in a log."""
 
 import os
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from accelerate import PartialState
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -32,8 +32,8 @@ def progress_bar() -> Progress:
     Raises:
         ValueError: the environment names an interval that is not above 0.
     """
-    console = Console()
-    if PartialState().is_main_process and not console.is_terminal:
+    # Not rich's own word: it takes FORCE_COLOR, which CI systems set, for a terminal.
+    if PartialState().is_main_process and not sys.stdout.isatty():
         return LogProgress(_log_seconds())
     return Progress(
         TextColumn("{task.description}"),
@@ -43,7 +43,6 @@ def progress_bar() -> Progress:
         TextColumn("eta"),
         TimeRemainingColumn(),
         TextColumn("{task.fields[status]}"),
-        console=console,
         speed_estimate_period=SPEED_PERIOD,
         disable=not PartialState().is_main_process,
     )
@@ -90,13 +89,17 @@ class LogProgress(Progress):
         with self._lock:
             self.running.add(task_id)
             self._print(task_id, "started")
+        self.update(task_id)  # it may be done already
         return task_id
 
     def update(self, task_id: TaskID, **kwargs: Any) -> None:
         super().update(task_id, **kwargs)
         with self._lock:
-            if task_id in self.running and self._tasks[task_id].finished:
+            finished = self._tasks[task_id].finished
+            if finished and task_id in self.running:
                 self._close(task_id)
+            elif not finished:  # again, where its total has grown
+                self.running.add(task_id)
 
     def advance(self, task_id: TaskID, advance: float = 1) -> None:
         self.update(task_id, advance=advance)
@@ -105,34 +108,34 @@ class LogProgress(Progress):
         while not self.stopped.wait(self.seconds):
             with self._lock:
                 for task_id in sorted(self.running):
-                    self._print(task_id, "")
+                    self._print(task_id)
 
     def _close(self, task_id: TaskID) -> None:
         self.running.discard(task_id)
         self._print(task_id, f"ended after {_duration(self._tasks[task_id].elapsed or 0.0)}")
 
-    def _print(self, task_id: TaskID, word: str) -> None:
-        print(progress_line(self._tasks[task_id], word), flush=True)
+    def _print(self, task_id: TaskID, what: str = "") -> None:
+        print(progress_line(self._tasks[task_id], what), flush=True)
 
 
-def progress_line(task: Task, word: str) -> str:
+def progress_line(task: Task, what: str) -> str:
     """One line of a log: what is done of what, how fast, the time left, and the task's status.
 
     Args:
         task: with its samples so far.
-        word: what happens to it; empty: it goes on.
+        what: happens to it; empty: it goes on.
     """
-    parts = [word] if word else []
+    parts = [what or f"{_duration(task.elapsed or 0.0)} so far"]
     if task.total is not None and task.total != 1:
         parts.append(f"{task.completed:,.0f} of {task.total:,.0f}")
-    elif not word and task.total is None:
-        parts.append(f"{_duration(task.elapsed or 0.0)} so far")
-    if task.total is not None and not task.finished and task.speed:
-        parts.append(f"{task.speed:,.3g} per second")
+    elif task.completed > 1:
+        parts.append(f"{task.completed:,.0f}")
+    if not what and (speed := task.speed):
+        parts.append(f"{speed:,.0f} per second" if speed >= 100 else f"{speed:.3g} per second")
         if (left := task.time_remaining) is not None:
             parts.append(f"{_duration(left)} left")
-    status = str(task.fields.get("status", ""))
-    return f"{task.description}: {', '.join([*parts, status] if status else parts)}"
+    parts.append(str(task.fields.get("status", "")))
+    return f"{task.description}: {', '.join(filter(None, parts))}"
 
 
 def _duration(seconds: float) -> str:

@@ -5,7 +5,9 @@ A head is trained on what the served model says, so both come before anything is
 
 import hashlib
 import json
+import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_args
 
@@ -61,33 +63,46 @@ def add_adapters(model: PreTrainedModel, adapters: Sequence[str], merge: bool) -
     """
     if not adapters:
         return model
-    from peft import PeftModel  # a second of imports that most targets do without
+    from peft import PeftConfig, PeftModel  # a second of imports that most targets do without
 
-    # peft's own wrapper puts its layers into the model and is then left behind: the methods of
-    # transformers >= 5.24 that do the same ask for a peft that does not exist (docs/upstream.md).
+    # peft's own wrapper puts its layers into the model and is then left behind: `set_adapter` of
+    # transformers 5.24 asks for a peft that does not exist (docs/upstream.md).
     wrapper: Any = None
     own_dtype: Any = {"autocast_adapter_dtype": False}  # that of the weights, as it is served
     names = [f"adapter_{number}" for number in range(len(adapters))]
-    for name, adapter in zip(names, adapters, strict=True):
+    for number, (name, adapter) in enumerate(zip(names, adapters, strict=True)):
         try:
             folder = adapter_folder(adapter)
             if not (folder / WEIGHTS).is_file():
                 raise ValueError(f"it has no {WEIGHTS} (other formats may run code)")
-            if merge:
-                wrapped = PeftModel.from_pretrained(model, folder)
-                model = wrapped.merge_and_unload(safe_merge=True)
-            elif wrapper is None:
-                wrapper = PeftModel.from_pretrained(model, folder, name, **own_dtype)
-            else:
-                wrapper.load_adapter(folder, name, **own_dtype)
-        except (OSError, ValueError, RuntimeError, KeyError) as error:
+            if PeftConfig.from_pretrained(str(folder)).is_prompt_learning:
+                raise ValueError("it learns a prompt, and no weights that a head could follow")
+            with _peft_warnings():
+                if merge:
+                    wrapped = PeftModel.from_pretrained(model, folder)
+                    model = wrapped.merge_and_unload(safe_merge=True)
+                elif wrapper is None:
+                    wrapper = PeftModel.from_pretrained(model, folder, name, **own_dtype)
+                else:
+                    wrapper.load_adapter(folder, name, **own_dtype)
+            if wrapper is not None:
+                wrapper.base_model.set_adapter(names[: number + 1])
+        except (OSError, ValueError, RuntimeError, KeyError, UserWarning) as error:
             reason = " ".join(str(error).split())[:300]
             raise ValueError(
                 f"{adapter} does not go onto {type(model).__name__} as a PEFT adapter: {reason}"
             ) from error
-    if wrapper is not None:
-        wrapper.base_model.set_adapter(names)
     return model
+
+
+@contextmanager
+def _peft_warnings() -> Iterator[None]:
+    """Within, an adapter that lacks weights for its layers, which peft would leave random, is an
+    error; and what transformers 5.24 finds old-fashioned in peft is left unsaid."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "Found missing adapter keys", UserWarning)
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+        yield
 
 
 def adapter_folder(adapter: str) -> Path:

@@ -24,7 +24,7 @@ from headstart.heads.gemma3 import Gemma3ForAssistedDecoding, SharedKV
 from headstart.heads.processes import split_layers
 from headstart.heads.served import model_fingerprint
 from headstart.heads.tokens import TargetTokens
-from headstart.heads.versions import CACHE, check_rows
+from headstart.heads.versions import CACHE, INSTALLED, check_rows, skips_prefill
 
 SUPPORTED: dict[str, type[PreTrainedModel]] = {
     "gemma3_text": Gemma3ForAssistedDecoding,
@@ -209,6 +209,11 @@ def check_supported(config: Any) -> None:
         lacks = "an output `shared_kv_states` that a Gemma 4 assistant can attend to"
     elif text.use_bidirectional_attention in (True, "all"):
         lacks = "causal attention (use_bidirectional_attention is set)"
+    elif skips_prefill(text) and not text.hidden_size_per_layer_input:
+        lacks = (
+            f"inputs per layer, without which transformers {INSTALLED} cannot generate where "
+            "layers share keys (docs/upstream.md; 5.22 can)"
+        )
     elif missing := {"sliding_attention", "full_attention"} - set(source_layers(text)):
         lacks = f"a layer of type {' and '.join(sorted(missing))} with keys and values of its own"
     else:

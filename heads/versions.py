@@ -10,25 +10,25 @@ from packaging.version import Version
 TESTED = ">=5.20,!=5.23.*,<5.25"  # pyproject.toml holds the same range
 INSTALLED = Version(transformers.__version__)
 
-CACHE = "cache" if Version("5.24") <= INSTALLED else "past_key_values"
+CACHE = "cache" if INSTALLED.release >= (5, 24) else "past_key_values"
 """What forwards, their outputs and hooks, and `generate` call the cache. The later releases take
 the earlier name as a keyword, with a warning; hooks and overridden forwards see the new one."""
 
-CUTS_ROWS = Version("5.23") <= INSTALLED
+CUTS_ROWS = INSTALLED.release >= (5, 23)
 """Whether layers that share keys and values run only on the rows whose logits are asked for."""
 
 ALL_ROWS: dict[str, Any] = {"logits_to_keep": None} if CUTS_ROWS else {}
 """Keywords for a head's text model over several rows, which it is not to cut: that fails in a model
 without inputs per layer (docs/upstream.md)."""
 
-GROUPS_MASKED_QUERIES = Version("5.23") <= INSTALLED
+GROUPS_MASKED_QUERIES = INSTALLED.release >= (5, 23)
 """Whether query heads that share a key head are grouped under a mask (heads/single_query.py)."""
 
 
 def skips_prefill(config: Any) -> bool:
     """Whether plain decoding of a target runs on a part of the prompt alone in some layers.
 
-    Assisted decoding, which asks for hidden states, runs on all of it.
+    Decoding with a head, which asks for hidden states, runs on all of it.
 
     Args:
         config: text configuration of the target.

@@ -13,13 +13,16 @@ CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 PIP = """#!/bin/sh
 echo "$@" >> "{log}"
 case "$*" in
+*importlib.metadata*) exit {there};;
 {success}) exit 0;;
 esac
 exit 1
 """
 
 
-def take_torch(folder: Path, success: str, gpu: bool = False) -> tuple[str, list[str]]:
+def take_torch(
+    folder: Path, success: str, gpu: bool = False, there: bool = False
+) -> tuple[str, list[str]]:
     """What `make torch` says, and what it asks of pip, which has what the pattern matches."""
     tools, bin_, log = folder / "tools", folder / "venv" / "bin", folder / "log"
     tools.mkdir()
@@ -28,7 +31,7 @@ def take_torch(folder: Path, success: str, gpu: bool = False) -> tuple[str, list
         found = shutil.which(tool)
         assert found is not None
         (tools / tool).symlink_to(found)
-    scripts = {bin_ / "python": PIP.format(log=log, success=success)}
+    scripts = {bin_ / "python": PIP.format(log=log, success=success, there=int(not there))}
     if gpu:
         scripts[tools / "nvidia-smi"] = "#!/bin/sh\n"
     for path, text in scripts.items():
@@ -36,12 +39,13 @@ def take_torch(folder: Path, success: str, gpu: bool = False) -> tuple[str, list
         path.chmod(0o755)
     log.write_text("")
     environment = {k: v for k, v in os.environ.items() if not k.startswith("MAKE")}
+    environment["PATH"] = str(tools)
+    command = ["make", "torch", f"VENV={folder / 'venv'}"]
     result = subprocess.run(
-        ["make", "torch", f"VENV={folder / 'venv'}"],
-        cwd=ROOT, env=environment | {"PATH": str(tools)}, capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60
+    )
     assert result.returncode == 0, result.stderr
-    return result.stdout, log.read_text().splitlines()
+    return result.stdout, [line for line in log.read_text().splitlines() if "install" in line]
 
 
 def test_the_newest_cpu_build_of_the_usual_index_comes_first(tmp_path: Path) -> None:
@@ -64,6 +68,10 @@ def test_where_neither_has_one_the_usual_build_comes_and_is_said_to(tmp_path: Pa
     said, asked = take_torch(tmp_path, "nothing")
     assert "taking the usual build" in said
     assert len(asked) == 5
+
+
+def test_one_that_is_there_stays(tmp_path: Path) -> None:
+    assert take_torch(tmp_path, "*", there=True) == ("", [])
 
 
 @pytest.mark.parametrize("success", ["*", "nothing"])

@@ -50,7 +50,7 @@ def drafts_of(head: DraftHead, target: Target, training: Documents, config: Conf
     parts: list[tuple[torch.Tensor, ...]] = []
     count = 0
     with progress_bar() as bar:
-        task = bar.add_task("Drafting", total=DRAFTS, status="")
+        task = bar.add_task("Drafting (drafts)", total=DRAFTS, status="")
         for number in range(batches):
             batch = loader.batch(number).to(target.device)
             drafts = draft_batch(head, target, batch, torch.float32, c.rope_position)
@@ -58,7 +58,7 @@ def drafts_of(head: DraftHead, target: Target, training: Documents, config: Conf
             parts.append((drafts.states, teacher.ids.long(), teacher.logprobs))
             count += len(drafts.states)
             expected = min(DRAFTS, count * batches // (number + 1))
-            bar.update(task, completed=min(count, DRAFTS), total=expected, status="drafts")
+            bar.update(task, completed=min(count, DRAFTS), total=expected)
             if count >= DRAFTS:
                 break
     return Taught(*(torch.cat(part)[:DRAFTS] for part in zip(*parts, strict=True)))

@@ -12,6 +12,7 @@ from headstart.eval.estimate import run_estimate
 from headstart.eval.report import run_evaluation
 from headstart.heads.loading import load_target
 from tests.eval.test_decoding import half_trained_head
+from tests.heads.test_parity import noisy_head
 
 NEW = 24
 
@@ -55,6 +56,17 @@ def test_a_store_of_another_target_or_without_greedy_text_is_refused(
     target = load_target("tiny-gemma4", "float32")
     heads: dict[str, PreTrainedModel] = {"h": half_trained_head(target)}
     heads["h"].save_pretrained(tmp_path / "head")
+    # Its copy differs from it in nothing, and a head that is not trained differs.
+    heads |= {"copy": heads["h"], "worse": noisy_head(target).assistant}
+    results = run_estimate(target, heads, store, [2], tmp_path / "three")["results"]
+    whole = {r["head"]: r for r in results if r["category"] == "all"}
+    assert whole["h"]["difference"] is None
+    assert whole["copy"]["difference"] == 0
+    assert whole["copy"]["difference_interval"] == [0, 0]
+    lengths = [whole[name]["acceptance_length"] for name in ("worse", "h")]
+    assert whole["worse"]["difference"] == pytest.approx(lengths[0] - lengths[1])
+    low, high = whole["worse"]["difference_interval"]
+    assert low <= whole["worse"]["difference"] <= high
     argv = ["eval", "--head", str(tmp_path / "head"), "--simulate", str(store), "--dtype"]
     argv += ["float32", "--out", str(tmp_path / "out"), "--num-assistant-tokens", "2"]
     assert main([*argv, "--target", "tiny-gemma4"]) == 0

@@ -25,12 +25,36 @@ def test_a_log_says_what_is_done_how_fast_and_what_is_left(
     assert lines[0] == "Training: started, 500 of 2,000"
     assert 3 < len(lines) < 30
     for line in lines[2:-1]:
+        assert " so far, " in line
         assert " of 2,000, " in line
         assert " per second, " in line
         assert " left, loss 5." in line
         assert line.endswith("accept 1.50")
     assert lines[-1].startswith("Training: ended after 0:00:0")
     assert lines[-1].endswith("2,000 of 2,000, loss 1.00 accept 2.00")
+
+
+def test_what_was_done_before_is_no_speed_and_a_total_may_grow(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with progress_bar() as bar:
+        bar.add_task("Decoding", total=3, completed=3, status="")
+        task = bar.add_task("Counting", total=None, status="")
+        bar.update(task, completed=5)
+        bar.update(task, total=5)
+        bar.update(task, total=7)
+        bar.update(task, completed=7)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [
+        "Decoding: started, 3 of 3", "Decoding: ended after 0:00:00, 3 of 3", "Counting: started",
+        "Counting: ended after 0:00:00, 5 of 5", "Counting: ended after 0:00:00, 7 of 7",
+    ]  # fmt: skip
+
+
+def test_colors_that_are_forced_make_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("FORCE_COLOR", "TTY_COMPATIBLE"):
+        monkeypatch.setenv(name, "1")
+    assert isinstance(progress_bar(), LogProgress)
 
 
 def test_one_long_piece_of_work_shows_that_it_goes_on(

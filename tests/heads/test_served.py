@@ -1,5 +1,7 @@
 """Targets as people have them: with adapters, one after another, and with fewer bits."""
 
+import json
+import warnings
 from pathlib import Path
 from typing import Any, cast
 
@@ -7,6 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file, save_file
 
 from headstart.configs.schema import TargetConfig
 from headstart.eval.decoding import decode
@@ -59,6 +62,27 @@ def test_an_adapter_beside_the_weights_has_their_dtype(tmp_path: Path) -> None:
         )
         own = {p.dtype for name, p in target.model.named_parameters() if ".lora_" in name}
         assert own == {dtype}
+
+
+@pytest.mark.parametrize("merge", [True, False])
+def test_an_adapter_of_other_layers_is_refused_and_a_fitting_one_says_nothing(
+    merge: bool, tmp_path: Path
+) -> None:
+    """Its weights would stay random, and the target another one each time that it is loaded."""
+    adapter = Path(make_adapter(tmp_path / "one"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_target("tiny-gemma4", "float32", adapters=[str(adapter)], merge_adapters=merge)
+    weights = load_file(adapter / "adapter_model.safetensors")
+    moved = {k.replace("layers.", "language_model.layers."): v for k, v in weights.items()}
+    save_file(moved, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"does not go onto .* as a PEFT adapter: Found missing"):
+        load_target("tiny-gemma4", "float32", adapters=[str(adapter)], merge_adapters=merge)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    prompt = config | {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 4}
+    (adapter / "adapter_config.json").write_text(json.dumps(prompt))
+    with pytest.raises(ValueError, match="it learns a prompt"):
+        load_target("tiny-gemma4", "float32", adapters=[str(adapter)], merge_adapters=merge)
 
 
 def test_each_way_to_serve_has_a_fingerprint_and_a_name(tmp_path: Path) -> None:
