@@ -159,7 +159,8 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_terminal_summary(
     terminalreporter: pytest.TerminalReporter, config: pytest.Config
 ) -> None:
-    if (path := config.getoption("--versions-json")) is None:
+    path = config.getoption("--versions-json")
+    if path is None or hasattr(config, "workerinput"):  # pytest-xdist's controller has them all
         return
     stats, machine = terminalreporter.stats, config.pluginmanager.get_plugin("machine-dtype")
     assert isinstance(machine, MachineDtype)

@@ -12,25 +12,25 @@ from headstart.heads.progress import LOG_SECONDS, LogProgress, phase, progress_b
 def test_a_log_says_what_is_done_how_fast_and_what_is_left(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(LOG_SECONDS, "0.05")
+    monkeypatch.setenv(LOG_SECONDS, "0.2")
     with progress_bar() as bar:
         assert isinstance(bar, LogProgress)
         task = bar.add_task("Training", total=2000, completed=500, status="")
         for step in range(501, 601):
             bar.update(task, completed=step, status=f"loss {step / 100:.2f} accept 1.50")
-            time.sleep(0.005)
+            time.sleep(0.02)
         bar.update(task, completed=2000, status="loss 1.00 accept 2.00")
-        time.sleep(0.1)
+        time.sleep(0.5)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "Training: started, 500 of 2,000"
-    assert 3 < len(lines) < 30
+    assert len(lines) > 4
     for line in lines[2:-1]:
         assert " so far, " in line
         assert " of 2,000, " in line
         assert " per second, " in line
         assert " left, loss 5." in line
         assert line.endswith("accept 1.50")
-    assert lines[-1].startswith("Training: ended after 0:00:0")
+    assert lines[-1].startswith("Training: ended after 0:0")
     assert lines[-1].endswith("2,000 of 2,000, loss 1.00 accept 2.00")
 
 
@@ -63,12 +63,12 @@ def test_one_long_piece_of_work_shows_that_it_goes_on(
     """Lines come by the clock, not by the updates: a batch may take minutes."""
     monkeypatch.setenv(LOG_SECONDS, "0.05")
     with phase("Loading x"):
-        time.sleep(0.3)
+        time.sleep(1)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "Loading x: started"
     assert lines[1] == "Loading x: 0:00:00 so far"
-    assert 4 <= len(lines) <= 9
-    assert lines[-1] == "Loading x: ended after 0:00:00"
+    assert len(lines) > 4
+    assert lines[-1].startswith("Loading x: ended after 0:00:0")
 
 
 def test_work_that_fails_ends_its_line_and_no_thread_stays(
