@@ -20,7 +20,7 @@ from headstart.heads.export import ROPE_POSITION, save_assistant
 from headstart.heads.loading import open_target
 from headstart.heads.lora import scalings_of, without_lora, write_adapter
 from headstart.heads.processes import join_processes
-from headstart.heads.progress import progress_bar, say
+from headstart.heads.progress import phase, progress_bar, say
 from headstart.heads.targets import Target
 from headstart.heads.unroll import DraftHead, walked_at
 from headstart.train.average import Average
@@ -85,12 +85,13 @@ def _train(config: Config, resume: bool, accelerator: Accelerator) -> None:
     training, validation = prepare_documents(target, config.data, seed, held_out)
 
     saved = checkpoints(run / "checkpoints") if resume else []
-    taught = taught_rows(training, target.device)
-    head = build_head(target, config, taught, validation, resumed=bool(saved))
-    if c.trap == "top_clusters":
-        head.assistant = with_top_clusters(head.assistant, target, taught, config.head)
-    likely = likely_tokens(target, taught, c)
-    del taught
+    with phase("Starting the head"):
+        taught = taught_rows(training, target.device)
+        head = build_head(target, config, taught, validation, resumed=bool(saved))
+        if c.trap == "top_clusters":
+            head.assistant = with_top_clusters(head.assistant, target, taught, config.head)
+        likely = likely_tokens(target, taught, c)
+        del taught
     optimizer = torch.optim.AdamW(_parameter_groups(head, c.weight_decay), lr=c.learning_rate)
     if c.activation_checkpointing:
         head.assistant.model.gradient_checkpointing_enable({"use_reentrant": False})

@@ -28,7 +28,7 @@ from headstart.heads.export import (
 from headstart.heads.files import check_empty
 from headstart.heads.lora import ADAPTER
 from headstart.heads.ordered import cluster_count, set_order, token_usage, with_clusters
-from headstart.heads.progress import say
+from headstart.heads.progress import phase
 from headstart.heads.targets import Target
 from headstart.heads.unroll import DraftHead, walked_at
 from headstart.train.centroids import drafts_of, learn_centroids
@@ -137,16 +137,13 @@ def order_head(
     def judged(assistant: Assistant) -> dict[str, Any]:
         everything = range(len(validation.entries))
         head = DraftHead(assistant)
-        return describe_simulated(
-            simulate_acceptance(
-                head,
-                target,
-                validation,
-                config.train.rounds,
-                everything,
-                walked_at(config.train.rope_position),
+        ahead = walked_at(config.train.rope_position)
+        with phase("Walking held-out texts"):
+            return describe_simulated(
+                simulate_acceptance(
+                    head, target, validation, config.train.rounds, everything, ahead
+                )
             )
-        )
 
     found: dict[str, Any] = {"rebuilt": order.rebuild, "steps": order.steps}
     if assistant.config.use_ordered_embeddings:
@@ -159,8 +156,8 @@ def order_head(
     clusters, top_k = _shape(assistant.config, order)
     if order.rebuild:
         assistant = with_clusters(assistant, clusters, top_k)
-        say(f"Ordering {len(target.table):,} tokens in {clusters:,} clusters")
-        set_order(assistant.masked_embedding, drafted.hidden, usage, table)
+        with phase(f"Ordering {len(target.table):,} tokens in {clusters:,} clusters"):
+            set_order(assistant.masked_embedding, drafted.hidden, usage, table)
     else:
         assistant.config.centroid_intermediate_top_k = top_k
         assistant.masked_embedding.centroid_intermediate_top_k = top_k
