@@ -12,6 +12,7 @@ from headstart.data.extraction import OnlineActivations
 from headstart.data.loader import AnchorLoader
 from headstart.eval.memory import peak_memory
 from headstart.heads.targets import Target
+from headstart.train import benchmark
 from headstart.train.benchmark import plain_loss
 from headstart.train.start import build_head, taught_rows
 from headstart.train.step import batch_sums
@@ -47,6 +48,19 @@ def test_bench_train_writes_its_ratios(tmp_path: Path, capsys: pytest.CaptureFix
     assert content["tokens"] == 4 * 24
     assert content["anchors"] == 4 * 15, "24 tokens, 8 given: 15 rows have two to predict"
     assert "step_over_forward" in capsys.readouterr().out
+
+
+def test_a_step_that_takes_no_memory_anew_has_no_ratio_of_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where earlier work of the process left enough of it."""
+    monkeypatch.setattr(benchmark, "peak_memory", lambda device, call: 0)
+    argv = ["bench", "train", "--config", str(ROOT / "configs" / "tiny.yaml"), "--prompts", "4"]
+    argv += ["--json", str(tmp_path / "train.json"), f"data.prompts=[{PROMPTS}]"]
+    assert main(argv) == 0
+    content = json.loads((tmp_path / "train.json").read_text())
+    assert "plain_over_step_memory" not in content["ratios"]
+    assert "peak_bytes" not in content
 
 
 def test_bench_tie_is_judged_on_texts_that_it_was_not_made_of(tmp_path: Path) -> None:
