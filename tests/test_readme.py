@@ -276,3 +276,18 @@ def test_the_figures_of_the_page_on_tuned_targets_are_those_of_the_result_files(
         else:
             wanted = adapted_row(name, r)
         assert wanted in page, f"{path.name} holds: {wanted}"
+
+
+def versions_row(run: dict[str, Any]) -> str:
+    names = ("transformers", "python", "torch", "selected", "order", "passed", "failed")
+    return f"| {' | '.join(str(run[name]) for name in names)} |"
+
+
+def test_the_page_of_versions_tells_of_every_run() -> None:
+    page = (ROOT / "docs" / "versions.md").read_text(encoding="utf-8")
+    runs = results("versions.json")
+    assert page.count("| random, seed") == len(runs)
+    for run in runs:
+        assert versions_row(run) in page, f"the file holds: {versions_row(run)}"
+        for failure in run["failures"]:
+            assert failure.partition("::")[2].partition("[")[0] in page
