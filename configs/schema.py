@@ -59,6 +59,9 @@ class TargetConfig(Section):
     """How it will be served, so that the head learns from what it then says: `torchao-int8` (the
     weights of the layers as int8, anywhere), `bnb-int8` or `bnb-nf4` (bitsandbytes, with adapters
     beside it)."""
+    eos_token_ids: list[NonNegativeInt] | None = None
+    """Tokens that end a text. None: those of the checkpoint's generation_config.json, and the one
+    with which the chat template ends an assistant's turn."""
     sharded: bool = False
     """Several processes: each keeps a share of each layer's weights (FSDP2) in place of all of
     them. For targets that fill a GPU: every forward then gathers the layers over the network."""

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from headstart.heads.files import whole_file
+from headstart.heads.finite import is_finite
 from headstart.heads.gemma3 import SharedKV
 from headstart.heads.targets import Target
 
@@ -131,6 +132,7 @@ def write_shard(
         settings: from `shard_settings`.
 
     Raises:
+        ValueError: a tensor holds NaN or infinity.
         OSError: with what to do, when the disk is full.
     """
     stored = {}
@@ -139,6 +141,11 @@ def write_shard(
             stored[name], stored[f"{name}.scale"] = quantise(tensor)
         else:
             stored[name] = tensor
+        if not is_finite(tensor):
+            raise ValueError(
+                f"{path} is not written: its {name}, out of the target, hold NaN or infinity. "
+                "`headstart check` says more of the target; in bfloat16 try target.dtype=float32"
+            )
     stored = {name: tensor.contiguous() for name, tensor in stored.items()}
     header = json.dumps({"settings": settings, "documents": [asdict(e) for e in entries]})
     with whole_file(path) as work:
@@ -199,6 +206,8 @@ class Shard:
         tensors = {name: self._file.get_tensor(name) for name in self.names}
         if _digest(tensors, self._header) != self.sha256:
             raise ValueError(refusal(self.path, "is damaged (its SHA-256 does not match)"))
+        if wrong := [name for name, tensor in tensors.items() if not is_finite(tensor)]:
+            raise ValueError(refusal(self.path, f"holds NaN or infinity in {', '.join(wrong)}"))
 
     def read(self, start: int, entry: Entry) -> Document:
         """The document whose tokens begin at `start`."""

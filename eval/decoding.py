@@ -129,7 +129,6 @@ def decode(
 def _generation_config(
     target: Target, max_new_tokens: int, sampling: Sampling, lookup: int | None
 ) -> GenerationConfig:
-    stock = target.model.generation_config
     chosen: dict[str, Any] = {"do_sample": False}
     if sampling.temperature:
         chosen = {
@@ -140,8 +139,8 @@ def _generation_config(
         }
     return GenerationConfig(
         max_new_tokens=max_new_tokens,
-        eos_token_id=stock.eos_token_id,
-        pad_token_id=stock.pad_token_id,
+        eos_token_id=target.eos_ids,
+        pad_token_id=target.tokenizer.pad_token_id,
         prompt_lookup_num_tokens=lookup,
         **chosen,
     )

@@ -19,6 +19,7 @@ from transformers import (
 
 from headstart.configs.schema import RopePosition
 from headstart.heads.files import whole_folder
+from headstart.heads.finite import check_weights
 from headstart.heads.served import add_adapters, split_revision
 
 MADE_FOR = "headstart_target"  # in config.json, where other readers leave it alone
@@ -107,11 +108,13 @@ def load_assistant(
     name, revision = split_revision(head)
     unified = config.model_type == "gemma4_unified_assistant"
     cls = Gemma4UnifiedAssistantForCausalLM if unified else Gemma4AssistantForCausalLM
-    if adapter is None:
-        return cls.from_pretrained(name, revision=revision, dtype=dtype).to(device).eval()
-    # Added in float32 and rounded once, as the head was that the adapter was saved beside.
-    whole = cls.from_pretrained(name, revision=revision, dtype=torch.float32)
-    return add_adapters(whole, [adapter], merge=True).to(device, dtype).eval()
+    # An adapter is added in float32 and rounded once, as the head was that it was saved beside.
+    first = dtype if adapter is None else torch.float32
+    model = cls.from_pretrained(name, revision=revision, dtype=first)
+    if adapter is not None:
+        model = add_adapters(model, [adapter], merge=True)
+    check_weights(model, str(path))
+    return model.to(device, dtype).eval()
 
 
 def made_for(config: Any) -> dict[str, str | None] | None:

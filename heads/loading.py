@@ -17,6 +17,8 @@ from transformers import (
 from headstart.configs import hardware
 from headstart.configs.schema import Quantization, TargetConfig
 from headstart.heads.demo import gemma3_270m_dir
+from headstart.heads.finite import check_logits, check_weights
+from headstart.heads.generation import checkpoint_settings
 from headstart.heads.processes import join_processes
 from headstart.heads.progress import phase
 from headstart.heads.served import (
@@ -28,7 +30,7 @@ from headstart.heads.served import (
 )
 from headstart.heads.targets import SUPPORTED, Target, check_supported
 from headstart.heads.tiny import TINY_TARGETS, byte_tokenizer, tiny_config, tiny_target
-from headstart.heads.tokens import TargetTokens
+from headstart.heads.tokens import TargetTokens, complete_tokenizer
 from headstart.heads.versions import check_transformers
 
 BUILT_IN = ("gemma3-270m", *TINY_TARGETS)
@@ -68,6 +70,7 @@ def load_target(
     adapters: Sequence[str] = (),
     merge_adapters: bool = True,
     quantization: Quantization | None = None,
+    eos_token_ids: Sequence[int] | None = None,
 ) -> Target:
     """Load a frozen target as it will be served: its weights, then its adapters, then fewer bits.
 
@@ -80,6 +83,7 @@ def load_target(
         adapters: PEFT adapters on top, in order: folders or Hub ids, `ID@REVISION`.
         merge_adapters: whether they are added to the weights or stay beside them.
         quantization: of the layers' weights.
+        eos_token_ids: tokens that end a text, in place of those of the checkpoint.
 
     Raises:
         RuntimeError: the installed transformers is outside the tested range.
@@ -101,18 +105,25 @@ def load_target(
             raise ValueError(f"{quantization} is not done to a GGUF file: leave it out")
         if options:
             bits = {"quantization_config": GgufConfig(dequantize=True)}
+        settings = checkpoint_settings(path, revision, config)
         model = SUPPORTED[config.model_type].from_pretrained(
             path, dtype=torch_dtype, revision=revision, trust_remote_code=trust_remote_code,
             **options, **bits,
         )  # fmt: skip
+        model.generation_config = settings
         commit = _commit(config) or revision
         if "device_map" not in bits:
             model = model.to(device)
     model = add_adapters(model, adapters, merge_adapters)
+    check_weights(model, served_name(name, adapters, None))
     if quantization == "torchao-int8":
         quantise(model)
+    whole_name = served_name(name, adapters, quantization)
     tokenizer = _load_tokenizer(name, revision, trust_remote_code, adapters)
-    return Target(model, tokenizer, served_name(name, adapters, quantization), commit)
+    complete_tokenizer(tokenizer, config, whole_name)
+    target = Target(model, tokenizer, whole_name, commit, eos_token_ids)
+    check_logits(target)
+    return target
 
 
 def _where(name: str) -> tuple[str | Path, dict[str, Any]]:
@@ -136,12 +147,9 @@ def _load_tokenizer(
     path, options = _where(name)
     if options and (Path(path) / "tokenizer.json").is_file():
         options = {}
-    tokenizer = AutoTokenizer.from_pretrained(
+    return AutoTokenizer.from_pretrained(
         path, revision=revision, trust_remote_code=trust_remote_code, **options
     )
-    if options:
-        tokenizer.add_bos_token = True  # out of a GGUF file it comes without: heads/demo.py
-    return tokenizer
 
 
 def load_served(t: TargetConfig, device: torch.device | str = "cpu") -> Target:
@@ -149,7 +157,7 @@ def load_served(t: TargetConfig, device: torch.device | str = "cpu") -> Target:
     with phase(f"Loading {t.name}"):
         return load_target(
             t.name, t.dtype, t.revision, t.trust_remote_code, device,
-            t.adapters, t.merge_adapters, t.quantization,
+            t.adapters, t.merge_adapters, t.quantization, t.eos_token_ids,
         )  # fmt: skip
 
 
@@ -183,11 +191,10 @@ def load_target_tokens(t: TargetConfig) -> TargetTokens:
     config = load_target_config(t.name, t.revision, t.trust_remote_code)
     tokenizer = _load_tokenizer(t.name, t.revision, t.trust_remote_code, t.adapters)
     name = served_name(t.name, t.adapters, t.quantization)
-    if t.name in TINY_TARGETS:
-        return TargetTokens(tokenizer, name, None, GenerationConfig())
-    path, _ = _where(t.name)
-    try:
-        generation = GenerationConfig.from_pretrained(path, revision=t.revision)
-    except OSError:  # the checkpoint has none
-        generation = GenerationConfig.from_model_config(config)
-    return TargetTokens(tokenizer, name, _commit(config) or t.revision, generation)
+    complete_tokenizer(tokenizer, config, name)
+    settings, commit = GenerationConfig(), None
+    if t.name not in TINY_TARGETS:
+        path, _ = _where(t.name)
+        settings = checkpoint_settings(path, t.revision, config)
+        commit = _commit(config) or t.revision
+    return TargetTokens(tokenizer, name, commit, settings, t.eos_token_ids)

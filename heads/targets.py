@@ -3,7 +3,7 @@
 Letters: B batch, T positions, D target width, V vocabulary.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from headstart.heads.gemma3 import Gemma3ForAssistedDecoding, SharedKV
+from headstart.heads.generation import neutralize
 from headstart.heads.processes import split_layers
 from headstart.heads.served import model_fingerprint
 from headstart.heads.tokens import TargetTokens
@@ -54,6 +55,7 @@ class Target(TargetTokens):
         tokenizer: its tokenizer.
         name: what reports call it.
         revision: of the Hub.
+        eos_token_ids: tokens that end a text, in place of those of the checkpoint.
 
     Raises:
         ValueError: the model cannot serve as a target; the message names what it lacks.
@@ -65,6 +67,7 @@ class Target(TargetTokens):
         tokenizer: PreTrainedTokenizerBase,
         name: str,
         revision: str | None = None,
+        eos_token_ids: Sequence[int] | None = None,
     ):
         check_supported(model.config)
         if model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
@@ -72,7 +75,8 @@ class Target(TargetTokens):
                 f"unsupported target {name}: it lacks tied embeddings (its LM head is a table of "
                 "its own, which the head could not share)"
             )
-        super().__init__(tokenizer, name, revision, model.generation_config)
+        super().__init__(tokenizer, name, revision, model.generation_config, eos_token_ids)
+        neutralize(model, name, self.eos_ids, tokenizer.pad_token_id)
         self.model = model.eval().requires_grad_(False)
         self.config = model.config.get_text_config()
         self.sharded = False

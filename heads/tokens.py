@@ -2,10 +2,14 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from headstart.heads.progress import say
 
 
 @dataclass(frozen=True)
@@ -27,7 +31,11 @@ class TargetTokens:
         tokenizer: the target's.
         name: what reports call it.
         revision: commit on the Hub, where it comes from there.
-        generation: its generation configuration.
+        generation: the generation settings of its checkpoint.
+        eos_token_ids: tokens that end a text, in place of those of the checkpoint.
+
+    Raises:
+        ValueError: nothing says how a text ends, or a token that it has not.
     """
 
     fingerprint: str | None = None
@@ -38,18 +46,14 @@ class TargetTokens:
         name: str,
         revision: str | None,
         generation: GenerationConfig,
+        eos_token_ids: Sequence[int] | None = None,
     ):
         self.tokenizer = tokenizer
         self.name = name
         self.revision = revision
         self.generation = generation
-
-    @property
-    def eos_ids(self) -> list[int]:
+        self.eos_ids = _eos_ids(self, eos_token_ids)
         """Tokens with which the target ends a text."""
-        eos = self.generation.eos_token_id
-        eos = self.tokenizer.eos_token_id if eos is None else eos
-        return eos if isinstance(eos, list) else [eos]
 
     @property
     def own_sampling(self) -> Sampling:
@@ -66,3 +70,54 @@ class TargetTokens:
         """SHA-256 over the vocabulary: equal hashes, ids that mean the same."""
         vocabulary = sorted(self.tokenizer.get_vocab().items())
         return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()
+
+
+def _eos_ids(tokens: TargetTokens, given: Sequence[int] | None) -> list[int]:
+    eos: Any = tokens.generation.eos_token_id if given is None else list(given)
+    eos = tokens.tokenizer.eos_token_id if eos in (None, []) else eos
+    ids: list[Any] = eos if isinstance(eos, list) else [eos]
+    known = set(tokens.tokenizer.get_vocab().values())
+    for token in ids:
+        if isinstance(token, bool) or token not in known:
+            raise ValueError(
+                f"{tokens.name}: its texts would end with the token {token!r}, which its tokenizer "
+                "does not have: give the ids in target.eos_token_ids, or mend eos_token_id in its "
+                "generation_config.json"
+            )
+    return ids
+
+
+def complete_tokenizer(tokenizer: PreTrainedTokenizerBase, config: Any, name: str) -> None:
+    """Make a target's tokenizer begin plain text with <bos>, end it with nothing, and pad; in
+    place, and said where something was lacking.
+
+    A Gemma that reads text without <bos> is lost, and one that reads <eos> after its prompt has
+    ended; checkpoints written by other programs often come so.
+
+    Args:
+        tokenizer: of the target.
+        config: of the model, which knows <bos> too.
+        name: of the target.
+
+    Raises:
+        ValueError: it puts something else around a text.
+    """
+    token = tokenizer.convert_ids_to_tokens(config.get_text_config().bos_token_id or 0)
+    if tokenizer.bos_token is None and token in tokenizer.get_added_vocab():
+        tokenizer.bos_token = token
+    if tokenizer.pad_token_id is None:  # padding is masked: any token will do
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.bos_token
+    if tokenizer.bos_token_id is None:
+        say(f"{name}: its tokenizer has no <bos>: plain text begins without one")
+        return
+    wanted = [tokenizer.bos_token_id, *tokenizer("a", add_special_tokens=False)["input_ids"]]
+    before = tokenizer("a")["input_ids"]
+    if before == wanted:
+        return
+    tokenizer.add_bos_token, tokenizer.add_eos_token = True, False
+    if tokenizer("a")["input_ids"] != wanted:
+        raise ValueError(
+            f"the tokenizer of {name} reads plain text as {before} where <bos> and the text are "
+            f"{wanted}: mend the post-processor in its tokenizer.json"
+        )
+    say(f"{name}: its tokenizer read plain text as {before}; from here on as {wanted}, after <bos>")

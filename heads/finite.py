@@ -1,0 +1,50 @@
+"""Numbers that are none: a NaN or an infinity in weights, logits or activations."""
+
+import torch
+from torch import nn
+
+from headstart.heads.targets import Target
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether a tensor of any shape holds numbers alone; integers always do."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    # The extremes of a tensor with a NaN are NaN; unlike `isfinite` this needs no memory.
+    low, high = torch.aminmax(tensor.detach())
+    return bool(torch.isfinite(low) and torch.isfinite(high))
+
+
+def check_weights(model: nn.Module, name: str) -> None:
+    """Raise where a model has a weight that is no number.
+
+    Args:
+        model: whose parameters are read, quantised ones aside.
+        name: of the model.
+
+    Raises:
+        ValueError: with the name of the tensor.
+    """
+    for tensor, weight in model.named_parameters():
+        if not is_finite(weight):
+            raise ValueError(
+                f"{name}: its weight {tensor} holds NaN or infinity: what it says is not to be "
+                "trusted. Save it again from a state of the training that was whole, or download "
+                "it anew"
+            )
+
+
+@torch.no_grad()
+def check_logits(target: Target) -> None:
+    """Raise where a target's logits after one token are no numbers, though its weights are.
+
+    Raises:
+        ValueError: with the target's dtype, in which they overflow.
+    """
+    first = target.tokenizer.bos_token_id or target.eos_ids[0]
+    hidden = target.activations(torch.tensor([[first]], device=target.device)).hidden
+    if not is_finite(target.logits(hidden)):
+        raise ValueError(
+            f"{target.name}: its logits are NaN or infinite in {target.table.dtype}, though its "
+            "weights are numbers: try target.dtype=float32"
+        )
