@@ -13,7 +13,7 @@ from headstart.data.prompts import load_prompts, report_refused
 from headstart.data.regenerate import regenerate, regenerate_by_server
 from headstart.data.server import AnswerServer
 from headstart.data.store import ActivationStore
-from headstart.data.templates import encode_conversation
+from headstart.data.templates import check_template, encode_conversation
 from headstart.heads.loading import load_target_tokens, open_target
 from headstart.heads.progress import say
 from headstart.heads.tokens import TargetTokens
@@ -117,6 +117,7 @@ def encode_source(path: str, tokens: TargetTokens, config: Config) -> list[Conve
     d = config.data
     source = next((s for s in d.prompts if s.path == path), path)
     prompts = load_prompts(source, d.max_bad_rows)
+    check_template(prompts, tokens)
     rows: list[Conversation] = []
     refused: list[tuple[str, str]] = []
     for prompt in prompts:

@@ -6,7 +6,7 @@ from typing import Any
 from headstart.configs.schema import DataConfig
 from headstart.data.conversations import Conversation, answered, stable_hash
 from headstart.data.prompts import Prompt, report_refused
-from headstart.data.templates import encode_prompt, shortened
+from headstart.data.templates import check_template, encode_prompt, shortened
 from headstart.heads.progress import say
 from headstart.heads.tokens import Sampling, TargetTokens
 
@@ -29,6 +29,7 @@ def make_jobs(
     Raises:
         ValueError: the target's chat template refuses more prompts than `data.max_bad_rows`.
     """
+    check_template(prompts, tokens)
     jobs: list[Job] = []
     refused: list[tuple[str, str]] = []
     taken, cut_short = set[str](), 0

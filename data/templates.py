@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain, pairwise
@@ -14,6 +14,8 @@ from transformers import PreTrainedTokenizerBase
 
 from headstart.data.prompts import Prompt
 from headstart.data.rows import turn_text
+from headstart.heads.progress import say
+from headstart.heads.tokens import TargetTokens
 
 Messages = list[dict[str, Any]]
 Spans = list[tuple[int, int]]
@@ -293,3 +295,29 @@ def _complete_generation_prompt(text: str, written: Spans, turns: TurnFormat) ->
         return text, written  # an answer with a thought of its own needs no empty one
     written = [*earlier, (start + len(lacking), end + len(lacking))]
     return text[:start] + lacking + text[start:], written
+
+
+def check_template(prompts: Sequence[Prompt], tokens: TargetTokens) -> None:
+    """Say that a target without a chat template reads chat turns as plain text.
+
+    Args:
+        prompts: those to be encoded; raw ones need no template.
+        tokens: of the target.
+
+    Raises:
+        ValueError: it is a chat model, to which turns without their marks are not turns.
+    """
+    turns = sum(not prompt.raw for prompt in prompts)
+    if not turns or tokens.tokenizer.chat_template:
+        return
+    cure = "give target.chat_template=FILE, or put chat_template.jinja into the checkpoint's folder"
+    if tokens.is_chat_model:
+        raise ValueError(
+            f"{tokens.name} is a chat model and its tokenizer has no chat template, which {turns} "
+            f"of {len(prompts)} prompts need: {cure}"
+        )
+    say(
+        f"{tokens.name} has no chat template: {turns} of {len(prompts)} prompts are read as plain "
+        f"text, turns joined by newlines, and of their answers the last alone is the target's own. "
+        f"That is right for a base model; for a chat model {cure}"
+    )

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from headstart.configs.schema import EvalConfig
 from headstart.data.prompt_sets import load_prompt_set
 from headstart.data.prompts import Prompt, limit_evenly
-from headstart.data.templates import encode_prompt
+from headstart.data.templates import check_template, encode_prompt
 from headstart.eval.draft_cost import Costs, measure_costs
 from headstart.eval.environment import environment
 from headstart.eval.measurements import Measurements, Text, measure_prompts
@@ -68,6 +68,7 @@ def run_evaluation(
     for name, warning in warnings.items():
         say(f"{name}: {warning}")
     prompts = limit_evenly(load_prompt_set(chosen.prompts), chosen.limit)
+    check_template(prompts, target)
     settings = {
         "target": target.name,
         "target_fingerprint": target.fingerprint,

@@ -71,6 +71,7 @@ def load_target(
     merge_adapters: bool = True,
     quantization: Quantization | None = None,
     eos_token_ids: Sequence[int] | None = None,
+    chat_template: Path | None = None,
 ) -> Target:
     """Load a frozen target as it will be served: its weights, then its adapters, then fewer bits.
 
@@ -84,6 +85,7 @@ def load_target(
         merge_adapters: whether they are added to the weights or stay beside them.
         quantization: of the layers' weights.
         eos_token_ids: tokens that end a text, in place of those of the checkpoint.
+        chat_template: file of a template in place of the tokenizer's.
 
     Raises:
         RuntimeError: the installed transformers is outside the tested range.
@@ -120,7 +122,7 @@ def load_target(
         quantise(model)
     whole_name = served_name(name, adapters, quantization)
     tokenizer = _load_tokenizer(name, revision, trust_remote_code, adapters)
-    complete_tokenizer(tokenizer, config, whole_name)
+    complete_tokenizer(tokenizer, config, whole_name, chat_template)
     target = Target(model, tokenizer, whole_name, commit, eos_token_ids)
     check_logits(target)
     return target
@@ -158,6 +160,7 @@ def load_served(t: TargetConfig, device: torch.device | str = "cpu") -> Target:
         return load_target(
             t.name, t.dtype, t.revision, t.trust_remote_code, device,
             t.adapters, t.merge_adapters, t.quantization, t.eos_token_ids,
+            t.chat_template,
         )  # fmt: skip
 
 
@@ -191,7 +194,7 @@ def load_target_tokens(t: TargetConfig) -> TargetTokens:
     config = load_target_config(t.name, t.revision, t.trust_remote_code)
     tokenizer = _load_tokenizer(t.name, t.revision, t.trust_remote_code, t.adapters)
     name = served_name(t.name, t.adapters, t.quantization)
-    complete_tokenizer(tokenizer, config, name)
+    complete_tokenizer(tokenizer, config, name, t.chat_template)
     settings, commit = GenerationConfig(), None
     if t.name not in TINY_TARGETS:
         path, _ = _where(t.name)

@@ -2,14 +2,19 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from headstart.heads.progress import say
+
+CHAT_NAME = re.compile(r"(^|[-_.])(it|instruct|chat)([-_.]|$)", re.IGNORECASE)
+"""In the name of a checkpoint: Google's are called -it, others' -instruct or -chat."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,15 @@ class TargetTokens:
         """Tokens with which the target ends a text."""
 
     @property
+    def is_chat_model(self) -> bool:
+        """Whether the target is known to answer turns: by its name, or by a control token of its
+        own that ends its texts."""
+        ends = {self.tokenizer.convert_ids_to_tokens(token) for token in self.eos_ids}
+        turn_ends = ends & self.tokenizer.get_added_vocab().keys() - {self.tokenizer.eos_token}
+        folder = self.name.partition(" + ")[0].rstrip("/").rpartition("/")[2]
+        return bool(turn_ends) or CHAT_NAME.search(folder) is not None
+
+    @property
     def own_sampling(self) -> Sampling:
         """What the target's checkpoint says of sampling; plain where it says nothing."""
         g = self.generation
@@ -87,7 +101,9 @@ def _eos_ids(tokens: TargetTokens, given: Sequence[int] | None) -> list[int]:
     return ids
 
 
-def complete_tokenizer(tokenizer: PreTrainedTokenizerBase, config: Any, name: str) -> None:
+def complete_tokenizer(
+    tokenizer: PreTrainedTokenizerBase, config: Any, name: str, chat_template: Path | None = None
+) -> None:
     """Make a target's tokenizer begin plain text with <bos>, end it with nothing, and pad; in
     place, and said where something was lacking.
 
@@ -98,10 +114,15 @@ def complete_tokenizer(tokenizer: PreTrainedTokenizerBase, config: Any, name: st
         tokenizer: of the target.
         config: of the model, which knows <bos> too.
         name: of the target.
+        chat_template: file of a template in place of the tokenizer's.
 
     Raises:
-        ValueError: it puts something else around a text.
+        ValueError: it puts something else around a text, or there is no such file.
     """
+    if chat_template is not None:
+        if not chat_template.is_file():
+            raise ValueError(f"target.chat_template: there is no file {chat_template}")
+        tokenizer.chat_template = chat_template.read_text(encoding="utf-8")
     token = tokenizer.convert_ids_to_tokens(config.get_text_config().bos_token_id or 0)
     if tokenizer.bos_token is None and token in tokenizer.get_added_vocab():
         tokenizer.bos_token = token
