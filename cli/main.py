@@ -13,6 +13,7 @@ from importlib.metadata import version
 from headstart.cli.adapt import add_adapt_command
 from headstart.cli.arguments import add_config_arguments
 from headstart.cli.bench import add_bench_commands
+from headstart.cli.check import add_check_command
 from headstart.cli.data import add_data_commands
 from headstart.cli.evaluate import add_eval_commands
 from headstart.cli.heads import add_heads_commands
@@ -94,6 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_train_arguments(train)
     train.set_defaults(command=_run_train)
 
+    add_check_command(commands)
     add_data_commands(commands)
     add_heads_commands(commands)
     add_bench_commands(commands)

@@ -82,7 +82,7 @@ class LogProgress(Progress):
         self.stopped.set()
         with self._lock:
             for task_id in sorted(self.running):
-                self._close(task_id)
+                self._close(task_id, "stopped")
 
     def add_task(self, *args: Any, **kwargs: Any) -> TaskID:
         task_id = super().add_task(*args, **kwargs)
@@ -110,9 +110,9 @@ class LogProgress(Progress):
                 for task_id in sorted(self.running):
                     self._print(task_id)
 
-    def _close(self, task_id: TaskID) -> None:
+    def _close(self, task_id: TaskID, how: str = "ended") -> None:
         self.running.discard(task_id)
-        self._print(task_id, f"ended after {_duration(self._tasks[task_id].elapsed or 0.0)}")
+        self._print(task_id, f"{how} after {_duration(self._tasks[task_id].elapsed or 0.0)}")
 
     def _print(self, task_id: TaskID, what: str = "") -> None:
         print(progress_line(self._tasks[task_id], what), flush=True)
@@ -153,7 +153,23 @@ def phase(description: str) -> Iterator[None]:
         bar.update(task, total=1, completed=1)
 
 
+_kept: list[list[str]] = []  # of the calls of `kept_lines` that are under way
+
+
 def say(line: str) -> None:
     """Print a line, once for all processes of a run."""
-    if PartialState().is_main_process:
+    if _kept:
+        _kept[-1].append(line)
+    elif PartialState().is_main_process:
         print(line, flush=True)
+
+
+@contextmanager
+def kept_lines() -> Iterator[list[str]]:
+    """Within, what `say` would print goes into a list instead, for a table or a report."""
+    lines: list[str] = []
+    _kept.append(lines)
+    try:
+        yield lines
+    finally:
+        _kept.remove(lines)

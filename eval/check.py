@@ -1,0 +1,164 @@
+"""Whether a target, its adapters, heads and prompts are what they should be: every check that a run
+makes before it begins, without the run."""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.table import Column, Table
+
+from headstart.configs.schema import TargetConfig
+from headstart.data.prompt_sets import load_prompt_set
+from headstart.data.prompts import Prompt
+from headstart.data.templates import check_template, encode_conversation, encode_prompt
+from headstart.heads.assistant import check_pair, other_target
+from headstart.heads.export import load_assistant
+from headstart.heads.loading import load_served
+from headstart.heads.progress import kept_lines, say
+from headstart.heads.targets import Target
+
+
+@dataclass
+class Finding:
+    """What became of one input."""
+
+    kind: Literal["target", "adapter", "tokenizer", "head", "prompts"]
+    name: str
+    result: Literal["good", "changed", "refused"] = "good"
+    """`changed`: it is taken with what the lines say."""
+    lines: list[str] = field(default_factory=list)
+    """What it is, what was changed, or why it is refused."""
+
+
+def check_inputs(
+    t: TargetConfig, heads: Sequence[str], prompt_sets: Sequence[str], device: Any
+) -> list[Finding]:
+    """Admit a target with its adapters, heads and prompts, as a run does; nothing is trained.
+
+    Args:
+        t: the target.
+        heads: folders or Hub ids.
+        prompt_sets: what `load_prompt_set` takes.
+        device: where the models go.
+    """
+    found: list[Finding] = []
+    target = _admit(found, Finding("target", t.name), partial(load_served, t, device), _described)
+    if target is None and t.adapters:  # which of them is it?
+        found.clear()
+        alone = t.model_copy(update={"adapters": []})
+        _admit(found, Finding("target", t.name), partial(load_served, alone, device), _described)
+        for number, adapter in enumerate(t.adapters):
+            some = t.model_copy(update={"adapters": t.adapters[: number + 1]})
+            if not _admit(found, Finding("adapter", adapter), partial(load_served, some, device)):
+                break
+    if target is None:
+        return found
+    found += [Finding("adapter", adapter) for adapter in t.adapters]
+    found.append(Finding("tokenizer", target.name, lines=_reading(target)))
+    for name in heads:
+        _admit(found, Finding("head", name), partial(_head, name, target), _shape)
+    for name in prompt_sets:
+        _admit(found, Finding("prompts", name), partial(_prompts, name, target), _counts)
+    return found
+
+
+def _admit(
+    found: list[Finding],
+    finding: Finding,
+    load: Callable[[], Any],
+    describe: Callable[[Any], list[str]] = lambda loaded: [],
+) -> Any:
+    """What `load` gives, None where it refuses; the finding says which, in `found`."""
+    found.append(finding)
+    with kept_lines() as lines:
+        try:
+            loaded = load()
+        except (ValueError, RuntimeError, OSError, ModuleNotFoundError) as error:
+            finding.result, finding.lines = "refused", [" ".join(str(error).split())]
+            return None
+    finding.lines = [*describe(loaded), *lines]
+    finding.result = "changed" if lines else "good"
+    return loaded
+
+
+def _described(target: Target) -> list[str]:
+    weights = sum(weight.numel() for weight in target.model.parameters())
+    dtype = str(target.table.dtype).removeprefix("torch.")
+    return [
+        f"{type(target.model).__name__}, {weights:,} weights in {dtype}, "
+        f"{target.config.num_hidden_layers} layers, fingerprint {target.fingerprint[:12]}"
+    ]
+
+
+def _reading(target: Target) -> list[str]:
+    ends = [repr(target.tokenizer.convert_ids_to_tokens(token)) for token in target.eos_ids]
+    has = "has a chat template" if target.tokenizer.chat_template else "has no chat template"
+    return [f"{len(target.tokenizer):,} tokens, {has}; texts end with {' or '.join(ends)}"]
+
+
+def _head(name: str, target: Target) -> Any:
+    head = load_assistant(name, target.table.dtype, target.device)
+    check_pair(target, head)
+    if warning := other_target(target, head):
+        say(warning)
+    return head
+
+
+def _shape(head: Any) -> list[str]:
+    text = head.config.text_config
+    weights = sum(weight.numel() for weight in head.parameters())
+    lm_head = "ordered embeddings" if head.config.use_ordered_embeddings else "a full LM head"
+    return [
+        f"{weights:,} weights, {text.num_hidden_layers} layers of width {text.hidden_size}, "
+        f"{lm_head}"
+    ]
+
+
+def _prompts(name: str, target: Target) -> Counter[str]:
+    """How many prompts have answers, and how many the target's template refuses and why."""
+    prompts = load_prompt_set(name)
+    check_template(prompts, target)
+    counts: Counter[str] = Counter()
+    for prompt in prompts:
+        counts["prompts"] += 1
+        try:
+            counts["answers"] += _encoded(prompt, target)
+        except ValueError as error:
+            counts[f"{prompt.id}: {error}"] += 1
+    if refused := counts.keys() - {"prompts", "answers"}:
+        first = next(reason for reason in counts if reason in refused)
+        raise ValueError(f"{len(refused)} of {counts['prompts']} are refused, first {first}")
+    return counts
+
+
+def _encoded(prompt: Prompt, target: Target) -> bool:
+    """Whether a prompt has an answer; both are encoded, as for training and for evaluation."""
+    encode_prompt(prompt, target.tokenizer)
+    answered = prompt.messages[-1]["role"] == "assistant"
+    if answered:
+        encode_conversation(prompt, target.tokenizer, target.eos_ids)
+    return answered
+
+
+def _counts(counts: Counter[str]) -> list[str]:
+    return [f"{counts['prompts']:,} prompts, {counts['answers']:,} with an answer"]
+
+
+def print_findings(found: Sequence[Finding], console: Console | None = None) -> None:
+    """Print one table.
+
+    Raises:
+        ValueError: something was refused.
+    """
+    table = Table(
+        "input", Column("name", overflow="fold"), "result", "what it is, and what was done"
+    )
+    table.show_lines = True
+    for finding in found:
+        table.add_row(finding.kind, finding.name, finding.result, "\n".join(finding.lines))
+    (console or Console()).print(table)
+    if refused := [f"{f.kind} {f.name}" for f in found if f.result == "refused"]:
+        raise ValueError(f"refused: {', '.join(refused)}; the table says why and what mends it")
