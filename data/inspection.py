@@ -252,7 +252,7 @@ def _read_source(
     bad: dict[str, tuple[int, str]],
     unused: set[str],
 ) -> Iterator[Seen]:
-    """Usable rows; the others are counted in `bad`, columns that nothing reads put into `unused`."""
+    """Usable rows; others are counted in `bad`, columns that nothing reads put into `unused`."""
     usable = 0
     for place, row in _counted(read_rows(source), "Reading"):
         try:

@@ -27,8 +27,8 @@ PLACEHOLDER = re.compile(
     r"|^<(audio|video)>(?!.*</\3>)|<(audio|video)>$(?!.*</\4>)",
     re.DOTALL | re.MULTILINE,
 )
-"""Where a text refers to an image, a sound or a film. HTML and SVG have tags of these names too: one
-that is closed, or `<video>` within a line, is no placeholder."""
+"""Where a text refers to an image, a sound or a film. HTML and SVG have tags of these names too:
+one that is closed, or `<video>` within a line, is no placeholder."""
 ROLES = {
     "system": "system", "developer": "system",
     "user": "user", "human": "user",
@@ -107,7 +107,7 @@ def _messages(row: dict[str, Any], layout: str) -> list[dict[str, Any]]:
 
 
 def _history(row: dict[str, Any], layout: str) -> list[dict[str, Any]]:
-    """Earlier rounds: turns, or pairs of texts, as LLaMA-Factory keeps them beside Alpaca's columns."""
+    """Earlier rounds: turns, or pairs of texts, as LLaMA-Factory keeps them."""
     pairs = row.get("history") if "history" in BESIDE.get(layout, ()) else None
     if not isinstance(pairs, list):
         return []

@@ -3,8 +3,8 @@
 import json
 import os
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import chain, pairwise
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from headstart.data.marks import refuse_marks, without_beginning
 from headstart.data.prompts import Prompt
 from headstart.data.rows import turn_text
 
@@ -53,20 +54,48 @@ def encode_prompt(
     The chat template is used where the tokenizer has one and the prompt is not raw; otherwise
     the plain text. An answer at the end is left out, since the target is to write its own; earlier
     ones stay. Longer prompts than `max_tokens` keep the first token (<bos>) and their last ones.
-    `chat_template_kwargs` are variables of the template, such as `enable_thinking`.
+    `chat_template_kwargs` are variables of the template, such as `enable_thinking`. A raw text that
+    holds turns of the template is taken as the template's own work, its last answer left out.
 
     Raises:
-        ValueError: the template refuses the conversation, or there is nothing before the answer.
+        ValueError: the template refuses the conversation, there is nothing before the answer, or a
+            text holds a mark of a template or a control token.
     """
     if not prompt.question:
         raise ValueError("there is nothing before the assistant's answer")
-    if prompt.raw or not tokenizer.chat_template:
-        ids = list(tokenizer(prompt.text)["input_ids"])
+    kwargs = chat_template_kwargs or {}
+    if rendered := _rendered_format(prompt, tokenizer, kwargs):
+        ids = _ids(_rendered_question(prompt.text, rendered), tokenizer)
+    elif prompt.raw or not tokenizer.chat_template:
+        refuse_marks(prompt, tokenizer)
+        ids = _plain_ids(prompt.text, tokenizer, ended=False)
     else:
         template = tokenizer.get_chat_template(tools=prompt.tools)
-        kwargs = {**(chat_template_kwargs or {}), "add_generation_prompt": True}
+        key, tools = json.dumps(kwargs, sort_keys=True), _with_tools(prompt.messages)
+        known = _known_turns(tokenizer, template, key, tools)
+        refuse_marks(prompt, tokenizer, known.marks if known else ())
+        kwargs = {**kwargs, "add_generation_prompt": True}
         ids = _ids(_render(tokenizer, template, kwargs, prompt.question, prompt.tools), tokenizer)
     return ids if max_tokens is None else shortened(ids, max_tokens)
+
+
+def encode_prompts(
+    prompts: Iterable[Prompt],
+    tokenizer: PreTrainedTokenizerBase,
+    chat_template_kwargs: dict[str, Any] | None = None,
+) -> list[list[int]]:
+    """Token ids of prompts that must all be usable, as those of an evaluation must.
+
+    Raises:
+        ValueError: one of them is not; its id is named.
+    """
+    encoded = []
+    for prompt in prompts:
+        try:
+            encoded.append(encode_prompt(prompt, tokenizer, None, chat_template_kwargs))
+        except ValueError as error:
+            raise ValueError(f"the prompt {prompt.id} cannot be used: {error}") from error
+    return encoded
 
 
 def shortened(ids: list[int], max_tokens: int) -> list[int]:
@@ -94,33 +123,47 @@ def encode_conversation(
     history (https://ai.google.dev/gemma/docs/core/prompt-formatting-gemma4).
 
     Raw prompts, and all where the tokenizer has no template, are plain text: the span is the
-    answer and <eos>, or all after <bos> of a raw prompt without an answer.
+    answer and <eos>, or all after <bos> of a raw prompt without an answer. A raw text that holds
+    turns of the template is taken as its work: it has the spans that its messages would have.
 
     Raises:
         ValueError: no assistant turn; the template refuses the conversation or does not mark its
-            turns; a text holds a mark of the template; or turns are missing in what it renders.
+            turns; a text holds a mark of a template or a control token; or turns are missing in
+            what it renders.
     """
-    if prompt.raw or not tokenizer.chat_template:
-        return _encode_plain(prompt, tokenizer)
     messages, kwargs = prompt.messages, chat_template_kwargs or {}
+    if rendered := _rendered_format(prompt, tokenizer, kwargs):
+        return _encode_rendered(prompt, rendered, tokenizer)
+    if prompt.raw or not tokenizer.chat_template:
+        refuse_marks(prompt, tokenizer)
+        return _encode_plain(prompt, tokenizer)
     if not any(turn["role"] == "assistant" for turn in messages):
         raise ValueError("no assistant turn")
     template = tokenizer.get_chat_template(tools=prompt.tools)
     text = _render(tokenizer, template, kwargs, messages, prompt.tools)
-    # Rows of a table hold None where others hold calls.
-    with_tools = any(
-        turn["role"] == "tool" or turn.get("tool_calls") or turn.get("tool_responses")
-        for turn in messages
-    )
     key = json.dumps(kwargs, sort_keys=True)
-    turns = _turn_format(tokenizer, template, key, tuple(stop_ids), with_tools)
-    contents = _json([messages, prompt.tools])
-    if mark := next((mark for mark in turns.marks if _json(mark)[1:-1] in contents), None):
-        raise ValueError(f"a text holds {mark!r}, by which the chat template marks turns")
+    turns = _turn_format(tokenizer, template, key, tuple(stop_ids), _with_tools(messages))
+    refuse_marks(prompt, tokenizer, turns.marks)
     written = _find_written(text, turns)
     _check_number(written, messages)
     if messages[-1]["role"] == "assistant":
         text, written = _complete_generation_prompt(text, written, turns)
+    return _in_pieces(text, written, tokenizer)
+
+
+def _with_tools(messages: Messages) -> bool:
+    # Rows of a table hold None where others hold calls.
+    return any(
+        turn["role"] == "tool" or turn.get("tool_calls") or turn.get("tool_responses")
+        for turn in messages
+    )
+
+
+def _in_pieces(
+    text: str, written: Spans, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[int], Spans]:
+    """Token ids of a rendered text, cut where the assistant begins and ends to write, and its spans
+    in tokens."""
     ids: list[int] = []
     spans = []
     for i, (start, end) in enumerate(pairwise([0, *chain(*written), len(text)])):
@@ -132,10 +175,13 @@ def encode_conversation(
 
 
 def _encode_plain(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], Spans]:
-    ids = list(tokenizer(prompt.text)["input_ids"])
-    if len(prompt.question) < len(prompt.messages):
+    answered = len(prompt.question) < len(prompt.messages)
+    ids = _plain_ids(prompt.text, tokenizer, ended=not answered)
+    if answered:
         start = len(ids)
-        ids += [*_ids(turn_text(prompt.messages[-1]), tokenizer), tokenizer.eos_token_id]
+        ids += _ids(turn_text(prompt.messages[-1]), tokenizer)
+        # Many a data set ends its answers with <eos> itself.
+        ids += [tokenizer.eos_token_id] if ids[start:][-1:] != [tokenizer.eos_token_id] else []
     elif prompt.raw:
         start = int(ids[:1] == [tokenizer.bos_token_id])
     else:
@@ -145,13 +191,18 @@ def _encode_plain(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> tuple[l
     return ids, [(start, len(ids))]
 
 
+def _plain_ids(text: str, tokenizer: PreTrainedTokenizerBase, ended: bool) -> list[int]:
+    """Of a plain text, with one <bos> where it holds its own and the tokenizer adds another; an
+    <eos> at its end stays where the text has `ended`."""
+    ids = list(tokenizer(text)["input_ids"])
+    while tokenizer.bos_token_id is not None and ids[:2] == [tokenizer.bos_token_id] * 2:
+        del ids[0]
+    return ids if ended or ids[-1:] != [tokenizer.eos_token_id] else ids[:-1]
+
+
 def _ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Without <bos>: where a target wants it, it stands in the text of its template."""
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
-def _json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, default=str)
 
 
 def _render(
@@ -217,6 +268,17 @@ def _turn_format(
         resume=resume,
         marks=tuple(sorted(filter(None, marks), key=len, reverse=True)),
     )
+
+
+@lru_cache(maxsize=16)
+def _known_turns(
+    tokenizer: PreTrainedTokenizerBase, template: str, kwargs_json: str, with_tools: bool
+) -> TurnFormat | None:
+    """None: the template marks turns in no way that is known, but can still be prompted with."""
+    try:
+        return _turn_format(tokenizer, template, kwargs_json, (), with_tools)
+    except ValueError:
+        return None
 
 
 def _tool_marks(
@@ -293,3 +355,102 @@ def _complete_generation_prompt(text: str, written: Spans, turns: TurnFormat) ->
         return text, written  # an answer with a thought of its own needs no empty one
     written = [*earlier, (start + len(lacking), end + len(lacking))]
     return text[:start] + lacking + text[start:], written
+
+
+@dataclass(frozen=True)
+class RenderedFormat:
+    """How a text looks that the template of this tokenizer rendered."""
+
+    turns: TurnFormat
+    beginning: str
+    """<bos>, or nothing."""
+    unwanted: tuple[str, ...]
+    """Control tokens that stand nowhere after the beginning."""
+    ending: str
+    """From the end of what a user says to the end of the generation prompt."""
+
+
+def _rendered_format(
+    prompt: Prompt, tokenizer: PreTrainedTokenizerBase, kwargs: dict[str, Any]
+) -> RenderedFormat | None:
+    """How to read a raw prompt that holds turns of the template; None: it holds none.
+
+    Raises:
+        ValueError: it holds a second <bos>, or padding.
+    """
+    if not (prompt.raw and tokenizer.chat_template):
+        return None
+    template = tokenizer.get_chat_template(tools=prompt.tools)
+    found = _format_of_rendered(tokenizer, template, json.dumps(kwargs, sort_keys=True))
+    if found is None:
+        return None
+    text = without_beginning(prompt.text, tokenizer.bos_token or "")
+    if not any(m in text for m in found.turns.marks if m != tokenizer.eos_token):
+        return None
+    if token := next((token for token in found.unwanted if token in text), None):
+        raise ValueError(f"a rendered text holds {token!r} (a row is one conversation, unpadded)")
+    return replace(found, beginning=tokenizer.bos_token) if text != prompt.text else found
+
+
+@lru_cache(maxsize=16)
+def _format_of_rendered(
+    tokenizer: PreTrainedTokenizerBase, template: str, kwargs_json: str
+) -> RenderedFormat | None:
+    # The marks around tools, where the template can render them.
+    turns = _known_turns(tokenizer, template, kwargs_json, True)
+    turns = turns or _known_turns(tokenizer, template, kwargs_json, False)
+    if turns is None:
+        return None
+    kwargs = {**json.loads(kwargs_json), "add_generation_prompt": True}
+    prompted = _render(tokenizer, template, kwargs, [{"role": "user", "content": _ASKED}])
+    bos, pad, eos = tokenizer.bos_token or "", tokenizer.pad_token, tokenizer.eos_token
+    return RenderedFormat(
+        turns,
+        bos if prompted.startswith(bos) else "",
+        tuple(token for token in (bos, pad) if token and token != eos),
+        prompted.partition(_ASKED)[2],
+    )
+
+
+def _rendered_question(text: str, rendered: RenderedFormat) -> str:
+    """A rendered text up to where the target is to write: its last answer left out, the generation
+    prompt added where it is missing."""
+    turns = rendered.turns
+    text = rendered.beginning + without_beginning(text, rendered.beginning)
+    written = _find_in_rendered(text, turns)
+    if written and not text[written[-1][1] :].strip():
+        text = text[: written[-1][0]]
+    text = text.rstrip()
+    if turns.resume and text.endswith(turns.resume):  # it goes on after a tool's response
+        return text
+    for prompted in (turns.generation, turns.opening):
+        if text.endswith(prompted.rstrip()):
+            return text.removesuffix(prompted.rstrip()) + turns.generation
+    asked_end = rendered.ending.partition(turns.opening)[0].strip()
+    return text.removesuffix(asked_end) + rendered.ending
+
+
+def _encode_rendered(
+    prompt: Prompt, rendered: RenderedFormat, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[int], Spans]:
+    turns = rendered.turns
+    text = rendered.beginning + without_beginning(prompt.text, rendered.beginning)
+    if len(prompt.question) < len(prompt.messages):  # an answer in a column of its own
+        answer = turn_text(prompt.messages[-1])
+        text = _rendered_question(text, rendered) + answer
+        text += "" if turns.end in answer else turns.end
+    written = _find_in_rendered(text, turns)
+    if not written:
+        raise ValueError("no assistant turn")
+    if not text[written[-1][1] :].strip():
+        text, written = _complete_generation_prompt(text, written, turns)
+    return _in_pieces(text, written, tokenizer)
+
+
+def _find_in_rendered(text: str, turns: TurnFormat) -> Spans:
+    """As `_find_written`; an answer at the end may lack its end mark."""
+    written = _find_written(text + turns.end, turns)
+    if written and written[-1][1] > len(text):
+        start, _ = written.pop()
+        written += [(start, len(text))] if text[start:].strip() else []
+    return written
