@@ -14,8 +14,8 @@ from rich.console import Console
 
 from headstart.configs.schema import DataConfig, SourceConfig
 from headstart.data.conversations import MANIFEST, Conversation, part_path, read_manifest, read_part
-from headstart.data.prompts import Prompt, prompt_of
-from headstart.data.rows import layout_of, renamed, turn_text
+from headstart.data.prompts import Prompt, describe_unused, prompt_of
+from headstart.data.rows import layout_of, renamed, turn_text, unused_columns
 from headstart.data.shards import Shard, shard_paths
 from headstart.data.sources import read_rows
 from headstart.data.store import ActivationStore
@@ -153,7 +153,8 @@ def inspect_source(
         ValueError: the source is missing, unreadable or empty. Bad rows are counted instead.
     """
     bad: dict[str, tuple[int, str]] = {}
-    read = _read_source(source, tokens, config.chat_template_kwargs, bad)
+    unused: set[str] = set()
+    read = _read_source(source, tokens, config.chat_template_kwargs, bad, unused)
     unit = "tokens" if tokens else "words"
     decode = tokens.tokenizer.decode if tokens else "".join
     summary = summarise(read, examples, decode, unit)
@@ -168,6 +169,8 @@ def inspect_source(
             f"{unusable:,} of {rows:,} rows are unusable, {verdict} than data.max_bad_rows="
             f"{config.max_bad_rows:g} allows."
         )
+    if unused:
+        notes.append(f"{describe_unused(unused)}.")
     facts = {"sources": _sources(summary)}
     return replace(summary, title=f"Rows of {source.path}", facts=facts, notes=notes, bad=bad)
 
@@ -247,8 +250,9 @@ def _read_source(
     tokens: TargetTokens | None,
     kwargs: dict[str, Any],
     bad: dict[str, tuple[int, str]],
+    unused: set[str],
 ) -> Iterator[Seen]:
-    """Usable rows; the others are counted in `bad`."""
+    """Usable rows; others are counted in `bad`, columns that nothing reads put into `unused`."""
     usable = 0
     for place, row in _counted(read_rows(source), "Reading"):
         try:
@@ -261,6 +265,7 @@ def _read_source(
             times, first = bad.get(reason, (0, ": ".join([str(place), *detail])))
             bad[reason] = times + 1, first
             continue
+        unused |= unused_columns(row, source.columns)
         yield Conversation(prompt.id, prompt.category, prompt.source, ids, spans), layout, None
         usable += 1
         if usable == source.limit:

@@ -23,7 +23,7 @@ from headstart.data.prompts import Prompt, deal, load_prompts, split_by_source
 from headstart.data.regenerate import regenerate
 from headstart.data.shards import Document, Entry
 from headstart.data.store import ActivationStore, Documents
-from headstart.data.templates import encode_prompt
+from headstart.data.templates import encode_prompts
 from headstart.heads.demo import cache_dir
 from headstart.heads.progress import say
 from headstart.heads.targets import Target
@@ -61,7 +61,7 @@ def prepare_documents(
     """
     if data.store is not None or data.conversations is not None:
         return _prepare_stored(target, data, seed, held_out)
-    sources = load_sources(data, held_out)
+    sources = load_sources(data, held_out, target)
     everything = [prompt for prompts, _ in sources for prompt in prompts]
     _, validation = split_by_source(everything, data.validation_conversations, seed)
     kept_out = {prompt.source for prompt in validation}
@@ -128,14 +128,23 @@ def _asked_for(training: Documents, data: DataConfig, seed: int) -> Documents:
     return Chosen(training, kept)
 
 
-def load_sources(data: DataConfig, held_out: str | None) -> list[tuple[list[Prompt], float | None]]:
+def load_sources(
+    data: DataConfig, held_out: str | None, tokens: TargetTokens | None = None
+) -> list[tuple[list[Prompt], float | None]]:
     """The prompts of each source and its weight, without copies of evaluation prompts; prints how
-    many those are."""
+    many those are.
+
+    Raises:
+        ValueError: a source is missing or malformed, or a prompt of the evaluation cannot be used
+            with the target of `tokens`, which would be noticed only after the training.
+    """
     sources = [(load_prompts(s, data.max_bad_rows), s.weight) for s in data.prompts]
     if held_out is None:
         say("Contamination: not checked, there are no evaluation prompts (eval.prompts)")
         return sources
     evaluation = load_prompt_set(held_out)
+    if tokens is not None:
+        encode_prompts(evaluation, tokens.tokenizer, data.chat_template_kwargs)
     cleaned = []
     for (prompts, weight), source in zip(sources, data.prompts, strict=True):
         kept, found = remove_contaminated(prompts, evaluation)
@@ -223,11 +232,8 @@ def without_contaminated(
     evaluation = load_prompt_set(held_out)
     tokenizer = target.tokenizer
     rendered = [
-        tokenizer.decode(
-            encode_prompt(prompt, tokenizer, None, data.chat_template_kwargs),
-            skip_special_tokens=True,
-        )
-        for prompt in evaluation
+        tokenizer.decode(ids, skip_special_tokens=True)
+        for ids in encode_prompts(evaluation, tokenizer, data.chat_template_kwargs)
     ]
     evaluation += [_as_prompt(p.id, text) for p, text in zip(evaluation, rendered, strict=True)]
     texts = (tokenizer.decode(ids, skip_special_tokens=True) for ids in stored.prompts())

@@ -17,9 +17,11 @@ from headstart.data.rows import (
     objects,
     renamed,
     turn_text,
+    unused_columns,
     user_turns,
 )
 from headstart.data.sources import Place, Row, read_rows
+from headstart.heads.progress import say
 
 HOPELESS = 1000
 """Bad rows without a single usable one after which nothing more is read."""
@@ -80,8 +82,9 @@ def load_prompts(
     with `response` or `completion`, `instruction` with `input` and `output` (Alpaca), `text`,
     which is raw, or `turns` (MT-bench): texts of the user, as `prompt` may be too, of which the
     first is the prompt and the others its `later_turns`; `source.columns` names others. Optional
-    columns: `id` (or another of `IDS`), `category`, `source`, `raw`, `tools`. Other columns are
-    ignored.
+    columns: `id` (or another of `IDS`), `system` (or another of `SYSTEM`), `history`, `category`,
+    `source`, `raw`, `tools`. Rows with images, audio or video are unusable. Columns that are not
+    used are listed in one line.
 
     Args:
         source: a path, a Hub id, or either with its settings.
@@ -100,12 +103,15 @@ def load_prompts(
     prompts: list[Prompt] = []
     skipped: dict[str, tuple[int, str]] = {}  # reason -> count, first place
     seen: set[str] = set()  # columns
+    unused: set[str] = set()
     for place, row in read_rows(source):
         try:
             seen.update(row if isinstance(row, dict) else ())
             adapted = adapt(row) if adapt and isinstance(row, dict) else row
             if adapted is not None:
                 prompts.append(prompt_of(adapted, place, source.columns))
+                if not adapt and isinstance(row, dict):  # whoever adapts rows knows their columns
+                    unused |= unused_columns(row, source.columns)
         except BadRow as error:
             if not max_bad_rows:
                 raise ValueError(f"{place}: {error}") from None
@@ -118,7 +124,14 @@ def load_prompts(
         if len(prompts) == source.limit:
             break
     _check(source, len(prompts), skipped, seen, max_bad_rows)
+    if unused:
+        say(f"{source.path}: {describe_unused(unused)}")
     return _with_unique_ids(prompts)
+
+
+def describe_unused(columns: set[str]) -> str:
+    """One line of the columns that nothing reads."""
+    return f"Columns not used: {', '.join(sorted(columns))}"
 
 
 def _check(

@@ -4,6 +4,7 @@ A row that cannot be used raises `BadRow` with a reason that can be counted.
 """
 
 import json
+import re
 from typing import Any
 
 LAYOUTS = ("messages", "conversations", "prompt", "instruction", "text", "turns")
@@ -12,6 +13,22 @@ COLUMNS = ("messages", "prompt", "response", "text", "id", "category", "source",
 """What the `columns` of a source can map."""
 IDS = ("id", "question_id", "prompt_id", "task_id")
 """Columns that may hold the id of a row; the first one present is taken."""
+SYSTEM = ("system", "system_prompt", "system_message")
+"""Columns that may hold the system turn; the first one present is taken."""
+BESIDE = {
+    "prompt": ("response", "completion", "history"),
+    "instruction": ("input", "output", "response", "history"),
+}
+"""Layout -> the other columns that it reads; `unused_columns` names those that none reads."""
+MEDIA = {name + plural: name for name in ("image", "audio", "video") for plural in ("", "s")}
+"""Columns, and keys of a turn, of what a text cannot stand for -> its kind."""
+PLACEHOLDER = re.compile(
+    r"<(image)[ _]?\d*>(?!.*</image>)|<\|(image|audio|video)(?:_\w+)?\|>"
+    r"|^<(audio|video)>(?!.*</\3>)|<(audio|video)>$(?!.*</\4>)",
+    re.DOTALL | re.MULTILINE,
+)
+"""Where a text refers to an image, a sound or a film. HTML and SVG have tags of these names too:
+one that is closed, or `<video>` within a line, is no placeholder."""
 ROLES = {
     "system": "system", "developer": "system",
     "user": "user", "human": "user",
@@ -59,7 +76,12 @@ def layout_of(row: dict[str, Any]) -> str:
 
 def messages_of(row: dict[str, Any], layout: str) -> list[dict[str, Any]]:
     """The turns of a row, its answer last if there is one; at least one is the user's."""
-    messages = _messages(row, layout)
+    _check_media(row)
+    messages = _with_system(row, layout, _messages(row, layout))
+    for turn in messages:
+        found = PLACEHOLDER.search(turn_text(turn)) if turn["role"] != "assistant" else None
+        if found:
+            raise BadRow(f"with {found[found.lastindex or 0]} (placeholder {found[0]})")
     asked = [turn_text(turn) for turn in messages if turn["role"] == "user"]
     if not asked:
         raise BadRow("no user turn")
@@ -73,14 +95,76 @@ def _messages(row: dict[str, Any], layout: str) -> list[dict[str, Any]]:
         return [_turn(turn) for turn in objects(row[layout], layout)]
     if asked := user_turns(row, layout):
         return [{"role": "user", "content": asked[0]}]
-    turns = _turns(row, layout, "user")
+    turns = [*_history(row, layout), *_turns(row, layout, "user")]
     if layout == "prompt":
         turns += _turns(row, "response", "assistant") or _turns(row, "completion", "assistant")
     if layout == "instruction":
-        both = [turn_text(turn) for turn in turns + _turns(row, "input", "user")]
-        turns = [{"role": "user", "content": "\n\n".join(t for t in both if t.strip())}]
+        *earlier, asked_for = turns
+        both = [turn_text(turn) for turn in (asked_for, *_turns(row, "input", "user"))]
+        turns = [*earlier, {"role": "user", "content": "\n\n".join(t for t in both if t.strip())}]
         turns += _turns(row, "output", "assistant") or _turns(row, "response", "assistant")
     return turns
+
+
+def _history(row: dict[str, Any], layout: str) -> list[dict[str, Any]]:
+    """Earlier rounds: turns, or pairs of texts, as LLaMA-Factory keeps them."""
+    pairs = row.get("history") if "history" in BESIDE.get(layout, ()) else None
+    if not isinstance(pairs, list):
+        return []
+    if all(isinstance(turn, dict) for turn in pairs):
+        return [_turn(turn) for turn in pairs]
+    turns = []
+    for pair in pairs:
+        if not (isinstance(pair, list) and len(pair) == 2 and all(type(t) is str for t in pair)):
+            raise BadRow("`history` is not a list of pairs of texts")
+        turns += [
+            {"role": role, "content": text}
+            for role, text in zip(("user", "assistant"), pair, strict=True)
+        ]
+    return turns
+
+
+def _with_system(
+    row: dict[str, Any], layout: str, messages: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """The turns behind the system turn that a column of its own holds."""
+    name = next((name for name in SYSTEM if name in row), None)
+    if name is None or layout == "text":
+        return messages
+    system = row[name]
+    if not isinstance(system, str):
+        raise BadRow(f"`{name}` is not text")
+    first = messages[0] if messages else {"role": ""}
+    if not system.strip() or (first["role"] == "system" and turn_text(first) == system):
+        return messages
+    if first["role"] == "system":
+        raise BadRow(f"a system turn and another one (in the column {name})")
+    return [{"role": "system", "content": system}, *messages]
+
+
+def _check_media(row: dict[str, Any]) -> None:
+    """Raises `BadRow` for a row, or a turn, that holds more than text."""
+    for name in MEDIA.keys() & row.keys():
+        if row[name] not in (None, "", [], {}):
+            raise BadRow(f"with {MEDIA[name]} (column {name})")
+
+
+def unused_columns(row: dict[str, Any], columns: dict[str, str]) -> set[str]:
+    """Columns of a usable row that nothing reads, and as `messages.KEY` keys of its turns."""
+    kept = renamed(row, columns)
+    layout = layout_of(kept)
+    ours = {layout, *BESIDE.get(layout, ()), *IDS, *MEDIA, "category", "source", "tools", "raw"}
+    if layout != "text":
+        ours.update(SYSTEM)
+    used = {columns.get(name, name) for name in ours}
+    unused = {name for name in row if name not in used and row[name] not in (None, "")}
+    if "history" in ours and not isinstance(row.get("history"), list | None):
+        unused.add("history")
+    if layout in ("messages", "conversations"):
+        keys = set().union(*objects(kept[layout], layout))
+        known = {"role", "from", "content", "value", "tool_calls", *TURN_KEYS, *MEDIA}
+        unused |= {f"{columns.get(layout, layout)}.{key}" for key in keys - known}
+    return unused
 
 
 def user_turns(row: dict[str, Any], layout: str) -> list[str]:
@@ -125,6 +209,7 @@ def objects(value: Any, name: str) -> list[dict[str, Any]]:
 
 def _turn(turn: dict[str, Any]) -> dict[str, Any]:
     """A turn of OpenAI's or ShareGPT's kind in OpenAI's."""
+    _check_media(turn)
     turn = {key: value for key, value in turn.items() if value is not None}
     name = turn.get("role", turn.get("from"))
     if name is None:

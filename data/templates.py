@@ -1,47 +1,31 @@
 """Token ids of prompts and conversations for a target, and which of them it wrote."""
 
 import json
-import os
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import chain, pairwise
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from headstart.data.marks import refuse_marks, without_beginning
 from headstart.data.prompts import Prompt
 from headstart.data.rows import turn_text
+from headstart.heads.chat_template import (
+    ASKED,
+    Messages,
+    TurnFormat,
+    known_turns,
+    render_chat,
+    token_ids,
+    turn_format,
+)
 from headstart.heads.progress import say
 from headstart.heads.tokens import TargetTokens
 
-Messages = list[dict[str, Any]]
 Spans = list[tuple[int, int]]
-
-# Contents of the conversations that are rendered to find a template's marks.
-_ASKED, _WROTE, _AGAIN, _RETURNED = "probeasked", "probewrote", "probeagain", "probereturned"
-
-
-@dataclass(frozen=True)
-class TurnFormat:
-    """The text by which a chat template marks what the assistant wrote."""
-
-    opening: str
-    """Stands before an assistant's turn in a rendered conversation: `<start_of_turn>model\\n`."""
-    generation: str
-    """The generation prompt: the opening and what may follow it, such as an empty thought."""
-    end: str
-    """The control token with which the assistant ends its turn."""
-    only_turns: bool
-    """True: between an end and the next mark there is nothing but white space."""
-    pause: str | None
-    """The control token with which it waits for a tool; None: tools answer in their own turns."""
-    resume: str | None
-    """The control token after a tool's response, where it goes on writing in the same turn."""
-    marks: tuple[str, ...]
-    """All of these and the other control tokens around turns, longest first."""
 
 
 def encode_prompt(
@@ -55,20 +39,50 @@ def encode_prompt(
     The chat template is used where the tokenizer has one and the prompt is not raw; otherwise
     the plain text. An answer at the end is left out, since the target is to write its own; earlier
     ones stay. Longer prompts than `max_tokens` keep the first token (<bos>) and their last ones.
-    `chat_template_kwargs` are variables of the template, such as `enable_thinking`.
+    `chat_template_kwargs` are variables of the template, such as `enable_thinking`. A raw text that
+    holds turns of the template is taken as the template's own work, its last answer left out.
 
     Raises:
-        ValueError: the template refuses the conversation, or there is nothing before the answer.
+        ValueError: the template refuses the conversation, there is nothing before the answer, or a
+            text holds a mark of a template or a control token.
     """
     if not prompt.question:
         raise ValueError("there is nothing before the assistant's answer")
-    if prompt.raw or not tokenizer.chat_template:
-        ids = list(tokenizer(prompt.text)["input_ids"])
+    kwargs = chat_template_kwargs or {}
+    if rendered := _rendered_format(prompt, tokenizer, kwargs):
+        ids = token_ids(_rendered_question(prompt.text, rendered), tokenizer)
+    elif prompt.raw or not tokenizer.chat_template:
+        refuse_marks(prompt, tokenizer)
+        ids = _plain_ids(prompt.text, tokenizer, ended=False)
     else:
         template = tokenizer.get_chat_template(tools=prompt.tools)
-        kwargs = {**(chat_template_kwargs or {}), "add_generation_prompt": True}
-        ids = _ids(_render(tokenizer, template, kwargs, prompt.question, prompt.tools), tokenizer)
+        key, tools = json.dumps(kwargs, sort_keys=True), _with_tools(prompt.messages)
+        known = known_turns(tokenizer, template, key, tools)
+        refuse_marks(prompt, tokenizer, known.marks if known else ())
+        kwargs = {**kwargs, "add_generation_prompt": True}
+        ids = token_ids(
+            render_chat(tokenizer, template, kwargs, prompt.question, prompt.tools), tokenizer
+        )
     return ids if max_tokens is None else shortened(ids, max_tokens)
+
+
+def encode_prompts(
+    prompts: Iterable[Prompt],
+    tokenizer: PreTrainedTokenizerBase,
+    chat_template_kwargs: dict[str, Any] | None = None,
+) -> list[list[int]]:
+    """Token ids of prompts that must all be usable, as those of an evaluation must.
+
+    Raises:
+        ValueError: one of them is not; its id is named.
+    """
+    encoded = []
+    for prompt in prompts:
+        try:
+            encoded.append(encode_prompt(prompt, tokenizer, None, chat_template_kwargs))
+        except ValueError as error:
+            raise ValueError(f"the prompt {prompt.id} cannot be used: {error}") from error
+    return encoded
 
 
 def shortened(ids: list[int], max_tokens: int) -> list[int]:
@@ -96,37 +110,51 @@ def encode_conversation(
     history (https://ai.google.dev/gemma/docs/core/prompt-formatting-gemma4).
 
     Raw prompts, and all where the tokenizer has no template, are plain text: the span is the
-    answer and <eos>, or all after <bos> of a raw prompt without an answer.
+    answer and <eos>, or all after <bos> of a raw prompt without an answer. A raw text that holds
+    turns of the template is taken as its work: it has the spans that its messages would have.
 
     Raises:
         ValueError: no assistant turn; the template refuses the conversation or does not mark its
-            turns; a text holds a mark of the template; or turns are missing in what it renders.
+            turns; a text holds a mark of a template or a control token; or turns are missing in
+            what it renders.
     """
-    if prompt.raw or not tokenizer.chat_template:
-        return _encode_plain(prompt, tokenizer)
     messages, kwargs = prompt.messages, chat_template_kwargs or {}
+    if rendered := _rendered_format(prompt, tokenizer, kwargs):
+        return _encode_rendered(prompt, rendered, tokenizer)
+    if prompt.raw or not tokenizer.chat_template:
+        refuse_marks(prompt, tokenizer)
+        return _encode_plain(prompt, tokenizer)
     if not any(turn["role"] == "assistant" for turn in messages):
         raise ValueError("no assistant turn")
     template = tokenizer.get_chat_template(tools=prompt.tools)
-    text = _render(tokenizer, template, kwargs, messages, prompt.tools)
-    # Rows of a table hold None where others hold calls.
-    with_tools = any(
-        turn["role"] == "tool" or turn.get("tool_calls") or turn.get("tool_responses")
-        for turn in messages
-    )
+    text = render_chat(tokenizer, template, kwargs, messages, prompt.tools)
     key = json.dumps(kwargs, sort_keys=True)
-    turns = _turn_format(tokenizer, template, key, tuple(stop_ids), with_tools)
-    contents = _json([messages, prompt.tools])
-    if mark := next((mark for mark in turns.marks if _json(mark)[1:-1] in contents), None):
-        raise ValueError(f"a text holds {mark!r}, by which the chat template marks turns")
+    turns = turn_format(tokenizer, template, key, tuple(stop_ids), _with_tools(messages))
+    refuse_marks(prompt, tokenizer, turns.marks)
     written = _find_written(text, turns)
     _check_number(written, messages)
     if messages[-1]["role"] == "assistant":
         text, written = _complete_generation_prompt(text, written, turns)
+    return _in_pieces(text, written, tokenizer)
+
+
+def _with_tools(messages: Messages) -> bool:
+    # Rows of a table hold None where others hold calls.
+    return any(
+        turn["role"] == "tool" or turn.get("tool_calls") or turn.get("tool_responses")
+        for turn in messages
+    )
+
+
+def _in_pieces(
+    text: str, written: Spans, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[int], Spans]:
+    """Token ids of a rendered text, cut where the assistant begins and ends to write, and its spans
+    in tokens."""
     ids: list[int] = []
     spans = []
     for i, (start, end) in enumerate(pairwise([0, *chain(*written), len(text)])):
-        piece = _ids(text[start:end], tokenizer)
+        piece = token_ids(text[start:end], tokenizer)
         if i % 2:
             spans.append((len(ids), len(ids) + len(piece)))
         ids += piece
@@ -134,10 +162,13 @@ def encode_conversation(
 
 
 def _encode_plain(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], Spans]:
-    ids = list(tokenizer(prompt.text)["input_ids"])
-    if len(prompt.question) < len(prompt.messages):
+    answered = len(prompt.question) < len(prompt.messages)
+    ids = _plain_ids(prompt.text, tokenizer, ended=not answered)
+    if answered:
         start = len(ids)
-        ids += [*_ids(turn_text(prompt.messages[-1]), tokenizer), tokenizer.eos_token_id]
+        ids += token_ids(turn_text(prompt.messages[-1]), tokenizer)
+        # Many a data set ends its answers with <eos> itself.
+        ids += [tokenizer.eos_token_id] if ids[start:][-1:] != [tokenizer.eos_token_id] else []
     elif prompt.raw:
         start = int(ids[:1] == [tokenizer.bos_token_id])
     else:
@@ -147,107 +178,13 @@ def _encode_plain(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> tuple[l
     return ids, [(start, len(ids))]
 
 
-def _ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Without <bos>: where a target wants it, it stands in the text of its template."""
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
-def _json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, default=str)
-
-
-def _render(
-    tokenizer: PreTrainedTokenizerBase,
-    template: str,
-    kwargs: dict[str, Any],
-    messages: Messages,
-    tools: list[dict[str, Any]] | None = None,
-) -> str:
-    try:
-        text: str = tokenizer.apply_chat_template(
-            messages, tools=tools, chat_template=template, tokenize=False, **kwargs
-        )
-    except (TemplateError, TypeError) as error:  # TypeError: say, a template adds None to a text
-        raise ValueError(f"the chat template refuses the conversation: {error}") from error
-    return text
-
-
-@lru_cache(maxsize=16)
-def _turn_format(
-    tokenizer: PreTrainedTokenizerBase,
-    template: str,
-    kwargs_json: str,
-    stop_ids: tuple[int, ...],
-    with_tools: bool,
-) -> TurnFormat:
-    """Derive the marks from what the template makes of a few probes."""
-    kwargs = json.loads(kwargs_json)
-    known = tokenizer.added_tokens_decoder.keys() | stop_ids
-
-    def controls(text: str) -> list[str]:
-        tokens = [tokenizer.decode([i]) for i in _ids(text, tokenizer) if i in known]
-        return [token for token in tokens if token.strip()]  # Gemma's newlines are added tokens
-
-    def render(*more: dict[str, Any], **extra: Any) -> str:
-        return _render(tokenizer, template, kwargs | extra, [user, *more])
-
-    user = {"role": "user", "content": _ASKED}
-    answer = [{"role": "assistant", "content": _WROTE}, {"role": "user", "content": _AGAIN}]
-    asked, prompted, whole = render(), render(add_generation_prompt=True), render(*answer)
-    # What stands before an answer in the history, and where the target writes one.
-    history = _between(whole, _ASKED, _WROTE).removeprefix(asked.partition(_ASKED)[2])
-    generation = prompted.removeprefix(asked) or history
-    opening = min(generation, history, key=len)
-    if not (opening and history.startswith(opening) and generation.startswith(opening)):
-        raise ValueError(
-            f"the chat template begins assistant turns with {history!r}, but its generation "
-            f"prompt is {generation!r}"
-        )
-    closing = _between(whole, _WROTE, _AGAIN)
-    if not controls(closing):
-        raise ValueError(f"no control token in {closing!r}, the end of an assistant turn")
-    end, *others = controls(closing)
-    pause, resume = _tool_marks(render, controls, opening, answer) if with_tools else (None, None)
-    stops = (tokenizer.decode([i]) for i in stop_ids)
-    marks = {opening, *controls(opening), end, *others, pause, resume, *stops}
-    return TurnFormat(
-        opening=opening,
-        generation=generation,
-        end=end,
-        only_turns=bool(others) and not closing.partition(end)[2].partition(others[0])[0].strip(),
-        pause=pause,
-        resume=resume,
-        marks=tuple(sorted(filter(None, marks), key=len, reverse=True)),
-    )
-
-
-def _tool_marks(
-    render: Callable[..., str],
-    controls: Callable[[str], list[str]],
-    opening: str,
-    answer: Messages,
-) -> tuple[str | None, str | None]:
-    """`pause` and `resume` of a template."""
-    function = {"name": "f", "arguments": {"a": "b"}}
-    call = {"type": "function", "id": "call00001", "function": function}
-    called = {"role": "assistant", "content": "", "tool_calls": [call]}
-    returned = {"role": "tool", "name": "f", "tool_call_id": "call00001", "content": _RETURNED}
-    whole = render(called, returned, *answer)
-    response = _between(whole, _RETURNED, _WROTE)
-    if opening in response:
-        return None, None
-    # These are texts: the assistant's own part ends where the response could be missing.
-    before = controls(os.path.commonprefix([render(called), whole]))  # noqa: RUF071
-    after = controls(response)
-    if not before or not after:
-        raise ValueError(f"no control token around the response of a tool in {whole!r}")
-    return before[-1], after[-1]
-
-
-def _between(text: str, left: str, right: str) -> str:
-    if left not in text or right not in text.partition(left)[2]:
-        raise ValueError(f"the chat template leaves a turn out: {left} or {right} of {text!r}")
-    return text.partition(left)[2].partition(right)[0]
+def _plain_ids(text: str, tokenizer: PreTrainedTokenizerBase, ended: bool) -> list[int]:
+    """Of a plain text, with one <bos> where it holds its own and the tokenizer adds another; an
+    <eos> at its end stays where the text has `ended`."""
+    ids = list(tokenizer(text)["input_ids"])
+    while tokenizer.bos_token_id is not None and ids[:2] == [tokenizer.bos_token_id] * 2:
+        del ids[0]
+    return ids if ended or ids[-1:] != [tokenizer.eos_token_id] else ids[:-1]
 
 
 def _find_written(text: str, turns: TurnFormat) -> Spans:
@@ -321,3 +258,102 @@ def check_template(prompts: Sequence[Prompt], tokens: TargetTokens) -> None:
         f"text, turns joined by newlines, and of their answers the last alone is the target's own. "
         f"That is right for a base model; for a chat model {cure}"
     )
+
+
+@dataclass(frozen=True)
+class RenderedFormat:
+    """How a text looks that the template of this tokenizer rendered."""
+
+    turns: TurnFormat
+    beginning: str
+    """<bos>, or nothing."""
+    unwanted: tuple[str, ...]
+    """Control tokens that stand nowhere after the beginning."""
+    ending: str
+    """From the end of what a user says to the end of the generation prompt."""
+
+
+def _rendered_format(
+    prompt: Prompt, tokenizer: PreTrainedTokenizerBase, kwargs: dict[str, Any]
+) -> RenderedFormat | None:
+    """How to read a raw prompt that holds turns of the template; None: it holds none.
+
+    Raises:
+        ValueError: it holds a second <bos>, or padding.
+    """
+    if not (prompt.raw and tokenizer.chat_template):
+        return None
+    template = tokenizer.get_chat_template(tools=prompt.tools)
+    found = _format_of_rendered(tokenizer, template, json.dumps(kwargs, sort_keys=True))
+    if found is None:
+        return None
+    text = without_beginning(prompt.text, tokenizer.bos_token or "")
+    if not any(m in text for m in found.turns.marks if m != tokenizer.eos_token):
+        return None
+    if token := next((token for token in found.unwanted if token in text), None):
+        raise ValueError(f"a rendered text holds {token!r} (a row is one conversation, unpadded)")
+    return replace(found, beginning=tokenizer.bos_token) if text != prompt.text else found
+
+
+@lru_cache(maxsize=16)
+def _format_of_rendered(
+    tokenizer: PreTrainedTokenizerBase, template: str, kwargs_json: str
+) -> RenderedFormat | None:
+    # The marks around tools, where the template can render them.
+    turns = known_turns(tokenizer, template, kwargs_json, True)
+    turns = turns or known_turns(tokenizer, template, kwargs_json, False)
+    if turns is None:
+        return None
+    kwargs = {**json.loads(kwargs_json), "add_generation_prompt": True}
+    prompted = render_chat(tokenizer, template, kwargs, [{"role": "user", "content": ASKED}])
+    bos, pad, eos = tokenizer.bos_token or "", tokenizer.pad_token, tokenizer.eos_token
+    return RenderedFormat(
+        turns,
+        bos if prompted.startswith(bos) else "",
+        tuple(token for token in (bos, pad) if token and token != eos),
+        prompted.partition(ASKED)[2],
+    )
+
+
+def _rendered_question(text: str, rendered: RenderedFormat) -> str:
+    """A rendered text up to where the target is to write: its last answer left out, the generation
+    prompt added where it is missing."""
+    turns = rendered.turns
+    text = rendered.beginning + without_beginning(text, rendered.beginning)
+    written = _find_in_rendered(text, turns)
+    if written and not text[written[-1][1] :].strip():
+        text = text[: written[-1][0]]
+    text = text.rstrip()
+    if turns.resume and text.endswith(turns.resume):  # it goes on after a tool's response
+        return text
+    for prompted in (turns.generation, turns.opening):
+        if text.endswith(prompted.rstrip()):
+            return text.removesuffix(prompted.rstrip()) + turns.generation
+    asked_end = rendered.ending.partition(turns.opening)[0].strip()
+    return text.removesuffix(asked_end) + rendered.ending
+
+
+def _encode_rendered(
+    prompt: Prompt, rendered: RenderedFormat, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[int], Spans]:
+    turns = rendered.turns
+    text = rendered.beginning + without_beginning(prompt.text, rendered.beginning)
+    if len(prompt.question) < len(prompt.messages):  # an answer in a column of its own
+        answer = turn_text(prompt.messages[-1])
+        text = _rendered_question(text, rendered) + answer
+        text += "" if turns.end in answer else turns.end
+    written = _find_in_rendered(text, turns)
+    if not written:
+        raise ValueError("no assistant turn")
+    if not text[written[-1][1] :].strip():
+        text, written = _complete_generation_prompt(text, written, turns)
+    return _in_pieces(text, written, tokenizer)
+
+
+def _find_in_rendered(text: str, turns: TurnFormat) -> Spans:
+    """As `_find_written`; an answer at the end may lack its end mark."""
+    written = _find_written(text + turns.end, turns)
+    if written and written[-1][1] > len(text):
+        start, _ = written.pop()
+        written += [(start, len(text))] if text[start:].strip() else []
+    return written

@@ -188,7 +188,9 @@ def _converse(
         turn = _measure_turn(target, ids, sides, sampling, seed, max_new_tokens, again)
         turns.append({"turn": number, "temperature": sampling.temperature} | turn)
         if number < len(prompt.later_turns):
-            answer = target.tokenizer.decode(turn["plain"]["tokens"], skip_special_tokens=True)
+            # The end of its turn, which not every tokenizer counts among its special tokens.
+            said = [i for i in turn["plain"]["tokens"] if i not in target.eos_ids]
+            answer = target.tokenizer.decode(said, skip_special_tokens=True)
             messages += [
                 {"role": "assistant", "content": answer},
                 {"role": "user", "content": prompt.later_turns[number]},

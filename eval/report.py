@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from headstart.configs.schema import EvalConfig
 from headstart.data.prompt_sets import load_prompt_set
 from headstart.data.prompts import Prompt, limit_evenly
-from headstart.data.templates import check_template, encode_prompt
+from headstart.data.templates import check_template, encode_prompts
 from headstart.eval.draft_cost import Costs, measure_costs
 from headstart.eval.environment import environment
 from headstart.eval.measurements import Measurements, Text, measure_prompts
@@ -69,6 +69,7 @@ def run_evaluation(
         say(f"{name}: {warning}")
     prompts = limit_evenly(load_prompt_set(chosen.prompts), chosen.limit)
     check_template(prompts, target)
+    encode_prompts(prompts, target.tokenizer)  # one that cannot be used is named before all work
     settings = {
         "target": target.name,
         "target_fingerprint": target.fingerprint,
@@ -177,7 +178,7 @@ def _prepare(
     costs = {n: {d: Costs(**c) for d, c in m.items()} for n, m in kept.found["costs"].items()}
     if "confident" in chosen.decoders and "thresholds" not in kept.found:
         few = limit_evenly(list(prompts), CALIBRATION)
-        ids = [encode_prompt(prompt, target.tokenizer) for prompt in few]
+        ids = encode_prompts(few, target.tokenizer)
         kept.find("thresholds", {
             name: calibrated_threshold(
                 target, head, costs[name]["exact"], ids, chosen.max_new_tokens

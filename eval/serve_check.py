@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from headstart.data.prompts import Prompt
-from headstart.data.templates import encode_prompt
+from headstart.data.templates import encode_prompts
 from headstart.eval.acceptance import AcceptanceCounts, zero_counts
 from headstart.eval.decoding import Decoded, decode
 from headstart.eval.engine_servers import Answer, Counts, EngineServer, drafts_at_most
@@ -77,7 +77,7 @@ def serve_check(
     with tempfile.TemporaryDirectory() as temporary:
         files = _written(target, config, check, Path(temporary))
         k = check.num_assistant_tokens
-        ids = [encode_prompt(prompt, target.tokenizer) for prompt in prompts]
+        ids = encode_prompts(prompts, target.tokenizer)
         context = max(map(len, ids)) + check.max_new_tokens + k + SPARE
         ours, counts = _by_transformers(target, files.head, check, ids)
         dtype = str(target.identity["dtype"])

@@ -11,6 +11,7 @@ from typing import Any
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from headstart.heads.chat_template import turn_format
 from headstart.heads.progress import say
 
 CHAT_NAME = re.compile(r"(^|[-_.])(it|instruct|chat)([-_.]|$)", re.IGNORECASE)
@@ -98,7 +99,42 @@ def _eos_ids(tokens: TargetTokens, given: Sequence[int] | None) -> list[int]:
                 "does not have: give the ids in target.eos_token_ids, or mend eos_token_id in its "
                 "generation_config.json"
             )
-    return ids
+    return _with_turn_end(tokens, ids, given is not None)
+
+
+def _with_turn_end(tokens: TargetTokens, ids: list[int], given: bool) -> list[int]:
+    """The tokens with which the target's texts end, the one that ends an assistant's turn included:
+    without it a chat model writes on, and invents what the user says next.
+
+    Raises:
+        ValueError: the ids were given by the user, and it is not among them.
+    """
+    if not tokens.tokenizer.chat_template:
+        return ids
+    try:
+        template = tokens.tokenizer.get_chat_template()
+        end = turn_format(tokens.tokenizer, template, "{}", tuple(ids), with_tools=False).end
+    except ValueError as error:
+        say(
+            f"{tokens.name}: how an assistant's turn ends cannot be read from its chat template "
+            f"({error}); its texts end with the tokens {ids}, or with target.eos_token_ids"
+        )
+        return ids
+    token = tokens.tokenizer.convert_tokens_to_ids(end)
+    assert isinstance(token, int)
+    if token in ids:
+        return ids
+    if given:
+        raise ValueError(
+            f"target.eos_token_ids={ids} lacks {token} ({end}), with which the chat template of "
+            f"{tokens.name} ends an assistant's turn: add it"
+        )
+    say(
+        f"{tokens.name}: its chat template ends a turn with {end} ({token}), which its "
+        f"generation_config.json does not name beside {ids}: its texts end with it too. Add it "
+        "there for what serves the target"
+    )
+    return [*ids, token]
 
 
 def complete_tokenizer(

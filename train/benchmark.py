@@ -18,7 +18,7 @@ from headstart.data.extraction import OnlineActivations
 from headstart.data.loader import AnchorLoader, Batch
 from headstart.data.prepare import prepare_documents
 from headstart.data.prompts import load_prompts
-from headstart.data.templates import encode_prompt
+from headstart.data.templates import encode_prompts
 from headstart.eval.benchmarks import bare_forwards, in_turns, print_figures, write_figures
 from headstart.eval.environment import environment
 from headstart.eval.memory import peak_memory
@@ -89,7 +89,7 @@ def run_train_benchmark(config: Config, prompts: int, device: str, out: Path | N
 def conversations_of_text(target: Target, config: Config, count: int) -> list[Conversation]:
     """The longest prompts as conversations: some tokens given, all others taken as the answer."""
     prompts = load_prompts(config.data.prompts[0], config.data.max_bad_rows)
-    encoded = [encode_prompt(prompt, target.tokenizer) for prompt in prompts]
+    encoded = encode_prompts(prompts, target.tokenizer)
     longest = sorted(encoded, key=len, reverse=True)[:count]
     length = config.data.max_prompt_tokens
     return [

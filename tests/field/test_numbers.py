@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from headstart.configs.schema import DataConfig
 from headstart.data.extraction import entries_of, extract_tensors
-from headstart.data.shards import shard_path, shard_settings, write_shard
+from headstart.data.shards import Storage, shard_path, shard_settings, write_shard
 from headstart.heads.export import load_assistant
 from headstart.heads.loading import load_target
 from tests.conftest import make_target
@@ -63,7 +63,7 @@ def test_a_target_whose_logits_overflow_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("storage", ["target", "int8"])
 @pytest.mark.parametrize("name", ["hidden", "full_attention.keys", "teacher_logprobs"])
 def test_no_shard_is_written_that_holds_what_is_no_number(
-    name: str, storage: str, tmp_path: Path
+    name: str, storage: Storage, tmp_path: Path
 ) -> None:
     target, rows = make_target("gemma3"), conversations(2)
     tensors = extract_tensors(target, rows, DataConfig().teacher_top_k)

@@ -1,0 +1,107 @@
+"""What only a chat template may write: control tokens, and turns, found in the texts of a row.
+
+A tokenizer makes a control token of its text wherever that stands. A user who writes one would end
+a turn or begin another, and no mask could tell who wrote what.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from headstart.data.prompts import Prompt
+from headstart.data.rows import turn_text
+
+TURNS = re.compile(
+    r"<\|im_start\|>(?:system|user|assistant|tool)\b"  # ChatML
+    r"|<\|start_header_id\|>\w+<\|end_header_id\|>"  # Llama 3
+    r"|<start_of_turn>(?:user|model)\b|<\|turn>(?:system|user|model)\b"  # Gemma to 3, and 4
+    r"|\[INST\](?=.*\[/INST\])"  # Llama 2, Mistral
+    r"|^<\|(?:system|user|assistant)\|>(?=.*^<\|assistant\|>)",  # Zephyr, Phi 3
+    re.DOTALL | re.MULTILINE,
+)
+"""How turns of the common chat templates open."""
+HEADINGS = re.compile(
+    r"^### ?(?:Human|User|Instruction):(?=.*### ?(?:Assistant|Response):)", re.DOTALL | re.MULTILINE
+)
+"""The same without control tokens (Alpaca, Guanaco). As part of a user's text they are harmless."""
+
+
+def refuse_marks(
+    prompt: Prompt, tokenizer: PreTrainedTokenizerBase, marks: tuple[str, ...] = ()
+) -> None:
+    """Refuse a row whose texts hold what only a template may write.
+
+    Of plain text, <bos> at its beginning and <eos> at its end are no fault. What an assistant wrote
+    under a template may hold control tokens that mark no turn, such as those around a thought.
+
+    Args:
+        prompt: a row for the chat template, or plain text.
+        tokenizer: the target's.
+        marks: by which its chat template marks turns.
+
+    Raises:
+        ValueError: with the text that was found.
+    """
+    contents = as_json([prompt.messages, prompt.tools, prompt.later_turns])
+    if mark := next((mark for mark in marks if as_json(mark)[1:-1] in contents), None):
+        raise ValueError(_holds(mark))
+    for text in _texts(prompt, tokenizer):
+        if found := TURNS.search(text) or (HEADINGS.search(text) if prompt.raw else None):
+            raise ValueError(
+                f"a text holds {found[0]!r}, a turn of another chat template than the tokenizer's "
+                "(give the turns as `messages`)"
+            )
+        if token := _control_token(text, tokenizer):
+            raise ValueError(_holds(token))
+
+
+def _holds(mark: str) -> str:
+    return (
+        f"a text holds {mark!r}, which only the chat template may write (a text that is rendered "
+        "already is read from the column `text`: columns={text: NAME})"
+    )
+
+
+def as_json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _texts(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    """What the assistant did not write, and of plain text its last answer too."""
+    plain = prompt.raw or not tokenizer.chat_template
+    bos, eos = tokenizer.bos_token or "", tokenizer.eos_token or ""
+    for i, turn in enumerate(prompt.messages, start=1):
+        text = turn_text(turn)
+        if plain:
+            text = without_beginning(text, bos) if i == 1 else text
+            text = text.removesuffix(eos) if i >= len(prompt.question) else text
+        if turn["role"] != "assistant" or (plain and i == len(prompt.messages)):
+            yield text
+    yield from prompt.later_turns
+    if prompt.tools:
+        yield as_json(prompt.tools)
+
+
+def without_beginning(text: str, bos: str) -> str:
+    """The text without the <bos> that it begins with, however many they are."""
+    while bos and text.startswith(bos):
+        text = text.removeprefix(bos)
+    return text
+
+
+@lru_cache(maxsize=16)
+def _control_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+    added = tokenizer.added_tokens_decoder.items()
+    return {i: token.content for i, token in added if token.special and token.content.strip()}
+
+
+def _control_token(text: str, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """The first control token that the tokenizer makes of a text."""
+    controls = _control_tokens(tokenizer)
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    # In the text: <unk> may also stand for what the vocabulary lacks.
+    return next((controls[i] for i in ids if i in controls and controls[i] in text), None)

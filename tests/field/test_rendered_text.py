@@ -1,0 +1,232 @@
+"""Text that a chat template rendered already: read as the template's own work, or refused."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import PreTrainedTokenizerBase
+
+from headstart.data.prompts import Prompt, load_prompts
+from headstart.data.templates import encode_conversation, encode_prompt
+from headstart.heads.tiny import byte_tokenizer
+from tests.data.chat_templates import CHATML, GEMMA3, GEMMA4, STOPS, chat_tokenizer
+
+TOKENIZERS = {template: chat_tokenizer(template) for template in (*STOPS, None)}
+TURNS = [
+    {"role": "user", "content": "a"},
+    {"role": "assistant", "content": "b"},
+    {"role": "user", "content": "c"},
+    {"role": "assistant", "content": "\n\nd"},
+]
+
+
+def row(tmp_path: Path, **columns: Any) -> Prompt:
+    (tmp_path / "rows.jsonl").write_text(json.dumps(columns))
+    [prompt] = load_prompts(tmp_path / "rows.jsonl")
+    return prompt
+
+
+def messages(turns: list[dict[str, Any]]) -> Prompt:
+    return Prompt("id", "c", "s", turns, raw=False)
+
+
+def stops(template: str | None) -> list[int]:
+    return [TOKENIZERS[template].convert_tokens_to_ids(s) for s in STOPS.get(str(template), [])]
+
+
+def rendered(template: str, turns: list[dict[str, Any]], **more: Any) -> str:
+    text = TOKENIZERS[template].apply_chat_template(turns, tokenize=False, **more)
+    assert isinstance(text, str)
+    return text
+
+
+@pytest.mark.parametrize("template", STOPS)
+@pytest.mark.parametrize("form", ["whole", "no bos", "two bos", "stripped"])
+def test_a_rendered_text_column_is_trained_on_as_its_messages_are(
+    template: str, form: str, tmp_path: Path
+) -> None:
+    tokenizer, turns = TOKENIZERS[template], TURNS[:4]
+    text = rendered(template, turns)
+    if form == "no bos":
+        text = text.removeprefix("<bos>")
+    if form == "two bos" and text.startswith("<bos>"):
+        text = "<bos>" + text
+    if form == "stripped":
+        text = text.strip()
+    ids, spans = encode_conversation(row(tmp_path, text=text), tokenizer, stops(template))
+    expected, where = encode_conversation(messages(turns), tokenizer, stops(template))
+    if form == "stripped":  # without the newline after the last end mark
+        expected = expected[: where[-1][1]]
+    assert (ids, spans) == (expected, where)
+    assert len(spans) == 2
+    assert ids.count(tokenizer.bos_token_id) == (template != CHATML)
+
+
+@pytest.mark.parametrize("template", STOPS)
+@pytest.mark.parametrize("form", ["answered", "asked", "prompted", "stripped", "answer cut"])
+def test_a_rendered_text_column_prompts_the_target_as_its_messages_do(
+    template: str, form: str, tmp_path: Path
+) -> None:
+    tokenizer = TOKENIZERS[template]
+    text = {
+        "answered": rendered(template, TURNS),
+        "asked": rendered(template, TURNS[:3]),
+        "prompted": rendered(template, TURNS[:3], add_generation_prompt=True),
+        "stripped": rendered(template, TURNS[:3], add_generation_prompt=True).strip(),
+        "answer cut": rendered(template, TURNS[:3], add_generation_prompt=True) + "and",
+    }[form]
+    ids = encode_prompt(row(tmp_path, text=text), tokenizer)
+    assert ids == encode_prompt(messages(TURNS[:3]), tokenizer)
+
+
+@pytest.mark.parametrize("template", STOPS)
+@pytest.mark.parametrize("end", [True, False])
+def test_a_rendered_prompt_that_is_raw_is_continued_by_the_answer_beside_it(
+    template: str, end: bool, tmp_path: Path
+) -> None:
+    tokenizer = TOKENIZERS[template]
+    prompt = rendered(template, TURNS[:3], add_generation_prompt=True)
+    answer = "\n\nd" + (STOPS[template][min(1, len(STOPS[template]) - 1)] if end else "")
+    given = row(tmp_path, prompt=prompt, response=answer, raw=True)
+    expected, spans = encode_conversation(messages(TURNS), tokenizer, stops(template))
+    found, where = encode_conversation(given, tokenizer, stops(template))
+    # Templates trim what users and assistants write; what is given here stands.
+    assert tokenizer.decode(found[where[-1][0] :]).lstrip() == (
+        tokenizer.decode(expected[spans[-1][0] : spans[-1][1]]).lstrip()
+    )
+    assert found[: where[-1][0]] == expected[: spans[-1][0]]
+    assert len(where) == 2
+    assert encode_prompt(given, tokenizer) == expected[: spans[-1][0]]
+
+
+def test_what_a_tool_returned_in_a_rendered_text_is_not_the_assistants(tmp_path: Path) -> None:
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+    turns: list[dict[str, Any]] = [
+        TURNS[0],
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "name": "add", "content": "3"},
+        {"role": "assistant", "content": "b"},
+    ]
+    tokenizer = TOKENIZERS[GEMMA4]
+    text = row(tmp_path, text=rendered(GEMMA4, turns))
+    ids, spans = encode_conversation(text, tokenizer, stops(GEMMA4))
+    assert (ids, spans) == encode_conversation(messages(turns), tokenizer, stops(GEMMA4))
+    assert [tokenizer.decode(ids[a:b]) for a, b in spans] == [
+        "<|tool_call>call:add{a:1}<tool_call|><|tool_response>", "b<turn|>",
+    ]  # fmt: skip
+    assert encode_prompt(text, tokenizer) == ids[: spans[1][0]]
+
+
+def test_a_last_answer_without_its_end_is_trained_on_as_far_as_it_goes(tmp_path: Path) -> None:
+    text = rendered(GEMMA3, TURNS[:1], add_generation_prompt=True) + "yes and"
+    tokenizer = TOKENIZERS[GEMMA3]
+    ids, [(start, end)] = encode_conversation(row(tmp_path, text=text), tokenizer, [])
+    assert tokenizer.decode(ids[start:end]) == "yes and"
+    assert end == len(ids)
+    assert tokenizer.decode(ids[:start]) == rendered(GEMMA3, TURNS[:1], add_generation_prompt=True)
+
+
+@pytest.mark.parametrize("template", [None, GEMMA3])
+def test_plain_text_with_its_own_beginning_and_end_has_one_of_each(
+    template: str | None, tmp_path: Path
+) -> None:
+    tokenizer = TOKENIZERS[template]
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    word = tokenizer("hi", add_special_tokens=False)["input_ids"]
+    text = row(tmp_path, text="<bos>hi<eos>")
+    assert encode_conversation(text, tokenizer, []) == ([bos, *word, eos], [(1, len(word) + 2)])
+    assert encode_prompt(text, tokenizer) == [bos, *word]
+    answered = row(tmp_path, prompt="<bos>hi", response="hi<eos>", raw=True)
+    assert encode_conversation(answered, tokenizer, []) == (
+        [bos, *word, *word, eos],
+        [(1 + len(word), 2 + 2 * len(word))],
+    )
+    assert encode_prompt(answered, tokenizer) == [bos, *word]
+
+
+CHATML_TEXT = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nyo<|im_end|>\n"
+LLAMA_TEXT = "<|start_header_id|>user<|end_header_id|>\n\nhi<|eot_id|>"
+GEMMA3_TEXT = "<bos><start_of_turn>user\nhi<end_of_turn>\n<start_of_turn>model\nyo<end_of_turn>\n"
+GEMMA4_TEXT = "<bos><|turn>user\nhi<turn|>\n<|turn>model\nyo<turn|>\n"
+GUANACO_TEXT = "### Human: hi### Assistant: yo"
+
+
+def own_words(template: str | None) -> PreTrainedTokenizerBase:
+    """A tokenizer to which the marks of other templates are plain text, as on real targets."""
+    tokenizer = byte_tokenizer()
+    own = {GEMMA3: ["<start_of_turn>", "<end_of_turn>"], GEMMA4: ["<|turn>", "<turn|>"]}
+    marks = own.get(str(template), [])
+    tokenizer.add_special_tokens({"additional_special_tokens": marks})
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("template", "text", "mark"),
+    [
+        (GEMMA3, CHATML_TEXT, "im_start"),
+        (GEMMA4, CHATML_TEXT, "im_start"),
+        (None, CHATML_TEXT, "im_start"),
+        (GEMMA3, LLAMA_TEXT, "start_header_id"),
+        (GEMMA3, GEMMA4_TEXT, "turn"),
+        (GEMMA4, GEMMA3_TEXT, "start_of_turn"),
+        (None, GEMMA3_TEXT, "start_of_turn"),
+        (GEMMA3, "<s>[INST] hi [/INST] yo</s>", "INST"),
+        (GEMMA3, "<|user|>\nhi<|end|>\n<|assistant|>\nyo", "user"),
+    ],
+)
+@pytest.mark.parametrize("column", ["text", "prompt"])
+def test_a_text_of_another_template_is_refused_with_the_fix(
+    template: str | None, text: str, mark: str, column: str, tmp_path: Path
+) -> None:
+    tokenizer = own_words(template)
+    prompt = row(tmp_path, **{column: text}, **({"response": "yo"} if column == "prompt" else {}))
+    for encode in (
+        lambda: encode_prompt(prompt, tokenizer),
+        lambda: encode_conversation(prompt, tokenizer, [1]),
+    ):
+        with pytest.raises(ValueError, match=rf"holds '[^']*{mark}.*`messages`"):
+            encode()
+
+
+def test_turns_under_headings_are_refused_as_a_text_and_are_a_users_words_in_a_prompt(
+    tmp_path: Path,
+) -> None:
+    tokenizer = TOKENIZERS[GEMMA3]
+    with pytest.raises(ValueError, match="holds '### Human:'"):
+        encode_conversation(row(tmp_path, text=GUANACO_TEXT), tokenizer, [])
+    ids = encode_prompt(row(tmp_path, prompt=GUANACO_TEXT), tokenizer)
+    assert GUANACO_TEXT in tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("<bos>" + GEMMA3_TEXT + GEMMA3_TEXT, "<bos>"),
+        (GEMMA3_TEXT + "<pad><pad>", "<pad>"),
+        ("<bos>hi<eos><bos>yo<eos>", "<eos>"),
+        ("hi <mask> yo<unk>", "<unk>"),
+    ],
+)
+def test_a_packed_or_padded_text_is_refused(text: str, found: str, tmp_path: Path) -> None:
+    prompt, tokenizer = row(tmp_path, text=text), TOKENIZERS[GEMMA3]
+    for encode in (
+        lambda: encode_prompt(prompt, tokenizer),
+        lambda: encode_conversation(prompt, tokenizer, [1]),
+    ):
+        with pytest.raises(ValueError, match=f"holds '{found}'"):
+            encode()
+
+
+@pytest.mark.parametrize("template", [GEMMA3, None])
+def test_a_rendered_prompt_column_is_refused_with_the_fix(
+    template: str | None, tmp_path: Path
+) -> None:
+    prompt, tokenizer = row(tmp_path, prompt=GEMMA3_TEXT, response="yo"), own_words(template)
+    for encode in (
+        lambda: encode_prompt(prompt, tokenizer),
+        lambda: encode_conversation(prompt, tokenizer, [1]),
+    ):
+        with pytest.raises(ValueError, match=r"start_of_turn.*(columns=\{text: NAME|`messages`)"):
+            encode()

@@ -1,0 +1,99 @@
+"""Chat targets whose end of a turn is none of their end tokens."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from headstart.configs.schema import DataConfig, TargetConfig
+from headstart.data.jobs import make_jobs
+from headstart.data.prompts import Prompt
+from headstart.data.regenerate import answer
+from headstart.eval.decoding import decode
+from headstart.heads.loading import load_target, load_target_tokens
+from headstart.heads.tiny import byte_tokenizer
+from headstart.heads.tokens import Sampling
+from tests.data.chat_templates import GEMMA3, GEMMA4, chat_tokenizer
+from tests.field.checkpoints import saved_target
+
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+ASKED = Prompt("p", "c", "s", [{"role": "user", "content": "abc"}], raw=False)
+
+
+def chatml_tokenizer(special: bool) -> PreTrainedTokenizerFast:
+    tokenizer = byte_tokenizer()
+    if special:
+        tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.chat_template = CHATML
+    return tokenizer
+
+
+TOKENIZERS = {
+    "gemma3": (lambda: chat_tokenizer(GEMMA3), "<end_of_turn>"),
+    "gemma4": (lambda: chat_tokenizer(GEMMA4), "<turn|>"),
+    "chatml": (lambda: chatml_tokenizer(True), "<|im_end|>"),
+}
+
+
+@pytest.mark.parametrize("generation", [None, {}, {"eos_token_id": [1]}])
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_a_text_ends_with_the_turn(
+    kind: str,
+    generation: dict[str, object] | None,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """As the target writes it, alone and as training text; a line says that it was added."""
+    make, end = TOKENIZERS[kind]
+    tokenizer = make()
+    token = tokenizer.convert_tokens_to_ids(end)
+    folder = saved_target(tmp_path, generation=generation, tokenizer=tokenizer)
+    assert load_target_tokens(TargetConfig(name=folder)).eos_ids == [1, token]
+    assert end in capsys.readouterr().out
+    target = load_target(folder, "float32")
+    [job] = make_jobs([ASKED], [Sampling(0.0)], target, DataConfig())
+    # The target comes to end its turn: its final state then points at the row of that token.
+    with torch.no_grad():
+        first = int(target.model(torch.tensor([job.prompt_ids])).logits[0, -1].argmax())
+        written = [*job.prompt_ids, first]
+        hidden = target.activations(torch.tensor([written])).hidden[0, -1]
+        target.table[token] = 10 * hidden / hidden.norm()
+    assert answer(target, [job], 12, 0, None)[0][-1] == token
+    assert decode(target, job.prompt_ids, 12).tokens[-1] == token
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_end_tokens_that_a_user_gives_are_refused_without_the_turns_own(
+    kind: str, tmp_path: Path
+) -> None:
+    make, end = TOKENIZERS[kind]
+    tokenizer = make()
+    token = tokenizer.convert_tokens_to_ids(end)
+    folder = saved_target(tmp_path, tokenizer=tokenizer)
+    with pytest.raises(ValueError, match=rf"target\.eos_token_ids.*{token}"):
+        load_target_tokens(TargetConfig(name=folder, eos_token_ids=[1]))
+    t = TargetConfig(name=folder, eos_token_ids=[token, 7])
+    assert load_target_tokens(t).eos_ids == [token, 7]
+
+
+def test_an_end_that_is_already_named_is_not_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = chat_tokenizer(GEMMA3)
+    end = tokenizer.convert_tokens_to_ids("<end_of_turn>")
+    named = {"eos_token_id": [1, end]}
+    folder = saved_target(tmp_path, generation=named, tokenizer=tokenizer)
+    assert load_target_tokens(TargetConfig(name=folder)).eos_ids == [1, end]
+    assert not capsys.readouterr().out
+
+
+def test_an_end_of_plain_letters_cannot_end_a_text_and_this_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = saved_target(tmp_path, tokenizer=chatml_tokenizer(False))
+    assert load_target_tokens(TargetConfig(name=folder)).eos_ids == [1]
+    assert "target.eos_token_ids" in capsys.readouterr().out
