@@ -185,11 +185,12 @@ def deal_sampling(data: DataConfig, tokens: TargetTokens, prompts: list[Prompt])
 
 
 def without_held_out(prompts: list[Prompt], validation: list[Prompt]) -> list[Prompt]:
-    """The prompts of other sources than the held-out ones that are no copies of those either;
-    prints how many copies there are, if any."""
+    """The prompts of other sources than the held-out ones that are no exact copies of those either;
+    prints how many copies there are, if any. Near ones stay: they would change what a seed deals of
+    a set in which nothing stands twice."""
     sources = {prompt.source for prompt in validation}
     training = [prompt for prompt in prompts if prompt.source not in sources]
-    kept, found = remove_contaminated(training, validation)
+    kept, found = remove_contaminated(training, validation, near=False)
     if found.pairs:
         say(f"Held out for validation: {found.describe('held-out')}")
     return kept
