@@ -47,10 +47,10 @@ class Contamination:
     pairs: list[tuple[str, str, float]] = field(default_factory=list)
     """Training id, evaluation id and the share of shingles in common, of the first few."""
 
-    def describe(self) -> str:
-        """One line, also where nothing was found."""
+    def describe(self, of: str = "evaluation") -> str:
+        """One line, also where nothing was found; `of` says which prompts are repeated."""
         line = (
-            f"Contamination: {self.exact} exact and {self.near} near duplicates of evaluation "
+            f"Contamination: {self.exact} exact and {self.near} near duplicates of {of} "
             "prompts removed from the training prompts"
         )
         pairs = [f"{ours} = {theirs} ({share:.0%})" for ours, theirs, share in self.pairs]
@@ -58,7 +58,7 @@ class Contamination:
 
 
 def remove_contaminated(
-    prompts: list[Prompt], held_out: list[Prompt]
+    prompts: list[Prompt], held_out: list[Prompt], near: bool = True
 ) -> tuple[list[Prompt], Contamination]:
     """The training prompts without those that repeat an evaluation prompt.
 
@@ -68,12 +68,13 @@ def remove_contaminated(
     Args:
         prompts: for training.
         held_out: for evaluation.
+        near: False: only exact duplicates are looked for.
 
     Returns:
         The prompts kept, in order, and what was removed.
     """
     exact = {_key(prompt): prompt.id for prompt in held_out}
-    index = _Index(held_out)
+    index = _Index(held_out if near else [])
     found = [index.look_up(prompt) for prompt in prompts]
     # Equal prompts count once: copies make no template.
     index.drop_common({_key(p): shingles for p, shingles in zip(prompts, found, strict=True)})
@@ -147,13 +148,15 @@ def _exact(prompt: Prompt, keys: dict[str, str]) -> str | None:
     """Id of the evaluation prompt that equals this one, or one of its turns."""
     turns = _user_turns(prompt)
     for key in (_key(prompt), *("".join(turn) for turn in turns)):
-        if key in keys:
+        if key and key in keys:
             return keys[key]
     return None
 
 
 def _key(prompt: Prompt) -> str:
-    return "".join("".join(turn) for turn in _user_turns(prompt))
+    """What is equal of duplicates: all words, or the text itself where it has none ("+ - ?")."""
+    words = "".join("".join(turn) for turn in _user_turns(prompt))
+    return words or "".join("".join(map(turn_text, prompt.messages)).split())
 
 
 def _user_turns(prompt: Prompt) -> list[list[str]]:

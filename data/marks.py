@@ -19,15 +19,15 @@ TURNS = re.compile(
     r"<\|im_start\|>(?:system|user|assistant|tool)\b"  # ChatML
     r"|<\|start_header_id\|>\w+<\|end_header_id\|>"  # Llama 3
     r"|<start_of_turn>(?:user|model)\b|<\|turn>(?:system|user|model)\b"  # Gemma to 3, and 4
-    r"|\[INST\](?=.*\[/INST\])"  # Llama 2, Mistral
-    r"|^<\|(?:system|user|assistant)\|>(?=.*^<\|assistant\|>)",  # Zephyr, Phi 3
-    re.DOTALL | re.MULTILINE,
+    r"|\[/INST\]"  # Llama 2, Mistral
+    r"|^<\|(?:system|user|assistant)\|>\r?\n",  # Zephyr, Phi 3
+    re.MULTILINE,
 )
-"""How turns of the common chat templates open."""
-HEADINGS = re.compile(
-    r"^### ?(?:Human|User|Instruction):(?=.*### ?(?:Assistant|Response):)", re.DOTALL | re.MULTILINE
-)
-"""The same without control tokens (Alpaca, Guanaco). As part of a user's text they are harmless."""
+"""What stands at turns of the common chat templates."""
+ASKED = re.compile(r"^### ?(?:Human|User|Instruction):", re.MULTILINE)
+ANSWERED = re.compile(r"### ?(?:Assistant|Response):")
+"""The same without control tokens (Alpaca, Guanaco), in a text that is all one. As part of what a
+user says they are harmless."""
 
 
 def refuse_marks(
@@ -50,13 +50,18 @@ def refuse_marks(
     if mark := next((mark for mark in marks if as_json(mark)[1:-1] in contents), None):
         raise ValueError(_holds(mark))
     for text in _texts(prompt, tokenizer):
-        if found := TURNS.search(text) or (HEADINGS.search(text) if prompt.raw else None):
+        if found := TURNS.search(text) or (_heading(text) if prompt.raw else None):
             raise ValueError(
                 f"a text holds {found[0]!r}, a turn of another chat template than the tokenizer's "
                 "(give the turns as `messages`)"
             )
         if token := _control_token(text, tokenizer):
             raise ValueError(_holds(token))
+
+
+def _heading(text: str) -> re.Match[str] | None:
+    asked = ASKED.search(text)
+    return asked if asked and ANSWERED.search(text, asked.end()) else None
 
 
 def _holds(mark: str) -> str:
@@ -88,9 +93,10 @@ def _texts(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
 
 def without_beginning(text: str, bos: str) -> str:
     """The text without the <bos> that it begins with, however many they are."""
-    while bos and text.startswith(bos):
-        text = text.removeprefix(bos)
-    return text
+    start = 0
+    while bos and text.startswith(bos, start):
+        start += len(bos)
+    return text[start:]
 
 
 @lru_cache(maxsize=16)

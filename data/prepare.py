@@ -45,7 +45,8 @@ class Chosen:
 def prepare_documents(
     target: Target, data: DataConfig, seed: int, held_out: str | None
 ) -> tuple[Documents, Documents]:
-    """Training and validation activations; validation text is greedy and of other sources.
+    """Training and validation activations; validation text is greedy, of other sources and, as far
+    as the prompts go, other text.
 
     Whatever an earlier call has finished is reused.
 
@@ -64,8 +65,7 @@ def prepare_documents(
     sources = load_sources(data, held_out, target)
     everything = [prompt for prompts, _ in sources for prompt in prompts]
     _, validation = split_by_source(everything, data.validation_conversations, seed)
-    kept_out = {prompt.source for prompt in validation}
-    sources = [([p for p in prompts if p.source not in kept_out], w) for prompts, w in sources]
+    sources = [(without_held_out(prompts, validation), weight) for prompts, weight in sources]
     training = deal_prompts(sources, data, seed)
     jobs = make_jobs(training, deal_sampling(data, target, training), target, data)
     return (
@@ -87,15 +87,18 @@ def _prepare_stored(
         )
     else:
         stored = _activations_of(target, data)
-    documents = without_contaminated(stored, target, data, held_out)
+    asked = stored_prompts(stored, target)
+    documents = without_contaminated(stored, asked, target, data, held_out)
+    asked = [asked[i] for i in documents.which]
     if any(entry.temperature == 0 for entry in documents.entries):
-        training, held = split_documents(documents, data.validation_conversations, seed)
+        training, held = split_documents(documents, asked, data.validation_conversations, seed)
         return _asked_for(training, data, seed), held
     say("No greedy text of this target there to validate on: data.prompts are answered for it")
     prompts = [prompt for group, _ in load_sources(data, held_out) for prompt in group]
     _, validation = split_by_source(prompts, data.validation_conversations, seed)
     sources = {prompt.source for prompt in validation}
     kept = [i for i, entry in enumerate(documents.entries) if entry.source not in sources]
+    kept = _without_copies(kept, asked, _also_rendered(validation, target, data))
     training = _asked_for(Chosen(documents, kept), data, seed)
     return training, _greedy_answers(target, validation, data, seed)
 
@@ -163,7 +166,8 @@ def deal_prompts(
     """
     if not any(prompts for prompts, _ in sources):
         raise ValueError(
-            "no training prompts are left: all of them are held out or copies of evaluation prompts"
+            "no training prompts are left: all are held out, or copies of held-out or evaluation "
+            "prompts; add others, or lower data.validation_conversations"
         )
     return deal(sources, data.num_conversations or sum(len(p) for p, _ in sources), seed)
 
@@ -180,8 +184,28 @@ def deal_sampling(data: DataConfig, tokens: TargetTokens, prompts: list[Prompt])
     return dealt
 
 
-def split_documents(documents: Documents, held_out: int, seed: int) -> tuple[Documents, Documents]:
-    """Hold out greedy documents such that no source is in both parts.
+def without_held_out(prompts: list[Prompt], validation: list[Prompt]) -> list[Prompt]:
+    """The prompts of other sources than the held-out ones that are no exact copies of those either;
+    prints how many copies there are, if any. Near ones stay: they would change what a seed deals of
+    a set in which nothing stands twice."""
+    sources = {prompt.source for prompt in validation}
+    training = [prompt for prompt in prompts if prompt.source not in sources]
+    kept, found = remove_contaminated(training, validation, near=False)
+    if found.pairs:
+        say(f"Held out for validation: {found.describe('held-out')}")
+    return kept
+
+
+def split_documents(
+    documents: Documents, asked: list[Prompt], held_out: int, seed: int
+) -> tuple[Documents, Documents]:
+    """Hold out greedy documents such that no source and no prompt is in both parts.
+
+    Args:
+        documents: with their sources and temperatures.
+        asked: the prompt of each.
+        held_out: documents held out.
+        seed: of the choice.
 
     Raises:
         ValueError: too few greedy documents or sources to hold that many out.
@@ -191,7 +215,18 @@ def split_documents(documents: Documents, held_out: int, seed: int) -> tuple[Doc
     sources = {entry.source for entry in chosen}
     kept = [i for i, entry in enumerate(entries) if entry.source not in sources]
     validation = [i for i, e in enumerate(entries) if e.source in sources and e.temperature == 0]
+    kept = _without_copies(kept, asked, [asked[i] for i in validation])
     return Chosen(documents, kept), Chosen(documents, validation)
+
+
+def _without_copies(kept: list[int], asked: list[Prompt], validation: list[Prompt]) -> list[int]:
+    """Of the documents `kept`, those whose prompt is no exact copy of a held-out one; near ones
+    would be all that share a long system prompt, which is part of what is stored."""
+    unlike, found = remove_contaminated([asked[i] for i in kept], validation, near=False)
+    if found.pairs:
+        say(f"Held out for validation: {found.describe('held-out')}")
+    left = set(map(id, unlike))
+    return [i for i in kept if id(asked[i]) in left]
 
 
 def _greedy_answers(
@@ -215,32 +250,38 @@ def _answered(
 
 def without_contaminated(
     stored: ActivationStore | OnlineActivations,
+    asked: list[Prompt],
     target: Target,
     data: DataConfig,
     held_out: str | None,
-) -> Documents:
-    """The documents whose prompt is no copy of an evaluation prompt; prints how many are.
-
-    What is stored are tokens, so a document's prompt is the text of all that the target did not
-    write, marks of the chat template included; each evaluation prompt is looked for as it is, and
-    as the template renders it.
-    """
+) -> Chosen:
+    """The documents whose prompt, of those `asked`, is no copy of an evaluation prompt; prints how
+    many are."""
     everything = range(len(stored.entries))
     if held_out is None:
         say("Contamination: not checked, there are no evaluation prompts (eval.prompts)")
         return Chosen(stored, everything)
-    evaluation = load_prompt_set(held_out)
-    tokenizer = target.tokenizer
-    rendered = [
-        tokenizer.decode(ids, skip_special_tokens=True)
-        for ids in encode_prompts(evaluation, tokenizer, data.chat_template_kwargs)
-    ]
-    evaluation += [_as_prompt(p.id, text) for p, text in zip(evaluation, rendered, strict=True)]
-    texts = (tokenizer.decode(ids, skip_special_tokens=True) for ids in stored.prompts())
-    asked = [_as_prompt(str(i), text) for i, text in enumerate(texts)]
+    evaluation = _also_rendered(load_prompt_set(held_out), target, data)
     kept, found = remove_contaminated(asked, evaluation)
     say(f"Conversations against {held_out}: {found.describe()}")
-    return Chosen(stored, [int(prompt.id) for prompt in kept])
+    left = set(map(id, kept))
+    return Chosen(stored, [i for i in everything if id(asked[i]) in left])
+
+
+def stored_prompts(stored: ActivationStore | OnlineActivations, target: Target) -> list[Prompt]:
+    """What is stored are tokens, so a document's prompt is the text of all that the target did not
+    write, marks of the chat template included."""
+    decode = target.tokenizer.decode
+    texts = (decode(ids, skip_special_tokens=True) for ids in stored.prompts())
+    return [_as_prompt(entry.id, text) for entry, text in zip(stored.entries, texts, strict=True)]
+
+
+def _also_rendered(prompts: list[Prompt], target: Target, data: DataConfig) -> list[Prompt]:
+    """The prompts as they are and as the template renders them: in both forms a stored one may
+    repeat them."""
+    encoded = encode_prompts(prompts, target.tokenizer, data.chat_template_kwargs)
+    texts = [target.tokenizer.decode(ids, skip_special_tokens=True) for ids in encoded]
+    return [*prompts, *(_as_prompt(p.id, t) for p, t in zip(prompts, texts, strict=True))]
 
 
 def _as_prompt(prompt_id: str, text: str) -> Prompt:

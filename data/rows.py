@@ -23,12 +23,11 @@ BESIDE = {
 MEDIA = {name + plural: name for name in ("image", "audio", "video") for plural in ("", "s")}
 """Columns, and keys of a turn, of what a text cannot stand for -> its kind."""
 PLACEHOLDER = re.compile(
-    r"<(image)[ _]?\d*>(?!.*</image>)|<\|(image|audio|video)(?:_\w+)?\|>"
-    r"|^<(audio|video)>(?!.*</\3>)|<(audio|video)>$(?!.*</\4>)",
-    re.DOTALL | re.MULTILINE,
+    r"<(image)[ _]?\d*>|<\|(image|audio|video)(?:_\w+)?\|>|^<(audio|video)>|<(audio|video)>$",
+    re.MULTILINE,
 )
-"""Where a text refers to an image, a sound or a film. HTML and SVG have tags of these names too:
-one that is closed, or `<video>` within a line, is no placeholder."""
+"""Where a text refers to an image, a sound or a film, unless its tag is closed: HTML and SVG have
+tags of these names too, and `<video>` within a line is a word about them."""
 ROLES = {
     "system": "system", "developer": "system",
     "user": "user", "human": "user",
@@ -79,9 +78,8 @@ def messages_of(row: dict[str, Any], layout: str) -> list[dict[str, Any]]:
     _check_media(row)
     messages = _with_system(row, layout, _messages(row, layout))
     for turn in messages:
-        found = PLACEHOLDER.search(turn_text(turn)) if turn["role"] != "assistant" else None
-        if found:
-            raise BadRow(f"with {found[found.lastindex or 0]} (placeholder {found[0]})")
+        if turn["role"] != "assistant":
+            _check_placeholders(turn_text(turn))
     asked = [turn_text(turn) for turn in messages if turn["role"] == "user"]
     if not asked:
         raise BadRow("no user turn")
@@ -95,15 +93,14 @@ def _messages(row: dict[str, Any], layout: str) -> list[dict[str, Any]]:
         return [_turn(turn) for turn in objects(row[layout], layout)]
     if asked := user_turns(row, layout):
         return [{"role": "user", "content": asked[0]}]
-    turns = [*_history(row, layout), *_turns(row, layout, "user")]
+    turns = _turns(row, layout, "user")
     if layout == "prompt":
         turns += _turns(row, "response", "assistant") or _turns(row, "completion", "assistant")
     if layout == "instruction":
-        *earlier, asked_for = turns
-        both = [turn_text(turn) for turn in (asked_for, *_turns(row, "input", "user"))]
-        turns = [*earlier, {"role": "user", "content": "\n\n".join(t for t in both if t.strip())}]
+        both = [turn_text(turn) for turn in turns + _turns(row, "input", "user")]
+        turns = [{"role": "user", "content": "\n\n".join(t for t in both if t.strip())}]
         turns += _turns(row, "output", "assistant") or _turns(row, "response", "assistant")
-    return turns
+    return _history(row, layout) + turns
 
 
 def _history(row: dict[str, Any], layout: str) -> list[dict[str, Any]]:
@@ -147,6 +144,13 @@ def _check_media(row: dict[str, Any]) -> None:
     for name in MEDIA.keys() & row.keys():
         if row[name] not in (None, "", [], {}):
             raise BadRow(f"with {MEDIA[name]} (column {name})")
+
+
+def _check_placeholders(text: str) -> None:
+    closed = {kind for kind in set(MEDIA.values()) if f"</{kind}>" in text}
+    for found in PLACEHOLDER.finditer(text):
+        if (kind := found[found.lastindex or 0]) not in closed:
+            raise BadRow(f"with {kind} (placeholder {found[0]})")
 
 
 def unused_columns(row: dict[str, Any], columns: dict[str, str]) -> set[str]:

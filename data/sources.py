@@ -8,17 +8,17 @@ in hand (and the row group of a Parquet file).
 import codecs
 import csv
 import glob
-import gzip
-import io
 import json
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, TextIO
 
 from headstart.configs.schema import SourceConfig
+from headstart.data.file_formats import check_file, encoding_of, open_bytes, open_text
+from headstart.heads.progress import say
 
 Row = dict[str, Any] | str
 """The columns of a row, or the reason why it is unusable."""
@@ -28,6 +28,12 @@ FILES = {
     ".csv": "csv", ".tsv": "csv", ".txt": "text", ".md": "text",
 }  # fmt: skip
 """How each kind of file is read. JSON, CSV and text may be compressed: `.jsonl.gz`."""
+METADATA = {
+    "dataset_dict.json", "dataset_info.json", "dataset_infos.json", "metadata.json", "state.json",
+}  # fmt: skip
+"""Files that `datasets` and others write beside the data."""
+DELIMITERS = ",;\t|"
+"""Of a CSV file, likelier ones first: where numbers have a decimal comma, Excel writes `;`."""
 
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
@@ -57,7 +63,8 @@ def read_rows(source: SourceConfig) -> Iterator[tuple[Place, Row]]:
 
     A path that exists is read from disk: a file by its ending, a folder of `save_to_disk`, or all
     the files of known endings under a folder or that a glob matches, in sorted order (take one
-    split of a downloaded dataset with a glob: `data/train-*.parquet`). Anything else that does
+    split of a downloaded dataset with a glob: `data/train-*.parquet`), without hidden ones and
+    `METADATA`, which are counted. Anything else that does
     not look like a path is the id of a Hugging Face dataset. Code of a dataset is never run.
 
     Raises:
@@ -86,7 +93,14 @@ def _kind(path: Path) -> str | None:
 
 
 def _is_saved(path: Path) -> bool:
-    return (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
+    """Whether `save_to_disk` of `datasets` wrote a folder; others have a state.json too."""
+    if (path / "dataset_dict.json").is_file():
+        return True
+    try:
+        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(state, dict) and "_data_files" in state
 
 
 def _files(path: Path) -> list[Path]:
@@ -96,19 +110,42 @@ def _files(path: Path) -> list[Path]:
         raise ValueError(f"{path}: unknown kind of file; rename or convert it: {', '.join(FILES)}")
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.is_file() and _kind(file))
+        files = _without_stray(path, files)
         # README.md and LICENSE.txt stand beside many a data set, and are no prompts.
         files = [file for file in files if _kind(file) != "text"] or files
     else:
         matches = sorted(map(Path, glob.glob(str(path), recursive=True)))
         files = [file for file in matches if file.is_file() and _kind(file)]
+        files = _without_stray(path, files)
     if not files:
         raise ValueError(f"no prompt file {path}: nothing there that ends in {', '.join(FILES)}")
     return files
 
 
+def _without_stray(folder: Path, files: list[Path]) -> list[Path]:
+    """The files but for hidden ones and `METADATA` among what was found; says how many those are.
+
+    Hidden are `.name`, of Macs `._name`, and all in a hidden folder or in `__MACOSX`; but not what
+    the user named himself.
+    """
+    named = len([part for part in folder.parts if not glob.has_magic(part)])
+
+    def stray(file: Path) -> bool:
+        own = file.parts[named:]
+        return file.name in METADATA or any(p.startswith(".") or p == "__MACOSX" for p in own)
+
+    passed = [file for file in files if stray(file)]
+    if passed:
+        say(f"{folder}: {len(passed)} hidden or metadata files passed over, first {passed[0]}")
+    return [file for file in files if not stray(file)]
+
+
 def _file_rows(path: Path) -> Iterator[tuple[Place, Row]]:
+    kind = _kind(path)
+    assert kind is not None
     try:
-        match _kind(path):
+        check_file(path, kind)
+        match kind:
             case "json" if not _is_array(path):
                 yield from _lines(path, _json_row)
             case "json":
@@ -117,11 +154,14 @@ def _file_rows(path: Path) -> Iterator[tuple[Place, Row]]:
                 yield from _lines(path, _text_row)
             case "csv":
                 yield from _numbered(path, _csv_rows(path))
-            case kind:
-                assert kind is not None
+            case _:
                 yield from _numbered(path, _columnar_rows(path, kind))
     # EOFError and zlib.error: a damaged .gz.
-    except (OSError, EOFError, zlib.error, ValueError, RecursionError, csv.Error) as error:
+    except (EOFError, zlib.error, json.JSONDecodeError, csv.Error) as error:
+        raise ValueError(
+            f"cannot read {path}: {_one_line(error)}; if it is cut short, download it again"
+        ) from error
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"cannot read {path}: {_one_line(error)}") from error
 
 
@@ -130,17 +170,22 @@ def _numbered(path: Path, rows: Iterable[Row]) -> Iterator[tuple[Place, Row]]:
         yield Place(str(path), number), row
 
 
-def _open(path: Path) -> IO[bytes]:
-    """The bytes of a file, decompressed."""
-    return gzip.open(path) if path.suffix == ".gz" else path.open("rb")  # type: ignore[return-value]
-
-
 def _lines(path: Path, parse: Callable[[bytes], Any]) -> Iterator[tuple[Place, Row]]:
-    with _open(path) as file:
-        for number, line in enumerate(file, start=1):
-            line = (line.removeprefix(codecs.BOM_UTF8) if number == 1 else line).strip()
-            if line:
-                yield Place(str(path), number, is_line=True), _parsed(line, parse)
+    for number, line in enumerate(_byte_lines(path), start=1):
+        line = (line.removeprefix(codecs.BOM_UTF8) if number == 1 else line).strip()
+        if line:
+            yield Place(str(path), number, is_line=True), _parsed(line, parse)
+
+
+def _byte_lines(path: Path) -> Iterator[bytes]:
+    """Lines in UTF-8. What says that it is so is not decoded here: a line that is none is one bad
+    row, and fails nothing else."""
+    if encoding_of(path).startswith("utf-8"):
+        with open_bytes(path) as file:
+            yield from file
+    else:
+        with open_text(path, newline="\n") as text:
+            yield from (line.encode() for line in text)
 
 
 def _parsed(line: bytes, parse: Callable[[bytes], Any]) -> Row:
@@ -179,13 +224,13 @@ def _is_array(path: Path) -> bool:
     """Whether a `.json` file is one array of rows, as Alpaca's and ShareGPT's are."""
     if Path(path.name.removesuffix(".gz")).suffix != ".json":
         return False
-    with _open(path) as file:
-        return file.read(4096).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
+    with open_text(path, newline="\n", errors="replace") as file:
+        return file.read(4096).lstrip().startswith("[")
 
 
 def _array_rows(path: Path) -> Iterator[Row]:
-    with _open(path) as file:
-        rows = json.loads(file.read().decode("utf-8-sig"))
+    with open_text(path, newline="\n") as file:
+        rows = json.loads(file.read())
     for row in rows:
         yield _parsed(json.dumps(row).encode(), _json_row)
 
@@ -193,13 +238,28 @@ def _array_rows(path: Path) -> Iterator[Row]:
 def _csv_rows(path: Path) -> Iterator[Row]:
     """Cells as they stand: `datasets` reads through pandas, which makes 7 of 007, None of NA."""
     csv.field_size_limit(2**31 - 1)  # Python's limit of 131,072 characters is below a long prompt
-    delimiter = "\t" if ".tsv" in path.suffixes else ","
-    with io.TextIOWrapper(
-        _open(path), encoding="utf-8-sig", errors="surrogateescape", newline=""
-    ) as file:
+    utf8 = encoding_of(path).startswith("utf-8")
+    with open_text(path, newline="", errors="surrogateescape" if utf8 else "strict") as file:
+        delimiter = _delimiter(path, file)
         # Strict: a stray quote would otherwise swallow the rest of the file as one cell.
         for row in csv.DictReader(file, delimiter=delimiter, strict=True):
             yield _csv_row(row)
+
+
+def _delimiter(path: Path, file: TextIO) -> str:
+    """What separates the columns of the first line; the file is left at the line of their names."""
+    usual = "\t" if ".tsv" in path.suffixes else ","
+    line = file.readline()
+    if line.startswith("sep=") and len(line.strip("\r\n")) == 5:  # what Excel is told by
+        return line[4]
+    file.seek(0)
+    counts = {d: len(next(csv.reader([line], delimiter=d), [])) for d in usual + DELIMITERS}
+    delimiter = usual if counts[usual] > 1 else max(counts, key=lambda d: counts[d])
+    if counts[delimiter] < 2:
+        return usual
+    if delimiter != usual:
+        say(f"{path}: columns are separated by {delimiter!r}")
+    return delimiter
 
 
 def _csv_row(row: dict[Any, Any]) -> Row:

@@ -182,8 +182,8 @@ def _plain_ids(text: str, tokenizer: PreTrainedTokenizerBase, ended: bool) -> li
     """Of a plain text, with one <bos> where it holds its own and the tokenizer adds another; an
     <eos> at its end stays where the text has `ended`."""
     ids = list(tokenizer(text)["input_ids"])
-    while tokenizer.bos_token_id is not None and ids[:2] == [tokenizer.bos_token_id] * 2:
-        del ids[0]
+    first = next((n for n, i in enumerate(ids) if i != tokenizer.bos_token_id), len(ids))
+    ids = ids[max(0, first - 1) :]
     return ids if ended or ids[-1:] != [tokenizer.eos_token_id] else ids[:-1]
 
 

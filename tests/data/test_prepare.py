@@ -11,7 +11,12 @@ from headstart.configs.schema import Config, DataConfig
 from headstart.data.commands import run_extract, run_regenerate
 from headstart.data.conversations import answered, finished_parts, read_part
 from headstart.data.extraction import OnlineActivations
-from headstart.data.prepare import prepare_documents, stream_folder, without_contaminated
+from headstart.data.prepare import (
+    prepare_documents,
+    stored_prompts,
+    stream_folder,
+    without_contaminated,
+)
 from headstart.data.prompts import Prompt
 from headstart.data.store import ActivationStore
 from headstart.data.templates import encode_prompt
@@ -189,10 +194,11 @@ def test_copies_of_short_chat_prompts_are_found_behind_the_template(
         DataConfig(teacher_top_k=4),
     )
     (tmp_path / "eval.jsonl").write_text('{"prompt": "what is LOVE"}\n')
-    kept = without_contaminated(stored, target, DataConfig(), str(tmp_path / "eval.jsonl"))
+    asked = stored_prompts(stored, target)
+    kept = without_contaminated(stored, asked, target, DataConfig(), str(tmp_path / "eval.jsonl"))
     assert [entry.id for entry in kept.entries] == ["1"]
     assert "1 exact" in capsys.readouterr().out
-    without_contaminated(stored, target, DataConfig(), None)
+    without_contaminated(stored, asked, target, DataConfig(), None)
     assert "not checked" in capsys.readouterr().out
 
 

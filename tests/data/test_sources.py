@@ -162,7 +162,9 @@ def test_a_source_that_is_not_there_says_what_was_looked_for(
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.arrow", "a.jsonl.gz", "a.json", "a.csv"])
 def test_a_file_that_cannot_be_read_at_all_is_named(name: str, tmp_path: Path) -> None:
-    (tmp_path / name).write_bytes(b'["prompt\n"open')
+    content = b'["prompt\n"open'
+    content = gzip.compress(content)[:-8] if name.endswith(".gz") else content
+    (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=f"cannot read .*{name}: "):
         rows_of(tmp_path / name)
 
