@@ -9,6 +9,8 @@ import logging
 import sys
 import traceback
 from importlib.metadata import version
+from pathlib import Path
+from typing import Any
 
 from headstart.cli.adapt import add_adapt_command
 from headstart.cli.arguments import add_config_arguments
@@ -20,6 +22,7 @@ from headstart.cli.publish import add_publish_command
 from headstart.cli.runs import add_runs_commands
 from headstart.cli.serving import add_serving_commands
 from headstart.cli.sweep import add_sweep_command
+from headstart.configs.paths import expand_home
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -65,7 +68,20 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"unrecognized arguments: {' '.join(odd or rest)}")
     if rest:
         args.overrides += rest
+    for name, value in vars(args).items():
+        if name != "overrides":  # in which the settings that are paths see to it
+            setattr(args, name, _at_home(value))
     return args
+
+
+def _at_home(value: Any) -> Any:
+    """An argument with `~` taken for the home folder, where a shell left it."""
+    match value:
+        case str() | Path():
+            return type(value)(expand_home(str(value)))
+        case list():
+            return [_at_home(item) for item in value]
+    return value
 
 
 def _one_line(error: Exception) -> str:

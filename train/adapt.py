@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
-from headstart.configs.adapt import DEFAULTS, Adaptation
+from headstart.configs.adapt import DEFAULTS, Adaptation, check_settings
 from headstart.configs.loader import load_config
 from headstart.configs.schema import Config, EvalConfig
 from headstart.data.contamination import remove_contaminated
@@ -67,21 +67,23 @@ def adapt(
         What adapt.json holds.
 
     Raises:
-        ValueError: several processes, bad prompts, a head that does not fit the target, a folder of
-            another adaptation, or a budget that measuring alone takes.
+        ValueError: several processes, a setting that is an argument's, bad prompts, a head that
+            does not fit the target, a folder of another adaptation, or a budget that measuring
+            alone takes.
     """
     if PartialState().num_processes > 1:
         raise ValueError(
             "adapt runs in one process; with several use `headstart regenerate --extract`, then "
             "train with head.start=HEAD, which both take them all"
         )
+    check_settings(overrides)
     start = load_assistant_config(a.head)
     config = load_config(None, [
-        *DEFAULTS, f"head.start={a.head}",
-        f"head.use_ordered_embeddings={str(start.use_ordered_embeddings).lower()}",
-        f"train.rope_position={rope_position(start)}",
-        *overrides, f"run.dir={out / 'run'}", f"data.store={out / 'answers'}",
-        f"target={a.target.model_dump_json()}",
+        *DEFAULTS, ("head.start", a.head),
+        ("head.use_ordered_embeddings", start.use_ordered_embeddings),
+        ("train.rope_position", rope_position(start)),
+        *overrides, ("run.dir", out / "run"), ("data.store", out / "answers"),
+        ("target", a.target.model_dump()),
     ])  # fmt: skip
     a = a.model_copy(update={"target": config.target})  # in the dtype of this machine
     with alone_in(out):

@@ -1,5 +1,6 @@
 """What run folders say: their state, how far they are, their best score, and a picture of it."""
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -117,7 +118,8 @@ def _facts(view: RunView) -> dict[str, str]:
     saved = checkpoints(view.folder / "checkpoints")
     facts["checkpoints"] = ", ".join(path.name for path in saved) or "none"
     if view.status["state"] not in ("running", "finished"):
-        facts["to go on"] = f"headstart train --config {view.folder / 'config.yaml'} --resume"
+        config = shlex.quote(str(view.folder / "config.yaml"))
+        facts["to go on"] = f"headstart train --config {config} --resume"
     return facts
 
 
