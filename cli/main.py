@@ -18,6 +18,7 @@ from headstart.cli.bench import add_bench_commands
 from headstart.cli.data import add_data_commands
 from headstart.cli.evaluate import add_eval_commands
 from headstart.cli.heads import add_heads_commands
+from headstart.cli.output import keep_output
 from headstart.cli.publish import add_publish_command
 from headstart.cli.runs import add_runs_commands
 from headstart.cli.serving import add_serving_commands
@@ -27,6 +28,7 @@ from headstart.configs.paths import expand_home
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code."""
+    keep_output()
     args = _parse(argv)
     try:
         for chatty in ("torchao", "bitsandbytes", "torch.utils._pytree"):
@@ -85,6 +87,13 @@ def _at_home(value: Any) -> Any:
 
 
 def _one_line(error: Exception) -> str:
+    if type(error).__name__ == "ValidationError":  # arguments that make no settings
+        from pydantic import ValidationError
+
+        from headstart.configs.loader import explain_all
+
+        if isinstance(error, ValidationError):
+            error = ValueError(explain_all(error))
     text = " ".join(str(error).split()) or "no message"
     # Ours are ValueErrors and RuntimeErrors with a full sentence; others need their type's name.
     known = isinstance(error, (ValueError, RuntimeError, ModuleNotFoundError))

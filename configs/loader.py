@@ -132,8 +132,9 @@ def _annotation_of(key: str) -> Any:
     return found
 
 
-def explain_all(error: ValidationError, model: type[BaseModel]) -> str:
-    """All that pydantic finds wrong with a tree of `model`, in words."""
+def explain_all(error: ValidationError, model: type[BaseModel] = Config) -> str:
+    """All that pydantic finds wrong with a tree of `model`, in words; of another section's no key
+    may be unknown."""
     return "; ".join(explain(dict(problem), model) for problem in error.errors())
 
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from huggingface_hub import ModelCard
-from rich.console import Console
 from rich.table import Table
 from safetensors import SafetensorError
 
@@ -22,6 +21,7 @@ from headstart.heads.export import load_assistant, load_assistant_config
 from headstart.heads.files import check_empty, whole_folder
 from headstart.heads.loading import load_target_config, load_target_tokens
 from headstart.heads.lora import ADAPTER
+from headstart.heads.progress import plain_console
 from headstart.heads.served import model_fingerprint, split_revision
 
 DEMO = {"gemma3-270m": "google/gemma-3-270m"}  # built-in name -> what it is on the Hub
@@ -264,4 +264,4 @@ def print_folder(files: list[Path], out: Path) -> None:
     table.add_column("bytes", justify="right")
     for path in files:
         table.add_row(str(path.relative_to(out)), f"{path.stat().st_size:,}")
-    Console().print(table)
+    plain_console().print(table)

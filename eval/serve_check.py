@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from headstart.data.prompts import Prompt
@@ -32,7 +31,7 @@ from headstart.heads.export import (
 )
 from headstart.heads.files import write_atomically
 from headstart.heads.gemma3 import Gemma3ForAssistedDecoding
-from headstart.heads.progress import progress_bar
+from headstart.heads.progress import plain_console, progress_bar
 from headstart.heads.targets import Target
 
 SCHEMA = 1
@@ -263,7 +262,7 @@ def print_serve_check(content: dict[str, Any]) -> None:
             f"{speed[f'{name}_plain']:.1f}",
             f"{speed[f'{name}_assisted']:.1f}",
         )
-    Console().print(table)
+    plain_console().print(table)
     for name, share in content["equal_texts"].items():
         print(f"equal texts, {name.replace('_', ' ')}: {share:.0%}")
     print(f"speedup of {env['engine']} by the head: {content['speedup']:.2f}")

@@ -6,6 +6,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from headstart.heads.progress import plain_console
+
 COLUMNS = [
     "decoder", "K", "category", "texts", "acceptance length (95%)", "a_1 .. a_4", "speedup (95%)",
     "without prefill", "predicted", "tok/s", "equal",
@@ -99,7 +101,7 @@ def remarks(content: dict[str, Any]) -> list[str]:
 
 def wide_console() -> Console:
     """For wide tables: outside a terminal rich assumes 80 columns and would fold every cell."""
-    return Console(width=None if sys.stdout.isatty() else 165)
+    return plain_console(None if sys.stdout.isatty() else 165)
 
 
 def print_report(content: dict[str, Any], console: Console | None = None) -> None:
