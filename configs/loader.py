@@ -41,11 +41,12 @@ def load_saved(path: Path) -> Config:
     """The resolved configuration of a run, as `save_config` wrote it.
 
     Raises:
-        ValueError: as `load_config`, or a section is missing: the file was cut short.
+        ValueError: as `load_config`, or the file was cut short.
     """
     sections = read_yaml(path, Config)
-    if missing := [name for name in Config.model_fields if name not in sections]:
-        raise ValueError(f"{path} is damaged: it has no section {missing[0]}")
+    missing = [name for name in Config.model_fields if name not in sections]
+    if missing or not path.read_bytes().endswith(b"\n"):
+        raise ValueError(f"{path} was cut short{f': it has no {missing[0]}' if missing else ''}")
     return load_config(path)
 
 

@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard
 from rich.table import Table
 from safetensors import SafetensorError
 
-from headstart.configs.loader import load_config
+from headstart.configs.loader import load_saved
 from headstart.configs.schema import Config, TargetConfig
 from headstart.eval.card import Published, model_card
 from headstart.eval.compare import read_report
@@ -73,7 +73,7 @@ class _Run:
         """The resolved configuration of the training."""
         if not (self.head / "config.json").is_file():
             raise ValueError(f"{self.folder} holds no finished head: {self.head} is missing")
-        return load_config(self.training / "config.yaml")
+        return load_saved(self.training / "config.yaml")
 
     def summary(self) -> dict[str, Any]:
         """What the training came to."""
