@@ -121,12 +121,22 @@ def split_prompts(a: Adaptation, config: Config) -> dict[str, tuple[list[Prompt]
     """
     sources = {"domain": a.prompts} | ({"general": a.general} if a.general else {})
     loaded = {k: load_prompts(source, config.data.max_bad_rows) for k, source in sources.items()}
-    parts = {k: split_by_source(own, a.held_out, config.run.seed) for k, own in loaded.items()}
+    parts = {}
+    for kind, own in loaded.items():
+        try:
+            parts[kind] = split_by_source(own, a.held_out, config.run.seed, "--held-out")
+        except ValueError as error:
+            raise ValueError(f"{sources[kind].path}: {error}") from error
     held_out = [prompt for _, own in parts.values() for prompt in own]
     found = {}
     for kind, (training, own) in parts.items():
         kept, copies = remove_contaminated(training, held_out)
         say(f"{kind}: {len(own)} prompts held out, {len(kept):,} to train on; {copies.describe()}")
+        if not (kept or a.measure_only) and (kind == "domain" or a.general_share):
+            raise ValueError(
+                f"{sources[kind].path}: no prompt is left to train on, since all are copies of "
+                "those held out: add prompts, or lower --held-out"
+            )
         found[kind] = (kept, own)
     return found
 
