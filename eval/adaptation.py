@@ -195,6 +195,9 @@ def adaptation_markdown(content: dict[str, Any]) -> str:
     """adapt.md."""
     lines = ["# Adaptation of a draft head", "", content["verdict"], "", content["advice"], ""]
     lines += [f"Target: {content['target']['name']}. Head: {content['head']}.", ""]
+    if kwargs := content.get("chat_template_kwargs"):
+        asked = ", ".join(f"{name}={value}" for name, value in kwargs.items())
+        lines += [f"All prompts are asked with {asked}.", ""]
     stages = [stage for stage in STAGES if stage in content["acceptance"]["domain"]]
     lines += [
         f"Acceptance length at K = {content['num_assistant_tokens']}, walked over the target's "

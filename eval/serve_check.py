@@ -12,8 +12,8 @@ import torch
 from rich.table import Table
 
 from headstart.data.prompts import Prompt
-from headstart.data.templates import encode_prompt
 from headstart.eval.acceptance import AcceptanceCounts, zero_counts
+from headstart.eval.asked import asked_by_heads
 from headstart.eval.decoding import Decoded, decode
 from headstart.eval.engine_servers import Answer, Counts, EngineServer, drafts_at_most
 from headstart.eval.environment import environment
@@ -72,11 +72,12 @@ def serve_check(
         ValueError: the engine is not installed, or would refuse the head, here or everywhere.
         RuntimeError: it did not come up or stopped; its log is kept.
     """
+    asked = asked_by_heads([check.head])
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as temporary:
         files = _written(target, config, check, Path(temporary))
         k = check.num_assistant_tokens
-        ids = [encode_prompt(prompt, target.tokenizer) for prompt in prompts]
+        ids = [asked.encode(prompt, target.tokenizer) for prompt in prompts]
         context = max(map(len, ids)) + check.max_new_tokens + k + SPARE
         ours, counts = _by_transformers(target, files.head, check, ids)
         dtype = str(target.identity["dtype"])
@@ -98,6 +99,7 @@ def serve_check(
             "head_trained_for_drafts": rope_position(load_assistant_config(check.head)),
             "dtype": dtype, "prompts": len(prompts), "num_assistant_tokens": k,
             "dense": check.dense, "max_new_tokens": check.max_new_tokens,
+            "chat_template_kwargs": asked.chat_template_kwargs,
         },
         **_compared(ours, counts, sides),
     }  # fmt: skip

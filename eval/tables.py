@@ -45,8 +45,10 @@ def decoder_name(result: dict[str, Any]) -> str:
 def title(content: dict[str, Any]) -> str:
     """What was measured, and where."""
     env = content["environment"]
+    kwargs = env.get("chat_template_kwargs") or {}  # reports of before do not say
+    asked = "".join(f"{name}={value}, " for name, value in kwargs.items())
     return (
-        f"{env['target']}, {env['dtype']}, {env['max_new_tokens']} new tokens, "
+        f"{env['target']}, {env['dtype']}, {asked}{env['max_new_tokens']} new tokens, "
         f"{env['threads']} threads of {env['accelerator'] or env['processor']}"
     )
 
@@ -73,6 +75,11 @@ def remarks(content: dict[str, Any]) -> list[str]:
             "From transformers 5.23 on plain decoding runs on the last token of the prompt alone "
             "in layers that share keys, and decoding with a head on all tokens: the longer the "
             "prompt, the lower the speedup. The column `without prefill` is what drafting gives."
+        )
+    if longer := content["environment"].get("longer_than_trained"):
+        lines.append(
+            f"{longer} of the prompts are longer than those of the head's training, which kept "
+            "their last data.max_prompt_tokens; here they are whole."
         )
     for name, costs in content["costs"].items():
         for decoder, cost in costs.items():

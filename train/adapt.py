@@ -29,6 +29,7 @@ from headstart.eval.adaptation import (
     outcome,
     plot_adaptation,
 )
+from headstart.eval.asked import as_the_head_was
 from headstart.eval.environment import environment
 from headstart.eval.report import as_json
 from headstart.heads.export import load_assistant_config, rope_position
@@ -85,6 +86,7 @@ def adapt(
         *overrides, ("run.dir", out / "run"), ("data.store", out / "answers"),
         ("target", a.target.model_dump()),
     ])  # fmt: skip
+    config = config.model_copy(update={"data": as_the_head_was(config.data, a.head)})
     a = a.model_copy(update={"target": config.target})  # in the dtype of this machine
     with alone_in(out):
         settings = a.model_dump(mode="json", exclude={"measure_only"})
@@ -110,7 +112,7 @@ def adapt(
                 measure_again(a, config, prompts, out, notes, device)
             stages["adapted"] = read_texts(notes.found["adapted"])
             content["speedup"] = notes.found["decoding"]
-        return _write(a, stages, content, out, notes, command)
+        return _write(a, config, stages, content, out, notes, command)
 
 
 def split_prompts(a: Adaptation, config: Config) -> dict[str, tuple[list[Prompt], list[Prompt]]]:
@@ -198,6 +200,7 @@ def _left(a: Adaptation, notes: Notes) -> float:
 
 def _write(
     a: Adaptation,
+    config: Config,
     stages: dict[str, Texts],
     content: dict[str, Any],
     out: Path,
@@ -215,6 +218,7 @@ def _write(
         },
         "head": a.head,
         "num_assistant_tokens": a.num_assistant_tokens,
+        "chat_template_kwargs": config.data.chat_template_kwargs,
         "general_share": a.general_share if a.general else 0.0,
         **headline(compared),
         **content,

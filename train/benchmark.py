@@ -89,7 +89,8 @@ def run_train_benchmark(config: Config, prompts: int, device: str, out: Path | N
 def conversations_of_text(target: Target, config: Config, count: int) -> list[Conversation]:
     """The longest prompts as conversations: some tokens given, all others taken as the answer."""
     prompts = load_prompts(config.data.prompts[0], config.data.max_bad_rows)
-    encoded = [encode_prompt(prompt, target.tokenizer) for prompt in prompts]
+    kwargs = config.data.chat_template_kwargs
+    encoded = [encode_prompt(prompt, target.tokenizer, None, kwargs) for prompt in prompts]
     longest = sorted(encoded, key=len, reverse=True)[:count]
     length = config.data.max_prompt_tokens
     return [
