@@ -25,6 +25,7 @@ from tests.train.test_loop import ROOT
 
 THINKING = {"enable_thinking": True}
 PLAIN = {"enable_thinking": False}
+ASKED = "data.chat_template_kwargs={enable_thinking: true}"
 
 
 @pytest.fixture(autouse=True)
@@ -48,14 +49,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def config_of(folder: Path, name: str, *overrides: Any) -> Config:
-    settings = [
-        ("run.dir", folder / name), ("target.name", folder / "target"),
-        ("data.prompts", str(folder / "train.jsonl")), ("data.cache_dir", folder / "cache"),
-        ("eval.prompts", folder / "eval.jsonl"),
-    ]  # fmt: skip
+def config_of(folder: Path, run: Path, *overrides: str) -> Config:
     return load_config(ROOT / "configs" / "tiny.yaml", [
-        *((key, str(value)) for key, value in settings),
+        f"run.dir={run}", f"target.name={folder / 'target'}", f"data.cache_dir={run}-cache",
+        f"data.prompts={folder / 'train.jsonl'}", f"eval.prompts={folder / 'eval.jsonl'}",
         "train.steps=2", "train.warmup_steps=1", "train.validate_every=2",
         "data.num_conversations=6", "data.validation_conversations=2", "data.max_new_tokens=8",
         "head.use_ordered_embeddings=false", "head.num_centroids=null", "eval.exact_limit=0",
@@ -67,7 +64,7 @@ def config_of(folder: Path, name: str, *overrides: Any) -> Config:
 @pytest.fixture(scope="module")
 def thinking(folder: Path) -> Path:
     """A run whose prompts asked the target to think."""
-    config = config_of(folder, "thinking", ("data.chat_template_kwargs", THINKING))
+    config = config_of(folder, folder / "thinking", ASKED)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("headstart.eval.draft_cost.COST_TURNS", 1)
         run(config)
@@ -133,10 +130,7 @@ def test_heads_of_runs_that_asked_differently_are_evaluated_one_by_one(
 
 
 def test_prompts_longer_than_in_training_are_counted(folder: Path, tmp_path: Path) -> None:
-    run(config_of(tmp_path, "short", *[
-        ("target.name", str(folder / "target")), ("data.prompts", str(folder / "train.jsonl")),
-        ("eval.prompts", str(folder / "eval.jsonl")), ("data.max_prompt_tokens", 12),
-    ]))  # fmt: skip
+    run(config_of(folder, tmp_path / "short", "data.max_prompt_tokens=12"))
     out = tmp_path / "short" / "eval"
     assert measured(out) == lengths(folder, {}), "they are measured whole"
     assert environment(out)["longer_than_trained"] == 2
@@ -196,11 +190,11 @@ def test_a_store_that_was_asked_otherwise_is_evaluated_as_it_was_asked(
     folder: Path, tmp_path: Path
 ) -> None:
     """`data.store` and the settings of the prompts that made it come from two commands."""
-    made = config_of(folder, "none", ("data.chat_template_kwargs", THINKING))
+    made = config_of(folder, tmp_path / "none", ASKED)
     run_regenerate(made, tmp_path / "store", extracting=True, device="cpu")
-    config = config_of(folder, "none", ("data.store", tmp_path / "store"))
-    run(config.model_copy(update={"run": config.run.model_copy(update={"dir": tmp_path / "r"})}))
-    assert measured(tmp_path / "r" / "eval") == lengths(folder, THINKING)
+    config = config_of(folder, tmp_path / "run", f"data.store={tmp_path / 'store'}")
+    run(config)
+    assert measured(tmp_path / "run" / "eval") == lengths(folder, THINKING)
     other = {"store": tmp_path / "store", "chat_template_kwargs": {"enable_thinking": 3}}
     with pytest.raises(ValueError, match="leave it out"):
         prepare.template_variables(config.data.model_copy(update=other))
@@ -233,7 +227,6 @@ def test_an_engine_is_asked_as_the_heads_run_asked(
 def test_a_head_whose_run_is_not_known_is_asked_as_the_template_has_it(
     folder: Path, thinking: Path, tmp_path: Path
 ) -> None:
-    """As before; a folder `head` beside a config.yaml of somebody else is the exception."""
     moved = tmp_path / "moved"
     moved.symlink_to(thinking / "head")
     assert evaluated(folder, tmp_path / "out", moved) == 0
