@@ -111,6 +111,7 @@ def add_eval_commands(commands: Any) -> None:
 
 def _run_eval(args: argparse.Namespace) -> None:
     from headstart.configs.schema import EvalConfig
+    from headstart.eval.asked import asked_by_heads
     from headstart.eval.estimate import run_estimate
     from headstart.eval.report import run_evaluation
     from headstart.heads.export import load_assistant
@@ -128,6 +129,7 @@ def _run_eval(args: argparse.Namespace) -> None:
         max_new_tokens=args.max_new_tokens,
         limit=args.limit,
     )  # before the weights are loaded: wrong settings are told at once
+    asked = asked_by_heads(args.head)
     device = default_device()
     target = load_served(target_config(args), device)
     dtype = target.table.dtype
@@ -139,7 +141,7 @@ def _run_eval(args: argparse.Namespace) -> None:
         return
     of_target = str(dtype).removeprefix("torch.")
     models = {name: load_target(name, of_target, device=device).model for name in args.draft_model}
-    run_evaluation(target, heads, chosen, args.out, args.resume, models)
+    run_evaluation(target, heads, chosen, args.out, args.resume, models, asked)
 
 
 def _run_compare(args: argparse.Namespace) -> None:

@@ -9,6 +9,8 @@ import logging
 import sys
 import traceback
 from importlib.metadata import version
+from pathlib import Path
+from typing import Any
 
 from headstart.cli.adapt import add_adapt_command
 from headstart.cli.arguments import add_config_arguments
@@ -17,14 +19,17 @@ from headstart.cli.check import add_check_command
 from headstart.cli.data import add_data_commands
 from headstart.cli.evaluate import add_eval_commands
 from headstart.cli.heads import add_heads_commands
+from headstart.cli.output import keep_output
 from headstart.cli.publish import add_publish_command
 from headstart.cli.runs import add_runs_commands
 from headstart.cli.serving import add_serving_commands
 from headstart.cli.sweep import add_sweep_command
+from headstart.configs.paths import expand_home
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code."""
+    keep_output()
     args = _parse(argv)
     try:
         for chatty in ("torchao", "bitsandbytes", "torch.utils._pytree"):
@@ -66,10 +71,30 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"unrecognized arguments: {' '.join(odd or rest)}")
     if rest:
         args.overrides += rest
+    for name, value in vars(args).items():
+        if name != "overrides":  # in which the settings that are paths see to it
+            setattr(args, name, _at_home(value))
     return args
 
 
+def _at_home(value: Any) -> Any:
+    """An argument with `~` taken for the home folder, where a shell left it."""
+    match value:
+        case str() | Path():
+            return type(value)(expand_home(str(value)))
+        case list():
+            return [_at_home(item) for item in value]
+    return value
+
+
 def _one_line(error: Exception) -> str:
+    if type(error).__name__ == "ValidationError":  # arguments that make no settings
+        from pydantic import ValidationError
+
+        from headstart.configs.loader import explain_all
+
+        if isinstance(error, ValidationError):
+            error = ValueError(explain_all(error))
     text = " ".join(str(error).split()) or "no message"
     # Ours are ValueErrors and RuntimeErrors with a full sentence; others need their type's name.
     known = isinstance(error, (ValueError, RuntimeError, ModuleNotFoundError))

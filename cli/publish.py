@@ -34,6 +34,11 @@ def add_publish_command(commands: Any) -> None:
         help="the head that a head's adapter goes onto, ORG/NAME@REVISION for a revision (default: "
         "as the run names it)",
     )  # fmt: skip
+    add("--target", metavar="DIR", help="where the target lies now, if it was moved")
+    add(
+        "--adapter", action="append", default=[], metavar="DIR",
+        help="where an adapter of the target lies now; again for each, in their order",
+    )  # fmt: skip
     add("--merged", action="store_true", help="publish an adapter's head whole")
     add("--license", metavar="NAME", help="(default: that of the target)")
     add("--language", action="append", default=[], metavar="CODE", help="of the prompts: en, de")
@@ -54,8 +59,6 @@ def _run_publish(args: argparse.Namespace) -> None:
 
     if args.dry_run and args.out is None:
         raise ValueError("--dry-run writes a folder: name it with --out DIR")
-    if args.repo_id.count("/") != 1:
-        raise ValueError(f"--repo-id {args.repo_id!r} is not of the form ORG/NAME")
     what = Publication(
         run=args.run,
         repo_id=args.repo_id,
@@ -65,6 +68,8 @@ def _run_publish(args: argparse.Namespace) -> None:
         merged=args.merged,
         license=args.license,
         languages=tuple(args.language),
+        target=args.target,
+        adapters=tuple(args.adapter),
         texts=not args.without_texts,
     )
     with tempfile.TemporaryDirectory() as temporary:

@@ -4,7 +4,7 @@ import re
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
-from headstart.configs.schema import Section, SourceConfig, TargetConfig
+from headstart.configs.schema import Place, Section, SourceConfig, TargetConfig
 
 DEFAULTS = [
     "head.earlier_clusters=keep",  # minutes that steps use better
@@ -21,10 +21,26 @@ DEFAULTS = [
 half its learning rate, since the head is finished."""
 
 
+ARGUMENTS = {
+    "target": "--target, --adapter and --dtype", "head.start": "--head", "run.dir": "--out",
+    "data.store": "--out", "data.prompts": "--prompts and --general",
+    "eval": "--held-out, --decoded and --num-assistant-tokens",
+}  # fmt: skip
+"""Settings that an adaptation takes from arguments of its own."""
+
+
+def check_settings(overrides: list[str]) -> None:
+    """Raise `ValueError` where a `section.key=value` would be passed over for an argument."""
+    for key in (override.partition("=")[0] for override in overrides):
+        for name, argument in ARGUMENTS.items():
+            if key == name or key.startswith(f"{name}."):
+                raise ValueError(f"{key} is given to adapt by {argument}, not as a setting")
+
+
 class Adaptation(Section):
     target: TargetConfig
     """The tuned target, as it is served."""
-    head: str
+    head: Place
     """The head to go on from, by folder or Hub id."""
     prompts: SourceConfig
     """Prompts of the target's new work."""
@@ -33,7 +49,7 @@ class Adaptation(Section):
     and forgetting is not measured."""
     general_share: float = Field(default=0.25, ge=0, lt=1)
     """Share of the training conversations that answer general prompts."""
-    base: str | None = None
+    base: Place | None = None
     """The target that the head was trained for, which tells what was lost. None: the one that the
     head names; where it names none, the target without its adapters."""
     budget_minutes: float = Field(default=15, gt=0)

@@ -5,9 +5,10 @@ when the configuration is loaded, not an hour into the run.
 """
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -17,17 +18,30 @@ from pydantic import (
     model_validator,
 )
 
+from headstart.configs.paths import expand_home
+
+Folder = Annotated[Path, AfterValidator(lambda path: Path(expand_home(str(path))))]
+"""A path of this machine, with `~` for the home folder."""
+Place = Annotated[str, AfterValidator(expand_home)]
+"""A path of this machine, with `~` for the home folder, or a name that needs none: built in, or of
+the Hub."""
+
 
 class Section(BaseModel):
-    """Base of every section: unknown keys are errors, values never change after loading."""
+    """Base of every section: unknown keys are errors, values never change after loading, and no
+    number is infinite or none."""
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True
+        extra="forbid",
+        frozen=True,
+        use_attribute_docstrings=True,
+        validate_default=True,
+        allow_inf_nan=False,
     )
 
 
 class RunConfig(Section):
-    dir: Path = Path("runs/unnamed")
+    dir: Folder = Path("runs/unnamed")
     """Folder of the run: config.yaml, metrics.jsonl, checkpoints/, head/, eval/. From a file
     NAME.yaml it is runs/NAME unless the file or an override says otherwise."""
     seed: NonNegativeInt = 0
@@ -39,7 +53,7 @@ Quantization = Literal["torchao-int8", "bnb-int8", "bnb-nf4"]
 
 
 class TargetConfig(Section):
-    name: str = "gemma3-270m"
+    name: Place = "gemma3-270m"
     """Built-in name (`gemma3-270m`, `tiny-gemma4`, `tiny-gemma3`), local folder, Hub id, or a GGUF
     file, whose weights are taken out of their quantisation."""
     revision: str | None = None
@@ -49,7 +63,7 @@ class TargetConfig(Section):
     bfloat16 on GPUs and on CPUs with instructions for it (avx512_bf16, AMX), else float32."""
     trust_remote_code: bool = False
     """Whether code shipped with a Hub checkpoint may run. Off unless you turn it on."""
-    adapters: list[str] = []
+    adapters: list[Place] = []
     """PEFT adapters on top of it, one after another: folders or Hub ids, `ID@REVISION` for a
     revision."""
     merge_adapters: bool = True
@@ -105,7 +119,7 @@ class HeadConfig(Section):
     """MLP width. None: that of the target's source layer for a full-width head, else 4 x width."""
     num_attention_heads: PositiveInt | None = None
     """Query heads. None: the target's number."""
-    start: str = "target"
+    start: Place = "target"
     """Weights at step 0: `target`, its own source layers (full width only); `random`; or a finished
     head, by folder or Hub id, such as google/gemma-4-E4B-it-assistant, whose shapes are kept."""
     lora: LoraConfig | None = None
@@ -165,7 +179,7 @@ class HeadConfig(Section):
 class SourceConfig(Section):
     """Where prompts, or whole conversations, come from. A bare string in YAML is its `path`."""
 
-    path: str
+    path: Place
     """A local file (JSONL, Parquet, Arrow, CSV or plain text), a folder or glob of such files, or
     the id of a Hugging Face dataset."""
     name: str | None = None
@@ -193,9 +207,9 @@ class SourceConfig(Section):
 class DataConfig(Section):
     prompts: list[SourceConfig] = [SourceConfig(path="data/prompts/text_train.jsonl")]
     """Sources of training prompts, one or a list; the target writes the responses."""
-    conversations: Path | None = None
+    conversations: Folder | None = None
     """Folder of `headstart regenerate`: its conversations are trained on, none are generated."""
-    store: Path | None = None
+    store: Folder | None = None
     """Folder of `headstart extract`, or of `headstart regenerate --extract`: its activations are
     trained on, the target runs over no text."""
     online: bool = False
@@ -235,7 +249,7 @@ class DataConfig(Section):
     max_tokens: int = Field(default=4096, ge=8)
     """Longer conversations are cut into pieces that overlap by half, so that every token keeps
     context before it (unit: tokens)."""
-    cache_dir: Path | None = None
+    cache_dir: Folder | None = None
     """Where conversations and activations are kept. None: the user's cache folder."""
 
     @field_validator("prompts", mode="before")
@@ -380,7 +394,7 @@ which needs no head; a small model of the same vocabulary through the stock gene
 
 
 class EvalConfig(Section):
-    prompts: str = "data/prompts/text_eval.jsonl"
+    prompts: Place = "data/prompts/text_eval.jsonl"
     """Held-out prompts: a file, a Hub dataset, or a set by its name, such as `spec-bench`
     (docs/data.md)."""
     num_assistant_tokens: list[PositiveInt] = [2, 4]
@@ -388,7 +402,7 @@ class EvalConfig(Section):
     decoders: list[Decoder] = ["transformers", "exact"]
     """Ways to decode with drafts, compared with plain decoding (docs/decoding.md).
     `heuristic`, `confident`, `cost` and `hybrid` choose K themselves, up to 8."""
-    draft_models: list[str] = []
+    draft_models: list[Place] = []
     """Small models of the target's vocabulary (folder or Hub id) for the decoder `draft-model`."""
     temperatures: list[float] = [0.0]
     """Of the sampling; 0 is greedy. Each is compared with plain decoding of its own."""

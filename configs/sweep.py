@@ -1,17 +1,18 @@
 """A sweep: runs of one recipe that differ in some settings each, judged on the same texts."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, PositiveInt, ValidationError, field_validator
 
-from headstart.configs.loader import explain, load_config, read_yaml
-from headstart.configs.schema import Config, Section
+from headstart.configs.loader import Override, explain_all, load_config, read_yaml
+from headstart.configs.schema import Config, Folder, Section
 
 
 class Judge(Section):
-    store: Path
+    store: Folder
     """Activation store of texts that no run trains on, in which rounds are walked. Greedy text is
     judged as greedy decoding; on sampled text a draft is right where the target drew it."""
     rope_position: Literal["newest", "one_earlier"] = "newest"
@@ -19,7 +20,7 @@ class Judge(Section):
 
 
 class Sweep(Section):
-    config: Path
+    config: Folder
     """Run YAML of the recipe that all runs vary."""
     overrides: list[str] = Field(default=[])
     """`section.key=value` for every run, such as `data.store=stores/train`."""
@@ -37,7 +38,7 @@ class Sweep(Section):
     def _stores(cls, judged_on: Any) -> Any:
         if not isinstance(judged_on, dict):
             return judged_on
-        return {k: {"store": v} if isinstance(v, str) else v for k, v in judged_on.items()}
+        return {k: {"store": v} if isinstance(v, str | Path) else v for k, v in judged_on.items()}
 
     @field_validator("runs")
     @classmethod
@@ -48,7 +49,7 @@ class Sweep(Section):
             raise ValueError(f"{odd[0]!r} is to name a folder: letters, digits and . + - _ alone")
         return runs
 
-    def configs(self, out: Path, overrides: list[str] | None = None) -> list[tuple[str, Config]]:
+    def configs(self, out: Path, overrides: Sequence[Override] = ()) -> list[tuple[str, Config]]:
         """The name and the configuration of each run, those of one seed after another.
 
         Args:
@@ -61,8 +62,8 @@ class Sweep(Section):
         found = []
         for seed in self.seeds:
             for name, own in self.runs.items():
-                place = [f"run.seed={seed}", f"run.dir={out / f'{name}-seed{seed}'}"]
-                settings = [*self.overrides, *(overrides or []), *own, *place]
+                place = [("run.seed", seed), ("run.dir", out / f"{name}-seed{seed}")]
+                settings = [*self.overrides, *overrides, *own, *place]
                 try:
                     found.append((name, load_config(self.config, settings)))
                 except ValueError as error:
@@ -77,7 +78,6 @@ def load_sweep(path: Path) -> Sweep:
         ValueError: the file is missing or malformed, or a key does not exist.
     """
     try:
-        return Sweep.model_validate(read_yaml(path))
+        return Sweep.model_validate(read_yaml(path, Sweep))
     except ValidationError as error:
-        problems = "; ".join(explain(dict(e), Sweep) for e in error.errors())
-        raise ValueError(f"{path}: {problems}") from error
+        raise ValueError(f"{path}: {explain_all(error, Sweep)}") from error

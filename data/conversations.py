@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from transformers import PreTrainedTokenizerBase
 
+from headstart.configs.schema import DataConfig
 from headstart.heads.files import whole_file, write_atomically
 
 FORMAT = 2  # of the folder: raise it when the same settings come to give other conversations
@@ -85,6 +86,7 @@ def claim_folder(folder: Path, settings: dict[str, Any], parts: int) -> None:
         there = read_manifest(folder)
         # A fingerprint says more than a name, which may change with the folder.
         names = {"target", "revision"} if settings["fingerprint"] else set()
+        names.add("chat_template_kwargs")  # of which `prompts` has what the template made
         for key in [key for key in settings if key not in names]:
             if there.get(key) != settings[key]:
                 raise ValueError(
@@ -116,6 +118,24 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error}): regenerate the folder") from error
     return manifest
+
+
+def template_variables(data: DataConfig) -> dict[str, Any]:
+    """The variables of the chat template with which the texts of a run were asked for: those that
+    the folder it reads was made with, else `data.chat_template_kwargs`.
+
+    Raises:
+        ValueError: both are there, and differ.
+    """
+    given, folder = data.chat_template_kwargs, data.store or data.conversations
+    if folder is None or not (folder / MANIFEST).is_file():
+        return given
+    made: dict[str, Any] = read_manifest(folder).get("chat_template_kwargs") or given
+    if given not in ({}, made):
+        raise ValueError(
+            f"data.chat_template_kwargs={given}, but {folder} was asked with {made}: leave it out"
+        )
+    return made
 
 
 def part_path(folder: Path, number: int) -> Path:

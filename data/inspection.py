@@ -57,7 +57,7 @@ def inspect_path(
     Raises:
         ValueError: nothing that can be inspected, a damaged file, or an unknown `tokenizer_of`.
     """
-    folder, config = Path(path).expanduser(), config or DataConfig()
+    folder, config = Path(path), config or DataConfig()
     # Outside a terminal rich assumes 80 columns and would fold every cell.
     console = console or Console(width=None if sys.stdout.isatty() else 132)
     regenerated = (folder / MANIFEST).is_file()

@@ -63,7 +63,9 @@ def conversation_settings(
 ) -> dict[str, Any]:
     """What decides the conversations: equal settings, equal answers (of one machine)."""
     asked = [[job.id, job.prompt_ids, astuple(job.sampling)] for job in jobs]
+    kwargs = config.chat_template_kwargs
     return {
+        **({"chat_template_kwargs": kwargs} if kwargs else {}),
         "target": tokens.name,
         "revision": tokens.revision,
         "fingerprint": tokens.fingerprint,

@@ -14,6 +14,7 @@ from headstart.data.conversations import (
     read_manifest,
     read_part,
     stable_hash,
+    template_variables,
 )
 from headstart.data.extraction import OnlineActivations, extract
 from headstart.data.jobs import Job, conversation_settings, make_jobs
@@ -78,6 +79,7 @@ def _prepare_stored(
     target: Target, data: DataConfig, seed: int, held_out: str | None
 ) -> tuple[Documents, Documents]:
     """From `data.store` or `data.conversations`."""
+    data = data.model_copy(update={"chat_template_kwargs": template_variables(data)})
     stored: ActivationStore | OnlineActivations
     if data.store is not None:
         stored = ActivationStore(data.store, target)

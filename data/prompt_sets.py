@@ -168,5 +168,5 @@ def _load(key: str, path: str | None) -> list[Prompt]:
 
 
 def _is_there(path: str) -> bool:
-    file = Path(path).expanduser()
+    file = Path(path)
     return path != "" and (file.exists() or bool(glob.glob(str(file), recursive=True)))

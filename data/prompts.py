@@ -267,11 +267,19 @@ def limit_evenly(prompts: list[Prompt], limit: int | None) -> list[Prompt]:
     return [p for p in prompts if id(p) in kept]
 
 
-def split_by_source(prompts: list[S], held_out: int, seed: int) -> tuple[list[S], list[S]]:
+def split_by_source(
+    prompts: list[S], held_out: int, seed: int, key: str = "data.validation_conversations"
+) -> tuple[list[S], list[S]]:
     """Split into (training, validation) such that no source is in both.
 
     Whole sources are held out, drawn with `seed` and dealt over the categories; one with more
     prompts than are still wanted stays in training.
+
+    Args:
+        prompts: of all sources.
+        held_out: prompts to hold out.
+        seed: of the draw.
+        key: what the user gives `held_out` by.
 
     Raises:
         ValueError: too few prompts or sources to hold that many out.
@@ -292,7 +300,7 @@ def split_by_source(prompts: list[S], held_out: int, seed: int) -> tuple[list[S]
         raise ValueError(
             f"cannot hold out {held_out} validation prompts of {len(prompts)} from "
             f"{len(groups)} sources: whole sources are held out, so add prompts or sources, or "
-            "lower data.validation_conversations"
+            f"lower {key}"
         )
     training = [p for p in prompts if p.source not in chosen]
     return training, [p for p in prompts if p.source in chosen]

@@ -70,7 +70,7 @@ def read_rows(source: SourceConfig) -> Iterator[tuple[Place, Row]]:
     Raises:
         ValueError: a source that is missing, of an unknown kind, or that cannot be loaded.
     """
-    path = Path(source.path).expanduser()
+    path = Path(source.path)
     if _is_saved(path):
         yield from _saved_rows(path, source.split)
     elif path.exists() or glob.has_magic(source.path):
@@ -84,7 +84,7 @@ def read_rows(source: SourceConfig) -> Iterator[tuple[Place, Row]]:
 
 def is_hub_dataset(path: str) -> bool:
     """Whether a source's path is read as the id of a Hugging Face dataset."""
-    there = Path(path).expanduser()
+    there = Path(path)
     return not there.exists() and not _kind(there) and HUB_ID.fullmatch(path) is not None
 
 

@@ -59,8 +59,9 @@ def headline(compared: dict[str, Any]) -> dict[str, Any]:
 
     `recovered_share`: of the accepted tokens that the domain lost, those that came back; and the
     same where each stage counts its texts without loops alone, since a target that loops flatters
-    the head that it had. `general_change_share`: accepted tokens on general prompts after, over
-    those before, less one.
+    the head that it had; None too where chance explains the loss, of which a share says nothing.
+    `general_change_share`: accepted tokens on general prompts after, over those before, less one;
+    None where chance explains that there were any before.
     """
     domain = compared["domain"]
     lengths = {
@@ -74,7 +75,8 @@ def headline(compared: dict[str, Any]) -> dict[str, Any]:
         before, after = (
             compared["general"][stage]["acceptance_length"] - 1 for stage in ("stale", "adapted")
         )
-        change = after / before - 1 if before > 0 else None
+        least, _ = compared["general"]["stale"]["acceptance_length_interval"]
+        change = after / before - 1 if before > 0 and least > 1 else None
     return lengths | {
         "recovered_share": _recovered(domain, "acceptance_length"),
         "recovered_share_without_loops": _recovered(domain, "acceptance_length_without_loops"),
@@ -83,12 +85,19 @@ def headline(compared: dict[str, Any]) -> dict[str, Any]:
 
 
 def _recovered(domain: dict[str, Any], name: str) -> float | None:
-    """None: a stage is missing, or nothing was lost."""
+    """None: a stage is missing, or nothing was lost but by chance."""
     reference, stale, adapted = (domain[s].get(name) if s in domain else None for s in STAGES)
     if reference is None or stale is None or adapted is None or reference <= stale:
         return None
+    if _lost_by_chance(domain):
+        return None
     recovered: float = (adapted - stale) / (reference - stale)
     return recovered
+
+
+def _lost_by_chance(domain: dict[str, Any]) -> bool:
+    _, high = domain["lost"]["difference_interval"]
+    return bool(high >= 0)
 
 
 def advice(compared: dict[str, Any]) -> str:
@@ -99,7 +108,7 @@ def advice(compared: dict[str, Any]) -> str:
         return f"{now}. What it had on the target that it was trained for is not known (--base)."
     lost, (low, high) = domain["lost"]["difference"], domain["lost"]["difference_interval"]
     before = domain["reference"]["acceptance_length"]
-    if high >= 0:
+    if _lost_by_chance(domain):
         return (
             f"{now}, and at {_length(domain['reference'])} on its own target: chance explains the "
             "difference, so that there may be little to win back, if something to gain."
@@ -138,6 +147,8 @@ def outcome(content: dict[str, Any]) -> str:
         straight = content["recovered_share_without_loops"]
         if straight is not None and _loops(domain):
             text += f" ({straight:.0%} where looping texts are left out)"
+    elif "lost" in domain and _lost_by_chance(domain):
+        text += ", where what was lost before is within chance"
     if content["general_change_share"] is not None:
         text += f"; on general prompts {content['general_change_share']:+.0%} accepted tokens"
     if low <= 0:
@@ -184,6 +195,9 @@ def adaptation_markdown(content: dict[str, Any]) -> str:
     """adapt.md."""
     lines = ["# Adaptation of a draft head", "", content["verdict"], "", content["advice"], ""]
     lines += [f"Target: {content['target']['name']}. Head: {content['head']}.", ""]
+    if kwargs := content.get("chat_template_kwargs"):
+        asked = ", ".join(f"{name}={value}" for name, value in kwargs.items())
+        lines += [f"All prompts are asked with {asked}.", ""]
     stages = [stage for stage in STAGES if stage in content["acceptance"]["domain"]]
     lines += [
         f"Acceptance length at K = {content['num_assistant_tokens']}, walked over the target's "

@@ -25,6 +25,7 @@ from headstart.eval.decoding import decode, synchronize
 from headstart.eval.environment import environment
 from headstart.heads.files import write_atomically
 from headstart.heads.loading import open_target
+from headstart.heads.progress import plain_console
 from headstart.heads.targets import Target
 
 TURNS = 2  # of each side; the quicker one counts, since what disturbs a machine only slows it
@@ -237,4 +238,4 @@ def print_figures(content: dict[str, Any], console: Console | None = None) -> No
         for name, value in content.get(section, {}).items():
             table.add_row(name, form.format(value))
         table.add_section()
-    (console or Console()).print(table)
+    (console or plain_console()).print(table)

@@ -64,8 +64,10 @@ def read_report(path: Path) -> dict[str, Any]:
         raise ValueError(f"no report at {path}: `headstart eval --out DIR` writes DIR/report.json")
     try:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # no UTF-8 text, or no JSON
         raise ValueError(f"{path} is damaged: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is damaged: it holds no report")
     if content.get("schema") != 2:
         raise ValueError(
             f"{path} has schema {content.get('schema')}, not 2: measure again with this version"

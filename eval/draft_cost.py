@@ -28,7 +28,7 @@ from headstart.eval.moment import MAX_DRAFT_TOKENS, Moment, dense_lm_head, prepa
 from headstart.heads.assistant import check_pair
 from headstart.heads.drafting import Drafter
 from headstart.heads.few_rows import quick_few_rows
-from headstart.heads.progress import progress_bar
+from headstart.heads.progress import plain_console, progress_bar
 from headstart.heads.targets import Target
 
 DRAFTS = 4  # a draft step is timed as a part of a round: its first draft finds other weights cached
@@ -220,7 +220,7 @@ def print_draft_cost(content: dict[str, Any], console: Console | None = None) ->
     """Print the times of one step each, and by K what a round costs."""
     where, seconds, ratios = content["environment"], content["seconds"], content["ratios"]
     kinds = [kind for kind in KINDS if f"c_{kind}" in ratios]
-    console = console or Console()
+    console = console or plain_console()
     table = Table(
         title=f"draft: {where['head']} for {where['target']}, {where['dtype']}, "
         f"{where['context']} tokens of context, {where['threads']} threads of "

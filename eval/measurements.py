@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from headstart.data.prompts import Prompt
-from headstart.data.templates import encode_prompt
+from headstart.eval.asked import Asked
 from headstart.eval.decoding import GREEDY, Decoded, decode
 from headstart.eval.partings import Parting, explain_parting, parting
 from headstart.eval.sides import Side
@@ -139,6 +139,7 @@ def measure_prompts(
     sides: Mapping[Sampling, Sequence[Side]],
     max_new_tokens: int,
     kept: Measurements,
+    asked: Asked,
 ) -> None:
     """Decode every prompt plainly and by each side, in an order drawn anew for each text, after a
     warm-up that is thrown away. The prompts come in a drawn order too.
@@ -151,7 +152,7 @@ def measure_prompts(
     todo = [place for place in order if prompts[place].id not in kept.done]
     with progress_bar() as bar:
         if todo:
-            warm = encode_prompt(prompts[todo[0]], target.tokenizer)
+            warm = asked.encode(prompts[todo[0]], target.tokenizer)
             one_of_each = [None, *next(iter(sides.values()))]
             task = bar.add_task("Warming up", total=len(one_of_each), status="")
             for side in one_of_each:
@@ -165,7 +166,7 @@ def measure_prompts(
             line: dict[str, Any] = {"id": prompt.id, "category": prompt.category, "turns": []}
             for sampling, own in sides.items():
                 line["turns"] += _converse(
-                    target, prompt, own, sampling, place, max_new_tokens, again
+                    target, prompt, own, sampling, place, max_new_tokens, again, asked
                 )
             kept.add(line)
             bar.update(task, advance=1)
@@ -179,12 +180,13 @@ def _converse(
     seed: int,
     max_new_tokens: int,
     again: bool,
+    asked: Asked,
 ) -> list[dict[str, Any]]:
     """All turns of a prompt, one after another."""
     turns = []
     messages = list(prompt.question)
     for number in range(1 + len(prompt.later_turns)):
-        ids = encode_prompt(replace(prompt, messages=messages), target.tokenizer)
+        ids = asked.encode(replace(prompt, messages=messages), target.tokenizer)
         turn = _measure_turn(target, ids, sides, sampling, seed, max_new_tokens, again)
         turns.append({"turn": number, "temperature": sampling.temperature} | turn)
         if number < len(prompt.later_turns):

@@ -8,21 +8,22 @@ from typing import Any
 
 import torch
 from huggingface_hub import ModelCard
-from rich.console import Console
 from rich.table import Table
 from safetensors import SafetensorError
 
-from headstart.configs.loader import load_config
+from headstart.configs.loader import load_saved, save_config
 from headstart.configs.schema import Config, TargetConfig
 from headstart.eval.card import Published, model_card
 from headstart.eval.compare import read_report
 from headstart.eval.licence import licence_of, notice
+from headstart.eval.public import check_hub_id, is_private, without_paths
 from headstart.eval.report import write_report
 from headstart.heads.export import load_assistant, load_assistant_config
 from headstart.heads.files import check_empty, whole_folder
-from headstart.heads.loading import load_target_config, load_target_tokens
+from headstart.heads.loading import load_served, load_target_config, load_target_tokens
 from headstart.heads.lora import ADAPTER
-from headstart.heads.served import model_fingerprint, split_revision
+from headstart.heads.progress import plain_console
+from headstart.heads.served import model_fingerprint, served_name, split_revision
 
 DEMO = {"gemma3-270m": "google/gemma-3-270m"}  # built-in name -> what it is on the Hub
 NOT_PUBLISHED = (ADAPTER, "order.json")  # of a run's head folder: what no reader of heads wants
@@ -50,6 +51,10 @@ class Publication:
     license: str | None = None
     """None: the target's own."""
     languages: tuple[str, ...] = ()
+    target: str | None = None
+    """Where the target lies now; None: where the run has it."""
+    adapters: tuple[str, ...] = ()
+    """Where its adapters lie now; empty: where the run has them."""
     texts: bool = True
     """Whether the report keeps its example texts, which are of the evaluation prompts."""
 
@@ -73,20 +78,23 @@ class _Run:
         """The resolved configuration of the training."""
         if not (self.head / "config.json").is_file():
             raise ValueError(f"{self.folder} holds no finished head: {self.head} is missing")
-        return load_config(self.training / "config.yaml")
+        return load_saved(self.training / "config.yaml")
 
     def summary(self) -> dict[str, Any]:
         """What the training came to."""
         path = self.training / "summary.json"
         if not path.is_file():
             raise ValueError(f"{self.folder} holds no finished run: {path} is missing")
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged: {error}") from error
         return found
 
     @property
     def pictures(self) -> list[Path]:
         run, adapted = self.training, self.folder
-        paths = [run / "progress.png", adapted / "adapt.png", adapted / "adapt.md"]
+        paths = [run / "progress.png", adapted / "adapt.png"]
         return [path for path in paths if path.is_file()]
 
 
@@ -105,18 +113,18 @@ def build_folder(what: Publication, out: Path) -> list[Path]:
     """
     if not ((out / SETTINGS).is_file() and (out / EVALUATION).is_dir()):
         check_empty(out)
+    check_hub_id(what.repo_id, "--repo-id", "give --repo-id ORG/NAME")
     run = _Run(what.run)
     config = run.config()
-    report = read_report(what.report or run.folder / "eval")
-    evaluated = _evaluated(report, run.head)
     as_adapter = (run.head / ADAPTER).is_dir() and not what.merged
     base_head = _base_head(what, config) if as_adapter else None
     served = _on_the_hub(what, config)
-    if not what.texts:
-        report = report | {"examples": []}
-    t = config.target
-    target_config = load_target_config(t.name, t.revision, t.trust_remote_code)
-    tokenizer = load_target_tokens(t).tokenizer
+    report = read_report(what.report or run.folder / "eval")
+    evaluated = _evaluated(report, run.head)
+    target_config, tokenizer = _load_target(_where_it_is(what, config, report))
+    names = _public_names(what, config, served, report, evaluated)
+    report = without_paths(report if what.texts else report | {"examples": []}, names)
+    config = Config.model_validate(without_paths(config.model_dump(mode="json"), names))
     terms = {"license": what.license} if what.license else licence_of(target_config, served)
     published = Published(
         repo_id=what.repo_id,
@@ -125,7 +133,7 @@ def build_folder(what: Publication, out: Path) -> list[Path]:
         or [split_revision(name)[0] for name in (*reversed(served.adapters), served.name)],
         base_head=base_head,
         served=served,
-        head_name=evaluated.name,
+        head_name=names[evaluated.name],
         head_config=load_assistant_config(run.head),
         own_parameters=evaluated.own_parameters,
         target_config=target_config,
@@ -143,9 +151,15 @@ def build_folder(what: Publication, out: Path) -> list[Path]:
                 run.head, work, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*NOT_PUBLISHED)
             )
             tokenizer.save_pretrained(work)
-        shutil.copy(run.training / "config.yaml", work / SETTINGS)
+            path = work / "config.json"  # which notes the target that the head was trained for
+            content = without_paths(json.loads(path.read_text(encoding="utf-8")), names)
+            path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        save_config(config, work / SETTINGS)
         (work / EVALUATION).mkdir()
         write_report(report, work / EVALUATION)
+        if (told := run.folder / "adapt.md").is_file():
+            text = without_paths(told.read_text(encoding="utf-8"), names)
+            (work / EVALUATION / told.name).write_text(text, encoding="utf-8")
         for picture in run.pictures:
             shutil.copy(picture, work / EVALUATION / picture.name)
         (work / "README.md").write_text(model_card(published), encoding="utf-8")
@@ -202,28 +216,86 @@ def _evaluated(report: dict[str, Any], head: Path) -> _Evaluated:
 
 def _on_the_hub(what: Publication, config: Config) -> TargetConfig:
     """The target by the names that others load it by."""
+    for name in what.base_models:
+        check_hub_id(name, "--base-model", "give --base-model ORG/NAME")
     if what.base_models:
         named: dict[str, Any] = {"name": what.base_models[0], "revision": None, "adapters": []}
         return config.target.model_copy(update=named)
     t = config.target
     names = [DEMO.get(t.name, t.name), *t.adapters]
     for name in names:
-        if Path(name).exists() or name.count("/") != 1:
-            raise ValueError(
-                f"the target {name} is no repository of the Hub, which a card has to name: give "
-                "--base-model ORG/NAME, that of the target or of what it was tuned from"
-            )
+        check_hub_id(
+            name, "the target",
+            "a card has to name one, give --base-model ORG/NAME, that of the target or of what it "
+            "was tuned from",
+        )  # fmt: skip
     return t.model_copy(update={"name": names[0]})
 
 
 def _base_head(what: Publication, config: Config) -> str:
     name = what.base_head or config.head.start
-    if Path(name).exists() or name.count("/") != 1:
-        raise ValueError(
-            f"the head {name}, which this adapter goes onto, is no repository of the Hub: publish "
-            "it and give --base-head ORG/NAME, or publish the whole head with --merged"
-        )
+    check_hub_id(
+        name, "the head of this adapter,",
+        "publish it and give --base-head ORG/NAME, or publish the whole head with --merged",
+    )  # fmt: skip
     return name
+
+
+def _where_it_is(what: Publication, config: Config, report: dict[str, Any]) -> TargetConfig:
+    """The target of a run where it lies now.
+
+    Raises:
+        ValueError: what is named is another target than the one that was evaluated.
+    """
+    t = config.target
+    if what.target is None and not what.adapters:
+        return t
+    env, moved = report["environment"], {"adapters": list(what.adapters) or t.adapters}
+    if what.target is not None:
+        moved |= {"name": what.target, "revision": None}
+    now = t.model_copy(update=moved)
+    found = load_served(now.model_copy(update={"dtype": env["dtype"]})).fingerprint
+    if found != env["target_fingerprint"]:
+        raise ValueError(
+            f"{served_name(now.name, now.adapters, now.quantization)} ({found[:12]}) is not the "
+            f"target of the report ({env['target_fingerprint'][:12]}): name the one that was "
+            "evaluated, --target DIR, and --adapter DIR for each adapter of it"
+        )
+    return now
+
+
+def _load_target(t: TargetConfig) -> tuple[Any, Any]:
+    """The configuration and the tokenizer of a target."""
+    try:
+        tokenizer = load_target_tokens(t).tokenizer
+        return load_target_config(t.name, t.revision, t.trust_remote_code), tokenizer
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{' '.join(str(error).split())}. If the target of the run was moved, say where it is "
+            "now: --target DIR, and --adapter DIR for each adapter"
+        ) from error
+
+
+def _public_names(
+    what: Publication,
+    config: Config,
+    served: TargetConfig,
+    report: dict[str, Any],
+    evaluated: "_Evaluated",
+) -> dict[str, str]:
+    """Path -> what others know it by; names that are public already stand for themselves."""
+    t = config.target
+    names = {name: Path(name).name for name in [t.name, *t.adapters, config.head.start]}
+    names |= dict(zip(t.adapters, served.adapters, strict=False))
+    names = {name: public for name, public in names.items() if is_private(name)}
+    if is_private(t.name) or Path(t.name).exists():
+        names[t.name] = served.name
+    if names.keys() & {t.name, *t.adapters}:
+        whole = served_name(t.name, t.adapters, t.quantization)
+        names[whole] = served_name(served.name, served.adapters, t.quantization)
+    for head in report["environment"]["heads"]:
+        names[head] = Path(head).name if is_private(head) else head
+    return names | {evaluated.name: what.repo_id}
 
 
 def _copy_adapter(adapter: Path, work: Path, base_head: str) -> None:
@@ -264,4 +336,4 @@ def print_folder(files: list[Path], out: Path) -> None:
     table.add_column("bytes", justify="right")
     for path in files:
         table.add_row(str(path.relative_to(out)), f"{path.stat().st_size:,}")
-    Console().print(table)
+    plain_console().print(table)

@@ -13,6 +13,7 @@ from headstart.configs.schema import EvalConfig
 from headstart.data.prompt_sets import load_prompt_set
 from headstart.data.prompts import Prompt, limit_evenly
 from headstart.data.templates import check_template, encode_prompts
+from headstart.eval.asked import Asked
 from headstart.eval.draft_cost import Costs, measure_costs
 from headstart.eval.environment import environment
 from headstart.eval.measurements import Measurements, Text, measure_prompts
@@ -45,6 +46,7 @@ def run_evaluation(
     out: Path,
     resume: bool = False,
     draft_models: Mapping[str, PreTrainedModel] | None = None,
+    asked: Asked | None = None,
 ) -> dict[str, Any]:
     """Evaluate heads on prompts, print a table and write report.json, .md and .html.
 
@@ -55,6 +57,7 @@ def run_evaluation(
         out: folder; `measurements.jsonl` there has every text and its times.
         resume: go on with the prompts that are missing there.
         draft_models: name -> small model of the target's vocabulary.
+        asked: how the run of the heads asked its prompts, as these are asked; None: not known.
 
     Returns:
         What report.json holds.
@@ -63,13 +66,15 @@ def run_evaluation(
         ValueError: bad prompts, a head that does not fit the target, or measurements of something
             else to go on with.
     """
+    asked = asked or Asked()
     _check_models(target, heads, draft_models or {}, chosen)
     warnings = {n: w for n, head in heads.items() if (w := other_target(target, head))}
     for name, warning in warnings.items():
         say(f"{name}: {warning}")
     prompts = limit_evenly(load_prompt_set(chosen.prompts), chosen.limit)
     check_template(prompts, target)
-    encode_prompts(prompts, target.tokenizer)  # one that cannot be used is named before all work
+    # One that cannot be used is named before all work.
+    encode_prompts(prompts, target.tokenizer, asked.chat_template_kwargs)
     settings = {
         "target": target.name,
         "target_fingerprint": target.fingerprint,
@@ -77,12 +82,13 @@ def run_evaluation(
         "head_fingerprints": {n: model_fingerprint(h, h.config) for n, h in heads.items()},
         "dtype": target.identity["dtype"],
         **chosen.model_dump(mode="json", exclude={"exact_limit"}),
+        "chat_template_kwargs": asked.chat_template_kwargs or None,  # as if earlier files had it
     }
     kept = Measurements(out / "measurements.jsonl", settings, resume)
     samplings = [Sampling(t, chosen.top_k, chosen.top_p) for t in chosen.temperatures]
-    sides = _prepare(target, heads, draft_models or {}, chosen, prompts, samplings, kept)
-    measure_prompts(target, prompts, sides, chosen.max_new_tokens, kept)
-    content = _content(target, prompts, sides, settings, kept) | {"warnings": warnings}
+    sides = _prepare(target, heads, draft_models or {}, chosen, prompts, samplings, kept, asked)
+    measure_prompts(target, prompts, sides, chosen.max_new_tokens, kept, asked)
+    content = _content(target, prompts, sides, settings, kept, asked) | {"warnings": warnings}
     write_report(content, out)
     print_report(content)
     print(f"Written: {out / 'report.json'}, report.md, report.html")
@@ -95,6 +101,7 @@ def _content(
     sides: Mapping[Sampling, Sequence[Side]],
     settings: dict[str, Any],
     kept: Measurements,
+    asked: Asked,
 ) -> dict[str, Any]:
     """Of report.json."""
     measured: dict[tuple[Any, ...], list[Text]] = {}
@@ -110,6 +117,7 @@ def _content(
         "environment": environment(target.device)
         | settings
         | {"prefill_skips_layers": skips_prefill(target.config)}
+        | {"longer_than_trained": _longer(first, asked.max_prompt_tokens)}
         | {"peak_process_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024},
         "costs": kept.found.get("costs", {}),
         "thresholds": kept.found.get("thresholds", {}),
@@ -119,6 +127,11 @@ def _content(
         "results": found,
         "examples": _examples(target, prompts, measured, found),
     }
+
+
+def _longer(texts: Sequence[Text], most: int | None) -> int | None:
+    """Prompts that training would have cut; None: not known."""
+    return None if most is None else len({t.id for t in texts if t.prompt_len > most})
 
 
 def _check_models(
@@ -169,6 +182,7 @@ def _prepare(
     prompts: Sequence[Prompt],
     samplings: Sequence[Sampling],
     kept: Measurements,
+    asked: Asked,
 ) -> dict[Sampling, list[Side]]:
     """Measure what drafts cost and choose thresholds, once for a report, and make the sides: for
     each sampling its own, since they learn."""
@@ -178,7 +192,7 @@ def _prepare(
     costs = {n: {d: Costs(**c) for d, c in m.items()} for n, m in kept.found["costs"].items()}
     if "confident" in chosen.decoders and "thresholds" not in kept.found:
         few = limit_evenly(list(prompts), CALIBRATION)
-        ids = encode_prompts(few, target.tokenizer)
+        ids = encode_prompts(few, target.tokenizer, asked.chat_template_kwargs)
         kept.find("thresholds", {
             name: calibrated_threshold(
                 target, head, costs[name]["exact"], ids, chosen.max_new_tokens

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from headstart.data.prompts import Prompt
 from headstart.data.templates import encode_prompts
 from headstart.eval.acceptance import AcceptanceCounts, zero_counts
+from headstart.eval.asked import asked_by_heads
 from headstart.eval.decoding import Decoded, decode
 from headstart.eval.engine_servers import Answer, Counts, EngineServer, drafts_at_most
 from headstart.eval.environment import environment
@@ -32,7 +32,7 @@ from headstart.heads.export import (
 )
 from headstart.heads.files import write_atomically
 from headstart.heads.gemma3 import Gemma3ForAssistedDecoding
-from headstart.heads.progress import progress_bar
+from headstart.heads.progress import plain_console, progress_bar
 from headstart.heads.targets import Target
 
 SCHEMA = 1
@@ -73,11 +73,12 @@ def serve_check(
         ValueError: the engine is not installed, or would refuse the head, here or everywhere.
         RuntimeError: it did not come up or stopped; its log is kept.
     """
+    asked = asked_by_heads([check.head])
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as temporary:
         files = _written(target, config, check, Path(temporary))
         k = check.num_assistant_tokens
-        ids = encode_prompts(prompts, target.tokenizer)
+        ids = encode_prompts(prompts, target.tokenizer, asked.chat_template_kwargs)
         context = max(map(len, ids)) + check.max_new_tokens + k + SPARE
         ours, counts = _by_transformers(target, files.head, check, ids)
         dtype = str(target.identity["dtype"])
@@ -99,6 +100,7 @@ def serve_check(
             "head_trained_for_drafts": rope_position(load_assistant_config(check.head)),
             "dtype": dtype, "prompts": len(prompts), "num_assistant_tokens": k,
             "dense": check.dense, "max_new_tokens": check.max_new_tokens,
+            "chat_template_kwargs": asked.chat_template_kwargs,
         },
         **_compared(ours, counts, sides),
     }  # fmt: skip
@@ -263,7 +265,7 @@ def print_serve_check(content: dict[str, Any]) -> None:
             f"{speed[f'{name}_plain']:.1f}",
             f"{speed[f'{name}_assisted']:.1f}",
         )
-    Console().print(table)
+    plain_console().print(table)
     for name, share in content["equal_texts"].items():
         print(f"equal texts, {name.replace('_', ' ')}: {share:.0%}")
     print(f"speedup of {env['engine']} by the head: {content['speedup']:.2f}")

@@ -6,6 +6,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from headstart.heads.progress import plain_console
+
 COLUMNS = [
     "decoder", "K", "category", "texts", "acceptance length (95%)", "a_1 .. a_4", "speedup (95%)",
     "without prefill", "predicted", "tok/s", "equal",
@@ -43,8 +45,10 @@ def decoder_name(result: dict[str, Any]) -> str:
 def title(content: dict[str, Any]) -> str:
     """What was measured, and where."""
     env = content["environment"]
+    kwargs = env.get("chat_template_kwargs") or {}  # reports of before do not say
+    asked = "".join(f"{name}={value}, " for name, value in kwargs.items())
     return (
-        f"{env['target']}, {env['dtype']}, {env['max_new_tokens']} new tokens, "
+        f"{env['target']}, {env['dtype']}, {asked}{env['max_new_tokens']} new tokens, "
         f"{env['threads']} threads of {env['accelerator'] or env['processor']}"
     )
 
@@ -71,6 +75,11 @@ def remarks(content: dict[str, Any]) -> list[str]:
             "From transformers 5.23 on plain decoding runs on the last token of the prompt alone "
             "in layers that share keys, and decoding with a head on all tokens: the longer the "
             "prompt, the lower the speedup. The column `without prefill` is what drafting gives."
+        )
+    if longer := content["environment"].get("longer_than_trained"):
+        lines.append(
+            f"{longer} of the prompts are longer than those of the head's training, which kept "
+            "their last data.max_prompt_tokens; here they are whole."
         )
     for name, costs in content["costs"].items():
         for decoder, cost in costs.items():
@@ -99,7 +108,7 @@ def remarks(content: dict[str, Any]) -> list[str]:
 
 def wide_console() -> Console:
     """For wide tables: outside a terminal rich assumes 80 columns and would fold every cell."""
-    return Console(width=None if sys.stdout.isatty() else 165)
+    return plain_console(None if sys.stdout.isatty() else 165)
 
 
 def print_report(content: dict[str, Any], console: Console | None = None) -> None:

@@ -18,6 +18,7 @@ from transformers import GenerationConfig
 from transformers.utils import cached_file
 
 from headstart.heads.export import load_assistant_config
+from headstart.heads.progress import plain_console
 from headstart.heads.step_cost import target_step_weights
 
 WEIGHTS = "model.safetensors"
@@ -218,7 +219,7 @@ def print_description(figures: dict[str, Any], console: Console | None = None) -
         for name, value in section.items():
             table.add_row(name, value)
         table.add_section()
-    (console or Console()).print(table)
+    (console or plain_console()).print(table)
 
 
 def _shape_rows(figures: dict[str, Any]) -> dict[str, str]:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from accelerate import PartialState
+from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -36,13 +37,13 @@ def progress_bar() -> Progress:
     if PartialState().is_main_process and not sys.stdout.isatty():
         return LogProgress(_log_seconds())
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=24),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TextColumn("eta"),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[status]}"),
+        TextColumn("{task.fields[status]}", markup=False),
         speed_estimate_period=SPEED_PERIOD,
         disable=not PartialState().is_main_process,
     )
@@ -173,3 +174,12 @@ def kept_lines() -> Iterator[list[str]]:
         yield lines
     finally:
         _kept.remove(lines)
+
+
+def plain_console(width: int | None = None) -> Console:
+    """For tables: no path, category or text in them is taken for markup.
+
+    Args:
+        width: in characters; None: that of the terminal.
+    """
+    return Console(width=width, markup=False, emoji=False)

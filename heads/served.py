@@ -38,6 +38,8 @@ def served_name(name: str, adapters: Sequence[str], quantization: Quantization |
 
 def served_config(name: str, revision: str | None = None) -> TargetConfig:
     """The configuration of a target by what `served_name` calls it."""
+    if Path(name).exists():  # a folder may have ` + ` in its name
+        return TargetConfig(name=name, revision=revision)
     whole, quantization = name, None
     for one in get_args(Quantization):
         if name.endswith(f" ({one})"):

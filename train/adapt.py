@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
-from headstart.configs.adapt import DEFAULTS, Adaptation
+from headstart.configs.adapt import DEFAULTS, Adaptation, check_settings
 from headstart.configs.loader import load_config
 from headstart.configs.schema import Config, EvalConfig
 from headstart.data.contamination import remove_contaminated
@@ -29,6 +29,7 @@ from headstart.eval.adaptation import (
     outcome,
     plot_adaptation,
 )
+from headstart.eval.asked import as_the_head_was
 from headstart.eval.environment import environment
 from headstart.eval.report import as_json
 from headstart.heads.export import load_assistant_config, rope_position
@@ -67,22 +68,25 @@ def adapt(
         What adapt.json holds.
 
     Raises:
-        ValueError: several processes, bad prompts, a head that does not fit the target, a folder of
-            another adaptation, or a budget that measuring alone takes.
+        ValueError: several processes, a setting that is an argument's, bad prompts, a head that
+            does not fit the target, a folder of another adaptation, or a budget that measuring
+            alone takes.
     """
     if PartialState().num_processes > 1:
         raise ValueError(
             "adapt runs in one process; with several use `headstart regenerate --extract`, then "
             "train with head.start=HEAD, which both take them all"
         )
+    check_settings(overrides)
     start = load_assistant_config(a.head)
     config = load_config(None, [
-        *DEFAULTS, f"head.start={a.head}",
-        f"head.use_ordered_embeddings={str(start.use_ordered_embeddings).lower()}",
-        f"train.rope_position={rope_position(start)}",
-        *overrides, f"run.dir={out / 'run'}", f"data.store={out / 'answers'}",
-        f"target={a.target.model_dump_json()}",
+        *DEFAULTS, ("head.start", a.head),
+        ("head.use_ordered_embeddings", start.use_ordered_embeddings),
+        ("train.rope_position", rope_position(start)),
+        *overrides, ("run.dir", out / "run"), ("data.store", out / "answers"),
+        ("target", a.target.model_dump()),
     ])  # fmt: skip
+    config = config.model_copy(update={"data": as_the_head_was(config.data, a.head)})
     a = a.model_copy(update={"target": config.target})  # in the dtype of this machine
     with alone_in(out):
         settings = a.model_dump(mode="json", exclude={"measure_only"})
@@ -108,7 +112,7 @@ def adapt(
                 measure_again(a, config, prompts, out, notes, device)
             stages["adapted"] = read_texts(notes.found["adapted"])
             content["speedup"] = notes.found["decoding"]
-        return _write(a, stages, content, out, notes, command)
+        return _write(a, config, stages, content, out, notes, command)
 
 
 def split_prompts(a: Adaptation, config: Config) -> dict[str, tuple[list[Prompt], list[Prompt]]]:
@@ -119,12 +123,22 @@ def split_prompts(a: Adaptation, config: Config) -> dict[str, tuple[list[Prompt]
     """
     sources = {"domain": a.prompts} | ({"general": a.general} if a.general else {})
     loaded = {k: load_prompts(source, config.data.max_bad_rows) for k, source in sources.items()}
-    parts = {k: split_by_source(own, a.held_out, config.run.seed) for k, own in loaded.items()}
+    parts = {}
+    for kind, own in loaded.items():
+        try:
+            parts[kind] = split_by_source(own, a.held_out, config.run.seed, "--held-out")
+        except ValueError as error:
+            raise ValueError(f"{sources[kind].path}: {error}") from error
     held_out = [prompt for _, own in parts.values() for prompt in own]
     found = {}
     for kind, (training, own) in parts.items():
         kept, copies = remove_contaminated(training, held_out)
         say(f"{kind}: {len(own)} prompts held out, {len(kept):,} to train on; {copies.describe()}")
+        if not (kept or a.measure_only) and (kind == "domain" or a.general_share):
+            raise ValueError(
+                f"{sources[kind].path}: no prompt is left to train on, since all are copies of "
+                "those held out: add prompts, or lower --held-out"
+            )
         found[kind] = (kept, own)
     return found
 
@@ -186,6 +200,7 @@ def _left(a: Adaptation, notes: Notes) -> float:
 
 def _write(
     a: Adaptation,
+    config: Config,
     stages: dict[str, Texts],
     content: dict[str, Any],
     out: Path,
@@ -203,6 +218,7 @@ def _write(
         },
         "head": a.head,
         "num_assistant_tokens": a.num_assistant_tokens,
+        "chat_template_kwargs": config.data.chat_template_kwargs,
         "general_share": a.general_share if a.general else 0.0,
         **headline(compared),
         **content,

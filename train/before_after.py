@@ -13,8 +13,8 @@ from headstart.data.jobs import make_jobs
 from headstart.data.prompts import Prompt, limit_evenly
 from headstart.data.regenerate import regenerate
 from headstart.data.store import ActivationStore
-from headstart.data.templates import encode_prompt
 from headstart.eval.adaptation import Texts, speedups
+from headstart.eval.asked import asked_by_run
 from headstart.eval.decoding import decode
 from headstart.eval.report import run_evaluation
 from headstart.eval.walked import Walked, walk_texts
@@ -127,7 +127,6 @@ def measure_again(
 
     Args: as for `measure_before`.
     """
-    """Walk the new head over the same texts, and decode some prompts with both heads."""
     head = str(config.run.dir / "head")
     target = open_target(a.target, device)
 
@@ -148,7 +147,9 @@ def measure_again(
         )
         dtype = target.table.dtype
         heads = {name: load_assistant(name, dtype, target.device) for name in names.values()}
-        report = run_evaluation(target, heads, chosen, out / "eval", resume=True)
+        report = run_evaluation(
+            target, heads, chosen, out / "eval", resume=True, asked=asked_by_run(config.data)
+        )
         return speedups(report, names)
 
     notes.once("adapted", walk)
@@ -175,7 +176,7 @@ def _decodable(a: Adaptation, config: Config, prompts: Any, target: Target, out:
     if path.is_file():
         return path
     first = prompts["domain"][1][0]
-    ids = encode_prompt(first, target.tokenizer)
+    ids = asked_by_run(config.data).encode(first, target.tokenizer)
     n = config.data.max_new_tokens
     seconds = decode(target, ids, n).seconds  # plain: the longest of the three
     there = DECODING * 60 * a.budget_minutes / (4.5 * seconds) / len(prompts)

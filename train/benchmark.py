@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from headstart.configs.schema import Config, TrainConfig
@@ -23,6 +22,7 @@ from headstart.eval.benchmarks import bare_forwards, in_turns, print_figures, wr
 from headstart.eval.environment import environment
 from headstart.eval.memory import peak_memory
 from headstart.heads.loading import open_target
+from headstart.heads.progress import plain_console
 from headstart.heads.targets import Target
 from headstart.heads.ties import low_rank_agreement
 from headstart.heads.unroll import DraftHead
@@ -89,7 +89,8 @@ def run_train_benchmark(config: Config, prompts: int, device: str, out: Path | N
 def conversations_of_text(target: Target, config: Config, count: int) -> list[Conversation]:
     """The longest prompts as conversations: some tokens given, all others taken as the answer."""
     prompts = load_prompts(config.data.prompts[0], config.data.max_bad_rows)
-    encoded = encode_prompts(prompts, target.tokenizer)
+    kwargs = config.data.chat_template_kwargs
+    encoded = encode_prompts(prompts, target.tokenizer, kwargs)
     longest = sorted(encoded, key=len, reverse=True)[:count]
     length = config.data.max_prompt_tokens
     return [
@@ -222,5 +223,5 @@ def run_tie_benchmark(config: Config, device: str, out: Path | None) -> None:
         table.add_column(name, justify="right")
     for width in shares["data"]:
         table.add_row(width, *(f"{shares[kind][width]:.1%}" for kind in kinds))
-    Console().print(table)
+    plain_console().print(table)
     write_figures(content, out)

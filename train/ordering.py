@@ -16,6 +16,7 @@ from accelerate import PartialState
 from headstart.configs.schema import Config, HeadConfig
 from headstart.data.prepare import prepare_documents
 from headstart.data.store import Documents
+from headstart.eval.asked import as_the_head_was
 from headstart.eval.simulate import Simulated, simulate_acceptance
 from headstart.heads.assistant import check_pair
 from headstart.heads.export import (
@@ -105,9 +106,10 @@ def reorder(path: str, target: Target, config: Config, order: Order, out: Path) 
     _shape(assistant.config, order)
     its_own = config.train.model_copy(update={"rope_position": rope_position(assistant.config)})
     config = config.model_copy(update={"train": its_own})
-    training, validation = prepare_documents(target, config.data, config.run.seed, None)
+    data = as_the_head_was(config.data, path)
+    training, validation = prepare_documents(target, data, config.run.seed, None)
     assistant, found = order_head(assistant, target, training, validation, config, order)
-    found = {"head": path, **found}
+    found = {"head": path, "chat_template_kwargs": data.chat_template_kwargs, **found}
     _save(assistant, target, config, found, out)
     return found
 

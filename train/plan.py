@@ -15,6 +15,7 @@ from headstart.heads.assistant import assistant_config
 from headstart.heads.export import load_assistant_config
 from headstart.heads.loading import load_target_config
 from headstart.heads.lora import add_lora
+from headstart.heads.progress import plain_console
 from headstart.heads.published import published_config, published_head
 from headstart.heads.targets import SUPPORTED, source_layers
 
@@ -27,7 +28,7 @@ def print_plan(config: Config, console: Console | None = None) -> None:
     table = Table(title=f"Plan of {config.run.dir}", show_header=False)
     for name, value in plan(config).items():
         table.add_row(name, value)
-    (console or Console()).print(table)
+    (console or plain_console()).print(table)
 
 
 def plan(config: Config) -> dict[str, str]:

@@ -4,6 +4,7 @@ import torch
 from accelerate import PartialState
 
 from headstart.configs.schema import Config, EvalConfig
+from headstart.eval.asked import asked_by_run
 from headstart.eval.report import run_evaluation
 from headstart.heads.export import load_assistant
 from headstart.heads.loading import load_served
@@ -39,7 +40,8 @@ def _evaluate(config: Config, chosen: EvalConfig, device: torch.device) -> None:
         target = load_served(served, device)
         head = config.run.dir / "head"
         assistant = load_assistant(head, getattr(torch, dtype), device)
-        content = run_evaluation(target, {str(head): assistant}, what, out)
+        asked = asked_by_run(config.data)
+        content = run_evaluation(target, {str(head): assistant}, what, out, asked=asked)
         if out == folder:
             log_report(config, content)
         parted = [p for r in content["results"] for p in r["parted"] if not p["within_rounding"]]

@@ -9,7 +9,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from headstart.configs.loader import save_config
+from headstart.configs.loader import dump_config, read_yaml
 from headstart.configs.schema import Config
 from headstart.heads.files import is_held, only_one_in, write_atomically
 from headstart.train.checkpoints import (
@@ -19,6 +19,7 @@ from headstart.train.checkpoints import (
     remove_unfinished,
 )
 
+CONFIG = "config.yaml"
 STATUS = "status.json"
 METRICS = "metrics.jsonl"
 _NO_DIFFERENCE = (
@@ -78,13 +79,41 @@ def read_status(run: Path) -> dict[str, Any]:
     Raises:
         ValueError: there is none, or it is damaged.
     """
+    path = run / STATUS
+    if not path.is_file():
+        raise ValueError(f"{run} holds no run: there is no {path}")
     try:
-        status: dict[str, Any] = json.loads((run / STATUS).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{run} holds no run: {run / STATUS} cannot be read ({error})") from error
+        status: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if not all(isinstance(status[key], str) for key in ("state", "doing", "started")):
+            raise TypeError("state, doing and started are to be texts")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged ({_reason(error)})") from error
     if status["state"] == "running" and not is_held(run):
         status |= {"state": "killed", "why": "its process is gone and noted no end"}
     return status
+
+
+def _reason(error: Exception) -> str:
+    return f"no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
+
+
+def read_steps(run: Path) -> int:
+    """Optimizer steps that the configuration of a run asks for; 0: it failed before its
+    configuration was written.
+
+    Raises:
+        ValueError: config.yaml is damaged.
+    """
+    path = run / CONFIG
+    if not path.is_file():
+        return 0
+    # Of another version it may have settings that this one does not know.
+    tree = read_yaml(path, Config)
+    train = tree.get("train")
+    steps = train.get("steps") if isinstance(train, dict) else None
+    if not isinstance(steps, int):
+        raise ValueError(f"{path} is damaged: it has no train.steps")
+    return steps
 
 
 def open_run(config: Config, resume: bool, processes: int) -> None:
@@ -118,7 +147,7 @@ def open_run(config: Config, resume: bool, processes: int) -> None:
                 f"{saved[-1]} was written with {change}: give it back, or name another folder, "
                 "run.dir=PATH"
             )
-    save_config(config, run / "config.yaml")
+    write_atomically(run / CONFIG, dump_config(config))
 
 
 def what_differs(earlier: Config, its_processes: int, now: Config, processes: int) -> str:
@@ -153,12 +182,28 @@ def append_metrics(run: Path, row: dict[str, Any]) -> None:
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The whole lines of metrics.jsonl; none where there is no such file."""
-    if not (run / METRICS).is_file():
+    """The whole lines of metrics.jsonl; none where there is no such file.
+
+    Raises:
+        ValueError: one is damaged; it is named.
+    """
+    path = run / METRICS
+    if not path.is_file():
         return []
-    *lines, torn = (run / METRICS).read_text(encoding="utf-8").split("\n")
+    *lines, torn = path.read_bytes().split(b"\n")
     del torn  # empty after a whole line; the rest of one that a kill cut, or that is being written
-    return [json.loads(line) for line in lines]
+    rows: list[dict[str, Any]] = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+            if not all(isinstance(row[key], int | float) for key in ("step", "loss")):
+                raise TypeError("step and loss are to be numbers")
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise ValueError(
+                f"{path}, line {number} is damaged ({_reason(error)}): delete the line"
+            ) from error
+        rows.append(row)
+    return rows
 
 
 def drop_metrics_after(run: Path, step: int) -> None:

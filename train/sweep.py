@@ -26,6 +26,7 @@ from headstart.eval.walked import Walked, length_draws, total_counts, walk_texts
 from headstart.heads.export import load_assistant
 from headstart.heads.files import write_atomically
 from headstart.heads.loading import open_target
+from headstart.heads.progress import plain_console
 from headstart.heads.targets import Target
 from headstart.heads.unroll import DraftHead, walked_at
 from headstart.train.loop import train
@@ -197,7 +198,7 @@ def print_sweep(content: dict[str, Any], console: Console | None = None) -> None
             same = result["run"] == first
             cells.append("" if same else f"{one['difference']:+.3f} ({low:+.3f} to {high:+.3f})")
         table.add_row(*cells)
-    (console or Console()).print(table)
+    (console or plain_console()).print(table)
 
 
 def plot_sweep(content: dict[str, Any], path: Path) -> None:

@@ -1,16 +1,17 @@
 """What run folders say: their state, how far they are, their best score, and a picture of it."""
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
+from headstart.heads.progress import plain_console
 from headstart.train.checkpoints import checkpoints
-from headstart.train.run_folder import STATUS, read_metrics, read_status
+from headstart.train.run_folder import STATUS, read_metrics, read_status, read_steps
 from headstart.train.summary import summary_text
 
 PLOT = "progress.png"
@@ -49,26 +50,27 @@ def read_run(folder: Path) -> RunView:
     """Read a run folder; one that is being written to as well.
 
     Raises:
-        ValueError: it holds no run.
+        ValueError: it holds no run, or a file of it is damaged.
     """
-    status = read_status(folder)
-    steps = 0
-    if (folder / "config.yaml").is_file():  # a run may fail before it is written
-        config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-        steps = config["train"]["steps"]
-    return RunView(folder, status, steps, read_metrics(folder))
+    return RunView(folder, read_status(folder), read_steps(folder), read_metrics(folder))
 
 
-def find_runs(root: Path) -> list[RunView]:
-    """The runs below a folder, those that began last first.
+def find_runs(root: Path) -> tuple[list[RunView], dict[Path, str]]:
+    """The runs below a folder, those that began last first; and of those that cannot be read,
+    which file is damaged.
 
     Raises:
         ValueError: there is none.
     """
-    views = [read_run(path.parent) for path in root.rglob(STATUS)]
-    if not views:
+    views, damaged = [], {}
+    for path in sorted(root.rglob(STATUS)):
+        try:
+            views.append(read_run(path.parent))
+        except ValueError as error:
+            damaged[path.parent] = str(error)
+    if not views and not damaged:
         raise ValueError(f"no run below {root}: `headstart train` makes one")
-    return sorted(views, key=lambda view: view.status["started"], reverse=True)
+    return sorted(views, key=lambda view: view.status["started"], reverse=True), damaged
 
 
 def print_runs(root: Path, console: Console | None = None) -> None:
@@ -77,24 +79,32 @@ def print_runs(root: Path, console: Console | None = None) -> None:
     for name in ("run", "state", "step", "best", "at step", "loss", "began", "why"):
         numeric = name in ("step", "best", "at step", "loss")
         table.add_column(name, justify="right" if numeric else "left", overflow="fold")
-    for view in find_runs(root):
+    views, damaged = find_runs(root)
+    for view in views:
         best = view.best
         table.add_row(
-            str(view.folder.relative_to(root)) if view.folder != root else str(root),
+            _name(view.folder, root),
             view.state,
             f"{view.step} / {view.steps}",
             f"{best['acceptance_length']:.3f}" if best else "",
             str(best["step"]) if best else "",
             f"{view.metrics[-1]['loss']:.3f}" if view.metrics else "",
             view.status["started"][:16].replace("T", " "),
-            view.status.get("why", ""),
+            str(view.status.get("why", "")),
         )
-    (console or Console()).print(table)
+    for folder, why in damaged.items():
+        why = why.replace(f"{folder}/", "")  # the first column has it
+        table.add_row(_name(folder, root), "damaged", "", "", "", "", "", why)
+    (console or plain_console()).print(table)
+
+
+def _name(folder: Path, root: Path) -> str:
+    return str(folder.relative_to(root)) if folder != root else str(root)
 
 
 def print_run(folder: Path, console: Console | None = None) -> None:
     """Print all that a run folder says, and draw its picture into it."""
-    view, console = read_run(folder), console or Console()
+    view, console = read_run(folder), console or plain_console()
     table = Table(title=str(folder), show_header=False)
     for name, value in _facts(view).items():
         table.add_row(name, value)
@@ -117,7 +127,8 @@ def _facts(view: RunView) -> dict[str, str]:
     saved = checkpoints(view.folder / "checkpoints")
     facts["checkpoints"] = ", ".join(path.name for path in saved) or "none"
     if view.status["state"] not in ("running", "finished"):
-        facts["to go on"] = f"headstart train --config {view.folder / 'config.yaml'} --resume"
+        config = shlex.quote(str(view.folder / "config.yaml"))
+        facts["to go on"] = f"headstart train --config {config} --resume"
     return facts
 
 

@@ -1,0 +1,233 @@
+"""A head is evaluated on prompts that are asked as its run asked them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from headstart.cli.main import main
+from headstart.configs.loader import load_config
+from headstart.configs.schema import Config
+from headstart.data import prepare
+from headstart.data.commands import run_regenerate
+from headstart.data.prompts import load_prompts
+from headstart.data.templates import encode_prompt
+from headstart.eval import serve_check as serving
+from headstart.eval.serve_check import ServeCheck, serve_check
+from headstart.heads.loading import load_target, load_target_config
+from headstart.train import adapt as adapting
+from headstart.train import ordering
+from headstart.train.run import run
+from tests.conftest import make_target
+from tests.data.chat_templates import GEMMA4, chat_tokenizer
+from tests.train.test_loop import ROOT
+
+THINKING = {"enable_thinking": True}
+PLAIN = {"enable_thinking": False}
+ASKED = "data.chat_template_kwargs={enable_thinking: true}"
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("headstart.eval.draft_cost.COST_TURNS", 1)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A chat target whose template has a switch, prompts to train on, and two held out."""
+    folder = tmp_path_factory.mktemp("chat")
+    model, tokenizer = make_target("gemma4").model, chat_tokenizer(GEMMA4)
+    ends = [1, tokenizer.convert_tokens_to_ids("<turn|>")]
+    model.generation_config.eos_token_id = model.config.eos_token_id = ends
+    model.save_pretrained(folder / "target")
+    tokenizer.save_pretrained(folder / "target")
+    for name, words in (("train", "abcdefghijkl"), ("eval", "yz")):
+        rows = [{"id": letter, "prompt": letter * 9} for letter in words]
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / f"{name}.jsonl").write_text(lines)
+    return folder
+
+
+def config_of(folder: Path, run: Path, *overrides: str) -> Config:
+    return load_config(ROOT / "configs" / "tiny.yaml", [
+        f"run.dir={run}", f"target.name={folder / 'target'}", f"data.cache_dir={run}-cache",
+        f"data.prompts={folder / 'train.jsonl'}", f"eval.prompts={folder / 'eval.jsonl'}",
+        "train.steps=2", "train.warmup_steps=1", "train.validate_every=2",
+        "data.num_conversations=6", "data.validation_conversations=2", "data.max_new_tokens=8",
+        "head.use_ordered_embeddings=false", "head.num_centroids=null", "eval.exact_limit=0",
+        "eval.num_assistant_tokens=[2]", "eval.decoders=[exact]", "eval.max_new_tokens=4",
+        *overrides,
+    ])  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def thinking(folder: Path) -> Path:
+    """A run whose prompts asked the target to think."""
+    config = config_of(folder, folder / "thinking", ASKED)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("headstart.eval.draft_cost.COST_TURNS", 1)
+        run(config)
+    return folder / "thinking"
+
+
+def lengths(folder: Path, kwargs: dict[str, Any]) -> dict[str, int]:
+    """Tokens of the held-out prompts, as the template renders them."""
+    tokenizer = load_target(str(folder / "target"), "float32").tokenizer
+    prompts = load_prompts(folder / "eval.jsonl")
+    return {p.id: len(encode_prompt(p, tokenizer, None, kwargs)) for p in prompts}
+
+
+def measured(out: Path) -> dict[str, int]:
+    rows = [json.loads(line) for line in (out / "measurements.jsonl").read_text().splitlines()[1:]]
+    return {row["id"]: row["turns"][0]["prompt_len"] for row in rows}
+
+
+def environment(out: Path) -> Any:
+    return json.loads((out / "report.json").read_text())["environment"]
+
+
+def test_train_evaluates_as_it_trained(folder: Path, thinking: Path) -> None:
+    assert lengths(folder, THINKING) != lengths(folder, PLAIN)
+    assert measured(thinking / "eval") == lengths(folder, THINKING)
+    assert environment(thinking / "eval")["chat_template_kwargs"] == THINKING
+    assert "enable_thinking=True" in (thinking / "eval" / "report.md").read_text()
+
+
+def evaluated(folder: Path, out: Path, *heads: object) -> int:
+    named = [part for head in heads for part in ("--head", str(head))]
+    return main([
+        "eval", "--target", str(folder / "target"), *named, "--prompts",
+        str(folder / "eval.jsonl"), "--decoders", "exact", "--num-assistant-tokens", "2",
+        "--max-new-tokens", "4", "--dtype", "float32", "--out", str(out),
+    ])  # fmt: skip
+
+
+def test_eval_of_a_runs_head_asks_as_the_run(
+    folder: Path, thinking: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert evaluated(folder, tmp_path, thinking / "head") == 0
+    assert measured(tmp_path) == lengths(folder, THINKING)
+    assert environment(tmp_path)["chat_template_kwargs"] == THINKING
+    assert "asked as in the run of" in capsys.readouterr().out
+
+
+def test_heads_of_runs_that_asked_differently_are_evaluated_one_by_one(
+    folder: Path, thinking: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other" / "head"
+    other.mkdir(parents=True)
+    text = (thinking / "config.yaml").read_text()
+    (other.parent / "config.yaml").write_text(text.replace("enable_thinking: true", "{}"))
+    config = text.replace("chat_template_kwargs:\n    enable_thinking: true", "max_bad_rows: 0.5")
+    (other.parent / "config.yaml").write_text(config.replace("  max_bad_rows: 0.01\n", ""))
+    assert evaluated(folder, tmp_path / "out", thinking / "head", other) == 1
+    assert "one by one" in capsys.readouterr().err
+    (other.parent / "config.yaml").write_text("data: {chat_templ")
+    assert evaluated(folder, tmp_path / "out", other) == 1
+    assert str(other.parent / "config.yaml") in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_prompts_longer_than_in_training_are_counted(folder: Path, tmp_path: Path) -> None:
+    run(config_of(folder, tmp_path / "short", "data.max_prompt_tokens=12"))
+    out = tmp_path / "short" / "eval"
+    assert measured(out) == lengths(folder, {}), "they are measured whole"
+    assert environment(out)["longer_than_trained"] == 2
+    assert "2 of the prompts are longer" in (out / "report.md").read_text()
+
+
+def test_adapt_measures_and_decodes_as_the_heads_run_asked(
+    folder: Path, thinking: Path, tmp_path: Path
+) -> None:
+    held_out = [
+        "data.num_conversations=4", "data.validation_conversations=1", "data.max_new_tokens=8",
+        "train.steps=2", "train.warmup_steps=1", "train.validate_every=2", "train.negatives=32",
+        "train.likely_tokens=32", "data.teacher_top_k=16",
+    ]  # fmt: skip
+    code = main([
+        "adapt", "--target", str(folder / "target"), "--dtype", "float32", "--head",
+        str(thinking / "head"), "--prompts", str(folder / "train.jsonl"), "--held-out", "3",
+        "--decoded", "2", "--budget", "5m", "--out", str(tmp_path / "out"), *held_out,
+    ])  # fmt: skip
+    assert code == 0
+    found = measured(tmp_path / "out" / "eval")
+    tokenizer = load_target(str(folder / "target"), "float32").tokenizer
+    prompts = {f"domain-{p.id}": p for p in load_prompts(folder / "train.jsonl")}
+    assert found == {
+        name: len(encode_prompt(prompts[name], tokenizer, None, THINKING)) for name in found
+    }
+    content = json.loads((tmp_path / "out" / "adapt.json").read_text())
+    assert content["chat_template_kwargs"] == THINKING
+    assert "enable_thinking=True" in (tmp_path / "out" / "adapt.md").read_text()
+
+
+def test_adapt_takes_what_it_is_told_before_what_the_head_was(
+    folder: Path, thinking: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[Config] = []
+    monkeypatch.setattr(adapting, "split_prompts", lambda a, config: found.append(config) or 1 / 0)
+    command = ["adapt", "--target", str(folder / "target"), "--head", str(thinking / "head")]
+    command += ["--prompts", "p", "--out", str(folder / "none")]
+    for more in ([], ["data.chat_template_kwargs={enable_thinking: false}"]):
+        assert main([*command, *more]) == 1
+    assert [c.data.chat_template_kwargs for c in found] == [THINKING, PLAIN]
+
+
+def test_an_order_is_judged_as_the_heads_run_asked(
+    folder: Path, thinking: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[Any] = []
+    monkeypatch.setattr(ordering, "prepare_documents", lambda t, data, *_: found.append(data))
+    command = ["heads", "order", str(thinking / "head"), "--rebuild", "--num-centroids", "20"]
+    command += ["--top-k", "2", "--out", str(tmp_path / "out"), f"target.name={folder / 'target'}"]
+    for more in ([], ["data.chat_template_kwargs={enable_thinking: false}"]):
+        assert main([*command, *more]) == 1
+    assert [data.chat_template_kwargs for data in found] == [THINKING, PLAIN]
+
+
+def test_a_store_that_was_asked_otherwise_is_evaluated_as_it_was_asked(
+    folder: Path, tmp_path: Path
+) -> None:
+    """`data.store` and the settings of the prompts that made it come from two commands."""
+    made = config_of(folder, tmp_path / "none", ASKED)
+    run_regenerate(made, tmp_path / "store", extracting=True, device="cpu")
+    config = config_of(folder, tmp_path / "run", f"data.store={tmp_path / 'store'}")
+    run(config)
+    assert measured(tmp_path / "run" / "eval") == lengths(folder, THINKING)
+    other = {"store": tmp_path / "store", "chat_template_kwargs": {"enable_thinking": 3}}
+    with pytest.raises(ValueError, match="leave it out"):
+        prepare.template_variables(config.data.model_copy(update=other))
+
+
+def test_an_engine_is_asked_as_the_heads_run_asked(
+    folder: Path, thinking: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[list[int]] = []
+
+    def seen(target: object, head: object, check: object, ids: list[list[int]]) -> None:
+        found.extend(ids)
+        raise ValueError("seen")
+
+    class Files:
+        head = served_target = served_head = tmp_path
+
+    monkeypatch.setattr(serving, "_written", lambda *_: Files)
+    monkeypatch.setattr(serving, "_by_transformers", seen)
+    name = str(folder / "target")
+    check = ServeCheck("vllm", str(thinking / "head"), 2, 4, True)
+    prompts = load_prompts(folder / "eval.jsonl")
+    with pytest.raises(ValueError, match="seen"):
+        serve_check(
+            load_target(name, "float32"), load_target_config(name), check, prompts, tmp_path
+        )
+    assert [len(ids) for ids in found] == list(lengths(folder, THINKING).values())
+
+
+def test_a_head_whose_run_is_not_known_is_asked_as_the_template_has_it(
+    folder: Path, thinking: Path, tmp_path: Path
+) -> None:
+    moved = tmp_path / "moved"
+    moved.symlink_to(thinking / "head")
+    assert evaluated(folder, tmp_path / "out", moved) == 0
+    assert measured(tmp_path / "out") == lengths(folder, {})

@@ -1,0 +1,151 @@
+"""What is published names repositories of the Hub, and no path of the machine it was made on."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+
+from headstart.cli.main import main
+from headstart.configs.loader import load_config
+from headstart.heads.loading import load_target
+from headstart.train.run import run
+from tests.eval.conftest import REPO, SHORT
+from tests.heads.test_served import make_adapter
+from tests.train.test_loop import tiny_config
+
+PRIVATE = "somebody"  # the name of a user, in all paths of the run
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A home folder with a target, an adapter of it, prompts, and a finished run."""
+    home = tmp_path_factory.mktemp("home") / PRIVATE
+    target = load_target("tiny-gemma4", "float32")
+    target.model.save_pretrained(home / "model")
+    target.tokenizer.save_pretrained(home / "model")
+    make_adapter(home / "lora")
+    for name, words in (("train", "abcdefghijkl"), ("eval", "yz")):
+        rows = "".join(json.dumps({"prompt": word * 9}) + "\n" for word in words)
+        (home / f"{name}.jsonl").write_text(rows)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("headstart.eval.draft_cost.COST_TURNS", 1)
+        run(tiny_config(
+            home / "run", *SHORT, f"target.name={home / 'model'}", "train.warmup_steps=1",
+            f"target.adapters=[{home / 'lora'}]", f"data.prompts=[{home / 'train.jsonl'}]",
+            f"eval.prompts={home / 'eval.jsonl'}", f"data.cache_dir={home / 'cache'}",
+            "data.num_conversations=6", "data.validation_conversations=2",
+            "head.use_ordered_embeddings=false", "head.num_centroids=null",
+        ))  # fmt: skip
+    return home
+
+
+def publish(home: Path, out: Path, *more: object) -> int:
+    command = ["publish", str(home / "run"), "--dry-run", "--out", str(out)]
+    if "--repo-id" not in more:
+        command += ["--repo-id", REPO]
+    return main([*command, *map(str, more)])
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["HOME/model", "~/model", "model", "org/", "org/a/b", "./model", "org/model@/x", "a b/c"],
+)
+@pytest.mark.parametrize("argument", ["--base-model", "--repo-id"])
+def test_a_path_for_an_id_is_refused_before_anything_is_written(
+    argument: str, name: str, home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = name.replace("HOME", str(home))
+    base = [] if argument == "--base-model" else ["--base-model", "org/tiny"]
+    assert publish(home, tmp_path / "out", argument, name, *base) == 1
+    assert f"{argument} ORG/NAME" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_relative_folder_is_no_id(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It looks like one: PARENT/NAME."""
+    monkeypatch.chdir(home.parent)
+    assert publish(home, tmp_path / "out", "--base-model", f"{PRIVATE}/model") == 1
+    assert "a path of this machine" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_second_base_model_is_checked_too(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    both = ("--base-model", "org/tiny", "--base-model", home / "model")
+    assert publish(home, tmp_path / "out", *both) == 1
+    assert "--base-model" in capsys.readouterr().err
+
+
+def test_no_file_that_is_published_has_a_path_of_the_machine(home: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert publish(home, out, "--base-model", "org/tiny") == 0
+    held = [path for path in out.rglob("*") if path.is_file() and PRIVATE in text_of(path)]
+    assert held == []
+    card = ModelCard.load(out / "README.md")
+    assert card.data.base_model == ["org/tiny"]
+    assert "prompts from train.jsonl" in card.text
+    report = json.loads((out / "evaluation" / "report.json").read_text())
+    original = json.loads((home / "run" / "eval" / "report.json").read_text())
+    assert report["environment"]["target"] == "org/tiny"
+    assert report["environment"]["prompts"] == "eval.jsonl"
+    assert {r["head"] for r in report["results"]} == {REPO}
+    figures = [[r["speedup"] for r in one["results"]] for one in (report, original)]
+    assert figures[0] == figures[1]
+    settings = yaml.safe_load((out / "training_config.yaml").read_text())
+    assert (settings["run"]["dir"], settings["target"]["name"]) == ("run", "org/tiny")
+    assert load_config(out / "training_config.yaml").train.steps == 6
+    noted = json.loads((out / "config.json").read_text())["headstart_target"]
+    assert noted["name"] == "org/tiny"
+
+
+def text_of(path: Path) -> str:
+    return path.read_bytes().decode("latin-1")
+
+
+def test_a_damaged_report_is_named(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for content in (b"", b"\xff\xfe", b"[]"):
+        (tmp_path / "report.json").write_bytes(content)
+        more = ("--base-model", "org/tiny", "--report", tmp_path)
+        assert publish(home, tmp_path / "out", *more) == 1
+        assert str(tmp_path / "report.json") in capsys.readouterr().err
+
+
+@pytest.fixture
+def moved(home: Path) -> Any:
+    """The target and its adapter under other names, for as long as a test runs."""
+    for name in ("model", "lora"):
+        (home / name).rename(home / f"{name}-renamed")
+    yield home
+    for name in ("model", "lora"):
+        (home / f"{name}-renamed").rename(home / name)
+
+
+def test_a_run_whose_target_moved_is_published_from_where_it_is(
+    moved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, base = tmp_path / "out", ("--base-model", "org/tiny")
+    assert publish(moved, out, *base) == 1
+    assert "--target DIR" in capsys.readouterr().err
+    now = ("--target", moved / "model-renamed", "--adapter", moved / "lora-renamed")
+    assert publish(moved, out, *base, *now) == 0
+    assert (out / "tokenizer.json").is_file()
+    assert [path for path in out.rglob("*") if path.is_file() and PRIVATE in text_of(path)] == []
+
+
+def test_another_target_is_not_taken_for_the_one_that_moved(
+    moved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nor the same one with another adapter."""
+    base = ("--base-model", "org/tiny", "--target", moved / "model-renamed")
+    other = make_adapter(tmp_path / "other", seed=1)
+    assert publish(moved, tmp_path / "out", *base, "--adapter", other) == 1
+    assert "is not the target of the report" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
