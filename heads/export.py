@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from headstart.configs.schema import RopePosition
+from headstart.heads.admission import check_files, load_whole
 from headstart.heads.files import whole_folder
 from headstart.heads.served import add_adapters, split_revision
 
@@ -106,11 +107,11 @@ def load_assistant(
     config = load_assistant_config(head)
     name, revision = split_revision(head)
     unified = config.model_type == "gemma4_unified_assistant"
-    cls = Gemma4UnifiedAssistantForCausalLM if unified else Gemma4AssistantForCausalLM
+    cls: Any = Gemma4UnifiedAssistantForCausalLM if unified else Gemma4AssistantForCausalLM
     if adapter is None:
-        return cls.from_pretrained(name, revision=revision, dtype=dtype).to(device).eval()
+        return load_whole(cls, head, name, revision=revision, dtype=dtype).to(device).eval()
     # Added in float32 and rounded once, as the head was that the adapter was saved beside.
-    whole = cls.from_pretrained(name, revision=revision, dtype=torch.float32)
+    whole = load_whole(cls, head, name, revision=revision, dtype=torch.float32)
     return add_adapters(whole, [adapter], merge=True).to(device, dtype).eval()
 
 
@@ -135,6 +136,7 @@ def load_assistant_config(path: str | Path) -> Any:
     """
     path, _ = split_pair(path)
     name, revision = split_revision(path)
+    check_files(name)
     try:
         config = AutoConfig.from_pretrained(name, revision=revision)
     except (OSError, ValueError) as error:
