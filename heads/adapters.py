@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from headstart.heads.admission import MULTIMODAL, TOWERS, WRAPPERS, check_files, renamed
+from headstart.heads.admission import MULTIMODAL, TOWERS, WRAPPERS, renamed
 from headstart.heads.progress import say
 
 WEIGHTS = "adapter_model.safetensors"
@@ -40,7 +40,7 @@ def fitting(adapter: str, folder: Path, model: PreTrainedModel, merge: bool) -> 
         merge: whether it is to be added to the weights, or stays beside them.
 
     Raises:
-        ValueError: it is damaged, of a kind that no head can follow, of another model, or without
+        ValueError: it is of a kind that no head can follow, of another model, or without
             effect.
     """
     config = _config(folder)
@@ -70,7 +70,6 @@ def _config(folder: Path) -> dict[str, Any]:
     for name in (WEIGHTS, CONFIG):
         if not (folder / name).is_file():
             raise ValueError(f"it has no {name} (other formats may run code)")
-    check_files(folder)
     kind = PeftConfig.from_pretrained(str(folder))
     if kind.is_prompt_learning or kind.is_adaption_prompt:
         raise ValueError(

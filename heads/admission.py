@@ -45,7 +45,7 @@ MULTIMODAL = {r"^model\.language_model\.": "model.", r"^language_model\.model\."
 TOWERS = re.compile(
     r"(^|\.)(vision_tower|audio_tower|embed_vision|embed_audio|multi_modal_projector)\."
 )
-SPARE = re.compile(rf"^masked_embedding\.|\brotary_emb\.|{TOWERS.pattern}")
+SPARE = re.compile(rf"^masked_embedding\.|\brotary_emb\.|\brope_freqs\.|{TOWERS.pattern}")
 # Of the text checkpoints of Gemma 3, whose tokenizer is that of the multimodal ones.
 WITHOUT_ROW = "<image_soft_token>"
 

@@ -19,6 +19,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from headstart.configs.schema import Quantization, TargetConfig
 from headstart.heads.adapters import WEIGHTS, check_arrival, check_effect, fitting, outcome
+from headstart.heads.admission import check_files
 
 FILES = ["*.json", "*.jinja", "*.model", WEIGHTS]  # that are read of an adapter on the Hub
 
@@ -132,9 +133,14 @@ def _peft_warnings() -> Iterator[None]:
 
 
 def adapter_folder(adapter: str) -> Path:
-    """Where an adapter lies, after it was downloaded where it has to be."""
+    """Where an adapter lies, after it was downloaded where it has to be.
+
+    Raises:
+        ValueError: one of its files is damaged.
+    """
     path, revision = split_revision(adapter)
     if Path(path).is_dir():
+        check_files(path)
         return Path(path)
     return Path(snapshot_download(path, revision=revision, allow_patterns=FILES))
 
