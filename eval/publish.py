@@ -250,7 +250,8 @@ def _where_it_is(what: Publication, config: Config, report: dict[str, Any]) -> T
     t = config.target
     if what.target is None and not what.adapters:
         return t
-    env, moved = report["environment"], {"adapters": list(what.adapters) or t.adapters}
+    env = report["environment"]
+    moved: dict[str, Any] = {"adapters": list(what.adapters) or t.adapters}
     if what.target is not None:
         moved |= {"name": what.target, "revision": None}
     now = t.model_copy(update=moved)

@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from headstart.configs.schema import RopePosition
+from headstart.heads.admission import check_files, load_whole
 from headstart.heads.files import whole_folder
 from headstart.heads.finite import check_weights
 from headstart.heads.served import add_adapters, split_revision
@@ -107,10 +108,10 @@ def load_assistant(
     config = load_assistant_config(head)
     name, revision = split_revision(head)
     unified = config.model_type == "gemma4_unified_assistant"
-    cls = Gemma4UnifiedAssistantForCausalLM if unified else Gemma4AssistantForCausalLM
+    cls: Any = Gemma4UnifiedAssistantForCausalLM if unified else Gemma4AssistantForCausalLM
     # An adapter is added in float32 and rounded once, as the head was that it was saved beside.
     first = dtype if adapter is None else torch.float32
-    model = cls.from_pretrained(name, revision=revision, dtype=first)
+    model = load_whole(cls, head, name, revision=revision, dtype=first)
     if adapter is not None:
         model = add_adapters(model, [adapter], merge=True)
     check_weights(model, str(path))
@@ -138,6 +139,7 @@ def load_assistant_config(path: str | Path) -> Any:
     """
     path, _ = split_pair(path)
     name, revision = split_revision(path)
+    check_files(name)
     try:
         config = AutoConfig.from_pretrained(name, revision=revision)
     except (OSError, ValueError) as error:

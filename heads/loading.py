@@ -16,6 +16,7 @@ from transformers import (
 
 from headstart.configs import hardware
 from headstart.configs.schema import Quantization, TargetConfig
+from headstart.heads.admission import check_file, check_files, check_vocabulary, load_whole
 from headstart.heads.demo import gemma3_270m_dir
 from headstart.heads.finite import check_logits, check_weights
 from headstart.heads.generation import checkpoint_settings
@@ -23,6 +24,7 @@ from headstart.heads.processes import join_processes
 from headstart.heads.progress import phase
 from headstart.heads.served import (
     add_adapters,
+    fitting_adapter,
     loading_arguments,
     quantise,
     served_name,
@@ -47,6 +49,10 @@ def load_target_config(
     if name in TINY_TARGETS:
         return tiny_config(name)
     path, options = _where(name)
+    if options:
+        check_file(Path(name))
+    else:
+        check_files(path)
     try:
         config = AutoConfig.from_pretrained(
             path, revision=revision, trust_remote_code=trust_remote_code, **options
@@ -96,6 +102,9 @@ def load_target(
     config = load_target_config(name, revision, trust_remote_code)
     torch_dtype = getattr(torch, hardware.natural_dtype() if dtype == "auto" else dtype)
     bits = loading_arguments(quantization, device)
+    whole_name = served_name(name, adapters, quantization)
+    tokenizer = _load_tokenizer(name, revision, trust_remote_code, adapters, config)
+    complete_tokenizer(tokenizer, config, whole_name, chat_template)
     commit = None
     if name in TINY_TARGETS:
         if bits:
@@ -108,9 +117,9 @@ def load_target(
         if options:
             bits = {"quantization_config": GgufConfig(dequantize=True)}
         settings = checkpoint_settings(path, revision, config)
-        model = SUPPORTED[config.model_type].from_pretrained(
-            path, dtype=torch_dtype, revision=revision, trust_remote_code=trust_remote_code,
-            **options, **bits,
+        model = load_whole(
+            SUPPORTED[config.model_type], name, path, dtype=torch_dtype, revision=revision,
+            trust_remote_code=trust_remote_code, **options, **bits,
         )  # fmt: skip
         model.generation_config = settings
         commit = _commit(config) or revision
@@ -120,9 +129,6 @@ def load_target(
     check_weights(model, served_name(name, adapters, None))
     if quantization == "torchao-int8":
         quantise(model)
-    whole_name = served_name(name, adapters, quantization)
-    tokenizer = _load_tokenizer(name, revision, trust_remote_code, adapters)
-    complete_tokenizer(tokenizer, config, whole_name, chat_template)
     target = Target(model, tokenizer, whole_name, commit, eos_token_ids)
     check_logits(target)
     return target
@@ -140,18 +146,36 @@ def _where(name: str) -> tuple[str | Path, dict[str, Any]]:
 
 
 def _load_tokenizer(
-    name: str, revision: str | None, trust_remote_code: bool, adapters: Sequence[str] = ()
+    name: str, revision: str | None, trust_remote_code: bool, adapters: Sequence[str], config: Any
 ) -> PreTrainedTokenizerBase:
+    """The tokenizer of a target, each of whose tokens has a row in the table of `config`."""
+    where: str | Path = name
     if (own := tokenizer_folder(adapters)) is not None:
-        return AutoTokenizer.from_pretrained(own)
-    if name in TINY_TARGETS:
-        return byte_tokenizer()
-    path, options = _where(name)
-    if options and (Path(path) / "tokenizer.json").is_file():
-        options = {}
-    return AutoTokenizer.from_pretrained(
-        path, revision=revision, trust_remote_code=trust_remote_code, **options
-    )
+        where = own
+        tokenizer = _read_tokenizer(own)
+    elif name in TINY_TARGETS:
+        tokenizer = byte_tokenizer()
+    else:
+        path, options = _where(name)
+        if options and (Path(path) / "tokenizer.json").is_file():
+            options = {}
+        tokenizer = _read_tokenizer(
+            path, revision=revision, trust_remote_code=trust_remote_code, **options
+        )
+    check_vocabulary(tokenizer, config.get_text_config().vocab_size, str(where))
+    return tokenizer
+
+
+def _read_tokenizer(path: str | Path, **arguments: Any) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, **arguments)
+    except (OSError, ValueError, ImportError, TypeError, KeyError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"{path} has no tokenizer that loads: copy tokenizer.json and tokenizer_config.json of "
+            f"the model that it was tuned from into it ({reason})"
+        ) from error
+    return tokenizer
 
 
 def load_served(t: TargetConfig, device: torch.device | str = "cpu") -> Target:
@@ -185,6 +209,24 @@ def _commit(config: Any) -> str | None:
     return commit
 
 
+def check_target(t: TargetConfig) -> None:
+    """All that can be known of a target before its weights are read: its architecture, its files,
+    its tokenizer, and whether its adapters go onto it.
+
+    Raises:
+        ValueError: as `load_target`.
+    """
+    load_target_tokens(t)
+    if not t.adapters:
+        return
+    config = load_target_config(t.name, t.revision, t.trust_remote_code)
+    with torch.device("meta"):  # no memory: of the weights only their names and shapes count
+        model = SUPPORTED[config.model_type](config)
+    for adapter in t.adapters:
+        with fitting_adapter(adapter, model, t.merge_adapters):
+            pass
+
+
 def load_target_tokens(t: TargetConfig) -> TargetTokens:
     """The tokenizer of a supported target and how its texts end.
 
@@ -192,7 +234,7 @@ def load_target_tokens(t: TargetConfig) -> TargetTokens:
         ValueError: nothing loadable at `t.name`, or an unsupported architecture.
     """
     config = load_target_config(t.name, t.revision, t.trust_remote_code)
-    tokenizer = _load_tokenizer(t.name, t.revision, t.trust_remote_code, t.adapters)
+    tokenizer = _load_tokenizer(t.name, t.revision, t.trust_remote_code, t.adapters, config)
     name = served_name(t.name, t.adapters, t.quantization)
     complete_tokenizer(tokenizer, config, name, t.chat_template)
     settings, commit = GenerationConfig(), None

@@ -7,18 +7,20 @@ import hashlib
 import json
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
 from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from headstart.configs.schema import Quantization, TargetConfig
+from headstart.heads.adapters import WEIGHTS, check_arrival, check_effect, fitting, outcome
+from headstart.heads.admission import check_files
 
-WEIGHTS = "adapter_model.safetensors"
 FILES = ["*.json", "*.jinja", "*.model", WEIGHTS]  # that are read of an adapter on the Hub
 
 
@@ -61,40 +63,65 @@ def add_adapters(model: PreTrainedModel, adapters: Sequence[str], merge: bool) -
         merge: add them to the weights; else they stay beside them, all active at once.
 
     Raises:
-        ValueError: one is no adapter, or does not fit the model.
+        ValueError: one is no adapter, does not fit the model, or changes nothing.
     """
     if not adapters:
         return model
-    from peft import PeftConfig, PeftModel  # a second of imports that most targets do without
+    from peft import PeftModel  # a second of imports that most targets do without
 
     # peft's own wrapper puts its layers into the model and is then left behind: `set_adapter` of
     # transformers 5.24 asks for a peft that does not exist (docs/upstream.md).
     wrapper: Any = None
     own_dtype: Any = {"autocast_adapter_dtype": False}  # that of the weights, as it is served
     names = [f"adapter_{number}" for number in range(len(adapters))]
-    for number, (name, adapter) in enumerate(zip(names, adapters, strict=True)):
-        try:
-            folder = adapter_folder(adapter)
-            if not (folder / WEIGHTS).is_file():
-                raise ValueError(f"it has no {WEIGHTS} (other formats may run code)")
-            if PeftConfig.from_pretrained(str(folder)).is_prompt_learning:
-                raise ValueError("it learns a prompt, and no weights that a head could follow")
-            with _peft_warnings():
+    with ExitStack() as stack:
+        folders = [
+            stack.enter_context(fitting_adapter(adapter, model, merge)) for adapter in adapters
+        ]
+        before = outcome(model)
+        for number, (name, folder) in enumerate(zip(names, folders, strict=True)):
+            with _naming(adapters[number], model), _peft_warnings():
                 if merge:
                     wrapped = PeftModel.from_pretrained(model, folder)
+                    check_arrival(wrapped, folder, "default")
                     model = wrapped.merge_and_unload(safe_merge=True)
-                elif wrapper is None:
-                    wrapper = PeftModel.from_pretrained(model, folder, name, **own_dtype)
                 else:
-                    wrapper.load_adapter(folder, name, **own_dtype)
-            if wrapper is not None:
-                wrapper.base_model.set_adapter(names[: number + 1])
-        except (OSError, ValueError, RuntimeError, KeyError, UserWarning) as error:
-            reason = " ".join(str(error).split())[:300]
-            raise ValueError(
-                f"{adapter} does not go onto {type(model).__name__} as a PEFT adapter: {reason}"
-            ) from error
+                    if wrapper is None:
+                        wrapper = PeftModel.from_pretrained(model, folder, name, **own_dtype)
+                    else:
+                        missing = wrapper.load_adapter(folder, name, **own_dtype).missing_keys
+                        if missing:
+                            raise ValueError(f"Found missing adapter keys: {missing}")
+                    check_arrival(wrapper, folder, name)
+                    wrapper.base_model.set_adapter(names[: number + 1])
+                after = outcome(model)
+                check_effect(before, after)
+                before = after
     return model
+
+
+@contextmanager
+def fitting_adapter(adapter: str, model: PreTrainedModel, merge: bool) -> Iterator[Path]:
+    """`fitting` of a folder or Hub id, whose errors name it."""
+    with ExitStack() as stack:
+        with _naming(adapter, model):
+            folder = stack.enter_context(fitting(adapter, adapter_folder(adapter), model, merge))
+        yield folder
+
+
+@contextmanager
+def _naming(adapter: str, model: PreTrainedModel) -> Iterator[None]:
+    """Within, what is wrong with an adapter is a `ValueError` that names it and the class."""
+    try:
+        yield
+    except (
+        OSError, ValueError, RuntimeError, KeyError, UserWarning, TypeError, AttributeError,
+        SafetensorError,
+    ) as error:  # fmt: skip
+        reason = " ".join(str(error).split())[:400]
+        raise ValueError(
+            f"{adapter} does not go onto {type(model).__name__} as a PEFT adapter: {reason}"
+        ) from error
 
 
 @contextmanager
@@ -108,9 +135,14 @@ def _peft_warnings() -> Iterator[None]:
 
 
 def adapter_folder(adapter: str) -> Path:
-    """Where an adapter lies, after it was downloaded where it has to be."""
+    """Where an adapter lies, after it was downloaded where it has to be.
+
+    Raises:
+        ValueError: one of its files is damaged.
+    """
     path, revision = split_revision(adapter)
     if Path(path).is_dir():
+        check_files(path)
         return Path(path)
     return Path(snapshot_download(path, revision=revision, allow_patterns=FILES))
 

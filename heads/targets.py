@@ -20,6 +20,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from headstart.heads.admission import tie_equal_tables
 from headstart.heads.gemma3 import Gemma3ForAssistedDecoding, SharedKV
 from headstart.heads.generation import neutralize
 from headstart.heads.processes import split_layers
@@ -70,11 +71,7 @@ class Target(TargetTokens):
         eos_token_ids: Sequence[int] | None = None,
     ):
         check_supported(model.config)
-        if model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
-            raise ValueError(
-                f"unsupported target {name}: it lacks tied embeddings (its LM head is a table of "
-                "its own, which the head could not share)"
-            )
+        tie_equal_tables(model, name)
         super().__init__(tokenizer, name, revision, model.generation_config, eos_token_ids)
         neutralize(model, name, self.eos_ids, tokenizer.pad_token_id)
         self.model = model.eval().requires_grad_(False)

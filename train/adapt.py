@@ -39,6 +39,7 @@ from headstart.heads.progress import say
 from headstart.heads.served import served_name
 from headstart.train.before_after import (
     DECODING,
+    check_before,
     measure_again,
     measure_before,
     read_texts,
@@ -88,6 +89,8 @@ def adapt(
     ])  # fmt: skip
     config = config.model_copy(update={"data": as_the_head_was(config.data, a.head)})
     a = a.model_copy(update={"target": config.target})  # in the dtype of this machine
+    if not (out / "notes.json").is_file():  # it would have been refused when it began
+        check_before(a)
     with alone_in(out):
         settings = a.model_dump(mode="json", exclude={"measure_only"})
         settings |= {"overrides": overrides, "adaptation": SCHEMA}

@@ -4,8 +4,12 @@ some of them.
 
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from headstart.configs.adapt import Adaptation
 from headstart.configs.schema import Config, EvalConfig, TargetConfig
@@ -18,10 +22,10 @@ from headstart.eval.asked import asked_by_run
 from headstart.eval.decoding import decode
 from headstart.eval.report import run_evaluation
 from headstart.eval.walked import Walked, walk_texts
-from headstart.heads.assistant import check_pair
+from headstart.heads.assistant import check_pair, check_shapes
 from headstart.heads.export import load_assistant, load_assistant_config, made_for
 from headstart.heads.files import write_atomically
-from headstart.heads.loading import open_target
+from headstart.heads.loading import check_target, load_target_config, open_target
 from headstart.heads.served import served_config
 from headstart.heads.targets import Target
 from headstart.heads.tokens import Sampling
@@ -41,6 +45,20 @@ def _base(a: Adaptation) -> TargetConfig | None:
     if t.adapters or t.quantization:
         return t.model_copy(update={"adapters": [], "quantization": None})
     return None
+
+
+def check_before(a: Adaptation) -> None:
+    """Raise `ValueError` where a target, an adapter or the head will not do, before any answers.
+
+    What only whole weights of a target show, as an untied LM head, is known when it is opened.
+    """
+    head = load_assistant(a.head, torch.float32)
+    for stage, served in (("reference", _base(a)), ("stale", a.target)):
+        if served is not None:
+            with _telling(stage):
+                check_target(served)
+                config = load_target_config(served.name, served.revision, served.trust_remote_code)
+                check_shapes(config.get_text_config(), head.config, served.name)
 
 
 def measure_before(
@@ -68,7 +86,8 @@ def measure_before(
             continue
 
         def measure(served: TargetConfig = served, stage: str = stage) -> dict[str, Any]:
-            target = _opened(served, stage, device)
+            with _telling(stage):
+                target = open_target(served, device)
             began = time.monotonic()
             held_out = {kind: own for kind, (_, own) in prompts.items()}
             stores = _answers(target, held_out, config, out / stage)
@@ -80,9 +99,11 @@ def measure_before(
     return stages
 
 
-def _opened(served: TargetConfig, stage: str, device: Any) -> Target:
+@contextmanager
+def _telling(stage: str) -> Iterator[None]:
+    """Within, an error of the target that the head was trained for says where its name is from."""
     try:
-        return open_target(served, device)
+        yield
     except ValueError as error:
         if stage == "stale":
             raise

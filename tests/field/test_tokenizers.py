@@ -13,7 +13,7 @@ from headstart.data.regenerate import answer
 from headstart.data.templates import encode_conversation, encode_prompt
 from headstart.heads.loading import load_target, load_target_tokens
 from headstart.heads.tiny import byte_tokenizer
-from tests.field.checkpoints import edit_json, saved_target
+from tests.field.checkpoints import configure, saved_target
 from tests.samples import jobs
 
 TEXT = Prompt("p", "c", "s", [{"role": "user", "content": "abc"}], raw=True)
@@ -59,7 +59,7 @@ def test_plain_text_begins_with_one_bos_and_ends_with_the_text(
 
 def test_a_tokenizer_that_does_not_name_its_bos_has_the_one_of_the_model(tmp_path: Path) -> None:
     folder = saved_target(tmp_path, bos_token_id=2)
-    edit_json(tmp_path / "tokenizer_config.json", bos_token=None, add_bos_token=False)
+    configure(tmp_path, "tokenizer_config.json", bos_token=None, add_bos_token=False)
     found = load_target_tokens(TargetConfig(name=folder))
     assert encode_prompt(TEXT, found.tokenizer)[0] == 2
 
@@ -68,7 +68,7 @@ def test_a_tokenizer_without_padding_pads_with_what_is_masked(tmp_path: Path) ->
     """The answers are those of the tokenizer that has a token for it."""
     usual = load_target(saved_target(tmp_path / "usual"), "float32")
     folder = saved_target(tmp_path / "other")
-    edit_json(tmp_path / "other" / "tokenizer_config.json", pad_token=None)
+    configure(tmp_path / "other", "tokenizer_config.json", pad_token=None)
     found = load_target(folder, "float32")
     todo = jobs(usual, [0.0, 0.0, 0.0], DataConfig())
     assert answer(found, todo, 8, 0, None) == answer(usual, todo, 8, 0, None)
@@ -77,8 +77,8 @@ def test_a_tokenizer_without_padding_pads_with_what_is_masked(tmp_path: Path) ->
 def test_a_tokenizer_that_pads_on_the_other_side_changes_no_answer(tmp_path: Path) -> None:
     usual = load_target(saved_target(tmp_path / "usual"), "float32")
     folder = saved_target(tmp_path / "other")
-    edit_json(
-        tmp_path / "other" / "tokenizer_config.json",
+    configure(
+        tmp_path / "other", "tokenizer_config.json",
         padding_side="right", truncation_side="left", model_max_length=3,
     )  # fmt: skip
     found = load_target(folder, "float32")

@@ -74,9 +74,11 @@ def test_an_adapter_of_other_layers_is_refused_and_a_fitting_one_says_nothing(
         warnings.simplefilter("error")
         load_target("tiny-gemma4", "float32", adapters=[str(adapter)], merge_adapters=merge)
     weights = load_file(adapter / "adapter_model.safetensors")
-    moved = {k.replace("layers.", "language_model.layers."): v for k, v in weights.items()}
+    moved = {k.replace("layers.", "encoder.layers."): v for k, v in weights.items()}
     save_file(moved, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"does not go onto .* as a PEFT adapter: Found missing"):
+    with pytest.raises(
+        ValueError, match=r"does not go onto .* as a PEFT adapter: .*match no module"
+    ):
         load_target("tiny-gemma4", "float32", adapters=[str(adapter)], merge_adapters=merge)
     config = json.loads((adapter / "adapter_config.json").read_text())
     prompt = config | {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 4}

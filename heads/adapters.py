@@ -1,0 +1,268 @@
+"""PEFT adapters as they come in: every weight has a module to go to, and the whole an effect.
+
+Letters: r rank, V vocabulary.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import PreTrainedModel
+
+from headstart.heads.admission import MULTIMODAL, TOWERS, WRAPPERS, renamed
+from headstart.heads.progress import say
+
+WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+# A plain state dict has names in its keys that peft leaves out of its files.
+SAVED_RAW = {r"\.default(\.weight)?$": r"\1", r"(?<=\.lora_magnitude_vector)\.weight$": ""}
+TABLE = re.compile(r"\b(lm_head|embed_tokens)\.(base_layer\.)?weight$")
+PREFIX = "base_model.model."  # of peft's keys: its wrapper's place for the model
+
+
+@contextmanager
+def fitting(adapter: str, folder: Path, model: PreTrainedModel, merge: bool) -> Iterator[Path]:
+    """Gives the folder of an adapter whose weights are named as the modules of a model are: its
+    own, or one of the time being where a text class and a multimodal one name them otherwise.
+
+    Args:
+        adapter: what messages call it.
+        folder: where it lies.
+        model: without adapters yet; it may be on the meta device.
+        merge: whether it is to be added to the weights, or stays beside them.
+
+    Raises:
+        ValueError: it is of a kind that no head can follow, of another model, or without
+            effect.
+    """
+    config = _config(folder)
+    with safe_open(folder / WEIGHTS, framework="pt") as file:
+        keys = list(file.keys())
+    places = _places(keys, model)
+    left_out = [key for key, place in places.items() if place is None]
+    kept = {key: place for key, place in places.items() if place is not None}
+    rows = model.config.get_text_config().vocab_size
+    _check_tables(folder / WEIGHTS, kept, config, rows, merge)
+    _check_trained(folder / WEIGHTS, kept)
+    if all(key == new for key, new in kept.items()) and not left_out:
+        yield folder
+        return
+    old, new = next((old, new) for old, new in kept.items() if old != new)
+    more = f"; {len(left_out)} of images and sound are left out" if left_out else ""
+    say(f"{adapter}: its weights are read under other names: {old} as {new}, ...{more}")
+    with TemporaryDirectory() as work:
+        _write(folder, Path(work), config, kept, model)
+        yield Path(work)
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    """What adapter_config.json says, of an adapter that changes weights."""
+    from peft import PeftConfig  # a second of imports that most targets do without
+
+    for name in (WEIGHTS, CONFIG):
+        if not (folder / name).is_file():
+            raise ValueError(f"it has no {name} (other formats may run code)")
+    kind = PeftConfig.from_pretrained(str(folder))
+    if kind.is_prompt_learning or kind.is_adaption_prompt:
+        raise ValueError(
+            "it learns a prompt, and no weights that a head could follow: tune with LoRA instead"
+        )
+    config: dict[str, Any] = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    if config.get("alora_invocation_tokens"):
+        raise ValueError(
+            "it is an activated LoRA, which works after certain tokens only: tune with a plain one"
+        )
+    return config
+
+
+def _places(keys: Sequence[str], model: PreTrainedModel) -> dict[str, str | None]:
+    """Key of an adapter's file -> the key of the same weight on this model; None: it is of images
+    or sound, which a text class does without.
+
+    Raises:
+        ValueError: there is no module for some.
+    """
+    owners = _owners(model)
+    text = next(name for name, module in model.named_modules() if name.endswith("embed_tokens"))
+    text = text.removesuffix("embed_tokens")  # `model.` or `model.language_model.`
+    places: dict[str, str | None] = {}
+    lost = []
+    for key in keys:
+        bare = renamed(key, WRAPPERS | SAVED_RAW)
+        if bare.startswith("base_model."):
+            places[key] = key  # shared by all of its layers, as VeRA's matrices
+            continue
+        plain = renamed(bare, MULTIMODAL).removeprefix("language_model.")
+        for place in (bare, plain, text + plain.removeprefix("model.")):
+            if _owner(place, owners) is not None:
+                places[key] = PREFIX + place
+                break
+        else:
+            places[key] = None
+            if not TOWERS.search(bare):
+                lost.append(key)
+    if lost:
+        raise ValueError(
+            f"{len(lost)} of its {len(keys)} weights match no module (first: {lost[0]}): it was "
+            "made for another model, or another class of it; tune on this one"
+        )
+    if all(place is None or TOWERS.search(place) for place in places.values()):
+        raise ValueError("it changes nothing that text passes through, only images or sound")
+    return places
+
+
+def _owners(model: nn.Module) -> dict[str, nn.Module]:
+    """Path -> module, of those with weights of their own: what an adapter can change."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if next(module.parameters(recurse=False), None) is not None
+    }
+
+
+def _owner(key: str, owners: Mapping[str, nn.Module]) -> str | None:
+    """The path of the module that a weight of an adapter belongs to."""
+    path = key
+    while "." in path:
+        path = path.rpartition(".")[0]
+        if path in owners:
+            return path
+    return None
+
+
+def _check_tables(
+    path: Path,
+    kept: Mapping[str, str],
+    config: Mapping[str, Any],
+    rows: int,
+    merge: bool,
+) -> None:
+    """Raise `ValueError` where one side of the tied pair would change, or the table's V rows."""
+    tables: dict[str, torch.Tensor] = {}
+    for key, place in kept.items():
+        found = re.search(r"\b(lm_head|embed_tokens)\.(.+)", place)
+        if found is None:
+            continue
+        side, weight = found.groups()
+        if weight == "weight":
+            with safe_open(path, framework="pt") as file:
+                tables[side] = file.get_tensor(key)
+            _check_rows(side, len(tables[side]), rows)
+        elif "trainable_tokens" in weight:
+            if not merge:
+                raise ValueError(
+                    "it changes rows of the table, which the head shares: let it be merged, "
+                    "without --keep-adapters (target.merge_adapters: true)"
+                )
+        elif merge or side == "lm_head":
+            # Beside the weights, what comes before the table is the target's own affair.
+            keep = "" if side == "lm_head" else ", or keep it beside the weights, --keep-adapters"
+            raise ValueError(
+                f"it changes {side}, one side of the tied pair: embedding table and LM head are "
+                "one table, which the head shares. Tune without lm_head and embed_tokens in "
+                f"target_modules{keep}"
+            )
+    if not tables or config.get("ensure_weight_tying"):
+        return
+    if len(tables) == 1 or not torch.equal(*tables.values()):
+        raise ValueError(
+            f"it has a table of its own for {' and another for '.join(sorted(tables))}, and the "
+            "head shares one for both: tune without them in modules_to_save, or with "
+            "ensure_weight_tying=True"
+        )
+    if not merge and config.get("modules_to_save"):
+        raise ValueError("its tables are not tied: let it be merged, without --keep-adapters")
+
+
+def _check_rows(side: str, found: int, rows: int) -> None:
+    if found != rows:
+        raise ValueError(
+            f"its {side} has {found:,} rows, the target's table {rows:,}: tokens were added. Merge "
+            "it on the target after resize_token_embeddings(), save_pretrained() both model and "
+            "tokenizer, and give that folder as the target"
+        )
+
+
+def _check_trained(path: Path, kept: Mapping[str, str]) -> None:
+    """Raise `ValueError` where low-rank products B A [out, in] are all there is, and are zero."""
+    with safe_open(path, framework="pt") as file:
+        for key in kept:
+            if not re.search(r"\.lora_(embedding_)?[AB](\.weight)?$", key):
+                return  # another kind of weight: what it does is seen on the model
+            if re.search(r"lora_(embedding_)?B", key) and bool(file.get_tensor(key).any()):
+                return
+    raise ValueError(
+        "all its B matrices are zero, so that it changes nothing: it was saved before its training "
+        "began, or by a process that did not train"
+    )
+
+
+def _write(
+    folder: Path, work: Path, config: dict[str, Any], kept: Mapping[str, str], model: nn.Module
+) -> None:
+    """Write an adapter as `model` names its modules, one by one: a pattern for names of the other
+    class might find none here, or those of images too."""
+    from peft.utils.other import get_pattern_key
+
+    owners = _owners(model)
+    earlier = {}  # path here -> the path that the patterns of adapter_config.json mean
+    for key, place in kept.items():
+        path = str(_owner(place.removeprefix(PREFIX), owners))
+        weight = place.removeprefix(f"{PREFIX}{path}.")
+        if isinstance(owners[path], nn.Linear | nn.Embedding) and weight.startswith("lora_"):
+            earlier[path] = renamed(key, WRAPPERS | SAVED_RAW).removesuffix(f".{weight}")
+    changed = config | {
+        "target_modules": sorted(earlier),
+        "exclude_modules": None, "layers_to_transform": None, "layers_pattern": None,
+    }  # fmt: skip
+    for name in ("rank_pattern", "alpha_pattern"):
+        pattern: dict[str, Any] = config.get(name) or {}
+        found = {path: get_pattern_key(list(pattern), was) for path, was in earlier.items()}
+        changed[name] = {path: pattern[key] for path, key in found.items() if key in pattern}
+    (work / CONFIG).write_text(json.dumps(changed))
+    weights = load_file(folder / WEIGHTS)
+    save_file({new: weights[old] for old, new in kept.items()}, work / WEIGHTS)
+
+
+def check_arrival(wrapped: Any, folder: Path, name: str) -> None:
+    """Raise `ValueError` where weights of an adapter's file are not on the model: peft drops what
+    it has no layer for."""
+    from peft import get_peft_model_state_dict
+
+    there = get_peft_model_state_dict(wrapped, adapter_name=name, save_embedding_layers=False)
+    with safe_open(folder / WEIGHTS, framework="pt") as file:
+        # Of whole tables peft saves copies beside an adapter, and reads them into the model.
+        lost = [key for key in set(file.keys()) - set(there) if not TABLE.search(key)]
+    if lost:
+        raise ValueError(
+            f"{len(lost)} of its weights are of layers that {CONFIG} does not name (first: "
+            f"{min(lost)}): both files are of different trainings; copy both from one"
+        )
+
+
+@torch.no_grad()
+def outcome(model: PreTrainedModel) -> torch.Tensor:
+    """What an adapter has to change: the logits [1, T, V] of a target for some tokens, from all
+    over its vocabulary; all weights of a head, which reads more than tokens."""
+    if "assistant" in model.config.model_type:
+        return torch.cat([weight.detach().flatten().float() for weight in model.parameters()])
+    rows = model.config.get_text_config().vocab_size
+    ids = torch.arange(rows // 16, rows, rows // 8, device=model.device)[None]
+    return model.eval()(input_ids=ids).logits.float()
+
+
+def check_effect(before: torch.Tensor, after: torch.Tensor) -> None:
+    """Raise `ValueError` where the `outcome` of a model is the same without and with an adapter."""
+    if torch.equal(before, after):
+        raise ValueError(
+            "it changes nothing, in the dtype that the weights have here: it is not trained, or "
+            "merging rounds its effect away (dtype: float32, or --keep-adapters, would keep it)"
+        )

@@ -1,0 +1,255 @@
+"""What is let in of a checkpoint: files that are whole, and weights that all arrive.
+
+Letters: D target width, V vocabulary.
+"""
+
+import json
+import logging
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from headstart.heads.progress import say
+
+READ = (
+    "config.json", "generation_config.json", "adapter_config.json", "model.safetensors.index.json",
+    "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+    "adapter_model.safetensors",
+)  # fmt: skip
+# Only the first that is there is read; people download the others as pointers.
+EITHER = (
+    ("model.safetensors", "model-*.safetensors", "pytorch_model*.bin"),
+    ("tokenizer.json", "tokenizer.model"),
+)
+LFS_POINTER = b"version https://git-lfs"  # begins the file that Git LFS leaves in place of a large
+PARSED = 2**20  # bytes: a larger JSON file (a tokenizer) takes a second, and its reader looks at it
+
+# What wrappers of a training put into the names of weights, which a plain model does not have:
+# around the model and within it, since each pattern is applied once.
+_WITHIN = r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\."
+WRAPPERS = {
+    rf"^{_WITHIN}": "", rf"(?<=\.){_WITHIN}": "",
+    r"^module\.": "", r"^base_model\.model\.": "",
+}  # fmt: skip
+# Names of a multimodal class for what a text class has too: of today's, and of earlier releases.
+MULTIMODAL = {r"^model\.language_model\.": "model.", r"^language_model\.model\.": "model."}
+
+# What may be left out: what no text passes through, images and sound of a multimodal class; the
+# clusters of a head whose config.json has switched them off; what is calculated from config.json.
+TOWERS = re.compile(
+    r"(^|\.)(vision_tower|audio_tower|embed_vision|embed_audio|multi_modal_projector)\."
+)
+SPARE = re.compile(rf"^masked_embedding\.|\brotary_emb\.|\brope_freqs\.|{TOWERS.pattern}")
+# Of the text checkpoints of Gemma 3, whose tokenizer is that of the multimodal ones.
+WITHOUT_ROW = "<image_soft_token>"
+
+
+def check_files(folder: str | Path) -> None:
+    """Raise `ValueError`, naming file and fix, where a file of a local folder is damaged.
+
+    Of large files only what shows a pointer of Git LFS or a file that was cut short is read. A Hub
+    id is passed over: what is downloaded is compared with its length there.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        return
+    paths = [folder / name for name in READ if (folder / name).is_file()]
+    for patterns in EITHER:
+        paths += next(filter(None, (sorted(folder.glob(pattern)) for pattern in patterns)), [])
+    for path in paths:
+        check_file(path)
+
+
+def check_file(path: Path) -> None:
+    """Raise `ValueError`, naming file and fix, where a file is damaged."""
+    with path.open("rb") as file:
+        start = file.read(len(LFS_POINTER))
+        file.seek(max(0, path.stat().st_size - 64))
+        end = file.read().rstrip()
+    if start == LFS_POINTER:
+        raise ValueError(
+            f"{path} is a Git LFS pointer and not the file itself: run `git lfs pull` in its "
+            "folder, or download the file again"
+        )
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt"):
+                pass
+        elif path.suffix == ".gguf" and not start.startswith(b"GGUF"):
+            raise ValueError("it does not begin as a GGUF file does")
+        elif path.suffix == ".json" and path.stat().st_size < PARSED:
+            if not isinstance(json.loads(path.read_text(encoding="utf-8")), dict):
+                raise ValueError("it holds no JSON object")
+        elif path.suffix == ".json" and not end.endswith(b"}"):
+            raise ValueError("its end is missing")
+    except (ValueError, OSError, RecursionError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"{path} is damaged or cut short ({reason}): copy or download it again"
+        ) from error
+
+
+def load_whole(cls: Any, name: str, path: str | Path, **arguments: Any) -> Any:
+    """`cls.from_pretrained(path, **arguments)`, all of whose weights come from its files.
+
+    Names that wrappers of a training or a multimodal class gave them are read too, with a line.
+
+    Args:
+        cls: class of a target or of a head.
+        name: what messages call it.
+        path: folder or Hub id.
+        arguments: for `from_pretrained`.
+
+    Raises:
+        ValueError: it does not load, or weights are missing, of no layer, or of another shape.
+    """
+    model, info = _read(cls, name, path, arguments)
+    text_class = not any("language_model." in key for key in info["missing_keys"])
+    mapping = WRAPPERS | (MULTIMODAL if text_class else {})
+    found = {key: renamed(key, mapping) for key in sorted(info["unexpected_keys"])}
+    changed = {old: new for old, new in found.items() if new in info["missing_keys"]}
+    if changed:
+        model, info = _read(cls, name, path, {**arguments, "key_mapping": mapping})
+    _check_arrival(model, name, info)
+    if changed:
+        old, new = next(iter(changed.items()))
+        say(f"{name}: {len(changed)} weights are read under other names: {old} as {new}, ...")
+    return model
+
+
+def renamed(key: str, mapping: dict[str, str]) -> str:
+    """The name of a weight after each of the patterns was replaced once, as transformers does."""
+    for pattern, replacement in mapping.items():
+        key = re.sub(pattern, replacement, key, count=1)
+    return key
+
+
+def _read(
+    cls: Any, name: str, path: str | Path, arguments: dict[str, Any]
+) -> tuple[Any, dict[str, Any]]:
+    """A model, and which keys were missing, unexpected and mismatched."""
+    with _without_report():
+        try:
+            # Else a mismatch is an error that names no tensor.
+            model, info = cls.from_pretrained(
+                path, output_loading_info=True, ignore_mismatched_sizes=True, **arguments
+            )
+        except (OSError, ValueError, SafetensorError) as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"{name} does not load: {reason}") from error
+    return model, info
+
+
+@contextmanager
+def _without_report() -> Iterator[None]:
+    """Within, transformers keeps its own table of keys to itself: ours is a refusal, or a line."""
+
+    def other(record: logging.LogRecord) -> bool:
+        return "LOAD REPORT" not in record.getMessage()
+
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addFilter(other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(other)
+
+
+def _check_arrival(model: PreTrainedModel, name: str, info: dict[str, Any]) -> None:
+    """Raise `ValueError`, naming some, where weights of the model are not those of its files.
+
+    What transformers knows to be left out (a tied table, keys of KV-shared layers) is not in
+    `info`.
+    """
+    missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
+    if model.config.to_dict().get("quantization_config") is not None:
+        # Scales and the like are the format's own business.
+        missing = [key for key in missing if key.endswith(".weight")]
+        unexpected = [key for key in unexpected if key.endswith(".weight")]
+    spare = [key for key in unexpected if SPARE.search(key)]
+    unexpected = [key for key in unexpected if key not in spare]
+    mismatched = [
+        f"{key} {list(mine)} where config.json says {list(its)}"
+        for key, mine, its in sorted(info["mismatched_keys"])
+    ]
+    faults = {"missing": missing, "of no layer": unexpected, "of another shape": mismatched}
+    said = [f"{len(keys)} {what} ({_some(keys)})" for what, keys in faults.items() if keys]
+    if said:
+        raise ValueError(
+            f"{name}: not all weights of {type(model).__name__} come from its files, the rest "
+            f"would be random: {'; '.join(said)}. {_fix(missing, unexpected, mismatched)}"
+        )
+    if spare:
+        say(f"{name}: {len(spare)} weights of its files are not needed ({_some(spare)})")
+
+
+def _some(keys: Sequence[str]) -> str:
+    return ", ".join(keys[:3]) + (", ..." if len(keys) > 3 else "")
+
+
+def _fix(missing: list[str], unexpected: list[str], mismatched: list[str]) -> str:
+    if any(".lora_" in key or ".base_layer." in key for key in unexpected):
+        return (
+            "It holds an adapter that was not merged: save it after merge_and_unload(), or give "
+            "the base as the target and the adapter as --adapter"
+        )
+    if any("embed_tokens" in key for key in mismatched):
+        return (
+            "Tokens were added, or taken away, after config.json was written: set vocab_size there "
+            "to the rows of the table, and copy the tokenizer that was saved with it"
+        )
+    if mismatched:
+        return "Weights and config.json are of different models: copy both from one place"
+    if missing and not unexpected:
+        return "The files are not complete: copy or download them again"
+    return (
+        "Save it again with save_pretrained() of the plain class that config.json names, or name "
+        "the class of the weights in config.json (architectures and model_type)"
+    )
+
+
+def tie_equal_tables(model: PreTrainedModel, name: str) -> None:
+    """Let the LM head of a target share the embedding table [V, D], where both are equal.
+
+    Raises:
+        ValueError: they differ; a head shares one table with its target.
+    """
+    into, out = model.get_input_embeddings(), model.get_output_embeddings()
+    if out.weight is into.weight:
+        return
+    if out.weight.shape != into.weight.shape or not torch.equal(out.weight, into.weight):
+        raise ValueError(
+            f"unsupported target {name}: it lacks tied embeddings (its LM head is a table of its "
+            "own, which the head could not share). Tune it with lm_head and embed_tokens frozen, "
+            "or with tied ones: peft's ensure_weight_tying=True for modules_to_save, and "
+            "tie_word_embeddings: true in config.json"
+        )
+    out.weight = into.weight
+    for config in (model.config, model.config.get_text_config()):
+        config.tie_word_embeddings = True
+    say(f"{name}: its LM head equals its embedding table, and is tied to it")
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int, where: str) -> None:
+    """Raise `ValueError` where a tokenizer has tokens that the table of a target has no row for.
+
+    Args:
+        tokenizer: that the target's texts are made with.
+        rows: V of the target.
+        where: folder or id of the tokenizer.
+    """
+    vocabulary = tokenizer.get_vocab().items()
+    over = sorted((i, token) for token, i in vocabulary if i >= rows and token != WITHOUT_ROW)
+    if over:
+        raise ValueError(
+            f"the tokenizer of {where} has {len(over)} tokens for which the target's table of "
+            f"{rows:,} rows has none (first: {over[0][1]!r} is {over[0][0]}): tokens were added. "
+            "Give as the target the checkpoint whose table was resized with them "
+            "(resize_token_embeddings, merge_and_unload, save_pretrained)"
+        )
