@@ -75,7 +75,7 @@ def remove_contaminated(
     """
     exact = {_key(prompt): prompt.id for prompt in held_out}
     index = _Index(held_out if near else [])
-    found = [index.look_up(prompt) for prompt in prompts]
+    found = [index.look_up(prompt) if near else frozenset[Shingle]() for prompt in prompts]
     # Equal prompts count once: copies make no template.
     index.drop_common({_key(p): shingles for p, shingles in zip(prompts, found, strict=True)})
     kept, removed = [], Contamination()

@@ -58,9 +58,10 @@ def test_unrelated_prompts_and_short_ones_that_differ_stay() -> None:
         prompt("How many pencils does each friend get?", "a"),
         prompt("Who wrote Moby Dick, and when?", "b"),
         prompt("what is love worth", "c"),
-        prompt("...", "d"),
+        prompt("...", "d"),  # without words texts are compared as they are
+        prompt(" ? ", "e"),
     ]
-    assert kept(training, prompt(QUESTION), prompt("What is love?"), prompt("?")) == list("abc")
+    assert kept(training, prompt(QUESTION), prompt("What is love?"), prompt("?")) == list("abcd")
 
 
 def test_siblings_of_a_template_stay_and_the_one_that_is_held_out_goes() -> None:
