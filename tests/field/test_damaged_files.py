@@ -10,7 +10,7 @@ import torch
 from headstart.configs.adapt import Adaptation
 from headstart.configs.schema import HeadConfig, TargetConfig
 from headstart.heads.assistant import build_assistant
-from headstart.heads.export import load_assistant, load_assistant_config, save_assistant
+from headstart.heads.export import load_assistant_config, save_assistant
 from headstart.heads.loading import check_target, load_target, load_target_config
 from headstart.heads.targets import Target
 from headstart.heads.tiny import byte_tokenizer, tiny_target
@@ -160,4 +160,3 @@ def test_adapt_knows_of_an_unfit_adapter_base_or_head_before_anything_is_answere
     configure(good, vocab_size=10)
     rewrite(good, lambda w: {k: v for k, v in w.items() if "pre_projection" not in k})
     fails_at_once(tmp_path, "head: not all weights", head=good, target=plain, base="tiny-gemma4")
-    assert load_assistant
