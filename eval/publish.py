@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from huggingface_hub import ModelCard
 from rich.table import Table
-from safetensors import SafetensorError
 
 from headstart.configs.loader import load_saved, save_config
 from headstart.configs.schema import Config, TargetConfig
@@ -197,10 +196,7 @@ def _evaluated(report: dict[str, Any], head: Path) -> _Evaluated:
     if not known:
         raise ValueError(f"the report does not say which weights it is of: {again}")
     dtype = getattr(torch, env["dtype"])
-    try:
-        assistant = load_assistant(head, dtype)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{head} does not load: {' '.join(str(error).split())}") from error
+    assistant = load_assistant(head, dtype)
     mine = model_fingerprint(assistant, assistant.config)
     name = next((name for name, fingerprint in known.items() if fingerprint == mine), None)
     if name is None:
@@ -315,7 +311,7 @@ def _check(work: Path, base_head: str | None, evaluated: _Evaluated) -> None:
     path = f"{base_head}+{work}" if base_head is not None else work
     try:
         assistant = load_assistant(path, evaluated.dtype)
-    except (OSError, SafetensorError) as error:
+    except ValueError as error:
         raise ValueError(
             f"what was written does not load back ({' '.join(str(error).split())}): nothing was "
             "published"

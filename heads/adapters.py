@@ -52,12 +52,17 @@ def fitting(adapter: str, folder: Path, model: PreTrainedModel, merge: bool) -> 
     rows = model.config.get_text_config().vocab_size
     _check_tables(folder / WEIGHTS, kept, config, rows, merge)
     _check_trained(folder / WEIGHTS, kept)
-    if all(key == new for key, new in kept.items()) and not left_out:
+    changed = [(key, place) for key, place in kept.items() if key != place]
+    if changed:
+        old, new = changed[0]
+        say(f"{adapter}: {len(changed)} weights are read under other names: {old} as {new}, ...")
+    if left_out:
+        say(
+            f"{adapter}: {len(left_out)} weights of images and sound are left out, as {left_out[0]}"
+        )
+    if not changed and not left_out:
         yield folder
         return
-    old, new = next((old, new) for old, new in kept.items() if old != new)
-    more = f"; {len(left_out)} of images and sound are left out" if left_out else ""
-    say(f"{adapter}: its weights are read under other names: {old} as {new}, ...{more}")
     with TemporaryDirectory() as work:
         _write(folder, Path(work), config, kept, model)
         yield Path(work)

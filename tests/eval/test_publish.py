@@ -195,7 +195,7 @@ def test_another_head_than_the_evaluated_one_is_refused(
     (spoilt / "head" / "model.safetensors").write_bytes(b"cut")
     report = finished_run / "eval"
     assert publish(spoilt, "--report", report, "--dry-run", "--out", tmp_path / "folder") == 1
-    assert "does not load" in capsys.readouterr().err
+    assert "head/model.safetensors is damaged" in capsys.readouterr().err
 
 
 def test_a_report_of_another_target_is_refused(

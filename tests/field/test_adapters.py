@@ -91,6 +91,8 @@ def test_an_adapter_of_tower_and_text_changes_the_text_class_as_far_as_text_goes
     own, wanted = adapter(tmp_path / "a", family(MULTIMODAL), **lora)
     close(served(pair[TEXT], own), wanted)
     assert "of images and sound" in capsys.readouterr().out
+    rename(own, lambda key: key.replace("language_model.layers", "layers"))
+    close(served(pair[TEXT], own), wanted)
 
 
 def test_an_adapter_of_the_tower_alone_is_refused(pair: dict[str, str], tmp_path: Path) -> None:
