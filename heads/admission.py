@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -50,6 +51,31 @@ SPARE = re.compile(rf"^masked_embedding\.|\brotary_emb\.|\brope_freqs\.|{TOWERS.
 WITHOUT_ROW = "<image_soft_token>"
 
 
+# What libraries raise over the files of strangers: a number where a text should be, half a header.
+FAULTS = (
+    OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError,
+    RuntimeError, ImportError, MemoryError, SafetensorError, StrictDataclassError,
+)  # fmt: skip
+LAYERS = 1000  # more than any model has; a library would build them one by one before it refused
+
+
+@contextmanager
+def reading(name: str, what: str = "") -> Iterator[None]:
+    """Within, whatever a library raises over somebody's files is a `ValueError` of one line.
+
+    Args:
+        name: of the checkpoint; a refusal that names it already stays as it is.
+        what: is wrong, for the others.
+    """
+    try:
+        yield
+    except FAULTS as error:
+        if isinstance(error, ValueError) and name in str(error):
+            raise
+        reason = " ".join(str(error).split())[:400] or type(error).__name__
+        raise ValueError(f"{name} {what}".rstrip() + f": {reason}") from error
+
+
 def check_files(folder: str | Path) -> None:
     """Raise `ValueError`, naming file and fix, where a file of a local folder is damaged.
 
@@ -84,8 +110,10 @@ def check_file(path: Path) -> None:
         elif path.suffix == ".gguf" and not start.startswith(b"GGUF"):
             raise ValueError("it does not begin as a GGUF file does")
         elif path.suffix == ".json" and path.stat().st_size < PARSED:
-            if not isinstance(json.loads(path.read_text(encoding="utf-8")), dict):
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(content, dict):
                 raise ValueError("it holds no JSON object")
+            _check_depth(content)
         elif path.suffix == ".json" and not end.endswith(b"}"):
             raise ValueError("its end is missing")
     except (ValueError, OSError, RecursionError, SafetensorError) as error:
@@ -93,6 +121,13 @@ def check_file(path: Path) -> None:
         raise ValueError(
             f"{path} is damaged or cut short ({reason}): copy or download it again"
         ) from error
+
+
+def _check_depth(config: dict[str, Any]) -> None:
+    for part in (config, config.get("text_config")):
+        layers = part.get("num_hidden_layers") if isinstance(part, dict) else None
+        if isinstance(layers, int | float) and not 0 < layers <= LAYERS:
+            raise ValueError(f"num_hidden_layers is {layers}")
 
 
 def load_whole(cls: Any, name: str, path: str | Path, **arguments: Any) -> Any:
@@ -134,15 +169,11 @@ def _read(
     cls: Any, name: str, path: str | Path, arguments: dict[str, Any]
 ) -> tuple[Any, dict[str, Any]]:
     """A model, and which keys were missing, unexpected and mismatched."""
-    with _without_report():
-        try:
-            # Else a mismatch is an error that names no tensor.
-            model, info = cls.from_pretrained(
-                path, output_loading_info=True, ignore_mismatched_sizes=True, **arguments
-            )
-        except (OSError, ValueError, SafetensorError) as error:
-            reason = " ".join(str(error).split())
-            raise ValueError(f"{name} does not load: {reason}") from error
+    with _without_report(), reading(name, "does not load"):
+        # Else a mismatch is an error that names no tensor.
+        model, info = cls.from_pretrained(
+            path, output_loading_info=True, ignore_mismatched_sizes=True, **arguments
+        )
     return model, info
 
 

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from headstart.configs.schema import RopePosition
-from headstart.heads.admission import check_files, load_whole
+from headstart.heads.admission import check_files, load_whole, reading
 from headstart.heads.files import whole_folder
 from headstart.heads.finite import check_weights
 from headstart.heads.served import add_adapters, split_revision
@@ -140,11 +140,8 @@ def load_assistant_config(path: str | Path) -> Any:
     path, _ = split_pair(path)
     name, revision = split_revision(path)
     check_files(name)
-    try:
+    with reading(f"no draft head at {path}"):
         config = AutoConfig.from_pretrained(name, revision=revision)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"no draft head at {path}: {reason}") from error
     if "assistant" not in config.model_type:
         raise ValueError(f"{path} is a {config.model_type} model, not a Gemma 4 assistant")
     return config

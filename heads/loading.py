@@ -16,7 +16,7 @@ from transformers import (
 
 from headstart.configs import hardware
 from headstart.configs.schema import Quantization, TargetConfig
-from headstart.heads.admission import check_file, check_files, check_vocabulary, load_whole
+from headstart.heads.admission import check_file, check_files, check_vocabulary, load_whole, reading
 from headstart.heads.demo import gemma3_270m_dir
 from headstart.heads.finite import check_logits, check_weights
 from headstart.heads.generation import checkpoint_settings
@@ -53,17 +53,13 @@ def load_target_config(
         check_file(Path(name))
     else:
         check_files(path)
-    try:
+    nothing = f"is no built-in name ({', '.join(BUILT_IN)}), and no folder or Hub id that loads"
+    with reading(f"target {name!r}", nothing):
         config = AutoConfig.from_pretrained(
             path, revision=revision, trust_remote_code=trust_remote_code, **options
         )
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(
-            f"target {name!r} is no built-in name ({', '.join(BUILT_IN)}), and no folder or Hub id "
-            f"that loads: {reason}"
-        ) from error
-    check_supported(config)
+    with reading(name, "cannot be a target"):
+        check_supported(config)
     return config
 
 
@@ -129,8 +125,9 @@ def load_target(
     check_weights(model, served_name(name, adapters, None))
     if quantization == "torchao-int8":
         quantise(model)
-    target = Target(model, tokenizer, whole_name, commit, eos_token_ids)
-    check_logits(target)
+    with reading(whole_name, "does not run"):
+        target = Target(model, tokenizer, whole_name, commit, eos_token_ids)
+        check_logits(target)
     return target
 
 
@@ -167,14 +164,11 @@ def _load_tokenizer(
 
 
 def _read_tokenizer(path: str | Path, **arguments: Any) -> PreTrainedTokenizerBase:
-    try:
+    fix = (
+        "copy tokenizer.json and tokenizer_config.json of the model that it was tuned from into it"
+    )
+    with reading(str(path), f"has no tokenizer that loads; {fix}"):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, **arguments)
-    except (OSError, ValueError, ImportError, TypeError, KeyError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(
-            f"{path} has no tokenizer that loads: copy tokenizer.json and tokenizer_config.json of "
-            f"the model that it was tuned from into it ({reason})"
-        ) from error
     return tokenizer
 
 

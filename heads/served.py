@@ -13,13 +13,12 @@ from typing import Any, get_args
 
 import torch
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from headstart.configs.schema import Quantization, TargetConfig
 from headstart.heads.adapters import WEIGHTS, check_arrival, check_effect, fitting, outcome
-from headstart.heads.admission import check_files
+from headstart.heads.admission import FAULTS, check_files
 
 FILES = ["*.json", "*.jinja", "*.model", WEIGHTS]  # that are read of an adapter on the Hub
 
@@ -114,10 +113,7 @@ def _naming(adapter: str, model: PreTrainedModel) -> Iterator[None]:
     """Within, what is wrong with an adapter is a `ValueError` that names it and the class."""
     try:
         yield
-    except (
-        OSError, ValueError, RuntimeError, KeyError, UserWarning, TypeError, AttributeError,
-        SafetensorError,
-    ) as error:  # fmt: skip
+    except (*FAULTS, UserWarning) as error:
         reason = " ".join(str(error).split())[:400]
         raise ValueError(
             f"{adapter} does not go onto {type(model).__name__} as a PEFT adapter: {reason}"
