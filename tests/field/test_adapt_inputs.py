@@ -21,7 +21,7 @@ def prompt_file(folder: Path, *prompts: str) -> str:
 
 
 def split(prompts: str, **changes: Any) -> dict[str, Any]:
-    a = Adaptation(target=TargetConfig(), head="h", prompts=prompts, **changes)
+    a = Adaptation(target=TargetConfig(), head="h", **{"prompts": prompts, **changes})
     return split_prompts(a, load_config(None))
 
 

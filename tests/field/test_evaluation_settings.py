@@ -166,7 +166,12 @@ def test_adapt_takes_what_it_is_told_before_what_the_head_was(
     folder: Path, thinking: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found: list[Config] = []
-    monkeypatch.setattr(adapting, "split_prompts", lambda a, config: found.append(config) or 1 / 0)
+
+    def seen(a: object, config: Config) -> None:
+        found.append(config)
+        raise ValueError("seen")
+
+    monkeypatch.setattr(adapting, "split_prompts", seen)
     command = ["adapt", "--target", str(folder / "target"), "--head", str(thinking / "head")]
     command += ["--prompts", "p", "--out", str(folder / "none")]
     for more in ([], ["data.chat_template_kwargs={enable_thinking: false}"]):
