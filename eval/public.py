@@ -10,22 +10,28 @@ from huggingface_hub.utils import validate_repo_id
 REVISION = re.compile(r"\w[\w./-]*")
 
 
+def is_hub_id(name: str) -> bool:
+    """Whether a name has the form ORG/NAME of the Hub, or ORG/NAME@REVISION."""
+    repo, at, revision = name.partition("@")
+    try:
+        validate_repo_id(repo)
+    except HFValidationError:
+        return False
+    return repo.count("/") == 1 and (not at or REVISION.fullmatch(revision) is not None)
+
+
 def check_hub_id(name: str, what: str, fix: str) -> None:
-    """Raise `ValueError` unless a name is ORG/NAME of the Hub, or ORG/NAME@REVISION.
+    """Raise `ValueError` unless a name can only be meant for a repository of the Hub: a folder of
+    this machine may have one of the same form.
 
     Args:
         name: that is to stand on a card.
         what: it names, in the message.
         fix: what to do, in the message.
     """
-    repo, at, revision = name.partition("@")
-    try:
-        validate_repo_id(repo)
-        valid = repo.count("/") == 1 and (not at or REVISION.fullmatch(revision) is not None)
-    except HFValidationError:
-        valid = False
-    if not valid or Path(name).exists():
-        why = "a path of this machine" if Path(name).exists() else "not of the form ORG/NAME"
+    here = Path(name).exists()
+    if here or not is_hub_id(name):
+        why = "a path of this machine" if here else "not of the form ORG/NAME"
         raise ValueError(f"{what} {name} is no repository of the Hub ({why}): {fix}")
 
 

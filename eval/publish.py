@@ -15,7 +15,7 @@ from headstart.configs.schema import Config, TargetConfig
 from headstart.eval.card import Published, model_card
 from headstart.eval.compare import read_report
 from headstart.eval.licence import licence_of, notice
-from headstart.eval.public import check_hub_id, is_private, without_paths
+from headstart.eval.public import check_hub_id, is_hub_id, is_private, without_paths
 from headstart.eval.report import write_report
 from headstart.heads.export import load_assistant, load_assistant_config
 from headstart.heads.files import check_empty, whole_folder
@@ -112,7 +112,8 @@ def build_folder(what: Publication, out: Path) -> list[Path]:
     """
     if not ((out / SETTINGS).is_file() and (out / EVALUATION).is_dir()):
         check_empty(out)
-    check_hub_id(what.repo_id, "--repo-id", "give --repo-id ORG/NAME")
+    if not is_hub_id(what.repo_id) or "@" in what.repo_id:
+        raise ValueError(f"--repo-id {what.repo_id} cannot be: give --repo-id ORG/NAME")
     run = _Run(what.run)
     config = run.config()
     as_adapter = (run.head / ADAPTER).is_dir() and not what.merged
@@ -128,8 +129,10 @@ def build_folder(what: Publication, out: Path) -> list[Path]:
     published = Published(
         repo_id=what.repo_id,
         # The last is what the head was trained for, and comes first.
-        base_models=list(what.base_models)
-        or [split_revision(name)[0] for name in (*reversed(served.adapters), served.name)],
+        base_models=[
+            split_revision(name)[0]
+            for name in what.base_models or (*reversed(served.adapters), served.name)
+        ],
         base_head=base_head,
         served=served,
         head_name=names[evaluated.name],
@@ -215,7 +218,8 @@ def _on_the_hub(what: Publication, config: Config) -> TargetConfig:
     for name in what.base_models:
         check_hub_id(name, "--base-model", "give --base-model ORG/NAME")
     if what.base_models:
-        named: dict[str, Any] = {"name": what.base_models[0], "revision": None, "adapters": []}
+        name, revision = split_revision(what.base_models[0])
+        named: dict[str, Any] = {"name": name, "revision": revision, "adapters": []}
         return config.target.model_copy(update=named)
     t = config.target
     names = [DEMO.get(t.name, t.name), *t.adapters]

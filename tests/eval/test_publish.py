@@ -115,9 +115,7 @@ def test_the_card_holds_the_reports_figures_and_no_others(
     assert report["environment"]["target_fingerprint"][:16] in card.text
     summary = json.loads((finished_run / "summary.json").read_text())
     assert f"6 steps, of which step {summary['best']['step']} was the best" in card.text
-    assert (
-        "prompts from data/prompts/text_train.jsonl" in card.text or "prompts from /" in card.text
-    )
+    assert re.search(r"prompts from (data/prompts/)?text_train\.jsonl", card.text)
 
 
 def test_the_cards_own_snippet_drafts_without_headstart(finished_run: Path, tmp_path: Path) -> None:

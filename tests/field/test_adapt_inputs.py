@@ -8,7 +8,7 @@ import pytest
 
 from headstart.configs.adapt import Adaptation
 from headstart.configs.loader import load_config
-from headstart.configs.schema import SourceConfig, TargetConfig
+from headstart.configs.schema import TargetConfig
 from headstart.eval.adaptation import advice, compare_stages, headline, outcome
 from headstart.train.adapt import split_prompts
 from tests.train.test_adapt import texts
@@ -21,7 +21,7 @@ def prompt_file(folder: Path, *prompts: str) -> str:
 
 
 def split(prompts: str, **changes: Any) -> dict[str, Any]:
-    a = Adaptation(target=TargetConfig(), head="h", prompts=SourceConfig(path=prompts), **changes)
+    a = Adaptation(target=TargetConfig(), head="h", **{"prompts": prompts, **changes})
     return split_prompts(a, load_config(None))
 
 

@@ -167,11 +167,11 @@ def test_adapt_takes_what_it_is_told_before_what_the_head_was(
 ) -> None:
     found: list[Config] = []
 
-    def caught(a: object, config: Config) -> None:
+    def seen(a: object, config: Config) -> None:
         found.append(config)
-        raise ZeroDivisionError
+        raise ValueError("seen")
 
-    monkeypatch.setattr(adapting, "split_prompts", caught)
+    monkeypatch.setattr(adapting, "split_prompts", seen)
     command = ["adapt", "--target", str(folder / "target"), "--head", str(thinking / "head")]
     command += ["--prompts", "p", "--out", str(folder / "none")]
     for more in ([], ["data.chat_template_kwargs={enable_thinking: false}"]):

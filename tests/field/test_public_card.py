@@ -36,6 +36,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
             home / "run", *SHORT, f"target.name={home / 'model'}", "train.warmup_steps=1",
             f"target.adapters=[{home / 'lora'}]", f"data.prompts=[{home / 'train.jsonl'}]",
             f"eval.prompts={home / 'eval.jsonl'}", f"data.cache_dir={home / 'cache'}",
+            "eval.decoders=[exact]", "eval.num_assistant_tokens=[2]", "data.max_new_tokens=8",
             "data.num_conversations=6", "data.validation_conversations=2",
             "head.use_ordered_embeddings=false", "head.num_centroids=null",
         ))  # fmt: skip
@@ -116,6 +117,23 @@ def test_a_damaged_report_is_named(
         more = ("--base-model", "org/tiny", "--report", tmp_path)
         assert publish(home, tmp_path / "out", *more) == 1
         assert str(tmp_path / "report.json") in capsys.readouterr().err
+
+
+def test_the_revision_of_a_base_model_is_no_part_of_its_name(home: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert publish(home, out, "--base-model", "org/tiny@v1.0") == 0
+    card = ModelCard.load(out / "README.md")
+    assert card.data.base_model == ["org/tiny"]
+    assert 'from_pretrained("org/tiny", dtype="auto", revision="v1.0")' in card.text
+
+
+def test_a_repository_may_have_the_name_of_a_folder(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As that of the dry run before."""
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        assert publish(home, Path(REPO), "--base-model", "org/tiny") == 0
 
 
 @pytest.fixture
