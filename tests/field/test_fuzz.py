@@ -22,8 +22,9 @@ from tests.conftest import make_target
 from tests.field.checkpoints import saved_target
 from tests.heads.test_parity import noisy_head
 
+# 1,000 in all, more of what is quick to read.
 EACH = settings(
-    max_examples=200,
+    max_examples=300,
     deadline=20_000,  # ms
     suppress_health_check=list(HealthCheck),
     derandomize=True,
@@ -117,7 +118,7 @@ def test_overrides(key: str, text: str) -> None:
         assert isinstance(load_config(None, [f"{key}={text}"]), Config)
 
 
-@EACH
+@settings(EACH, max_examples=100)
 @given(
     tree=st.dictionaries(
         st.sampled_from(list(Config.model_fields)) | st.text(max_size=6), VALUES, max_size=3
@@ -185,7 +186,7 @@ def test_weights_of_targets(
         assert load_target(str(checkpoint), "float32").fingerprint
 
 
-@settings(EACH, max_examples=100)
+@settings(EACH, max_examples=50)
 @given(change=WEIGHTS)
 def test_weights_of_heads(change: tuple[int, tuple[float, float], bytes], head: Path) -> None:
     file = head / "model.safetensors"
@@ -206,7 +207,7 @@ def changed_json(file: Path, changes: dict[int, Any], cuts: tuple[float, float] 
     return text if cuts is None else damaged(text, cuts, b"")
 
 
-@EACH
+@settings(EACH, max_examples=100)
 @given(changes=CHANGES, cuts=st.none() | SHARES)
 def test_configurations_of_targets(
     changes: dict[int, Any], cuts: tuple[float, float] | None, checkpoint: Path
@@ -227,7 +228,7 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@EACH
+@settings(EACH, max_examples=50)
 @given(changes=CHANGES, cuts=st.none() | SHARES)
 def test_configurations_of_adapters(
     changes: dict[int, Any], cuts: tuple[float, float] | None, adapter: Path
