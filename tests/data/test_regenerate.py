@@ -321,7 +321,7 @@ def test_the_place_among_many_weights_is_that_of_one_running_sum() -> None:
 
 def test_a_target_has_sampling_settings_of_its_own(tiny: Target) -> None:
     assert tiny.own_sampling == Sampling(1.0)
-    tiny.model.generation_config.update(temperature=0.9, top_k=64, top_p=0.95)
+    tiny.generation.update(temperature=0.9, top_k=64, top_p=0.95)
     config = CONFIG.model_copy(update={"temperatures": [0.0, "model"]})
     own = Sampling(0.9, 64, 0.95)
     a, b, c = prompts(3)

@@ -145,6 +145,7 @@ def adapted_config(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> Confi
         raise ValueError("seen")
 
     monkeypatch.setattr(adapting, "split_prompts", seen)
+    monkeypatch.setattr(adapting, "check_before", lambda a: None)  # there need be no such files
     assert cli.main(["adapt", *map(str, arguments)]) == 1
     return found[0]
 

@@ -85,7 +85,7 @@ def test_work_that_fails_ends_its_line_and_no_thread_stays(
         fail()
     time.sleep(0.2)
     lines = capsys.readouterr().out.splitlines()
-    assert lines == ["Decoding: started, 0 of 3", "Decoding: ended after 0:00:00, 1 of 3"]
+    assert lines == ["Decoding: started, 0 of 3", "Decoding: stopped after 0:00:00, 1 of 3"]
 
 
 @pytest.mark.parametrize("seconds", ["0", "-1", "soon", "nan", "inf"])
