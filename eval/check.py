@@ -27,8 +27,8 @@ class Finding:
 
     kind: Literal["target", "adapter", "tokenizer", "head", "prompts"]
     name: str
-    result: Literal["good", "changed", "refused"] = "good"
-    """`changed`: it is taken with what the lines say."""
+    result: Literal["good", "noted", "refused"] = "good"
+    """`noted`: it is taken, with what the lines say of it."""
     lines: list[str] = field(default_factory=list)
     """What it is, what was changed, or why it is refused."""
 
@@ -80,7 +80,7 @@ def _admit(
             finding.result, finding.lines = "refused", [" ".join(str(error).split())]
             return None
     finding.lines = [*describe(loaded), *lines]
-    finding.result = "changed" if lines else "good"
+    finding.result = "noted" if lines else "good"
     return loaded
 
 

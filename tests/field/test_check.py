@@ -53,7 +53,7 @@ def test_a_text_adapter_on_a_multimodal_target_is_taken_and_its_new_names_are_to
     )
     folder, wanted = adapter(tmp_path / "adapter", text)
     result, lines = results(whole, folder)["target"]
-    assert result == "changed", lines
+    assert result == "noted", lines
     assert folder in lines
     tuned = load_target(whole, "float32", adapters=[folder])
     torch.testing.assert_close(logits(tuned.model), wanted, atol=2e-5, rtol=0)
@@ -95,4 +95,4 @@ def test_prompts_that_cannot_be_used_are_refused_with_their_number(tmp_path: Pat
 @pytest.mark.real
 def test_the_demo_target_is_good() -> None:
     found = results("gemma3-270m", prompts=("data/prompts/text_eval.jsonl",))
-    assert [result for result, _ in found.values()] == ["good"] * 3
+    assert [result for result, _ in found.values()] == ["good", "good", "noted"]
