@@ -149,21 +149,12 @@ def build_folder(what: Publication, out: Path) -> list[Path]:
         if base_head is not None:
             _copy_adapter(run.head / ADAPTER, work, base_head)
         else:
-            shutil.copytree(
-                run.head, work, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*NOT_PUBLISHED)
-            )
+            _copy_head(run.head, work, names)
             tokenizer.save_pretrained(work)
-            path = work / "config.json"  # which notes the target that the head was trained for
-            content = without_paths(json.loads(path.read_text(encoding="utf-8")), names)
-            path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         save_config(config, work / SETTINGS)
         (work / EVALUATION).mkdir()
         write_report(report, work / EVALUATION)
-        if (told := run.folder / "adapt.md").is_file():
-            text = without_paths(told.read_text(encoding="utf-8"), names)
-            (work / EVALUATION / told.name).write_text(text, encoding="utf-8")
-        for picture in run.pictures:
-            shutil.copy(picture, work / EVALUATION / picture.name)
+        _copy_told(run, work / EVALUATION, names)
         (work / "README.md").write_text(model_card(published), encoding="utf-8")
         if (wanted := notice(terms, served.name)) is not None:
             (work / "NOTICE").write_text(wanted, encoding="utf-8")
@@ -297,6 +288,24 @@ def _public_names(
     for head in report["environment"]["heads"]:
         names[head] = Path(head).name if is_private(head) else head
     return names | {evaluated.name: what.repo_id}
+
+
+def _copy_head(head: Path, work: Path, names: dict[str, str]) -> None:
+    """A whole head; its config.json notes the target that it was trained for by its public name."""
+    ignored = shutil.ignore_patterns(*NOT_PUBLISHED)
+    shutil.copytree(head, work, dirs_exist_ok=True, ignore=ignored)
+    path = work / "config.json"
+    content = without_paths(json.loads(path.read_text(encoding="utf-8")), names)
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _copy_told(run: _Run, folder: Path, names: dict[str, str]) -> None:
+    """What the run says of itself beside its report: adapt.md and pictures."""
+    if (told := run.folder / "adapt.md").is_file():
+        text = without_paths(told.read_text(encoding="utf-8"), names)
+        (folder / told.name).write_text(text, encoding="utf-8")
+    for picture in run.pictures:
+        shutil.copy(picture, folder / picture.name)
 
 
 def _copy_adapter(adapter: Path, work: Path, base_head: str) -> None:
