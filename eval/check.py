@@ -17,7 +17,7 @@ from headstart.data.templates import check_template, encode_conversation, encode
 from headstart.heads.assistant import check_pair, other_target
 from headstart.heads.export import load_assistant
 from headstart.heads.loading import load_served
-from headstart.heads.progress import kept_lines, say
+from headstart.heads.progress import kept_lines, plain_console, say
 from headstart.heads.targets import Target
 
 
@@ -159,6 +159,6 @@ def print_findings(found: Sequence[Finding], console: Console | None = None) -> 
     table.show_lines = True
     for finding in found:
         table.add_row(finding.kind, finding.name, finding.result, "\n".join(finding.lines))
-    (console or Console()).print(table)
+    (console or plain_console()).print(table)
     if refused := [f"{f.kind} {f.name}" for f in found if f.result == "refused"]:
         raise ValueError(f"refused: {', '.join(refused)}; the table says why and what mends it")
