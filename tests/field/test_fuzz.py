@@ -114,7 +114,7 @@ KEYS = sorted(
     text=st.text(max_size=16) | VALUES.map(repr),
 )
 def test_overrides(key: str, text: str) -> None:
-    with refused_with(key):
+    with refused_with(key.partition(".")[0]):  # a combination is named by its section
         assert isinstance(load_config(None, [f"{key}={text}"]), Config)
 
 
