@@ -11,16 +11,23 @@ def add_check_command(commands: Any) -> None:
     check = commands.add_parser(
         "check",
         help="see whether a target, its adapters, heads and prompts are what they should be",
-        description="Admit a target with its adapters, heads and prompts as every run does before "
-        "it begins, without training: a line for each says what it is, what is changed of it, or "
-        "why it is refused and what mends it. The first command when something looks wrong.",
+        description="Load a target with its adapters, heads and prompts and check that they are "
+        "whole and fit together, as every run does, without training: a row for each says good; "
+        "noted, which is taken with what the lines say; or refused, and why (exit code 1). The "
+        "target is loaded whole. The first command when something looks wrong.",
         epilog="example: headstart check ORG/my-gemma --adapter my-lora --head runs/mine/head "
         "--prompts my_prompts.jsonl",
     )
     add = check.add_argument
     add("target", metavar="TARGET", help="gemma3-270m, a folder, a Hub id or a GGUF file")
     add_target_arguments(check)
-    add("--head", action="append", default=[], metavar="HEAD", help="may come again")
+    add(
+        "--head",
+        action="append",
+        default=[],
+        metavar="HEAD",
+        help="folder (RUN/head) or Hub id of a draft head for the target; may come again",
+    )
     add(
         "--prompts", action="append", default=[], metavar="SET",
         help="prompts or conversations: a file, a folder, a Hub dataset or a benchmark's name; may "
@@ -28,7 +35,7 @@ def add_check_command(commands: Any) -> None:
     )  # fmt: skip
     add(
         "--dtype", choices=("auto", "bfloat16", "float32"), default="auto",
-        help="of the weights (default auto: what pays on this machine)",
+        help="of the weights (default auto: bfloat16 where the machine computes in it)",
     )  # fmt: skip
     add("--debug", action="store_true", help="show the traceback of a failure")
     check.set_defaults(command=_run_check)

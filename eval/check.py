@@ -3,16 +3,18 @@ makes before it begins, without the run."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr
 from dataclasses import dataclass, field
 from functools import partial
+from io import StringIO
 from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Column, Table
 
-from headstart.configs.schema import TargetConfig
-from headstart.data.prompt_sets import load_prompt_set
-from headstart.data.prompts import Prompt
+from headstart.configs.schema import DataConfig, TargetConfig
+from headstart.data.prompt_sets import SETS, load_prompt_set
+from headstart.data.prompts import Prompt, load_prompts
 from headstart.data.templates import check_template, encode_conversation, encode_prompt
 from headstart.heads.assistant import check_pair, other_target
 from headstart.heads.export import load_assistant
@@ -25,12 +27,15 @@ from headstart.heads.targets import Target
 class Finding:
     """What became of one input."""
 
-    kind: Literal["target", "adapter", "tokenizer", "head", "prompts"]
+    kind: str
+    """Target, adapter, tokenizer, head or prompts."""
     name: str
-    result: Literal["good", "noted", "refused"] = "good"
+    result: Literal["good", "noted", "refused", "not checked"] = "good"
     """`noted`: it is taken, with what the lines say of it."""
     lines: list[str] = field(default_factory=list)
     """What it is, what was changed, or why it is refused."""
+    error: Exception | None = None
+    """Of a refusal."""
 
 
 def check_inputs(
@@ -55,7 +60,11 @@ def check_inputs(
             if not _admit(found, Finding("adapter", adapter), partial(load_served, some, device)):
                 break
     if target is None:
-        return found
+        why = ["the target, or an adapter, was refused"]
+        judged = {(finding.kind, finding.name) for finding in found}
+        rest = [("adapter", name) for name in t.adapters if ("adapter", name) not in judged]
+        rest += [("head", name) for name in heads] + [("prompts", name) for name in prompt_sets]
+        return found + [Finding(kind, name, "not checked", why) for kind, name in rest]
     found += [Finding("adapter", adapter) for adapter in t.adapters]
     found.append(Finding("tokenizer", target.name, lines=_reading(target)))
     for name in heads:
@@ -78,6 +87,7 @@ def _admit(
             loaded = load()
         except (ValueError, RuntimeError, OSError, ModuleNotFoundError) as error:
             finding.result, finding.lines = "refused", [" ".join(str(error).split())]
+            finding.error = error
             return None
     finding.lines = [*describe(loaded), *lines]
     finding.result = "noted" if lines else "good"
@@ -119,7 +129,13 @@ def _shape(head: Any) -> list[str]:
 
 def _prompts(name: str, target: Target) -> Counter[str]:
     """How many prompts have answers, and how many the target's template refuses and why."""
-    prompts = load_prompt_set(name)
+    if name.partition("=")[0] in SETS:
+        prompts = load_prompt_set(name)
+    else:  # as training does: bad rows are counted, and a few are skipped
+        with redirect_stderr(StringIO()) as counted:
+            prompts = load_prompts(name, DataConfig().max_bad_rows)
+        for line in counted.getvalue().splitlines():
+            say(line)
     check_template(prompts, target)
     counts: Counter[str] = Counter()
     for prompt in prompts:
@@ -144,7 +160,7 @@ def _encoded(prompt: Prompt, target: Target) -> bool:
 
 
 def _counts(counts: Counter[str]) -> list[str]:
-    return [f"{counts['prompts']:,} prompts, {counts['answers']:,} with an answer"]
+    return [f"prompts: {counts['prompts']:,}, of them with an answer: {counts['answers']:,}"]
 
 
 def print_findings(found: Sequence[Finding], console: Console | None = None) -> None:
@@ -154,11 +170,13 @@ def print_findings(found: Sequence[Finding], console: Console | None = None) -> 
         ValueError: something was refused.
     """
     table = Table(
-        "input", Column("name", overflow="fold"), "result", "what it is, and what was done"
+        "input", Column("name", overflow="fold"), "result", Column("what", overflow="fold")
     )
     table.show_lines = True
     for finding in found:
-        table.add_row(finding.kind, finding.name, finding.result, "\n".join(finding.lines))
+        lines = "\n".join(f"- {line}" if len(finding.lines) > 1 else line for line in finding.lines)
+        table.add_row(finding.kind, finding.name, finding.result, lines)
     (console or plain_console()).print(table)
-    if refused := [f"{f.kind} {f.name}" for f in found if f.result == "refused"]:
-        raise ValueError(f"refused: {', '.join(refused)}; the table says why and what mends it")
+    if refused := [finding for finding in found if finding.result == "refused"]:
+        names = ", ".join(f"{finding.kind} {finding.name}" for finding in refused)
+        raise ValueError(f"refused: {names}; the table says why") from refused[0].error

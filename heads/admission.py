@@ -82,8 +82,10 @@ def check_files(folder: str | Path) -> None:
     Of large files only what shows a pointer of Git LFS or a file that was cut short is read. A Hub
     id is passed over: what is downloaded is compared with its length there.
     """
-    folder = Path(folder)
+    name, folder = str(folder), Path(folder)
     if not folder.is_dir():
+        if name.startswith(("/", ".", "~")) or name.count("/") > 1:  # no Hub id looks so
+            raise ValueError(f"there is no folder {name}")
         return
     paths = [folder / name for name in READ if (folder / name).is_file()]
     for patterns in EITHER:

@@ -139,8 +139,8 @@ def load_assistant_config(path: str | Path) -> Any:
     """
     path, _ = split_pair(path)
     name, revision = split_revision(path)
-    check_files(name)
     with reading(f"no draft head at {path}"):
+        check_files(name)
         config = AutoConfig.from_pretrained(name, revision=revision)
     if "assistant" not in config.model_type:
         raise ValueError(f"{path} is a {config.model_type} model, not a Gemma 4 assistant")
