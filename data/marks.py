@@ -46,7 +46,8 @@ def refuse_marks(
     Raises:
         ValueError: with the text that was found.
     """
-    contents = as_json([prompt.messages, prompt.tools, prompt.later_turns])
+    whole = [turn_text(turn) for turn in prompt.messages]  # a mark may stand across two parts
+    contents = as_json([prompt.messages, prompt.tools, prompt.later_turns, whole])
     if mark := next((mark for mark in marks if as_json(mark)[1:-1] in contents), None):
         raise ValueError(_holds(mark))
     for text in _texts(prompt, tokenizer):
@@ -86,6 +87,9 @@ def _texts(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
             text = text.removesuffix(eos) if i >= len(prompt.question) else text
         if turn["role"] != "assistant" or (plain and i == len(prompt.messages)):
             yield text
+        for key in ("tool_calls", "tool_responses"):
+            if turn.get(key):
+                yield as_json(turn[key])
     yield from prompt.later_turns
     if prompt.tools:
         yield as_json(prompt.tools)
@@ -109,5 +113,7 @@ def _control_token(text: str, tokenizer: PreTrainedTokenizerBase) -> str | None:
     """The first control token that the tokenizer makes of a text."""
     controls = _control_tokens(tokenizer)
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    # In the text: <unk> may also stand for what the vocabulary lacks.
-    return next((controls[i] for i in ids if i in controls and controls[i] in text), None)
+    # <unk> may also stand for what the vocabulary lacks.
+    unknown = tokenizer.unk_token_id
+    found = (i for i in ids if i in controls and (i != unknown or controls[i] in text))
+    return next((controls[i] for i in found), None)

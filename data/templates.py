@@ -43,8 +43,8 @@ def encode_prompt(
     holds turns of the template is taken as the template's own work, its last answer left out.
 
     Raises:
-        ValueError: the template refuses the conversation, there is nothing before the answer, or a
-            text holds a mark of a template or a control token.
+        ValueError: the template refuses the conversation or leaves out what it says, there is
+            nothing before the answer, or a text holds a mark of a template or a control token.
     """
     if not prompt.question:
         raise ValueError("there is nothing before the assistant's answer")
@@ -60,9 +60,9 @@ def encode_prompt(
         known = known_turns(tokenizer, template, key, tools)
         refuse_marks(prompt, tokenizer, known.marks if known else ())
         kwargs = {**kwargs, "add_generation_prompt": True}
-        ids = token_ids(
-            render_chat(tokenizer, template, kwargs, prompt.question, prompt.tools), tokenizer
-        )
+        text = render_chat(tokenizer, template, kwargs, prompt.question, prompt.tools)
+        _check_nothing_left_out(text, prompt.question, prompt.tools)
+        ids = token_ids(text, tokenizer)
     return ids if max_tokens is None else shortened(ids, max_tokens)
 
 
@@ -128,6 +128,7 @@ def encode_conversation(
         raise ValueError("no assistant turn")
     template = tokenizer.get_chat_template(tools=prompt.tools)
     text = render_chat(tokenizer, template, kwargs, messages, prompt.tools)
+    _check_nothing_left_out(text, messages, prompt.tools)
     key = json.dumps(kwargs, sort_keys=True)
     turns = turn_format(tokenizer, template, key, tuple(stop_ids), _with_tools(messages))
     refuse_marks(prompt, tokenizer, turns.marks)
@@ -136,6 +137,21 @@ def encode_conversation(
     if messages[-1]["role"] == "assistant":
         text, written = _complete_generation_prompt(text, written, turns)
     return _in_pieces(text, written, tokenizer)
+
+
+def _check_nothing_left_out(
+    text: str, messages: Messages, tools: list[dict[str, Any]] | None
+) -> None:
+    """Raise `ValueError` where what a user, a system prompt or a tool's schema says is not in what
+    the template rendered: the target would be asked something else than the row says."""
+    squeezed = "".join(text.split())
+    for turn in messages:
+        if turn["role"] in ("user", "system") and "".join(turn_text(turn).split()) not in squeezed:
+            raise ValueError(f"the chat template leaves out what a {turn['role']} turn says")
+    for tool in tools or []:
+        name = tool.get("function", tool).get("name")
+        if name is not None and name not in text:
+            raise ValueError("the chat template leaves out the tools")
 
 
 def _with_tools(messages: Messages) -> bool:

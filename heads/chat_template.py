@@ -136,8 +136,18 @@ def render_chat(
         text: str = tokenizer.apply_chat_template(
             messages, tools=tools, chat_template=template, tokenize=False, **kwargs
         )
-    except (TemplateError, TypeError) as error:  # TypeError: say, a template adds None to a text
+    # Templates are programs: say, one that adds None to a text, or divides by nothing.
+    except (
+        TemplateError,
+        TypeError,
+        ValueError,
+        LookupError,
+        AttributeError,
+        ArithmeticError,
+    ) as error:
         raise ValueError(f"the chat template refuses the conversation: {error}") from error
+    if not text.strip():
+        raise ValueError("the chat template makes nothing of the conversation")
     return text
 
 

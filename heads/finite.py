@@ -1,5 +1,7 @@
 """Numbers that are none: a NaN or an infinity in weights, logits or activations."""
 
+from itertools import chain
+
 import torch
 from torch import nn
 
@@ -19,13 +21,13 @@ def check_weights(model: nn.Module, name: str) -> None:
     """Raise where a model has a weight that is no number.
 
     Args:
-        model: whose parameters are read, quantised ones aside.
+        model: whose parameters and buffers are read, quantised ones aside.
         name: of the model.
 
     Raises:
         ValueError: with the name of the tensor.
     """
-    for tensor, weight in model.named_parameters():
+    for tensor, weight in chain(model.named_parameters(), model.named_buffers()):
         if not is_finite(weight):
             raise ValueError(
                 f"{name}: its weight {tensor} holds NaN or infinity: what it says is not to be "
@@ -43,7 +45,13 @@ def check_logits(target: Target) -> None:
     """
     first = target.tokenizer.bos_token_id or target.eos_ids[0]
     hidden = target.activations(torch.tensor([[first]], device=target.device)).hidden
-    if not is_finite(target.logits(hidden)):
+    logits = target.logits(hidden)
+    if logits.min() == logits.max():
+        raise ValueError(
+            f"{target.name}: all of its logits are {float(logits.max()):g}: its weights say "
+            "nothing. Save or download it again"
+        )
+    if not is_finite(logits):
         raise ValueError(
             f"{target.name}: its logits are NaN or infinite in {target.table.dtype}, though its "
             "weights are numbers: try target.dtype=float32"

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -72,13 +73,26 @@ class TargetTokens:
 
     @property
     def own_sampling(self) -> Sampling:
-        """What the target's checkpoint says of sampling; plain where it says nothing."""
+        """What the target's checkpoint says of sampling; plain where it says nothing.
+
+        Raises:
+            ValueError: it says what cannot be.
+        """
         g = self.generation
-        return Sampling(
-            1.0 if g.temperature is None else g.temperature,
-            g.top_k or None,
-            1.0 if g.top_p is None else g.top_p,
-        )
+        if g.do_sample is False:
+            return Sampling(0.0)
+        temperature = 1.0 if g.temperature is None else g.temperature
+        top_p = 1.0 if g.top_p is None else g.top_p
+        top_k = 0 if g.top_k in (None, -1) else g.top_k  # -1: all, as vLLM has it
+        right = isinstance(temperature, int | float) and 0 <= temperature < math.inf
+        right = right and isinstance(top_p, int | float) and 0 < top_p <= 1
+        if not (right and isinstance(top_k, int) and top_k >= 0):
+            raise ValueError(
+                f"{self.name}: its generation_config.json samples with temperature="
+                f"{temperature!r}, top_k={top_k!r}, top_p={top_p!r}, which cannot be: mend it, or "
+                "give numbers in data.temperatures in place of model"
+            )
+        return Sampling(temperature, top_k or None, top_p)
 
     @cached_property
     def tokenizer_hash(self) -> str:
@@ -137,6 +151,18 @@ def _with_turn_end(tokens: TargetTokens, ids: list[int], given: bool) -> list[in
     return [*ids, token]
 
 
+def _unnamed_bos(tokenizer: PreTrainedTokenizerBase, config: Any) -> str | None:
+    """The token that a tokenizer begins texts with, or that the model's configuration names, where
+    the tokenizer does not say that it is <bos>."""
+    others = {tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id}
+    controls = set(tokenizer.get_added_vocab().values()) - others
+    named = config.get_text_config().bos_token_id
+    for candidate in (*tokenizer("a")["input_ids"][:1], named):
+        if candidate in controls:
+            return str(tokenizer.convert_ids_to_tokens(candidate))
+    return None
+
+
 def complete_tokenizer(
     tokenizer: PreTrainedTokenizerBase, config: Any, name: str, chat_template: Path | None = None
 ) -> None:
@@ -159,8 +185,7 @@ def complete_tokenizer(
         if not chat_template.is_file():
             raise ValueError(f"target.chat_template: there is no file {chat_template}")
         tokenizer.chat_template = chat_template.read_text(encoding="utf-8")
-    token = tokenizer.convert_ids_to_tokens(config.get_text_config().bos_token_id or 0)
-    if tokenizer.bos_token is None and token in tokenizer.get_added_vocab():
+    if tokenizer.bos_token is None and (token := _unnamed_bos(tokenizer, config)):
         tokenizer.bos_token = token
     if tokenizer.pad_token_id is None:  # padding is masked: any token will do
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.bos_token

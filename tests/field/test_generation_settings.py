@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from headstart.configs.schema import DataConfig
+from headstart.data.prepare import deal_sampling
 from headstart.data.recording import Recorder
 from headstart.data.regenerate import answer
 from headstart.eval.decoding import decode
@@ -14,7 +15,7 @@ from headstart.heads.loading import load_target
 from headstart.heads.targets import Target
 from headstart.heads.tokens import Sampling
 from tests.field.checkpoints import saved_target
-from tests.samples import jobs
+from tests.samples import jobs, prompts
 
 PROMPT = [2, 70, 71, 72, 73]
 LEAKS: dict[str, dict[str, Any]] = {
@@ -106,6 +107,32 @@ def test_the_targets_own_sampling_is_still_there_to_ask_for(tmp_path: Path) -> N
     settings = {"do_sample": True, "temperature": 0.8, "top_k": 64, "top_p": 0.95}
     target = load_target(saved_target(tmp_path, generation=settings), "float32")
     assert target.own_sampling == Sampling(0.8, 64, 0.95)
+
+
+@pytest.mark.parametrize(
+    ("settings", "wanted"),
+    [
+        ({"top_k": -1, "temperature": 0.5}, Sampling(0.5)),
+        ({"do_sample": False}, Sampling(0.0)),
+        ({"temperature": -1.0}, None),
+        ({"temperature": float("nan")}, None),
+        ({"temperature": "0.7"}, None),
+        ({"top_p": 0.0}, None),
+        ({"top_p": 3.0}, None),
+        ({"top_k": 2.5}, None),
+    ],
+)
+def test_sampling_that_cannot_be_is_refused_where_it_is_asked_for(
+    settings: dict[str, Any], wanted: Sampling | None, tmp_path: Path
+) -> None:
+    target = load_target("tiny-gemma3", "float32")
+    for name, value in settings.items():
+        setattr(target.generation, name, value)
+    if wanted is not None:
+        assert target.own_sampling == wanted
+        return
+    with pytest.raises(ValueError, match=r"generation_config\.json.*data\.temperatures"):
+        deal_sampling(DataConfig(temperatures=["model"]), target, prompts(1))
 
 
 @pytest.mark.parametrize("text", ["", '{"eos_token_id": 1', "[1, 2]", "<html>"])

@@ -60,6 +60,24 @@ def test_a_target_whose_logits_overflow_is_refused(tmp_path: Path) -> None:
         load_target(folder, "float32")
 
 
+def test_a_target_whose_weights_are_all_zero_is_refused(tmp_path: Path) -> None:
+    folder = saved_target(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    zeros = {name: tensor * 0 for name, tensor in tensors.items()}
+    save_file(zeros, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="say nothing"):
+        load_target(folder, "float32")
+
+
+def test_a_buffer_that_is_no_number_is_named(tmp_path: Path) -> None:
+    folder = saved_target(tmp_path, "gemma4")
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["model.layers.1.layer_scalar"] *= math.nan
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"layers\.1\.layer_scalar"):
+        load_target(folder, "float32")
+
+
 @pytest.mark.parametrize("storage", ["target", "int8"])
 @pytest.mark.parametrize("name", ["hidden", "full_attention.keys", "teacher_logprobs"])
 def test_no_shard_is_written_that_holds_what_is_no_number(

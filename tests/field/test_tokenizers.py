@@ -85,3 +85,14 @@ def test_a_tokenizer_that_pads_on_the_other_side_changes_no_answer(tmp_path: Pat
     assert encode_prompt(TEXT, found.tokenizer) == encode_prompt(TEXT, usual.tokenizer)
     todo = jobs(usual, [0.0, 0.0, 0.0], DataConfig())
     assert answer(found, todo, 8, 0, None) == answer(usual, todo, 8, 0, None)
+
+
+@pytest.mark.parametrize("named", [None, 0, -1, 10**6])
+def test_a_bos_that_nobody_names_is_what_the_tokenizer_begins_with(
+    named: int | None, tmp_path: Path
+) -> None:
+    """And not the padding, whose id is 0."""
+    folder = saved_target(tmp_path, bos_token_id=named)
+    configure(tmp_path, "tokenizer_config.json", bos_token=None)
+    found = load_target_tokens(TargetConfig(name=folder))
+    assert encode_prompt(TEXT, found.tokenizer) == byte_tokenizer()("abc")["input_ids"]
