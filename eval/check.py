@@ -1,5 +1,4 @@
-"""Whether a target, its adapters, heads and prompts are what they should be: every check that a run
-makes before it begins, without the run."""
+"""Whether a target, its adapters, heads and prompts are whole and fit together, without a run."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
