@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -13,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from headstart.data.marks import refuse_marks, without_beginning
 from headstart.data.prompts import Prompt
 from headstart.data.rows import turn_text
+from headstart.data.thoughts import left_open, spoken, thought_in
 from headstart.heads.chat_template import (
     ASKED,
     Messages,
@@ -135,6 +137,7 @@ def encode_conversation(
     written = _find_written(text, turns)
     _check_number(written, messages)
     if messages[-1]["role"] == "assistant":
+        text, written = _restore_thought(text, written, turns, messages[-1])
         text, written = _complete_generation_prompt(text, written, turns)
     return _in_pieces(text, written, tokenizer)
 
@@ -142,16 +145,36 @@ def encode_conversation(
 def _check_nothing_left_out(
     text: str, messages: Messages, tools: list[dict[str, Any]] | None
 ) -> None:
-    """Raise `ValueError` where what a user, a system prompt or a tool's schema says is not in what
-    the template rendered: the target would be asked something else than the row says."""
+    """Raise `ValueError` where what a turn or a tool's schema says is not in what the template
+    rendered: the target would be asked something else, or answer something else, than the row says.
+    Thoughts of an assistant are no part of this: templates drop them from the history on purpose.
+    """
     squeezed = "".join(text.split())
+    plain: list[str] = []  # what stands in the rendered text as it is
     for turn in messages:
-        if turn["role"] in ("user", "system") and "".join(turn_text(turn).split()) not in squeezed:
-            raise ValueError(f"the chat template leaves out what a {turn['role']} turn says")
+        said = spoken(turn_text(turn)) if turn["role"] == "assistant" else turn_text(turn)
+        if turn["role"] == "tool":  # a template may render the JSON in it anew
+            said = max(re.findall(r"(?<![\\\w])[A-Za-z]+", said), key=len, default="")
+        if "".join(said.split()) not in squeezed:
+            article = "an" if turn["role"] == "assistant" else "a"
+            raise ValueError(
+                f"the chat template leaves out what {article} {turn['role']} turn says"
+            )
+        plain.append(said)
+    calls = [call for turn in messages for call in turn.get("tool_calls") or []]
+    for name, times in Counter(filter(None, map(_function_name, calls))).items():
+        if text.count(name) < times + sum(said.count(name) for said in plain):
+            raise ValueError(f"the chat template leaves out calls of the tool {name}")
     for tool in tools or []:
-        name = tool.get("function", tool).get("name")
-        if name is not None and name not in text:
+        if (_function_name(tool) or "") not in text:
             raise ValueError("the chat template leaves out the tools")
+
+
+def _function_name(called: dict[str, Any]) -> str | None:
+    """Of a tool or a call of it, in OpenAI's form or without the outer object."""
+    function = called.get("function", called)
+    name = function.get("name") if isinstance(function, dict) else function
+    return name if isinstance(name, str) else None
 
 
 def _with_tools(messages: Messages) -> bool:
@@ -238,16 +261,50 @@ def _check_number(written: Spans, messages: Messages) -> None:
         raise ValueError(f"the chat template renders {len(written)} of {number} assistant turns")
 
 
+def _restore_thought(
+    text: str, written: Spans, turns: TurnFormat, answer: dict[str, Any]
+) -> tuple[str, Spans]:
+    """Put the thought in the text of the last answer back where the template has dropped it, as it
+    does in the history: when the target writes that turn, it writes its thought too. Without
+    thinking (the generation prompt holds an empty thought) it writes none, and none is put back."""
+    *earlier, (start, end) = written
+    thought = thought_in(turn_text(answer))
+    rendered = text[start:end]
+    dropped = thought and not answer.get("tool_calls") and not thought_in(rendered)
+    if not dropped or thought_in(turns.generation):
+        return text, written
+    whole = thought + rendered.lstrip()
+    return text[:start] + whole + text[end:], [*earlier, (start, start + len(whole))]
+
+
 def _complete_generation_prompt(text: str, written: Spans, turns: TurnFormat) -> tuple[str, Spans]:
-    """Put what the history lacks of the generation prompt before the last turn."""
+    """Put what the history lacks of the generation prompt before the last turn.
+
+    Raises:
+        ValueError: it opens a thought, and the answer has none: it would stand within the thought.
+    """
     *earlier, (start, end) = written
     opened = text.endswith(turns.opening, 0, start)  # not so after the response of a tool
     lacking = turns.generation[len(turns.opening) :]
     thought = lacking.partition("\n")[0]
-    if not opened or (thought and text.startswith(thought, start)):
+    answer = text[start:end]
+    if not opened or not lacking:
+        return text, written
+    if closing := left_open(lacking):
+        if closing not in answer:
+            raise ValueError(
+                f"the chat template's generation prompt opens a thought ({lacking.strip()!r}), and "
+                "an answer has none that the template keeps (give answers as the target writes "
+                f"them, with their thoughts up to {closing!r} in `content`, let the target write "
+                "them with `headstart regenerate`, or turn thinking off in "
+                "data.chat_template_kwargs)"
+            )
+        repeated = lacking if answer.startswith(lacking) else lacking.strip()
+        answer = answer.removeprefix(repeated)
+    elif thought and answer.startswith(thought):
         return text, written  # an answer with a thought of its own needs no empty one
-    written = [*earlier, (start + len(lacking), end + len(lacking))]
-    return text[:start] + lacking + text[start:], written
+    begin = start + len(lacking)
+    return text[:start] + lacking + answer + text[end:], [*earlier, (begin, begin + len(answer))]
 
 
 def check_template(prompts: Sequence[Prompt], tokens: TargetTokens) -> None:
