@@ -28,6 +28,8 @@ from headstart.heads.progress import say
 from headstart.heads.tokens import TargetTokens
 
 Spans = list[tuple[int, int]]
+TAGS = re.compile(r"(?:<[^<>\s]+>|\[gMASK\])+")
+"""What tokenizers begin a text with: `<s>`, `<|begin_of_text|>`, `[gMASK]<sop>`."""
 
 
 def encode_prompt(
@@ -340,6 +342,8 @@ class RenderedFormat:
     turns: TurnFormat
     beginning: str
     """<bos>, or nothing."""
+    leading: str
+    """What the template itself writes between that and its first mark."""
     unwanted: tuple[str, ...]
     """Control tokens that stand nowhere after the beginning."""
     ending: str
@@ -352,7 +356,7 @@ def _rendered_format(
     """How to read a raw prompt that holds turns of the template; None: it holds none.
 
     Raises:
-        ValueError: it holds a second <bos>, or padding.
+        ValueError: it holds a second <bos>, or padding, or begins as those of another tokenizer.
     """
     if not (prompt.raw and tokenizer.chat_template):
         return None
@@ -365,6 +369,12 @@ def _rendered_format(
         return None
     if token := next((token for token in found.unwanted if token in text), None):
         raise ValueError(f"a rendered text holds {token!r} (a row is one conversation, unpadded)")
+    leading = _before_marks(text, found.turns)
+    if leading != found.leading and TAGS.fullmatch(leading):
+        raise ValueError(
+            f"a rendered text begins with {leading!r}, which is no token of this tokenizer's "
+            "template (delete it, or give the turns as `messages`)"
+        )
     return replace(found, beginning=tokenizer.bos_token) if text != prompt.text else found
 
 
@@ -383,9 +393,14 @@ def _format_of_rendered(
     return RenderedFormat(
         turns,
         bos if prompted.startswith(bos) else "",
+        _before_marks(without_beginning(prompted, bos), turns),
         tuple(token for token in (bos, pad) if token and token != eos),
         prompted.partition(ASKED)[2],
     )
+
+
+def _before_marks(text: str, turns: TurnFormat) -> str:
+    return re.split("|".join(map(re.escape, turns.marks)), text, maxsplit=1)[0].strip()
 
 
 def _rendered_question(text: str, rendered: RenderedFormat) -> str:
