@@ -114,8 +114,9 @@ def encode_conversation(
     history (https://ai.google.dev/gemma/docs/core/prompt-formatting-gemma4).
 
     Raw prompts, and all where the tokenizer has no template, are plain text: the span is the
-    answer and <eos>, or all after <bos> of a raw prompt without an answer. A raw text that holds
-    turns of the template is taken as its work: it has the spans that its messages would have.
+    answer and <eos> (or what ends the target's texts in its place), or all after <bos> of a raw
+    prompt without an answer. A raw text that holds turns of the template is taken as its work: it
+    has the spans that its messages would have.
 
     Raises:
         ValueError: no assistant turn; the template refuses the conversation or does not mark its
@@ -127,7 +128,7 @@ def encode_conversation(
         return _encode_rendered(prompt, rendered, tokenizer)
     if prompt.raw or not tokenizer.chat_template:
         refuse_marks(prompt, tokenizer)
-        return _encode_plain(prompt, tokenizer)
+        return _encode_plain(prompt, tokenizer, stop_ids)
     if not any(turn["role"] == "assistant" for turn in messages):
         raise ValueError("no assistant turn")
     template = tokenizer.get_chat_template(tools=prompt.tools)
@@ -202,14 +203,21 @@ def _in_pieces(
     return ids, spans
 
 
-def _encode_plain(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], Spans]:
+def _encode_plain(
+    prompt: Prompt, tokenizer: PreTrainedTokenizerBase, stop_ids: list[int]
+) -> tuple[list[int], Spans]:
+    eos = tokenizer.eos_token_id
     answered = len(prompt.question) < len(prompt.messages)
     ids = _plain_ids(prompt.text, tokenizer, ended=not answered)
     if answered:
         start = len(ids)
         ids += token_ids(turn_text(prompt.messages[-1]), tokenizer)
+        # The target may end its texts with another token than the tokenizer's <eos>.
+        ends = [i for i in stop_ids if i not in (tokenizer.pad_token_id, tokenizer.bos_token_id)]
+        end = eos if eos in stop_ids or not ends else ends[0]
         # Many a data set ends its answers with <eos> itself.
-        ids += [tokenizer.eos_token_id] if ids[start:][-1:] != [tokenizer.eos_token_id] else []
+        ids = ids[:start] + ids[start:-1] if ids[start:][-1:] in ([eos], [end]) else ids
+        ids.append(end)
     elif prompt.raw:
         start = int(ids[:1] == [tokenizer.bos_token_id])
     else:
