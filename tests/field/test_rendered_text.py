@@ -243,9 +243,13 @@ def test_turns_under_headings_are_refused_as_a_text_and_are_a_users_words_in_a_p
     text: str, heading: str, template: str | None, tmp_path: Path
 ) -> None:
     tokenizer = TOKENIZERS[template]
-    for encode in (encode_prompt, lambda *given: encode_conversation(*given, [1])):
+    whole = row(tmp_path, text=text)
+    for encode in (
+        lambda: encode_prompt(whole, tokenizer),
+        lambda: encode_conversation(whole, tokenizer, [1]),
+    ):
         with pytest.raises(ValueError, match=f"holds '{heading}'.*`messages`"):
-            encode(row(tmp_path, text=text), tokenizer)
+            encode()
     ids = encode_prompt(row(tmp_path, prompt=text), tokenizer)
     assert text.strip() in tokenizer.decode(ids)
 
