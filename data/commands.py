@@ -1,5 +1,6 @@
 """`headstart regenerate` and `headstart extract`: from a configuration to a folder."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from headstart.data.regenerate import regenerate, regenerate_by_server
 from headstart.data.server import AnswerServer
 from headstart.data.store import ActivationStore
 from headstart.data.templates import check_template, encode_conversation
+from headstart.data.thoughts import lost_thought
 from headstart.heads.loading import load_target_tokens, open_target
 from headstart.heads.progress import say
 from headstart.heads.tokens import TargetTokens
@@ -120,6 +122,7 @@ def encode_source(path: str, tokens: TargetTokens, config: Config) -> list[Conve
     check_template(prompts, tokens)
     rows: list[Conversation] = []
     refused: list[tuple[str, str]] = []
+    thoughtless: list[str] = []
     for prompt in prompts:
         try:
             ids, spans = encode_conversation(
@@ -129,5 +132,14 @@ def encode_source(path: str, tokens: TargetTokens, config: Config) -> list[Conve
             refused.append((prompt.id, str(error)))
             continue
         rows.append(Conversation(prompt.id, prompt.category, prompt.source, ids, spans))
+        if lost_thought(prompt, ids, tokens.tokenizer):
+            thoughtless.append(prompt.id)
     report_refused(refused, len(prompts), d.max_bad_rows)
+    if thoughtless:
+        print(
+            f"{path}: the chat template leaves thoughts out of {len(thoughtless)} of "
+            f"{len(prompts)} conversations, first {thoughtless[0]}: their answers are trained on "
+            "without them (it may keep them with a variable of data.chat_template_kwargs)",
+            file=sys.stderr,
+        )
     return rows

@@ -17,17 +17,34 @@ from headstart.data.rows import turn_text
 
 TURNS = re.compile(
     r"<\|im_start\|>(?:system|user|assistant|tool)\b"  # ChatML
-    r"|<\|start_header_id\|>\w+<\|end_header_id\|>"  # Llama 3
+    r"|<\|im_(?:system|user|assistant)\|>"  # Kimi
+    r"|<\|start_header_id\|>\w+<\|end_header_id\|>|<\|header_start\|>\w+<\|header_end\|>"  # Llama
     r"|<start_of_turn>(?:user|model)\b|<\|turn>(?:system|user|model)\b"  # Gemma to 3, and 4
     r"|\[/INST\]"  # Llama 2, Mistral
-    r"|^<\|(?:system|user|assistant)\|>\r?\n",  # Zephyr, Phi 3
+    r"|<\uff5c(?:\w+_)?(?:User|Assistant)\uff5c>"  # DeepSeek, Hunyuan
+    r"|<\|start\|>(?:system|developer|user|assistant)\b[^<]*"  # gpt-oss
+    r"(?:<\|channel\|>[^<]*)?<\|message\|>"
+    r"|<\|START_OF_TURN_TOKEN\|><\|\w+_TOKEN\|>"  # Command R
+    r"|<\|start_of_role\|>\w+<\|end_of_role\|>"  # Granite
+    r"|<extra_id_[01]>(?:System|User|Assistant)\b"  # Nemotron
+    r"|\[\|(?:system|user|assistant|Human|AI)\|\]"  # EXAONE, Baize
+    r"|^<\|(?:system|user|assistant)\|>\r?\n"  # Zephyr, Phi 3
+    r"|^<\|(?:system|user|prompter)\|>(?=[\s\S]*<\|assistant\|>)",  # in one line: OpenAssistant
     re.MULTILINE,
 )
 """What stands at turns of the common chat templates."""
-ASKED = re.compile(r"^### ?(?:Human|User|Instruction):", re.MULTILINE)
-ANSWERED = re.compile(r"### ?(?:Assistant|Response):")
-"""The same without control tokens (Alpaca, Guanaco), in a text that is all one. As part of what a
-user says they are harmless."""
+HEADINGS = [
+    (re.compile(asked, re.MULTILINE), re.compile(answered, re.MULTILINE))
+    for asked, answered in (
+        (r"(?i:^### ?(?:Human|User|Instruction):)", r"(?i:### ?(?:Assistant|Response):)"),
+        (r"\bUSER:", r"\bASSISTANT:"),  # Vicuna
+        (r"^(?:Human|User):", r"^Assistant:"),  # Anthropic's HH, DeepSeek to 2.5
+        (r"\bGPT4 (?:Correct )?User:", r"\bGPT4 (?:Correct )?Assistant:"),  # OpenChat
+        (r"^<human>:", r"^<bot>:"),  # OpenChatKit
+    )
+]
+"""The same without control tokens, in a text that is all one (first: Alpaca, Guanaco): what stands
+before a question, and before the answer after it. As part of what a user says they are harmless."""
 
 
 def refuse_marks(
@@ -61,8 +78,10 @@ def refuse_marks(
 
 
 def _heading(text: str) -> re.Match[str] | None:
-    asked = ASKED.search(text)
-    return asked if asked and ANSWERED.search(text, asked.end()) else None
+    for asked, answered in HEADINGS:
+        if (found := asked.search(text)) and answered.search(text, found.end()):
+            return found
+    return None
 
 
 def _holds(mark: str) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -13,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from headstart.data.marks import refuse_marks, without_beginning
 from headstart.data.prompts import Prompt
 from headstart.data.rows import turn_text
+from headstart.data.thoughts import left_open, spoken, thought_in
 from headstart.heads.chat_template import (
     ASKED,
     Messages,
@@ -26,6 +28,8 @@ from headstart.heads.progress import say
 from headstart.heads.tokens import TargetTokens
 
 Spans = list[tuple[int, int]]
+TAGS = re.compile(r"(?:<[^<>\s]+>|\[gMASK\])+")
+"""What tokenizers begin a text with: `<s>`, `<|begin_of_text|>`, `[gMASK]<sop>`."""
 
 
 def encode_prompt(
@@ -110,8 +114,9 @@ def encode_conversation(
     history (https://ai.google.dev/gemma/docs/core/prompt-formatting-gemma4).
 
     Raw prompts, and all where the tokenizer has no template, are plain text: the span is the
-    answer and <eos>, or all after <bos> of a raw prompt without an answer. A raw text that holds
-    turns of the template is taken as its work: it has the spans that its messages would have.
+    answer and <eos> (or what ends the target's texts in its place), or all after <bos> of a raw
+    prompt without an answer. A raw text that holds turns of the template is taken as its work: it
+    has the spans that its messages would have.
 
     Raises:
         ValueError: no assistant turn; the template refuses the conversation or does not mark its
@@ -123,7 +128,7 @@ def encode_conversation(
         return _encode_rendered(prompt, rendered, tokenizer)
     if prompt.raw or not tokenizer.chat_template:
         refuse_marks(prompt, tokenizer)
-        return _encode_plain(prompt, tokenizer)
+        return _encode_plain(prompt, tokenizer, stop_ids)
     if not any(turn["role"] == "assistant" for turn in messages):
         raise ValueError("no assistant turn")
     template = tokenizer.get_chat_template(tools=prompt.tools)
@@ -135,6 +140,7 @@ def encode_conversation(
     written = _find_written(text, turns)
     _check_number(written, messages)
     if messages[-1]["role"] == "assistant":
+        text, written = _restore_thought(text, written, turns, messages[-1])
         text, written = _complete_generation_prompt(text, written, turns)
     return _in_pieces(text, written, tokenizer)
 
@@ -142,16 +148,36 @@ def encode_conversation(
 def _check_nothing_left_out(
     text: str, messages: Messages, tools: list[dict[str, Any]] | None
 ) -> None:
-    """Raise `ValueError` where what a user, a system prompt or a tool's schema says is not in what
-    the template rendered: the target would be asked something else than the row says."""
+    """Raise `ValueError` where what a turn or a tool's schema says is not in what the template
+    rendered: the target would be asked something else, or answer something else, than the row says.
+    Thoughts of an assistant are no part of this: templates drop them from the history on purpose.
+    """
     squeezed = "".join(text.split())
+    plain: list[str] = []  # what stands in the rendered text as it is
     for turn in messages:
-        if turn["role"] in ("user", "system") and "".join(turn_text(turn).split()) not in squeezed:
-            raise ValueError(f"the chat template leaves out what a {turn['role']} turn says")
+        said = spoken(turn_text(turn)) if turn["role"] == "assistant" else turn_text(turn)
+        if turn["role"] == "tool":  # a template may render the JSON in it anew
+            said = max(re.findall(r"(?<![\\\w])[A-Za-z]+", said), key=len, default="")
+        if "".join(said.split()) not in squeezed:
+            article = "an" if turn["role"] == "assistant" else "a"
+            raise ValueError(
+                f"the chat template leaves out what {article} {turn['role']} turn says"
+            )
+        plain.append(said)
+    calls = [call for turn in messages for call in turn.get("tool_calls") or []]
+    for name, times in Counter(filter(None, map(_function_name, calls))).items():
+        if text.count(name) < times + sum(said.count(name) for said in plain):
+            raise ValueError(f"the chat template leaves out calls of the tool {name}")
     for tool in tools or []:
-        name = tool.get("function", tool).get("name")
-        if name is not None and name not in text:
+        if (_function_name(tool) or "") not in text:
             raise ValueError("the chat template leaves out the tools")
+
+
+def _function_name(called: dict[str, Any]) -> str | None:
+    """Of a tool or a call of it, in OpenAI's form or without the outer object."""
+    function = called.get("function", called)
+    name = function.get("name") if isinstance(function, dict) else function
+    return name if isinstance(name, str) else None
 
 
 def _with_tools(messages: Messages) -> bool:
@@ -177,14 +203,21 @@ def _in_pieces(
     return ids, spans
 
 
-def _encode_plain(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], Spans]:
+def _encode_plain(
+    prompt: Prompt, tokenizer: PreTrainedTokenizerBase, stop_ids: list[int]
+) -> tuple[list[int], Spans]:
+    eos = tokenizer.eos_token_id
     answered = len(prompt.question) < len(prompt.messages)
     ids = _plain_ids(prompt.text, tokenizer, ended=not answered)
     if answered:
         start = len(ids)
         ids += token_ids(turn_text(prompt.messages[-1]), tokenizer)
+        # The target may end its texts with another token than the tokenizer's <eos>.
+        ends = [i for i in stop_ids if i not in (tokenizer.pad_token_id, tokenizer.bos_token_id)]
+        end = eos if eos in stop_ids or not ends else ends[0]
         # Many a data set ends its answers with <eos> itself.
-        ids += [tokenizer.eos_token_id] if ids[start:][-1:] != [tokenizer.eos_token_id] else []
+        ids = ids[:start] + ids[start:-1] if ids[start:][-1:] in ([eos], [end]) else ids
+        ids.append(end)
     elif prompt.raw:
         start = int(ids[:1] == [tokenizer.bos_token_id])
     else:
@@ -238,16 +271,50 @@ def _check_number(written: Spans, messages: Messages) -> None:
         raise ValueError(f"the chat template renders {len(written)} of {number} assistant turns")
 
 
+def _restore_thought(
+    text: str, written: Spans, turns: TurnFormat, answer: dict[str, Any]
+) -> tuple[str, Spans]:
+    """Put the thought in the text of the last answer back where the template has dropped it, as it
+    does in the history: when the target writes that turn, it writes its thought too. Without
+    thinking (the generation prompt holds an empty thought) it writes none, and none is put back."""
+    *earlier, (start, end) = written
+    thought = thought_in(turn_text(answer))
+    rendered = text[start:end]
+    dropped = thought and not answer.get("tool_calls") and not thought_in(rendered)
+    if not dropped or thought_in(turns.generation):
+        return text, written
+    whole = thought + rendered.lstrip()
+    return text[:start] + whole + text[end:], [*earlier, (start, start + len(whole))]
+
+
 def _complete_generation_prompt(text: str, written: Spans, turns: TurnFormat) -> tuple[str, Spans]:
-    """Put what the history lacks of the generation prompt before the last turn."""
+    """Put what the history lacks of the generation prompt before the last turn.
+
+    Raises:
+        ValueError: it opens a thought, and the answer has none: it would stand within the thought.
+    """
     *earlier, (start, end) = written
     opened = text.endswith(turns.opening, 0, start)  # not so after the response of a tool
     lacking = turns.generation[len(turns.opening) :]
     thought = lacking.partition("\n")[0]
-    if not opened or (thought and text.startswith(thought, start)):
+    answer = text[start:end]
+    if not opened or not lacking:
+        return text, written
+    if closing := left_open(lacking):
+        if closing not in answer:
+            raise ValueError(
+                f"the chat template's generation prompt opens a thought ({lacking.strip()!r}), and "
+                "an answer has none that the template keeps (give answers as the target writes "
+                f"them, with their thoughts up to {closing!r} in `content`, let the target write "
+                "them with `headstart regenerate`, or turn thinking off in "
+                "data.chat_template_kwargs)"
+            )
+        repeated = lacking if answer.startswith(lacking) else lacking.strip()
+        answer = answer.removeprefix(repeated)
+    elif thought and answer.startswith(thought):
         return text, written  # an answer with a thought of its own needs no empty one
-    written = [*earlier, (start + len(lacking), end + len(lacking))]
-    return text[:start] + lacking + text[start:], written
+    begin = start + len(lacking)
+    return text[:start] + lacking + answer + text[end:], [*earlier, (begin, begin + len(answer))]
 
 
 def check_template(prompts: Sequence[Prompt], tokens: TargetTokens) -> None:
@@ -283,6 +350,8 @@ class RenderedFormat:
     turns: TurnFormat
     beginning: str
     """<bos>, or nothing."""
+    leading: str
+    """What the template itself writes between that and its first mark."""
     unwanted: tuple[str, ...]
     """Control tokens that stand nowhere after the beginning."""
     ending: str
@@ -295,7 +364,7 @@ def _rendered_format(
     """How to read a raw prompt that holds turns of the template; None: it holds none.
 
     Raises:
-        ValueError: it holds a second <bos>, or padding.
+        ValueError: it holds a second <bos>, or padding, or begins as those of another tokenizer.
     """
     if not (prompt.raw and tokenizer.chat_template):
         return None
@@ -308,6 +377,12 @@ def _rendered_format(
         return None
     if token := next((token for token in found.unwanted if token in text), None):
         raise ValueError(f"a rendered text holds {token!r} (a row is one conversation, unpadded)")
+    leading = _before_marks(text, found.turns)
+    if leading != found.leading and TAGS.fullmatch(leading):
+        raise ValueError(
+            f"a rendered text begins with {leading!r}, which is no token of this tokenizer's "
+            "template (delete it, or give the turns as `messages`)"
+        )
     return replace(found, beginning=tokenizer.bos_token) if text != prompt.text else found
 
 
@@ -326,9 +401,14 @@ def _format_of_rendered(
     return RenderedFormat(
         turns,
         bos if prompted.startswith(bos) else "",
+        _before_marks(without_beginning(prompted, bos), turns),
         tuple(token for token in (bos, pad) if token and token != eos),
         prompted.partition(ASKED)[2],
     )
+
+
+def _before_marks(text: str, turns: TurnFormat) -> str:
+    return re.split("|".join(map(re.escape, turns.marks)), text, maxsplit=1)[0].strip()
 
 
 def _rendered_question(text: str, rendered: RenderedFormat) -> str:

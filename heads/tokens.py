@@ -42,7 +42,7 @@ class TargetTokens:
         eos_token_ids: tokens that end a text, in place of those of the checkpoint.
 
     Raises:
-        ValueError: nothing says how a text ends, or a token that it has not.
+        ValueError: nothing says how a text ends, or a token that it has not or never writes.
     """
 
     fingerprint: str | None = None
@@ -113,7 +113,38 @@ def _eos_ids(tokens: TargetTokens, given: Sequence[int] | None) -> list[int]:
                 "does not have: give the ids in target.eos_token_ids, or mend eos_token_id in its "
                 "generation_config.json"
             )
-    return _with_turn_end(tokens, ids, given is not None)
+    ids = _with_turn_end(tokens, ids, given is not None)
+    _check_ends(tokens, ids)
+    return ids
+
+
+def _check_ends(tokens: TargetTokens, ids: list[int]) -> None:
+    """Say which end tokens are none that a target ends its texts with.
+
+    Raises:
+        ValueError: all of them are padding, <bos> or <unk>, which no target writes.
+    """
+    t = tokens.tokenizer
+    mend = "mend eos_token_id in its generation_config.json, or give target.eos_token_ids"
+    unwritten = {t.pad_token_id, t.bos_token_id, t.unk_token_id} - {t.eos_token_id}
+    if unwritten.issuperset(ids):
+        raise ValueError(
+            f"{tokens.name}: its texts would end with {_listed(t, ids)} alone, which no target "
+            f"writes: {mend}"
+        )
+    if odd := [token for token in ids if token in unwritten]:
+        say(f"{tokens.name}: {_listed(t, odd)} among its end tokens is no end of a text: {mend}")
+    # Gemma's tokenizers hold newlines among the added tokens too.
+    added = {token for text, token in t.get_added_vocab().items() if text.strip()}
+    if letters := [token for token in ids if token not in added | unwritten | {t.eos_token_id}]:
+        say(
+            f"{tokens.name}: {_listed(t, letters)} among its end tokens is ordinary text, at which "
+            f"its answers break off: if that is not meant, {mend}"
+        )
+
+
+def _listed(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    return ", ".join(f"{tokenizer.convert_ids_to_tokens(i)!r} ({i})" for i in ids)
 
 
 def _with_turn_end(tokens: TargetTokens, ids: list[int], given: bool) -> list[int]:

@@ -217,7 +217,7 @@ def test_a_tool_with_a_turn_of_its_own_is_outside_spans() -> None:
         (CHATML.replace("in messages", "in messages[-3:]"),
          [user("a"), assistant("b")] * 2 + [user("c")], "1 of 2 assistant turns"),
         (CHATML.replace("{{- m", "").replace("message.content", "''"),
-         [user("a"), assistant("b")], "leaves a turn out"),
+         [user("a"), assistant("b")], "leaves out what an assistant turn says"),
     ],
 )  # fmt: skip
 def test_a_conversation_whose_turns_cannot_be_told_is_refused_with_the_reason(
@@ -274,7 +274,11 @@ def test_a_truncated_prompt_keeps_one_beginning_and_the_generation_prompt() -> N
     assert len(ids) == 11
 
 
-CONTENTS = st.one_of(st.text(), st.text(alphabet=" \n\tab<>|é"))
+# Hypothesis draws texts from the program's own literals too, control tokens among them.
+CONTROLS = [token.content for token in TOKENIZERS[None].added_tokens_decoder.values()]
+CONTENTS = st.one_of(st.text(), st.text(alphabet=" \n\tab<>|é")).filter(
+    lambda text: not any(token in text for token in CONTROLS)
+)
 TURNS = st.lists(st.tuples(CONTENTS, CONTENTS), min_size=1, max_size=4)
 MARKS = {
     GEMMA3: ("<bos>", "<start_of_turn>user\n", "<start_of_turn>model\n", "<end_of_turn>"),

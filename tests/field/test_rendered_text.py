@@ -174,6 +174,38 @@ def own_words(template: str | None) -> PreTrainedTokenizerBase:
         (None, GEMMA3_TEXT, "start_of_turn"),
         (GEMMA3, "<s>[INST] hi [/INST] yo</s>", "INST"),
         (GEMMA3, "<|user|>\nhi<|end|>\n<|assistant|>\nyo", "user"),
+        (GEMMA3, "<|user|>hi<|assistant|>yo", "user"),
+        (None, "<|prompter|>hi<|endoftext|><|assistant|>yo<|endoftext|>", "prompter"),
+        (
+            GEMMA3,
+            "<\uff5cbegin▁of▁sentence\uff5c><\uff5cUser\uff5c>hi<\uff5cAssistant\uff5c>yo",
+            "User",
+        ),
+        (
+            GEMMA4,
+            "<\uff5chy_begin▁of▁sentence\uff5c><\uff5chy_User\uff5c>hi<\uff5chy_Assistant\uff5c>yo",
+            "hy_User",
+        ),
+        (
+            GEMMA4,
+            "<|start|>user<|message|>hi<|end|><|start|>assistant<|channel|>final<|message|>yo",
+            "user",
+        ),
+        (
+            None,
+            "<|start|>assistant to=functions.f<|channel|>commentary json<|message|>{}<|call|>",
+            "functions",
+        ),
+        (
+            GEMMA3,
+            "<|begin_of_text|><|header_start|>user<|header_end|>\n\nhi<|eot|>",
+            "header_start",
+        ),
+        (GEMMA3, "<BOS_TOKEN><|START_OF_TURN_TOKEN|><|USER_TOKEN|>hi<|END_OF_TURN_TOKEN|>", "USER"),
+        (GEMMA4, "<extra_id_0>System\n\n<extra_id_1>User\nhi\n<extra_id_1>Assistant\nyo", "extra"),
+        (GEMMA3, "<|start_of_role|>user<|end_of_role|>hi<|end_of_text|>", "start_of_role"),
+        (GEMMA3, "[|user|]hi\n[|assistant|]yo[|endofturn|]", "user"),
+        (GEMMA3, "<|im_user|>user<|im_middle|>hi<|im_end|>", "im_user"),
     ],
 )
 @pytest.mark.parametrize("column", ["text", "prompt"])
@@ -190,14 +222,88 @@ def test_a_text_of_another_template_is_refused_with_the_fix(
             encode()
 
 
+@pytest.mark.parametrize("template", [GEMMA3, None])
+@pytest.mark.parametrize(
+    ("text", "heading"),
+    [
+        (GUANACO_TEXT, "### Human:"),
+        ("### USER: hi\n### ASSISTANT: yo", "### USER:"),
+        (
+            "### instruction:\nhi\n\n### response:\nyo",
+            "### instruction:",
+        ),
+        ("A chat between a user and an assistant. USER: hi ASSISTANT: yo</s>", "USER:"),
+        ("\n\nHuman: hi\n\nAssistant: yo", "Human:"),
+        ("User: hi\n\nAssistant: yo", "User:"),
+        ("GPT4 Correct User: hi<|end_of_turn|>GPT4 Correct Assistant: yo", "GPT4 Correct User:"),
+        ("<human>: hi\n<bot>: yo", "<human>:"),
+    ],
+)
 def test_turns_under_headings_are_refused_as_a_text_and_are_a_users_words_in_a_prompt(
-    tmp_path: Path,
+    text: str, heading: str, template: str | None, tmp_path: Path
 ) -> None:
-    tokenizer = TOKENIZERS[GEMMA3]
-    with pytest.raises(ValueError, match="holds '### Human:'"):
-        encode_conversation(row(tmp_path, text=GUANACO_TEXT), tokenizer, [])
-    ids = encode_prompt(row(tmp_path, prompt=GUANACO_TEXT), tokenizer)
-    assert GUANACO_TEXT in tokenizer.decode(ids)
+    tokenizer = TOKENIZERS[template]
+    whole = row(tmp_path, text=text)
+    for encode in (
+        lambda: encode_prompt(whole, tokenizer),
+        lambda: encode_conversation(whole, tokenizer, [1]),
+    ):
+        with pytest.raises(ValueError, match=f"holds '{heading}'.*`messages`"):
+            encode()
+    ids = encode_prompt(row(tmp_path, prompt=text), tokenizer)
+    assert text.strip() in tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Set USER: root in the file.",
+        "The Assistant: a novel.\nHuman: the last word.",
+        "What do the tokens <|user|> and <|assistant|> mean?",
+        "Begin with <|start|> and end with <|message|>.",
+        "```\n[INST]\n``` and <|im_start|> are marks, <extra_id_0> is T5's.",
+    ],
+)
+def test_a_plain_text_that_names_a_mark_alone_is_trained_on_as_it_is(
+    text: str, tmp_path: Path
+) -> None:
+    tokenizer = own_words(GEMMA3)
+    for prompt in (row(tmp_path, text=text), row(tmp_path, prompt=text)):
+        assert text in tokenizer.decode(encode_prompt(prompt, tokenizer))
+    ids, _ = encode_conversation(row(tmp_path, text=text), tokenizer, [1])
+    assert tokenizer.decode(ids) == f"<bos>{text}"
+
+
+@pytest.mark.parametrize(
+    ("template", "begins"),
+    [
+        (GEMMA3, "<s>"),
+        (GEMMA3, "<|begin_of_text|>"),
+        (GEMMA4, "<s>\n"),
+        (CHATML, "<|endoftext|>"),
+        (CHATML, "[gMASK]<sop>"),
+    ],
+)
+def test_a_rendered_text_that_begins_as_those_of_another_tokenizer_is_refused(
+    template: str, begins: str, tmp_path: Path
+) -> None:
+    tokenizer, text = TOKENIZERS[template], rendered(template, TURNS)
+    prompt = row(tmp_path, text=begins + text.removeprefix("<bos>"))
+    for encode in (
+        lambda: encode_prompt(prompt, tokenizer),
+        lambda: encode_conversation(prompt, tokenizer, stops(template)),
+    ):
+        with pytest.raises(ValueError, match=r"begins with.*`messages`"):
+            encode()
+
+
+def test_what_a_template_itself_writes_before_its_first_turn_is_its_own(tmp_path: Path) -> None:
+    tokenizer = chat_tokenizer("[gMASK]<sop>" + CHATML)
+    text = tokenizer.apply_chat_template(TURNS, tokenize=False)
+    assert isinstance(text, str)
+    assert text.startswith("[gMASK]<sop><|im_start|>")
+    found = encode_conversation(row(tmp_path, text=text), tokenizer, stops(CHATML))
+    assert found == encode_conversation(messages(TURNS), tokenizer, stops(CHATML))
 
 
 @pytest.mark.parametrize(

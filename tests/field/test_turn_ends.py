@@ -1,5 +1,6 @@
 """Chat targets whose end of a turn is none of their end tokens."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from headstart.configs.schema import DataConfig, TargetConfig
 from headstart.data.jobs import make_jobs
 from headstart.data.prompts import Prompt
 from headstart.data.regenerate import answer
+from headstart.data.templates import encode_conversation
 from headstart.eval.decoding import decode
 from headstart.heads.loading import load_target, load_target_tokens
 from headstart.heads.tiny import byte_tokenizer
@@ -97,3 +99,85 @@ def test_an_end_of_plain_letters_cannot_end_a_text_and_this_is_said(
     folder = saved_target(tmp_path, tokenizer=chatml_tokenizer(False))
     assert load_target_tokens(TargetConfig(name=folder)).eos_ids == [1]
     assert "target.eos_token_ids" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("ends", "named"),
+    [
+        ([1, 70], "(70).*ordinary text"),
+        ([70], "(70).*ordinary text"),
+        ([1, 0], "'<pad>' .0..*no end"),
+        ([2, 1], "'<bos>' .2..*no end"),
+        ([1, 3], "'<unk>' .3..*no end"),
+        ([1, 0, 2, 70], "'<pad>' .0., '<bos>' .2.*no end"),
+    ],
+)
+@pytest.mark.parametrize("given", [True, False])
+def test_end_tokens_that_end_no_text_are_said(
+    ends: list[int],
+    named: str,
+    given: bool,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = saved_target(tmp_path, generation={} if given else {"eos_token_id": ends})
+    config = TargetConfig(name=folder, eos_token_ids=ends if given else None)
+    assert load_target_tokens(config).eos_ids == ends
+    out = capsys.readouterr().out
+    assert re.search(named, out)
+    assert "target.eos_token_ids" in out
+    assert "'<eos>' (1)" not in out
+
+
+@pytest.mark.parametrize("ends", [[0], [2], [0, 2, 3]])
+def test_texts_that_padding_or_a_beginning_alone_would_end_are_refused(
+    ends: list[int], tmp_path: Path
+) -> None:
+    folder = saved_target(tmp_path, generation={"eos_token_id": ends})
+    with pytest.raises(ValueError, match=r"no target writes.*generation_config\.json"):
+        load_target_tokens(TargetConfig(name=folder))
+    assert load_target_tokens(TargetConfig(name=folder, eos_token_ids=[1])).eos_ids == [1]
+
+
+def test_padding_beside_the_turns_own_end_is_said_and_texts_end_with_the_turn(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = chat_tokenizer(GEMMA3)
+    end = tokenizer.convert_tokens_to_ids("<end_of_turn>")
+    folder = saved_target(tmp_path, generation={"eos_token_id": 0}, tokenizer=tokenizer)
+    assert load_target_tokens(TargetConfig(name=folder)).eos_ids == [0, end]
+    assert "'<pad>' (0)" in capsys.readouterr().out
+
+
+def test_a_tokenizer_that_pads_with_its_end_is_right(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token
+    folder = saved_target(tmp_path, generation={}, tokenizer=tokenizer)
+    assert load_target_tokens(TargetConfig(name=folder)).eos_ids == [1]
+    assert not capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("ends", "answer", "written"),
+    [
+        ([260], "yo", "yo<|im_end|>"),
+        ([0, 260], "yo", "yo<|im_end|>"),
+        ([260], "yo<eos>", "yo<|im_end|>"),
+        ([1], "yo", "yo<eos>"),
+        ([260, 1], "yo", "yo<eos>"),
+        ([260, 1], "yo<eos>", "yo<eos>"),
+    ],
+)
+@pytest.mark.parametrize("raw", [True, False])
+def test_a_plain_answer_ends_with_what_ends_the_targets_texts(
+    ends: list[int], answer: str, written: str, raw: bool
+) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    assert tokenizer.convert_tokens_to_ids("<|im_end|>") == 260
+    turns = [*ASKED.messages, {"role": "assistant", "content": answer}]
+    ids, [(start, end)] = encode_conversation(Prompt("p", "c", "s", turns, raw), tokenizer, ends)
+    assert tokenizer.decode(ids) == f"<bos>abc{written}"
+    assert tokenizer.decode(ids[start:end]) == written
