@@ -107,7 +107,7 @@ def _eos_ids(tokens: TargetTokens, given: Sequence[int] | None) -> list[int]:
     ids: list[Any] = eos if isinstance(eos, list) else [eos]
     known = set(tokens.tokenizer.get_vocab().values())
     for token in ids:
-        if isinstance(token, bool) or token not in known:
+        if type(token) is not int or token not in known:
             raise ValueError(
                 f"{tokens.name}: its texts would end with the token {token!r}, which its tokenizer "
                 "does not have: give the ids in target.eos_token_ids, or mend eos_token_id in its "
