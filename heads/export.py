@@ -20,7 +20,7 @@ from transformers import (
 from headstart.configs.schema import RopePosition
 from headstart.heads.admission import check_files, load_whole, reading
 from headstart.heads.files import whole_folder
-from headstart.heads.finite import check_weights
+from headstart.heads.finite import check_alive, check_weights
 from headstart.heads.served import add_adapters, split_revision
 
 MADE_FOR = "headstart_target"  # in config.json, where other readers leave it alone
@@ -101,8 +101,8 @@ def load_assistant(
     `HEAD+ADAPTER`, with the weights of a peft adapter added to its own.
 
     Raises:
-        ValueError: there is no head at `path`, the folder holds another kind of model, or the
-            adapter is none of it.
+        ValueError: there is no head at `path`, the folder holds another kind of model, its weights
+            say nothing, or the adapter is none of it.
     """
     head, adapter = split_pair(path)
     config = load_assistant_config(head)
@@ -115,6 +115,7 @@ def load_assistant(
     if adapter is not None:
         model = add_adapters(model, [adapter], merge=True)
     check_weights(model, str(path))
+    check_alive(model, str(path))
     return model.to(device, dtype).eval()
 
 
