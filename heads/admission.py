@@ -15,7 +15,9 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import cached_file
 
+from headstart.heads.codes import check_codes, check_read, weight_dtypes
 from headstart.heads.progress import say
 
 READ = (
@@ -92,6 +94,7 @@ def check_files(folder: str | Path) -> None:
         paths += next(filter(None, (sorted(folder.glob(pattern)) for pattern in patterns)), [])
     for path in paths:
         check_file(path)
+    check_codes(name, weight_dtypes(folder))
 
 
 def check_file(path: Path) -> None:
@@ -153,6 +156,10 @@ def load_whole(cls: Any, name: str, path: str | Path, **arguments: Any) -> Any:
     changed = {old: new for old, new in found.items() if new in info["missing_keys"]}
     if changed:
         model, info = _read(cls, name, path, {**arguments, "key_mapping": mapping})
+    if "gguf_file" not in arguments:
+        dtypes = weight_dtypes(_files(path, arguments.get("revision")))
+        check_codes(name, dtypes)
+        check_read(model, name, dtypes, info["unexpected_keys"])
     _check_arrival(model, name, info)
     if changed:
         old, new = next(iter(changed.items()))
@@ -220,6 +227,15 @@ def _check_arrival(model: PreTrainedModel, name: str, info: dict[str, Any]) -> N
         )
     if spare:
         say(f"{name}: {len(spare)} weights of its files are not needed ({_some(spare)})")
+
+
+def _files(path: str | Path, revision: str | None) -> Path:
+    """The folder of a checkpoint that was loaded, in the cache where it is of the Hub."""
+    return (
+        Path(path)
+        if Path(path).is_dir()
+        else Path(str(cached_file(str(path), "config.json", revision=revision))).parent
+    )
 
 
 def _some(keys: Sequence[str]) -> str:
