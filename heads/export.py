@@ -19,6 +19,7 @@ from transformers import (
 
 from headstart.configs.schema import RopePosition
 from headstart.heads.admission import check_files, load_whole, reading
+from headstart.heads.config_values import check_values
 from headstart.heads.files import whole_folder
 from headstart.heads.finite import check_alive, check_weights
 from headstart.heads.served import add_adapters, split_revision
@@ -136,7 +137,8 @@ def load_assistant_config(path: str | Path) -> Any:
     """The configuration of a head in the native format.
 
     Raises:
-        ValueError: there is no head at `path`, or the folder holds another kind of model.
+        ValueError: there is no head at `path`, the folder holds another kind of model, or its
+            config.json says what cannot be.
     """
     path, _ = split_pair(path)
     name, revision = split_revision(path)
@@ -145,4 +147,6 @@ def load_assistant_config(path: str | Path) -> Any:
         config = AutoConfig.from_pretrained(name, revision=revision)
     if "assistant" not in config.model_type:
         raise ValueError(f"{path} is a {config.model_type} model, not a Gemma 4 assistant")
+    with reading(path, "cannot be a head"):
+        check_values(config.text_config, path)
     return config

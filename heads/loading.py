@@ -16,7 +16,14 @@ from transformers import (
 
 from headstart.configs import hardware
 from headstart.configs.schema import Quantization, TargetConfig
-from headstart.heads.admission import check_file, check_files, check_vocabulary, load_whole, reading
+from headstart.heads.admission import (
+    check_file,
+    check_files,
+    check_vocabulary,
+    load_whole,
+    reading,
+)
+from headstart.heads.config_values import check_values
 from headstart.heads.demo import gemma3_270m_dir
 from headstart.heads.finite import check_logits, check_weights
 from headstart.heads.generation import checkpoint_settings
@@ -60,6 +67,7 @@ def load_target_config(
         )
     with reading(name, "cannot be a target"):
         check_supported(config)
+        check_values(config.get_text_config(), name)
     return config
 
 
