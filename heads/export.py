@@ -26,6 +26,7 @@ from headstart.heads.served import add_adapters, split_revision
 
 MADE_FOR = "headstart_target"  # in config.json, where other readers leave it alone
 ROPE_POSITION = "headstart_rope_position"  # there too: `TrainConfig.rope_position`
+VARIABLES = "headstart_chat_template_kwargs"  # there too: of the texts that it was trained on
 Assistant: TypeAlias = Gemma4AssistantForCausalLM | Gemma4UnifiedAssistantForCausalLM
 
 
@@ -131,6 +132,18 @@ def rope_position(config: Any) -> RopePosition:
     Headstart before it could be chosen: at the newest token, where transformers puts them."""
     position: RopePosition = getattr(config, ROPE_POSITION, "newest")
     return position
+
+
+def note_variables(config: Any, variables: Mapping[str, Any]) -> None:
+    """Note in a head's configuration the variables of the chat template with which the texts that
+    it is trained on were asked, so that it says so wherever it goes; none, where none were said."""
+    if variables or noted_variables(config) is not None:
+        setattr(config, VARIABLES, dict(variables))
+
+
+def noted_variables(config: Any) -> dict[str, Any] | None:
+    """What `note_variables` has noted; None: nothing."""
+    return getattr(config, VARIABLES, None)
 
 
 def load_assistant_config(path: str | Path) -> Any:

@@ -103,9 +103,9 @@ def test_a_head_of_codes_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_integers_of_an_ordered_head_are_no_codes(tmp_path: Path) -> None:
-    shape = {"use_ordered_embeddings": True, "num_centroids": 40}
+    shape: dict[str, Any] = {"num_centroids": 40, "centroid_intermediate_top_k": 8}
     target = make_target("gemma4")
-    folder = saved_head(tmp_path / "head", target, centroid_intermediate_top_k=8, **shape)
+    folder = saved_head(tmp_path / "head", target, use_ordered_embeddings=True, **shape)
 
     def ordered(weights: Weights) -> Weights:
         order = torch.arange(320)
