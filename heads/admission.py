@@ -272,17 +272,37 @@ def tie_equal_tables(model: PreTrainedModel, name: str) -> None:
     into, out = model.get_input_embeddings(), model.get_output_embeddings()
     if out.weight is into.weight:
         return
-    if out.weight.shape != into.weight.shape or not torch.equal(out.weight, into.weight):
+    _check_equal(into.weight, out.weight, name)
+    out.weight = into.weight
+    for config in (model.config, model.config.get_text_config()):
+        config.tie_word_embeddings = True
+    say(f"{name}: its LM head equals its embedding table, and is tied to it")
+
+
+def check_tied_files(folder: Path, name: str) -> None:
+    """`tie_equal_tables` of the safetensors files of a local folder, before weights are loaded.
+
+    Raises:
+        ValueError: they hold both tables, and these differ.
+    """
+    tables = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118
+                if key.endswith((".embed_tokens.weight", "lm_head.weight")):
+                    tables[key.rpartition(".weight")[0].rpartition(".")[2]] = file.get_tensor(key)
+    if len(tables) == 2:
+        _check_equal(tables["embed_tokens"], tables["lm_head"], name)
+
+
+def _check_equal(table: torch.Tensor, lm_head: torch.Tensor, name: str) -> None:
+    if lm_head.shape != table.shape or not torch.equal(lm_head, table):
         raise ValueError(
             f"unsupported target {name}: it lacks tied embeddings (its LM head is a table of its "
             "own, which the head could not share). Tune it with lm_head and embed_tokens frozen, "
             "or with tied ones: peft's ensure_weight_tying=True for modules_to_save, and "
             "tie_word_embeddings: true in config.json"
         )
-    out.weight = into.weight
-    for config in (model.config, model.config.get_text_config()):
-        config.tie_word_embeddings = True
-    say(f"{name}: its LM head equals its embedding table, and is tied to it")
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int, where: str) -> None:

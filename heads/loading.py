@@ -19,6 +19,7 @@ from headstart.configs.schema import Quantization, TargetConfig
 from headstart.heads.admission import (
     check_file,
     check_files,
+    check_tied_files,
     check_vocabulary,
     load_whole,
     reading,
@@ -212,13 +213,15 @@ def _commit(config: Any) -> str | None:
 
 
 def check_target(t: TargetConfig) -> None:
-    """All that can be known of a target before its weights are read: its architecture, its files,
-    its tokenizer, and whether its adapters go onto it.
+    """All that can be known of a target before its weights are loaded: its architecture, its files,
+    its tokenizer, whether its tables are one, and whether its adapters go onto it.
 
     Raises:
         ValueError: as `load_target`.
     """
     load_target_tokens(t)
+    if t.name not in BUILT_IN and Path(t.name).is_dir():
+        check_tied_files(Path(t.name), t.name)
     if not t.adapters:
         return
     config = load_target_config(t.name, t.revision, t.trust_remote_code)
