@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
-from headstart.heads.codes import check_codes, check_read, weight_dtypes
+from headstart.heads.codes import check_codes, check_quantized, check_read, weight_dtypes
 from headstart.heads.progress import say
 
 READ = (
@@ -94,7 +94,11 @@ def check_files(folder: str | Path) -> None:
         paths += next(filter(None, (sorted(folder.glob(pattern)) for pattern in patterns)), [])
     for path in paths:
         check_file(path)
-    check_codes(name, weight_dtypes(folder))
+    dtypes = weight_dtypes(folder)
+    check_codes(name, dtypes)
+    if (folder / "config.json").is_file():
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        check_quantized(name, dtypes, config.get("quantization_config"))
 
 
 def check_file(path: Path) -> None:
@@ -159,6 +163,8 @@ def load_whole(cls: Any, name: str, path: str | Path, **arguments: Any) -> Any:
     if "gguf_file" not in arguments:
         dtypes = weight_dtypes(_files(path, arguments.get("revision")))
         check_codes(name, dtypes)
+        if "quantization_config" not in arguments:
+            check_quantized(name, dtypes, model.config.to_dict().get("quantization_config"))
         check_read(model, name, dtypes, info["unexpected_keys"])
     _check_arrival(model, name, info)
     if changed:

@@ -7,6 +7,7 @@ codes it so makes numbers that are off by each row's scale, without a word.
 import re
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors import safe_open
 from transformers import PreTrainedModel
@@ -42,6 +43,23 @@ def check_codes(name: str, dtypes: Mapping[str, str]) -> None:
             f"them (first: {bare[0]}): they are codes of a quantisation, and no numbers. Save it "
             "again in bfloat16 after its quantisation was undone, or copy all of its files; if it "
             "was only cast, cast it back"
+        )
+
+
+def check_quantized(name: str, dtypes: Mapping[str, str], quantization: Any) -> None:
+    """Raise `ValueError` where config.json names a quantisation of weights that are none of it, as
+    after adapters were merged into the weights before they were quantised.
+
+    Args:
+        name: of the checkpoint.
+        dtypes: of its tensors.
+        quantization: `quantization_config` of its config.json; None: there is none.
+    """
+    if quantization is not None and dtypes and set(dtypes.values()) <= set(NUMBERS):
+        raise ValueError(
+            f"{name}: its config.json has a quantization_config, and its weights are plain numbers "
+            f"({', '.join(sorted(set(dtypes.values())))}): delete it there; how the target is "
+            "served is said by target.quantization (--quantization)"
         )
 
 

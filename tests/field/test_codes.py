@@ -96,6 +96,34 @@ def test_fp8_with_its_scales_and_config_is_the_target_that_they_make(tmp_path: P
     )
 
 
+BNB4 = {
+    "quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4",
+    "bnb_4bit_compute_dtype": "float32",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "quantization", [BNB4, {"quant_method": "bitsandbytes", "load_in_8bit": True}, FP8]
+)
+def test_a_quantisation_that_a_merged_checkpoint_only_names_is_to_be_deleted(
+    tmp_path: Path, quantization: dict[str, Any]
+) -> None:
+    folder = checkpoint(tmp_path / "target", family("gemma4"))
+    configure(folder, quantization_config=quantization)
+    with pytest.raises(ValueError, match=r"target: .*quantization_config.*--quantization"):
+        check_target(TargetConfig(name=folder, dtype="float32"))
+
+
+@pytest.mark.parametrize("bits", ["bnb-int8", "bnb-nf4"])
+def test_a_target_that_bitsandbytes_saved_is_read_as_it_was(tmp_path: Path, bits: Any) -> None:
+    plain = checkpoint(tmp_path / "plain", family("gemma4"))
+    target = load_target(plain, "float32", quantization=bits)
+    target.model.save_pretrained(tmp_path / "saved")
+    target.tokenizer.save_pretrained(tmp_path / "saved")
+    found = load_target(str(tmp_path / "saved"), "float32").model
+    assert torch.equal(logits(found), logits(target.model))
+
+
 def test_a_head_of_codes_is_refused(tmp_path: Path) -> None:
     folder = rewrite(saved_head(tmp_path / "head", make_target("gemma4")), INT8)
     with pytest.raises(ValueError, match=r"head: .* I8"):
