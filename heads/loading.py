@@ -1,5 +1,6 @@
 """Loading targets: from built-in names, folders, the Hub or GGUF files, as they will be served."""
 
+import difflib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,12 @@ def load_target_config(
     else:
         check_files(path)
     nothing = f"is no built-in name ({', '.join(BUILT_IN)}), and no folder or Hub id that loads"
+    if path == name and "/" not in name and not Path(name).exists():  # no Gemma has such an id
+        nearest = difflib.get_close_matches(name, BUILT_IN, n=1, cutoff=0.0)[0]
+        raise ValueError(
+            f"target {name!r} is no folder, no Hub id (ORG/NAME) and no built-in name: the nearest "
+            f"of these is {nearest} ({', '.join(BUILT_IN)})"
+        )
     with reading(f"target {name!r}", nothing):
         config = AutoConfig.from_pretrained(
             path, revision=revision, trust_remote_code=trust_remote_code, **options
