@@ -75,7 +75,7 @@ def default_device() -> Any:
 
 
 def add_target_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what is done to the target of `--target` before it is served."""
+    """Add what is done to the target of a command before it is served."""
     parser.add_argument(
         "--adapter", action="append", default=[], metavar="ADAPTER",
         help="folder or Hub id (ID@REVISION) of a PEFT adapter on the target; may come again, and "
@@ -83,14 +83,18 @@ def add_target_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--keep-adapters", action="store_true",
-        help="leave adapters beside the weights, in place of adding them",
+        help="keep adapters beside the target's weights, in place of adding them to these",
     )  # fmt: skip
     parser.add_argument(
         "--quantization", type=quantization, metavar="NAME",
-        help="of the target's layers, as it is served: torchao-int8, bnb-int8 or bnb-nf4",
+        help="how the target's layers are held when it is served: torchao-int8, bnb-int8 or "
+        "bnb-nf4 (default: as they are)",
     )  # fmt: skip
-    parser.add_argument("--revision", help="Hub revision of the target")
-    parser.add_argument("--trust-remote-code", action="store_true", help="run code of the target's")
+    parser.add_argument("--revision", help="branch, tag or commit of the target on the Hub")
+    parser.add_argument(
+        "--trust-remote-code", action="store_true",
+        help="let the code run that comes with the target's checkpoint",
+    )  # fmt: skip
 
 
 def target_config(args: argparse.Namespace) -> Any:

@@ -1,9 +1,16 @@
 """`headstart check`: arguments in, one call out."""
 
 import argparse
+import sys
+from contextlib import redirect_stdout
 from typing import Any
 
-from headstart.cli.arguments import add_target_arguments, default_device, target_config
+from headstart.cli.arguments import (
+    add_config_arguments,
+    add_target_arguments,
+    default_device,
+    target_config,
+)
 
 
 def add_check_command(commands: Any) -> None:
@@ -16,7 +23,7 @@ def add_check_command(commands: Any) -> None:
         "noted, which is taken with what the lines say; or refused, and why (exit code 1). The "
         "target is loaded whole. The first command when something looks wrong.",
         epilog="example: headstart check ORG/my-gemma --adapter my-lora --head runs/mine/head "
-        "--prompts my_prompts.jsonl",
+        "--prompts my_prompts.jsonl data.chat_template_kwargs={enable_thinking: true}",
     )
     add = check.add_argument
     add("target", metavar="TARGET", help="gemma3-270m, a folder, a Hub id or a GGUF file")
@@ -37,11 +44,18 @@ def add_check_command(commands: Any) -> None:
         "--dtype", choices=("auto", "bfloat16", "float32"), default="auto",
         help="of the weights (default auto: bfloat16 where the machine computes in it)",
     )  # fmt: skip
-    add("--debug", action="store_true", help="show the traceback of a failure")
+    add_config_arguments(check)
     check.set_defaults(command=_run_check)
 
 
 def _run_check(args: argparse.Namespace) -> None:
+    from headstart.configs.loader import load_config
+    from headstart.configs.schema import TargetConfig
     from headstart.eval.check import check_inputs, print_findings
 
-    print_findings(check_inputs(target_config(args), args.head, args.prompts, default_device()))
+    config = load_config(args.config, args.overrides)
+    told = target_config(args).model_dump(exclude_defaults=True) | {"name": args.target}
+    target = TargetConfig(**config.target.model_dump() | told)
+    with redirect_stdout(sys.stderr):  # the table is the output, how far it is is not
+        found = check_inputs(target, config.data, args.head, args.prompts, default_device())
+    print_findings(found)

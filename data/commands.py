@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from headstart.configs.schema import Config
-from headstart.data.conversations import MANIFEST, Conversation
+from headstart.data.conversations import MANIFEST, Conversation, template_variables
 from headstart.data.extraction import extract
 from headstart.data.jobs import make_jobs
 from headstart.data.packing import length_when_cut
@@ -100,11 +100,12 @@ def run_extract(config: Config, conversations: str, out: Path, device: Any) -> N
     target = open_target(config.target, device)
     folder = Path(conversations)
     if (folder / MANIFEST).is_file():
-        store = extract_folder(target, folder, d, out)
+        variables = template_variables(d.model_copy(update={"conversations": folder}))
+        store = extract_folder(target, folder, d, out, variables)
     else:
         rows = encode_source(conversations, target, config)
         tokens = sum(length_when_cut(len(row.ids), d.max_tokens) for row in rows)
-        store = extract(target, rows, tokens, d, out)
+        store = extract(target, rows, tokens, d, out, variables=d.chat_template_kwargs)
     say(f"Written: {out}")
     say(describe_store(store))
 

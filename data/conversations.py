@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from transformers import PreTrainedTokenizerBase
 
 from headstart.configs.schema import DataConfig
+from headstart.data.store import read_index
 from headstart.heads.files import whole_file, write_atomically
 
 FORMAT = 2  # of the folder: raise it when the same settings come to give other conversations
@@ -128,9 +129,13 @@ def template_variables(data: DataConfig) -> dict[str, Any]:
         ValueError: both are there, and differ.
     """
     given, folder = data.chat_template_kwargs, data.store or data.conversations
-    if folder is None or not (folder / MANIFEST).is_file():
+    if folder is not None and (folder / MANIFEST).is_file():
+        found = read_manifest(folder)
+    elif folder is not None and (folder / "index.json").is_file():
+        found = read_index(folder)
+    else:
         return given
-    made: dict[str, Any] = read_manifest(folder).get("chat_template_kwargs") or given
+    made: dict[str, Any] = found.get("chat_template_kwargs") or given
     if given not in ({}, made):
         raise ValueError(
             f"data.chat_template_kwargs={given}, but {folder} was asked with {made}: leave it out"

@@ -25,7 +25,7 @@ from headstart.data.shards import (
     shard_settings,
     write_shard,
 )
-from headstart.data.store import ActivationStore, check_space, stored_bytes, write_index
+from headstart.data.store import ActivationStore, check_space, read_index, stored_bytes, write_index
 from headstart.heads.processes import in_step, is_mine, processes_in
 from headstart.heads.progress import progress_bar
 from headstart.heads.targets import Target
@@ -43,6 +43,7 @@ def extract(
     config: DataConfig,
     folder: Path,
     description: str = "Extracting",
+    variables: dict[str, Any] | None = None,
 ) -> ActivationStore:
     """Run the target over the conversations once and store what the head will see.
 
@@ -57,6 +58,7 @@ def extract(
         config: the teacher's top k, the storage, and the length at which conversations are cut.
         folder: of the store.
         description: label of the progress bar.
+        variables: of the chat template, with which the conversations were asked: for the index.
 
     Raises:
         ValueError: the folder holds something else, a damaged shard, the disk is too small, or
@@ -93,12 +95,13 @@ def extract(
                 write_shard(path, tensors, entries_of(pieces, tensors), settings)
         PartialState().wait_for_everyone()
         if PartialState().is_main_process:
-            _finish(folder, count, settings)
+            noted = {"chat_template_kwargs": variables} if variables else {}
+            _finish(folder, count, settings | noted)
     return ActivationStore(folder, target)
 
 
 def _finish(folder: Path, count: int, settings: dict[str, Any]) -> None:
-    """Draw up the index over `count` shards, unless it is there."""
+    """Draw up the index over `count` shards, unless it is there and says the same."""
     paths = [shard_path(folder, number) for number in range(count)]
     if not paths:
         raise ValueError("no conversation has an answer of two tokens: nothing to train on")
@@ -107,7 +110,8 @@ def _finish(folder: Path, count: int, settings: dict[str, Any]) -> None:
             f"{surplus[0]} and {len(surplus) - 1} more are of other conversations: delete "
             "them, or name another folder"
         )
-    if not (folder / "index.json").is_file():
+    there = read_index(folder) if (folder / "index.json").is_file() else {}
+    if there.get("chat_template_kwargs") != settings.get("chat_template_kwargs") or not there:
         write_index(folder, paths, settings)
 
 

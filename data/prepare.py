@@ -4,6 +4,7 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from headstart.configs.schema import DataConfig
 from headstart.data.contamination import remove_contaminated
@@ -305,11 +306,19 @@ def _activations_of(target: Target, data: DataConfig) -> ActivationStore | Onlin
     )
 
 
-def extract_folder(target: Target, folder: Path, data: DataConfig, out: Path) -> ActivationStore:
-    """Extract the conversations of `headstart regenerate`, a part at a time."""
+def extract_folder(
+    target: Target,
+    folder: Path,
+    data: DataConfig,
+    out: Path,
+    variables: dict[str, Any] | None = None,
+) -> ActivationStore:
+    """Extract the conversations of `headstart regenerate`, a part at a time; `variables` as in
+    `extract`."""
     lengths = conversation_lengths(finished_parts(folder))
     tokens = sum(length_when_cut(length, data.max_tokens) for length in lengths)
-    return extract(target, stream_folder(folder, target), tokens, data, out)
+    conversations = stream_folder(folder, target)
+    return extract(target, conversations, tokens, data, out, variables=variables)
 
 
 def stream_folder(folder: Path, tokens: TargetTokens) -> Iterator[Conversation]:

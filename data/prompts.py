@@ -12,6 +12,7 @@ from headstart.data.rows import (
     COLUMNS,
     IDS,
     BadRow,
+    flag,
     layout_of,
     messages_of,
     objects,
@@ -213,7 +214,7 @@ def prompt_of(row: Row, place: Place, columns: dict[str, str]) -> Prompt:
         category=str(row.get("category", "uncategorised")),
         source=str(row.get("source", prompt_id)),
         messages=messages_of(row, layout),
-        raw=str(row.get("raw", layout == "text")).lower() in ("true", "1"),
+        raw=flag(row, "raw", layout == "text"),
         tools=(objects(row["tools"], "tools") or None) if "tools" in row else None,
         later_turns=user_turns(row, layout)[1:],
     )

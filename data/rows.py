@@ -35,12 +35,25 @@ ROLES = {
     "tool": "tool", "function": "tool", "observation": "tool",
 }  # fmt: skip
 """Roles of OpenAI, Gemma and ShareGPT -> the four that templates know."""
+FLAGS = dict.fromkeys(("true", "yes", "y", "t", "on", "1", "1.0"), True) | dict.fromkeys(
+    ("false", "no", "n", "f", "off", "0", "0.0"), False
+)
+"""Words and numbers of tables -> what they say."""
 TURN_KEYS = ("name", "tool_call_id", "tool_responses", "reasoning", "reasoning_content")
 """Kept of a turn beside role, content and tool calls: what templates may read."""
 
 
 class BadRow(ValueError):
     """The reason; what stands in parentheses is not counted apart."""
+
+
+def flag(row: dict[str, Any], column: str, default: bool) -> bool:
+    """A column that says yes or no, in whatever way a table writes it."""
+    value = row.get(column, default)
+    word = str(value).strip().lower()
+    if word not in FLAGS:
+        raise BadRow(f"{column} is neither true nor false ({value!r})")
+    return FLAGS[word]
 
 
 def turn_text(turn: dict[str, Any]) -> str:

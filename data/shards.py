@@ -84,6 +84,11 @@ class Entry:
     or no row is taught."""
 
 
+NOTED = {"target", "chat_template_kwargs"}
+"""What a store says of itself and a shard need not: a name may change, its fingerprint not; and the
+tokens are what variables of the template have made of them."""
+
+
 def shard_settings(target: Target, top_k: int, storage: Storage) -> dict[str, Any]:
     """What a shard must have been made with to belong to a store."""
     return {
@@ -192,7 +197,7 @@ class Shard:
         ) as e:
             raise ValueError(refusal(path, f"is cut short or no shard ({e})")) from e
         if settings is not None:
-            for key in settings.keys() - {"target"}:  # its name may change, its fingerprint not
+            for key in settings.keys() - NOTED:
                 wanted = settings[key]
                 if (found := self.settings.get(key)) != wanted:
                     raise ValueError(

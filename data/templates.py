@@ -20,6 +20,7 @@ from headstart.heads.chat_template import (
     Messages,
     TurnFormat,
     known_turns,
+    plain_borders,
     render_chat,
     token_ids,
     turn_format,
@@ -62,7 +63,8 @@ def encode_prompt(
         template = tokenizer.get_chat_template(tools=prompt.tools)
         key, tools = json.dumps(kwargs, sort_keys=True), _with_tools(prompt.messages)
         known = known_turns(tokenizer, template, key, tools)
-        refuse_marks(prompt, tokenizer, known.marks if known else ())
+        marks = known.marks if known else plain_borders(tokenizer, template, key)
+        refuse_marks(prompt, tokenizer, marks)
         kwargs = {**kwargs, "add_generation_prompt": True}
         text = render_chat(tokenizer, template, kwargs, prompt.question, prompt.tools)
         _check_nothing_left_out(text, prompt.question, prompt.tools)

@@ -12,7 +12,7 @@ from headstart.configs.schema import DataConfig
 from headstart.data.conversations import template_variables
 from headstart.data.prompts import Prompt
 from headstart.data.templates import encode_prompt
-from headstart.heads.export import split_pair
+from headstart.heads.export import load_assistant_config, noted_variables, split_pair
 from headstart.heads.progress import say
 
 
@@ -41,16 +41,17 @@ def asked_by_run(data: DataConfig) -> Asked:
 
 
 def asked_by_heads(heads: Sequence[str]) -> Asked:
-    """How the runs asked that heads came from, with a line that says so; of heads whose run is not
-    there nothing is known.
+    """How the runs asked that heads came from, with a line that says so: as a head notes itself,
+    else as the configuration of its run says; where there is neither, nothing is known.
 
     Args:
         heads: RUN/head or a folder of `headstart publish`, HEAD+ADAPTER, or any other name.
 
     Raises:
-        ValueError: two runs asked with different variables, or the configuration of one is damaged.
+        ValueError: two runs asked with different variables, the configuration of one is damaged, or
+            there is no head.
     """
-    known = {head: asked_by_run(load_saved(path).data) for head in heads if (path := _config(head))}
+    known = {head: asked for head in heads if (asked := _asked(head))}
     if not known:
         return Asked()
     (name, first), *others = known.items()
@@ -65,6 +66,18 @@ def asked_by_heads(heads: Sequence[str]) -> Asked:
         say(f"Prompts are asked as in the run of {name}: {first.chat_template_kwargs}")
     lengths = [its.max_prompt_tokens for its in known.values() if its.max_prompt_tokens]
     return Asked(first.chat_template_kwargs, min(lengths, default=None))
+
+
+def _asked(head: str) -> Asked | None:
+    path, folder = _config(head), Path(split_pair(head)[0])
+    noted = None
+    if path is None or (folder / "config.json").is_file():
+        noted = noted_variables(load_assistant_config(head))
+    if path is None:
+        return None if noted is None else Asked(noted)
+    data = load_saved(path).data
+    # A run says nothing of what its store was asked with, once that is gone.
+    return asked_by_run(data) if noted is None else Asked(noted, data.max_prompt_tokens)
 
 
 def _config(head: str) -> Path | None:

@@ -38,12 +38,17 @@ class Finding:
 
 
 def check_inputs(
-    t: TargetConfig, heads: Sequence[str], prompt_sets: Sequence[str], device: Any
+    t: TargetConfig,
+    data: DataConfig,
+    heads: Sequence[str],
+    prompt_sets: Sequence[str],
+    device: Any,
 ) -> list[Finding]:
     """Admit a target with its adapters, heads and prompts, as a run does; nothing is trained.
 
     Args:
         t: the target.
+        data: how prompts are read and asked; those in its own `prompts` as it says there.
         heads: folders or Hub ids.
         prompt_sets: what `load_prompt_set` takes.
         device: where the models go.
@@ -69,7 +74,7 @@ def check_inputs(
     for name in heads:
         _admit(found, Finding("head", name), partial(_head, name, target), _shape)
     for name in prompt_sets:
-        _admit(found, Finding("prompts", name), partial(_prompts, name, target), _counts)
+        _admit(found, Finding("prompts", name), partial(_prompts, name, target, data), _counts)
     return found
 
 
@@ -126,13 +131,14 @@ def _shape(head: Any) -> list[str]:
     ]
 
 
-def _prompts(name: str, target: Target) -> Counter[str]:
+def _prompts(name: str, target: Target, data: DataConfig) -> Counter[str]:
     """How many prompts have answers, and how many the target's template refuses and why."""
     if name.partition("=")[0] in SETS:
         prompts = load_prompt_set(name)
     else:  # as training does: bad rows are counted, and a few are skipped
         with redirect_stderr(StringIO()) as counted:
-            prompts = load_prompts(name, DataConfig().max_bad_rows)
+            source = next((source for source in data.prompts if source.path == name), name)
+            prompts = load_prompts(source, data.max_bad_rows)
         for line in counted.getvalue().splitlines():
             say(line)
     check_template(prompts, target)
@@ -140,7 +146,7 @@ def _prompts(name: str, target: Target) -> Counter[str]:
     for prompt in prompts:
         counts["prompts"] += 1
         try:
-            counts["answers"] += _encoded(prompt, target)
+            counts["answers"] += _encoded(prompt, target, data.chat_template_kwargs)
         except ValueError as error:
             counts[f"{prompt.id}: {error}"] += 1
     if refused := counts.keys() - {"prompts", "answers"}:
@@ -149,12 +155,12 @@ def _prompts(name: str, target: Target) -> Counter[str]:
     return counts
 
 
-def _encoded(prompt: Prompt, target: Target) -> bool:
+def _encoded(prompt: Prompt, target: Target, variables: dict[str, Any]) -> bool:
     """Whether a prompt has an answer; both are encoded, as for training and for evaluation."""
-    encode_prompt(prompt, target.tokenizer)
+    encode_prompt(prompt, target.tokenizer, None, variables)
     answered = prompt.messages[-1]["role"] == "assistant"
     if answered:
-        encode_conversation(prompt, target.tokenizer, target.eos_ids)
+        encode_conversation(prompt, target.tokenizer, target.eos_ids, variables)
     return answered
 
 

@@ -43,7 +43,7 @@ def fitting(adapter: str, folder: Path, model: PreTrainedModel, merge: bool) -> 
         ValueError: it is of a kind that no head can follow, of another model, or without
             effect.
     """
-    config = _config(folder)
+    config = _config(folder, merge)
     with safe_open(folder / WEIGHTS, framework="pt") as file:
         keys = list(file.keys())
     places = _places(keys, model)
@@ -68,8 +68,9 @@ def fitting(adapter: str, folder: Path, model: PreTrainedModel, merge: bool) -> 
         yield Path(work)
 
 
-def _config(folder: Path) -> dict[str, Any]:
-    """What adapter_config.json says, of an adapter that changes weights."""
+def _config(folder: Path, merge: bool) -> dict[str, Any]:
+    """What adapter_config.json says, of an adapter that changes weights and can be merged, where it
+    is to be."""
     from peft import PeftConfig  # a second of imports that most targets do without
 
     for name in (WEIGHTS, CONFIG):
@@ -81,6 +82,11 @@ def _config(folder: Path) -> dict[str, Any]:
             "it learns a prompt, and no weights that a head could follow: tune with LoRA instead"
         )
     config: dict[str, Any] = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    if config.get("lora_bias") and merge:
+        raise ValueError(
+            "its layers have a bias (lora_bias), for which the target's have no place: keep it "
+            "beside the weights, --keep-adapters (target.merge_adapters: false)"
+        )
     if config.get("alora_invocation_tokens"):
         raise ValueError(
             "it is an activated LoRA, which works after certain tokens only: tune with a plain one"

@@ -15,7 +15,9 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import cached_file
 
+from headstart.heads.codes import check_codes, check_quantized, check_read, weight_dtypes
 from headstart.heads.progress import say
 
 READ = (
@@ -92,6 +94,11 @@ def check_files(folder: str | Path) -> None:
         paths += next(filter(None, (sorted(folder.glob(pattern)) for pattern in patterns)), [])
     for path in paths:
         check_file(path)
+    dtypes = weight_dtypes(folder)
+    check_codes(name, dtypes)
+    if (folder / "config.json").is_file():
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        check_quantized(name, dtypes, config.get("quantization_config"))
 
 
 def check_file(path: Path) -> None:
@@ -153,6 +160,12 @@ def load_whole(cls: Any, name: str, path: str | Path, **arguments: Any) -> Any:
     changed = {old: new for old, new in found.items() if new in info["missing_keys"]}
     if changed:
         model, info = _read(cls, name, path, {**arguments, "key_mapping": mapping})
+    if "gguf_file" not in arguments:
+        dtypes = weight_dtypes(_files(path, arguments.get("revision")))
+        check_codes(name, dtypes)
+        if "quantization_config" not in arguments:
+            check_quantized(name, dtypes, model.config.to_dict().get("quantization_config"))
+        check_read(model, name, dtypes, info["unexpected_keys"])
     _check_arrival(model, name, info)
     if changed:
         old, new = next(iter(changed.items()))
@@ -222,6 +235,15 @@ def _check_arrival(model: PreTrainedModel, name: str, info: dict[str, Any]) -> N
         say(f"{name}: {len(spare)} weights of its files are not needed ({_some(spare)})")
 
 
+def _files(path: str | Path, revision: str | None) -> Path:
+    """The folder of a checkpoint that was loaded, in the cache where it is of the Hub."""
+    return (
+        Path(path)
+        if Path(path).is_dir()
+        else Path(str(cached_file(str(path), "config.json", revision=revision))).parent
+    )
+
+
 def _some(keys: Sequence[str]) -> str:
     return ", ".join(keys[:3]) + (", ..." if len(keys) > 3 else "")
 
@@ -256,17 +278,37 @@ def tie_equal_tables(model: PreTrainedModel, name: str) -> None:
     into, out = model.get_input_embeddings(), model.get_output_embeddings()
     if out.weight is into.weight:
         return
-    if out.weight.shape != into.weight.shape or not torch.equal(out.weight, into.weight):
+    _check_equal(into.weight, out.weight, name)
+    out.weight = into.weight
+    for config in (model.config, model.config.get_text_config()):
+        config.tie_word_embeddings = True
+    say(f"{name}: its LM head equals its embedding table, and is tied to it")
+
+
+def check_tied_files(folder: Path, name: str) -> None:
+    """`tie_equal_tables` of the safetensors files of a local folder, before weights are loaded.
+
+    Raises:
+        ValueError: they hold both tables, and these differ.
+    """
+    tables = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118
+                if key.endswith((".embed_tokens.weight", "lm_head.weight")):
+                    tables[key.rpartition(".weight")[0].rpartition(".")[2]] = file.get_tensor(key)
+    if len(tables) == 2:
+        _check_equal(tables["embed_tokens"], tables["lm_head"], name)
+
+
+def _check_equal(table: torch.Tensor, lm_head: torch.Tensor, name: str) -> None:
+    if lm_head.shape != table.shape or not torch.equal(lm_head, table):
         raise ValueError(
             f"unsupported target {name}: it lacks tied embeddings (its LM head is a table of its "
             "own, which the head could not share). Tune it with lm_head and embed_tokens frozen, "
             "or with tied ones: peft's ensure_weight_tying=True for modules_to_save, and "
             "tie_word_embeddings: true in config.json"
         )
-    out.weight = into.weight
-    for config in (model.config, model.config.get_text_config()):
-        config.tie_word_embeddings = True
-    say(f"{name}: its LM head equals its embedding table, and is tied to it")
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int, where: str) -> None:

@@ -21,6 +21,7 @@ from transformers import (
 from headstart.configs.schema import HeadConfig
 from headstart.heads.export import Assistant, load_assistant, made_for
 from headstart.heads.ordered import cluster_count
+from headstart.heads.progress import say
 from headstart.heads.targets import Target, source_layers
 
 DEPTH = 2  # layers of a head whose depth nobody chose
@@ -207,8 +208,15 @@ def _start_from_target(assistant: Assistant, target: Target) -> None:
 
 
 def check_pair(target: Target, assistant: PreTrainedModel) -> None:
-    """Raise `ValueError`, naming both values, where a head cannot belong to the target."""
+    """Raise `ValueError`, naming both values, where a head cannot belong to the target; say where
+    it is only of another class than the heads of such a target."""
     check_shapes(target.config, assistant.config, target.name)
+    kinds = [config.model_type for config in (target.config, assistant.config)]
+    if len({kind.startswith("gemma4_unified") for kind in kinds}) > 1:
+        say(
+            f"this head is a {kinds[1]}, and {target.name} a {kinds[0]}: it drafts the same here, "
+            "but other engines choose their code by the class; see that it is of this target"
+        )
 
 
 def check_shapes(source: Any, head: Any, name: str) -> None:
@@ -232,23 +240,62 @@ def check_shapes(source: Any, head: Any, name: str) -> None:
                 f"this head does not fit {name}: the head's {head_key} is {head_value}, "
                 f"the target's {target_key} is {target_value}"
             )
+    for layer_type in dict.fromkeys(text.layer_types):
+        # Its queries meet keys that the target has rotated.
+        mine, its = (_rotation(c.rope_parameters[layer_type]) for c in (text, source))
+        if mine != its:
+            raise ValueError(
+                f"this head does not fit {name}: the head's rope_parameters of its {layer_type} "
+                f"layers are {mine}, the target's {its}. If it is of this target before that was "
+                "changed, put the target's into text_config of the head's config.json, and train "
+                "it on (headstart adapt)"
+            )
+
+
+def _rotation(rope: dict[str, Any]) -> dict[str, Any]:
+    """Rope parameters with what stands for nothing left out, so that equal ones rotate alike."""
+    given = {key: value for key, value in rope.items() if value is not None}
+    whole = given.get("partial_rotary_factor") == 1
+    return {k: v for k, v in given.items() if not (whole and k == "partial_rotary_factor")}
 
 
 def other_target(target: Target, assistant: PreTrainedModel) -> str | None:
-    """A warning, naming both, where a head was trained for another target than this one; None: it
+    """A warning, naming both, where a head was made for another target than this one; None: it
     was not, or does not say.
 
-    Weights of another dtype have another fingerprint; the names are compared then.
+    What it notes of its target is compared, then its table, where it is as wide as the target and
+    so should have the target's own. Weights of another dtype have another fingerprint; the names
+    are compared then.
     """
-    made = made_for(assistant.config)
-    if made is None:
-        return None
-    mine = target.identity
-    key = "fingerprint" if made["dtype"] == mine["dtype"] else "name"
-    if made[key] == mine[key]:
-        return None
-    return (
-        f"this head was trained for {made['name']} (fingerprint {str(made['fingerprint'])[:12]}, "
-        f"{made['dtype']}), not for {mine['name']} ({str(mine['fingerprint'])[:12]}, "
-        f"{mine['dtype']}): expect fewer accepted drafts; `headstart adapt` trains it on"
-    )
+    made, mine = made_for(assistant.config), target.identity
+    if made is not None:
+        key = "fingerprint" if made["dtype"] == mine["dtype"] else "name"
+        if made[key] != mine[key]:
+            return (
+                f"this head was trained for {made['name']} (fingerprint "
+                f"{str(made['fingerprint'])[:12]}, {made['dtype']}), not for {mine['name']} "
+                f"({str(mine['fingerprint'])[:12]}, {mine['dtype']}): expect fewer accepted "
+                "drafts; `headstart adapt` trains it on"
+            )
+    if other := _other_rows(target.table, assistant.get_input_embeddings().weight):
+        return (
+            f"this head is as wide as {target.name}, and {other:,} rows of its table differ from "
+            "those of the target: it was made for another, or before the target's table was "
+            "trained; expect fewer accepted drafts; `headstart adapt` trains it on with the "
+            "target's own"
+        )
+    return None
+
+
+@torch.no_grad()
+def _other_rows(table: torch.Tensor, own: torch.Tensor) -> int:
+    """How many rows of a head's table [V, H] are not those of the target's [V, D]; 0 where it is
+    narrower. Either may have been rounded to bfloat16."""
+    if table.shape != own.shape:
+        return 0
+    other = 0
+    for some, mine in zip(table.split(8192), own.to(table.device).split(8192), strict=True):
+        some, mine = some.bfloat16(), mine.bfloat16()
+        equal = torch.isclose(some, mine, rtol=2**-6, atol=1e-6)  # two steps of bfloat16
+        other += int((~equal.all(dim=-1)).sum())
+    return other

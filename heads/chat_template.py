@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -94,6 +95,23 @@ def known_turns(
         return turn_format(tokenizer, template, kwargs_json, (), with_tools)
     except ValueError:
         return None
+
+
+@lru_cache(maxsize=16)
+def plain_borders(
+    tokenizer: PreTrainedTokenizerBase, template: str, kwargs_json: str
+) -> tuple[str, ...]:
+    """What stands between two turns of a template that marks them with plain letters: `</turn>` and
+    the next `[user]`. Whoever writes that, writes a turn."""
+    user = {"role": "user", "content": ASKED}
+    answer = [{"role": "assistant", "content": _WROTE}, {"role": "user", "content": _AGAIN}]
+    try:
+        whole = render_chat(tokenizer, template, json.loads(kwargs_json), [user, *answer])
+        borders = (_between(whole, ASKED, _WROTE), _between(whole, _WROTE, _AGAIN))
+    except ValueError:
+        return ()
+    # White space, or a sign as of a list, is no turn.
+    return tuple(b.rstrip() for b in borders if re.search(r"[^\W\d_]{3}", b))
 
 
 def _tool_marks(

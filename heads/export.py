@@ -19,12 +19,14 @@ from transformers import (
 
 from headstart.configs.schema import RopePosition
 from headstart.heads.admission import check_files, load_whole, reading
+from headstart.heads.config_values import check_values
 from headstart.heads.files import whole_folder
-from headstart.heads.finite import check_weights
+from headstart.heads.finite import check_alive, check_weights
 from headstart.heads.served import add_adapters, split_revision
 
 MADE_FOR = "headstart_target"  # in config.json, where other readers leave it alone
 ROPE_POSITION = "headstart_rope_position"  # there too: `TrainConfig.rope_position`
+VARIABLES = "headstart_chat_template_kwargs"  # there too: of the texts that it was trained on
 Assistant: TypeAlias = Gemma4AssistantForCausalLM | Gemma4UnifiedAssistantForCausalLM
 
 
@@ -101,8 +103,8 @@ def load_assistant(
     `HEAD+ADAPTER`, with the weights of a peft adapter added to its own.
 
     Raises:
-        ValueError: there is no head at `path`, the folder holds another kind of model, or the
-            adapter is none of it.
+        ValueError: there is no head at `path`, the folder holds another kind of model, its weights
+            say nothing, or the adapter is none of it.
     """
     head, adapter = split_pair(path)
     config = load_assistant_config(head)
@@ -115,6 +117,7 @@ def load_assistant(
     if adapter is not None:
         model = add_adapters(model, [adapter], merge=True)
     check_weights(model, str(path))
+    check_alive(model, str(path))
     return model.to(device, dtype).eval()
 
 
@@ -131,11 +134,24 @@ def rope_position(config: Any) -> RopePosition:
     return position
 
 
+def note_variables(config: Any, variables: Mapping[str, Any]) -> None:
+    """Note in a head's configuration the variables of the chat template with which the texts that
+    it is trained on were asked, so that it says so wherever it goes; none, where none were said."""
+    if variables or noted_variables(config) is not None:
+        setattr(config, VARIABLES, dict(variables))
+
+
+def noted_variables(config: Any) -> dict[str, Any] | None:
+    """What `note_variables` has noted; None: nothing."""
+    return getattr(config, VARIABLES, None)
+
+
 def load_assistant_config(path: str | Path) -> Any:
     """The configuration of a head in the native format.
 
     Raises:
-        ValueError: there is no head at `path`, or the folder holds another kind of model.
+        ValueError: there is no head at `path`, the folder holds another kind of model, or its
+            config.json says what cannot be.
     """
     path, _ = split_pair(path)
     name, revision = split_revision(path)
@@ -144,4 +160,6 @@ def load_assistant_config(path: str | Path) -> Any:
         config = AutoConfig.from_pretrained(name, revision=revision)
     if "assistant" not in config.model_type:
         raise ValueError(f"{path} is a {config.model_type} model, not a Gemma 4 assistant")
+    with reading(path, "cannot be a head"):
+        check_values(config.text_config, path)
     return config

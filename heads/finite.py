@@ -1,4 +1,6 @@
-"""Numbers that are none: a NaN or an infinity in weights, logits or activations."""
+"""Numbers that say nothing: a NaN or an infinity in weights or logits, weights of a head that are
+zero.
+"""
 
 from itertools import chain
 
@@ -33,6 +35,27 @@ def check_weights(model: nn.Module, name: str) -> None:
                 f"{name}: its weight {tensor} holds NaN or infinity: what it says is not to be "
                 "trusted. Save it again from a state of the training that was whole, or download "
                 "it anew"
+            )
+
+
+def check_alive(head: nn.Module, name: str) -> None:
+    """Raise where all drafts of a head would be alike, since what every one of them passes through
+    is zero: its table, its projections, a norm outside its layers, or the factor of a layer.
+
+    Args:
+        head: in the native format.
+        name: of the head.
+
+    Raises:
+        ValueError: with the name of the tensor.
+    """
+    for tensor, weight in chain(head.named_parameters(), head.named_buffers()):
+        passed = ".layers." not in tensor or tensor.endswith("layer_scalar")
+        if passed and weight.is_floating_point() and not weight.any():
+            raise ValueError(
+                f"{name}: all of its weight {tensor} is zero, so that its drafts say nothing: it "
+                "was saved before its weights were there, or by a process that did not hold them. "
+                "Save or download it again"
             )
 
 

@@ -1,5 +1,6 @@
 """Loading targets: from built-in names, folders, the Hub or GGUF files, as they will be served."""
 
+import difflib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,15 @@ from transformers import (
 
 from headstart.configs import hardware
 from headstart.configs.schema import Quantization, TargetConfig
-from headstart.heads.admission import check_file, check_files, check_vocabulary, load_whole, reading
+from headstart.heads.admission import (
+    check_file,
+    check_files,
+    check_tied_files,
+    check_vocabulary,
+    load_whole,
+    reading,
+)
+from headstart.heads.config_values import check_values
 from headstart.heads.demo import gemma3_270m_dir
 from headstart.heads.finite import check_logits, check_weights
 from headstart.heads.generation import checkpoint_settings
@@ -54,12 +63,19 @@ def load_target_config(
     else:
         check_files(path)
     nothing = f"is no built-in name ({', '.join(BUILT_IN)}), and no folder or Hub id that loads"
+    if path == name and "/" not in name and not Path(name).exists():  # no Gemma has such an id
+        nearest = difflib.get_close_matches(name, BUILT_IN, n=1, cutoff=0.0)[0]
+        raise ValueError(
+            f"target {name!r} is no folder, no Hub id (ORG/NAME) and no built-in name: the nearest "
+            f"of these is {nearest} ({', '.join(BUILT_IN)})"
+        )
     with reading(f"target {name!r}", nothing):
         config = AutoConfig.from_pretrained(
             path, revision=revision, trust_remote_code=trust_remote_code, **options
         )
     with reading(name, "cannot be a target"):
         check_supported(config)
+        check_values(config.get_text_config(), name)
     return config
 
 
@@ -204,13 +220,15 @@ def _commit(config: Any) -> str | None:
 
 
 def check_target(t: TargetConfig) -> None:
-    """All that can be known of a target before its weights are read: its architecture, its files,
-    its tokenizer, and whether its adapters go onto it.
+    """All that can be known of a target before its weights are loaded: its architecture, its files,
+    its tokenizer, whether its tables are one, and whether its adapters go onto it.
 
     Raises:
         ValueError: as `load_target`.
     """
     load_target_tokens(t)
+    if t.name not in BUILT_IN and Path(t.name).is_dir():
+        check_tied_files(Path(t.name), t.name)
     if not t.adapters:
         return
     config = load_target_config(t.name, t.revision, t.trust_remote_code)

@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from headstart.heads.chat_template import turn_format
+from headstart.heads.chat_template import ASKED, render_chat, turn_format
 from headstart.heads.progress import say
 
 CHAT_NAME = re.compile(r"(^|[-_.])(it|instruct|chat)([-_.]|$)", re.IGNORECASE)
@@ -61,6 +61,7 @@ class TargetTokens:
         self.generation = generation
         self.eos_ids = _eos_ids(self, eos_token_ids)
         """Tokens with which the target ends a text."""
+        _tell_beginning(self)
 
     @property
     def is_chat_model(self) -> bool:
@@ -180,6 +181,30 @@ def _with_turn_end(tokens: TargetTokens, ids: list[int], given: bool) -> list[in
         "there for what serves the target"
     )
     return [*ids, token]
+
+
+def _tell_beginning(tokens: TargetTokens) -> None:
+    """Say where a chat template begins with no <bos>, or with several: its texts stay as it has
+    them, since a server renders them so too."""
+    tokenizer, bos = tokens.tokenizer, tokens.tokenizer.bos_token
+    if not (tokenizer.chat_template and bos):
+        return
+    try:
+        text = render_chat(
+            tokenizer, tokenizer.get_chat_template(), {}, [{"role": "user", "content": ASKED}]
+        )
+    except ValueError:
+        return  # whatever it refuses is told of each row
+    count = 0
+    while text.startswith(bos, count * len(bos)):
+        count += 1
+    if count != 1:
+        what = f"with {count} {bos}" if count else f"without {bos}"
+        say(
+            f"{tokens.name}: its chat template begins {what}, where a Gemma expects one; chats are "
+            "asked so here, as a server asks them. Unless the target was tuned so, give one that "
+            "is right in target.chat_template"
+        )
 
 
 def _unnamed_bos(tokenizer: PreTrainedTokenizerBase, config: Any) -> str | None:

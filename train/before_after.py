@@ -50,7 +50,7 @@ def _base(a: Adaptation) -> TargetConfig | None:
 def check_before(a: Adaptation) -> None:
     """Raise `ValueError` where a target, an adapter or the head will not do, before any answers.
 
-    What only whole weights of a target show, as an untied LM head, is known when it is opened.
+    What only loaded weights of a target show, and those of the Hub, is known when it is opened.
     """
     head = load_assistant(a.head, torch.float32)
     for stage, served in (("reference", _base(a)), ("stale", a.target)):

@@ -12,11 +12,12 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import set_seed
 
 from headstart.configs.schema import Config, TrainConfig
+from headstart.data.conversations import template_variables
 from headstart.data.loader import AnchorLoader
 from headstart.data.prepare import prepare_documents
 from headstart.data.store import Documents
 from headstart.eval.simulate import simulate_acceptance
-from headstart.heads.export import ROPE_POSITION, save_assistant
+from headstart.heads.export import ROPE_POSITION, note_variables, save_assistant
 from headstart.heads.loading import open_target
 from headstart.heads.lora import scalings_of, without_lora, write_adapter
 from headstart.heads.processes import join_processes
@@ -118,6 +119,7 @@ def _train(config: Config, resume: bool, accelerator: Accelerator) -> None:
         say(f"Held-out acceptance length before training: {found:.3f}")
     # Of what is exported from here on; a head to start from, above, keeps what it says of itself.
     setattr(head.assistant.config, ROPE_POSITION, c.rope_position)
+    note_variables(head.assistant.config, template_variables(config.data))
 
     with progress_bar() as bar, stop_signals() as stop_requests:
         task = bar.add_task("Training", total=c.steps, completed=progress.step, status="")

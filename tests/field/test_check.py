@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from headstart.cli.main import main
-from headstart.configs.schema import TargetConfig
+from headstart.configs.schema import DataConfig, TargetConfig
 from headstart.eval.check import check_inputs
 from headstart.heads.loading import load_target
 from headstart.heads.tiny import tiny_target
 from tests.conftest import make_target
+from tests.data.chat_templates import GEMMA3, chat_tokenizer
 from tests.field.checkpoints import adapter, checkpoint, family, logits, rewrite, saved_target
 from tests.heads.test_parity import noisy_head
 
@@ -20,7 +21,10 @@ def results(
     target: str, *adapters: str, heads: tuple[str, ...] = (), prompts: tuple[str, ...] = ()
 ) -> dict[str, tuple[str, str]]:
     t = TargetConfig(name=target, dtype="float32", adapters=list(adapters))
-    return {f.kind: (f.result, " ".join(f.lines)) for f in check_inputs(t, heads, prompts, "cpu")}
+    return {
+        f.kind: (f.result, " ".join(f.lines))
+        for f in check_inputs(t, DataConfig(), heads, prompts, "cpu")
+    }
 
 
 def test_all_that_is_right_is_called_good(tmp_path: Path) -> None:
@@ -69,7 +73,8 @@ def test_a_broken_checkpoint_is_refused_and_ends_the_command_with_a_failure(
     out = capsys.readouterr()
     assert "refused" in out.out
     assert "layers.2.mlp" in "".join(out.out.split())
-    assert out.err.count("\n") == 1
+    [line] = [line for line in out.err.splitlines() if not line.startswith("Loading")]
+    assert "refused" in line
 
 
 def test_the_adapter_at_fault_is_told_from_its_target(tmp_path: Path) -> None:
@@ -77,7 +82,7 @@ def test_the_adapter_at_fault_is_told_from_its_target(tmp_path: Path) -> None:
     zero, _ = adapter(tmp_path / "zero", family("gemma3"))
     rewrite(zero, lambda w: {k: v * 0 if "lora_B" in k else v for k, v in w.items()})
     t = TargetConfig(name="tiny-gemma3", dtype="float32", adapters=[good, zero])
-    found = [(f.kind, f.name, f.result) for f in check_inputs(t, [], [], "cpu")]
+    found = [(f.kind, f.name, f.result) for f in check_inputs(t, DataConfig(), [], [], "cpu")]
     assert found == [
         ("target", "tiny-gemma3", "good"), ("adapter", good, "good"), ("adapter", zero, "refused"),
     ]  # fmt: skip
@@ -90,6 +95,74 @@ def test_prompts_that_cannot_be_used_are_refused_with_their_number(tmp_path: Pat
     assert result == "refused"
     assert lines.startswith("2 of 3")
     assert "<eos>" in lines
+
+
+def checked(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    """Exit code, the table in one line, and what stands beside it."""
+    code = main(["check", *arguments, "--dtype", "float32"])
+    out = capsys.readouterr()
+    return code, " ".join(out.out.replace("│", " ").split()), out.err
+
+
+def test_the_table_alone_is_on_standard_output(capsys: pytest.CaptureFixture[str]) -> None:
+    code = main(["check", "tiny-gemma3", "--prompts", "data/prompts/text_eval.jsonl"])
+    out = capsys.readouterr()
+    assert code == 0
+    assert out.out[0] in "┏╭+"
+    assert "Loading" in out.err
+
+
+def test_settings_of_a_run_are_those_of_the_check(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Columns, bad rows, and the template with its variables."""
+    monkeypatch.setenv("COLUMNS", "600")  # no cell of the table is broken into lines
+    rows = [{"question": "hi", "said": "yo"}, {"other": 1}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "t.jinja").write_text("{{ raise_exception('no') if off }}" + GEMMA3)
+    (tmp_path / "run.yaml").write_text(
+        f"target: {{name: gemma3-270m, chat_template: {tmp_path / 't.jinja'}}}\n"
+        f"data:\n  max_bad_rows: 0.6\n  prompts:\n    - path: {tmp_path / 'rows.jsonl'}\n"
+        "      columns: {prompt: question, response: said}\n"
+    )
+    tokenizer = chat_tokenizer(None)
+    folder = saved_target(tmp_path / "target", tokenizer=tokenizer, generation={})
+    named = [folder, "--prompts", str(tmp_path / "rows.jsonl")]
+    run = ["--config", str(tmp_path / "run.yaml")]
+    code, table, err = checked(capsys, *named, *run)
+    assert code == 0, err
+    assert "prompts: 1, of them with an answer: 1" in table
+    assert "has a chat template" in table
+    assert checked(capsys, *named)[0] == 1, "without the run's settings"
+    code, table, _ = checked(capsys, *named, *run, "data.chat_template_kwargs={off: true}")
+    assert code == 1
+    assert "1 of 1 are refused" in table
+
+
+def test_an_argument_comes_before_the_settings_of_a_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own, _ = adapter(tmp_path / "own", family("gemma3"))
+    (tmp_path / "run.yaml").write_text("target: {name: tiny-gemma4, adapters: [nowhere]}\n")
+    run = ["--config", str(tmp_path / "run.yaml")]
+    code, table, _ = checked(capsys, "tiny-gemma3", "--adapter", own, *run)
+    assert code == 0
+    assert "nowhere" not in table
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [("gemma3-27b", "gemma3-270m"), ("tiny-gema4", "tiny-gemma4"), ("Gemma3_270m", "gemma3-270m")],
+)
+def test_a_built_in_name_that_was_misspelled_is_not_looked_for_on_the_hub(
+    name: str, nearest: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def asked(*_: object, **__: object) -> None:
+        raise AssertionError("the Hub was asked")
+
+    monkeypatch.setattr("headstart.heads.loading.AutoConfig.from_pretrained", asked)
+    with pytest.raises(ValueError, match=f"nearest of these is {nearest}"):
+        load_target(name)
 
 
 @pytest.mark.real

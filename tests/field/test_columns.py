@@ -176,3 +176,25 @@ def test_rows_whose_every_column_is_used_are_no_reason_for_a_line(
     row = {"instruction": "a", "input": "b", "output": "c", "id": 1, "category": "x", "source": "y"}
     load_prompts(written(tmp_path / "rows.jsonl", row))
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("written", "raw"),
+    [
+        ("yes", True), ("Y", True), ("T", True), (1.0, True), ("on", True), (True, True),
+        ("no", False), (0, False), ("F", False), (0.0, False),
+    ],
+)  # fmt: skip
+def test_a_row_that_says_raw_in_the_way_of_its_table_is_raw(
+    tmp_path: Path, written: object, raw: bool
+) -> None:
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "a", "raw": written}) + "\n")
+    [prompt] = load_prompts(tmp_path / "rows.jsonl")
+    assert prompt.raw is raw
+
+
+@pytest.mark.parametrize("written", ["maybe", 2, "raw", [True]])
+def test_a_row_whose_raw_says_neither_is_named(tmp_path: Path, written: object) -> None:
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "a", "raw": written}) + "\n")
+    with pytest.raises(ValueError, match=r"rows\.jsonl.*raw"):
+        load_prompts(tmp_path / "rows.jsonl")

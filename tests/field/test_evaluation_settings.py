@@ -1,6 +1,7 @@
 """A head is evaluated on prompts that are asked as its run asked them."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,12 @@ from headstart.cli.main import main
 from headstart.configs.loader import load_config
 from headstart.configs.schema import Config
 from headstart.data import prepare
-from headstart.data.commands import run_regenerate
+from headstart.data.commands import run_extract, run_regenerate
 from headstart.data.prompts import load_prompts
+from headstart.data.store import ActivationStore, read_index, write_index
 from headstart.data.templates import encode_prompt
 from headstart.eval import serve_check as serving
+from headstart.eval.asked import asked_by_heads, asked_by_run
 from headstart.eval.serve_check import ServeCheck, serve_check
 from headstart.heads.loading import load_target, load_target_config
 from headstart.train import adapt as adapting
@@ -229,10 +232,74 @@ def test_an_engine_is_asked_as_the_heads_run_asked(
     assert [len(ids) for ids in found] == list(lengths(folder, THINKING).values())
 
 
-def test_a_head_whose_run_is_not_known_is_asked_as_the_template_has_it(
+@pytest.mark.parametrize("from_folder", [True, False], ids=["of-regenerate", "of-a-file"])
+def test_a_store_of_extract_is_evaluated_as_it_was_asked(
+    folder: Path, tmp_path: Path, from_folder: bool
+) -> None:
+    texts = tmp_path / "texts.jsonl"
+    rows = [{"id": c, "prompt": c * 9, "response": c * 5} for c in "abcdefghijkl"]
+    texts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    made = config_of(folder, tmp_path / "none", ASKED)
+    if from_folder:
+        texts = tmp_path / "asked"
+        run_regenerate(made, texts, extracting=False, device="cpu")
+        made = config_of(folder, tmp_path / "none")
+    run_extract(made, str(texts), tmp_path / "store", "cpu")
+    data = config_of(folder, tmp_path / "run", f"data.store={tmp_path / 'store'}").data
+    assert asked_by_run(data).chat_template_kwargs == THINKING
+    ActivationStore(tmp_path / "store").verify()
+    other = {"store": tmp_path / "store", "chat_template_kwargs": {"enable_thinking": 3}}
+    with pytest.raises(ValueError, match="leave it out"):
+        asked_by_run(data.model_copy(update=other))
+
+
+def test_a_store_that_did_not_say_how_it_was_asked_says_so_when_extracted_again(
+    folder: Path, tmp_path: Path
+) -> None:
+    run_regenerate(config_of(folder, tmp_path, ASKED), tmp_path / "texts", False, "cpu")
+    store = tmp_path / "store"
+    run_extract(config_of(folder, tmp_path), str(tmp_path / "texts"), store, "cpu")
+    said = (store / "index.json").read_text()
+    index = json.loads(said)
+    del index["chat_template_kwargs"], index["sha256"]
+    write_index(store, [store / shard["file"] for shard in index["shards"]], {
+        key: value for key, value in index.items() if key not in ("shards", "tensors")
+    })  # fmt: skip
+    assert (store / "index.json").read_text() != said
+    run_extract(config_of(folder, tmp_path), str(tmp_path / "texts"), store, "cpu")
+    assert json.loads((store / "index.json").read_text()) == json.loads(said)
+
+
+def test_a_store_asked_without_variables_is_what_it_was(folder: Path, tmp_path: Path) -> None:
+    run_regenerate(config_of(folder, tmp_path), tmp_path / "texts", False, "cpu")
+    run_extract(config_of(folder, tmp_path), str(tmp_path / "texts"), tmp_path / "store", "cpu")
+    assert "chat_template_kwargs" not in read_index(tmp_path / "store")
+
+
+def test_a_head_that_was_moved_is_asked_as_its_run_asked(
     folder: Path, thinking: Path, tmp_path: Path
 ) -> None:
     moved = tmp_path / "moved"
-    moved.symlink_to(thinking / "head")
+    shutil.copytree(thinking / "head", moved)
+    assert evaluated(folder, tmp_path / "out", moved) == 0
+    assert measured(tmp_path / "out") == lengths(folder, THINKING)
+
+
+def test_a_head_whose_store_is_gone_is_asked_as_the_store_was(folder: Path, tmp_path: Path) -> None:
+    run_regenerate(config_of(folder, tmp_path, ASKED), tmp_path / "store", True, "cpu")
+    run(config_of(folder, tmp_path / "run", f"data.store={tmp_path / 'store'}", "eval=null"))
+    shutil.rmtree(tmp_path / "store")
+    found = asked_by_heads([str(tmp_path / "run" / "head")])
+    assert found.chat_template_kwargs == THINKING
+
+
+def test_a_head_that_does_not_say_is_asked_as_the_template_has_it(
+    folder: Path, thinking: Path, tmp_path: Path
+) -> None:
+    moved = tmp_path / "moved"
+    shutil.copytree(thinking / "head", moved)
+    said = json.loads((moved / "config.json").read_text())
+    del said["headstart_chat_template_kwargs"]
+    (moved / "config.json").write_text(json.dumps(said))
     assert evaluated(folder, tmp_path / "out", moved) == 0
     assert measured(tmp_path / "out") == lengths(folder, {})

@@ -11,6 +11,7 @@ from headstart.cli import main as cli
 from headstart.configs.loader import load_config
 from headstart.configs.schema import Config
 from headstart.configs.sweep import load_sweep
+from headstart.eval import asked
 from headstart.heads.served import served_config
 from headstart.train import adapt as adapting
 from tests.train.test_loop import ROOT
@@ -155,7 +156,8 @@ def test_adapt_trains_the_head_that_was_named(
 ) -> None:
     """Beside one of a shorter name."""
     head = SimpleNamespace(use_ordered_embeddings=True)
-    monkeypatch.setattr(adapting, "load_assistant_config", lambda path: head)
+    for module in (adapting, asked):
+        monkeypatch.setattr(module, "load_assistant_config", lambda path: head)
     out = tmp_path / "out: 1 #3"
     found = adapted_config(
         monkeypatch, "--target", "tiny-gemma4", "--revision", "2026-11-27",

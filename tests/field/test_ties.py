@@ -5,10 +5,15 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from headstart.heads.loading import load_target
+from headstart.cli.main import main
+from headstart.configs.schema import TargetConfig
+from headstart.heads.loading import check_target, load_target
 from headstart.heads.tiny import tiny_target
+from tests.conftest import make_target
 from tests.field.checkpoints import IDS, adapter, checkpoint, configure, logits, rewrite
+from tests.field.test_heads import saved_head
 
 TABLE, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -119,6 +124,36 @@ def test_another_lm_head_is_refused_whatever_config_json_says(tmp_path: Path) ->
         configure(own, tie_word_embeddings=said)
         with pytest.raises(ValueError, match=r"target: it lacks tied embeddings .*frozen"):
             load_target(own, "float32")
+
+
+@pytest.mark.parametrize("tuned", [False, True], ids=["base", "tuned"])
+def test_adapt_refuses_another_lm_head_before_anything_is_answered(
+    tmp_path: Path, tuned: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other, same = tmp_path / "other", tmp_path / "same"
+    untied(other, lambda table: table + 0.1)
+    untied(same, lambda table: table)
+    head = saved_head(tmp_path / "head", make_target("gemma4-kv-sharing"))
+    (tmp_path / "p.jsonl").write_text("".join(f'{{"prompt": "{n} {n}?"}}\n' for n in range(30)))
+    target, base = (other, same) if tuned else (same, other)
+    assert main([
+        "adapt", "--target", str(target), "--base", str(base), "--head", head, "--prompts",
+        str(tmp_path / "p.jsonl"), "--held-out", "2", "--out", str(tmp_path / "out"),
+    ]) == 1  # fmt: skip
+    assert "other" in (said := capsys.readouterr().err)
+    assert "tied embeddings" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_tables_in_two_files_are_compared_too(tmp_path: Path) -> None:
+    own = Path(untied(tmp_path / "target", lambda table: table + 0.1))
+    weights = load_file(own / "model.safetensors")
+    parts = {"1": {LM_HEAD}, "2": weights.keys() - {LM_HEAD}}
+    for part, keys in parts.items():
+        save_file({k: weights[k] for k in keys}, own / f"model-0000{part}-of-00002.safetensors")
+    (own / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="tied embeddings"):
+        check_target(TargetConfig(name=str(own)))
 
 
 def test_a_tied_checkpoint_with_the_lm_head_alone_is_read(tmp_path: Path) -> None:

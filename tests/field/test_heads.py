@@ -1,0 +1,130 @@
+"""Heads that belong to another target, or to none: refused, or taken with a line."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from headstart.configs.schema import HeadConfig
+from headstart.heads.assistant import build_assistant, check_pair, other_target
+from headstart.heads.export import load_assistant, save_assistant
+from headstart.heads.targets import Target
+from tests.conftest import make_target
+from tests.field.checkpoints import configure, rewrite
+
+
+def saved_head(folder: Path, target: Target, dtype: torch.dtype = torch.float32, **h: Any) -> str:
+    head: Any = build_assistant(target, HeadConfig(**h))
+    width = head.config.text_config.hidden_size
+    table = target.table if width == target.config.hidden_size else torch.randn(320, width)
+    save_assistant(head, table, folder, 4, dtype)
+    return str(folder)
+
+
+def text_part(folder: str, **changes: Any) -> str:
+    text = json.loads((Path(folder) / "config.json").read_text())["text_config"]
+    return configure(folder, text_config=text | changes)
+
+
+@pytest.mark.parametrize("family", ["gemma3", "gemma4", "gemma4-kv-sharing", "gemma4-unified"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_head_that_was_made_for_the_target_is_taken_without_a_word(
+    tmp_path: Path, family: str, dtype: torch.dtype, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = make_target(family)
+    head = load_assistant(saved_head(tmp_path / "head", target, dtype), torch.float32)
+    check_pair(target, head)
+    assert other_target(target, head) is None
+    assert not capsys.readouterr().out
+
+
+THETA = {"sliding_attention": {"rope_type": "default", "rope_theta": 1_000_000.0}}
+STRETCHED = {"full_attention": {"rope_type": "linear", "rope_theta": 1_000_000.0, "factor": 8.0}}
+WHOLE = {"full_attention": {"rope_type": "default", "rope_theta": 1_000_000.0}}
+
+
+@pytest.mark.parametrize(
+    ("rope", "family"),
+    [
+        (THETA, "gemma3"), (THETA, "gemma4"), (STRETCHED, "gemma3"), (STRETCHED, "gemma4"),
+        (WHOLE, "gemma4"),
+    ],
+    ids=["theta-gemma3", "theta-gemma4", "stretched-gemma3", "stretched-gemma4", "rotated-whole"],
+)  # fmt: skip
+def test_a_head_whose_queries_are_rotated_otherwise_than_the_targets_keys_is_refused(
+    tmp_path: Path, rope: dict[str, Any], family: str
+) -> None:
+    target = make_target(family)
+    its = {kind: dict(part) for kind, part in target.config.rope_parameters.items()}
+    head = load_assistant(
+        text_part(saved_head(tmp_path / "head", target), rope_parameters=its | rope), torch.float32
+    )
+    with pytest.raises(ValueError, match="rope_parameters"):
+        check_pair(target, head)
+
+
+def test_a_head_that_spells_the_same_rotation_out_is_taken(tmp_path: Path) -> None:
+    target = make_target("gemma4")
+    rope = {kind: dict(part) for kind, part in target.config.rope_parameters.items()}
+    rope["sliding_attention"] |= {"rope_theta": 10_000, "partial_rotary_factor": 1.0}
+    head = load_assistant(
+        text_part(saved_head(tmp_path / "head", target), rope_parameters=rope), torch.float32
+    )
+    check_pair(target, head)
+
+
+@pytest.mark.parametrize("rows", [slice(None), slice(300, 301)], ids=["all-rows", "one-new-token"])
+def test_a_head_as_wide_as_the_target_with_another_table_is_told(
+    tmp_path: Path, rows: slice
+) -> None:
+    target = make_target("gemma4")
+    folder = saved_head(tmp_path / "head", target)
+
+    def other_rows(w: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        for key in w:
+            if "embed_tokens" in key:
+                w[key][rows] += 1
+        return w
+
+    head = load_assistant(rewrite(folder, other_rows), torch.float32)
+    assert "table" in str(other_target(target, head))
+
+
+def test_a_narrower_head_has_a_table_of_its_own(tmp_path: Path) -> None:
+    target = make_target("gemma4")
+    head = load_assistant(saved_head(tmp_path / "head", target, hidden_size=32), torch.float32)
+    assert other_target(target, head) is None
+
+
+@pytest.mark.parametrize(
+    ("head_of", "family"), [("gemma4-unified", "gemma4"), ("gemma4", "gemma4-unified")]
+)
+def test_a_head_of_the_other_class_is_told(
+    tmp_path: Path, head_of: str, family: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = make_target(family)
+    folder = saved_head(tmp_path / "head", make_target(head_of), hidden_size=32)
+    head = load_assistant(folder, torch.float32)
+    check_pair(target, head)
+    assert "gemma4_unified" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "part",
+    ["", "embed_tokens", "pre_projection", "post_projection", "model.norm"],
+    ids=["all", "table", "pre_projection", "post_projection", "norm"],
+)
+def test_a_head_whose_weights_are_zero_is_refused(tmp_path: Path, part: str) -> None:
+    folder = saved_head(tmp_path / "head", make_target("gemma4"))
+    rewrite(folder, lambda w: {k: v * 0 if part in k else v for k, v in w.items()})
+    with pytest.raises(ValueError, match=r"head: .* zero"):
+        load_assistant(folder, torch.float32)
+
+
+def test_a_head_whose_layer_is_switched_off_is_refused(tmp_path: Path) -> None:
+    folder = saved_head(tmp_path / "head", make_target("gemma4"))
+    rewrite(folder, lambda w: {k: v * 0 if "layer_scalar" in k else v for k, v in w.items()})
+    with pytest.raises(ValueError, match="layer_scalar"):
+        load_assistant(folder, torch.float32)
