@@ -52,9 +52,7 @@ def _add_regenerate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--extract", action="store_true", help="store the activations from the same forwards"
     )
-    parser.add_argument(
-        "--server", metavar="URL", help="let this OpenAI-compatible server answer"
-    )
+    parser.add_argument("--server", metavar="URL", help="let this OpenAI-compatible server answer")
     parser.add_argument("--model", help="the target's name there (default: the only one)")
     parser.add_argument(
         "--api-key-env", metavar="NAME",

@@ -292,9 +292,9 @@ def _public_names(
     places = [str(path) for path in paths if path is not None]
     places += filter(is_local, _places(config, env))
     if what.base_models:  # which say what the target is to others
-        places += [t.name, *t.adapters]
+        places += [name for name in (t.name, *t.adapters) if "/" in name]
     names = {place: Path(place).name for place in places}
-    if what.base_models or is_local(t.name) or Path(t.name).exists():
+    if t.name in names or Path(t.name).exists():
         names[t.name] = served.name
     if names.keys() & {t.name, *t.adapters}:
         whole = served_name(t.name, t.adapters, t.quantization)

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import pytest
 
-import headstart
 from headstart.cli.main import _parser
 from headstart.eval import engine_servers
 from headstart.eval.engine_servers import EngineServer
@@ -30,6 +29,7 @@ from headstart.heads.engine_environments import (
 )
 from headstart.heads.engine_export import convert_to_gguf, gguf_metadata
 from headstart.heads.engines import Engine
+from tests.train.test_loop import ROOT
 
 MODULES = (
     "accelerate", "argparse", "configs", "csv", "datasets", "email", "ensurepip", "gguf", "heads",
@@ -38,13 +38,10 @@ MODULES = (
     "torch", "torchvision", "transformers", "usercustomize", "venv", "vllm", "wandb", "xllamacpp",
     "yaml", "zipfile",
 )  # fmt: skip
-SECRETS = {
-    name: "the-secret"
-    for name in (
-        "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "OPENAI_API_KEY", "VLLM_API_KEY",
-        "HEADSTART_SERVER_API_KEY", "AWS_SECRET_ACCESS_KEY", "GITHUB_TOKEN", "ACME_VAULT",
-    )
-}  # fmt: skip
+KEYS = (
+    "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "OPENAI_API_KEY", "VLLM_API_KEY",
+    "HEADSTART_SERVER_API_KEY", "AWS_SECRET_ACCESS_KEY", "GITHUB_TOKEN", "ACME_VAULT",
+)  # fmt: skip
 # What a stand-in for an engine tells of itself.
 TELL = (
     "import json, os, sys\n"
@@ -60,8 +57,8 @@ def ran(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in MODULES:
         (folder / f"{name}.py").write_text(f"open({str(mark)!r}, 'a').write(__name__ + ' ')\n")
     monkeypatch.chdir(folder)
-    for name, value in SECRETS.items():
-        monkeypatch.setenv(name, value)
+    for name in KEYS:
+        monkeypatch.setenv(name, "the-secret")
     return mark
 
 
@@ -94,8 +91,7 @@ def test_every_module_is_imported_from_a_folder_of_hostile_modules(
     names = [
         f"headstart.{folder}.{module.name}"
         for folder in ("configs", "heads", "data", "eval", "train", "cli")
-        for path in headstart.__path__
-        for module in pkgutil.iter_modules([f"{path}/{folder}"])
+        for module in pkgutil.iter_modules([str(ROOT / folder)])
         if module.name != "__main__"
     ]
     assert len(names) > 50

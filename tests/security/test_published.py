@@ -1,5 +1,5 @@
-"""What is published is what was meant to be: no file behind a link, none that lay in the folder, and
-no path of the machine."""
+"""What is published is what was meant to be: no file behind a link, none that merely lay in the
+folder, and no path of the machine."""
 
 import json
 import shutil
