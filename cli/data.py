@@ -52,10 +52,13 @@ def _add_regenerate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--extract", action="store_true", help="store the activations from the same forwards"
     )
-    parser.add_argument(
-        "--server", metavar="URL", help="let this OpenAI-compatible server answer ($OPENAI_API_KEY)"
-    )
+    parser.add_argument("--server", metavar="URL", help="let this OpenAI-compatible server answer")
     parser.add_argument("--model", help="the target's name there (default: the only one)")
+    parser.add_argument(
+        "--api-key-env", metavar="NAME",
+        help="variable of the environment with the server's key (default HEADSTART_SERVER_API_KEY; "
+        "without it none is sent)",
+    )  # fmt: skip
     parser.add_argument(
         "--concurrency",
         type=count,
@@ -72,8 +75,9 @@ def _run_regenerate(args: argparse.Namespace) -> None:
 
     config = load_config(args.config, args.overrides)
     run_regenerate(
-        config, args.out, args.extract, default_device(), args.server, args.model, args.concurrency
-    )
+        config, args.out, args.extract, default_device(), args.server, args.model,
+        args.concurrency, args.api_key_env,
+    )  # fmt: skip
 
 
 def _run_extract(args: argparse.Namespace) -> None:

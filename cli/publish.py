@@ -74,6 +74,6 @@ def _run_publish(args: argparse.Namespace) -> None:
     )
     with tempfile.TemporaryDirectory() as temporary:
         out = args.out or Path(temporary) / "folder"
-        print_folder(build_folder(what, out), out)
+        print_folder(build_folder(what, out), out, args.run)
         if not args.dry_run:
             upload(out, args.repo_id, not args.public, args.branch, args.pr)

@@ -29,6 +29,7 @@ def run_regenerate(
     url: str | None = None,
     model: str | None = None,
     concurrency: int = 16,
+    key_variable: str | None = None,
 ) -> None:
     """Let the target answer the prompts of `config.data` into the folder `out`.
 
@@ -40,6 +41,7 @@ def run_regenerate(
         url: of an OpenAI-compatible server that runs the target instead.
         model: its name there; None: the only one.
         concurrency: requests under way at once.
+        key_variable: of the environment, with the server's key; None: `SERVER_KEY`.
 
     Raises:
         ValueError: bad prompts, a folder of other conversations, or a combination that cannot be.
@@ -51,6 +53,8 @@ def run_regenerate(
         )
     if url is None and model is not None:
         raise ValueError("--model names the target at a server: give --server too")
+    if url is None and key_variable is not None:
+        raise ValueError("--api-key-env names the key of a server: give --server too")
     d = config.data
     held_out = config.eval.prompts if config.eval else None
     prompts = deal_prompts(load_sources(d, held_out), d, config.run.seed)
@@ -63,7 +67,9 @@ def run_regenerate(
     if url is None:
         regenerate(target, jobs, d, config.run.seed, out, extracting)
     else:
-        server = AnswerServer(url, model, concurrency, tokens.tokenizer, tokens.eos_ids)
+        server = AnswerServer(
+            url, model, concurrency, tokens.tokenizer, tokens.eos_ids, key_variable
+        )
         retokenised = regenerate_by_server(server, tokens, jobs, d, config.run.seed, out)
         if retokenised:
             print(f"{retokenised} answers came as text alone and were tokenised again")

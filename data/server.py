@@ -16,15 +16,18 @@ All three ignore fields that they do not know, so one request fits them all.
 
 import asyncio
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from urllib.parse import urljoin
 
 from transformers import PreTrainedTokenizerBase
 
 from headstart.data.answers import KEPT, Answer, read_answer, server_ids
 from headstart.heads.tokens import Sampling
 
+SERVER_KEY = "HEADSTART_SERVER_API_KEY"  # in the environment: the key of the server
 MAX_RETRIES = 45
 """Of each request. openai waits 0.5, 1, 2, 4 and from then on 8 seconds, less up to a quarter
 drawn at random: about five minutes, time to start a server again and to load its weights."""
@@ -54,8 +57,10 @@ WITH_LOGPROBS = WITH_IDS | {"logprobs": 1, "return_tokens_as_token_ids": True}
 class AnswerServer:
     """A client of the server: `check` it first; `async with` closes its connections.
 
-    The key is read from `OPENAI_API_KEY`. What may pass (no connection, HTTP 408, 409, 429, 5xx:
-    llama.cpp says 503 while it loads) is tried again for about five minutes.
+    It sends no key of the user's but the one that is meant for this server, and follows no
+    redirect, which would take key and prompts to a server that nobody named. What may pass (no
+    connection, HTTP 408, 409, 429, 5xx: llama.cpp says 503 while it loads) is tried again for about
+    five minutes.
 
     Args:
         url: of the server, with or without `/v1`.
@@ -64,6 +69,10 @@ class AnswerServer:
         tokenizer: the target's.
         eos_ids: the target's end-of-sequence tokens; the first stands for one that the server
             does not name.
+        key_variable: of the environment, with the key; None: `SERVER_KEY`, where there is one.
+
+    Raises:
+        ValueError: `key_variable` is not set.
     """
 
     def __init__(
@@ -73,10 +82,18 @@ class AnswerServer:
         concurrency: int,
         tokenizer: PreTrainedTokenizerBase,
         eos_ids: list[int],
+        key_variable: str | None = None,
     ):
-        from openai import AsyncOpenAI, Timeout  # half a second that nobody else should pay
+        # Half a second that nobody else should pay.
+        from openai import AsyncOpenAI, DefaultAsyncHttpxClient, Timeout
 
-        self.url = url.rstrip("/").removesuffix("/v1")
+        address = url.rstrip("/").removesuffix("/v1")
+        self.url = re.sub(r"(?<=://)[^/]*@", "", address)
+        """As messages name it: without a user and a password."""
+        self.key_variable = key_variable or SERVER_KEY
+        key = os.environ.get(self.key_variable)
+        if key_variable is not None and not key:
+            raise ValueError(f"--api-key-env {key_variable}: there is no such variable, or no key")
         self.model = model
         self.concurrency = concurrency
         self.tokenizer = tokenizer
@@ -85,12 +102,18 @@ class AnswerServer:
         """What the user should know of this server, filled by `check`."""
         self._extras = WITH_IDS
         self._slots = asyncio.Semaphore(concurrency)
-        self._client = AsyncOpenAI(
-            base_url=f"{self.url}/v1",
-            api_key=os.environ.get("OPENAI_API_KEY") or "none",
-            max_retries=MAX_RETRIES,
-            timeout=Timeout(TIMEOUT_SECONDS, connect=10),
-        )
+        with _without_openai_settings():
+            self._client = AsyncOpenAI(
+                base_url=f"{address}/v1",
+                api_key=key or "none",
+                max_retries=MAX_RETRIES,
+                timeout=Timeout(TIMEOUT_SECONDS, connect=10),
+                http_client=DefaultAsyncHttpxClient(follow_redirects=False),
+            )
+            # Copies read the environment too.
+            self._without_patience = self._client.with_options(max_retries=0)
+            self._with_little_patience = self._client.with_options(max_retries=2)
+        self._tokenize = f"{address}/tokenize"
 
     async def __aenter__(self) -> "AnswerServer":
         return self
@@ -153,7 +176,7 @@ class AnswerServer:
         from openai import APIConnectionError, APIStatusError, NotFoundError
 
         try:
-            await self._client.with_options(max_retries=0).models.list()
+            await self._without_patience.models.list()
         except APIConnectionError as error:
             raise ValueError(
                 f"no OpenAI-compatible server answers at {self.url}: {error.__cause__ or error}; "
@@ -178,8 +201,8 @@ class AnswerServer:
         vllm = {"model": self.model, "prompt": PROBE, "add_special_tokens": False}  # and SGLang
         llama_cpp = {"content": PROBE, "add_special": False}
         try:
-            body: Any = await self._client.with_options(max_retries=2).post(
-                f"{self.url}/tokenize", cast_to=object, body=vllm | llama_cpp
+            body: Any = await self._with_little_patience.post(
+                self._tokenize, cast_to=object, body=vllm | llama_cpp
             )
         except APIError:
             return  # not offered
@@ -227,7 +250,13 @@ class AnswerServer:
         except (APIConnectionError, APIStatusError) as error:
             status = error.status_code if isinstance(error, APIStatusError) else None
             if status in (401, 403):  # what a server says of a key may quote it
-                raise ValueError(f"{self.url} refuses the key in OPENAI_API_KEY") from None
+                raise ValueError(self._refused_key()) from None
+            if isinstance(error, APIStatusError) and "location" in error.response.headers:
+                there = urljoin(f"{self.url}/", error.response.headers["location"])
+                raise ValueError(
+                    f"{self.url} redirects to {there!r}, which is not followed: if you trust it, "
+                    "name it by --server"
+                ) from error
             said = error.body.get("message") if isinstance(error.body, dict) else error.body
             reason = " ".join(str(said or error.__cause__ or error).split())
             if status is None or status >= 500 or status in (408, 409, 429):
@@ -235,3 +264,23 @@ class AnswerServer:
                     f"{self.url} gave no answer in {MAX_RETRIES + 1} attempts ({reason}). {KEPT}"
                 ) from error
             raise ValueError(f"{self.url} refuses with HTTP {status}: {reason}") from error
+
+    def _refused_key(self) -> str:
+        if os.environ.get(self.key_variable):
+            return f"{self.url} refuses the key in {self.key_variable}"
+        other = "OPENAI_API_KEY"  # which earlier versions sent to every server
+        known = f" (--api-key-env {other} sends that one)" if os.environ.get(other) else ""
+        return f"{self.url} wants a key: put it into {self.key_variable}{known}"
+
+
+@contextmanager
+def _without_openai_settings() -> Iterator[None]:
+    """Within, the environment has none of the variables from which openai's client takes keys, an
+    organization, a project and headers: they are for OpenAI, not for whichever server is named."""
+    kept = {name: value for name, value in os.environ.items() if name.startswith("OPENAI_")}
+    for name in kept:
+        del os.environ[name]
+    try:
+        yield
+    finally:
+        os.environ.update(kept)

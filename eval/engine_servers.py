@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from headstart.data.server import PLAIN_SAMPLING
+from headstart.heads.children import child_environment, home_of, python_command
 from headstart.heads.engine_environments import engine_python
 from headstart.heads.engines import Engine
 
@@ -169,25 +170,32 @@ class EngineServer:
             free.bind(("127.0.0.1", 0))
             port: int = free.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
-        self.environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
-        python = str(engine_python(engine))
+        # Without keys: an engine runs on local files, and asks nobody.
+        self.environment = child_environment()
+        self.environment |= {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
+        python, target = engine_python(engine), target.absolute()
+        head = None if head is None else head.absolute()
+        self.folder = home_of(python)
+        """Where it runs: the current folder may hold anything."""
         if engine == "llama.cpp":
-            self.command = [python, "-c", LLAMA, str(target), str(port), str(context), str(threads)]
+            self.command = python_command(
+                python, "-c", LLAMA, str(target), str(port), str(context), str(threads)
+            )
             if head is not None:
                 self.command += [str(head), str(num_assistant_tokens)]
             return
         if engine == "mlx":
-            self.command = [python, "-c", MLX, str(target), str(port)]
+            self.command = python_command(python, "-c", MLX, str(target), str(port))
             if head is not None:
                 self.command += [str(head), str(num_assistant_tokens)]
             return
         self.environment |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
-        self.command = [
+        self.command = python_command(
             python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(target),
             "--served-model-name", "target", "--host", "127.0.0.1", "--port", str(port),
             "--dtype", dtype, "--max-model-len", str(context), "--max-num-seqs", "1",
             "--no-enable-prefix-caching",
-        ]  # fmt: skip
+        )  # fmt: skip
         if head is not None:
             speculative = {
                 "method": "mtp", "model": str(head), "num_speculative_tokens": num_assistant_tokens,
@@ -199,7 +207,7 @@ class EngineServer:
             # A session of its own, so that the engine's own processes can be stopped with it.
             self.process = subprocess.Popen(
                 self.command, stdout=log, stderr=subprocess.STDOUT, env=self.environment,
-                start_new_session=True,
+                cwd=self.folder, start_new_session=True,
             )  # fmt: skip
         try:
             deadline = time.monotonic() + STARTING

@@ -19,18 +19,26 @@ LICENCE = ("license", "license_name", "license_link")  # fields of a card
 SECONDS = 10.0  # that the Hub may take to tell a licence
 
 
-def declared_licence(name: str, revision: str | None) -> dict[str, str]:
-    """What a model's card says of its licence; nothing where it is not to be had."""
+def declared_licence(name: str, revision: str | None) -> dict[str, str] | str:
+    """What a model's card says of its licence, as fields of a card; a text: why none is known."""
     try:
         card = HfApi().model_info(name, revision=revision, timeout=SECONDS).card_data
-    except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled):
-        return {}
+    except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled) as error:
+        return f"the Hub does not tell the licence of {name} ({_short(error)})"
     except Exception as error:
         if not _is_of_the_network(error):
             raise
-        return {}
+        return f"the Hub could not be asked for the licence of {name} ({_short(error)})"
     said = card.to_dict() if card is not None else {}
-    return {key: said[key] for key in LICENCE if said.get(key)} if said.get("license") else {}
+    if not said.get("license"):
+        return f"the card of {name} names no licence"
+    return {key: said[key] for key in LICENCE if said.get(key)}
+
+
+def _short(error: Exception) -> str:
+    if isinstance(error, HfHubHTTPError):
+        return f"HTTP {error.response.status_code}"
+    return type(error).__name__
 
 
 def _is_of_the_network(error: BaseException) -> bool:

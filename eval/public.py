@@ -7,7 +7,10 @@ from typing import Any
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from headstart.data.sources import is_hub_dataset
+
 REVISION = re.compile(r"\w[\w./-]*")
+OURS = Path("data/prompts")  # of every checkout: its prompt sets are named so
 
 
 def is_hub_id(name: str) -> bool:
@@ -40,6 +43,15 @@ def is_private(name: str) -> bool:
     return name.startswith(("/", "~", "../")) or Path(name).is_absolute()
 
 
+def is_local(name: str) -> bool:
+    """Whether what names a file, a folder or a repository of the Hub is a path that tells of the
+    folders it lies in, here or where a run was made."""
+    if is_private(name):
+        return True
+    on_the_hub = is_hub_dataset(name.partition("@")[0])  # models are named alike
+    return "/" in name and not on_the_hub and Path(name).parent != OURS
+
+
 def without_paths(value: Any, names: dict[str, str]) -> Any:
     """JSON without the paths of this machine, in its keys too.
 
@@ -61,7 +73,7 @@ def without_paths(value: Any, names: dict[str, str]) -> Any:
 def _without_paths(text: str, names: dict[str, str]) -> str:
     if text in names:
         return names[text]
-    for path in sorted(filter(is_private, names), key=len, reverse=True):
+    for path in sorted((name for name in names if "/" in name), key=len, reverse=True):
         text = text.replace(path, names[path])
     if is_private(text) and "\n" not in text and len(Path(text).parts) > 1:
         return Path(text).name

@@ -1,6 +1,7 @@
 """A head as the folder of a repository of the Hub, checked against its report."""
 
 import json
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,17 +16,22 @@ from headstart.configs.schema import Config, TargetConfig
 from headstart.eval.card import Published, model_card
 from headstart.eval.compare import read_report
 from headstart.eval.licence import licence_of, notice
-from headstart.eval.public import check_hub_id, is_hub_id, is_private, without_paths
+from headstart.eval.public import check_hub_id, is_hub_id, is_local, without_paths
 from headstart.eval.report import write_report
 from headstart.heads.export import load_assistant, load_assistant_config
-from headstart.heads.files import check_empty, whole_folder
+from headstart.heads.files import check_empty, drop_remote_code, whole_folder
 from headstart.heads.loading import load_served, load_target_config, load_target_tokens
 from headstart.heads.lora import ADAPTER
 from headstart.heads.progress import plain_console
 from headstart.heads.served import model_fingerprint, served_name, split_revision
 
 DEMO = {"gemma3-270m": "google/gemma-3-270m"}  # built-in name -> what it is on the Hub
-NOT_PUBLISHED = (ADAPTER, "order.json")  # of a run's head folder: what no reader of heads wants
+# What readers of heads and of adapters want, and all that is taken of their folders.
+HEAD_FILES = re.compile(
+    r"config\.json|generation_config\.json|model(-\d+-of-\d+)?\.safetensors|"
+    r"model\.safetensors\.index\.json"
+)
+ADAPTER_FILES = re.compile(r"adapter_config\.json|adapter_model\.safetensors")
 SETTINGS, EVALUATION = "training_config.yaml", "evaluation"
 
 
@@ -125,6 +131,9 @@ def build_folder(what: Publication, out: Path) -> list[Path]:
     names = _public_names(what, config, served, report, evaluated)
     report = without_paths(report if what.texts else report | {"examples": []}, names)
     config = Config.model_validate(without_paths(config.model_dump(mode="json"), names))
+    # Whoever trains by these settings decides for himself whose code may run.
+    distrustful = config.target.model_copy(update={"trust_remote_code": False})
+    config = config.model_copy(update={"target": distrustful})
     terms = {"license": what.license} if what.license else licence_of(target_config, served)
     published = Published(
         repo_id=what.repo_id,
@@ -158,6 +167,7 @@ def build_folder(what: Publication, out: Path) -> list[Path]:
         (work / "README.md").write_text(model_card(published), encoding="utf-8")
         if (wanted := notice(terms, served.name)) is not None:
             (work / "NOTICE").write_text(wanted, encoding="utf-8")
+        drop_remote_code(work)
         _check(work, base_head, evaluated)
     return files_of(out)
 
@@ -276,24 +286,73 @@ def _public_names(
     evaluated: "_Evaluated",
 ) -> dict[str, str]:
     """Path -> what others know it by; names that are public already stand for themselves."""
-    t = config.target
-    names = {name: Path(name).name for name in [t.name, *t.adapters, config.head.start]}
-    names |= dict(zip(t.adapters, served.adapters, strict=False))
-    names = {name: public for name, public in names.items() if is_private(name)}
-    if is_private(t.name) or Path(t.name).exists():
+    t, env = config.target, report["environment"]
+    data = config.data
+    paths = [config.run.dir, data.conversations, data.store, data.cache_dir, t.chat_template]
+    places = [str(path) for path in paths if path is not None]
+    places += filter(is_local, _places(config, env))
+    if what.base_models:  # which say what the target is to others
+        places += [name for name in (t.name, *t.adapters) if "/" in name]
+    names = {place: Path(place).name for place in places}
+    if t.name in names or Path(t.name).exists():
         names[t.name] = served.name
     if names.keys() & {t.name, *t.adapters}:
         whole = served_name(t.name, t.adapters, t.quantization)
         names[whole] = served_name(served.name, served.adapters, t.quantization)
-    for head in report["environment"]["heads"]:
-        names[head] = Path(head).name if is_private(head) else head
     return names | {evaluated.name: what.repo_id}
+
+
+def _places(config: Config, env: dict[str, Any]) -> list[str]:
+    """What settings and a report's environment hold that is a path or a name of the Hub."""
+    t, evaluation = config.target, config.eval
+    places = [
+        t.name, *t.adapters, config.head.start, *(source.path for source in config.data.prompts),
+        env["prompts"], *env["heads"], *env.get("draft_models", []),
+    ]  # fmt: skip
+    if evaluation is not None:
+        places += [evaluation.prompts, *evaluation.draft_models]
+    return places
+
+
+def _copy(folder: Path, work: Path, wanted: re.Pattern[str]) -> None:
+    """The files of a folder that are wanted.
+
+    Raises:
+        ValueError: one is a link, behind which may be any file of the user's.
+    """
+    for path in sorted(folder.iterdir()):
+        if wanted.fullmatch(path.name):
+            shutil.copyfile(_own(path), work / path.name)
+
+
+def _own(path: Path) -> Path:
+    """A path, unless it is a link, or no file: a run folder may come from somebody else."""
+    if path.is_symlink() or not path.is_file():
+        raise ValueError(
+            f"{path} is no file of its own, but a link or a folder: nothing was published. If what "
+            "is behind it is meant, put a copy in its place"
+        )
+    return path
+
+
+def left_out(run: Path) -> list[str]:
+    """What lies in a run folder and is not published."""
+    where = _Run(run)
+    taken = {*where.pictures, where.folder / "adapt.md", where.training}
+    wanted = {where.head: HEAD_FILES, where.head / ADAPTER: ADAPTER_FILES}
+    found = []
+    for folder in dict.fromkeys([where.folder, where.training, *wanted]):
+        for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+            known = folder in wanted and wanted[folder].fullmatch(path.name)
+            if not (known or path in taken or path in wanted):
+                name = str(path.relative_to(run)) + ("/" if path.is_dir() else "")
+                found.append(name if name.isprintable() else ascii(name))
+    return found
 
 
 def _copy_head(head: Path, work: Path, names: dict[str, str]) -> None:
     """A whole head; its config.json notes the target that it was trained for by its public name."""
-    ignored = shutil.ignore_patterns(*NOT_PUBLISHED)
-    shutil.copytree(head, work, dirs_exist_ok=True, ignore=ignored)
+    _copy(head, work, HEAD_FILES)
     path = work / "config.json"
     content = without_paths(json.loads(path.read_text(encoding="utf-8")), names)
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -301,16 +360,16 @@ def _copy_head(head: Path, work: Path, names: dict[str, str]) -> None:
 
 def _copy_told(run: _Run, folder: Path, names: dict[str, str]) -> None:
     """What the run says of itself beside its report: adapt.md and pictures."""
-    if (told := run.folder / "adapt.md").is_file():
-        text = without_paths(told.read_text(encoding="utf-8"), names)
+    if (told := run.folder / "adapt.md").exists():
+        text = without_paths(_own(told).read_text(encoding="utf-8"), names)
         (folder / told.name).write_text(text, encoding="utf-8")
     for picture in run.pictures:
-        shutil.copy(picture, folder / picture.name)
+        shutil.copyfile(_own(picture), folder / picture.name)
 
 
 def _copy_adapter(adapter: Path, work: Path, base_head: str) -> None:
     """An adapter of a head as peft reads it, with its base by the name that it has on the Hub."""
-    shutil.copytree(adapter, work, dirs_exist_ok=True)
+    _copy(adapter, work, ADAPTER_FILES)
     path = work / "adapter_config.json"
     name, revision = split_revision(base_head)
     content = json.loads(path.read_text(encoding="utf-8"))
@@ -339,11 +398,12 @@ def _check(work: Path, base_head: str | None, evaluated: _Evaluated) -> None:
         raise ValueError("the model card holds no figures: nothing was published")
 
 
-def print_folder(files: list[Path], out: Path) -> None:
-    """Every file with its size."""
+def print_folder(files: list[Path], out: Path, run: Path) -> None:
+    """Every file with its size, and what was left out of the run folder."""
     table = Table(title=str(out))
     table.add_column("file")
     table.add_column("bytes", justify="right")
     for path in files:
         table.add_row(str(path.relative_to(out)), f"{path.stat().st_size:,}")
     plain_console().print(table)
+    print(f"Left out of {run}: {', '.join(left_out(run)) or 'nothing'}")

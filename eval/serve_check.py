@@ -30,7 +30,7 @@ from headstart.heads.export import (
     rope_position,
     write_global_keys,
 )
-from headstart.heads.files import write_atomically
+from headstart.heads.files import drop_remote_code, write_atomically
 from headstart.heads.gemma3 import Gemma3ForAssistedDecoding
 from headstart.heads.progress import plain_console, progress_bar
 from headstart.heads.targets import Target
@@ -127,6 +127,7 @@ def _written(target: Target, config: Any, check: ServeCheck, folder: Path) -> _F
     model = folder / "target"
     target.model.save_pretrained(model)
     target.tokenizer.save_pretrained(model)
+    drop_remote_code(model)
     _name_the_stock_class(model / "config.json")
     if config.model_type.startswith("gemma4"):
         write_global_keys(model / "config.json")

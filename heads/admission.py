@@ -139,6 +139,18 @@ def _check_depth(config: dict[str, Any]) -> None:
             raise ValueError(f"num_hidden_layers is {layers}")
 
 
+def check_kernels(config: Any, name: str) -> None:
+    """Raise `ValueError` where the configuration of a checkpoint names a repository of the Hub for
+    its attention: transformers would download a kernel from there and run it, unasked."""
+    for part in (config, config.get_text_config()):
+        kernel = part._attn_implementation
+        if kernel is not None and "/" in str(kernel):
+            raise ValueError(
+                f"{name} wants its attention computed by code of the Hub ({kernel}): take "
+                "attn_implementation out of its config.json"
+            )
+
+
 def load_whole(cls: Any, name: str, path: str | Path, **arguments: Any) -> Any:
     """`cls.from_pretrained(path, **arguments)`, all of whose weights come from its files.
 

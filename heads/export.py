@@ -18,9 +18,9 @@ from transformers import (
 )
 
 from headstart.configs.schema import RopePosition
-from headstart.heads.admission import check_files, load_whole, reading
+from headstart.heads.admission import check_files, check_kernels, load_whole, reading
 from headstart.heads.config_values import check_values
-from headstart.heads.files import whole_folder
+from headstart.heads.files import drop_remote_code, whole_folder
 from headstart.heads.finite import check_alive, check_weights
 from headstart.heads.served import add_adapters, split_revision
 
@@ -73,6 +73,7 @@ def save_assistant(
         write_global_keys(work / "config.json")
         if beside is not None:
             beside(work)
+        drop_remote_code(work)
 
 
 def write_global_keys(path: Path) -> None:
@@ -157,7 +158,9 @@ def load_assistant_config(path: str | Path) -> Any:
     name, revision = split_revision(path)
     with reading(f"no draft head at {path}"):
         check_files(name)
-        config = AutoConfig.from_pretrained(name, revision=revision)
+        # Not left out: transformers then asks on the terminal whether to run what a stranger wrote.
+        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
+        check_kernels(config, str(path))
     if "assistant" not in config.model_type:
         raise ValueError(f"{path} is a {config.model_type} model, not a Gemma 4 assistant")
     with reading(path, "cannot be a head"):

@@ -58,6 +58,17 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         raise
 
 
+def drop_remote_code(folder: Path) -> None:
+    """Take out of a folder that is being written what would have its readers run the code of
+    whoever made the checkpoint that it came from: `auto_map`, and the modules that it names."""
+    for path in folder.glob("*.py"):
+        path.unlink()
+    for path in folder.glob("*config.json"):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content.pop("auto_map", None) is not None:
+            path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
 def check_empty(folder: Path) -> None:
     """Raise `ValueError` where a folder that is to be written holds something."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

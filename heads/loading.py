@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from headstart.configs.schema import Quantization, TargetConfig
 from headstart.heads.admission import (
     check_file,
     check_files,
+    check_kernels,
     check_tied_files,
     check_vocabulary,
     load_whole,
@@ -30,7 +32,7 @@ from headstart.heads.demo import gemma3_270m_dir
 from headstart.heads.finite import check_logits, check_weights
 from headstart.heads.generation import checkpoint_settings
 from headstart.heads.processes import join_processes
-from headstart.heads.progress import phase
+from headstart.heads.progress import phase, say
 from headstart.heads.served import (
     add_adapters,
     fitting_adapter,
@@ -73,10 +75,19 @@ def load_target_config(
         config = AutoConfig.from_pretrained(
             path, revision=revision, trust_remote_code=trust_remote_code, **options
         )
+        check_kernels(config, name)
+    if trust_remote_code:
+        _say_trusted(name)
     with reading(name, "cannot be a target"):
         check_supported(config)
         check_values(config.get_text_config(), name)
     return config
+
+
+@cache
+def _say_trusted(name: str) -> None:
+    # Once: a command reads a configuration several times. A run file may have turned it on.
+    say(f"{name}: code that lies in it may run on this machine (target.trust_remote_code)")
 
 
 def load_target(
@@ -165,7 +176,8 @@ def _load_tokenizer(
     where: str | Path = name
     if (own := tokenizer_folder(adapters)) is not None:
         where = own
-        tokenizer = _read_tokenizer(own)
+        # The setting is of the target, which somebody else may have made than the adapter.
+        tokenizer = _read_tokenizer(own, trust_remote_code=False)
     elif name in TINY_TARGETS:
         tokenizer = byte_tokenizer()
     else:

@@ -252,9 +252,9 @@ def test_a_wrong_request_is_explained_in_one_line_and_not_repeated(fake: Fake, s
 def test_the_key_is_sent_and_never_shown(
     fake: Fake, status: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
+    monkeypatch.setenv(server.SERVER_KEY, "sk-secret")
     fake.reply = lambda _: refuse(status, f"wrong key {fake.keys[-1]}")
-    with pytest.raises(ValueError, match=r"refuses the key in OPENAI_API_KEY$") as error:
+    with pytest.raises(ValueError, match=f"refuses the key in {server.SERVER_KEY}$") as error:
         answers(fake.url)
     assert fake.keys == ["Bearer sk-secret"]
     assert "secret" not in "".join(traceback.format_exception(error.value))

