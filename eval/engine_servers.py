@@ -23,6 +23,7 @@ from typing import Any
 from headstart.data.server import PLAIN_SAMPLING
 from headstart.heads.engine_environments import engine_python
 from headstart.heads.engines import Engine
+from headstart.heads.files import open_own
 
 # llama.cpp's server as the wheel brings it.
 LLAMA = """
@@ -195,7 +196,7 @@ class EngineServer:
             self.command += ["--speculative-config", json.dumps(speculative)]
 
     def __enter__(self) -> "EngineServer":
-        with self.log.open("wb") as log:
+        with open_own(self.log, "wb") as log:
             # A session of its own, so that the engine's own processes can be stopped with it.
             self.process = subprocess.Popen(
                 self.command, stdout=log, stderr=subprocess.STDOUT, env=self.environment,

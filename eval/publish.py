@@ -18,7 +18,7 @@ from headstart.eval.licence import licence_of, notice
 from headstart.eval.public import check_hub_id, is_hub_id, is_private, without_paths
 from headstart.eval.report import write_report
 from headstart.heads.export import load_assistant, load_assistant_config
-from headstart.heads.files import check_empty, whole_folder
+from headstart.heads.files import check_empty, refuse_link, whole_folder
 from headstart.heads.loading import load_served, load_target_config, load_target_tokens
 from headstart.heads.lora import ADAPTER
 from headstart.heads.progress import plain_console
@@ -27,6 +27,9 @@ from headstart.heads.served import model_fingerprint, served_name, split_revisio
 DEMO = {"gemma3-270m": "google/gemma-3-270m"}  # built-in name -> what it is on the Hub
 NOT_PUBLISHED = (ADAPTER, "order.json")  # of a run's head folder: what no reader of heads wants
 SETTINGS, EVALUATION = "training_config.yaml", "evaluation"
+# What an earlier publication may have left in its folder and in `evaluation/` there.
+WRITTEN = ("*.json", "*.safetensors", "*.jinja", "*.model", "README.md", "NOTICE", SETTINGS)
+TOLD = ("report.*", "adapt.md", "*.png")
 
 
 @dataclass(frozen=True)
@@ -110,8 +113,7 @@ def build_folder(what: Publication, out: Path) -> list[Path]:
             target; the target has no name on the Hub; what was written does not load back as what
             was evaluated; or `out` holds something else.
     """
-    if not ((out / SETTINGS).is_file() and (out / EVALUATION).is_dir()):
-        check_empty(out)
+    _check_ours(out)
     if not is_hub_id(what.repo_id) or "@" in what.repo_id:
         raise ValueError(f"--repo-id {what.repo_id} cannot be: give --repo-id ORG/NAME")
     run = _Run(what.run)
@@ -160,6 +162,23 @@ def build_folder(what: Publication, out: Path) -> list[Path]:
             (work / "NOTICE").write_text(wanted, encoding="utf-8")
         _check(work, base_head, evaluated)
     return files_of(out)
+
+
+def _check_ours(out: Path) -> None:
+    """Raise `ValueError` where a folder that is to be replaced holds what no publishing wrote, such
+    as a clone of the repository with its history."""
+    refuse_link(out)
+    if not ((out / SETTINGS).is_file() and (out / EVALUATION).is_dir()):
+        check_empty(out)
+        return
+    for path in [*out.iterdir(), *(out / EVALUATION).iterdir()]:
+        names = WRITTEN if path.parent == out else TOLD
+        known = path.is_file() and any(map(path.match, names))
+        if path.is_symlink() or not (known or path == out / EVALUATION):
+            raise ValueError(
+                f"{out} holds {path.relative_to(out)}, which is not of an earlier publication and "
+                "would be lost: name another folder, --out DIR"
+            )
 
 
 def files_of(folder: Path) -> list[Path]:
