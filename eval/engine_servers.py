@@ -12,6 +12,7 @@ import re
 import signal
 import socket
 import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -78,6 +79,20 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(text)
 HTTPServer(("127.0.0.1", int(sys.argv[2])), Handler).serve_forever()
+"""
+# Between this process and an engine: when the pipe between them ends, because this process ended in
+# whatever way, SIGKILL included, so does the engine with all processes of its session.
+WATCH = """
+import os, signal, subprocess, sys, threading, time
+signal.signal(signal.SIGTERM, lambda *_: None)
+engine = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL)
+def watch():
+    sys.stdin.buffer.read()
+    os.killpg(0, signal.SIGTERM)
+    time.sleep(10)
+    os.killpg(0, signal.SIGKILL)
+threading.Thread(target=watch, daemon=True).start()
+sys.exit(engine.wait())
 """
 STARTING = 1800.0  # seconds that an engine may take to load and answer
 # No proxy stands before loopback.
@@ -199,8 +214,8 @@ class EngineServer:
         with open_own(self.log, "wb") as log:
             # A session of its own, so that the engine's own processes can be stopped with it.
             self.process = subprocess.Popen(
-                self.command, stdout=log, stderr=subprocess.STDOUT, env=self.environment,
-                start_new_session=True,
+                [sys.executable, "-I", "-c", WATCH, *self.command], stdin=subprocess.PIPE,
+                stdout=log, stderr=subprocess.STDOUT, env=self.environment, start_new_session=True,
             )  # fmt: skip
         try:
             deadline = time.monotonic() + STARTING
@@ -233,6 +248,8 @@ class EngineServer:
                 self.process.wait(timeout=10)
             except (ProcessLookupError, subprocess.TimeoutExpired):
                 continue
+        assert self.process.stdin is not None
+        self.process.stdin.close()
 
     def _end_of_log(self) -> str:
         lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()

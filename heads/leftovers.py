@@ -6,9 +6,13 @@ import platform
 import re
 import secrets
 import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 HOST = re.sub(r"[^\w.-]", "_", platform.node())
+COPY = ".copy"  # ends the names of folders in the system's place for those of the time being
 TOKEN = secrets.token_hex(4)  # of this process: another machine, or a container, may have its id
 NAME = re.compile(r".*\.(?P<host>[\w.-]*)\.(?P<pid>\d+)\.(?P<token>[0-9a-f]{8})")
 
@@ -36,6 +40,20 @@ def remove_left_behind(folder: Path, suffix: str) -> None:
     for path in made_here(folder, suffix) if folder.is_dir() else []:
         if _is_gone(path.name.removesuffix(suffix)):
             shutil.rmtree(path, ignore_errors=True)
+
+
+@contextmanager
+def temporary_folder() -> Iterator[Path]:
+    """Gives a folder of the time being, which nobody else can read; what killed processes left of
+    theirs goes first: it may be the copy of a target."""
+    place = Path(tempfile.gettempdir())
+    remove_left_behind(place, COPY)
+    folder = place / own_name(f"headstart-{secrets.token_hex(4)}", COPY)
+    folder.mkdir(mode=0o700)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _is_gone(name: str) -> bool:
