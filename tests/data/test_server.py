@@ -126,7 +126,7 @@ OLD_VLLM = body({"logprobs": {"tokens": [f"token_id:{i}" for i in IDS]}}, len(ID
 
 @pytest.mark.parametrize("response", [VLLM, LLAMA_CPP, OLD_LLAMA_CPP, OLD_VLLM])
 def test_ids_are_taken_as_each_server_gives_them(response: dict[str, Any]) -> None:
-    assert read_answer(response, TOKENIZER, EOS) == Answer(IDS, "length", False)
+    assert read_answer(response, TOKENIZER, EOS, 64) == Answer(IDS, "length", False)
 
 
 @pytest.mark.parametrize(
@@ -151,28 +151,28 @@ def test_ids_end_with_an_end_token_exactly_when_the_answer_stopped(
     choice: dict[str, Any], written: int | None, expected: Answer
 ) -> None:
     response = body({"finish_reason": "stop"} | choice, written)
-    assert read_answer(response, TOKENIZER, EOS) == expected
+    assert read_answer(response, TOKENIZER, EOS, 64) == expected
 
 
 def test_nothing_follows_an_end_token_that_the_server_does_not_know() -> None:
     response = body({"token_ids": [40, 3, 41]}, 3)
-    assert read_answer(response, TOKENIZER, EOS) == Answer([40, 3], "stop", False)
+    assert read_answer(response, TOKENIZER, EOS, 64) == Answer([40, 3], "stop", False)
 
 
 def test_ids_that_are_not_all_there_are_not_used() -> None:
     """As llama.cpp's log-probabilities of a text that ends inside a character."""
     assert server_ids(body({"token_ids": IDS[:-1]}, len(IDS))) is None
-    assert read_answer(body({"token_ids": IDS[:-1]}, len(IDS)), TOKENIZER, EOS).retokenised
+    assert read_answer(body({"token_ids": IDS[:-1]}, len(IDS)), TOKENIZER, EOS, 64).retokenised
 
 
 def test_ids_outside_the_vocabulary_are_another_models() -> None:
     with pytest.raises(ValueError, match="another model: its token 9999 is outside"):
-        read_answer(body({"token_ids": [5, 9999]}, 2), TOKENIZER, EOS)
+        read_answer(body({"token_ids": [5, 9999]}, 2), TOKENIZER, EOS, 64)
 
 
 def test_an_answer_broken_off_is_no_answer() -> None:
     with pytest.raises(RuntimeError, match=r"broke an answer off \(abort\)"):
-        read_answer(body({"finish_reason": "abort"}), TOKENIZER, EOS)
+        read_answer(body({"finish_reason": "abort"}), TOKENIZER, EOS, 64)
 
 
 def test_prompts_go_out_as_ids_and_sampling_is_plain(fake: Fake) -> None:

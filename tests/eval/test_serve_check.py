@@ -1,1 +1,128 @@
-...............
+"""What engines tell of their drafts, and how one that fails is reported."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from headstart.eval import engine_servers
+from headstart.eval.decoding import Decoded
+from headstart.eval.engine_servers import Answer, Counts, EngineServer, counts_of_metrics
+from headstart.eval.serve_check import as_engine_counts
+from headstart.heads.engines import Engine
+
+# Lines of vLLM 0.32's /metrics.
+METRICS = """\
+# HELP vllm:spec_decode_num_drafts_total Number of spec decoding drafts.
+# TYPE vllm:spec_decode_num_drafts_total counter
+vllm:spec_decode_num_drafts_total{engine="0",model_name="target"} 148.0
+vllm:spec_decode_num_drafts_created{engine="0",model_name="target"} 1.79e+09
+vllm:spec_decode_num_draft_tokens_total{engine="0",model_name="target"} 592.0
+vllm:spec_decode_num_accepted_tokens_total{engine="0",model_name="target"} 374.0
+vllm:spec_decode_num_accepted_tokens_per_pos_total{engine="0",model_name="target",position="0"} 123.0
+vllm:spec_decode_num_accepted_tokens_per_pos_total{engine="0",model_name="target",position="1"} 91.0
+"""  # noqa: E501
+
+
+def test_an_engines_counters_are_read() -> None:
+    found = counts_of_metrics(METRICS)
+    assert found == Counts(148, [123, 91])
+    assert found - Counts() == found
+    assert found - Counts(100, [100, 90]) == Counts(48, [23, 1])
+
+
+@pytest.mark.parametrize(
+    ("engine", "rounds", "accepted"),
+    [
+        ("vllm", 3, (2, 2, 1)),  # goes on beyond the end
+        ("llama.cpp", 2, (1, 1, 1)),  # leaves a place for the target's own token
+        ("mlx", 3, (2, 1, 1)),  # drafts as many as are wanted
+    ],
+)
+def test_acceptance_is_counted_as_the_engine_counts_it(
+    engine: Engine, rounds: int, accepted: tuple[int, ...]
+) -> None:
+    """Of a text of 7 tokens: one of the prompt's, then rounds that bring 4, 1 and, of 3, the last;
+    a prompt of 5 tokens, K = 3."""
+    forwards = [(0, 5), (5, 4), (9, 4), (10, 4), (13, 2)]
+    longer = Decoded(
+        tokens=list(range(10)), seconds=1, first_token_seconds=1, drafting_seconds=None,
+        forwards=forwards, drafts=[],
+    )  # fmt: skip
+    counts = as_engine_counts(longer, 5, 7, 3, engine)
+    assert (counts.rounds, counts.accepted) == (rounds, accepted)
+
+
+def test_an_answer_is_without_the_token_that_ends_it() -> None:
+    ended, whole = (Answer.of(tokens, [1], 3, 1.0) for tokens in ([5, 1], [5, 6, 7]))
+    assert (ended.tokens, ended.ended, ended.written) == ([5], True, 2)
+    assert (whole.tokens, whole.ended, whole.written) == ([5, 6, 7], False, 3)
+    assert Answer.of([5], [1], 3, 1.0) == ended, "engines differ in whether they hand it out"
+
+
+def test_an_engine_that_dies_says_why_and_keeps_its_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # This Python has no vLLM, so that the engine ends at once with an error of its own.
+    monkeypatch.setattr(engine_servers, "engine_python", lambda engine: Path(sys.executable))
+    log = tmp_path / "vllm.log"
+    server = EngineServer("vllm", tmp_path, None, 4, 64, [1], log, "float32", 2)
+    with pytest.raises(RuntimeError, match=r"did not come up: .*vllm.*vllm\.log"), server:
+        pass
+    assert "No module named" in log.read_text()
+    assert server.process.poll() is not None
+
+
+def test_what_an_engine_started_is_stopped_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_servers, "engine_python", lambda engine: Path(sys.executable))
+    monkeypatch.setattr(engine_servers, "STARTING", 3.0)
+    server = EngineServer("vllm", tmp_path, None, 4, 64, [1], tmp_path / "log", "float32", 2)
+    child = "import subprocess, sys, time; p = subprocess.Popen(['sleep', '60']); print(p.pid)"
+    server.command = [sys.executable, "-u", "-c", f"{child}; time.sleep(60)"]
+    with pytest.raises(RuntimeError, match="did not come up"), server:
+        pass
+    started = int((tmp_path / "log").read_text())
+    state = subprocess.run(
+        ["ps", "-o", "stat=", "-p", str(started)], capture_output=True, text=True
+    )
+    assert state.stdout.strip().startswith("Z") or not state.stdout.strip()
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, TimeoutError])
+def test_an_engine_does_not_outlive_a_start_that_was_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: type[BaseException]
+) -> None:
+    monkeypatch.setattr(engine_servers, "engine_python", lambda engine: Path(sys.executable))
+    server = EngineServer("vllm", tmp_path, None, 4, 64, [1], tmp_path / "log", "float32", 2)
+    server.command = [sys.executable, "-c", "import time; time.sleep(60)"]
+
+    def interrupted() -> bool:
+        raise stop
+
+    monkeypatch.setattr(server, "_is_up", interrupted)
+    with pytest.raises(stop), server:
+        pass
+    assert server.process.poll() is not None
+
+
+def test_what_an_engine_says_of_a_prompt_it_refuses_is_passed_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a proxy of the environment does not stand before it."""
+    monkeypatch.setattr(engine_servers, "engine_python", lambda engine: Path(sys.executable))
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    server = EngineServer("vllm", tmp_path, None, 4, 64, [1], tmp_path / "log", "float32", 2)
+    refusing = (
+        "import sys, http.server as h\n"
+        "class R(h.BaseHTTPRequestHandler):\n"
+        "    def do_GET(self): self.send_response(200); self.end_headers()\n"
+        "    def do_POST(self):\n"
+        "        self.send_response(400); self.end_headers(); self.wfile.write(b'too long')\n"
+        "h.HTTPServer(('127.0.0.1', int(sys.argv[1])), R).serve_forever()"
+    )
+    server.command = [sys.executable, "-c", refusing, server.url.rpartition(":")[2]]
+    with pytest.raises(RuntimeError, match=r"refuses a prompt \(400\): too long"), server:
+        server.answer([1, 2], 4)
