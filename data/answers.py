@@ -73,7 +73,7 @@ def _check_ids(ids: list[Any], vocabulary: int) -> None:
     for i in ids:
         if type(i) is not int or not 0 <= i < vocabulary:  # True is an int, and no token
             raise ValueError(
-                f"the server runs another model: its token {str(i)[:SHOWN]!r} is outside the "
+                f"the server runs another model: its token {repr(i)[:SHOWN]} is outside the "
                 f"target's vocabulary of {vocabulary}"
             )
 

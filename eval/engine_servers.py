@@ -87,7 +87,7 @@ import os, signal, subprocess, sys, threading, time
 signal.signal(signal.SIGTERM, lambda *_: None)
 engine = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL)
 def watch():
-    sys.stdin.buffer.read()
+    os.read(0, 1)  # nothing is ever written: it is the pipe's end
     os.killpg(0, signal.SIGTERM)
     time.sleep(10)
     os.killpg(0, signal.SIGKILL)

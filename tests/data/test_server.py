@@ -46,6 +46,17 @@ def refuse(status: int, message: str) -> Reply:
     return status, {"error": {"message": message, "code": status}}
 
 
+def cut(answer: Any, limit: int) -> Any:
+    """A response with no more than `limit` tokens in any of its lists."""
+    if isinstance(answer, list):
+        return [cut(item, limit) for item in answer[:limit]]
+    if not isinstance(answer, dict):
+        return answer
+    counted = {"completion_tokens": min(limit, answer.get("completion_tokens", 0))}
+    whole = {key: cut(value, limit) for key, value in answer.items()}
+    return whole | (counted if "completion_tokens" in answer else {})
+
+
 @dataclass
 class Fake:
     """A server in a thread: `reply` to completions, `models` and `tokens` to the other paths."""
@@ -61,6 +72,7 @@ class Fake:
         self.asked.append(request)
         status, answer = self.reply(request)
         if status == 200:
+            answer = cut(answer, request["max_tokens"])
             usage = {"prompt_tokens": len(request["prompt"])} | answer.get("usage", {})
             answer = answer | {"usage": usage}
         return status, answer
@@ -110,7 +122,7 @@ def answers(
     async def run() -> tuple[list[Answer], list[str]]:
         async with AnswerServer(url, model, 2, TOKENIZER, EOS) as client:
             await client.check()
-            jobs = [client.answer(PROMPT, sampling, seed, 5) for seed in range(count)]
+            jobs = [client.answer(PROMPT, sampling, seed, len(IDS)) for seed in range(count)]
             return await asyncio.gather(*jobs), client.notes
 
     return asyncio.run(run())
@@ -182,7 +194,7 @@ def test_prompts_go_out_as_ids_and_sampling_is_plain(fake: Fake) -> None:
     request = fake.asked[-1]
     assert request["prompt"] == PROMPT
     assert (request["model"], request["temperature"], request["seed"]) == ("gemma", 0.7, 0)
-    assert (request["max_tokens"], request["top_p"], request["top_k"]) == (5, 1.0, -1)
+    assert (request["max_tokens"], request["top_p"], request["top_k"]) == (len(IDS), 1.0, -1)
     assert "logprobs" not in request
     assert "stop" not in request
     assert len(fake.asked) == 2  # the probe found ids, so nothing else was tried

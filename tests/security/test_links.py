@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -151,7 +152,7 @@ def test_an_index_that_names_a_path_reads_no_file_of_it(name: object, tmp_path: 
 def test_a_state_that_names_a_path_reads_no_file_of_it(tmp_path: Path, users: Path) -> None:
     folder = tmp_path / "checkpoints" / "step-000001"
     folder.mkdir(parents=True)
-    state = {"files": {f"../../../{users.parent.name}/{users.name}": "0"}}
+    state: dict[str, Any] = {"files": {f"../../../{users.parent.name}/{users.name}": "0"}}
     state |= {"sha256": content_sha256(state)}
     (folder / "state.json").write_text(json.dumps(state))
     with pytest.raises(ValueError, match=r"state\.json names"):
