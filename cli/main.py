@@ -1,7 +1,7 @@
 """The `headstart` command: arguments in, one call out, an exit code back.
 
 Exit codes: 0 done, 1 a failure explained in one line on stderr, 2 wrong usage, 130 interrupted
-with everything saved.
+with everything saved, 128 + N ended by the signal N (SIGTERM 143, SIGHUP 129).
 """
 
 import argparse
@@ -23,6 +23,7 @@ from headstart.cli.output import keep_output
 from headstart.cli.publish import add_publish_command
 from headstart.cli.runs import add_runs_commands
 from headstart.cli.serving import add_serving_commands
+from headstart.cli.signals import Ended, tidy_ends
 from headstart.cli.sweep import add_sweep_command
 from headstart.configs.paths import expand_home
 
@@ -43,11 +44,12 @@ def main(argv: list[str] | None = None) -> int:
         from transformers.utils.logging import disable_progress_bar
 
         disable_progress_bar()  # ours say more; "Loading weights" took a second
-        args.command(args)
+        with tidy_ends():
+            args.command(args)
     except KeyboardInterrupt as stop:
         what = str(stop) or "interrupted; finished work is kept (train: go on with --resume)"
         print(f"headstart: {what}", file=sys.stderr)
-        code = 130
+        code = 128 + stop.number if isinstance(stop, Ended) else 130
     except Exception as error:
         if args.debug:
             traceback.print_exc()

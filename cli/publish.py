@@ -1,7 +1,6 @@
 """`headstart publish`: arguments in, one call out."""
 
 import argparse
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +55,7 @@ def add_publish_command(commands: Any) -> None:
 def _run_publish(args: argparse.Namespace) -> None:
     from headstart.eval.hub import upload
     from headstart.eval.publish import Publication, build_folder, print_folder
+    from headstart.heads.leftovers import temporary_folder
 
     if args.dry_run and args.out is None:
         raise ValueError("--dry-run writes a folder: name it with --out DIR")
@@ -72,8 +72,8 @@ def _run_publish(args: argparse.Namespace) -> None:
         adapters=tuple(args.adapter),
         texts=not args.without_texts,
     )
-    with tempfile.TemporaryDirectory() as temporary:
-        out = args.out or Path(temporary) / "folder"
+    with temporary_folder() as temporary:
+        out = args.out or temporary / "folder"
         print_folder(build_folder(what, out), out, args.run)
         if not args.dry_run:
             upload(out, args.repo_id, not args.public, args.branch, args.pr)

@@ -25,7 +25,7 @@ from headstart.data.server import AnswerServer
 from headstart.data.shards import shard_path, shard_settings, write_shard
 from headstart.data.store import check_space, stored_bytes, write_index
 from headstart.heads.few_rows import plain_strides
-from headstart.heads.files import alone_in
+from headstart.heads.locks import alone_in
 from headstart.heads.processes import in_step, is_mine, processes_in
 from headstart.heads.progress import progress_bar, say
 from headstart.heads.single_query import quick_single_queries

@@ -150,7 +150,8 @@ class AnswerServer:
             max_new_tokens: limit of the response, its end-of-sequence token included.
 
         Raises:
-            ValueError: the server refuses the request, or its ids are outside the vocabulary.
+            ValueError: the server refuses the request, or its answer is none: ids outside the
+                vocabulary, more than were asked for, or another format.
             RuntimeError: the server stayed away for five minutes, or broke the answer off.
         """
         async with self._slots:
@@ -158,7 +159,7 @@ class AnswerServer:
                 body = await self._complete(
                     prompt_ids, sampling, seed, max_new_tokens, self._extras
                 )
-        return read_answer(body, self.tokenizer, self.eos_ids)
+        return read_answer(body, self.tokenizer, self.eos_ids, max_new_tokens)
 
     async def _complete(
         self, ids: list[int], sampling: Sampling, seed: int, limit: int, extras: dict[str, Any]
@@ -209,8 +210,9 @@ class AnswerServer:
         theirs = body.get("tokens") if isinstance(body, dict) else None
         ours = self.tokenizer(PROBE, add_special_tokens=False)["input_ids"]
         if theirs is not None and theirs != ours:
+            made = str(theirs)[:200]
             raise ValueError(
-                f"{self.url} runs another model: its tokenizer makes {theirs} of {PROBE!r}, the "
+                f"{self.url} runs another model: its tokenizer makes {made} of {PROBE!r}, the "
                 f"target's makes {ours}"
             )
 
@@ -229,7 +231,7 @@ class AnswerServer:
             counted = (body.get("usage") or {}).get("prompt_tokens", len(prompt_ids))
             if counted != len(prompt_ids):
                 raise ValueError(f"{self.url} makes {counted} tokens of {len(prompt_ids)} ids")
-            read_answer(body, self.tokenizer, self.eos_ids)
+            read_answer(body, self.tokenizer, self.eos_ids, 1)
             accepted.append(extras)
             if server_ids(body) is not None:
                 self._extras = extras
@@ -258,7 +260,7 @@ class AnswerServer:
                     "name it by --server"
                 ) from error
             said = error.body.get("message") if isinstance(error.body, dict) else error.body
-            reason = " ".join(str(said or error.__cause__ or error).split())
+            reason = " ".join(str(said or error.__cause__ or error).split())[:400]
             if status is None or status >= 500 or status in (408, 409, 429):
                 raise RuntimeError(
                     f"{self.url} gave no answer in {MAX_RETRIES + 1} attempts ({reason}). {KEPT}"

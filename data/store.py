@@ -16,7 +16,7 @@ import torch
 
 from headstart.configs.schema import DataConfig
 from headstart.data.shards import FORMAT, Document, Entry, Shard, Storage, refusal, shard_paths
-from headstart.heads.files import content_sha256, write_atomically
+from headstart.heads.files import content_sha256, plain_name, write_atomically
 from headstart.heads.progress import say
 from headstart.heads.targets import Target, source_layers
 
@@ -198,6 +198,7 @@ def read_index(folder: Path) -> dict[str, Any]:
         index: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         made_of = index["format"]
         intact = content_sha256(index) == index["sha256"]
+        files = [row["file"] for row in index["shards"]]
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path} is damaged ({error}): delete it and run the command that made it again"
@@ -211,6 +212,8 @@ def read_index(folder: Path) -> dict[str, Any]:
             f"{path} is damaged (its SHA-256 does not match): delete it and run the command that "
             "made it again"
         )
+    for name in files:
+        plain_name(name, path)
     return index
 
 

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from headstart.eval.plots import STYLE
 from headstart.eval.statistics import interval, resampled
 from headstart.eval.walked import Walked, describe_walked, length_draws
+from headstart.heads.files import whole_file
 
 Texts = dict[str, list[Walked]]  # kind (`domain`, `general`) -> texts
 STAGES = {
@@ -266,4 +267,5 @@ def plot_adaptation(content: dict[str, Any], path: Path) -> None:
             xlabel=f"acceptance length at K = {content['num_assistant_tokens']}", xlim=(1, None)
         )
         axes.legend(loc="lower right")
-        figure.savefig(path, dpi=120)
+        with whole_file(path) as work:
+            figure.savefig(work, dpi=120)

@@ -2,7 +2,6 @@
 
 import json
 import resource
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +23,7 @@ from headstart.data.store import ActivationStore
 from headstart.eval.decoding import decode, synchronize
 from headstart.eval.environment import environment
 from headstart.heads.files import write_atomically
+from headstart.heads.leftovers import temporary_folder
 from headstart.heads.loading import open_target
 from headstart.heads.progress import plain_console
 from headstart.heads.targets import Target
@@ -88,8 +88,7 @@ def bench_extract(target: Target, jobs: list[Job], config: Config) -> dict[str, 
         in the stored values.
     """
     data, seed = config.data, config.run.seed
-    with tempfile.TemporaryDirectory() as root:
-        work = Path(root)
+    with temporary_folder() as work:
 
         def generating(extracting: bool) -> Callable[[int], None]:
             def run(turn: int) -> None:
@@ -137,10 +136,10 @@ def bench_regenerate(target: Target, jobs: list[Job], config: Config) -> dict[st
     """
     chosen = jobs[:: max(1, len(jobs) // SINGLE)]
     singles: list[int] = []
-    with tempfile.TemporaryDirectory() as root:
+    with temporary_folder() as work:
 
         def batched(turn: int) -> None:
-            folder = Path(root) / str(turn)
+            folder = work / str(turn)
             regenerate(target, jobs, config.data, config.run.seed, folder, False, "  batched")
 
         def one_by_one(turn: int) -> None:
@@ -151,7 +150,7 @@ def bench_regenerate(target: Target, jobs: list[Job], config: Config) -> dict[st
 
         decode(target, chosen[0].prompt_ids, 8)  # a warm-up
         seconds, seconds_single = in_turns(target, batched, one_by_one)
-        parts = finished_parts(Path(root) / "0")
+        parts = finished_parts(work / "0")
         tokens = sum(row.trained for part in parts for row in read_part(part))
     rates = {"batched": tokens / seconds, "one by one": sum(singles) / seconds_single}
     return {

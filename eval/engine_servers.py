@@ -12,6 +12,7 @@ import re
 import signal
 import socket
 import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -24,6 +25,7 @@ from headstart.data.server import PLAIN_SAMPLING
 from headstart.heads.children import child_environment, home_of, python_command
 from headstart.heads.engine_environments import engine_python
 from headstart.heads.engines import Engine
+from headstart.heads.files import open_own
 
 # llama.cpp's server as the wheel brings it.
 LLAMA = """
@@ -78,6 +80,20 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(text)
 HTTPServer(("127.0.0.1", int(sys.argv[2])), Handler).serve_forever()
+"""
+# Between this process and an engine: when the pipe between them ends, because this process ended in
+# whatever way, SIGKILL included, so does the engine with all processes of its session.
+WATCH = """
+import os, signal, subprocess, sys, threading, time
+signal.signal(signal.SIGTERM, lambda *_: None)
+engine = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL)
+def watch():
+    os.read(0, 1)  # nothing is ever written: it is the pipe's end
+    os.killpg(0, signal.SIGTERM)
+    time.sleep(10)
+    os.killpg(0, signal.SIGKILL)
+threading.Thread(target=watch, daemon=True).start()
+sys.exit(engine.wait())
 """
 STARTING = 1800.0  # seconds that an engine may take to load and answer
 # No proxy stands before loopback.
@@ -203,11 +219,12 @@ class EngineServer:
             self.command += ["--speculative-config", json.dumps(speculative)]
 
     def __enter__(self) -> "EngineServer":
-        with self.log.open("wb") as log:
+        with open_own(self.log, "wb") as log:
             # A session of its own, so that the engine's own processes can be stopped with it.
             self.process = subprocess.Popen(
-                self.command, stdout=log, stderr=subprocess.STDOUT, env=self.environment,
-                cwd=self.folder, start_new_session=True,
+                [sys.executable, "-I", "-c", WATCH, *self.command], stdin=subprocess.PIPE,
+                stdout=log, stderr=subprocess.STDOUT, env=self.environment, cwd=self.folder,
+                start_new_session=True,
             )  # fmt: skip
         try:
             deadline = time.monotonic() + STARTING
@@ -240,6 +257,8 @@ class EngineServer:
                 self.process.wait(timeout=10)
             except (ProcessLookupError, subprocess.TimeoutExpired):
                 continue
+        assert self.process.stdin is not None
+        self.process.stdin.close()
 
     def _end_of_log(self) -> str:
         lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()

@@ -1,9 +1,11 @@
 """Decoding runs, kept prompt by prompt, so that a kill loses one prompt at most."""
 
 import json
+import os
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,8 @@ from headstart.eval.decoding import GREEDY, Decoded, decode
 from headstart.eval.partings import Parting, explain_parting, parting
 from headstart.eval.sides import Side
 from headstart.eval.verdict import ends_in_loop
-from headstart.heads.files import write_atomically
-from headstart.heads.progress import progress_bar
+from headstart.heads.files import open_own, write_atomically
+from headstart.heads.progress import progress_bar, say
 from headstart.heads.targets import Target
 from headstart.heads.tokens import Sampling
 
@@ -58,7 +60,7 @@ class Measurements:
     Args:
         path: measurements.jsonl of a report's folder.
         settings: what is measured: heads, target, prompts and so on; plain JSON.
-        resume: go on with what is there. False: begin anew.
+        resume: go on with what is there. False: begin anew; measured prompts are moved aside.
 
     Raises:
         ValueError: other settings, naming both values, or a damaged line, naming it.
@@ -68,6 +70,8 @@ class Measurements:
         self.path, self.lines, self.found = path, list[dict[str, Any]](), dict[str, Any]()
         if resume and path.is_file():
             self.lines, self.found = _read(path, settings)
+        elif path.is_file():
+            _move_aside(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         self.settings = settings
         self._write()
@@ -88,7 +92,7 @@ class Measurements:
         """Keep what all sides made of a prompt."""
         self.lines.append(line)
         self.done.add(line["id"])
-        with self.path.open("a", encoding="utf-8") as file:
+        with open_own(self.path, "a") as file:
             file.write(json.dumps(line) + "\n")
 
     def texts(self, side: Side, temperature: float) -> list[Text]:
@@ -106,6 +110,17 @@ class Measurements:
                     turn["again_seconds"], temperature == 0,
                 ))  # fmt: skip
         return found
+
+
+def _move_aside(path: Path) -> None:
+    """Keep what was measured before: it may have taken hours."""
+    with path.open("rb") as file:
+        if len(list(islice(file, 2))) < 2:  # settings alone
+            return
+    numbers = (f".{number}" for number in count(1))
+    aside = next(p for n in numbers if not os.path.lexists(p := path.with_suffix(n + path.suffix)))
+    path.rename(aside)
+    say(f"{path} held measurements: they are {aside} now (--resume goes on with them)")
 
 
 def _read(path: Path, settings: dict[str, Any]) -> tuple[list[dict[str, Any]], dict[str, Any]]:

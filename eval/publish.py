@@ -19,7 +19,7 @@ from headstart.eval.licence import licence_of, notice
 from headstart.eval.public import check_hub_id, is_hub_id, is_local, without_paths
 from headstart.eval.report import write_report
 from headstart.heads.export import load_assistant, load_assistant_config
-from headstart.heads.files import check_empty, drop_remote_code, whole_folder
+from headstart.heads.files import check_empty, drop_remote_code, refuse_link, whole_folder
 from headstart.heads.loading import load_served, load_target_config, load_target_tokens
 from headstart.heads.lora import ADAPTER
 from headstart.heads.progress import plain_console
@@ -33,6 +33,9 @@ HEAD_FILES = re.compile(
 )
 ADAPTER_FILES = re.compile(r"adapter_config\.json|adapter_model\.safetensors")
 SETTINGS, EVALUATION = "training_config.yaml", "evaluation"
+# What an earlier publication may have left in its folder and in `evaluation/` there.
+WRITTEN = ("*.json", "*.safetensors", "*.jinja", "*.model", "README.md", "NOTICE", SETTINGS)
+TOLD = ("report.*", "adapt.md", "*.png")
 
 
 @dataclass(frozen=True)
@@ -116,8 +119,7 @@ def build_folder(what: Publication, out: Path) -> list[Path]:
             target; the target has no name on the Hub; what was written does not load back as what
             was evaluated; or `out` holds something else.
     """
-    if not ((out / SETTINGS).is_file() and (out / EVALUATION).is_dir()):
-        check_empty(out)
+    _check_ours(out)
     if not is_hub_id(what.repo_id) or "@" in what.repo_id:
         raise ValueError(f"--repo-id {what.repo_id} cannot be: give --repo-id ORG/NAME")
     run = _Run(what.run)
@@ -170,6 +172,23 @@ def build_folder(what: Publication, out: Path) -> list[Path]:
         drop_remote_code(work)
         _check(work, base_head, evaluated)
     return files_of(out)
+
+
+def _check_ours(out: Path) -> None:
+    """Raise `ValueError` where a folder that is to be replaced holds what no publishing wrote, such
+    as a clone of the repository with its history."""
+    refuse_link(out)
+    if not ((out / SETTINGS).is_file() and (out / EVALUATION).is_dir()):
+        check_empty(out)
+        return
+    for path in [*out.iterdir(), *(out / EVALUATION).iterdir()]:
+        names = WRITTEN if path.parent == out else TOLD
+        known = path.is_file() and any(map(path.match, names))
+        if path.is_symlink() or not (known or path == out / EVALUATION):
+            raise ValueError(
+                f"{out} holds {path.relative_to(out)}, which is not of an earlier publication and "
+                "would be lost: name another folder, --out DIR"
+            )
 
 
 def files_of(folder: Path) -> list[Path]:

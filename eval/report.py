@@ -24,6 +24,7 @@ from headstart.eval.tables import markdown, print_report
 from headstart.eval.verdict import verdict
 from headstart.heads.assistant import check_pair, other_target
 from headstart.heads.files import write_atomically
+from headstart.heads.locks import only_one_in
 from headstart.heads.progress import say
 from headstart.heads.served import model_fingerprint
 from headstart.heads.targets import Target
@@ -63,8 +64,8 @@ def run_evaluation(
         What report.json holds.
 
     Raises:
-        ValueError: bad prompts, a head that does not fit the target, or measurements of something
-            else to go on with.
+        ValueError: bad prompts, a head that does not fit the target, measurements of something
+            else to go on with, or another process at work in `out`.
     """
     asked = asked or Asked()
     _check_models(target, heads, draft_models or {}, chosen)
@@ -84,12 +85,13 @@ def run_evaluation(
         **chosen.model_dump(mode="json", exclude={"exact_limit"}),
         "chat_template_kwargs": asked.chat_template_kwargs or None,  # as if earlier files had it
     }
-    kept = Measurements(out / "measurements.jsonl", settings, resume)
     samplings = [Sampling(t, chosen.top_k, chosen.top_p) for t in chosen.temperatures]
-    sides = _prepare(target, heads, draft_models or {}, chosen, prompts, samplings, kept, asked)
-    measure_prompts(target, prompts, sides, chosen.max_new_tokens, kept, asked)
-    content = _content(target, prompts, sides, settings, kept, asked) | {"warnings": warnings}
-    write_report(content, out)
+    with only_one_in(out, "--out DIR"):
+        kept = Measurements(out / "measurements.jsonl", settings, resume)
+        sides = _prepare(target, heads, draft_models or {}, chosen, prompts, samplings, kept, asked)
+        measure_prompts(target, prompts, sides, chosen.max_new_tokens, kept, asked)
+        content = _content(target, prompts, sides, settings, kept, asked) | {"warnings": warnings}
+        write_report(content, out)
     print_report(content)
     print(f"Written: {out / 'report.json'}, report.md, report.html")
     return content

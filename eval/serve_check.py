@@ -2,7 +2,6 @@
 worth there (`headstart serve-check`)."""
 
 import json
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +31,7 @@ from headstart.heads.export import (
 )
 from headstart.heads.files import drop_remote_code, write_atomically
 from headstart.heads.gemma3 import Gemma3ForAssistedDecoding
+from headstart.heads.leftovers import temporary_folder
 from headstart.heads.progress import plain_console, progress_bar
 from headstart.heads.targets import Target
 
@@ -75,8 +75,8 @@ def serve_check(
     """
     asked = asked_by_heads([check.head])
     out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as temporary:
-        files = _written(target, config, check, Path(temporary))
+    with temporary_folder() as temporary:
+        files = _written(target, config, check, temporary)
         k = check.num_assistant_tokens
         ids = encode_prompts(prompts, target.tokenizer, asked.chat_template_kwargs)
         context = max(map(len, ids)) + check.max_new_tokens + k + SPARE

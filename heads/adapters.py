@@ -8,7 +8,6 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from headstart.heads.admission import MULTIMODAL, TOWERS, WRAPPERS, renamed
+from headstart.heads.leftovers import temporary_folder
 from headstart.heads.progress import say
 
 WEIGHTS = "adapter_model.safetensors"
@@ -63,9 +63,9 @@ def fitting(adapter: str, folder: Path, model: PreTrainedModel, merge: bool) -> 
     if not changed and not left_out:
         yield folder
         return
-    with TemporaryDirectory() as work:
-        _write(folder, Path(work), config, kept, model)
-        yield Path(work)
+    with temporary_folder() as work:
+        _write(folder, work, config, kept, model)
+        yield work
 
 
 def _config(folder: Path, merge: bool) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
 from headstart.heads.codes import check_codes, check_quantized, check_read, weight_dtypes
+from headstart.heads.files import plain_name, put_back
 from headstart.heads.progress import say
 
 READ = (
@@ -85,6 +86,7 @@ def check_files(folder: str | Path) -> None:
     id is passed over: what is downloaded is compared with its length there.
     """
     name, folder = str(folder), Path(folder)
+    put_back(folder)
     if not folder.is_dir():
         if name.startswith(("/", ".", "~")) or name.count("/") > 1:  # no Hub id looks so
             raise ValueError(f"there is no folder {name}")
@@ -123,6 +125,9 @@ def check_file(path: Path) -> None:
             if not isinstance(content, dict):
                 raise ValueError("it holds no JSON object")
             _check_depth(content)
+            files = content.get("weight_map")
+            for file in files.values() if isinstance(files, dict) else []:
+                plain_name(file, path)
         elif path.suffix == ".json" and not end.endswith(b"}"):
             raise ValueError("its end is missing")
     except (ValueError, OSError, RecursionError, SafetensorError) as error:

@@ -1,22 +1,24 @@
-"""Files and folders that are there whole or not at all."""
+"""Files and folders that are there whole or not at all, in folders that strangers may have made:
+no link is followed to where it points, and nothing is removed that this program did not make."""
 
-import fcntl
+import errno
 import hashlib
 import json
 import os
-import platform
 import shutil
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from safetensors import SafetensorError
 
-LOCK = ".lock"  # held by the process that works in a folder; it goes with the process
+from headstart.heads.leftovers import made_here, own_name
+from headstart.heads.progress import say
+
 PART = ".part"  # ends the name of a folder that is not yet whole
-WRITING = ".writing"  # begins the name of a folder of files that are not yet whole
+WORK = ".writing"  # ends that of a folder of files that are not yet whole
+EARLIER = ".earlier"  # ends that of one whose place is being taken
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -30,27 +32,24 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     """Gives a folder to write into, which then takes the place of `folder`.
 
     No file system replaces a folder that is not empty in one step: a crash between the two
-    renames leaves the earlier folder beside its place, as `.NAME.earlier`.
+    renames leaves the earlier folder beside its place, where `put_back` finds it.
 
     Raises:
+        ValueError: `folder` is a link, which leads to a folder of somebody else's.
         OSError: with what to do, when the disk is full; the earlier folder is kept.
     """
+    refuse_link(folder)
     folder = folder.resolve()  # "." has no name
+    put_back(folder)
     # Of the process's own, so that two may work on the same.
-    work = folder.with_name(f"{folder.name}.{os.getpid()}{PART}")
+    work = folder.with_name(own_name(folder.name, PART))
     shutil.rmtree(work, ignore_errors=True)
     try:
         work.mkdir(parents=True)
         yield work
-        for path in work.rglob("*"):
-            if path.is_file():
-                _sync(path)
-        earlier = folder.with_name(f".{folder.name}.earlier")
-        shutil.rmtree(earlier, ignore_errors=True)
-        if folder.exists():
-            folder.rename(earlier)
-        work.rename(folder)
-        shutil.rmtree(earlier, ignore_errors=True)
+        for path in [*work.rglob("*"), work]:
+            _sync(path)
+        _take_place(work, folder)
     except BaseException as error:
         shutil.rmtree(work, ignore_errors=True)
         if isinstance(error, OSError | SafetensorError):
@@ -69,6 +68,72 @@ def drop_remote_code(folder: Path) -> None:
             path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
+def _take_place(work: Path, folder: Path) -> None:
+    """Let `work` be `folder`; what was there goes once the disk knows of the new one."""
+    earlier = folder.with_name(own_name(f".{folder.name}", EARLIER))
+    while True:
+        shutil.rmtree(earlier, ignore_errors=True)
+        if folder.exists():
+            folder.rename(earlier)
+        try:
+            work.rename(folder)
+            break
+        except OSError as error:  # somebody put the earlier one back, or wrote it too
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                raise
+    _sync(folder.parent)
+    shutil.rmtree(earlier, ignore_errors=True)
+
+
+def put_back(folder: Path) -> None:
+    """Put the earlier content of a folder back, where a crash came between its leaving its place
+    and the new one's taking it."""
+    if folder.exists() or not folder.parent.is_dir():
+        return
+    left = [p for p in made_here(folder.parent, EARLIER) if p.name.startswith(f".{folder.name}.")]
+    if left:
+        newest = max(left, key=lambda path: path.stat().st_mtime)
+        newest.rename(folder)
+        say(f"{folder}: a crash left it as {newest.name}; it is put back")
+
+
+def refuse_link(path: Path) -> None:
+    """Raise `ValueError` where something of ours is to be written to a link of somebody else's."""
+    if path.is_symlink():
+        raise ValueError(
+            f"{path} is a link to {os.readlink(path)}, whose content would be replaced: name the "
+            "folder itself, or delete the link"
+        )
+
+
+def plain_name(name: object, told_by: Path) -> str:
+    """A file's name that another file tells of; it stays within the folder of that one.
+
+    Raises:
+        ValueError: it is a path, or no name.
+    """
+    plain = isinstance(name, str) and name == Path(name).name and name not in ("", "..")
+    if not isinstance(name, str) or not plain or "\0" in name:
+        raise ValueError(f"{told_by} names {name!r}, which is no file of its folder")
+    return name
+
+
+def open_own(path: Path, mode: str) -> IO[Any]:
+    """`path.open(mode)` to write to a file that we made or are to make: no link, no pipe.
+
+    Raises:
+        ValueError: it is one.
+    """
+
+    def opener(name: str, flags: int) -> int:
+        return os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise ValueError(f"{path} is a link or no file, and would be written to: delete it")
+    encoding = None if "b" in mode else "utf-8"
+    return open(path, mode, encoding=encoding, opener=opener)
+
+
 def check_empty(folder: Path) -> None:
     """Raise `ValueError` where a folder that is to be written holds something."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -76,9 +141,12 @@ def check_empty(folder: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    """After this a power cut cannot leave a new name without its content."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+    """After this a power cut cannot leave a file or folder without its content."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _unwritten(path: Path, error: Exception) -> str:
@@ -104,55 +172,6 @@ def content_sha256(content: dict[str, Any]) -> str:
 
 
 @contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """Work in a folder while other processes that would do so wait.
-
-    What a killed process left half-written there is cleared away. The lock goes with the process
-    that holds it, however that ends.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK).open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"{folder}: another process works there, waiting for it", file=sys.stderr)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        for half_written in folder.glob(f"{WRITING}.*"):
-            shutil.rmtree(half_written, ignore_errors=True)
-        yield
-
-
-@contextmanager
-def only_one_in(folder: Path) -> Iterator[None]:
-    """Work in a folder unless another process does.
-
-    Raises:
-        ValueError: it does.
-    """
-    with (folder / LOCK).open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(
-                f"another process works in {folder}: wait for its end, or name another folder, "
-                "run.dir=PATH"
-            ) from error
-        yield
-
-
-def is_held(folder: Path) -> bool:
-    """Whether a process works in a folder, by `alone_in` or `only_one_in`."""
-    if not (folder / LOCK).is_file():
-        return False
-    with (folder / LOCK).open("r") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
-
-
-@contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """Gives a place to write to; what was written there then appears at `path` in one step.
 
@@ -160,12 +179,13 @@ def whole_file(path: Path) -> Iterator[Path]:
         OSError: with what to do, when the disk is full.
     """
     # A folder of this process's own, which it can take away again.
-    work = path.parent / f"{WRITING}.{platform.node()}.{os.getpid()}" / path.name
+    work = path.parent / own_name("", WORK) / path.name
     try:
         work.parent.mkdir(exist_ok=True)
         yield work
         _sync(work)
         work.replace(path)
+        _sync(path.parent)
     except (OSError, SafetensorError) as error:
         work.unlink(missing_ok=True)
         raise OSError(_unwritten(path, error)) from error

@@ -15,7 +15,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env, reduce
 
-from headstart.heads.files import alone_in
+from headstart.heads.locks import alone_in
 
 PATIENCE = timedelta(days=2)  # one process may generate for hours while the others wait
 T = TypeVar("T")

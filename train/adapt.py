@@ -33,8 +33,9 @@ from headstart.eval.asked import as_the_head_was
 from headstart.eval.environment import environment
 from headstart.eval.report import as_json
 from headstart.heads.export import load_assistant_config, rope_position
-from headstart.heads.files import alone_in, write_atomically
+from headstart.heads.files import write_atomically
 from headstart.heads.loading import open_target
+from headstart.heads.locks import alone_in
 from headstart.heads.progress import say
 from headstart.heads.served import served_name
 from headstart.train.before_after import (

@@ -1,6 +1,7 @@
 """Checkpoints: safetensors and JSON in one folder that appears whole or not at all."""
 
 import json
+import re
 import shutil
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -12,13 +13,14 @@ from safetensors.torch import load_file, save_file
 
 from headstart.configs.loader import save_config
 from headstart.configs.schema import Config, TrainConfig
-from headstart.heads.files import PART, content_sha256, file_sha256, whole_folder
+from headstart.heads.files import content_sha256, file_sha256, plain_name, whole_folder
 from headstart.heads.targets import Target
 from headstart.heads.unroll import DraftHead
 from headstart.train.average import Average
 from headstart.train.parallel import placed_like, whole
 
 STATE = "state.json"
+STEP = re.compile(r"step-\d{6,}")  # name of a checkpoint
 
 
 @dataclass
@@ -106,14 +108,12 @@ def save_checkpoint(
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
-    return sorted(p for p in folder.glob("step-*") if p.suffix != PART)
-
-
-def remove_unfinished(folder: Path) -> None:
-    """Clear away what killed processes were writing."""
-    for part in folder.glob(f"*{PART}"):
-        shutil.rmtree(part)
+    """Complete checkpoints, oldest first; links and other names are none of ours."""
+    return sorted(
+        path
+        for path in folder.glob("step-*")
+        if STEP.fullmatch(path.name) and path.is_dir() and not path.is_symlink()
+    )
 
 
 def check_checkpoint(path: Path) -> dict[str, Any]:
@@ -140,6 +140,7 @@ def _read_state(path: Path) -> dict[str, Any]:
     if not intact:
         raise ValueError(f"{path / STATE} is damaged: its SHA-256 does not match")
     for name, expected in state["files"].items():
+        plain_name(name, path / STATE)
         if not (path / name).is_file():
             raise ValueError(f"{path / name} is missing")
         if file_sha256(path / name) != expected:

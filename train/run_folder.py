@@ -11,12 +11,13 @@ from typing import Any
 
 from headstart.configs.loader import dump_config, read_yaml
 from headstart.configs.schema import Config
-from headstart.heads.files import is_held, only_one_in, write_atomically
+from headstart.heads.files import PART, open_own, refuse_link, write_atomically
+from headstart.heads.leftovers import remove_left_behind
+from headstart.heads.locks import is_held, only_one_in
 from headstart.train.checkpoints import (
     check_checkpoint,
     checkpoint_config,
     checkpoints,
-    remove_unfinished,
 )
 
 CONFIG = "config.yaml"
@@ -45,7 +46,6 @@ def run_folder(run: Path, doing: str) -> Iterator[None]:
     Raises:
         ValueError: another process works there.
     """
-    run.mkdir(parents=True, exist_ok=True)
     with only_one_in(run):
         note = {"doing": doing, "started": _now(), "host": platform.node(), "pid": os.getpid()}
         there = (run / STATUS).read_text(encoding="utf-8") if (run / STATUS).is_file() else None
@@ -129,11 +129,13 @@ def open_run(config: Config, resume: bool, processes: int) -> None:
     Raises:
         RunRefused: there is a checkpoint and `resume` is off, or the newest one was written by a
             configuration that trains something else.
-        ValueError: the newest one is damaged.
+        ValueError: the newest one is damaged, or a folder to write to is a link.
     """
     run = config.run.dir
-    remove_unfinished(run)
-    remove_unfinished(run / "checkpoints")
+    for ours in ("checkpoints", "head", METRICS):
+        refuse_link(run / ours)
+    for folder in (run, run / "checkpoints"):
+        remove_left_behind(folder, PART)
     if saved := checkpoints(run / "checkpoints"):
         if not resume:
             raise RunRefused(
@@ -177,7 +179,7 @@ def _training_settings(config: Config, processes: int) -> dict[str, Any]:
 
 def append_metrics(run: Path, row: dict[str, Any]) -> None:
     """Add one line to metrics.jsonl."""
-    with (run / METRICS).open("a", encoding="utf-8") as file:
+    with open_own(run / METRICS, "a") as file:
         file.write(json.dumps(row) + "\n")
 
 

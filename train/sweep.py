@@ -24,7 +24,7 @@ from headstart.eval.environment import environment
 from headstart.eval.statistics import interval
 from headstart.eval.walked import Walked, length_draws, total_counts, walk_texts
 from headstart.heads.export import load_assistant
-from headstart.heads.files import write_atomically
+from headstart.heads.files import whole_file, write_atomically
 from headstart.heads.loading import open_target
 from headstart.heads.progress import plain_console
 from headstart.heads.targets import Target
@@ -222,4 +222,5 @@ def plot_sweep(content: dict[str, Any], path: Path) -> None:
         axes.set_yticks(range(len(names)), names)
         axes.grid(alpha=0.3, axis="x")
     panels[0].invert_yaxis()
-    figure.savefig(path, dpi=120)
+    with whole_file(path) as work:
+        figure.savefig(work, dpi=120)

@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
+from headstart.heads.files import whole_file
 from headstart.heads.progress import plain_console
 from headstart.train.checkpoints import checkpoints
 from headstart.train.run_folder import STATUS, read_metrics, read_status, read_steps
@@ -169,5 +170,6 @@ def plot_run(folder: Path) -> Path:
         axes.grid(alpha=0.3)
         axes.legend()
     path = folder / PLOT
-    figure.savefig(path, dpi=120)
+    with whole_file(path) as work:
+        figure.savefig(work, dpi=120)
     return path

@@ -46,6 +46,17 @@ def refuse(status: int, message: str) -> Reply:
     return status, {"error": {"message": message, "code": status}}
 
 
+def cut(answer: Any, limit: int) -> Any:
+    """A response with no more than `limit` tokens in any of its lists."""
+    if isinstance(answer, list):
+        return [cut(item, limit) for item in answer[:limit]]
+    if not isinstance(answer, dict):
+        return answer
+    counted = {"completion_tokens": min(limit, answer.get("completion_tokens", 0))}
+    whole = {key: cut(value, limit) for key, value in answer.items()}
+    return whole | (counted if "completion_tokens" in answer else {})
+
+
 @dataclass
 class Fake:
     """A server in a thread: `reply` to completions, `models` and `tokens` to the other paths."""
@@ -61,6 +72,7 @@ class Fake:
         self.asked.append(request)
         status, answer = self.reply(request)
         if status == 200:
+            answer = cut(answer, request["max_tokens"])
             usage = {"prompt_tokens": len(request["prompt"])} | answer.get("usage", {})
             answer = answer | {"usage": usage}
         return status, answer
@@ -110,7 +122,7 @@ def answers(
     async def run() -> tuple[list[Answer], list[str]]:
         async with AnswerServer(url, model, 2, TOKENIZER, EOS) as client:
             await client.check()
-            jobs = [client.answer(PROMPT, sampling, seed, 5) for seed in range(count)]
+            jobs = [client.answer(PROMPT, sampling, seed, len(IDS)) for seed in range(count)]
             return await asyncio.gather(*jobs), client.notes
 
     return asyncio.run(run())
@@ -126,7 +138,7 @@ OLD_VLLM = body({"logprobs": {"tokens": [f"token_id:{i}" for i in IDS]}}, len(ID
 
 @pytest.mark.parametrize("response", [VLLM, LLAMA_CPP, OLD_LLAMA_CPP, OLD_VLLM])
 def test_ids_are_taken_as_each_server_gives_them(response: dict[str, Any]) -> None:
-    assert read_answer(response, TOKENIZER, EOS) == Answer(IDS, "length", False)
+    assert read_answer(response, TOKENIZER, EOS, 64) == Answer(IDS, "length", False)
 
 
 @pytest.mark.parametrize(
@@ -151,28 +163,28 @@ def test_ids_end_with_an_end_token_exactly_when_the_answer_stopped(
     choice: dict[str, Any], written: int | None, expected: Answer
 ) -> None:
     response = body({"finish_reason": "stop"} | choice, written)
-    assert read_answer(response, TOKENIZER, EOS) == expected
+    assert read_answer(response, TOKENIZER, EOS, 64) == expected
 
 
 def test_nothing_follows_an_end_token_that_the_server_does_not_know() -> None:
     response = body({"token_ids": [40, 3, 41]}, 3)
-    assert read_answer(response, TOKENIZER, EOS) == Answer([40, 3], "stop", False)
+    assert read_answer(response, TOKENIZER, EOS, 64) == Answer([40, 3], "stop", False)
 
 
 def test_ids_that_are_not_all_there_are_not_used() -> None:
     """As llama.cpp's log-probabilities of a text that ends inside a character."""
     assert server_ids(body({"token_ids": IDS[:-1]}, len(IDS))) is None
-    assert read_answer(body({"token_ids": IDS[:-1]}, len(IDS)), TOKENIZER, EOS).retokenised
+    assert read_answer(body({"token_ids": IDS[:-1]}, len(IDS)), TOKENIZER, EOS, 64).retokenised
 
 
 def test_ids_outside_the_vocabulary_are_another_models() -> None:
     with pytest.raises(ValueError, match="another model: its token 9999 is outside"):
-        read_answer(body({"token_ids": [5, 9999]}, 2), TOKENIZER, EOS)
+        read_answer(body({"token_ids": [5, 9999]}, 2), TOKENIZER, EOS, 64)
 
 
 def test_an_answer_broken_off_is_no_answer() -> None:
     with pytest.raises(RuntimeError, match=r"broke an answer off \(abort\)"):
-        read_answer(body({"finish_reason": "abort"}), TOKENIZER, EOS)
+        read_answer(body({"finish_reason": "abort"}), TOKENIZER, EOS, 64)
 
 
 def test_prompts_go_out_as_ids_and_sampling_is_plain(fake: Fake) -> None:
@@ -182,7 +194,7 @@ def test_prompts_go_out_as_ids_and_sampling_is_plain(fake: Fake) -> None:
     request = fake.asked[-1]
     assert request["prompt"] == PROMPT
     assert (request["model"], request["temperature"], request["seed"]) == ("gemma", 0.7, 0)
-    assert (request["max_tokens"], request["top_p"], request["top_k"]) == (5, 1.0, -1)
+    assert (request["max_tokens"], request["top_p"], request["top_k"]) == (len(IDS), 1.0, -1)
     assert "logprobs" not in request
     assert "stop" not in request
     assert len(fake.asked) == 2  # the probe found ids, so nothing else was tried

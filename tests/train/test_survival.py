@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from headstart.configs.schema import Config
+from headstart.heads.leftovers import HOST
 from headstart.train import loop
 from headstart.train.checkpoints import checkpoints
 from headstart.train.loop import train
@@ -218,7 +219,7 @@ def test_a_checkpoint_of_another_configuration_is_refused_by_name(damaged: Path)
 
 def test_a_half_written_checkpoint_is_never_picked_up(damaged: Path) -> None:
     folder = damaged / "checkpoints"
-    half = folder / "step-000009.12345.part"
+    half = folder / f"step-000009.{HOST}.4194399.0123abcd.part"
     shutil.copytree(folder / "step-000008", half)
     (half / "state.json").unlink()
     assert [path.name for path in checkpoints(folder)] == ["step-000004", "step-000008"]
@@ -320,7 +321,7 @@ def test_an_error_of_the_disk_at_any_file_of_a_checkpoint_keeps_the_earlier_one(
 
 
 def test_a_second_process_in_the_same_folder_is_refused(damaged: Path) -> None:
-    from headstart.heads.files import only_one_in
+    from headstart.heads.locks import only_one_in
 
     with only_one_in(damaged), pytest.raises(ValueError, match="another process works in"):
         train(config_of(damaged), resume=True)

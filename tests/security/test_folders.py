@@ -1,0 +1,167 @@
+"""Folders that hold what this program did not make: it stays, whatever its name."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from headstart.configs.schema import EvalConfig
+from headstart.eval import publish
+from headstart.eval.measurements import Measurements
+from headstart.eval.publish import Publication, build_folder
+from headstart.eval.report import run_evaluation
+from headstart.heads import leftovers
+from headstart.heads.files import PART, whole_folder
+from headstart.heads.leftovers import own_name, remove_left_behind
+from headstart.heads.locks import alone_in, only_one_in
+from headstart.heads.targets import Target
+from headstart.train.checkpoints import checkpoints
+from headstart.train.run_folder import open_run
+from tests.train.test_loop import tiny_config
+
+GONE = f"{leftovers.HOST}.4194399.0123abcd"  # a process that there is not: ids end before
+
+
+def folder_with(path: Path, text: str = "mine") -> Path:
+    path.mkdir(parents=True)
+    (path / "notes.txt").write_text(text)
+    return path
+
+
+@pytest.mark.parametrize("name", ["thesis.part", "film.2024.part", "step-000009.12345.part"])
+def test_a_part_folder_of_somebody_elses_survives_a_resumption(name: str, tmp_path: Path) -> None:
+    theirs = [folder_with(tmp_path / name), folder_with(tmp_path / "checkpoints" / name)]
+    open_run(tiny_config(tmp_path), resume=True, processes=1)
+    assert all((path / "notes.txt").read_text() == "mine" for path in theirs)
+
+
+def test_a_file_that_ends_in_part_ends_no_resumption(tmp_path: Path) -> None:
+    (tmp_path / "download.part").write_text("mine")
+    open_run(tiny_config(tmp_path), resume=True, processes=1)
+    assert (tmp_path / "download.part").read_text() == "mine"
+
+
+def test_what_a_killed_process_was_writing_is_removed(tmp_path: Path) -> None:
+    ours = folder_with(tmp_path / "checkpoints" / f"step-000009.{GONE}.part")
+    open_run(tiny_config(tmp_path), resume=True, processes=1)
+    assert not ours.exists()
+
+
+ALIVE = ["other.4194399.0123abcd", f"{leftovers.HOST}.1.aaaaaaaa"]
+
+
+@pytest.mark.parametrize("suffix", ALIVE)
+def test_what_another_machine_or_a_living_process_is_writing_stays(
+    suffix: str, tmp_path: Path
+) -> None:
+    theirs = folder_with(tmp_path / f"export.{suffix}.part")
+    remove_left_behind(tmp_path, PART)
+    assert theirs.exists()
+
+
+def test_two_machines_with_one_process_id_write_beside_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with whole_folder(tmp_path / "head") as ours:
+        (ours / "a").write_text("ours")
+        monkeypatch.setattr(leftovers, "HOST", "other")
+        monkeypatch.setattr(leftovers, "TOKEN", "fedcba98")
+        with whole_folder(tmp_path / "head") as theirs:
+            assert ours != theirs
+            (theirs / "b").write_text("theirs")
+        assert (ours / "a").read_text() == "ours"
+    assert [path.name for path in (tmp_path / "head").iterdir()] == ["a"], "the last one counts"
+
+
+def test_a_link_with_the_name_of_a_left_folder_takes_nothing_with_it(tmp_path: Path) -> None:
+    users = folder_with(tmp_path / "home")
+    (tmp_path / f"head.{GONE}.part").symlink_to(users)
+    remove_left_behind(tmp_path, PART)
+    assert (users / "notes.txt").read_text() == "mine"
+
+
+def test_folders_that_only_begin_as_checkpoints_are_none(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    for name in ("step-by-step-notes", "step-000004-keep", "step-000008"):
+        folder_with(folder / name)
+    (folder / "step-000010").symlink_to(folder / "step-by-step-notes")
+    assert [path.name for path in checkpoints(folder)] == ["step-000008"]
+
+
+def test_an_earlier_folder_of_somebody_elses_survives_a_new_head(tmp_path: Path) -> None:
+    theirs = folder_with(tmp_path / ".head.earlier")
+    for text in ("first", "second"):
+        with whole_folder(tmp_path / "head") as work:
+            (work / "notes.txt").write_text(text)
+    assert (theirs / "notes.txt").read_text() == "mine"
+    assert (tmp_path / "head" / "notes.txt").read_text() == "second"
+
+
+@pytest.mark.parametrize(
+    "theirs", [".git/HEAD", "thesis.tex", "evaluation/notes.txt", "evaluation/old/x.json"]
+)
+def test_publishing_replaces_no_folder_that_holds_something_else(
+    theirs: str, tmp_path: Path
+) -> None:
+    out = tmp_path / "clone"
+    (out / publish.EVALUATION).mkdir(parents=True)
+    (out / publish.SETTINGS).touch()
+    (out / theirs).parent.mkdir(exist_ok=True)
+    (out / theirs).write_text("mine")
+    with pytest.raises(ValueError, match="would be lost"):
+        build_folder(Publication(tmp_path / "run", "org/head"), out)
+    assert (out / theirs).read_text() == "mine"
+
+
+def test_hours_of_measurements_are_moved_aside_and_not_wiped(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "measurements.jsonl"
+    for texts in (3, 2, 0, 1):  # the third was stopped before its first text
+        kept = Measurements(path, {"texts": texts}, resume=False)
+        for number in range(texts):
+            kept.add({"id": str(number)})
+    lines = {one.name: len(one.read_text().splitlines()) - 1 for one in tmp_path.iterdir()}
+    assert lines == {"measurements.1.jsonl": 3, "measurements.2.jsonl": 2, "measurements.jsonl": 1}
+    assert "measurements.2.jsonl" in capsys.readouterr().out
+
+
+def test_two_evaluations_do_not_mix_their_lines(tiny: Target, tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "xyz"}) + "\n")
+    chosen = EvalConfig(
+        prompts=str(tmp_path / "p.jsonl"), num_assistant_tokens=[2], max_new_tokens=4,
+        decoders=["lookup"],
+    )  # fmt: skip
+    path = tmp_path / "out" / "measurements.jsonl"
+    kept = Measurements(path, {}, resume=False)
+    kept.add({"id": "of the first"})
+    before = path.read_text()
+    with only_one_in(path.parent), pytest.raises(ValueError, match="another process works in"):
+        run_evaluation(tiny, {}, chosen, path.parent)
+    assert path.read_text() == before
+
+
+def test_half_written_files_of_a_living_process_survive_another_at_work(tmp_path: Path) -> None:
+    script = (
+        "import sys; from pathlib import Path; from headstart.heads.files import whole_file\n"
+        "with whole_file(Path(sys.argv[1])) as work:\n"
+        "    work.write_text('whole'); print('ready', flush=True); sys.stdin.read()"
+    )
+    path = tmp_path / "index.json"
+    command = [sys.executable, "-c", script, str(path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as writer:
+        assert writer.stdout is not None
+        assert writer.stdout.readline() == b"ready\n"
+        with alone_in(tmp_path):
+            pass
+        writer.communicate(b"")
+    assert writer.returncode == 0
+    assert path.read_text() == "whole"
+
+
+def test_names_of_the_time_being_tell_process_and_machine() -> None:
+    name = own_name("head", PART)
+    assert name == f"head.{leftovers.HOST}.{os.getpid()}.{leftovers.TOKEN}.part"
