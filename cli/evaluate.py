@@ -146,10 +146,12 @@ def _run_eval(args: argparse.Namespace) -> None:
 
 def _run_compare(args: argparse.Namespace) -> None:
     from headstart.eval.compare import print_changes, read_report
+    from headstart.heads.admission import reading
 
     if args.after is None and args.decoders is None:
         raise ValueError("name a second report, or --decoders X,Y of this one")
     if args.decoders is not None and len(args.decoders) != 2:
         raise ValueError(f"--decoders compares two, not {len(args.decoders)}")
     before, after = read_report(args.before), read_report(args.after or args.before)
-    print_changes(before, after, None if args.decoders is None else tuple(args.decoders))
+    with reading(f"{args.before} or {args.after or 'itself'}", "is no report to compare"):
+        print_changes(before, after, None if args.decoders is None else tuple(args.decoders))

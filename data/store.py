@@ -13,13 +13,16 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from pydantic import TypeAdapter
 
 from headstart.configs.schema import DataConfig
 from headstart.data.shards import FORMAT, Document, Entry, Shard, Storage, refusal, shard_paths
+from headstart.heads.admission import reading
 from headstart.heads.files import content_sha256, plain_name, write_atomically
 from headstart.heads.progress import say
 from headstart.heads.targets import Target, source_layers
 
+ENTRIES = TypeAdapter(list[Entry])
 OPEN_SHARDS = 32  # memory maps held at once
 SAID_ABOVE = 1 << 20  # bytes
 
@@ -124,13 +127,13 @@ class ActivationStore:
         }  # fmt: skip
         entries: list[Entry] = []
         self._places: list[tuple[int, int]] = []  # shard number, first token
-        for number, shard in enumerate(self.index["shards"]):
-            start = 0
-            for row in shard.pop("documents"):
-                entry = Entry(**row)
-                entries.append(entry)
-                self._places.append((number, start))
-                start += entry.length
+        with reading(str(folder / "index.json"), "is damaged"):
+            for number, shard in enumerate(self.index["shards"]):
+                start = 0
+                for entry in ENTRIES.validate_python(shard.pop("documents")):
+                    entries.append(entry)
+                    self._places.append((number, start))
+                    start += entry.length
         self.entries: Sequence[Entry] = entries
         self._open: OrderedDict[int, Shard] = OrderedDict()
         self._verified: set[int] = set()
@@ -199,7 +202,7 @@ def read_index(folder: Path) -> dict[str, Any]:
         made_of = index["format"]
         intact = content_sha256(index) == index["sha256"]
         files = [row["file"] for row in index["shards"]]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{path} is damaged ({error}): delete it and run the command that made it again"
         ) from error

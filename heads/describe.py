@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import GenerationConfig
 from transformers.utils import cached_file
 
+from headstart.heads.admission import reading
 from headstart.heads.export import load_assistant_config
 from headstart.heads.progress import plain_console
 from headstart.heads.step_cost import target_step_weights
@@ -84,6 +85,11 @@ def describe(path: str | Path, target_config: Any | None = None) -> dict[str, An
         ValueError: no head at `path`, a damaged file, or one that does not fit the target.
     """
     config = load_assistant_config(path)
+    with reading(str(path), "is no head that can be described"):
+        return _describe(path, config, target_config)
+
+
+def _describe(path: str | Path, config: Any, target_config: Any | None) -> dict[str, Any]:
     file, tensors = _header(path)
     text = config.text_config
     width, target_width = text.hidden_size, config.backbone_hidden_size

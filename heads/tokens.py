@@ -12,6 +12,7 @@ from typing import Any
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from headstart.heads.admission import reading
 from headstart.heads.chat_template import ASKED, render_chat, turn_format
 from headstart.heads.progress import say
 
@@ -248,8 +249,9 @@ def complete_tokenizer(
     if tokenizer.bos_token_id is None:
         say(f"{name}: its tokenizer has no <bos>: plain text begins without one")
         return
-    wanted = [tokenizer.bos_token_id, *tokenizer("a", add_special_tokens=False)["input_ids"]]
-    before = tokenizer("a")["input_ids"]
+    with reading(name, "has a tokenizer that does not run"):
+        wanted = [tokenizer.bos_token_id, *tokenizer("a", add_special_tokens=False)["input_ids"]]
+        before = tokenizer("a")["input_ids"]
     if before == wanted:
         return
     tokenizer.add_bos_token, tokenizer.add_eos_token = True, False

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
+from pydantic import TypeAdapter
 from safetensors.torch import load_file, save_file
 
-from headstart.configs.loader import save_config
+from headstart.configs.loader import load_saved, save_config
 from headstart.configs.schema import Config, TrainConfig
+from headstart.heads.admission import reading
 from headstart.heads.files import content_sha256, file_sha256, plain_name, whole_folder
 from headstart.heads.targets import Target
 from headstart.heads.unroll import DraftHead
@@ -135,16 +136,20 @@ def _read_state(path: Path) -> dict[str, Any]:
     try:
         state: dict[str, Any] = json.loads((path / STATE).read_text(encoding="utf-8"))
         intact = content_sha256(state) == state["sha256"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path / STATE} is missing or damaged ({error})") from error
     if not intact:
         raise ValueError(f"{path / STATE} is damaged: its SHA-256 does not match")
-    for name, expected in state["files"].items():
-        plain_name(name, path / STATE)
-        if not (path / name).is_file():
-            raise ValueError(f"{path / name} is missing")
-        if file_sha256(path / name) != expected:
-            raise ValueError(f"{path / name} is damaged: its SHA-256 does not match")
+    with reading(str(path / STATE), "is damaged"):
+        _progress(state)
+        if not (isinstance(state["processes"], int) and isinstance(state["target"], str)):
+            raise TypeError("processes is to be a number, and target a text")
+        for name, expected in state["files"].items():
+            plain_name(name, path / STATE)
+            if not (path / name).is_file():
+                raise ValueError(f"{path / name} is missing")
+            if file_sha256(path / name) != expected:
+                raise ValueError(f"{path / name} is damaged: its SHA-256 does not match")
     return state
 
 
@@ -160,8 +165,7 @@ def _way_out(path: Path, earlier: list[Path]) -> str:
 
 def checkpoint_config(path: Path) -> Config:
     """The configuration that a checkpoint was written by."""
-    text = (path / "config.yaml").read_text(encoding="utf-8")
-    return Config.model_validate(yaml.safe_load(text))
+    return load_saved(path / "config.yaml")
 
 
 @torch.no_grad()
@@ -210,4 +214,9 @@ def load_checkpoint(
     if average.values:
         for name, value in load_file(path / "average.safetensors").items():
             average.values[name].copy_(placed_like(value, average.values[name]))
-    return Progress(**{field.name: state[field.name] for field in fields(Progress)})
+    return _progress(state)
+
+
+def _progress(state: dict[str, Any]) -> Progress:
+    values = {field.name: state[field.name] for field in fields(Progress)}
+    return TypeAdapter(Progress).validate_python(values)

@@ -198,8 +198,9 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
-            if not all(isinstance(row[key], int | float) for key in ("step", "loss")):
-                raise TypeError("step and loss are to be numbers")
+            needed = [row[key] for key in ("step", "loss", "batch_acceptance_length")]
+            if not all(isinstance(value, int | float) for value in [*needed, *row.values()]):
+                raise TypeError("not all of it are numbers")
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(
                 f"{path}, line {number} is damaged ({_reason(error)}): delete the line"

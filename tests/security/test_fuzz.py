@@ -6,6 +6,8 @@ file. Parsers and admission alone: no weights are loaded.
 
 import json
 import os
+import shutil
+from argparse import Namespace
 from collections.abc import Callable
 from functools import partial
 from io import StringIO
@@ -18,16 +20,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
+from headstart.cli.evaluate import _run_compare
 from headstart.configs.schema import TargetConfig
 from headstart.data.conversations import MANIFEST, read_manifest
 from headstart.data.extraction import extract
 from headstart.data.store import ActivationStore
-from headstart.eval.compare import print_changes, read_report
-from headstart.heads.adapters import fitting
 from headstart.heads.admission import check_files
 from headstart.heads.describe import describe
 from headstart.heads.files import content_sha256
 from headstart.heads.loading import load_target_config, load_target_tokens
+from headstart.heads.served import fitting_adapter
 from headstart.train.checkpoints import check_checkpoint, checkpoint_config, checkpoints
 from headstart.train.loop import train
 from headstart.train.watching import print_runs, read_run
@@ -35,7 +37,7 @@ from tests.conftest import make_target
 from tests.field.checkpoints import saved_target
 from tests.field.test_fuzz import EACH, SHARES, VALUES, damaged, refused_with, replaced
 from tests.samples import conversations
-from tests.train.test_loop import tiny_config
+from tests.train.test_loop import ROOT, tiny_config
 
 TIMES = int(os.environ.get("HEADSTART_FUZZ", "1"))
 QUIET = Console(file=StringIO())
@@ -147,28 +149,30 @@ def test_headers_of_weights(
         check_files(checkpoint)
 
 
-@fuzz(100)
-@given(change=CHANGE)
-def test_adapters(change: Change, tmp_path_factory: pytest.TempPathFactory) -> None:
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from peft import LoraConfig, get_peft_model
 
     folder = tmp_path_factory.mktemp("adapter")
+    model: Any = make_target("gemma3").model
     lora = LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
-    get_peft_model(ADAPTED(), lora).save_pretrained(str(folder))
-    model = ADAPTED()
+    get_peft_model(model, lora).save_pretrained(str(folder))
+    return folder
 
+
+@pytest.fixture(scope="module")
+def tuned() -> Any:
+    return make_target("gemma3").model
+
+
+@fuzz(50)
+@given(change=CHANGE)
+def test_adapters(change: Change, adapter: Path, tuned: Any) -> None:
     def read() -> None:
-        with fitting(str(folder), folder, model, True):
+        with fitting_adapter(str(adapter), tuned, True):
             pass
 
-    file = folder / "adapter_config.json"
-    file.write_bytes(altered(file, change))
-    with refused_with(str(folder)):
-        read()
-
-
-def ADAPTED() -> Any:
-    return make_target("gemma3").model
+    attempt(adapter / "adapter_config.json", change, read, adapter)
 
 
 @fuzz(100)
@@ -211,18 +215,16 @@ def test_checkpoints_of_runs(name: str, change: Change, run: Path) -> None:
     attempt(folder / name, change, read, folder)
 
 
-@fuzz(150)
+@fuzz(60)
 @given(name=st.sampled_from(["config.json", "generation_config.json"]), change=CHANGE)
 def test_heads(name: str, change: Change, run: Path) -> None:
     attempt(run / "head" / name, change, partial(describe, run / "head"), run / "head")
 
 
-@fuzz(100)
+@fuzz(30)  # each a quarter of a second
 @given(change=CHANGE)
 def test_reports(change: Change, tmp_path_factory: pytest.TempPathFactory) -> None:
-    from tests.train.test_loop import ROOT
-
-    before = read_report(ROOT / "docs" / "results" / "eval-t1.json")
     file = tmp_path_factory.mktemp("report") / "report.json"
-    file.write_text(json.dumps(before))
-    attempt(file, change, lambda: print_changes(read_report(file), before, None, QUIET), file)
+    shutil.copyfile(ROOT / "docs" / "results" / "eval-t1.json", file)
+    given = Namespace(before=file, after=ROOT / "docs" / "results" / "eval-t1.json", decoders=None)
+    attempt(file, change, lambda: _run_compare(given), file)
