@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -171,3 +172,24 @@ def test_no_table_is_printed_by_a_console_that_reads_markup() -> None:
         if re.search(r"\bConsole\((?!Console\))|rich\.print|rich import print", path.read_text())
     }
     assert not made
+
+
+def test_a_target_named_as_markup_makes_nothing_of_a_model_card(
+    finished_run: Path, tmp_path: Path
+) -> None:
+    run = Path(shutil.copytree(finished_run, tmp_path / "run"))
+    path = run / "eval" / "report.json"
+    content = json.loads(path.read_text())
+    for name in ("target", "prompts", "processor"):
+        content["environment"][name] = MARKDOWN
+    content["environment"]["accelerator"] = None
+    path.write_text(json.dumps(content))
+    words = ["publish", str(run), "--repo-id", "org/head", "--base-model", "org/tiny"]
+    out = tmp_path / "folder"
+    assert main([*words, "--language", "[en](b)", "--dry-run", "--out", str(out)]) == 0
+    text = (out / "README.md").read_text().split("---\n", 2)[2]
+    code = re.compile(r"```.*?```|``+ .*? ``+|`[^`\n]*`", re.DOTALL)
+    prose = code.sub("", text)
+    assert "img" in prose
+    assert not re.search(r"(?<!\\)<|!\[|(?<!\\)\]\((?!evaluation|training)", prose)
+    assert not re.search(r"^# x", text, re.MULTILINE)
