@@ -26,6 +26,7 @@ from headstart.cli.serving import add_serving_commands
 from headstart.cli.signals import Ended, tidy_ends
 from headstart.cli.sweep import add_sweep_command
 from headstart.configs.paths import expand_home
+from headstart.heads.text import one_line, visible
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -44,15 +45,19 @@ def main(argv: list[str] | None = None) -> int:
         from transformers.utils.logging import disable_progress_bar
 
         disable_progress_bar()  # ours say more; "Loading weights" took a second
+        for handler in logging.getLogger("transformers").handlers:
+            handler.setFormatter(_Visible())  # its warnings name what a config.json says
         with tidy_ends():
             args.command(args)
     except KeyboardInterrupt as stop:
-        what = str(stop) or "interrupted; finished work is kept (train: go on with --resume)"
+        what = (
+            one_line(str(stop)) or "interrupted; finished work is kept (train: go on with --resume)"
+        )
         print(f"headstart: {what}", file=sys.stderr)
         code = 128 + stop.number if isinstance(stop, Ended) else 130
     except Exception as error:
         if args.debug:
-            traceback.print_exc()
+            print(visible(traceback.format_exc()), end="", file=sys.stderr)
         else:
             print(f"headstart: {_one_line(error)} (--debug shows the traceback)", file=sys.stderr)
         code = 1
@@ -62,6 +67,13 @@ def main(argv: list[str] | None = None) -> int:
 
     leave_processes()  # after the errors, whose frames hold what the command worked with
     return code
+
+
+class _Visible(logging.Formatter):
+    """Messages without control characters."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return visible(super().format(record))
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
@@ -97,7 +109,7 @@ def _one_line(error: Exception) -> str:
 
         if isinstance(error, ValidationError):
             error = ValueError(explain_all(error))
-    text = " ".join(str(error).split()) or "no message"
+    text = visible(" ".join(str(error).split())) or "no message"
     # Ours are ValueErrors and RuntimeErrors with a full sentence; others need their type's name.
     known = isinstance(error, (ValueError, RuntimeError, ModuleNotFoundError))
     return text if known else f"{type(error).__name__}: {text}"

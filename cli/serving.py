@@ -95,6 +95,7 @@ def _run_export(args: argparse.Namespace) -> None:
     from headstart.configs.schema import TargetConfig
     from headstart.heads.engine_export import export_for_engine
     from headstart.heads.loading import load_target_config, load_target_tokens
+    from headstart.heads.progress import say
 
     config = load_target_config(args.target, args.revision)
     tokens = load_target_tokens(TargetConfig(name=args.target, revision=args.revision))
@@ -103,7 +104,7 @@ def _run_export(args: argparse.Namespace) -> None:
         getattr(torch, args.dtype),
     )  # fmt: skip
     for remark in remarks:
-        print(remark)
+        say(remark)
     for path in sorted(args.out.iterdir()):
         print(f"{path.stat().st_size:>13,}  {path}")
 

@@ -18,6 +18,7 @@ from headstart.data.templates import check_template, encode_conversation
 from headstart.data.thoughts import lost_thought
 from headstart.heads.loading import load_target_tokens, open_target
 from headstart.heads.progress import say
+from headstart.heads.text import one_line
 from headstart.heads.tokens import TargetTokens
 
 
@@ -143,10 +144,10 @@ def encode_source(path: str, tokens: TargetTokens, config: Config) -> list[Conve
             thoughtless.append(prompt.id)
     report_refused(refused, len(prompts), d.max_bad_rows)
     if thoughtless:
-        print(
+        told = (
             f"{path}: the chat template leaves thoughts out of {len(thoughtless)} of "
             f"{len(prompts)} conversations, first {thoughtless[0]}: their answers are trained on "
-            "without them (it may keep them with a variable of data.chat_template_kwargs)",
-            file=sys.stderr,
+            "without them (it may keep them with a variable of data.chat_template_kwargs)"
         )
+        print(one_line(told), file=sys.stderr)
     return rows

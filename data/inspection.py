@@ -22,7 +22,7 @@ from headstart.data.store import ActivationStore
 from headstart.data.summary import Seen, Summary, print_summary, summarise
 from headstart.data.templates import encode_conversation, encode_prompt
 from headstart.heads.loading import load_target_tokens
-from headstart.heads.progress import progress_bar
+from headstart.heads.progress import plain_console, progress_bar
 from headstart.heads.served import served_config
 from headstart.heads.tokens import TargetTokens
 
@@ -59,7 +59,7 @@ def inspect_path(
     """
     folder, config = Path(path), config or DataConfig()
     # Outside a terminal rich assumes 80 columns and would fold every cell.
-    console = console or Console(width=None if sys.stdout.isatty() else 132)
+    console = console or plain_console(None if sys.stdout.isatty() else 132)
     regenerated = (folder / MANIFEST).is_file()
     if regenerated:
         print_summary(inspect_conversations(folder, examples, tokenizer_of), console)

@@ -23,6 +23,7 @@ from headstart.data.rows import (
 )
 from headstart.data.sources import Place, Row, read_rows
 from headstart.heads.progress import say
+from headstart.heads.text import one_line
 
 HOPELESS = 1000
 """Bad rows without a single usable one after which nothing more is read."""
@@ -158,7 +159,8 @@ def _check(
             f"raise data.max_bad_rows, now {max_bad_rows:g}"
         )
     if bad:
-        print(f"{source.path}: {usable} rows, {bad} skipped ({reasons})", file=sys.stderr)
+        told = one_line(f"{source.path}: {usable} rows, {bad} skipped ({reasons})")
+        print(told, file=sys.stderr)
 
 
 def report_refused(refused: list[tuple[str, str]], total: int, max_bad_rows: float) -> None:
@@ -182,7 +184,7 @@ def report_refused(refused: list[tuple[str, str]], total: int, max_bad_rows: flo
     line = f"{len(refused)} of {total} rows cannot be used with this target ({listed})"
     if len(refused) > max_bad_rows * total:
         raise ValueError(f"{line}; mend them, or raise data.max_bad_rows, now {max_bad_rows:g}")
-    print(f"{line}: skipped", file=sys.stderr)
+    print(one_line(f"{line}: skipped"), file=sys.stderr)
 
 
 def _with_unique_ids(prompts: list[Prompt]) -> list[Prompt]:

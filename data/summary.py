@@ -15,12 +15,10 @@ from rich.table import Table
 from rich.text import Text
 
 from headstart.data.conversations import Conversation
+from headstart.heads.text import visible
 
 EXAMPLE_LENGTH = 300  # tokens or words shown of an example, about
 MOST = 20  # groups and reasons listed of one kind
-# Control characters could move the cursor: they are shown, not sent.
-VISIBLE = {c: chr(0x2400 + c) for c in range(32)} | {ord("\n"): "↵\n", ord("\t"): "\t"}
-VISIBLE |= {127: "\u2421"} | dict.fromkeys(range(128, 160), "\ufffd")
 
 Seen = tuple[Conversation, str | None, float | None]
 """A document, the layout of its row, and its `Entry.top_k_mass`."""
@@ -161,12 +159,12 @@ def print_summary(summary: Summary, console: Console) -> None:
     facts = [f"  {name:13} {fact}" for name, fact in summary.facts.items()]
     lines = [(summary.title, "bold"), *((fact, "") for fact in facts)]
     for line, style in [*lines, *((f"  {note}", "yellow") for note in summary.notes)]:
-        console.print(Text(visible(line), style), soft_wrap=True)
+        console.print(Text(_marked(line), style), soft_wrap=True)
     if summary.bad:
         table = Table("rows", "unusable because", "first")
         worst = sorted(summary.bad.items(), key=lambda item: -item[1][0])
         for reason, (times, first) in worst[:MOST]:
-            table.add_row(f"{times:,}", Text(visible(reason)), Text(visible(first)))
+            table.add_row(f"{times:,}", Text(_marked(reason)), Text(_marked(first)))
         console.print(table)
     if not summary.total.documents:
         return
@@ -189,19 +187,19 @@ def print_summary(summary: Summary, console: Console) -> None:
     console.print()
 
 
-def visible(text: str) -> str:
+def _marked(text: str) -> str:
     """The text with its line breaks marked, and without control characters."""
-    return text.translate(VISIBLE)
+    return visible(text).replace("\n", "↵\n")
 
 
 def example_text(example: Example, styled: bool) -> Text:
     """Heading and text, in which the trained tokens are reversed, or stand in ⟦ ⟧."""
-    text = Text.assemble("\n", (visible(example.heading), "bold"), "\n")
+    text = Text.assemble("\n", (_marked(example.heading), "bold"), "\n")
     for piece, trained in example.pieces:
         if trained and styled:
-            text.append(visible(piece), "reverse green")
+            text.append(_marked(piece), "reverse green")
         else:
-            text.append(f"⟦{visible(piece)}⟧" if trained else visible(piece))
+            text.append(f"⟦{_marked(piece)}⟧" if trained else _marked(piece))
     return text
 
 
@@ -215,7 +213,7 @@ def _counts(summary: Summary) -> Table:
         largest = sorted(counts.items(), key=lambda item: (-item[1].documents, item[0]))
         for i, (name, n) in enumerate(largest[:MOST]):
             table.add_row(
-                kind if i == 0 else "", Text(visible(name)), f"{n.documents:,}", f"{n.length:,}",
+                kind if i == 0 else "", Text(_marked(name)), f"{n.documents:,}", f"{n.length:,}",
                 f"{n.trained:,}", f"{n.trained / max(n.length, 1):.1%}",
             )  # fmt: skip
         if len(counts) > MOST:

@@ -12,6 +12,7 @@ from headstart.eval.plots import STYLE
 from headstart.eval.statistics import interval, resampled
 from headstart.eval.walked import Walked, describe_walked, length_draws
 from headstart.heads.files import whole_file
+from headstart.heads.text import in_markdown, markdown_row
 
 Texts = dict[str, list[Walked]]  # kind (`domain`, `general`) -> texts
 STAGES = {
@@ -194,11 +195,13 @@ def speedups(report: dict[str, Any], stages: dict[str, str]) -> dict[str, Any]:
 
 def adaptation_markdown(content: dict[str, Any]) -> str:
     """adapt.md."""
-    lines = ["# Adaptation of a draft head", "", content["verdict"], "", content["advice"], ""]
-    lines += [f"Target: {content['target']['name']}. Head: {content['head']}.", ""]
+    told = [in_markdown(content[what]) for what in ("verdict", "advice")]
+    lines = ["# Adaptation of a draft head", "", told[0], "", told[1], ""]
+    target, head = in_markdown(content["target"]["name"]), in_markdown(content["head"])
+    lines += [f"Target: {target}. Head: {head}.", ""]
     if kwargs := content.get("chat_template_kwargs"):
         asked = ", ".join(f"{name}={value}" for name, value in kwargs.items())
-        lines += [f"All prompts are asked with {asked}.", ""]
+        lines += [f"All prompts are asked with {in_markdown(asked)}.", ""]
     stages = [stage for stage in STAGES if stage in content["acceptance"]["domain"]]
     lines += [
         f"Acceptance length at K = {content['num_assistant_tokens']}, walked over the target's "
@@ -210,13 +213,13 @@ def adaptation_markdown(content: dict[str, Any]) -> str:
         for stage in stages:
             low, high = found[stage]["acceptance_length_interval"]
             cells.append(f"{_length(found[stage])} ({low:.2f} to {high:.2f})")
-        lines.append(f"| {kind} | " + " | ".join(cells) + " |")
+        lines.append(markdown_row([kind, *cells]))
         for category in found["stale"]["categories"]:
             lengths = [
                 _length(one) if (one := found[stage]["categories"].get(category)) else ""
                 for stage in stages
             ]
-            lines.append(f"| {kind}: {category} | " + " | ".join(lengths) + " |")
+            lines.append(markdown_row([f"{kind}: {category}", *lengths]))
     lines += ["", *[f"- {name}: {what}" for name, what in STAGES.items() if name in stages], ""]
     if content.get("speedup"):
         lines += ["| speedup over plain decoding | stale | adapted |", "| --- | --- | --- |"]
@@ -226,7 +229,7 @@ def adaptation_markdown(content: dict[str, Any]) -> str:
                 f"{one[s]['interval'][1]:.2f})"
                 for s in ("stale", "adapted")
             ]
-            lines.append(f"| {kind}, {one['stale']['prompts']} prompts | {' | '.join(cells)} |")
+            lines.append(markdown_row([f"{kind}, {one['stale']['prompts']} prompts", *cells]))
         lines.append("")
     took = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in content["seconds"].items())
     lines += [f"Time: {took}.", "", "```sh", *content["commands"], "```", ""]

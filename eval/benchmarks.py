@@ -25,7 +25,7 @@ from headstart.eval.environment import environment
 from headstart.heads.files import write_atomically
 from headstart.heads.leftovers import temporary_folder
 from headstart.heads.loading import open_target
-from headstart.heads.progress import plain_console
+from headstart.heads.progress import plain_console, say
 from headstart.heads.targets import Target
 
 TURNS = 2  # of each side; the quicker one counts, since what disturbs a machine only slows it
@@ -75,7 +75,7 @@ def write_figures(content: dict[str, Any], out: Path | None) -> None:
     """Write the figures of a benchmark as JSON, where `out` names a file."""
     if out is not None:
         write_atomically(out, json.dumps(content, indent=2) + "\n")
-        print(f"Written: {out}")
+        say(f"Written: {out}")
 
 
 def bench_extract(target: Target, jobs: list[Job], config: Config) -> dict[str, Any]:

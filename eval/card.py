@@ -1,6 +1,7 @@
 """The model card of a published head: metadata in the Hub's own form, and figures of its report."""
 
 import json
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from headstart.heads.engines import ENGINES, Engine, obstacles, remarks
 from headstart.heads.export import rope_position
 from headstart.heads.loading import BUILT_IN
 from headstart.heads.served import split_revision
+from headstart.heads.text import code_in_markdown, in_markdown, markdown_row
 
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
 POSITIONS: dict[RopePosition, str] = {
@@ -77,9 +79,9 @@ def model_card(published: Published) -> str:
     ).from_string(TEMPLATE.read_text(encoding="utf-8"))
     return template.render(
         metadata=_metadata(p, results).to_yaml(),
-        name=p.repo_id.rpartition("/")[2],
+        name=in_markdown(p.repo_id.rpartition("/")[2]),
         repo_id=p.repo_id,
-        target=env["target"],
+        target=code_in_markdown(env["target"]),
         served=p.served,
         revision=_revision(p.served.revision),
         adapters=[(name, _revision(revision)) for name, revision in adapters],
@@ -89,10 +91,12 @@ def model_card(published: Published) -> str:
         architecture=architecture,
         parameters=f"{p.own_parameters:,}",
         num_assistant_tokens=p.config.train.rounds,
-        setting=f"{setting}, torch {env['torch']}, transformers {env['transformers']}, prompts "
-        f"`{env['prompts']}`.",
-        rows=[_row(result) for result in results],
-        verdict=verdict([r for r in p.report["results"] if r["head"] in (p.head_name, None)]),
+        setting=in_markdown(f"{setting}, torch {env['torch']}, transformers {env['transformers']}")
+        + f", prompts {code_in_markdown(env['prompts'])}.",
+        rows=[markdown_row(_row(result)) for result in results],
+        verdict=in_markdown(
+            verdict([r for r in p.report["results"] if r["head"] in (p.head_name, None)])
+        ),
         needs_headstart=_needs_headstart(p),
         engines=[
             *(_engine(engine, p) for engine in ENGINES if engine != "transformers"),
@@ -131,7 +135,7 @@ def _needs_headstart(p: Published) -> str:
 
 def _revision(revision: str | None) -> str:
     """The last argument of a call that loads from the Hub."""
-    return f', revision="{revision}"' if revision else ""
+    return f", revision={json.dumps(revision)}" if revision else ""
 
 
 def _load_target(p: Published) -> str:
@@ -214,7 +218,7 @@ def _engine(engine: Engine, p: Published) -> dict[str, str]:
     if against:
         return says | {"says": "It does not take this head as it is: " + "; ".join(against) + "."}
     said = [f"{line}." for line in remarks(engine, p.head_config)]
-    at = f" --revision {p.served.revision}" if p.served.revision else ""
+    at = f" --revision {shlex.quote(p.served.revision)}" if p.served.revision else ""
     export = f"headstart export {{}} --to {engine} --target {target}{at} --out"
     if p.base_head:
         merge = export.format(f"{p.base_head}+{repo}") + " head"
@@ -247,18 +251,20 @@ def _sglang(p: Published) -> dict[str, str]:
 def _training(p: Published) -> list[str]:
     data, env, train = p.summary["data"], p.summary["environment"], p.config.train
     where = env["accelerator"] or f"{env['threads']} threads of {env['processor']}"
-    source = ", ".join(_prompts(p.config))
+    source = in_markdown(", ".join(_prompts(p.config)))
     best, last = p.summary["best"], p.summary["validations"][-1]["step"]
     start = p.config.head.start
     return [
         f"{data['documents']:,} conversations of the target's own ({data['answer_tokens']:,} "
         f"answer tokens)" + (f", prompts from {source}" if source else ""),
         "started from "
-        + {"target": "layers of the target", "random": "random weights"}.get(start, start),
+        + {"target": "layers of the target", "random": "random weights"}.get(
+            start, in_markdown(start)
+        ),
         f"{last:,} steps, of which step {best['step']:,} was the best; each process "
         f"{train.batch_size * train.gradient_accumulation_steps} conversations a step, "
         f"{train.rounds} rounds, objective {train.objective}",
-        f"on {where}, torch {env['torch']}, transformers {env['transformers']}",
+        f"on {in_markdown(where)}, torch {env['torch']}, transformers {env['transformers']}",
         f"acceptance length {best['acceptance_length']:.2f} on "
         f"{data['validation_documents']} held-out conversations",
     ]
@@ -267,11 +273,12 @@ def _training(p: Published) -> list[str]:
 def _limits(p: Published) -> list[str]:
     made = p.report["environment"]
     data = p.config.data
-    spoken = ", ".join(p.languages) or "not declared; those of its prompts"
+    spoken = in_markdown(", ".join(p.languages)) or "not declared; those of its prompts"
+    fingerprint = code_in_markdown(made["target_fingerprint"][:16])
     return [
-        f"For this target alone: {made['target']}, fingerprint "
-        f"`{made['target_fingerprint'][:16]}` in {made['dtype']}. Another fine-tune, or "
-        "other bits, costs accepted drafts: `headstart adapt` trains it on.",
+        f"For this target alone: {in_markdown(made['target'])}, fingerprint {fingerprint} in "
+        f"{made['dtype']}. Another fine-tune, or other bits, "
+        "costs accepted drafts: `headstart adapt` trains it on.",
         POSITIONS[rope_position(p.head_config)],
         f"Languages: {spoken}.",
         f"Lengths: trained on prompts of up to {data.max_prompt_tokens} tokens and answers of up "
@@ -285,7 +292,8 @@ def _limits(p: Published) -> list[str]:
 def _served_merged(p: Published) -> list[str]:
     if not p.served.adapters:
         return []
+    served, adapters = in_markdown(p.served.name), in_markdown(", ".join(p.served.adapters))
     return [
-        f"The target is {p.served.name} with {', '.join(p.served.adapters)}: TARGET in the "
-        "commands of engines stands for a folder where they are merged."
+        f"The target is {served} with {adapters}: TARGET in the commands of engines stands for a "
+        "folder where they are merged."
     ]

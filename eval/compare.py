@@ -14,6 +14,7 @@ from rich.table import Table
 from headstart.eval.statistics import interval, resampled
 from headstart.eval.tables import decoder_name, wide_console
 from headstart.eval.verdict import OWN_LENGTH
+from headstart.heads.text import one_line
 
 ENOUGH = 5  # texts, below which prompts drawn with replacement tell nothing of others
 MEASURES = {
@@ -187,7 +188,7 @@ def print_changes(
         )  # fmt: skip
     console.print(table)
     for line in differences(before, after):
-        console.print(f"Not the same: {line}")
+        console.print(one_line(f"Not the same: {line}"))
     if not all(c.paired for c in changes):
         console.print("The reports share no prompts: their texts were drawn apart.")
     console.print(

@@ -16,6 +16,7 @@ from headstart.eval.tables import wide_console
 from headstart.eval.walked import Walked, length_draws, total_counts, walk_texts
 from headstart.heads.assistant import check_pair
 from headstart.heads.files import write_atomically
+from headstart.heads.progress import say
 from headstart.heads.targets import Target
 from headstart.heads.unroll import DraftHead
 
@@ -80,7 +81,7 @@ def run_estimate(
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(out / "estimate.json", json.dumps(content, indent=2) + "\n")
     print_estimate(content)
-    print(f"Written: {out / 'estimate.json'}")
+    say(f"Written: {out / 'estimate.json'}")
     return content
 
 

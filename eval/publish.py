@@ -22,7 +22,7 @@ from headstart.heads.export import load_assistant, load_assistant_config
 from headstart.heads.files import check_empty, drop_remote_code, refuse_link, whole_folder
 from headstart.heads.loading import load_served, load_target_config, load_target_tokens
 from headstart.heads.lora import ADAPTER
-from headstart.heads.progress import plain_console
+from headstart.heads.progress import plain_console, say
 from headstart.heads.served import model_fingerprint, served_name, split_revision
 
 DEMO = {"gemma3-270m": "google/gemma-3-270m"}  # built-in name -> what it is on the Hub
@@ -425,4 +425,4 @@ def print_folder(files: list[Path], out: Path, run: Path) -> None:
     for path in files:
         table.add_row(str(path.relative_to(out)), f"{path.stat().st_size:,}")
     plain_console().print(table)
-    print(f"Left out of {run}: {', '.join(left_out(run)) or 'nothing'}")
+    say(f"Left out of {run}: {', '.join(left_out(run)) or 'nothing'}")

@@ -93,7 +93,7 @@ def run_evaluation(
         content = _content(target, prompts, sides, settings, kept, asked) | {"warnings": warnings}
         write_report(content, out)
     print_report(content)
-    print(f"Written: {out / 'report.json'}, report.md, report.html")
+    say(f"Written: {out / 'report.json'}, report.md, report.html")
     return content
 
 

@@ -32,7 +32,7 @@ from headstart.heads.export import (
 from headstart.heads.files import drop_remote_code, write_atomically
 from headstart.heads.gemma3 import Gemma3ForAssistedDecoding
 from headstart.heads.leftovers import temporary_folder
-from headstart.heads.progress import plain_console, progress_bar
+from headstart.heads.progress import plain_console, progress_bar, say
 from headstart.heads.targets import Target
 
 SCHEMA = 1
@@ -269,4 +269,4 @@ def print_serve_check(content: dict[str, Any]) -> None:
     plain_console().print(table)
     for name, share in content["equal_texts"].items():
         print(f"equal texts, {name.replace('_', ' ')}: {share:.0%}")
-    print(f"speedup of {env['engine']} by the head: {content['speedup']:.2f}")
+    say(f"speedup of {env['engine']} by the head: {content['speedup']:.2f}")

@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from headstart.heads.progress import plain_console
+from headstart.heads.text import in_markdown, markdown_row, one_line
 
 COLUMNS = [
     "decoder", "K", "category", "texts", "acceptance length (95%)", "a_1 .. a_4", "speedup (95%)",
@@ -74,7 +75,7 @@ def remarks(content: dict[str, Any]) -> list[str]:
         lines.append(
             "From transformers 5.23 on plain decoding runs on the last token of the prompt alone "
             "in layers that share keys, and decoding with a head on all tokens: the longer the "
-            "prompt, the lower the speedup. The column `without prefill` is what drafting gives."
+            "prompt, the lower the speedup. The column 'without prefill' is what drafting gives."
         )
     if longer := content["environment"].get("longer_than_trained"):
         lines.append(
@@ -122,18 +123,18 @@ def print_report(content: dict[str, Any], console: Console | None = None) -> Non
             table.add_row(*cells(result))
         console.print(table)
     for line in remarks(content):
-        console.print(line)
+        console.print(one_line(line))
 
 
 def markdown(content: dict[str, Any]) -> str:
     """report.md: the same tables."""
-    lines = ["# Evaluation", "", title(content) + ".", ""]
+    lines = ["# Evaluation", "", in_markdown(title(content)) + ".", ""]
     for line in remarks(content):
-        lines += [line, ""]
+        lines += [in_markdown(line), ""]
     for name, found in by_head(content).items():
         aligned = ["---" if column in LEFT else "---:" for column in COLUMNS]
-        lines += [f"## {name}", ""]
-        rows = [COLUMNS, aligned, *map(cells, found)]
-        lines += [f"| {' | '.join(row)} |" for row in rows] + [""]
+        lines += [f"## {in_markdown(name)}", ""]
+        lines += [markdown_row(COLUMNS), f"| {' | '.join(aligned)} |"]
+        lines += [*(markdown_row(cells(result)) for result in found), ""]
     lines += ["report.json has every figure; report.html shows them."]
     return "\n".join(lines) + "\n"

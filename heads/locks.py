@@ -10,6 +10,7 @@ from pathlib import Path
 
 from headstart.heads.files import WORK
 from headstart.heads.leftovers import remove_left_behind
+from headstart.heads.text import one_line
 
 LOCK = ".lock"  # held by the process that works in a folder; it goes with the process
 
@@ -48,7 +49,8 @@ def alone_in(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print(f"{folder}: another process works there, waiting for it", file=sys.stderr)
+            waiting = one_line(f"{folder}: another process works there, waiting for it")
+            print(waiting, file=sys.stderr)
             fcntl.flock(lock, fcntl.LOCK_EX)
         remove_left_behind(folder, WORK)
         yield

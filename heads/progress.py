@@ -19,6 +19,9 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
+
+from headstart.heads.text import one_line, visible
 
 LOG_SECONDS = "HEADSTART_LOG_SECONDS"  # in the environment: between two lines in a log
 SPEED_PERIOD = 300.0  # seconds that a rate is taken over: a batch may take a minute
@@ -37,13 +40,13 @@ def progress_bar() -> Progress:
     if PartialState().is_main_process and not sys.stdout.isatty():
         return LogProgress(_log_seconds())
     return Progress(
-        TextColumn("{task.description}", markup=False),
+        _Words("{task.description}", markup=False),
         BarColumn(bar_width=24),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TextColumn("eta"),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[status]}", markup=False),
+        _Words("{task.fields[status]}", markup=False),
         speed_estimate_period=SPEED_PERIOD,
         disable=not PartialState().is_main_process,
     )
@@ -58,6 +61,13 @@ def _log_seconds() -> float:
     if not 0 < seconds < threading.TIMEOUT_MAX:
         raise ValueError(f"{LOG_SECONDS}={text!r} is no number of seconds above 0")
     return seconds
+
+
+class _Words(TextColumn):
+    """Words in which nothing acts: a category or a path may be among them."""
+
+    def render(self, task: Task) -> Text:
+        return Text(one_line(super().render(task).plain))
 
 
 class LogProgress(Progress):
@@ -136,7 +146,7 @@ def progress_line(task: Task, what: str) -> str:
         if (left := task.time_remaining) is not None:
             parts.append(f"{_duration(left)} left")
     parts.append(str(task.fields.get("status", "")))
-    return f"{task.description}: {', '.join(filter(None, parts))}"
+    return one_line(f"{task.description}: {', '.join(filter(None, parts))}")
 
 
 def _duration(seconds: float) -> str:
@@ -158,7 +168,9 @@ _kept: list[list[str]] = []  # of the calls of `kept_lines` that are under way
 
 
 def say(line: str) -> None:
-    """Print a line, once for all processes of a run."""
+    """Print a line, once for all processes of a run, without the control characters of names or
+    texts in it."""
+    line = one_line(line)
     if _kept:
         _kept[-1].append(line)
     elif PartialState().is_main_process:
@@ -176,10 +188,16 @@ def kept_lines() -> Iterator[list[str]]:
         _kept.remove(lines)
 
 
+class _PlainConsole(Console):
+    def render_str(self, text: str, **kwargs: Any) -> Text:
+        # Every title, cell and line that is no `Text` yet comes by here.
+        return super().render_str(visible(text), **kwargs)
+
+
 def plain_console(width: int | None = None) -> Console:
-    """For tables: no path, category or text in them is taken for markup.
+    """For tables: no path, category or text in them is taken for markup, or moves the cursor.
 
     Args:
         width: in characters; None: that of the terminal.
     """
-    return Console(width=width, markup=False, emoji=False)
+    return _PlainConsole(width=width, markup=False, emoji=False)

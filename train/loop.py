@@ -104,7 +104,7 @@ def _train(config: Config, resume: bool, accelerator: Accelerator) -> None:
     progress = Progress()
     if saved:
         progress = load_checkpoint(saved[-1], head, optimizer, average, target)
-        accelerator.print(f"Resuming {run} after step {progress.step}")
+        say(f"Resuming {run} after step {progress.step}")
     loader = AnchorLoader(
         training, c.batch_size, c.anchors, c.rounds, seed, c.pack_tokens,
         accelerator.process_index, accelerator.num_processes, c.later_anchors,

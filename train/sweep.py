@@ -26,7 +26,7 @@ from headstart.eval.walked import Walked, length_draws, total_counts, walk_texts
 from headstart.heads.export import load_assistant
 from headstart.heads.files import whole_file, write_atomically
 from headstart.heads.loading import open_target
-from headstart.heads.progress import plain_console
+from headstart.heads.progress import plain_console, say
 from headstart.heads.targets import Target
 from headstart.heads.unroll import DraftHead, walked_at
 from headstart.train.loop import train
@@ -66,7 +66,7 @@ def run_sweep(
     for number, (name, config) in enumerate(runs, start=1):
         judged = _read_judged(config)
         if judged is None:
-            print(f"Run {number} of {len(runs)}: {name}, seed {config.run.seed}", flush=True)
+            say(f"Run {number} of {len(runs)}: {name}, seed {config.run.seed}")
             train(config, resume=True)
         if judged is None or judged.get("judging") != _judging(sweep):
             judged = _judge(config, target, stores, sweep)
@@ -218,8 +218,10 @@ def plot_sweep(content: dict[str, Any], path: Path) -> None:
         axes.errorbar(told, range(len(names)), xerr=errors, fmt="o", markersize=4, capsize=2)
         axes.axvline(0, linewidth=0.8, linestyle=":")
         k, first = content["num_assistant_tokens"], judged[0]["acceptance_length"]
-        axes.set(title=store, xlabel=f"acceptance length at K = {k} beside {names[0]}, {first:.3f}")
-        axes.set_yticks(range(len(names)), names)
+        axes.set_title(store, parse_math=False)  # names hold any character
+        beside = f"acceptance length at K = {k} beside {names[0]}, {first:.3f}"
+        axes.set_xlabel(beside, parse_math=False)
+        axes.set_yticks(range(len(names)), names, parse_math=False)
         axes.grid(alpha=0.3, axis="x")
     panels[0].invert_yaxis()
     with whole_file(path) as work:

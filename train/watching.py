@@ -146,11 +146,9 @@ def plot_run(folder: Path) -> Path:
     loss, acceptance = figure.subplots(1, 2)
     steps = [row["step"] for row in view.metrics]
     loss.plot(steps, [row["loss"] for row in view.metrics], label="loss", linewidth=1)
-    loss.set(
-        xlabel="step",
-        ylabel="nats a draft",
-        title=f"{folder.name}, {view.step} of {view.steps} steps",
-    )
+    loss.set(xlabel="step", ylabel="nats a draft")
+    title = f"{folder.name}, {view.step} of {view.steps} steps"
+    loss.set_title(title, parse_math=False)  # a name holds any character
     of_batches = [row["batch_acceptance_length"] for row in view.metrics]
     acceptance.plot(steps, of_batches, label="training rows", linewidth=1, alpha=0.6)
     validated = [row for row in view.metrics if "acceptance_length" in row]

@@ -1,5 +1,5 @@
 """What tests of publishing have too."""
 
-from tests.eval.conftest import hub
+from tests.eval.conftest import finished_run, hub
 
-__all__ = ["hub"]
+__all__ = ["finished_run", "hub"]
