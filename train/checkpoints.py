@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from safetensors.torch import load_file, save_file
 
-from headstart.configs.loader import save_config
+from headstart.configs.loader import read_yaml, save_config
 from headstart.configs.schema import Config, TrainConfig
 from headstart.heads.files import content_sha256, file_sha256, plain_name, whole_folder
 from headstart.heads.targets import Target
@@ -160,8 +159,7 @@ def _way_out(path: Path, earlier: list[Path]) -> str:
 
 def checkpoint_config(path: Path) -> Config:
     """The configuration that a checkpoint was written by."""
-    text = (path / "config.yaml").read_text(encoding="utf-8")
-    return Config.model_validate(yaml.safe_load(text))
+    return Config.model_validate(read_yaml(path / "config.yaml", Config))
 
 
 @torch.no_grad()
