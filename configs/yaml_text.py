@@ -9,6 +9,7 @@ from typing import Annotated, Any, get_args, get_origin
 import yaml
 from pydantic import BaseModel
 
+MOST = 100_000  # values of a file, each counted wherever it is referred to
 NULLS = ("", "~", "null", "Null", "NULL", "None")  # None: as the settings' descriptions call it
 
 
@@ -24,6 +25,28 @@ class Spelled:
 
 class _Loader(yaml.SafeLoader):
     """Gives `Spelled` for bare words; dates are text, since no setting is a date."""
+
+    def __init__(self, stream: str):
+        super().__init__(stream)
+        self.sizes: dict[yaml.Node, int] = {}
+        """Values in each node."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
+        """Refuses values that refer to values that refer to others (`*a`), which a line doubles:
+        of thirty lines a reader would make a billion values."""
+        referred = self.check_event(yaml.AliasEvent)
+        node = super().compose_node(parent, index)
+        assert node is not None, "the parser gives a node, or raises"
+        if node not in self.sizes:
+            of = node.value if isinstance(node, yaml.CollectionNode) else ()
+            parts = [part for item in of for part in (item if isinstance(item, tuple) else (item,))]
+            # Not known yet: it refers to what it is part of.
+            self.sizes[node] = MOST + 1 if referred else 1 + sum(self.sizes[p] for p in parts)
+        if self.sizes[node] > MOST:
+            raise yaml.composer.ComposerError(
+                None, None, f"more than {MOST:,} values, by references", node.start_mark
+            )
+        return node
 
     def construct_word(self, node: yaml.ScalarNode) -> Any:
         kind = node.tag.rpartition(":")[2]

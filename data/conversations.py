@@ -6,6 +6,7 @@ A folder holds `conversations.json` (with what they were made, and in how many p
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from headstart.heads.files import whole_file, write_atomically
 
 FORMAT = 2  # of the folder: raise it when the same settings come to give other conversations
 MANIFEST = "conversations.json"
+PART = re.compile(r"part-(\d{5,9})\.parquet")
 DIGEST = b"headstart.sha256"  # of the rows, in the metadata of the schema
 SCHEMA = pa.schema(
     [
@@ -116,6 +118,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
                 f"{folder} is of format {manifest['format']}, this version reads {FORMAT}: "
                 "regenerate it"
             )
+        if type(manifest["parts"]) is not int or manifest["parts"] < 0:
+            raise TypeError(f"parts is {manifest['parts']!r}")
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error}): regenerate the folder") from error
     return manifest
@@ -145,6 +149,14 @@ def template_variables(data: DataConfig) -> dict[str, Any]:
 
 def part_path(folder: Path, number: int) -> Path:
     return folder / f"part-{number:05d}.parquet"
+
+
+def part_paths(folder: Path, parts: int) -> list[Path]:
+    """Of so many parts those that are there, in order: looked for in the folder, since somebody
+    else's manifest may say any number."""
+    names = (PART.fullmatch(path.name) for path in folder.iterdir())
+    numbers = sorted({int(name[1]) for name in names if name})
+    return [path for n in numbers if n < parts and (path := part_path(folder, n)).is_file()]
 
 
 def write_part(
@@ -210,11 +222,11 @@ def finished_parts(folder: Path) -> list[Path]:
     Raises:
         ValueError: the folder is unfinished.
     """
-    parts = [part_path(folder, i) for i in range(read_manifest(folder)["parts"])]
-    missing = [path for path in parts if not path.is_file()]
-    if missing:
+    count = read_manifest(folder)["parts"]
+    parts = part_paths(folder, count)
+    if len(parts) < count:
         raise ValueError(
-            f"{folder} is unfinished: {len(missing)} of {len(parts)} parts are missing. Run the "
+            f"{folder} is unfinished: {count - len(parts)} of {count} parts are missing. Run the "
             "`headstart regenerate` command that made it again: it goes on where it stopped"
         )
     return parts

@@ -3,10 +3,14 @@
 import codecs
 import gzip
 import io
+from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, AnyStr
 
 HEAD = 4096  # bytes that are looked at
+LONGEST = 1 << 27  # bytes or characters of a line: a thousandth of that is a long conversation
+WHOLE = 1 << 30  # characters of a file that is read at once,
+UNPACKED = 50  # or so many times the bytes that it has on the disk: text compresses to a tenth
 GZIP = b"\x1f\x8b"
 POINTER = b"version https://git-lfs.github.com/spec/"
 FOREIGN = {
@@ -41,6 +45,34 @@ def open_text(path: Path, newline: str, errors: str = "strict") -> io.TextIOWrap
     return io.TextIOWrapper(
         open_bytes(path), encoding=encoding_of(path), errors=errors, newline=newline
     )
+
+
+def bounded_lines(file: IO[AnyStr]) -> Iterator[AnyStr]:
+    """The lines of a file, a compressed one of zeros among them, of which one fills any memory.
+
+    Raises:
+        ValueError: one is longer than a row can be.
+    """
+    while line := file.readline(LONGEST + 1):
+        if len(line) > LONGEST:
+            raise ValueError(f"a line is longer than {LONGEST:,} bytes, as no row is: split it")
+        yield line
+
+
+def read_whole(path: Path, file: IO[str]) -> str:
+    """The text of a file, unless it was compressed so much that it is made to fill the memory.
+
+    Raises:
+        ValueError: it was.
+    """
+    most = max(WHOLE, UNPACKED * path.stat().st_size)
+    text = file.read(most + 1)
+    if len(text) > most:
+        raise ValueError(
+            f"it unpacks to more than {most:,} characters: unpack it, and give one row a line "
+            "(.jsonl)"
+        )
+    return text
 
 
 def encoding_of(path: Path) -> str:

@@ -13,7 +13,13 @@ import torch
 from rich.console import Console
 
 from headstart.configs.schema import DataConfig, SourceConfig
-from headstart.data.conversations import MANIFEST, Conversation, part_path, read_manifest, read_part
+from headstart.data.conversations import (
+    MANIFEST,
+    Conversation,
+    part_paths,
+    read_manifest,
+    read_part,
+)
 from headstart.data.prompts import Prompt, describe_unused, prompt_of
 from headstart.data.rows import layout_of, renamed, turn_text, unused_columns
 from headstart.data.shards import Shard, shard_paths
@@ -86,7 +92,7 @@ def inspect_conversations(folder: Path, examples: int, tokenizer_of: str | None 
         ValueError: the manifest or a part is damaged, or `tokenizer_of` cannot be loaded.
     """
     made = read_manifest(folder)
-    parts = [p for i in range(made["parts"]) if (p := part_path(folder, i)).is_file()]
+    parts = part_paths(folder, made["parts"])
     decode, notes = _decoder(made, examples, tokenizer_of)
     if len(parts) < made["parts"]:
         notes.append(
@@ -288,7 +294,7 @@ def _words(prompt: Prompt, layout: str) -> tuple[list[Any], list[tuple[int, int]
     """Words with the white space around them, so that joined they are the text again."""
     ids, spans = list[Any](), []
     for turn in prompt.messages:
-        words = re.findall(r"\s*\S+\s*", turn_text(turn)) or [json.dumps(turn.get("tool_calls"))]
+        words = _split(turn_text(turn)) or [json.dumps(turn.get("tool_calls"))]
         if turn["role"] == "assistant" or layout == "text":
             spans.append((len(ids), len(ids) + len(words)))
         elif not prompt.raw:
@@ -296,3 +302,11 @@ def _words(prompt: Prompt, layout: str) -> tuple[list[Any], list[tuple[int, int]
             words[-1] += "\n"
         ids += words
     return ids, spans
+
+
+def _split(text: str) -> list[str]:
+    """The words of a text, each with the white space after it, the first with that before it too;
+    none of a blank text."""
+    # Not `\s*\S+\s*`, which looks at a blank text from each of its places anew.
+    words = re.findall(r"\S+\s*", text)
+    return [text[: len(text) - len(text.lstrip())] + words[0], *words[1:]] if words else []

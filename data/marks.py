@@ -6,7 +6,7 @@ a turn or begin another, and no mask could tell who wrote what.
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -28,11 +28,15 @@ TURNS = re.compile(
     r"|<\|start_of_role\|>\w+<\|end_of_role\|>"  # Granite
     r"|<extra_id_[01]>(?:System|User|Assistant)\b"  # Nemotron
     r"|\[\|(?:system|user|assistant|Human|AI)\|\]"  # EXAONE, Baize
-    r"|^<\|(?:system|user|assistant)\|>\r?\n"  # Zephyr, Phi 3
-    r"|^<\|(?:system|user|prompter)\|>(?=[\s\S]*<\|assistant\|>)",  # in one line: OpenAssistant
+    r"|^<\|(?:system|user|assistant)\|>\r?\n",  # Zephyr, Phi 3
     re.MULTILINE,
 )
 """What stands at turns of the common chat templates."""
+IN_ONE_LINE = [
+    (re.compile(r"^<\|(?:system|user|prompter)\|>", re.MULTILINE), re.compile(r"<\|assistant\|>"))
+]
+"""The same of OpenAssistant, where a mark counts with another one after it: as two patterns, since
+one would look for the second from each of the first anew."""
 HEADINGS = [
     (re.compile(asked, re.MULTILINE), re.compile(answered, re.MULTILINE))
     for asked, answered in (
@@ -68,7 +72,8 @@ def refuse_marks(
     if mark := next((mark for mark in marks if as_json(mark)[1:-1] in contents), None):
         raise ValueError(_holds(mark))
     for text in _texts(prompt, tokenizer):
-        if found := TURNS.search(text) or (_heading(text) if prompt.raw else None):
+        pairs = IN_ONE_LINE + (HEADINGS if prompt.raw else [])
+        if found := TURNS.search(text) or _first_of_two(text, pairs):
             raise ValueError(
                 f"a text holds {found[0]!r}, a turn of another chat template than the tokenizer's "
                 "(give the turns as `messages`)"
@@ -77,8 +82,10 @@ def refuse_marks(
             raise ValueError(_holds(token))
 
 
-def _heading(text: str) -> re.Match[str] | None:
-    for asked, answered in HEADINGS:
+def _first_of_two(
+    text: str, pairs: Sequence[tuple[re.Pattern[str], re.Pattern[str]]]
+) -> re.Match[str] | None:
+    for asked, answered in pairs:
         if (found := asked.search(text)) and answered.search(text, found.end()):
             return found
     return None

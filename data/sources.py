@@ -17,7 +17,15 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from headstart.configs.schema import SourceConfig
-from headstart.data.file_formats import check_file, encoding_of, open_bytes, open_text
+from headstart.data.file_formats import (
+    LONGEST,
+    bounded_lines,
+    check_file,
+    encoding_of,
+    open_bytes,
+    open_text,
+    read_whole,
+)
 from headstart.heads.progress import say
 
 Row = dict[str, Any] | str
@@ -182,10 +190,10 @@ def _byte_lines(path: Path) -> Iterator[bytes]:
     row, and fails nothing else."""
     if encoding_of(path).startswith("utf-8"):
         with open_bytes(path) as file:
-            yield from file
+            yield from bounded_lines(file)
     else:
         with open_text(path, newline="\n") as text:
-            yield from (line.encode() for line in text)
+            yield from (line.encode() for line in bounded_lines(text))
 
 
 def _parsed(line: bytes, parse: Callable[[bytes], Any]) -> Row:
@@ -230,26 +238,26 @@ def _is_array(path: Path) -> bool:
 
 def _array_rows(path: Path) -> Iterator[Row]:
     with open_text(path, newline="\n") as file:
-        rows = json.loads(file.read())
+        rows = json.loads(read_whole(path, file))
     for row in rows:
         yield _parsed(json.dumps(row).encode(), _json_row)
 
 
 def _csv_rows(path: Path) -> Iterator[Row]:
     """Cells as they stand: `datasets` reads through pandas, which makes 7 of 007, None of NA."""
-    csv.field_size_limit(2**31 - 1)  # Python's limit of 131,072 characters is below a long prompt
+    csv.field_size_limit(LONGEST)  # Python's limit of 131,072 characters is below a long prompt
     utf8 = encoding_of(path).startswith("utf-8")
     with open_text(path, newline="", errors="surrogateescape" if utf8 else "strict") as file:
         delimiter = _delimiter(path, file)
         # Strict: a stray quote would otherwise swallow the rest of the file as one cell.
-        for row in csv.DictReader(file, delimiter=delimiter, strict=True):
+        for row in csv.DictReader(bounded_lines(file), delimiter=delimiter, strict=True):
             yield _csv_row(row)
 
 
 def _delimiter(path: Path, file: TextIO) -> str:
     """What separates the columns of the first line; the file is left at the line of their names."""
     usual = "\t" if ".tsv" in path.suffixes else ","
-    line = file.readline()
+    line = file.readline(LONGEST)
     if line.startswith("sep=") and len(line.strip("\r\n")) == 5:  # what Excel is told by
         return line[4]
     file.seek(0)

@@ -5,7 +5,7 @@ Letters: r rank, V vocabulary.
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from headstart.heads.admission import MULTIMODAL, TOWERS, WRAPPERS, renamed
 from headstart.heads.leftovers import temporary_folder
+from headstart.heads.limits import time_limit
 from headstart.heads.progress import say
 
 WEIGHTS = "adapter_model.safetensors"
@@ -26,6 +27,11 @@ CONFIG = "adapter_config.json"
 SAVED_RAW = {r"\.default(\.weight)?$": r"\1", r"(?<=\.lora_magnitude_vector)\.weight$": ""}
 TABLE = re.compile(r"\b(lm_head|embed_tokens)\.(base_layer\.)?weight$")
 PREFIX = "base_model.model."  # of peft's keys: its wrapper's place for the model
+PATTERNS = re.compile(r"\w+_(?:modules|patterns?)|modules_to_save")  # keys of CONFIG that hold them
+# How peft looks for a pattern in the name of a module.
+FORMS = ("{}", r"(.*\.)?({})$", r"(^|.*\.){}($|\..*)", r"(?:^|.*?\.){}\.(?P<idx>\d+)\.")
+MATCHED_IN = 10.0  # seconds, of all patterns in all names of a model: most take milliseconds
+TOO_SLOW = f"a pattern of {CONFIG} takes too long: name the modules one by one"
 
 
 @contextmanager
@@ -44,8 +50,10 @@ def fitting(adapter: str, folder: Path, model: PreTrainedModel, merge: bool) -> 
             effect.
     """
     config = _config(folder, merge)
+    _check_patterns(config, [path for path, _ in model.named_modules()])
     with safe_open(folder / WEIGHTS, framework="pt") as file:
         keys = list(file.keys())
+        _check_ranks(config, [file.get_slice(key).get_shape() for key in keys])
     places = _places(keys, model)
     left_out = [key for key, place in places.items() if place is None]
     kept = {key: place for key, place in places.items() if place is not None}
@@ -91,7 +99,53 @@ def _config(folder: Path, merge: bool) -> dict[str, Any]:
         raise ValueError(
             "it is an activated LoRA, which works after certain tokens only: tune with a plain one"
         )
+    if config.get("layer_replication"):
+        raise ValueError(
+            "it repeats layers of its model (layer_replication): merge it, and give the outcome as "
+            "the target"
+        )
     return config
+
+
+def _check_patterns(config: Mapping[str, Any], paths: Sequence[str]) -> None:
+    """Try the patterns of an adapter on the paths of a model's modules, before peft does.
+
+    Raises:
+        TooSlow: they do not come to an end.
+        ValueError: one is no pattern.
+    """
+    found = {text for key in config if PATTERNS.fullmatch(key) for text in _texts(config[key])}
+    with time_limit(MATCHED_IN, TOO_SLOW):
+        for pattern in sorted(found):
+            if re.fullmatch(r"[\w.-]*", pattern):
+                continue  # a plain name
+            try:
+                forms = [re.compile(form.format(pattern)) for form in FORMS]
+            except (re.error, RecursionError, OverflowError) as error:
+                raise ValueError(f"{CONFIG} holds {pattern[:80]!r}, no pattern: {error}") from error
+            for path in paths:
+                # Of an adapter that stays beside the weights the module is called otherwise.
+                for name in (path, f"{path}.base_layer"):
+                    for form in forms:
+                        form.match(name)
+                    forms[0].fullmatch(name)
+
+
+def _texts(value: Any) -> Iterable[str]:
+    """The texts of a value, the keys of an object among them."""
+    return [value] if isinstance(value, str) else [t for t in value or () if isinstance(t, str)]
+
+
+def _check_ranks(config: Mapping[str, Any], shapes: Sequence[Sequence[int]]) -> None:
+    """Raise `ValueError` where adapter_config.json says a rank that no weight of the file can have:
+    peft makes room for it before it looks."""
+    most = max((side for shape in shapes for side in shape), default=0)
+    for rank in (config.get("r"), *(config.get("rank_pattern") or {}).values()):
+        if isinstance(rank, int | float) and rank > most:
+            raise ValueError(
+                f"{CONFIG} says rank {rank:,}, and no side of its weights is longer than {most:,}: "
+                "both files are of different trainings; copy both from one"
+            )
 
 
 def _places(keys: Sequence[str], model: PreTrainedModel) -> dict[str, str | None]:
@@ -236,7 +290,8 @@ def _write(
     }  # fmt: skip
     for name in ("rank_pattern", "alpha_pattern"):
         pattern: dict[str, Any] = config.get(name) or {}
-        found = {path: get_pattern_key(list(pattern), was) for path, was in earlier.items()}
+        with time_limit(MATCHED_IN, TOO_SLOW):
+            found = {path: get_pattern_key(list(pattern), was) for path, was in earlier.items()}
         changed[name] = {path: pattern[key] for path, key in found.items() if key in pattern}
     (work / CONFIG).write_text(json.dumps(changed))
     weights = load_file(folder / WEIGHTS)

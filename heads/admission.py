@@ -15,7 +15,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import cached_file
+from transformers.utils import cached_file, find_adapter_config_file
 
 from headstart.heads.codes import check_codes, check_quantized, check_read, weight_dtypes
 from headstart.heads.files import plain_name, put_back
@@ -59,6 +59,7 @@ FAULTS = (
     OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError,
     RuntimeError, ImportError, MemoryError, SafetensorError, StrictDataclassError,
 )  # fmt: skip
+WEIGHTS_A_BYTE = 16  # at most: fewer bits than any format has, and tied or calculated ones
 LAYERS = 1000  # more than any model has; a library would build them one by one before it refused
 
 
@@ -138,7 +139,7 @@ def check_file(path: Path) -> None:
 
 
 def _check_depth(config: dict[str, Any]) -> None:
-    for part in (config, config.get("text_config")):
+    for part in (config, *config.values()):  # of text, images and sound
         layers = part.get("num_hidden_layers") if isinstance(part, dict) else None
         if isinstance(layers, int | float) and not 0 < layers <= LAYERS:
             raise ValueError(f"num_hidden_layers is {layers}")
@@ -156,6 +157,32 @@ def check_kernels(config: Any, name: str) -> None:
             )
 
 
+def refuse_embedded_adapter(name: str, path: str | Path, revision: str | None) -> None:
+    """Raise `ValueError` where there is an adapter at the place of a checkpoint: transformers would
+    add it to the weights, or to those of a base that it names, unasked and untold."""
+    if find_adapter_config_file(str(path), revision=revision) is not None:
+        raise ValueError(
+            f"{name} holds an adapter (adapter_config.json), which is not told apart from its "
+            "weights: give the base as the target and the adapter's folder as --adapter; or delete "
+            "adapter_config.json, where the adapter was merged into the weights"
+        )
+
+
+def _check_size(cls: Any, name: str, path: Path) -> None:
+    """Raise `ValueError` where config.json of a local folder asks for far more weights than its
+    files can hold: what is missing would be made of nothing before it is refused."""
+    files = [file for kind in ("safetensors", "bin") for file in path.glob(f"*.{kind}")]
+    with reading(name, "does not load"), torch.device("meta"):
+        model = cls(cls.config_class.from_pretrained(path))
+    wanted = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
+    held = sum(file.stat().st_size for file in files)
+    if wanted > WEIGHTS_A_BYTE * max(held, 2**20):
+        raise ValueError(
+            f"{name}: config.json asks for {wanted:,} weights, and its files hold {held:,} bytes: "
+            "copy all of them from one place"
+        )
+
+
 def load_whole(cls: Any, name: str, path: str | Path, **arguments: Any) -> Any:
     """`cls.from_pretrained(path, **arguments)`, all of whose weights come from its files.
 
@@ -170,6 +197,8 @@ def load_whole(cls: Any, name: str, path: str | Path, **arguments: Any) -> Any:
     Raises:
         ValueError: it does not load, or weights are missing, of no layer, or of another shape.
     """
+    if "gguf_file" not in arguments and Path(path).is_dir():
+        _check_size(cls, name, Path(path))
     model, info = _read(cls, name, path, arguments)
     text_class = not any("language_model." in key for key in info["missing_keys"])
     mapping = WRAPPERS | (MULTIMODAL if text_class else {})

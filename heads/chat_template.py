@@ -11,6 +11,10 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from headstart.heads.limits import time_limit
+
+RENDERED_IN = 30.0  # seconds, of one conversation; templates take a thousandth of that
+
 Messages = list[dict[str, Any]]
 
 # Contents of the conversations that are rendered to find a template's marks.
@@ -150,20 +154,24 @@ def render_chat(
     messages: Messages,
     tools: list[dict[str, Any]] | None = None,
 ) -> str:
+    """What a template makes of one conversation.
+
+    Raises:
+        ValueError: it refuses the conversation, or makes nothing of it.
+        TooSlow: it does not come to its end: no row would fare better.
+    """
     try:
-        text: str = tokenizer.apply_chat_template(
-            messages, tools=tools, chat_template=template, tokenize=False, **kwargs
-        )
-    # Templates are programs: say, one that adds None to a text, or divides by nothing.
+        with time_limit(RENDERED_IN, "the chat template takes too long (target.chat_template)"):
+            text: str = tokenizer.apply_chat_template(
+                messages, tools=tools, chat_template=template, tokenize=False, **kwargs
+            )
+    # Templates are programs: say, one that adds None to a text, or calls itself without end.
     except (
-        TemplateError,
-        TypeError,
-        ValueError,
-        LookupError,
-        AttributeError,
-        ArithmeticError,
-    ) as error:
-        raise ValueError(f"the chat template refuses the conversation: {error}") from error
+        TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError,
+        RecursionError, MemoryError,
+    ) as error:  # fmt: skip
+        reason = str(error) or type(error).__name__
+        raise ValueError(f"the chat template refuses the conversation: {reason}") from error
     if not text.strip():
         raise ValueError("the chat template makes nothing of the conversation")
     return text

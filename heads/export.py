@@ -18,7 +18,13 @@ from transformers import (
 )
 
 from headstart.configs.schema import RopePosition
-from headstart.heads.admission import check_files, check_kernels, load_whole, reading
+from headstart.heads.admission import (
+    check_files,
+    check_kernels,
+    load_whole,
+    reading,
+    refuse_embedded_adapter,
+)
 from headstart.heads.config_values import check_values
 from headstart.heads.files import drop_remote_code, whole_folder
 from headstart.heads.finite import check_alive, check_weights
@@ -158,6 +164,7 @@ def load_assistant_config(path: str | Path) -> Any:
     name, revision = split_revision(path)
     with reading(f"no draft head at {path}"):
         check_files(name)
+        refuse_embedded_adapter(str(path), name, revision)
         # Not left out: transformers then asks on the terminal whether to run what a stranger wrote.
         config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
         check_kernels(config, str(path))

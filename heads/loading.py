@@ -26,6 +26,7 @@ from headstart.heads.admission import (
     check_vocabulary,
     load_whole,
     reading,
+    refuse_embedded_adapter,
 )
 from headstart.heads.config_values import check_values
 from headstart.heads.demo import gemma3_270m_dir
@@ -72,6 +73,7 @@ def load_target_config(
             f"of these is {nearest} ({', '.join(BUILT_IN)})"
         )
     with reading(f"target {name!r}", nothing):
+        refuse_embedded_adapter(name, path, revision)
         config = AutoConfig.from_pretrained(
             path, revision=revision, trust_remote_code=trust_remote_code, **options
         )

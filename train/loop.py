@@ -40,7 +40,7 @@ from headstart.train.start import build_head, likely_tokens, taught_rows
 from headstart.train.step import batch_sums, loss_weight, step_candidates
 from headstart.train.stopping import Interrupted, diverged, stop_signals
 from headstart.train.summary import summary_text, write_summary
-from headstart.train.tracking import finish_trackers, start_trackers
+from headstart.train.tracking import check_settings, finish_trackers, start_trackers
 from headstart.train.traps import uncapped, with_top_clusters
 from headstart.train.watching import plot_run
 
@@ -62,6 +62,7 @@ def train(config: Config, resume: bool = False) -> None:
         Interrupted: SIGINT or SIGTERM arrived; the last finished step is saved.
         OSError: the disk is full, say; earlier checkpoints are kept.
     """
+    check_settings(config)
     join_processes()
     accelerator = Accelerator(
         mixed_precision="bf16" if config.train.precision == "bfloat16" else "no",

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
@@ -19,6 +18,7 @@ from rich.table import Table
 from headstart.configs.loader import dump_config
 from headstart.configs.schema import Config
 from headstart.configs.sweep import Sweep
+from headstart.configs.yaml_text import load_yaml, meant
 from headstart.data.store import ActivationStore
 from headstart.eval.environment import environment
 from headstart.eval.statistics import interval
@@ -88,7 +88,7 @@ def _check_same(config: Config) -> None:
     if (judged := _read_judged(config)) is None:
         return
     # Settings that are newer than the run had their defaults.
-    earlier = Config.model_validate(yaml.safe_load(judged["config"]))
+    earlier = Config.model_validate(meant(load_yaml(judged["config"]), Config))
     if dump_config(earlier) != dump_config(config):
         raise ValueError(
             f"{config.run.dir} was judged with other settings: name another folder, --out DIR, "

@@ -2,6 +2,7 @@
 
 import io
 import secrets
+from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
@@ -13,7 +14,20 @@ from headstart.eval.tables import decoder_name
 from headstart.heads.files import write_atomically
 
 LOGGED = ("acceptance_length", "acceptance_rate", "speedup", "tokens_per_second")
+OF_FOLDER = (Path("wandb/settings"), Path(".wandb/settings"))  # that wandb reads, wherever it runs
 RUN_ID = "wandb-id.txt"  # in the run folder: a resumed run goes on in the same place
+
+
+def check_settings(config: Config) -> None:
+    """Raise `ValueError` where the current folder, which somebody else may have made, holds
+    settings of wandb: they may say where the user's key and the metrics go."""
+    found = [path for path in OF_FOLDER if path.exists()]
+    if found and config.wandb.mode != "disabled":
+        raise ValueError(
+            f"{found[0].absolute()} holds settings of wandb, which may send your key and your "
+            "metrics elsewhere: delete it, and say what is yours in the environment "
+            "(WANDB_BASE_URL, WANDB_ENTITY) or in ~/.config/wandb/settings"
+        )
 
 
 def start_trackers(accelerator: Accelerator, config: Config) -> None:
@@ -23,6 +37,7 @@ def start_trackers(accelerator: Accelerator, config: Config) -> None:
     """
     if config.wandb.mode == "disabled" or not accelerator.is_main_process:
         return
+    check_settings(config)
     accelerator.init_trackers(
         config.wandb.project,
         config.model_dump(mode="json") if "config" in config.wandb.upload else None,
@@ -69,6 +84,7 @@ def log_report(config: Config, content: dict[str, Any]) -> None:
     """
     if config.wandb.mode == "disabled":
         return
+    check_settings(config)
     import wandb
 
     run = wandb.init(project=config.wandb.project, **_place(config))
