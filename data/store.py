@@ -201,7 +201,6 @@ def read_index(folder: Path) -> dict[str, Any]:
         index: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         made_of = index["format"]
         intact = content_sha256(index) == index["sha256"]
-        files = [row["file"] for row in index["shards"]]
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{path} is damaged ({error}): delete it and run the command that made it again"
@@ -215,8 +214,9 @@ def read_index(folder: Path) -> dict[str, Any]:
             f"{path} is damaged (its SHA-256 does not match): delete it and run the command that "
             "made it again"
         )
-    for name in files:
-        plain_name(name, path)
+    with reading(str(path), "is damaged"):
+        for row in index["shards"]:
+            plain_name(row["file"], path)
     return index
 
 
