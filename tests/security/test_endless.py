@@ -5,6 +5,7 @@
 
 import gzip
 import json
+import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -217,7 +218,8 @@ def test_a_manifest_whose_parts_are_no_number(manifest: Callable[..., Path], par
 def test_a_configuration_of_more_weights_than_the_files_hold(target: str, key: str) -> None:
     """Without the check they are all made of nothing, to be refused then."""
     size = 64_000 if key == "hidden_size" else 2_000_000
-    configure(target, **{key: size})
+    changes: Any = {key: size}
+    configure(target, **changes)
     with soon(60), pytest.raises(ValueError, match=r"target.*config\.json asks for .* weights"):
         load_target(target, "float32")
 
@@ -300,7 +302,7 @@ def test_references_of_a_run_file_that_grow_without_end(
 ) -> None:
     file = laughing(tmp_path / "config.yaml")
     with soon(), pytest.raises(ValueError, match=r"config\.yaml"):
-        read(file).model_dump_json()
+        read(file)
 
 
 def test_a_run_file_that_refers_to_itself(tmp_path: Path) -> None:
@@ -338,7 +340,7 @@ def test_settings_of_wandb_in_the_current_folder_send_no_key_elsewhere(
         finish = log
 
     def init(**_: Any) -> Run:
-        fresh = wandb_setup._WandbSetup()  # as a process reads it that has not begun yet
+        fresh: Any = wandb_setup._WandbSetup(os.getpid())  # as a process that has not begun yet
         fresh._load_settings(system_settings_path=None, disable_sagemaker=True)
         begun.append(fresh._settings.base_url)
         return Run()
