@@ -141,15 +141,15 @@ def _read_state(path: Path) -> dict[str, Any]:
     if not intact:
         raise ValueError(f"{path / STATE} is damaged: its SHA-256 does not match")
     with reading(str(path / STATE), "is damaged"):
-        _progress(state)
-        if not (isinstance(state["processes"], int) and isinstance(state["target"], str)):
-            raise TypeError("processes is to be a number, and target a text")
         for name, expected in state["files"].items():
             plain_name(name, path / STATE)
             if not (path / name).is_file():
                 raise ValueError(f"{path / name} is missing")
             if file_sha256(path / name) != expected:
                 raise ValueError(f"{path / name} is damaged: its SHA-256 does not match")
+        _progress(state)
+        if not (isinstance(state["processes"], int) and isinstance(state["target"], str)):
+            raise TypeError("processes is to be a number, and target a text")
     return state
 
 

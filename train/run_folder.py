@@ -198,7 +198,7 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
-            needed = [row[key] for key in ("step", "loss", "batch_acceptance_length")]
+            needed = [row[key] for key in ("step", "loss")]
             if not all(isinstance(value, int | float) for value in [*needed, *row.values()]):
                 raise TypeError("not all of it are numbers")
         except (ValueError, KeyError, TypeError, RecursionError) as error:
