@@ -218,7 +218,7 @@ def _encode_plain(
         ends = [i for i in stop_ids if i not in (tokenizer.pad_token_id, tokenizer.bos_token_id)]
         end = eos if eos in stop_ids or not ends else ends[0]
         # Many a data set ends its answers with <eos> itself.
-        ids = ids[:start] + ids[start:-1] if ids[start:][-1:] in ([eos], [end]) else ids
+        ids = ids[:-1] if ids[start:][-1:] in ([eos], [end]) else ids
         ids.append(end)
     elif prompt.raw:
         start = int(ids[:1] == [tokenizer.bos_token_id])

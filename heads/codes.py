@@ -1,4 +1,4 @@
-"""Weights that are codes of a quantisation: let in only where their scales are read.
+"""Weights that are codes of a quantization: let in only where their scales are read.
 
 `from_pretrained` casts whatever a file holds to the dtype that it is asked for. Of int8 or fp8
 codes it so makes numbers that are off by each row's scale, without a word.
@@ -40,15 +40,15 @@ def check_codes(name: str, dtypes: Mapping[str, str]) -> None:
     if bare:
         raise ValueError(
             f"{name}: {len(bare)} of its weights are {dtypes[bare[0]]} and have no scale beside "
-            f"them (first: {bare[0]}): they are codes of a quantisation, and no numbers. Save it "
-            "again in bfloat16 after its quantisation was undone, or copy all of its files; if it "
+            f"them (first: {bare[0]}): they are codes of a quantization, and no numbers. Save it "
+            "again in bfloat16 after its quantization was undone, or copy all of its files; if it "
             "was only cast, cast it back"
         )
 
 
 def check_quantized(name: str, dtypes: Mapping[str, str], quantization: Any) -> None:
-    """Raise `ValueError` where config.json names a quantisation of weights that are none of it, as
-    after adapters were merged into the weights before they were quantised.
+    """Raise `ValueError` where config.json names a quantization of weights that are none of it, as
+    after adapters were merged into the weights before they were quantized.
 
     Args:
         name: of the checkpoint.
@@ -82,7 +82,7 @@ def check_read(
                 f"{name}: its weight {key} is {dtypes[key]}, and {scales[0]} beside it is of no "
                 "quantization_config that config.json names and transformers reads: copy "
                 "config.json from where the weights are from, or save it again in bfloat16 after "
-                "its quantisation was undone"
+                "its quantization was undone"
             )
 
 

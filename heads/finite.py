@@ -23,7 +23,7 @@ def check_weights(model: nn.Module, name: str) -> None:
     """Raise where a model has a weight that is no number.
 
     Args:
-        model: whose parameters and buffers are read, quantised ones aside.
+        model: whose parameters and buffers are read, quantized ones aside.
         name: of the model.
 
     Raises:

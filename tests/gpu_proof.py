@@ -9,7 +9,6 @@ Letters: B batch, H query heads, G key heads, T positions, D width, V vocabulary
 
 import argparse
 import contextlib
-import copy
 import json
 import os
 import subprocess
@@ -17,18 +16,15 @@ import sys
 import tempfile
 import time
 import traceback
-import warnings
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Gemma4ForCausalLM, Gemma4TextConfig
 
 from headstart.configs.schema import Config, DataConfig, HeadConfig, TrainConfig
 from headstart.data import extraction
-from headstart.data.conversations import Conversation, answered
+from headstart.data.conversations import answered
 from headstart.data.extraction import OnlineActivations, extract, extract_tensors
 from headstart.data.jobs import Job
 from headstart.data.loader import AnchorLoader
@@ -41,80 +37,31 @@ from headstart.eval.environment import environment
 from headstart.eval.moment import Moment, prepare
 from headstart.heads.assistant import build_assistant, set_table
 from headstart.heads.exact import ExactDecoding
-from headstart.heads.published import SHAPES
 from headstart.heads.targets import Target
-from headstart.heads.tiny import byte_tokenizer, gemma4_text_config, random_model
 from headstart.heads.tokens import Sampling
 from headstart.train import vocabulary
 from headstart.train.start import build_head, likely_tokens, taught_rows
 from headstart.train.step import batch_sums, loss_weight, step_candidates
 from tests.conftest import FAMILIES, make_target
+from tests.gpu_tools import (
+    Place,
+    cudnn_attention,
+    figures_of,
+    kernels,
+    random_texts,
+    seconds_of,
+    waits,
+    weights,
+)
 from tests.samples import conversations
 
 ROOT = Path(__file__).parent.parent
-SECTIONS: dict[str, Callable[["Place"], dict[str, Any]]] = {}
-
-
-class Place:
-    """Where the proof runs, and how large its models are there.
-
-    Args:
-        device: of the proof.
-        out: folder of the results.
-    """
-
-    def __init__(self, device: torch.device, out: Path):
-        self.device, self.out = device, out
-        self.real = device.type == "cuda"
-        """Whether shapes are those of a published target."""
-        self.dtype = torch.bfloat16 if self.real else torch.float32
-        self._target: Target | None = None
-
-    def large_target(self) -> Target:
-        """A target with random weights: on a GPU in the shape of E4B, elsewhere tiny."""
-        if self._target is None:
-            config = (
-                Gemma4TextConfig(**SHAPES["gemma-4-E4B"]) if self.real else gemma4_text_config()
-            )
-            config.initializer_range = 0.02
-            torch.set_default_dtype(self.dtype)
-            try:
-                with self.device:
-                    model = random_model(lambda: Gemma4ForCausalLM(config))
-            finally:
-                torch.set_default_dtype(torch.float32)
-            self._target = Target(model, byte_tokenizer(), "E4B's shape" if self.real else "tiny")
-        return self._target
-
-    def scaled(self, real: int, tiny: int) -> int:
-        return real if self.real else tiny
+SECTIONS: dict[str, Callable[[Place], dict[str, Any]]] = {}
 
 
 def section(function: Callable[[Place], dict[str, Any]]) -> Callable[[Place], dict[str, Any]]:
     SECTIONS[function.__name__] = function
     return function
-
-
-def seconds_of(device: torch.device, call: Callable[[], object], times: int = 5) -> float:
-    """Median seconds of a call after one that is thrown away."""
-    taken = []
-    for _ in range(times + 1):
-        synchronize(device)
-        began = time.perf_counter()
-        call()
-        synchronize(device)
-        taken.append(time.perf_counter() - began)
-    return sorted(taken[1:])[times // 2]
-
-
-@contextlib.contextmanager
-def cudnn_attention(on: bool) -> Iterator[None]:
-    before = torch.backends.cuda.cudnn_sdp_enabled()
-    torch.backends.cuda.enable_cudnn_sdp(on)
-    try:
-        yield
-    finally:
-        torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 @section
@@ -311,38 +258,9 @@ def draft_cost(place: Place) -> dict[str, Any]:
                 moment.verify(4)
                 moment.restore()
 
-            found["one step"] = _kernels(step) | {"bytes": _weights(target)}
-            found["verification of 4"] = _kernels(verify)
+            found["one step"] = kernels(step) | {"bytes": weights(target)}
+            found["verification of 4"] = kernels(verify)
     return found
-
-
-def _weights(target: Target) -> int:
-    return sum(p.numel() * p.element_size() for p in target.model.parameters())
-
-
-def _kernels(call: Callable[[], object]) -> dict[str, Any]:
-    """Kernels of a call, and the share of its time that the device worked."""
-    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    with torch.inference_mode():
-        alone = seconds_of(torch.device("cuda"), call)
-        with torch.profiler.profile(activities=activities) as profile:
-            call()
-            torch.cuda.synchronize()
-    events = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
-    busy = sum(e.time_range.elapsed_us() for e in events) / 1e6
-    return {"kernels": len(events), "busy_seconds": busy, "seconds": alone, "busy": busy / alone}
-
-
-def _texts(target: Target, count: int, length: int) -> list[Conversation]:
-    vocabulary_size = len(target.table)
-    generator = torch.Generator().manual_seed(0)
-    rows = torch.randint(
-        vocabulary_size // 4, vocabulary_size // 2, (count, length), generator=generator
-    ).tolist()
-    return [
-        answered(row[: length // 4], row[length // 4 :], id=str(i), category="", source=str(i))
-        for i, row in enumerate(rows)
-    ]
 
 
 @section
@@ -350,7 +268,7 @@ def generation(place: Place) -> dict[str, Any]:
     """Batched answers: tokens a second, memory; cuDNN's attention on and off, recorded or not."""
     target, device = place.large_target(), place.device
     batch, prompt, new = place.scaled(128, 4), place.scaled(512, 16), place.scaled(32, 6)
-    texts = _texts(target, batch, prompt)
+    texts = random_texts(target, batch, prompt)
     jobs = [Job(t.id, Prompt(t.id, "", "", [], raw=True), t.ids, Sampling(1.0)) for t in texts]
     found: dict[str, Any] = {"batch": batch, "prompt_tokens": prompt, "new_tokens": new}
     kept = (target.eos_ids[:], target.model.generation_config.eos_token_id)
@@ -387,7 +305,7 @@ def generation(place: Place) -> dict[str, Any]:
 def extracting(place: Place) -> dict[str, Any]:
     """Extraction: tokens a second, by the size of a forward and of a block of logits."""
     target = place.large_target()
-    texts = _texts(target, place.scaled(64, 4), place.scaled(1024, 32))
+    texts = random_texts(target, place.scaled(64, 4), place.scaled(1024, 32))
     tokens = sum(len(text.ids) for text in texts)
     found: dict[str, Any] = {"tokens": tokens}
     stock = extraction.BATCH_TOKENS, extraction.LOGIT_ROWS
@@ -405,7 +323,7 @@ def extracting(place: Place) -> dict[str, Any]:
 def head_step(place: Place) -> dict[str, Any]:
     """A training step at a recipe's shapes: loader, copy, step; memory; waits for the device."""
     target, device = place.large_target(), place.device
-    texts = _texts(target, place.scaled(24, 8), place.scaled(1024, 40))
+    texts = random_texts(target, place.scaled(24, 8), place.scaled(1024, 40))
     data = DataConfig(teacher_top_k=64 if place.real else 16, storage="int8")
     train = TrainConfig(
         batch_size=place.scaled(8, 4), anchors=64, rounds=4, later_anchors=32, pack_tokens=4096,
@@ -455,19 +373,8 @@ def head_step(place: Place) -> dict[str, Any]:
             found[f"peak bytes beyond what is held, {rows} rows"] = peak
     vocabulary.SPARSE_ROWS = stock
     if place.real:
-        found["waits for the device"] = _waits(step)
+        found["waits for the device"] = waits(step)
     return found
-
-
-def _waits(call: Callable[[], object]) -> dict[str, int]:
-    """Places where a call waits for the device, and how often."""
-    torch.cuda.set_sync_debug_mode("warn")
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        call()
-    torch.cuda.set_sync_debug_mode("default")
-    places = Counter(f"{Path(w.filename).name}:{w.lineno}" for w in caught)
-    return dict(places.most_common())
 
 
 def _run(place: Place, name: str, *arguments: str) -> tuple[int, float]:
@@ -484,23 +391,23 @@ def _run(place: Place, name: str, *arguments: str) -> tuple[int, float]:
 
 @section
 def tiny_run(place: Place) -> dict[str, Any]:
-    """`headstart train` on a tiny target, evaluation and float32 check included; resumed."""
+    """`headstart train` twice on a tiny target, evaluation and float32 check included."""
     with tempfile.TemporaryDirectory() as folder:
         common = [
             "--config", "configs/tiny.yaml", "wandb.mode=disabled",
             f"data.cache_dir={folder}/cache", "target.dtype=auto", "train.precision=auto",
         ]  # fmt: skip
-        code, seconds = _run(place, "tiny_run", *common, f"run.dir={folder}/run")
-        found: dict[str, Any] = {"exit": code, "seconds": seconds}
-        run = Path(folder) / "run"
-        if (run / "summary.json").is_file():
-            found["summary"] = json.loads((run / "summary.json").read_text())
-        again = copy.copy(common)
-        found["exit of the same again"] = _run(
-            place, "tiny_again", *again, f"run.dir={folder}/again"
-        )[0]
+        ended = [
+            _run(place, f"tiny_{name}", *common, f"run.dir={folder}/{name}")
+            for name in ("run", "again")
+        ]
+        found: dict[str, Any] = {
+            "exit": [code for code, _ in ended],
+            "seconds": [seconds for _, seconds in ended],
+        }
         heads = [Path(folder) / name / "head" / "model.safetensors" for name in ("run", "again")]
         if all(head.is_file() for head in heads):
+            found["best"] = json.loads((Path(folder) / "run" / "summary.json").read_text())["best"]
             found["twice the same head, bit for bit"] = (
                 heads[0].read_bytes() == heads[1].read_bytes()
             )
@@ -530,25 +437,6 @@ def quickstart(place: Place) -> dict[str, Any]:
         if report.is_file():
             found[name] = figures_of(json.loads(report.read_text()))
     return found
-
-
-def figures_of(report: dict[str, Any]) -> dict[str, Any]:
-    """Of a report what a comparison needs, without texts and paths."""
-    names = (
-        "decoder", "num_assistant_tokens", "prompts", "acceptance_length",
-        "acceptance_length_interval", "tokens_per_second", "baseline_tokens_per_second", "speedup",
-        "speedup_interval", "equal_to_plain", "parted_share",
-    )  # fmt: skip
-    rows = [r for r in report["results"] if (r["category"], r["looping_texts"]) == ("all", "with")]
-    where = report["environment"]
-    return {
-        "dtype": where["dtype"],
-        "prompts": Path(where["prompts"]).name,
-        "max_new_tokens": where["max_new_tokens"],
-        "verdict": report["verdict"],
-        "noise": report["noise"],
-        "results": [{name: row[name] for name in names} for row in rows],
-    }
 
 
 def main() -> None:

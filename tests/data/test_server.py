@@ -5,12 +5,9 @@ server was seen to send; that it is so, only the tests marked `real` show, for l
 """
 
 import asyncio
-import json
-import threading
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +23,7 @@ from headstart.heads.loading import load_target
 from headstart.heads.tiny import byte_tokenizer
 from headstart.heads.tokens import Sampling
 from tests.llama_server import LlamaServer, real_gguf
+from tests.servers import JsonHandler, serving
 
 GREEDY, WARM = Sampling(0.0), Sampling(0.7)
 TOKENIZER = byte_tokenizer()
@@ -82,36 +80,21 @@ class Fake:
 def fake() -> Iterator[Fake]:
     state = Fake()
 
-    class Handler(BaseHTTPRequestHandler):
+    class Handler(JsonHandler):
         def do_GET(self) -> None:
             self.send(200, {"object": "list", "data": [{"id": name} for name in state.models]})
 
         def do_POST(self) -> None:
-            request = json.loads(self.rfile.read(int(self.headers["content-length"])))
+            request = self.asked()
             if self.path == "/tokenize":
                 offered = state.tokens is not None
                 self.send(200 if offered else 404, {"tokens": state.tokens})
             else:
                 state.keys.append(self.headers["authorization"])
-                self.send(*state.completion(request))
+                self.send(*state.completion(request), {"retry-after-ms": "1"})
 
-        def send(self, status: int, answer: dict[str, Any]) -> None:
-            data = json.dumps(answer).encode()
-            self.send_response(status)
-            self.send_header("content-type", "application/json")
-            self.send_header("content-length", str(len(data)))
-            self.send_header("retry-after-ms", "1")
-            self.end_headers()
-            self.wfile.write(data)
-
-        def log_message(self, format: str, *args: Any) -> None:
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http:
-        state.url = f"http://127.0.0.1:{http.server_address[1]}"
-        threading.Thread(target=http.serve_forever, args=(0.01,), daemon=True).start()
+    with serving(Handler) as state.url:
         yield state
-        http.shutdown()
 
 
 def answers(

@@ -1,4 +1,4 @@
-"""Checkpoints whose weights are codes of a quantisation, with and without what they mean."""
+"""Checkpoints whose weights are codes of a quantization, with and without what they mean."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -105,7 +105,7 @@ BNB4 = {
 @pytest.mark.parametrize(
     "quantization", [BNB4, {"quant_method": "bitsandbytes", "load_in_8bit": True}, FP8]
 )
-def test_a_quantisation_that_a_merged_checkpoint_only_names_is_to_be_deleted(
+def test_a_quantization_that_a_merged_checkpoint_only_names_is_to_be_deleted(
     tmp_path: Path, quantization: dict[str, Any]
 ) -> None:
     folder = checkpoint(tmp_path / "target", family("gemma4"))

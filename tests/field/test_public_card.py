@@ -10,11 +10,8 @@ from huggingface_hub import ModelCard
 
 from headstart.cli.main import main
 from headstart.configs.loader import load_config
-from headstart.heads.loading import load_target
-from headstart.train.run import run
-from tests.eval.conftest import REPO, SHORT
+from tests.eval.conftest import REPO, write_tuned_run
 from tests.heads.test_served import make_adapter
-from tests.train.test_loop import tiny_config
 
 PRIVATE = "somebody"  # the name of a user, in all paths of the run
 
@@ -23,23 +20,7 @@ PRIVATE = "somebody"  # the name of a user, in all paths of the run
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A home folder with a target, an adapter of it, prompts, and a finished run."""
     home = tmp_path_factory.mktemp("home") / PRIVATE
-    target = load_target("tiny-gemma4", "float32")
-    target.model.save_pretrained(home / "model")
-    target.tokenizer.save_pretrained(home / "model")
-    make_adapter(home / "lora")
-    for name, words in (("train", "abcdefghijkl"), ("eval", "yz")):
-        rows = "".join(json.dumps({"prompt": word * 9}) + "\n" for word in words)
-        (home / f"{name}.jsonl").write_text(rows)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("headstart.eval.draft_cost.COST_TURNS", 1)
-        run(tiny_config(
-            home / "run", *SHORT, f"target.name={home / 'model'}", "train.warmup_steps=1",
-            f"target.adapters=[{home / 'lora'}]", f"data.prompts=[{home / 'train.jsonl'}]",
-            f"eval.prompts={home / 'eval.jsonl'}", f"data.cache_dir={home / 'cache'}",
-            "eval.decoders=[exact]", "eval.num_assistant_tokens=[2]", "data.max_new_tokens=8",
-            "data.num_conversations=6", "data.validation_conversations=2",
-            "head.use_ordered_embeddings=false", "head.num_centroids=null",
-        ))  # fmt: skip
+    write_tuned_run(home)
     return home
 
 

@@ -11,11 +11,7 @@ import yaml
 
 from headstart.cli.main import main
 from headstart.configs.loader import load_config
-from headstart.heads.loading import load_target
-from headstart.train.run import run
-from tests.eval.conftest import PUBLISH, SHORT
-from tests.heads.test_served import make_adapter
-from tests.train.test_loop import tiny_config
+from tests.eval.conftest import PUBLISH, write_tuned_run
 
 CLIENT = "acme-merger"  # a folder whose name is nobody's business
 
@@ -26,23 +22,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Any:
     work = tmp_path_factory.mktemp("work")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(work)
-        patch.setattr("headstart.eval.draft_cost.COST_TURNS", 1)
-        client = Path(CLIENT)
-        target = load_target("tiny-gemma4", "float32")
-        target.model.save_pretrained(client / "model")
-        target.tokenizer.save_pretrained(client / "model")
-        make_adapter(client / "lora")
-        for name, words in (("train", "abcdefghijkl"), ("eval", "yz")):
-            rows = "".join(json.dumps({"prompt": word * 9}) + "\n" for word in words)
-            (client / f"{name}.jsonl").write_text(rows)
-        run(tiny_config(
-            client / "run", *SHORT, f"target.name={client / 'model'}", "train.warmup_steps=1",
-            f"target.adapters=[{client / 'lora'}]", f"data.prompts=[{client / 'train.jsonl'}]",
-            f"eval.prompts={client / 'eval.jsonl'}", f"data.cache_dir={client / 'cache'}",
-            "eval.decoders=[exact]", "eval.num_assistant_tokens=[2]", "data.max_new_tokens=8",
-            "data.num_conversations=6", "data.validation_conversations=2",
-            "head.use_ordered_embeddings=false", "head.num_centroids=null",
-        ))  # fmt: skip
+        write_tuned_run(Path(CLIENT))
         yield work
 
 

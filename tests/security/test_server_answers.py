@@ -36,7 +36,7 @@ def test_a_million_tokens_for_four_are_refused() -> None:
         read_answer(body([5] * 10**6), TOKENIZER, EOS, 4)
 
 
-def test_a_text_longer_than_any_four_tokens_is_refused_before_it_is_tokenised() -> None:
+def test_a_text_longer_than_any_four_tokens_is_refused_before_it_is_tokenized() -> None:
     answer = body(None, text="a" * 10**7)
     with pytest.raises(ValueError, match="10,000,000 characters where 4 tokens"):
         read_answer(answer, TOKENIZER, EOS, 4)
