@@ -26,6 +26,7 @@ from headstart.data.file_formats import (
     open_text,
     read_whole,
 )
+from headstart.heads.demo import cache_dir
 from headstart.heads.progress import say
 
 Row = dict[str, Any] | str
@@ -286,7 +287,12 @@ def _columnar_rows(path: Path, kind: str) -> Iterator[Row]:
     datasets.disable_progress_bars()
     # Escaped, since `datasets` takes file names for patterns.
     files = glob.escape(str(path))
-    for row in datasets.load_dataset(kind, data_files=files, split="train", streaming=True):
+    # Streaming caches nothing, yet `datasets` makes the folder of its cache: not in the user's
+    # home, which may be read-only.
+    cache = str(cache_dir() / "datasets")
+    for row in datasets.load_dataset(
+        kind, data_files=files, split="train", streaming=True, cache_dir=cache
+    ):
         yield _filled(row)
 
 

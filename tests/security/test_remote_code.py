@@ -1,6 +1,7 @@
 """Code that comes with a checkpoint runs where it was asked for, by a setting, and nowhere else."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -91,8 +92,14 @@ def test_what_is_exported_names_no_code_of_strangers(tmp_path: Path, mark: Path)
     assert not mark.exists()
 
 
-def test_code_of_a_trusted_target_is_not_passed_on(tmp_path: Path, mark: Path) -> None:
+def test_code_of_a_trusted_target_is_not_passed_on(
+    tmp_path: Path, mark: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A class that transformers made of it would be saved with its module."""
+    # Where transformers puts the code: below the home, which may be read-only.
+    modules = str(tmp_path / "modules")
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", modules)
+    monkeypatch.setattr("sys.path", [*sys.path])  # which transformers lengthens
     head = finished(load_target("tiny-gemma4", "float32"), tmp_path / "head", NARROW)
     target = checkpoint(tmp_path / "target", family("gemma4"))
     auto_map = {"AutoTokenizer": [None, "evil.Evil"]}
