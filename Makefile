@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.headstart
-PACKAGES := configs heads data eval train cli
+PACKAGES := common configs heads data eval train serve cli
 CONFIG ?= configs/quickstart.yaml
 ARGS ?=
 # Releases of transformers that `make test-matrix` tests: the oldest, a middle and the newest one.
@@ -116,6 +116,7 @@ test-engines: $(STAMP) ## install serving engines (4 GB) and compare them with t
 check: $(STAMP) links ## lint, formatting and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache
 	$(BIN)/mypy
 
 format: $(STAMP) ## sort imports, fix what can be fixed, format

@@ -69,7 +69,7 @@ def numbers(text: str) -> list[float]:
 
 def default_device() -> Any:
     """Where a model runs that nobody placed: the device of this process of the launch."""
-    from headstart.heads.processes import join_processes
+    from headstart.common.processes import join_processes
 
     return join_processes().device
 

@@ -71,7 +71,7 @@ def _add_regenerate_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _run_regenerate(args: argparse.Namespace) -> None:
     from headstart.configs.loader import load_config
-    from headstart.data.commands import run_regenerate
+    from headstart.data.prepare import run_regenerate
 
     config = load_config(args.config, args.overrides)
     run_regenerate(
@@ -82,7 +82,7 @@ def _run_regenerate(args: argparse.Namespace) -> None:
 
 def _run_extract(args: argparse.Namespace) -> None:
     from headstart.configs.loader import load_config
-    from headstart.data.commands import run_extract
+    from headstart.data.prepare import run_extract
 
     run_extract(
         load_config(args.config, args.overrides), args.conversations, args.out, default_device()

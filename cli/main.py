@@ -12,21 +12,16 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from headstart.cli.adapt import add_adapt_command
 from headstart.cli.arguments import add_config_arguments
-from headstart.cli.bench import add_bench_commands
-from headstart.cli.check import add_check_command
 from headstart.cli.data import add_data_commands
-from headstart.cli.evaluate import add_eval_commands
+from headstart.cli.eval import add_check_command, add_eval_commands
 from headstart.cli.heads import add_heads_commands
-from headstart.cli.output import keep_output
-from headstart.cli.publish import add_publish_command
-from headstart.cli.runs import add_runs_commands
-from headstart.cli.serving import add_serving_commands
-from headstart.cli.signals import Ended, tidy_ends
+from headstart.cli.serve import add_publish_command, add_serving_commands
 from headstart.cli.sweep import add_sweep_command
-from headstart.configs.paths import expand_home
-from headstart.heads.text import one_line, visible
+from headstart.cli.train import add_adapt_command, add_bench_commands, add_runs_commands
+from headstart.common.console import keep_output, one_line, visible
+from headstart.common.signals import Ended, tidy_ends
+from headstart.configs.schema import expand_home
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -39,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
             logging.getLogger(chatty).setLevel(logging.ERROR)
         # Seconds of imports, so only after the arguments are known to be good; and the version
         # before the classes that another release may lack.
-        from headstart.heads.versions import check_transformers
+        from headstart.common.versions import check_transformers
 
         check_transformers()
         from transformers.utils.logging import disable_progress_bar
@@ -63,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
         code = 1
     else:
         code = 0
-    from headstart.heads.processes import leave_processes
+    from headstart.common.processes import leave_processes
 
     leave_processes()  # after the errors, whose frames hold what the command worked with
     return code

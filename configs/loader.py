@@ -1,15 +1,19 @@
-"""YAML plus dotted overrides -> `Config`; an error names the key and its nearest valid one."""
+"""YAML plus dotted overrides -> `Config`, and back; an error names the key and its nearest valid
+one.
+"""
 
 import difflib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias, get_args, get_origin
+from types import NoneType
+from typing import Annotated, Any, TypeAlias, get_args, get_origin
 
+import yaml
 from pydantic import BaseModel, ValidationError
 
-from headstart.configs import hardware
+from headstart.common import machine
 from headstart.configs.schema import Config
-from headstart.configs.yaml_text import dump_yaml, load_yaml, meant, read_value, section_in
 
 Override: TypeAlias = str | tuple[str, Any]
 """`section.key=value` as a user types it, or a key and the value itself."""
@@ -54,10 +58,10 @@ def _without_auto(config: Config) -> Config:
     """The same with the dtypes of this machine, so that what is saved says what was computed."""
     update: dict[str, Any] = {}
     if config.target.dtype == "auto":
-        dtype = hardware.natural_dtype()
+        dtype = machine.natural_dtype()
         update["target"] = config.target.model_copy(update={"dtype": dtype})
     if config.train.precision == "auto":
-        precision = hardware.natural_dtype()
+        precision = machine.natural_dtype()
         update["train"] = config.train.model_copy(update={"precision": precision})
     return config.model_copy(update=update)
 
@@ -159,3 +163,180 @@ def _keys(parents: list[str], section: type[BaseModel]) -> list[str]:
         if not parent.isdigit():  # an item of a list: its section is known already
             section = section_in(section.model_fields[parent].annotation) or section
     return list(section.model_fields)
+
+
+MOST = 100_000  # values of a file, each counted wherever it is referred to
+NULLS = ("", "~", "null", "Null", "NULL", "None")  # None: as the settings' descriptions call it
+
+
+@dataclass(frozen=True)
+class Spelled:
+    """A bare word that YAML reads as something else than text."""
+
+    value: Any
+    """A number, a truth value or None."""
+    text: str
+    """How it is spelled."""
+
+
+class _Loader(yaml.SafeLoader):
+    """Gives `Spelled` for bare words; dates are text, since no setting is a date."""
+
+    def __init__(self, stream: str):
+        super().__init__(stream)
+        self.sizes: dict[yaml.Node, int] = {}
+        """Values in each node."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
+        """Refuses values that refer to values that refer to others (`*a`), which a line doubles:
+        of thirty lines a reader would make a billion values."""
+        referred = self.check_event(yaml.AliasEvent)
+        node = super().compose_node(parent, index)
+        assert node is not None, "the parser gives a node, or raises"
+        if node not in self.sizes:
+            of = node.value if isinstance(node, yaml.CollectionNode) else ()
+            parts = [part for item in of for part in (item if isinstance(item, tuple) else (item,))]
+            # Not known yet: it refers to what it is part of.
+            self.sizes[node] = MOST + 1 if referred else 1 + sum(self.sizes[p] for p in parts)
+        if self.sizes[node] > MOST:
+            raise yaml.composer.ComposerError(
+                None, None, f"more than {MOST:,} values, by references", node.start_mark
+            )
+        return node
+
+    def construct_word(self, node: yaml.ScalarNode) -> Any:
+        kind = node.tag.rpartition(":")[2]
+        if kind == "timestamp":
+            return node.value
+        try:
+            value = getattr(self, f"construct_yaml_{kind}")(node)
+        except (ValueError, KeyError, IndexError) as error:  # such as `0b_`, or `!!bool x`
+            raise yaml.constructor.ConstructorError(
+                None, None, f"{node.value!r} is no {kind}", node.start_mark
+            ) from error
+        return Spelled(value, node.value)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Refuses a key that comes twice, of which YAML would drop the first without a word."""
+        seen = set[str]()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key.value} comes twice", key.start_mark
+                )
+            seen.add(key.value if isinstance(key, yaml.ScalarNode) else "")
+        found: dict[Any, Any] = super().construct_mapping(node, deep)
+        return found
+
+
+for _kind in ("null", "bool", "int", "float", "timestamp"):
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_kind}", _Loader.construct_word)
+
+
+def load_yaml(text: str) -> Any:
+    """What YAML text holds, with `Spelled` in it; `meant` takes them out.
+
+    Raises:
+        ValueError: it is malformed.
+    """
+    try:
+        return yaml.load(text, _Loader)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ValueError(str(error)) from error
+
+
+def dump_yaml(content: dict[str, Any]) -> str:
+    """YAML text that any reader takes for the same content."""
+    return yaml.safe_dump(content, sort_keys=False)
+
+
+def meant(value: Any, annotation: Any) -> Any:
+    """What `load_yaml` gave, as a setting of this type means it: text as it is spelled."""
+    match value:
+        case Spelled(value=plain, text=text):
+            if plain is None and (not text or _may_be_none(annotation)):
+                return None
+            return text if takes_text(annotation) else plain
+        case dict():
+            section, free = section_in(annotation), _argument(annotation, dict, 1)
+            kinds = {} if section is None or free is not Any else section.model_fields
+            return {
+                (name := key.text if isinstance(key, Spelled) else key): meant(
+                    item, kinds[name].annotation if name in kinds else free
+                )
+                for key, item in value.items()
+            }
+        case list():
+            return [meant(item, _argument(annotation, list, 0)) for item in value]
+    return value
+
+
+def read_value(text: str, annotation: Any) -> Any:
+    """The value of a setting that a user typed as `key=value`.
+
+    Text and paths stand as they are: `#`, `: ` and brackets are part of them, and quotes are taken
+    off where they enclose all of it. A list of sources may be a bare path too. Everything else is
+    YAML.
+
+    Raises:
+        ValueError: it is to be YAML and is none.
+    """
+    if not takes_text(annotation):
+        return meant(load_yaml(text), annotation)
+    if text.strip() in NULLS and (_may_be_none(annotation) or not text.strip()):
+        return None
+    collects = section_in(annotation) is not None or _argument(annotation, list, 0) is not Any
+    if collects and text.lstrip().startswith(("[", "{", "- ")):
+        return meant(load_yaml(text), annotation)
+    return _unquoted(text)
+
+
+def _unquoted(text: str) -> str:
+    if not text.startswith(("'", '"')):
+        return text
+    try:
+        node = yaml.compose(text, _Loader)
+    except yaml.YAMLError:
+        return text
+    if isinstance(node, yaml.ScalarNode) and node.end_mark.index == len(text):
+        return str(node.value)
+    return text
+
+
+def takes_text(annotation: Any) -> bool:
+    """Whether a bare word is text to a setting of this type: a text, a path, or a section, which a
+    bare path may stand for."""
+    if _is_class(annotation) and issubclass(annotation, str | Path | BaseModel):
+        return True
+    return any(map(takes_text, _alternatives(annotation)))
+
+
+def section_in(annotation: Any) -> type[BaseModel] | None:
+    """The section that a setting holds, by itself, in a list or as one of several types."""
+    if _is_class(annotation) and issubclass(annotation, BaseModel):
+        section: type[BaseModel] = annotation
+        return section
+    return next(filter(None, map(section_in, get_args(annotation))), None)
+
+
+def _is_class(annotation: Any) -> bool:
+    return isinstance(annotation, type) and get_origin(annotation) is None  # not list[str]
+
+
+def _may_be_none(annotation: Any) -> bool:
+    return annotation in (Any, NoneType) or NoneType in _alternatives(annotation)
+
+
+def _alternatives(annotation: Any) -> tuple[Any, ...]:
+    """The types that a bare word may be for: of a union each, of a list its items'."""
+    if get_origin(annotation) is Annotated:
+        return get_args(annotation)[:1]
+    return () if get_origin(annotation) is dict else get_args(annotation)
+
+
+def _argument(annotation: Any, kind: type, place: int) -> Any:
+    """The type of the items of a list, or of the values of a mapping; `Any` where it is neither."""
+    if get_origin(annotation) is kind:
+        return get_args(annotation)[place]
+    found = (_argument(one, kind, place) for one in get_args(annotation))
+    return next((one for one in found if one is not Any), Any)

@@ -4,6 +4,8 @@ Every field has a default and a docstring with its unit. A combination that cann
 when the configuration is loaded, not an hour into the run.
 """
 
+import os
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,7 +20,14 @@ from pydantic import (
     model_validator,
 )
 
-from headstart.configs.paths import expand_home
+HOME = re.compile(r"(?:^|(?<=[+=]))~[^/+=]*(?=/|$)")
+
+
+def expand_home(text: str) -> str:
+    """A path with the home folder in place of `~` or `~NAME` at its beginning, where a shell leaves
+    it: in quotes, and after the sign in HEAD+ADAPTER and NAME=FILE."""
+    return HOME.sub(lambda found: os.path.expanduser(found.group()), text)
+
 
 Folder = Annotated[Path, AfterValidator(lambda path: Path(expand_home(str(path))))]
 """A path of this machine, with `~` for the home folder."""
@@ -49,7 +58,7 @@ class RunConfig(Section):
 
 
 Quantization = Literal["torchao-int8", "bnb-int8", "bnb-nf4"]
-"""Ways to hold the weights of a target's layers in fewer bits (heads/served.py)."""
+"""Ways to hold the weights of a target's layers in fewer bits (heads/adapters.py)."""
 
 
 class TargetConfig(Section):
@@ -381,7 +390,7 @@ class TrainConfig(Section):
 
 
 Engine = Literal["transformers", "vllm", "llama.cpp", "mlx"]
-"""What serves a head (heads/engines.py)."""
+"""What serves a head (serve/engines.py)."""
 
 
 Decoder = Literal[

@@ -7,9 +7,9 @@ A folder holds `conversations.json` (with what they were made, and in how many p
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from transformers import PreTrainedTokenizerBase
 
+from headstart.common.files import whole_file, write_atomically
 from headstart.configs.schema import DataConfig
 from headstart.data.store import read_index
-from headstart.heads.files import whole_file, write_atomically
 
 FORMAT = 2  # of the folder: raise it when the same settings come to give other conversations
 MANIFEST = "conversations.json"
@@ -255,3 +255,52 @@ def _explained(path: Path) -> Iterator[None]:
             f"{path} is cut short or damaged ({error}): delete it, then run the command that made "
             "it again, which redoes it alone"
         ) from error
+
+
+def cut(conversation: Conversation, max_tokens: int) -> list[Conversation]:
+    """Cut a conversation into pieces of at most `max_tokens`, each with context before it.
+
+    Every token that is drafted first in a round is so in exactly one piece; later drafts end with
+    their piece. Each later piece begins with the conversation's first token (<bos>) and about half
+    its length of context, on which nothing is trained.
+
+    Args:
+        conversation: any.
+        max_tokens: 8 or more.
+    """
+    ids = conversation.ids
+    if len(ids) <= max_tokens:
+        return [conversation]
+    pieces = []
+    start, trained_from = 0, 0
+    while True:
+        lead = ids[:1] if start else []
+        end = min(start + max_tokens - len(lead), len(ids))
+        shift = len(lead) - start
+        # A draft reads an assistant's token and predicts the one after it, so the last token that
+        # the piece before trained is needed here as the first that is read.
+        kept = [(max(a, trained_from - 1), min(b, end)) for a, b in conversation.spans]
+        spans = [(a + shift, b + shift) for a, b in kept if a < b]
+        if any(b - a > 1 for a, b in spans):
+            name = f"{conversation.id}@{start}"
+            pieces.append(replace(conversation, id=name, ids=lead + ids[start:end], spans=spans))
+        if end == len(ids):
+            return pieces
+        trained_from = end
+        start = end - max_tokens // 2
+
+
+def trainable(conversations: Iterable[Conversation], max_tokens: int) -> Iterator[Conversation]:
+    """The pieces of conversations that something can be drafted in: two tokens of one answer."""
+    for conversation in conversations:
+        for piece in cut(conversation, max_tokens):
+            if any(end - start > 1 for start, end in piece.spans):
+                yield piece
+
+
+def length_when_cut(length: int, max_tokens: int) -> int:
+    """Tokens in all pieces of a conversation of `length` tokens, at most."""
+    if length <= max_tokens:
+        return length
+    steps = -(-(length - max_tokens) // (max_tokens - 1 - max_tokens // 2))
+    return length + steps * (max_tokens // 2 + 1)

@@ -10,10 +10,8 @@ from dataclasses import dataclass, fields
 
 import torch
 
-from headstart.data.packing import pack
-from headstart.data.shards import Document
-from headstart.data.store import Documents
-from headstart.heads.gemma3 import SharedKV
+from headstart.data.store import Document, Documents
+from headstart.heads.target import SharedKV
 
 
 @dataclass
@@ -241,3 +239,25 @@ class AnchorLoader:
             shuffled = torch.randperm(len(self.usable), generator=generator).tolist()
             self._epoch, self._order_of_epoch = epoch, [self.usable[i] for i in shuffled]
         return self._order_of_epoch
+
+
+def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """First-fit decreasing: which documents share a row.
+
+    Args:
+        lengths: of the documents.
+        capacity: tokens that a row holds; a longer document gets a row of its own.
+
+    Returns:
+        Indices into `lengths`, row by row; each index once.
+    """
+    rows: list[list[int]] = []
+    free: list[int] = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        row = next((r for r, room in enumerate(free) if lengths[i] <= room), len(rows))
+        if row == len(rows):
+            rows.append([])
+            free.append(capacity)
+        rows[row].append(i)
+        free[row] -= lengths[i]
+    return rows

@@ -1,36 +1,216 @@
-"""On-policy conversations: the target answers the prompts, batched and resumable."""
+"""On-policy conversations: the target answers the prompts, batched and resumable.
+
+Letters: B batch, V vocabulary.
+"""
 
 import asyncio
 from contextlib import nullcontext
+from dataclasses import astuple, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
 from rich.progress import Progress
-from transformers import GenerationConfig, LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
+from headstart.common.console import progress_bar, say
+from headstart.common.files import alone_in
+from headstart.common.processes import in_step, is_mine, processes_in
 from headstart.configs.schema import DataConfig
 from headstart.data.conversations import (
+    Conversation,
+    answered,
     claim_folder,
     part_path,
     read_part,
+    stable_hash,
     write_part,
 )
-from headstart.data.extraction import entries_of
-from headstart.data.jobs import Job, batches_of, conversation_settings, conversations_of
-from headstart.data.prompts import Prompt
-from headstart.data.recording import Recorder
-from headstart.data.sampling import SamplingMixture
+from headstart.data.extraction import Recorder, entries_of
+from headstart.data.prompts import Prompt, report_refused
 from headstart.data.server import AnswerServer
-from headstart.data.shards import shard_path, shard_settings, write_shard
-from headstart.data.store import check_space, stored_bytes, write_index
-from headstart.heads.few_rows import plain_strides
-from headstart.heads.locks import alone_in
-from headstart.heads.processes import in_step, is_mine, processes_in
-from headstart.heads.progress import progress_bar, say
-from headstart.heads.single_query import quick_single_queries
-from headstart.heads.targets import Target
+from headstart.data.store import (
+    check_space,
+    shard_path,
+    shard_settings,
+    stored_bytes,
+    write_index,
+    write_shard,
+)
+from headstart.data.templates import check_template, encode_prompt, shortened
+from headstart.heads.cpu_kernels import plain_strides, quick_single_queries
+from headstart.heads.target import Target
 from headstart.heads.tokens import Sampling, TargetTokens
+
+
+@dataclass(frozen=True)
+class Job:
+    """One answer to be written."""
+
+    id: str
+    prompt: Prompt
+    prompt_ids: list[int]
+    sampling: Sampling
+
+
+def make_jobs(
+    prompts: list[Prompt], sampling: list[Sampling], tokens: TargetTokens, config: DataConfig
+) -> list[Job]:
+    """The prompts as token ids, longest first, each with an id of its own and its sampling.
+
+    Raises:
+        ValueError: the target's chat template refuses more prompts than `data.max_bad_rows`.
+    """
+    check_template(prompts, tokens)
+    jobs: list[Job] = []
+    refused: list[tuple[str, str]] = []
+    taken, cut_short = set[str](), 0
+    for prompt, drawn in zip(prompts, sampling, strict=True):
+        job_id, times = prompt.id, 1
+        while job_id in taken:  # a prompt may be answered several times
+            times += 1
+            job_id = f"{prompt.id}#{times}"
+        taken.add(job_id)
+        try:
+            ids = encode_prompt(
+                prompt, tokens.tokenizer, chat_template_kwargs=config.chat_template_kwargs
+            )
+        except ValueError as error:
+            refused.append((prompt.id, str(error)))
+            continue
+        cut_short += len(ids) > config.max_prompt_tokens
+        jobs.append(Job(job_id, prompt, shortened(ids, config.max_prompt_tokens), drawn))
+    report_refused(refused, len(prompts), config.max_bad_rows)
+    if cut_short:
+        say(
+            f"{cut_short} of {len(prompts)} prompts are longer than data.max_prompt_tokens="
+            f"{config.max_prompt_tokens} and keep their last tokens"
+        )
+    # Equal lengths together: less padding. Longest first: memory runs out at once or never.
+    return sorted(jobs, key=lambda job: -len(job.prompt_ids))
+
+
+def conversation_settings(
+    jobs: list[Job], tokens: TargetTokens, config: DataConfig, seed: int, extract: bool
+) -> dict[str, Any]:
+    """What decides the conversations: equal settings, equal answers (of one machine)."""
+    asked = [[job.id, job.prompt_ids, astuple(job.sampling)] for job in jobs]
+    kwargs = config.chat_template_kwargs
+    return {
+        **({"chat_template_kwargs": kwargs} if kwargs else {}),
+        "target": tokens.name,
+        "revision": tokens.revision,
+        "fingerprint": tokens.fingerprint,
+        "tokenizer": tokens.tokenizer_hash,
+        "eos_ids": tokens.eos_ids,
+        "prompts": stable_hash(asked),
+        "conversations": len(jobs),
+        "max_new_tokens": config.max_new_tokens,
+        "generation_batch_size": config.generation_batch_size,
+        "seed": seed,
+        "teacher_top_k": config.teacher_top_k if extract else None,
+        "storage": config.storage if extract else None,
+    }
+
+
+def batches_of(jobs: list[Job], config: DataConfig) -> list[list[Job]]:
+    """The jobs of each part, in order."""
+    size = config.generation_batch_size
+    return [jobs[i : i + size] for i in range(0, len(jobs), size)]
+
+
+def conversations_of(
+    jobs: list[Job], answers: list[list[int]], eos_ids: list[int]
+) -> list[Conversation]:
+    """The jobs with the responses to them."""
+    return [
+        answered(
+            job.prompt_ids,
+            ids,
+            id=job.id,
+            category=job.prompt.category,
+            source=job.prompt.source,
+            temperature=job.sampling.temperature,
+            finish_reason="stop" if ids and ids[-1] in eos_ids else "length",
+        )
+        for job, ids in zip(jobs, answers, strict=True)
+    ]
+
+
+BLOCK = 512  # weights summed before the running sum: about the root of a Gemma vocabulary
+
+
+class SamplingMixture(LogitsProcessor):
+    """Chooses the next token of every sequence in its own way: greedy, or sampled.
+
+    Used with `do_sample=False`: the chosen token gets an infinite score, so that the argmax takes
+    it. Sampling by inverse CDF needs one uniform number a row; `torch.multinomial` draws V of
+    them, which on a CPU took as long as the whole decoding step. Temperature, top-k and top-p are
+    applied in the order of transformers' `generate`.
+
+    Args:
+        sampling: one for each row.
+        seed: of the uniform numbers.
+    """
+
+    def __init__(self, sampling: list[Sampling], seed: int):
+        self.groups: dict[Sampling, torch.Tensor] = {}
+        for drawn in dict.fromkeys(s for s in sampling if s.temperature > 0):
+            rows = [i for i, other in enumerate(sampling) if other == drawn]
+            self.groups[drawn] = torch.tensor(rows)
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """`scores` [B, V] -> the same with +inf at the chosen tokens."""
+        chosen = scores.clone() if self.groups else scores
+        for drawn, rows in self.groups.items():
+            rows = rows.to(scores.device)
+            uniform = torch.rand(len(rows), 1, generator=self.generator).to(scores.device)
+            # Row by row a CPU keeps the V values in its cache: a fifth of the time of all at once.
+            parts = rows.split(1) if scores.device.type == "cpu" else (rows,)
+            numbers = uniform.split([len(part) for part in parts])
+            for part, number in zip(parts, numbers, strict=True):
+                chosen[part, _draw(scores[part].float(), drawn, number)] = torch.inf
+        return chosen
+
+
+def _draw(logits: torch.Tensor, drawn: Sampling, uniform: torch.Tensor) -> torch.Tensor:
+    """Logits [n, V] and uniform numbers [n, 1] -> [n] token ids."""
+    logits = logits / drawn.temperature
+    ids = None
+    if drawn.top_k is not None or drawn.top_p < 1:
+        logits, ids = logits.topk(min(drawn.top_k or logits.shape[-1], logits.shape[-1]))
+    p = (logits - logits.amax(-1, keepdim=True)).exp_()
+    if drawn.top_p < 1:  # a token stays while those above it hold less
+        p = p / p.sum(-1, keepdim=True)
+        p = p * (p.cumsum(-1) - p < drawn.top_p)
+    place = _inverse_cdf(p, uniform)
+    return (place if ids is None else ids.gather(-1, place))[:, 0]
+
+
+def _inverse_cdf(p: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """Where the share `uniform` [n, 1] of the weights `p` [n, V] is reached, [n, 1].
+
+    First among the sums of blocks, then within the block: running sums over V values are what
+    takes longest on a CPU. The weights need not add up to 1.
+    """
+    padded = torch.nn.functional.pad(p, (0, -p.shape[-1] % BLOCK))
+    blocks = padded.view(len(p), -1, BLOCK)
+    sums = blocks.sum(-1).cumsum(-1)
+    sought = uniform * sums[:, -1:]
+    block = _first_above(sums, sought)
+    before = sums.gather(-1, block) - blocks.sum(-1).gather(-1, block)
+    inside = blocks.gather(1, block[..., None].expand(-1, -1, BLOCK))[:, 0].cumsum(-1)
+    return block * BLOCK + _first_above(inside, (sought - before).clamp_min(0))
+
+
+def _first_above(sums: torch.Tensor, sought: torch.Tensor) -> torch.Tensor:
+    """The first place whose running sum is above `sought`; at most the last that adds anything,
+    which rounding could lead past."""
+    last = torch.searchsorted(sums, sums[:, -1:].contiguous())
+    return torch.minimum(torch.searchsorted(sums, sought.contiguous(), right=True), last)
+
 
 # What a process lets a split target answer while others have something to do.
 _IDLE = Job("idle", Prompt("idle", "", "", [], raw=True), [0], Sampling(0.0))

@@ -11,13 +11,14 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from headstart.data.marks import refuse_marks, without_beginning
+from headstart.common.console import say
+from headstart.data.marks import left_open, refuse_marks, spoken, thought_in, without_beginning
 from headstart.data.prompts import Prompt
 from headstart.data.rows import turn_text
-from headstart.data.thoughts import left_open, spoken, thought_in
-from headstart.heads.chat_template import (
+from headstart.heads.tokens import (
     ASKED,
     Messages,
+    TargetTokens,
     TurnFormat,
     known_turns,
     plain_borders,
@@ -25,8 +26,6 @@ from headstart.heads.chat_template import (
     token_ids,
     turn_format,
 )
-from headstart.heads.progress import say
-from headstart.heads.tokens import TargetTokens
 
 Spans = list[tuple[int, int]]
 TAGS = re.compile(r"(?:<[^<>\s]+>|\[gMASK\])+")

@@ -11,15 +11,14 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.table import Column, Table
 
+from headstart.common.console import kept_lines, plain_console, say
 from headstart.configs.schema import DataConfig, TargetConfig
-from headstart.data.prompt_sets import SETS, load_prompt_set
-from headstart.data.prompts import Prompt, load_prompts
+from headstart.data.prompts import SETS, Prompt, load_prompt_set, load_prompts
 from headstart.data.templates import check_template, encode_conversation, encode_prompt
 from headstart.heads.assistant import check_pair, other_target
-from headstart.heads.export import load_assistant
 from headstart.heads.loading import load_served
-from headstart.heads.progress import kept_lines, plain_console, say
-from headstart.heads.targets import Target
+from headstart.heads.saving import load_assistant
+from headstart.heads.target import Target
 
 
 @dataclass

@@ -11,10 +11,9 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from headstart.eval.statistics import interval, resampled
-from headstart.eval.tables import decoder_name, wide_console
-from headstart.eval.verdict import OWN_LENGTH
-from headstart.heads.text import one_line
+from headstart.common.console import one_line
+from headstart.eval.page import decoder_name, wide_console
+from headstart.eval.statistics import OWN_LENGTH, interval, resampled
 
 ENOUGH = 5  # texts, below which prompts drawn with replacement tell nothing of others
 MEASURES = {

@@ -1,23 +1,40 @@
-"""Plain and assisted decoding with transformers' `generate`, one prompt at a time.
+"""Plain and assisted decoding with transformers' `generate`, one prompt at a time: the decoders
+that are compared, and where their texts part.
 
 Target forwards are counted where they happen, by a hook on the target.
+
+Letters: V vocabulary.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
+from headstart.common.console import progress_bar
+from headstart.common.machine import synchronize
+from headstart.common.versions import CACHE
+from headstart.configs.schema import Decoder
 from headstart.eval.acceptance import AcceptanceCounts
-from headstart.heads.exact import ExactDecoding, exact_decoding
-from headstart.heads.few_rows import plain_strides
-from headstart.heads.targets import Target
+from headstart.eval.draft_cost import MAX_DRAFT_TOKENS, Costs
+from headstart.heads.cpu_kernels import plain_strides
+from headstart.heads.decoder import (
+    Confident,
+    CostRule,
+    DraftLength,
+    ExactDecoding,
+    Heuristic,
+    Lookup,
+    Round,
+    exact_decoding,
+)
+from headstart.heads.target import Target
 from headstart.heads.tokens import Sampling
-from headstart.heads.versions import CACHE
 
 GREEDY = Sampling(0.0)
 
@@ -178,7 +195,242 @@ def _watch(model: PreTrainedModel) -> Iterator[_Seen]:
             handle.remove()
 
 
-def synchronize(device: torch.device) -> None:
-    """Wait for what an accelerator has under way, so that a clock says what it took."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
+START = 4  # draft tokens with which `heuristic` begins
+THRESHOLDS = [0.05 * i for i in range(20)]  # of confidence, tried for `confident`
+
+
+@dataclass(frozen=True)
+class Side:
+    """One way to decode that is compared with plain decoding."""
+
+    decoder: Decoder
+    head: str | None
+    """Name of the head, or of the small model; None: it needs neither."""
+    num_assistant_tokens: int
+    """K, the most drafts of a round."""
+    assistant: PreTrainedModel | None
+    how: ExactDecoding | None
+    """Of the exact decoder; learns from prompt to prompt."""
+    costs: Costs | None
+    """What its drafts and verifications cost; None: not measured."""
+    threshold: float | None = None
+    """Of confidence, of the decoder `confident`."""
+
+    @property
+    def key(self) -> list[str | int | None]:
+        """By which it is found again in a file."""
+        return [self.decoder, self.head, self.num_assistant_tokens]
+
+    def decode(
+        self,
+        target: Target,
+        prompt_ids: list[int],
+        max_new_tokens: int,
+        sampling: Sampling,
+        seed: int,
+    ) -> Decoded:
+        """One text."""
+        k, how = self.num_assistant_tokens, self.how
+        return decode(target, prompt_ids, max_new_tokens, self.assistant, k, how, sampling, seed)
+
+
+def make_sides(
+    decoders: Sequence[Decoder],
+    num_assistant_tokens: Sequence[int],
+    heads: Mapping[str, PreTrainedModel],
+    draft_models: Mapping[str, PreTrainedModel],
+    costs: Mapping[str, dict[str, Costs]],
+    thresholds: Mapping[str, float],
+) -> list[Side]:
+    """Each decoder with each head and each K; those that choose K themselves once for each head.
+
+    Args:
+        decoders: what to compare.
+        num_assistant_tokens: the K of those that keep to one.
+        heads: name -> head.
+        draft_models: name -> small model.
+        costs: head -> what `measure_costs` found.
+        thresholds: head -> `calibrated_threshold`, where `confident` is among the decoders.
+    """
+    sides: list[Side] = []
+    for decoder in decoders:
+        match decoder:
+            case "lookup":
+                found = next(iter(costs.values()), None)
+                free = None if found is None else Costs(0.0, found["transformers"].v)
+                sides += [Side(decoder, None, k, None, None, free) for k in num_assistant_tokens]
+            case "draft-model":
+                for name, model in draft_models.items():
+                    sides += [
+                        Side(decoder, name, k, model, None, None) for k in num_assistant_tokens
+                    ]
+            case _:
+                for name, head in heads.items():
+                    sides += _of_head(
+                        decoder, name, head, num_assistant_tokens, costs[name], thresholds.get(name)
+                    )
+    return sides
+
+
+def _of_head(
+    decoder: Decoder,
+    name: str,
+    head: PreTrainedModel,
+    num_assistant_tokens: Sequence[int],
+    costs: dict[str, Costs],
+    threshold: float | None,
+) -> list[Side]:
+    if decoder == "transformers":
+        stock = costs["transformers"]
+        return [Side(decoder, name, k, head, None, stock) for k in num_assistant_tokens]
+    exact = costs["exact"]
+    if decoder == "exact":
+        return [Side(decoder, name, k, head, ExactDecoding(), exact) for k in num_assistant_tokens]
+    rule: DraftLength
+    lookup = None
+    match decoder:
+        case "heuristic":
+            rule = Heuristic(START, MAX_DRAFT_TOKENS)
+        case "confident":
+            assert threshold is not None
+            rule = Confident(MAX_DRAFT_TOKENS, threshold)
+        case "cost" | "hybrid":
+            rule = CostRule(exact.c, exact.v)
+            lookup = Lookup(rule) if decoder == "hybrid" else None
+    how = ExactDecoding(rule, lookup)
+    return [Side(decoder, name, MAX_DRAFT_TOKENS, head, how, exact, threshold)]
+
+
+def calibrated_threshold(
+    target: Target,
+    head: PreTrainedModel,
+    costs: Costs,
+    prompts: Sequence[list[int]],
+    max_new_tokens: int,
+) -> float:
+    """The least confidence for another draft that promises the most tokens a target step.
+
+    Texts are decoded with the longest drafts; then each threshold is told what its shorter ones
+    would have brought and cost.
+
+    Args:
+        target: in the dtype to measure.
+        head: of the drafts.
+        costs: of the exact decoder.
+        prompts: token ids of each.
+        max_new_tokens: of each text.
+    """
+    how, rounds = ExactDecoding(Confident(MAX_DRAFT_TOKENS, 0.0)), list[Round]()
+    with progress_bar() as bar:
+        task = bar.add_task("Calibrating the confidence threshold", total=len(prompts), status="")
+        for ids in prompts:
+            decode(target, ids, max_new_tokens, head, MAX_DRAFT_TOKENS, how)
+            rounds += how.rounds
+            bar.update(task, advance=1)
+    return max(THRESHOLDS, key=lambda threshold: _promise(rounds, threshold, costs))
+
+
+def _promise(rounds: list[Round], threshold: float, costs: Costs) -> float:
+    """Tokens a target step of rounds whose drafts end after one below the threshold."""
+    tokens = cost = 0.0
+    for one in rounds:
+        below = [i for i, sure in enumerate(one.drafts.confidences, 1) if sure < threshold]
+        drafted = min(below, default=len(one.drafts.confidences))
+        tokens += 1 + min(one.accepted, drafted)
+        cost += costs.of_round(drafted)
+    return tokens / cost if cost else 1.0
+
+
+ROUNDING = {"float32": 1e-3, "bfloat16": 0.25}
+"""Gap between two logits that the shape of a batch may turn around anywhere: in bfloat16 two units
+in the last place of logits between 16 and 32 (Gemma 4's are capped at 30)."""
+AT_A_TIME = (1, 5)  # rows of the forwards that plain decoding and a verification make
+
+
+@dataclass(frozen=True)
+class Parting:
+    """What the target thinks where two texts part."""
+
+    top2_logit_gap: float
+    """Between its two best tokens, in one forward over the whole text."""
+    token_logit_gap: float | None
+    """Between the tokens of the two texts there; None: one of the texts had ended."""
+    rounding: float | None
+    """How much that gap differs between forwards over the same tokens: over all of them at once,
+    one after another, five at a time. None: not measured, the gap is within `ROUNDING` anyway."""
+
+    @property
+    def within_rounding(self) -> bool:
+        """Whether the roundings of forwards of different shapes may have turned the two around."""
+        if self.token_logit_gap is None:
+            return False
+        # Twice: three forwards show a part of what rounding can do.
+        return self.rounding is None or self.token_logit_gap <= 2 * self.rounding
+
+
+def parting(plain: list[int], assisted: list[int]) -> int | None:
+    """Index of the first token that differs; None: equal."""
+    if plain == assisted:
+        return None
+    shorter = min(len(plain), len(assisted))
+    pairs = zip(plain, assisted, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), shorter)
+
+
+@torch.no_grad()
+def explain_parting(
+    target: Target, prompt_ids: list[int], plain: list[int], assisted: list[int]
+) -> Parting | None:
+    """Where and why two greedy texts part; None: they are equal.
+
+    Args:
+        target: in the dtype that they were decoded in.
+        prompt_ids: of both.
+        plain, assisted: the new tokens of each.
+    """
+    at = parting(plain, assisted)
+    if at is None:
+        return None
+    ids = prompt_ids + plain[:at]
+    logits = _last_logits(target, ids, len(ids), len(ids))
+    best = logits.topk(2).values
+    top2 = float(best[0] - best[1])
+    if at >= min(len(plain), len(assisted)):
+        return Parting(top2, None, None)
+
+    def gap(logits: torch.Tensor) -> float:
+        return float(logits[plain[at]] - logits[assisted[at]])
+
+    gaps = [gap(logits)]
+    if abs(gaps[0]) <= ROUNDING[str(target.table.dtype).removeprefix("torch.")]:
+        return Parting(top2, abs(gaps[0]), None)
+    gaps += [gap(_last_logits(target, ids, len(prompt_ids), rows)) for rows in AT_A_TIME]
+    return Parting(top2, abs(gaps[0]), max(gaps) - min(gaps))
+
+
+def _last_logits(target: Target, ids: list[int], first: int, rows: int) -> torch.Tensor:
+    """[V] logits after `ids`, given in a forward of the `first` and then so many rows at a time."""
+    cache = DynamicCache(config=target.config)
+    given = torch.tensor([ids], device=target.device)
+    edges = [0, *range(first, len(ids), rows), len(ids)]
+    logits = torch.empty(0)
+    with plain_strides(target.model):
+        for start, end in pairwise(edges):
+            logits = target.model(
+                input_ids=given[:, start:end],
+                attention_mask=torch.ones_like(given[:, :end]),
+                use_cache=True,
+                logits_to_keep=1,
+                **{CACHE: cache},
+            ).logits[0, -1]
+    return logits.float()
+
+
+def ends_in_loop(tokens: list[int]) -> bool:
+    """Whether the second half of a text repeats what stands before it, with a period of up to a
+    quarter of its length."""
+    half = len(tokens) // 2
+    return any(
+        tokens[half:] == tokens[half - period : len(tokens) - period]
+        for period in range(1, len(tokens) // 4 + 1)
+    )

@@ -1,16 +1,152 @@
-"""report.html: one file with the verdict, the figures, the tables and some texts."""
+"""The tables of a report, for a terminal and report.md, and report.html: one file with the verdict,
+the figures, the tables and some texts.
+"""
 
 import io
 import re
+import sys
 from collections.abc import Sequence
 from html import escape
 from typing import Any
 
 from matplotlib import style
 from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
 
+from headstart.common.console import in_markdown, markdown_row, one_line, plain_console
 from headstart.eval.plots import INK, STYLE, figures
-from headstart.eval.tables import COLUMNS, LEFT, by_head, cells, remarks, title
+
+COLUMNS = [
+    "decoder", "K", "category", "texts", "acceptance length (95%)", "a_1 .. a_4", "speedup (95%)",
+    "without prefill", "predicted", "tok/s", "equal",
+]  # fmt: skip
+LEFT = ("decoder", "category")
+
+
+def cells(result: dict[str, Any]) -> list[str]:
+    """One result as a row of `COLUMNS`."""
+    low, high = result["speedup_interval"]
+    shortest, longest = result["acceptance_length_interval"]
+    of_rounds = result["decode_speedup"], result["predicted_decode_speedup"]
+    equal = {None: "", True: "yes"}.get(result["equal_to_plain"])
+    category = result["category"]
+    return [
+        decoder_name(result),
+        str(result["num_assistant_tokens"]),
+        category if result["looping_texts"] == "with" else f"{category}, no loops",
+        str(result["texts"]),
+        f"{result['acceptance_length']:.2f} ({shortest:.2f} to {longest:.2f})",
+        ", ".join(f"{a:.2f}" for a in result["conditional_acceptance_rate"][:4]),
+        f"{result['speedup']:.2f} ({low:.2f} to {high:.2f})",
+        *("" if speedup is None else f"{speedup:.2f}" for speedup in of_rounds),
+        f"{result['tokens_per_second']:.1f}",
+        f"{result['parted_share']:.0%} part" if equal is None else equal,
+    ]
+
+
+def decoder_name(result: dict[str, Any]) -> str:
+    """The decoder, and the temperature where it samples."""
+    warm = f" T={result['temperature']:g}" if result["temperature"] else ""
+    return f"{result['decoder']}{warm}"
+
+
+def title(content: dict[str, Any]) -> str:
+    """What was measured, and where."""
+    env = content["environment"]
+    kwargs = env.get("chat_template_kwargs") or {}  # reports of before do not say
+    asked = "".join(f"{name}={value}, " for name, value in kwargs.items())
+    return (
+        f"{env['target']}, {env['dtype']}, {asked}{env['max_new_tokens']} new tokens, "
+        f"{env['threads']} threads of {env['accelerator'] or env['processor']}"
+    )
+
+
+def by_head(content: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """The results of each head; those that need none come under their decoder's name."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for result in content["results"]:
+        found.setdefault(result["head"] or result["decoder"], []).append(result)
+    return found
+
+
+def remarks(content: dict[str, Any]) -> list[str]:
+    """What it takes to read the tables, a sentence or two each."""
+    lines = [content["verdict"]]
+    if (noise := content["noise"]) is not None:
+        low, high = noise["speedup_interval"]
+        lines.append(
+            f"Noise: plain decoding measured twice on {noise['texts']} of the texts is "
+            f"{noise['speedup']:.2f} times as fast as itself ({low:.2f} to {high:.2f})."
+        )
+    if content["environment"].get("prefill_skips_layers"):  # reports of before do not say
+        lines.append(
+            "From transformers 5.23 on plain decoding runs on the last token of the prompt alone "
+            "in layers that share keys, and decoding with a head on all tokens: the longer the "
+            "prompt, the lower the speedup. The column 'without prefill' is what drafting gives."
+        )
+    if longer := content["environment"].get("longer_than_trained"):
+        lines.append(
+            f"{longer} of the prompts are longer than those of the head's training, which kept "
+            "their last data.max_prompt_tokens; here they are whole."
+        )
+    for name, costs in content["costs"].items():
+        for decoder, cost in costs.items():
+            v = ", ".join(f"{value:.2f}" for value in cost["v"][1:])
+            lines.append(
+                f"Costs in target steps, {name}, {decoder}: a draft {cost['c']:.3f}; "
+                f"verifying 1 to {len(cost['v']) - 1} drafts {v}."
+            )
+    for name, threshold in content["thresholds"].items():
+        lines.append(f"Confidence threshold of {name}, chosen on some prompts: {threshold:.2f}.")
+    parted = [p for r in content["results"] for p in r["parted"]]
+    if parted:
+        worst = max(p["top2_logit_gap"] for p in parted)
+        fine = all(p["within_rounding"] for p in parted)
+        lines.append(
+            "Where texts part from plain decoding, the target's two best logits are at most "
+            f"{worst:.3g} apart: "
+            + (
+                "what rounding may turn around."
+                if fine
+                else "more than rounding explains in some: a fault."
+            )
+        )
+    return lines
+
+
+def wide_console() -> Console:
+    """For wide tables: outside a terminal rich assumes 80 columns and would fold every cell."""
+    return plain_console(None if sys.stdout.isatty() else 165)
+
+
+def print_report(content: dict[str, Any], console: Console | None = None) -> None:
+    """Print the results as tables, one for each head, and what it takes to read them."""
+    console = console or wide_console()
+    for name, found in by_head(content).items():
+        table = Table(title=f"{name} for {title(content)}")
+        for column in COLUMNS:
+            table.add_column(column, justify="left" if column in LEFT else "right", no_wrap=True)
+        for result in found:
+            table.add_row(*cells(result))
+        console.print(table)
+    for line in remarks(content):
+        console.print(one_line(line))
+
+
+def markdown(content: dict[str, Any]) -> str:
+    """report.md: the same tables."""
+    lines = ["# Evaluation", "", in_markdown(title(content)) + ".", ""]
+    for line in remarks(content):
+        lines += [in_markdown(line), ""]
+    for name, found in by_head(content).items():
+        aligned = ["---" if column in LEFT else "---:" for column in COLUMNS]
+        lines += [f"## {in_markdown(name)}", ""]
+        lines += [markdown_row(COLUMNS), f"| {' | '.join(aligned)} |"]
+        lines += [*(markdown_row(cells(result)) for result in found), ""]
+    lines += ["report.json has every figure; report.html shows them."]
+    return "\n".join(lines) + "\n"
+
 
 CAPTIONS = {
     "speedup": "Wall time of plain decoding over that of decoding with drafts, with the 95% "

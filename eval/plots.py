@@ -9,8 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from headstart.eval.statistics import POSITIONS
-from headstart.eval.verdict import OWN_LENGTH
+from headstart.eval.statistics import OWN_LENGTH, POSITIONS
 
 Result = dict[str, Any]  # one of the report's
 INK = "#777679"  # text and axes: a page puts the colour of its own text in its place

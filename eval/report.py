@@ -9,27 +9,21 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from headstart.common.console import say
+from headstart.common.files import only_one_in, write_atomically
+from headstart.common.machine import environment
+from headstart.common.versions import skips_prefill
 from headstart.configs.schema import EvalConfig
-from headstart.data.prompt_sets import load_prompt_set
-from headstart.data.prompts import Prompt, limit_evenly
+from headstart.data.prompts import Prompt, limit_evenly, load_prompt_set
 from headstart.data.templates import check_template, encode_prompts
-from headstart.eval.asked import Asked
+from headstart.eval.decoding import Side, calibrated_threshold, make_sides
 from headstart.eval.draft_cost import Costs, measure_costs
-from headstart.eval.environment import environment
-from headstart.eval.measurements import Measurements, Text, measure_prompts
-from headstart.eval.page import page
-from headstart.eval.sides import Side, calibrated_threshold, make_sides
-from headstart.eval.statistics import noise, summarise
-from headstart.eval.tables import markdown, print_report
-from headstart.eval.verdict import verdict
+from headstart.eval.measurements import Asked, Measurements, Text, measure_prompts
+from headstart.eval.page import markdown, page, print_report
+from headstart.eval.statistics import noise, summarise, verdict
 from headstart.heads.assistant import check_pair, other_target
-from headstart.heads.files import write_atomically
-from headstart.heads.locks import only_one_in
-from headstart.heads.progress import say
-from headstart.heads.served import model_fingerprint
-from headstart.heads.targets import Target
+from headstart.heads.target import Target, model_fingerprint
 from headstart.heads.tokens import Sampling
-from headstart.heads.versions import skips_prefill
 
 SCHEMA = 2
 CALIBRATION = 6  # prompts on which a confidence threshold is chosen

@@ -19,11 +19,11 @@ from peft import LoraConfig, get_peft_model
 from torch.nn.utils.rnn import pad_sequence
 
 from headstart.cli.main import main
+from headstart.common.console import progress_bar
 from headstart.data.prompts import load_prompts
 from headstart.data.templates import encode_conversation
 from headstart.heads.loading import load_target
-from headstart.heads.progress import progress_bar
-from headstart.heads.targets import Target
+from headstart.heads.target import Target
 
 PROMPTS = Path(__file__).resolve().parents[1] / "data" / "prompts" / "chat_train.jsonl"
 LONGEST = 256  # tokens of a conversation that is tuned on

@@ -1,25 +1,29 @@
-"""PEFT adapters as they come in: every weight has a module to go to, and the whole an effect.
+"""PEFT adapters of a target: every weight has a module to go to, and the whole an effect.
+
+A head is trained on what the served model says, so adapters come before anything is generated.
 
 Letters: r rank, V vocabulary.
 """
 
 import json
 import re
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from headstart.heads.admission import MULTIMODAL, TOWERS, WRAPPERS, renamed
-from headstart.heads.leftovers import temporary_folder
-from headstart.heads.limits import time_limit
-from headstart.heads.progress import say
+from headstart.common.children import temporary_folder
+from headstart.common.console import say
+from headstart.common.signals import time_limit
+from headstart.heads.admission import FAULTS, MULTIMODAL, TOWERS, WRAPPERS, check_files, renamed
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -332,3 +336,111 @@ def check_effect(before: torch.Tensor, after: torch.Tensor) -> None:
             "it changes nothing, in the dtype that the weights have here: it is not trained, or "
             "merging rounds its effect away (dtype: float32, or --keep-adapters, would keep it)"
         )
+
+
+FILES = ["*.json", "*.jinja", "*.model", WEIGHTS]  # that are read of an adapter on the Hub
+
+
+def split_revision(adapter: str) -> tuple[str, str | None]:
+    """A folder or Hub id and its revision, of `ID@REVISION`."""
+    if Path(adapter).is_dir() or "@" not in adapter:
+        return adapter, None
+    name, _, revision = adapter.rpartition("@")
+    return name, revision
+
+
+def add_adapters(model: PreTrainedModel, adapters: Sequence[str], merge: bool) -> PreTrainedModel:
+    """A model with PEFT adapters on it, one after another.
+
+    Args:
+        model: changed in place.
+        adapters: folders or Hub ids.
+        merge: add them to the weights; else they stay beside them, all active at once.
+
+    Raises:
+        ValueError: one is no adapter, does not fit the model, or changes nothing.
+    """
+    if not adapters:
+        return model
+    from peft import PeftModel  # a second of imports that most targets do without
+
+    # peft's own wrapper puts its layers into the model and is then left behind: `set_adapter` of
+    # transformers 5.24 asks for a peft that does not exist (docs/upstream.md).
+    wrapper: Any = None
+    own_dtype: Any = {"autocast_adapter_dtype": False}  # that of the weights, as it is served
+    names = [f"adapter_{number}" for number in range(len(adapters))]
+    with ExitStack() as stack:
+        folders = [
+            stack.enter_context(fitting_adapter(adapter, model, merge)) for adapter in adapters
+        ]
+        before = outcome(model)
+        for number, (name, folder) in enumerate(zip(names, folders, strict=True)):
+            with _naming(adapters[number], model), _peft_warnings():
+                if merge:
+                    wrapped = PeftModel.from_pretrained(model, folder)
+                    check_arrival(wrapped, folder, "default")
+                    model = wrapped.merge_and_unload(safe_merge=True)
+                else:
+                    if wrapper is None:
+                        wrapper = PeftModel.from_pretrained(model, folder, name, **own_dtype)
+                    else:
+                        missing = wrapper.load_adapter(folder, name, **own_dtype).missing_keys
+                        if missing:
+                            raise ValueError(f"Found missing adapter keys: {missing}")
+                    check_arrival(wrapper, folder, name)
+                    wrapper.base_model.set_adapter(names[: number + 1])
+                after = outcome(model)
+                check_effect(before, after)
+                before = after
+    return model
+
+
+@contextmanager
+def fitting_adapter(adapter: str, model: PreTrainedModel, merge: bool) -> Iterator[Path]:
+    """`fitting` of a folder or Hub id, whose errors name it."""
+    with ExitStack() as stack:
+        with _naming(adapter, model):
+            folder = stack.enter_context(fitting(adapter, adapter_folder(adapter), model, merge))
+        yield folder
+
+
+@contextmanager
+def _naming(adapter: str, model: PreTrainedModel) -> Iterator[None]:
+    """Within, what is wrong with an adapter is a `ValueError` that names it and the class."""
+    try:
+        yield
+    except (*FAULTS, UserWarning) as error:
+        reason = " ".join(str(error).split())[:400]
+        raise ValueError(
+            f"{adapter} does not go onto {type(model).__name__} as a PEFT adapter: {reason}"
+        ) from error
+
+
+@contextmanager
+def _peft_warnings() -> Iterator[None]:
+    """Within, an adapter that lacks weights for its layers, which peft would leave random, is an
+    error; and what transformers 5.24 finds old-fashioned in peft is left unsaid."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "Found missing adapter keys", UserWarning)
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+        yield
+
+
+def adapter_folder(adapter: str) -> Path:
+    """Where an adapter lies, after it was downloaded where it has to be.
+
+    Raises:
+        ValueError: one of its files is damaged.
+    """
+    path, revision = split_revision(adapter)
+    if Path(path).is_dir():
+        check_files(path)
+        return Path(path)
+    return Path(snapshot_download(path, revision=revision, allow_patterns=FILES))
+
+
+def tokenizer_folder(adapters: Sequence[str]) -> Path | None:
+    """Of the last adapter that brings a tokenizer, whose chat template it was then trained with;
+    None: the target's own is right."""
+    folders = [adapter_folder(adapter) for adapter in reversed(adapters)]
+    return next((f for f in folders if (f / "tokenizer_config.json").is_file()), None)

@@ -5,6 +5,7 @@ Letters: D target width, V vocabulary.
 
 import json
 import logging
+import math
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,9 +18,9 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file, find_adapter_config_file
 
-from headstart.heads.codes import check_codes, check_quantized, check_read, weight_dtypes
-from headstart.heads.files import plain_name, put_back
-from headstart.heads.progress import say
+from headstart.common.console import say
+from headstart.common.files import plain_name, put_back
+from headstart.heads.weights import check_codes, check_quantized, check_read, weight_dtypes
 
 READ = (
     "config.json", "generation_config.json", "adapter_config.json", "model.safetensors.index.json",
@@ -374,3 +375,36 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int, where: str) 
             "Give as the target the checkpoint whose table was resized with them "
             "(resize_token_embeddings, merge_and_unload, save_pretrained)"
         )
+
+
+# Keys of config.json whose numbers are above 0 where there are any -> the most that they can be.
+ABOVE_ZERO = {
+    "sliding_window": math.inf, "max_position_embeddings": math.inf, "top_k_experts": math.inf,
+    "query_pre_attn_scalar": math.inf, "rms_norm_eps": 0.1,
+    "final_logit_softcapping": math.inf, "attn_logit_softcapping": math.inf,
+    "rope_theta": math.inf, "factor": math.inf, "partial_rotary_factor": 1.0,
+}  # fmt: skip
+ROPE = {"rope_theta", "factor", "partial_rotary_factor"}  # of them, those in rope_parameters
+
+
+def check_values(config: Any, name: str) -> None:
+    """Raise `ValueError` where a number in config.json of a target or a head cannot be: a model
+    would be built of it, and say something else or stop in mid-text.
+
+    Args:
+        config: of its text part.
+        name: of the checkpoint.
+    """
+    values = {key: value for key, value in config.to_dict().items() if key in ABOVE_ZERO}
+    if not getattr(config, "enable_moe_block", False):  # Gemma 3 has no such field
+        values.pop("top_k_experts", None)
+    for layer_type, rope in config.rope_parameters.items():
+        values |= {f"{layer_type}: {key}": rope[key] for key in ROPE & rope.keys()}
+    for key, value in values.items():
+        most = ABOVE_ZERO.get(key.rpartition(" ")[2], math.inf)
+        if value is not None and not 0 < value <= most:
+            limit = "" if most == math.inf else f" and at most {most:g}"
+            raise ValueError(
+                f"{name}: config.json says {key} is {value}, which cannot be (it is above 0{limit}"
+                "): copy config.json from where the weights are from"
+            )

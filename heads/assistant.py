@@ -18,11 +18,11 @@ from transformers import (
     PreTrainedModel,
 )
 
+from headstart.common.console import say
 from headstart.configs.schema import HeadConfig
-from headstart.heads.export import Assistant, load_assistant, made_for
 from headstart.heads.ordered import cluster_count
-from headstart.heads.progress import say
-from headstart.heads.targets import Target, source_layers
+from headstart.heads.saving import Assistant, load_assistant, made_for
+from headstart.heads.target import Target, source_layers
 
 DEPTH = 2  # layers of a head whose depth nobody chose
 

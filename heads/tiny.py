@@ -16,7 +16,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from headstart.heads.gemma3 import Gemma3ForAssistedDecoding
+from headstart.heads.target import Gemma3ForAssistedDecoding
 
 TINY_TARGETS = ("tiny-gemma4", "tiny-gemma3")
 VOCAB_SIZE = 320  # 256 bytes and the special tokens, with room to spare

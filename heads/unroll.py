@@ -17,11 +17,11 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from headstart.common.versions import ALL_ROWS
 from headstart.configs.schema import RopePosition
-from headstart.heads.export import Assistant
-from headstart.heads.gemma3 import SharedKV
 from headstart.heads.ordered import token_clusters
-from headstart.heads.versions import ALL_ROWS
+from headstart.heads.saving import Assistant
+from headstart.heads.target import SharedKV
 
 
 def row_masks(

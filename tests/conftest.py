@@ -22,10 +22,9 @@ from transformers import (
     PreTrainedModel,
 )
 
-from headstart.configs import hardware
-from headstart.eval.environment import environment
-from headstart.heads.gemma3 import Gemma3ForAssistedDecoding
-from headstart.heads.targets import Target
+from headstart.common import machine
+from headstart.common.machine import environment
+from headstart.heads.target import Gemma3ForAssistedDecoding, Target
 from headstart.heads.tiny import (
     VOCAB_SIZE,
     byte_tokenizer,
@@ -137,7 +136,7 @@ class MachineDtype:
     that of `--machine-dtype`: `make test-dtypes` runs those once each way."""
 
     def __init__(self, chosen: str | None):
-        self.chosen, self.ask = chosen, hardware.natural_dtype
+        self.chosen, self.ask = chosen, machine.natural_dtype
         self.item: pytest.Item | None = None
 
     def __call__(self) -> str:
@@ -152,7 +151,7 @@ class MachineDtype:
 
 def pytest_configure(config: pytest.Config) -> None:
     machine = MachineDtype(config.getoption("--machine-dtype"))
-    hardware.natural_dtype = machine
+    machine.natural_dtype = machine
     config.pluginmanager.register(machine, "machine-dtype")
 
 

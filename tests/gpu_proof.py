@@ -22,24 +22,21 @@ from typing import Any
 
 import torch
 
+from headstart.common.machine import environment, synchronize
 from headstart.configs.schema import Config, DataConfig, HeadConfig, TrainConfig
 from headstart.data import extraction
 from headstart.data.conversations import answered
-from headstart.data.extraction import OnlineActivations, extract, extract_tensors
-from headstart.data.jobs import Job
+from headstart.data.extraction import OnlineActivations, Recorder, extract, extract_tensors
 from headstart.data.loader import AnchorLoader
 from headstart.data.prompts import Prompt
-from headstart.data.recording import Recorder
-from headstart.data.regenerate import answer
-from headstart.eval.decoding import decode, synchronize
-from headstart.eval.draft_cost import cost_ratios, measure
-from headstart.eval.environment import environment
-from headstart.eval.moment import Moment, prepare
+from headstart.data.regenerate import Job, answer
+from headstart.eval.decoding import decode
+from headstart.eval.draft_cost import Moment, cost_ratios, measure, prepare
 from headstart.heads.assistant import build_assistant, set_table
-from headstart.heads.exact import ExactDecoding
-from headstart.heads.targets import Target
+from headstart.heads.decoder import ExactDecoding
+from headstart.heads.target import Target
 from headstart.heads.tokens import Sampling
-from headstart.train import vocabulary
+from headstart.train import losses
 from headstart.train.start import build_head, likely_tokens, taught_rows
 from headstart.train.step import batch_sums, loss_weight, step_candidates
 from tests.conftest import FAMILIES, make_target
@@ -361,9 +358,9 @@ def head_step(place: Place) -> dict[str, Any]:
         optimizer.zero_grad()
 
     found["seconds"] = {"loader": loading, "copy to the device": moving}
-    stock = vocabulary.SPARSE_ROWS
+    stock = losses.SPARSE_ROWS
     for rows in (128, 1024, 4096):
-        vocabulary.SPARSE_ROWS = rows
+        losses.SPARSE_ROWS = rows
         if place.real:
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
@@ -371,7 +368,7 @@ def head_step(place: Place) -> dict[str, Any]:
         if place.real:
             peak = torch.cuda.max_memory_allocated() - before
             found[f"peak bytes beyond what is held, {rows} rows"] = peak
-    vocabulary.SPARSE_ROWS = stock
+    losses.SPARSE_ROWS = stock
     if place.real:
         found["waits for the device"] = waits(step)
     return found

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from transformers import Gemma4ForCausalLM, Gemma4TextConfig
 
+from headstart.common.machine import synchronize
 from headstart.data.conversations import Conversation, answered
-from headstart.eval.decoding import synchronize
-from headstart.heads.published import SHAPES
-from headstart.heads.targets import Target
+from headstart.heads.describe import SHAPES
+from headstart.heads.target import Target
 from headstart.heads.tiny import byte_tokenizer, gemma4_text_config, random_model
 
 

@@ -6,15 +6,14 @@ from headstart.configs.schema import DataConfig, HeadConfig, TrainConfig
 from headstart.data.conversations import answered
 from headstart.data.extraction import OnlineActivations
 from headstart.data.loader import Batch, candidate_rows, gather_rows
-from headstart.data.shards import Document
+from headstart.data.store import Document
 from headstart.eval.decoding import decode
 from headstart.heads.assistant import build_assistant
-from headstart.heads.targets import Target
+from headstart.heads.target import Target
 from headstart.heads.tiny import VOCAB_SIZE
 from headstart.heads.unroll import DraftHead
-from headstart.train.schedule import learning_rate
-from headstart.train.step import batch_sums, step_candidates
-from headstart.train.vocabulary import Candidates
+from headstart.train.losses import Candidates
+from headstart.train.step import batch_sums, learning_rate, step_candidates
 
 
 def candidates_of(batch: Batch, c: TrainConfig, seed: int) -> Candidates | None:

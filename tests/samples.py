@@ -8,8 +8,8 @@ import torch
 
 from headstart.configs.schema import DataConfig
 from headstart.data.conversations import Conversation, answered
-from headstart.data.jobs import Job, make_jobs
 from headstart.data.prompts import Prompt
+from headstart.data.regenerate import Job, make_jobs
 from headstart.heads.tokens import Sampling, TargetTokens
 
 

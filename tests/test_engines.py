@@ -9,9 +9,7 @@ import pytest
 from safetensors.torch import load_file
 
 from headstart.cli.main import main
-from headstart.heads.engine_environments import engine_python, install_engine
-from headstart.heads.engine_export import GGUF
-from headstart.heads.engines import Engine
+from headstart.serve.engines import GGUF, Engine, engine_python, install_engine
 from tests.tiny_pair import KINDS, write_multimodal, write_pair
 
 pytestmark = pytest.mark.engines

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDERS = ("configs", "heads", "data", "eval", "train", "cli")
+FOLDERS = ("common", "configs", "heads", "data", "eval", "train", "serve", "cli")
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def test_wheel_holds_every_module_and_recipe(wheel: zipfile.ZipFile) -> None:
     recipes = {f"headstart/configs/{path.name}" for path in (ROOT / "configs").glob("*.yaml")}
     assert recipes, "no recipe in configs/"
     packed = {name for name in wheel.namelist() if name.startswith("headstart/")}
-    assert packed == expected | recipes | {"headstart/eval/card.md.jinja"}
+    assert packed == expected | recipes | {"headstart/serve/card.md.jinja"}
 
 
 def test_wheel_leaves_the_namespace_open(wheel: zipfile.ZipFile) -> None:

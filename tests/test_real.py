@@ -6,19 +6,15 @@ import pytest
 import torch
 
 from headstart.configs.schema import DataConfig, HeadConfig
-from headstart.data.jobs import make_jobs
 from headstart.data.prepare import extract_folder
 from headstart.data.prompts import Prompt, limit_evenly, load_prompts
-from headstart.data.regenerate import regenerate
+from headstart.data.regenerate import make_jobs, regenerate
 from headstart.data.store import ActivationStore
 from headstart.data.templates import encode_prompt
-from headstart.eval.benchmarks import stepwise_difference
+from headstart.eval.acceptance import RecallCounts
 from headstart.eval.decoding import decode
-from headstart.eval.recall import RecallCounts
 from headstart.heads.assistant import build_assistant, check_pair
-from headstart.heads.demo import GGUF_SHA256, check_sha256, gemma3_270m_dir
-from headstart.heads.export import load_assistant, save_assistant
-from headstart.heads.loading import load_target
+from headstart.heads.loading import GGUF_SHA256, check_sha256, gemma3_270m_dir, load_target
 from headstart.heads.ordered import (
     Taught,
     mean_centroids,
@@ -26,8 +22,10 @@ from headstart.heads.ordered import (
     token_clusters,
     token_usage,
 )
-from headstart.heads.targets import Target
+from headstart.heads.saving import load_assistant, save_assistant
+from headstart.heads.target import Target
 from headstart.heads.tokens import Sampling
+from headstart.train.benchmark import stepwise_difference
 from tests.heads.test_parity import noisy_head, prefill, stock_drafts, training_logits
 
 pytestmark = pytest.mark.real
@@ -86,7 +84,7 @@ def test_the_second_start_converts_nothing(gemma: Target, monkeypatch: pytest.Mo
     def fail(*args: object) -> None:
         raise AssertionError("converted again")
 
-    monkeypatch.setattr("headstart.heads.demo._convert", fail)
+    monkeypatch.setattr("headstart.heads.loading._convert", fail)
     assert (gemma3_270m_dir() / "model.safetensors").is_file()
 
 

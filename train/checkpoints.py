@@ -1,8 +1,11 @@
-"""Checkpoints: safetensors and JSON in one folder that appears whole or not at all."""
+"""Checkpoints: safetensors and JSON in one folder that appears whole or not at all; and the moving
+average of the weights that they hold."""
 
 import json
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -10,15 +13,57 @@ from typing import Any
 import torch
 from pydantic import TypeAdapter
 from safetensors.torch import load_file, save_file
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from headstart.common.files import content_sha256, file_sha256, plain_name, whole_folder
+from headstart.common.processes import placed_like, whole
 from headstart.configs.loader import load_saved, save_config
 from headstart.configs.schema import Config, TrainConfig
 from headstart.heads.admission import reading
-from headstart.heads.files import content_sha256, file_sha256, plain_name, whole_folder
-from headstart.heads.targets import Target
+from headstart.heads.target import Target
 from headstart.heads.unroll import DraftHead
-from headstart.train.average import Average
-from headstart.train.parallel import placed_like, whole
+
+
+class Average:
+    """Weights averaged over the steps, in float32; a run without a decay averages nothing.
+
+    The decay of the first steps is smaller, `(1 + n) / (10 + n)` after n of them, so that the start
+    is soon forgotten (as TensorFlow's `ExponentialMovingAverage` with `num_updates`).
+
+    Args:
+        parameters: name -> parameter, as the optimizer updates them.
+        decay: a step; None: none.
+    """
+
+    def __init__(self, parameters: dict[str, torch.nn.Parameter], decay: float | None):
+        self.parameters, self.decay = parameters, decay
+        self.values: dict[str, torch.Tensor] = {}
+        if decay is not None:
+            self.values = {name: p.detach().clone() for name, p in parameters.items()}
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Take in the weights after `step` (from 1) optimizer steps."""
+        if self.decay is not None:
+            average = get_ema_multi_avg_fn(min(self.decay, (1 + step) / (10 + step)))
+            average(list(self.values.values()), list(self.parameters.values()), step)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Within, the average stands in the place of the weights."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for name, value in self.values.items():
+            weights = self.parameters[name].clone()
+            self.parameters[name].copy_(value)
+            value.copy_(weights)
+
 
 STATE = "state.json"
 STEP = re.compile(r"step-\d{6,}")  # name of a checkpoint

@@ -11,21 +11,28 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import set_seed
 
+from headstart.common.console import phase, progress_bar, say
+from headstart.common.processes import join_processes, whole, whole_weights
+from headstart.common.signals import Interrupted, stop_signals
 from headstart.configs.schema import Config, TrainConfig
 from headstart.data.conversations import template_variables
 from headstart.data.loader import AnchorLoader
 from headstart.data.prepare import prepare_documents
 from headstart.data.store import Documents
-from headstart.eval.simulate import simulate_acceptance
-from headstart.heads.export import ROPE_POSITION, note_variables, save_assistant
+from headstart.eval.replay import simulate_acceptance
 from headstart.heads.loading import open_target
-from headstart.heads.lora import scalings_of, without_lora, write_adapter
-from headstart.heads.processes import join_processes
-from headstart.heads.progress import phase, progress_bar, say
-from headstart.heads.targets import Target
+from headstart.heads.saving import (
+    ROPE_POSITION,
+    note_variables,
+    save_assistant,
+    scalings_of,
+    without_lora,
+    write_adapter,
+)
+from headstart.heads.target import Target
 from headstart.heads.unroll import DraftHead, walked_at
-from headstart.train.average import Average
 from headstart.train.checkpoints import (
+    Average,
     Progress,
     checkpoints,
     gather_tensors,
@@ -33,16 +40,19 @@ from headstart.train.checkpoints import (
     save_checkpoint,
 )
 from headstart.train.ordering import order_best
-from headstart.train.parallel import whole, whole_weights
-from headstart.train.run_folder import append_metrics, drop_metrics_after, open_run, run_folder
-from headstart.train.schedule import learning_rate
+from headstart.train.run_folder import (
+    append_metrics,
+    drop_metrics_after,
+    open_run,
+    plot_run,
+    run_folder,
+    summary_text,
+    write_summary,
+)
 from headstart.train.start import build_head, likely_tokens, taught_rows
-from headstart.train.step import batch_sums, loss_weight, step_candidates
-from headstart.train.stopping import Interrupted, diverged, stop_signals
-from headstart.train.summary import summary_text, write_summary
+from headstart.train.step import batch_sums, diverged, learning_rate, loss_weight, step_candidates
 from headstart.train.tracking import check_settings, finish_trackers, start_trackers
 from headstart.train.traps import uncapped, with_top_clusters
-from headstart.train.watching import plot_run
 
 
 def train(config: Config, resume: bool = False) -> None:

@@ -7,17 +7,15 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM
 
+from headstart.common.console import plain_console
 from headstart.configs.schema import Config, DataConfig, HeadConfig
-from headstart.data.conversations import conversation_lengths, finished_parts
-from headstart.data.packing import length_when_cut
+from headstart.data.conversations import conversation_lengths, finished_parts, length_when_cut
 from headstart.data.store import bytes_per_token, read_index
 from headstart.heads.assistant import assistant_config
-from headstart.heads.export import load_assistant_config
+from headstart.heads.describe import published_config, published_head
 from headstart.heads.loading import load_target_config
-from headstart.heads.lora import add_lora
-from headstart.heads.progress import plain_console
-from headstart.heads.published import published_config, published_head
-from headstart.heads.targets import SUPPORTED, source_layers
+from headstart.heads.saving import add_lora, load_assistant_config
+from headstart.heads.target import SUPPORTED, source_layers
 
 TRAINING_BYTES = 16  # a trained parameter: weight, gradient and two moments of four bytes each
 PROCESSES = 8  # that a plan says the memory of, beside one
@@ -64,7 +62,7 @@ def plan(config: Config) -> dict[str, str]:
         "target": f"{t.name} ({source.model_type}, width {source.hidden_size}, "
         f"{source.num_hidden_layers} layers, {source.vocab_size:,} tokens, {t.dtype})",
         **(
-            {"shapes": "as published (heads/published.py); the text model alone"}
+            {"shapes": "as published (heads/describe.py); the text model alone"}
             if published
             else {}
         ),

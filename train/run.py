@@ -8,10 +8,10 @@ import torch
 from accelerate import PartialState
 
 from headstart.configs.schema import Config, EvalConfig
-from headstart.eval.asked import asked_by_run
+from headstart.eval.measurements import asked_by_run
 from headstart.eval.report import run_evaluation
-from headstart.heads.export import load_assistant
 from headstart.heads.loading import load_served
+from headstart.heads.saving import load_assistant
 from headstart.train.loop import train
 from headstart.train.run_folder import run_folder
 from headstart.train.tracking import log_report

@@ -4,27 +4,30 @@ Letters: B conversations, R anchors of each, S of them beyond the first round, K
 (one anchor in one round each), D target width, H head width, k teacher tokens.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
-from accelerate.utils import extract_model_from_parallel
+from accelerate.utils import extract_model_from_parallel, gather_object
 
 from headstart.configs.schema import RopePosition, TrainConfig
-from headstart.data.loader import Batch
-from headstart.heads.targets import Target
+from headstart.data.loader import Batch, broken_documents
+from headstart.heads.target import Target
 from headstart.heads.unroll import ahead_of, select
-from headstart.train.objectives import OBJECTIVES
-from headstart.train.traps import in_top_clusters, trapped, uncapped
-from headstart.train.vocabulary import (
+from headstart.train.checkpoints import checkpoints
+from headstart.train.losses import (
     EXACT_ROWS,
+    OBJECTIVES,
     Candidates,
     Teacher,
     draw_candidates,
     exact_losses,
     sparse_losses,
 )
+from headstart.train.traps import in_top_clusters, trapped, uncapped
 
 
 @dataclass(frozen=True)
@@ -222,3 +225,60 @@ def loss_weight(batch: Batch, round_decay: float) -> torch.Tensor:
     """The sum of the weights of all drafts of a batch, scalar: what a mean loss divides by."""
     rounds = torch.arange(batch.weights.shape[-1], device=batch.weights.device)
     return (batch.weights * round_decay**rounds).sum()
+
+
+NAMED = 16  # documents named in an error
+
+
+class Diverged(RuntimeError):
+    """A loss or a gradient is not finite; the message names the documents and a way on."""
+
+
+def diverged(
+    step: int, norm: float, reduced: dict[str, float], batches: list[Batch], run: Path
+) -> Diverged:
+    """What to raise in place of taking `step`; all processes must call it.
+
+    Args:
+        step: that was not taken.
+        norm: of the gradient.
+        reduced: the step's sums.
+        batches: of this process.
+        run: the run folder.
+    """
+    names = gather_object([name for b in batches for row in b.document_ids for name in row])
+    broken = gather_object([name for batch in batches for name in broken_documents(batch)])
+    odd = {"gradient norm": norm, **reduced}
+    what = ", ".join(f"{k} is {v}" for k, v in odd.items() if not math.isfinite(v))
+    cure = "lower train.learning_rate, or look at these documents"
+    if broken:
+        cure = f"activations of {_listed(broken)} are not finite: make their store again"
+    saved = checkpoints(run / "checkpoints")
+    last = f"the last good checkpoint is {saved[-1]}" if saved else "there is no checkpoint yet"
+    return Diverged(
+        f"step {step} was not taken, {what}, over the documents {_listed(names)}; {last}; {cure}"
+    )
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return ", ".join(names[:NAMED]) + more
+
+
+def learning_rate(
+    step: int, steps: int, warmup: int, peak: float, time_spent: float = 0.0
+) -> float:
+    """Linear warm-up, then a cosine to a tenth of the peak.
+
+    Args:
+        step: steps done.
+        steps: of the whole run.
+        warmup: steps of the warm-up.
+        peak: learning rate after it.
+        time_spent: share of the run's time, where that is limited; the cosine is as far as the one
+            of both that is further.
+    """
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    progress = max((step - warmup) / max(steps - warmup, 1), min(time_spent, 1.0))
+    return peak * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress)))

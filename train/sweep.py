@@ -15,19 +15,18 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from headstart.configs.loader import dump_config
+from headstart.common.console import plain_console, say
+from headstart.common.files import whole_file, write_atomically
+from headstart.common.machine import environment
+from headstart.configs.loader import dump_config, load_yaml, meant
 from headstart.configs.schema import Config
 from headstart.configs.sweep import Sweep
-from headstart.configs.yaml_text import load_yaml, meant
 from headstart.data.store import ActivationStore
-from headstart.eval.environment import environment
+from headstart.eval.replay import Walked, length_draws, total_counts, walk_texts
 from headstart.eval.statistics import interval
-from headstart.eval.walked import Walked, length_draws, total_counts, walk_texts
-from headstart.heads.export import load_assistant
-from headstart.heads.files import whole_file, write_atomically
 from headstart.heads.loading import open_target
-from headstart.heads.progress import plain_console, say
-from headstart.heads.targets import Target
+from headstart.heads.saving import load_assistant
+from headstart.heads.target import Target
 from headstart.heads.unroll import DraftHead, walked_at
 from headstart.train.loop import train
 from headstart.train.run_folder import read_metrics

@@ -8,10 +8,10 @@ from typing import Any
 from accelerate import Accelerator
 from PIL import Image
 
+from headstart.common.files import write_atomically
 from headstart.configs.schema import Config
+from headstart.eval.page import decoder_name
 from headstart.eval.plots import figures
-from headstart.eval.tables import decoder_name
-from headstart.heads.files import write_atomically
 
 LOGGED = ("acceptance_length", "acceptance_rate", "speedup", "tokens_per_second")
 OF_FOLDER = (Path("wandb/settings"), Path(".wandb/settings"))  # that wandb reads, wherever it runs

@@ -18,7 +18,6 @@ import torch
 from headstart.configs.schema import HeadConfig, Trap
 from headstart.data.loader import Batch
 from headstart.heads.assistant import set_table
-from headstart.heads.export import Assistant
 from headstart.heads.ordered import (
     Taught,
     cluster_count,
@@ -27,7 +26,8 @@ from headstart.heads.ordered import (
     token_usage,
     with_clusters,
 )
-from headstart.heads.targets import Target
+from headstart.heads.saving import Assistant
+from headstart.heads.target import Target
 
 LOGIT_ROWS = 64  # rows of V logits held at once
 

@@ -10,12 +10,11 @@ import torch
 
 from headstart.configs.schema import DataConfig
 from headstart.data import extraction
-from headstart.data.conversations import Conversation, answered
+from headstart.data.conversations import Conversation, answered, length_when_cut
 from headstart.data.extraction import OnlineActivations, extract
 from headstart.data.loader import AnchorLoader
-from headstart.data.packing import length_when_cut
 from headstart.data.store import ActivationStore, bytes_per_token
-from headstart.heads.targets import Target
+from headstart.heads.target import Target
 from headstart.train.start import build_head, taught_rows
 from headstart.train.step import batch_sums
 from tests.conftest import make_target

@@ -25,15 +25,16 @@ from headstart.data.conversations import (
 from headstart.data.extraction import extract
 from headstart.data.inspection import (
     INSPECTABLE,
+    Count,
+    Summary,
+    histogram,
     inspect_conversations,
     inspect_path,
     inspect_source,
     inspect_store,
 )
 from headstart.data.regenerate import regenerate
-from headstart.data.shards import Entry, shard_path, shard_settings, write_shard
-from headstart.data.store import write_index
-from headstart.data.summary import Count, Summary, histogram
+from headstart.data.store import Entry, shard_path, shard_settings, write_index, write_shard
 from headstart.heads.loading import load_target
 from tests.samples import conversations, jobs
 

@@ -21,7 +21,7 @@ from headstart.data.extraction import extract
 from headstart.data.regenerate import regenerate
 from headstart.data.store import ActivationStore
 from headstart.heads.loading import load_target
-from headstart.heads.targets import Target
+from headstart.heads.target import Target
 from tests.samples import conversations, jobs
 
 KILLS = 20

@@ -6,16 +6,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headstart.configs.schema import DataConfig, HeadConfig
-from headstart.data.conversations import Conversation, answered
+from headstart.data.conversations import Conversation, answered, cut
 from headstart.data.extraction import OnlineActivations
-from headstart.data.loader import AnchorLoader, Batch, candidate_rows, gather_rows
-from headstart.data.packing import cut, pack
+from headstart.data.loader import AnchorLoader, Batch, candidate_rows, gather_rows, pack
 from headstart.heads.assistant import build_assistant
-from headstart.heads.targets import Target
+from headstart.heads.target import Target
 from headstart.heads.unroll import DraftHead
-from headstart.train.objectives import forward_kl
+from headstart.train.losses import exact_losses, forward_kl
 from headstart.train.step import draft_batch
-from headstart.train.vocabulary import exact_losses
 from tests.conftest import make_target
 from tests.samples import conversations
 

@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from headstart.configs.schema import Config, DataConfig
-from headstart.data.commands import run_extract, run_regenerate
 from headstart.data.conversations import answered, finished_parts, read_part
 from headstart.data.extraction import OnlineActivations
 from headstart.data.prepare import (
     prepare_documents,
+    run_extract,
+    run_regenerate,
     stored_prompts,
     stream_folder,
     without_contaminated,

@@ -8,8 +8,7 @@ from typing import Any
 import datasets
 import pytest
 
-from headstart.data.prompt_sets import PLACEHOLDER, SETS, load_prompt_set
-from headstart.data.prompts import Prompt, load_prompts
+from headstart.data.prompts import PLACEHOLDER, SETS, Prompt, load_prompt_set, load_prompts
 
 
 def chat(prompt_id: str, category: str, *turns: str, source: str | None = None) -> Prompt:

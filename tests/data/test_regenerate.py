@@ -19,14 +19,12 @@ from headstart.data.conversations import (
     read_part,
 )
 from headstart.data.extraction import extract
-from headstart.data.jobs import make_jobs
 from headstart.data.prepare import deal_sampling
 from headstart.data.prompts import Prompt
-from headstart.data.regenerate import regenerate
-from headstart.data.sampling import BLOCK, SamplingMixture, _inverse_cdf
+from headstart.data.regenerate import BLOCK, SamplingMixture, _inverse_cdf, make_jobs, regenerate
 from headstart.data.store import ActivationStore
 from headstart.heads.loading import load_target_tokens
-from headstart.heads.targets import Target
+from headstart.heads.target import Target
 from headstart.heads.tokens import Sampling
 from tests.conftest import FAMILIES, make_target
 from tests.samples import conversations, interrupt_second_call, jobs, prompts

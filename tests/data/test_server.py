@@ -15,9 +15,8 @@ import pytest
 import torch
 
 from headstart.data import server
-from headstart.data.answers import Answer, read_answer, server_ids
 from headstart.data.prompts import load_prompts
-from headstart.data.server import AnswerServer
+from headstart.data.server import Answer, AnswerServer, read_answer, server_ids
 from headstart.data.templates import encode_prompt
 from headstart.heads.loading import load_target
 from headstart.heads.tiny import byte_tokenizer
@@ -349,7 +348,7 @@ def test_answers_survive_a_server_that_is_killed_and_started_again(
 ) -> None:
     from transformers import AutoTokenizer
 
-    from headstart.heads.demo import gemma3_270m_dir
+    from headstart.heads.loading import gemma3_270m_dir
 
     tokenizer = AutoTokenizer.from_pretrained(gemma3_270m_dir())
     prompts = [tokenizer(p.text)["input_ids"][:64] for p in load_prompts(PROMPTS)[:6]]

@@ -11,15 +11,18 @@ from hypothesis import strategies as st
 
 from headstart.configs.schema import DataConfig
 from headstart.data.extraction import extract
-from headstart.data.shards import (
+from headstart.data.store import (
+    ActivationStore,
     Entry,
     Shard,
+    bytes_per_token,
+    check_space,
     shard_path,
     shard_settings,
+    write_index,
     write_shard,
 )
-from headstart.data.store import ActivationStore, bytes_per_token, check_space, write_index
-from headstart.heads.targets import Target
+from headstart.heads.target import Target
 from tests.conftest import make_target
 from tests.samples import conversations
 

@@ -8,8 +8,8 @@ import torch
 
 from headstart.configs.loader import load_config
 from headstart.data.extraction import extract
-from headstart.eval.benchmarks import bare_forwards, run_benchmark, stepwise_difference
-from headstart.heads.targets import Target
+from headstart.heads.target import Target
+from headstart.train.benchmark import bare_forwards, run_benchmark, stepwise_difference
 from tests.data.test_extraction import CONFIG
 from tests.samples import conversations
 

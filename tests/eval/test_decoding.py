@@ -13,9 +13,9 @@ from headstart.configs.schema import DataConfig
 from headstart.data.conversations import answered
 from headstart.data.extraction import OnlineActivations
 from headstart.eval.decoding import decode
-from headstart.eval.simulate import simulate_acceptance
+from headstart.eval.replay import simulate_acceptance
 from headstart.heads.ordered import with_clusters
-from headstart.heads.targets import Target
+from headstart.heads.target import Target
 from headstart.heads.unroll import DraftHead
 from tests.conftest import make_target
 from tests.heads.test_ordered import order_by_target

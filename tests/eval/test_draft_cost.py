@@ -11,12 +11,20 @@ from transformers import GenerationConfig
 
 from headstart.cli.main import main
 from headstart.configs.schema import HeadConfig
-from headstart.eval.draft_cost import WARM_UP, cost_ratios, measure, run_draft_benchmark
-from headstart.eval.moment import MAX_DRAFT_TOKENS, Moment, dense_lm_head, prepare
+from headstart.eval.draft_cost import (
+    MAX_DRAFT_TOKENS,
+    WARM_UP,
+    Moment,
+    cost_ratios,
+    dense_lm_head,
+    measure,
+    prepare,
+    run_draft_benchmark,
+)
 from headstart.heads.assistant import build_assistant
 from headstart.heads.drafting import Drafter
 from headstart.heads.loading import load_target
-from headstart.heads.targets import Target
+from headstart.heads.target import Target
 from tests.conftest import make_target
 from tests.heads.test_describe import ordered_head
 from tests.heads.test_parity import K, noisy_head, prefill, stock_drafts
@@ -123,7 +131,7 @@ def test_every_side_takes_each_turn_once(tiny: Target, monkeypatch: pytest.Monke
 def test_the_exact_verifications_multiply_as_the_exact_decoder_does(
     tiny: Target, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("headstart.heads.few_rows.is_quicker", lambda dtype: True)
+    monkeypatch.setattr("headstart.heads.cpu_kernels.is_quicker", lambda dtype: True)
     seen: list[bool] = []
     real = Moment.verify
 

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from headstart.cli.main import main
 from headstart.configs.schema import EvalConfig
-from headstart.eval.estimate import run_estimate
+from headstart.eval.replay import run_estimate
 from headstart.eval.report import run_evaluation
 from headstart.heads.loading import load_target
 from tests.eval.test_decoding import half_trained_head

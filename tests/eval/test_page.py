@@ -8,10 +8,9 @@ from typing import Any
 
 import pytest
 
-from headstart.eval.page import page
+from headstart.eval.page import cells, page
 from headstart.eval.plots import COLOURS, figures
-from headstart.eval.tables import cells
-from headstart.eval.verdict import OWN_LENGTH, verdict
+from headstart.eval.statistics import OWN_LENGTH, verdict
 
 VOID = ("meta", "br", "hr", "img", "link", "input")
 HOSTILE = 'a & b </div><script>alert("x")</script>\nthen $x^2'

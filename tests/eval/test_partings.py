@@ -3,9 +3,15 @@
 import pytest
 import torch
 
-from headstart.eval.decoding import decode
-from headstart.eval.partings import ROUNDING, Parting, _last_logits, explain_parting, parting
-from headstart.heads.targets import Target
+from headstart.eval.decoding import (
+    ROUNDING,
+    Parting,
+    _last_logits,
+    decode,
+    explain_parting,
+    parting,
+)
+from headstart.heads.target import Target
 from tests.conftest import make_target
 
 PROMPT = [5, 9, 7, 200, 31]

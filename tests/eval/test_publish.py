@@ -17,9 +17,9 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
 from headstart.cli.main import main
-from headstart.eval.hub import upload
-from headstart.heads.export import load_assistant
 from headstart.heads.loading import load_target
+from headstart.heads.saving import load_assistant
+from headstart.serve.hub import upload
 from headstart.train.run import run
 from tests.eval.conftest import PUBLISH, REPO, SHORT, publish
 from tests.hub import TOKEN, Hub, Repository

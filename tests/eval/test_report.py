@@ -12,11 +12,10 @@ from headstart.cli.main import main
 from headstart.configs.schema import Decoder, EvalConfig
 from headstart.data.prompts import load_prompts
 from headstart.data.templates import encode_prompt
-from headstart.eval.decoding import Decoded, decode
+from headstart.eval.decoding import Decoded, calibrated_threshold, decode
 from headstart.eval.draft_cost import Costs
 from headstart.eval.report import run_evaluation
-from headstart.eval.sides import calibrated_threshold
-from headstart.heads.targets import Target
+from headstart.heads.target import Target
 from headstart.heads.tokens import Sampling
 from tests.conftest import make_target
 from tests.eval.test_decoding import half_trained_head
@@ -97,7 +96,7 @@ def test_texts_that_part_are_counted_with_their_logit_gap(
     chosen = settings(tmp_path, 2, decoders=["transformers"])
     prompts = load_prompts(chosen.prompts)
     shortest = len(encode_prompt(prompts[0], tiny.tokenizer))
-    monkeypatch.setattr("headstart.eval.sides.decode", meddle)
+    monkeypatch.setattr("headstart.eval.decoding.decode", meddle)
     content = run_evaluation(tiny, {"h": half_trained_head(tiny)}, chosen, tmp_path / "out")
     whole = content["results"][0]
     assert whole["equal_to_plain"] is False

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from headstart.eval import engine_servers
 from headstart.eval.decoding import Decoded
-from headstart.eval.engine_servers import Answer, Counts, EngineServer, counts_of_metrics
-from headstart.eval.serve_check import as_engine_counts
-from headstart.heads.engines import Engine
+from headstart.serve import engine_servers
+from headstart.serve.engine_check import as_engine_counts
+from headstart.serve.engine_servers import Answer, Counts, EngineServer, counts_of_metrics
+from headstart.serve.engines import Engine
 
 # Lines of vLLM 0.32's /metrics.
 METRICS = """\

@@ -4,11 +4,10 @@ from dataclasses import replace
 
 import pytest
 
-from headstart.eval.decoding import Decoded
+from headstart.eval.decoding import Decoded, ends_in_loop
 from headstart.eval.draft_cost import Costs
 from headstart.eval.measurements import Text
-from headstart.eval.statistics import interval, noise, resampled_sums, summarise
-from headstart.eval.verdict import ends_in_loop, verdict
+from headstart.eval.statistics import interval, noise, resampled_sums, summarise, verdict
 
 
 def test_a_text_that_ends_in_a_loop_is_told_from_one_that_does_not() -> None:

@@ -9,8 +9,8 @@ import pytest
 from headstart.configs.adapt import Adaptation
 from headstart.configs.loader import load_config
 from headstart.configs.schema import TargetConfig
-from headstart.eval.adaptation import advice, compare_stages, headline, outcome
 from headstart.train.adapt import split_prompts
+from headstart.train.adapt_report import advice, compare_stages, headline, outcome
 from tests.train.test_adapt import texts
 
 

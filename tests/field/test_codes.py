@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from headstart.configs.schema import TargetConfig
-from headstart.heads.export import load_assistant
 from headstart.heads.loading import check_target, load_target
+from headstart.heads.saving import load_assistant
 from tests.conftest import make_target
 from tests.field.checkpoints import checkpoint, configure, family, logits, rewrite
 from tests.field.test_heads import saved_head

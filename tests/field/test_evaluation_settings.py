@@ -11,14 +11,14 @@ from headstart.cli.main import main
 from headstart.configs.loader import load_config
 from headstart.configs.schema import Config
 from headstart.data import prepare
-from headstart.data.commands import run_extract, run_regenerate
+from headstart.data.prepare import run_extract, run_regenerate
 from headstart.data.prompts import load_prompts
 from headstart.data.store import ActivationStore, read_index, write_index
 from headstart.data.templates import encode_prompt
-from headstart.eval import serve_check as serving
-from headstart.eval.asked import asked_by_heads, asked_by_run
-from headstart.eval.serve_check import ServeCheck, serve_check
+from headstart.eval.measurements import asked_by_heads, asked_by_run
 from headstart.heads.loading import load_target, load_target_config
+from headstart.serve import engine_check as serving
+from headstart.serve.engine_check import ServeCheck, serve_check
 from headstart.train import adapt as adapting
 from headstart.train import ordering
 from headstart.train.run import run

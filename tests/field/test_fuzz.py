@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from headstart.configs.loader import load_config
 from headstart.configs.schema import Config, SourceConfig
 from headstart.data.prompts import load_prompts
-from headstart.heads.export import load_assistant
 from headstart.heads.loading import load_target
+from headstart.heads.saving import load_assistant
 from tests.conftest import make_target
 from tests.field.checkpoints import saved_target
 from tests.heads.test_parity import noisy_head

@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from headstart.configs.schema import DataConfig
+from headstart.data.extraction import Recorder
 from headstart.data.prepare import deal_sampling
-from headstart.data.recording import Recorder
 from headstart.data.regenerate import answer
 from headstart.eval.decoding import decode
 from headstart.heads.loading import load_target
-from headstart.heads.targets import Target
+from headstart.heads.target import Target
 from headstart.heads.tokens import Sampling
 from tests.field.checkpoints import saved_target
 from tests.samples import jobs, prompts

@@ -9,8 +9,8 @@ import torch
 
 from headstart.configs.schema import HeadConfig
 from headstart.heads.assistant import build_assistant, check_pair, other_target
-from headstart.heads.export import load_assistant, save_assistant
-from headstart.heads.targets import Target
+from headstart.heads.saving import load_assistant, save_assistant
+from headstart.heads.target import Target
 from tests.conftest import make_target
 from tests.field.checkpoints import configure, rewrite
 

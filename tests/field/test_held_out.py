@@ -13,7 +13,7 @@ from headstart.data.extraction import extract
 from headstart.data.prepare import prepare_documents
 from headstart.data.store import Documents
 from headstart.heads.loading import load_target
-from headstart.heads.targets import Target
+from headstart.heads.target import Target
 
 
 @pytest.fixture(scope="module")

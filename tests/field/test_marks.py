@@ -8,12 +8,12 @@ import pytest
 from transformers import AddedToken, PreTrainedTokenizerBase
 
 from headstart.configs.schema import DataConfig, EvalConfig, SourceConfig
-from headstart.data.jobs import make_jobs
 from headstart.data.prepare import prepare_documents
 from headstart.data.prompts import Prompt
+from headstart.data.regenerate import make_jobs
 from headstart.data.templates import encode_conversation, encode_prompt
 from headstart.eval.report import run_evaluation
-from headstart.heads.targets import Target
+from headstart.heads.target import Target
 from headstart.heads.tiny import tiny_target
 from headstart.heads.tokens import Sampling
 from tests.data.chat_templates import CHATML, GEMMA3, GEMMA4, STOPS, chat_tokenizer

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from headstart.configs.schema import Config, DataConfig, EvalConfig, TargetConfig
-from headstart.data.commands import encode_source
-from headstart.data.jobs import make_jobs
+from headstart.data.prepare import encode_source
 from headstart.data.prompts import load_prompts
+from headstart.data.regenerate import make_jobs
 from headstart.data.templates import encode_prompt
 from headstart.eval.report import run_evaluation
 from headstart.heads.loading import load_target, load_target_tokens

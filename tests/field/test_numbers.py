@@ -9,9 +9,9 @@ from safetensors.torch import load_file, save_file
 
 from headstart.configs.schema import DataConfig
 from headstart.data.extraction import entries_of, extract_tensors
-from headstart.data.shards import Storage, shard_path, shard_settings, write_shard
-from headstart.heads.export import load_assistant
+from headstart.data.store import Storage, shard_path, shard_settings, write_shard
 from headstart.heads.loading import load_target
+from headstart.heads.saving import load_assistant
 from tests.conftest import make_target
 from tests.field.checkpoints import saved_target
 from tests.heads.test_parity import noisy_head

@@ -11,8 +11,8 @@ from headstart.cli import main as cli
 from headstart.configs.loader import load_config
 from headstart.configs.schema import Config
 from headstart.configs.sweep import load_sweep
-from headstart.eval import asked
-from headstart.heads.served import served_config
+from headstart.eval import measurements
+from headstart.heads.loading import served_config
 from headstart.train import adapt as adapting
 from tests.train.test_loop import ROOT
 from tests.train.test_sweep import written
@@ -156,7 +156,7 @@ def test_adapt_trains_the_head_that_was_named(
 ) -> None:
     """Beside one of a shorter name."""
     head = SimpleNamespace(use_ordered_embeddings=True)
-    for module in (adapting, asked):
+    for module in (adapting, measurements):
         monkeypatch.setattr(module, "load_assistant_config", lambda path: head)
     out = tmp_path / "out: 1 #3"
     found = adapted_config(

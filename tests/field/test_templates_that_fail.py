@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from headstart.configs.schema import Config
-from headstart.data.commands import encode_source
+from headstart.data.prepare import encode_source
 from headstart.data.prompts import Prompt
 from headstart.data.templates import encode_conversation, encode_prompt
-from headstart.heads.targets import Target
+from headstart.heads.target import Target
 from headstart.heads.tiny import tiny_target
 from tests.data.chat_templates import CHATML, GEMMA3, GEMMA4, chat_tokenizer
 

@@ -8,9 +8,8 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from headstart.configs.schema import DataConfig, TargetConfig
-from headstart.data.jobs import make_jobs
 from headstart.data.prompts import Prompt
-from headstart.data.regenerate import answer
+from headstart.data.regenerate import answer, make_jobs
 from headstart.data.templates import encode_conversation
 from headstart.eval.decoding import decode
 from headstart.heads.loading import load_target, load_target_tokens

@@ -6,10 +6,10 @@ from transformers import AutoModelForCausalLM
 
 from headstart.configs.schema import HeadConfig
 from headstart.heads.assistant import build_assistant, check_pair
-from headstart.heads.export import load_assistant, save_assistant
-from headstart.heads.targets import Target
-from headstart.heads.ties import low_rank_agreement, low_rank_start, plain_svd_start
+from headstart.heads.saving import load_assistant, save_assistant
+from headstart.heads.target import Target
 from headstart.heads.unroll import DraftHead
+from headstart.train.start import low_rank_agreement, low_rank_start, plain_svd_start
 from tests.conftest import make_target
 
 

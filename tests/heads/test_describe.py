@@ -11,11 +11,10 @@ from transformers import Gemma4AssistantForCausalLM, GenerationConfig
 from headstart.cli.main import main
 from headstart.configs.schema import HeadConfig
 from headstart.heads.assistant import assistant_config, build_assistant
-from headstart.heads.describe import describe
-from headstart.heads.export import save_assistant
+from headstart.heads.describe import describe, target_step_weights
 from headstart.heads.loading import load_target_config
-from headstart.heads.step_cost import target_step_weights
-from headstart.heads.targets import Target
+from headstart.heads.saving import save_assistant
+from headstart.heads.target import Target
 from headstart.heads.tiny import gemma4_text_config, tiny_config
 from headstart.heads.unroll import DraftHead
 from tests.conftest import make_target

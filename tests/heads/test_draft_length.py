@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from headstart.heads.draft_length import Confident, CostRule, Heuristic
+from headstart.heads.decoder import Confident, CostRule, Heuristic
 
 V = [1.0, 1.1, 1.15, 1.2, 1.25, 1.3]
 

@@ -11,10 +11,10 @@ import torch
 from headstart.cli.main import main
 from headstart.configs.schema import HeadConfig
 from headstart.heads.assistant import assistant_config
-from headstart.heads.engines import ENGINES, Engine, obstacles, remarks
-from headstart.heads.export import ROPE_POSITION, load_assistant, save_assistant
 from headstart.heads.loading import load_target
-from headstart.heads.targets import Target
+from headstart.heads.saving import ROPE_POSITION, load_assistant, save_assistant
+from headstart.heads.target import Target
+from headstart.serve.engines import ENGINES, Engine, obstacles, remarks
 from tests.conftest import make_target
 from tests.heads.test_parity import noisy_head
 from tests.train.test_warm_start import FULL, NARROW, finished

@@ -7,11 +7,19 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from headstart.heads.draft_length import Confident, Constant, CostRule, DraftLength, Heuristic
+from headstart.heads.decoder import (
+    Confident,
+    Constant,
+    CostRule,
+    DraftLength,
+    ExactDecoding,
+    Heuristic,
+    Lookup,
+    exact_decoding,
+)
 from headstart.heads.drafting import Drafter
-from headstart.heads.exact import ExactDecoding, Lookup, exact_decoding
 from headstart.heads.ordered import with_clusters
-from headstart.heads.targets import Target
+from headstart.heads.target import Target
 from headstart.heads.unroll import DraftHead
 from tests.conftest import make_target
 from tests.heads.test_ordered import order_by_target
@@ -26,7 +34,7 @@ FAMILIES = ["gemma3", "gemma4-kv-sharing", "gemma4-multimodal", "gemma4-unified"
 @pytest.fixture
 def weights_first(monkeypatch: pytest.MonkeyPatch) -> None:
     """Verifications multiply the other way, whatever pays on this machine."""
-    monkeypatch.setattr("headstart.heads.few_rows.is_quicker", lambda dtype: True)
+    monkeypatch.setattr("headstart.heads.cpu_kernels.is_quicker", lambda dtype: True)
 
 
 def generate(target: Target, ids: list[int], new: int, **kwargs: Any) -> list[int]:

@@ -8,21 +8,21 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from headstart.heads.few_rows import (
+from headstart.common.versions import CUTS_ROWS
+from headstart.heads.cpu_kernels import (
     FEW,
     is_quicker,
     plain_strides,
     quick_few_rows,
     weights_first,
 )
-from headstart.heads.targets import Target
-from headstart.heads.versions import CUTS_ROWS
+from headstart.heads.target import Target
 
 
 @pytest.fixture
 def quicker(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a machine where it pays."""
-    monkeypatch.setattr("headstart.heads.few_rows.is_quicker", lambda dtype: True)
+    monkeypatch.setattr("headstart.heads.cpu_kernels.is_quicker", lambda dtype: True)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 2), (1, 5), (5,), (2, 4), (1, 9), (3, 7)])

@@ -17,15 +17,15 @@ from transformers import (
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from headstart.common.versions import CACHE
 from headstart.configs.schema import HeadConfig
 from headstart.heads.assistant import build_assistant
+from headstart.heads.decoder import ExactDecoding, exact_decoding
 from headstart.heads.drafting import CleanKV, Drafter, Drafts
-from headstart.heads.exact import ExactDecoding, exact_decoding
 from headstart.heads.ordered import with_clusters
-from headstart.heads.targets import Target
+from headstart.heads.target import Target
 from headstart.heads.tiny import byte_tokenizer, gemma4_text_config
 from headstart.heads.unroll import DraftHead
-from headstart.heads.versions import CACHE
 from tests.heads.test_ordered import order_by_target
 from tests.heads.test_parity import noisy_head
 

@@ -10,10 +10,9 @@ from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
 from headstart.configs.schema import HeadConfig
+from headstart.eval.acceptance import RecallCounts, zero_recall
 from headstart.eval.decoding import decode
-from headstart.eval.recall import RecallCounts, zero_recall
 from headstart.heads.assistant import assistant_config
-from headstart.heads.export import load_assistant, save_assistant
 from headstart.heads.ordered import (
     Taught,
     balanced_assignment,
@@ -25,7 +24,8 @@ from headstart.heads.ordered import (
     token_features,
     token_usage,
 )
-from headstart.heads.targets import Target
+from headstart.heads.saving import load_assistant, save_assistant
+from headstart.heads.target import Target
 from headstart.heads.unroll import DraftHead
 from tests.conftest import make_target
 from tests.heads.test_parity import noisy_head

@@ -17,8 +17,8 @@ from transformers.generation.candidate_generator import (
 
 from headstart.configs.schema import HeadConfig, RopePosition
 from headstart.heads.assistant import build_assistant, check_pair
-from headstart.heads.export import Assistant, load_assistant, save_assistant
-from headstart.heads.targets import Activations, Target
+from headstart.heads.saving import Assistant, load_assistant, save_assistant
+from headstart.heads.target import Activations, Target
 from headstart.heads.unroll import DraftHead, ahead_of
 from tests.conftest import make_target
 

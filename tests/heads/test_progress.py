@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from headstart.heads.progress import LOG_SECONDS, LogProgress, phase, progress_bar
+from headstart.common.console import LOG_SECONDS, LogProgress, phase, progress_bar
 
 
 def test_a_log_says_what_is_done_how_fast_and_what_is_left(
@@ -98,7 +98,7 @@ def test_an_interval_that_is_none_is_refused(seconds: str, monkeypatch: pytest.M
 def test_a_log_is_filled_while_the_work_goes_on() -> None:
     """Through a pipe, where Python would hold lines back."""
     code = (
-        "import time; from headstart.heads.progress import phase\n"
+        "import time; from headstart.common.console import phase\n"
         "with phase('Loading x'): time.sleep(60)"
     )
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)

@@ -13,11 +13,17 @@ from safetensors.torch import load_file, save_file
 
 from headstart.configs.schema import TargetConfig
 from headstart.eval.decoding import decode
-from headstart.heads.exact import ExactDecoding
-from headstart.heads.few_rows import quick_few_rows
-from headstart.heads.gemma3 import Gemma3ForAssistedDecoding
-from headstart.heads.loading import load_served, load_target, load_target_tokens
-from headstart.heads.served import served_config, served_name, split_revision
+from headstart.heads.adapters import split_revision
+from headstart.heads.cpu_kernels import quick_few_rows
+from headstart.heads.decoder import ExactDecoding
+from headstart.heads.loading import (
+    load_served,
+    load_target,
+    load_target_tokens,
+    served_config,
+    served_name,
+)
+from headstart.heads.target import Gemma3ForAssistedDecoding
 from headstart.heads.tiny import byte_tokenizer, gemma3_config, random_model, tiny_target
 from tests.heads.test_parity import noisy_head
 

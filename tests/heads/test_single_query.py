@@ -6,10 +6,10 @@ import pytest
 import torch
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from headstart.heads import single_query
-from headstart.heads.single_query import quick_single_queries, single_query_attention
-from headstart.heads.targets import Target
-from headstart.heads.versions import GROUPS_MASKED_QUERIES
+from headstart.common.versions import GROUPS_MASKED_QUERIES
+from headstart.heads import cpu_kernels
+from headstart.heads.cpu_kernels import quick_single_queries, single_query_attention
+from headstart.heads.target import Target
 
 
 @pytest.mark.parametrize("rows", [1, 3])
@@ -44,7 +44,7 @@ def test_a_target_generates_the_same_text_within(
         calls.append(query.shape[1])
         return stock(query, *args, **kwargs)
 
-    monkeypatch.setattr(single_query.torch.nn.functional, "scaled_dot_product_attention", noted)
+    monkeypatch.setattr(cpu_kernels.torch.nn.functional, "scaled_dot_product_attention", noted)
 
     def text() -> list[list[int]]:
         calls.clear()

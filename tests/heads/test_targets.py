@@ -6,13 +6,11 @@ import torch
 from packaging.version import Version
 from transformers import Gemma2Config, Gemma3nTextConfig, Gemma4ForCausalLM, PreTrainedConfig
 
-from headstart.heads import versions
-from headstart.heads.demo import check_sha256
-from headstart.heads.gemma3 import Gemma3ForAssistedDecoding
-from headstart.heads.loading import load_target
-from headstart.heads.targets import Target
+from headstart.common import versions
+from headstart.common.versions import check_transformers
+from headstart.heads.loading import check_sha256, load_target
+from headstart.heads.target import Gemma3ForAssistedDecoding, Target
 from headstart.heads.tiny import byte_tokenizer, gemma3_config, gemma4_text_config, random_model
-from headstart.heads.versions import check_transformers
 from tests.conftest import make_target
 
 pytestmark = pytest.mark.contract

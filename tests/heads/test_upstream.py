@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from headstart.heads import versions
+from headstart.common import versions
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "upstream.md"
 SECTIONS = PAGE.read_text().split("\n## ")[1:]

@@ -16,19 +16,19 @@ from pathlib import Path
 import pytest
 
 from headstart.cli.main import _parser
-from headstart.eval import engine_servers
-from headstart.eval.engine_servers import EngineServer
-from headstart.heads import engine_environments
-from headstart.heads.engine_environments import (
+from headstart.serve import engine_servers, engines
+from headstart.serve.engine_servers import EngineServer
+from headstart.serve.engines import (
     READY,
     REQUIREMENTS,
+    Engine,
+    convert_to_gguf,
     engine_folder,
     engine_python,
     engine_version,
+    gguf_metadata,
     install_engine,
 )
-from headstart.heads.engine_export import convert_to_gguf, gguf_metadata
-from headstart.heads.engines import Engine
 from tests.train.test_loop import ROOT
 
 MODULES = (
@@ -90,7 +90,7 @@ def test_every_module_is_imported_from_a_folder_of_hostile_modules(
     """As the command imports them: by a script that lies elsewhere."""
     names = [
         f"headstart.{folder}.{module.name}"
-        for folder in ("configs", "heads", "data", "eval", "train", "cli")
+        for folder in ("common", "configs", "heads", "data", "eval", "train", "serve", "cli")
         for module in pkgutil.iter_modules([str(ROOT / folder)])
         if module.name != "__main__"
     ]
@@ -207,12 +207,12 @@ def test_an_engine_is_installed_from_the_users_index_of_wheels_alone(
     source(shelf, "sourceonly", ran)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(shelf))
-    monkeypatch.setitem(engine_environments.REQUIREMENTS, "mlx", ["good==1.0"])
+    monkeypatch.setitem(engines.REQUIREMENTS, "mlx", ["good==1.0"])
     folder = install_engine("mlx")
     assert not ran.exists()
     assert (next((folder / "lib").glob("python*/site-packages")) / "good.py").is_file()
     (folder / READY).unlink()
-    monkeypatch.setitem(engine_environments.REQUIREMENTS, "mlx", ["sourceonly==1.0"])
+    monkeypatch.setitem(engines.REQUIREMENTS, "mlx", ["sourceonly==1.0"])
     with pytest.raises(RuntimeError, match="sourceonly"):
         install_engine("mlx")
     assert not ran.exists()

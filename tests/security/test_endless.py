@@ -31,8 +31,8 @@ from headstart.data.prompts import prompt_of
 from headstart.data.sources import Place, read_rows
 from headstart.data.templates import encode_prompt
 from headstart.heads.assistant import build_assistant
-from headstart.heads.export import load_assistant, save_assistant
 from headstart.heads.loading import load_target, load_target_config, load_target_tokens
+from headstart.heads.saving import load_assistant, save_assistant
 from headstart.heads.tiny import byte_tokenizer
 from headstart.train import tracking
 from headstart.train.checkpoints import checkpoint_config
@@ -59,10 +59,10 @@ def soon(seconds: int = 20) -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def short_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("headstart.heads.adapters.MATCHED_IN", 0.5, raising=False)
-    monkeypatch.setattr("headstart.heads.chat_template.RENDERED_IN", 0.5, raising=False)
-    monkeypatch.setattr("headstart.data.file_formats.LONGEST", 1_000_000, raising=False)
+    monkeypatch.setattr("headstart.heads.tokens.RENDERED_IN", 0.5, raising=False)
     monkeypatch.setattr("headstart.data.sources.LONGEST", 1_000_000, raising=False)
-    monkeypatch.setattr("headstart.data.file_formats.WHOLE", 1_000_000, raising=False)
+    monkeypatch.setattr("headstart.data.sources.LONGEST", 1_000_000, raising=False)
+    monkeypatch.setattr("headstart.data.sources.WHOLE", 1_000_000, raising=False)
 
 
 @pytest.fixture

@@ -8,21 +8,20 @@ from pathlib import Path
 
 import pytest
 
+from headstart.common import children
+from headstart.common.children import own_name, remove_left_behind
+from headstart.common.files import PART, alone_in, only_one_in, whole_folder
 from headstart.configs.schema import EvalConfig
-from headstart.eval import publish
 from headstart.eval.measurements import Measurements
-from headstart.eval.publish import Publication, build_folder
 from headstart.eval.report import run_evaluation
-from headstart.heads import leftovers
-from headstart.heads.files import PART, whole_folder
-from headstart.heads.leftovers import own_name, remove_left_behind
-from headstart.heads.locks import alone_in, only_one_in
-from headstart.heads.targets import Target
+from headstart.heads.target import Target
+from headstart.serve import publish
+from headstart.serve.publish import Publication, build_folder
 from headstart.train.checkpoints import checkpoints
 from headstart.train.run_folder import open_run
 from tests.train.test_loop import tiny_config
 
-GONE = f"{leftovers.HOST}.4194399.0123abcd"  # a process that there is not: ids end before
+GONE = f"{children.HOST}.4194399.0123abcd"  # a process that there is not: ids end before
 
 
 def folder_with(path: Path, text: str = "mine") -> Path:
@@ -50,7 +49,7 @@ def test_what_a_killed_process_was_writing_is_removed(tmp_path: Path) -> None:
     assert not ours.exists()
 
 
-ALIVE = ["other.4194399.0123abcd", f"{leftovers.HOST}.1.aaaaaaaa"]
+ALIVE = ["other.4194399.0123abcd", f"{children.HOST}.1.aaaaaaaa"]
 
 
 @pytest.mark.parametrize("suffix", ALIVE)
@@ -67,8 +66,8 @@ def test_two_machines_with_one_process_id_write_beside_each_other(
 ) -> None:
     with whole_folder(tmp_path / "head") as ours:
         (ours / "a").write_text("ours")
-        monkeypatch.setattr(leftovers, "HOST", "other")
-        monkeypatch.setattr(leftovers, "TOKEN", "fedcba98")
+        monkeypatch.setattr(children, "HOST", "other")
+        monkeypatch.setattr(children, "TOKEN", "fedcba98")
         with whole_folder(tmp_path / "head") as theirs:
             assert ours != theirs
             (theirs / "b").write_text("theirs")
@@ -146,7 +145,7 @@ def test_two_evaluations_do_not_mix_their_lines(tiny: Target, tmp_path: Path) ->
 
 def test_half_written_files_of_a_living_process_survive_another_at_work(tmp_path: Path) -> None:
     script = (
-        "import sys; from pathlib import Path; from headstart.heads.files import whole_file\n"
+        "import sys; from pathlib import Path; from headstart.common.files import whole_file\n"
         "with whole_file(Path(sys.argv[1])) as work:\n"
         "    work.write_text('whole'); print('ready', flush=True); sys.stdin.read()"
     )
@@ -164,4 +163,4 @@ def test_half_written_files_of_a_living_process_survive_another_at_work(tmp_path
 
 def test_names_of_the_time_being_tell_process_and_machine() -> None:
     name = own_name("head", PART)
-    assert name == f"head.{leftovers.HOST}.{os.getpid()}.{leftovers.TOKEN}.part"
+    assert name == f"head.{children.HOST}.{os.getpid()}.{children.TOKEN}.part"

@@ -20,19 +20,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from headstart.cli.evaluate import _run_compare
+from headstart.cli.eval import _run_compare
+from headstart.common.files import content_sha256
 from headstart.configs.schema import TargetConfig
 from headstart.data.conversations import MANIFEST, read_manifest
 from headstart.data.extraction import extract
 from headstart.data.store import ActivationStore
+from headstart.heads.adapters import fitting_adapter
 from headstart.heads.admission import check_files
 from headstart.heads.describe import describe
-from headstart.heads.files import content_sha256
 from headstart.heads.loading import load_target_config, load_target_tokens
-from headstart.heads.served import fitting_adapter
 from headstart.train.checkpoints import check_checkpoint, checkpoint_config, checkpoints
 from headstart.train.loop import train
-from headstart.train.watching import print_runs, read_run
+from headstart.train.run_folder import print_runs, read_run
 from tests.conftest import make_target
 from tests.field.checkpoints import saved_target
 from tests.field.test_fuzz import EACH, SHARES, VALUES, damaged, refused_with, replaced

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from headstart.heads.leftovers import temporary_folder
+from headstart.common.children import temporary_folder
 
 # A command that serves, with an engine that starts a process of its own and heeds no SIGTERM.
 SERVING = """
@@ -19,7 +19,7 @@ import argparse, sys
 from pathlib import Path
 from headstart.cli import main as cli
 from headstart.eval import engine_servers
-from headstart.heads.leftovers import temporary_folder
+from headstart.common.children import temporary_folder
 engine_servers.engine_python = lambda engine: Path(sys.executable)
 out = Path(sys.argv[1])
 ENGINE = '''
@@ -126,7 +126,7 @@ def test_a_copy_of_a_living_process_or_of_somebody_else_stays(
 
 def test_a_command_under_nohup_goes_on_when_the_terminal_hangs_up() -> None:
     script = (
-        "import os, signal; from headstart.cli.signals import tidy_ends\n"
+        "import os, signal; from headstart.common.signals import tidy_ends\n"
         "signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
         "with tidy_ends(): os.kill(os.getpid(), signal.SIGHUP)"
     )

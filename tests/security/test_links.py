@@ -7,13 +7,19 @@ from typing import Any
 
 import pytest
 
+from headstart.common.files import (
+    alone_in,
+    content_sha256,
+    is_held,
+    only_one_in,
+    whole_file,
+    whole_folder,
+    write_atomically,
+)
 from headstart.data.store import ActivationStore
 from headstart.eval.measurements import Measurements
-from headstart.heads.files import content_sha256, whole_file, whole_folder, write_atomically
-from headstart.heads.locks import alone_in, is_held, only_one_in
 from headstart.train.checkpoints import check_checkpoint
-from headstart.train.run_folder import append_metrics, open_run, read_status, run_folder
-from headstart.train.watching import find_runs
+from headstart.train.run_folder import append_metrics, find_runs, open_run, read_status, run_folder
 from tests.field.checkpoints import checkpoint
 from tests.train.test_loop import tiny_config
 

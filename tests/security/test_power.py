@@ -7,14 +7,14 @@ from typing import Any
 import pytest
 import torch
 
+from headstart.common import files
+from headstart.common.children import HOST
+from headstart.common.files import whole_file, whole_folder
 from headstart.configs.schema import HeadConfig
-from headstart.heads import files
 from headstart.heads.assistant import build_assistant
-from headstart.heads.export import load_assistant, save_assistant
-from headstart.heads.files import whole_file, whole_folder
-from headstart.heads.leftovers import HOST
 from headstart.heads.loading import load_target
-from headstart.heads.targets import Target
+from headstart.heads.saving import load_assistant, save_assistant
+from headstart.heads.target import Target
 from headstart.heads.tiny import byte_tokenizer, tiny_target
 from tests.field.checkpoints import checkpoint
 

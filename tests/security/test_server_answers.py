@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from headstart.data.answers import Answer, read_answer
+from headstart.data.server import Answer, read_answer
 from headstart.heads.tiny import byte_tokenizer
 
 TOKENIZER = byte_tokenizer()

@@ -12,13 +12,12 @@ import pytest
 from rich.progress import Progress
 
 from headstart.cli.main import main
+from headstart.common.console import in_markdown, phase, plain_console, progress_bar, say
 from headstart.data.inspection import inspect_path
 from headstart.data.prompts import report_refused
-from headstart.eval.adaptation import adaptation_markdown
 from headstart.eval.check import Finding, print_findings
-from headstart.eval.tables import markdown, print_report
-from headstart.heads.progress import phase, plain_console, progress_bar, say
-from headstart.heads.text import in_markdown
+from headstart.eval.page import markdown, print_report
+from headstart.train.adapt_report import adaptation_markdown
 from headstart.train.sweep import plot_sweep
 from tests.eval.test_page import one_result, report
 

@@ -12,12 +12,12 @@ from headstart.configs.adapt import Adaptation, minutes
 from headstart.configs.schema import TargetConfig
 from headstart.data.prompts import load_prompts
 from headstart.eval.acceptance import AcceptanceCounts
-from headstart.eval.adaptation import advice, compare_stages, headline, outcome
-from headstart.eval.walked import Walked
-from headstart.heads.export import load_assistant, load_assistant_config, made_for
+from headstart.eval.replay import Walked
 from headstart.heads.loading import load_served
+from headstart.heads.saving import load_assistant, load_assistant_config, made_for
 from headstart.train import adapt as module
 from headstart.train.adapt import adapt
+from headstart.train.adapt_report import advice, compare_stages, headline, outcome
 from headstart.train.loop import train
 from tests.heads.test_served import make_adapter
 from tests.train.test_loop import ROOT, tiny_config

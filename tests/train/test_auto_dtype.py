@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from headstart.configs import hardware
+from headstart.common import machine
 from headstart.configs.loader import load_config
-from headstart.heads.export import load_assistant_config
 from headstart.heads.loading import load_target
+from headstart.heads.saving import load_assistant_config
 from headstart.train.plan import plan
 from headstart.train.run import run
 from tests.train.test_loop import metrics, tiny_config
@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def test_a_run_is_of_the_dtype_that_the_machine_chooses(tmp_path: Path) -> None:
     """What is saved says so, the head has it, and in float32 each text is plain decoding's."""
-    dtype = hardware.natural_dtype()
+    dtype = machine.natural_dtype()
     config = tiny_config(
         tmp_path / "run", "target.dtype=auto", "train.precision=auto", "train.steps=6",
         "eval.limit=2", "eval.max_new_tokens=8", "eval.exact_limit=1",
@@ -40,7 +40,7 @@ def test_a_run_is_of_the_dtype_that_the_machine_chooses(tmp_path: Path) -> None:
 
 
 def test_a_target_and_a_plan_are_of_the_dtype_that_the_machine_chooses() -> None:
-    dtype = hardware.natural_dtype()
+    dtype = machine.natural_dtype()
     assert str(load_target("tiny-gemma4").table.dtype) == f"torch.{dtype}"
     lines = plan(load_config(ROOT / "configs" / "gemma4-e2b.yaml"))
     assert f", {dtype})" in lines["target"]

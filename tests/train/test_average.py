@@ -5,8 +5,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from headstart.train.average import Average
-from headstart.train.checkpoints import checkpoints
+from headstart.train.checkpoints import Average, checkpoints
 from headstart.train.loop import train
 from tests.train.test_loop import tiny_config, weights
 

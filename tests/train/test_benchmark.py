@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from headstart.cli.main import main
+from headstart.common.machine import peak_memory
 from headstart.configs.schema import TrainConfig
 from headstart.data.extraction import OnlineActivations
 from headstart.data.loader import AnchorLoader
-from headstart.eval.memory import peak_memory
-from headstart.heads.targets import Target
+from headstart.heads.target import Target
 from headstart.train import benchmark
 from headstart.train.benchmark import plain_loss
 from headstart.train.start import build_head, taught_rows

@@ -11,24 +11,23 @@ import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
+from headstart.common.signals import Interrupted
 from headstart.configs.loader import load_config
 from headstart.configs.schema import Config, HeadConfig, TrainConfig
 from headstart.data.loader import candidate_rows, gather_rows
-from headstart.data.shards import Document
+from headstart.data.store import Document
 from headstart.eval.decoding import decode
 from headstart.heads.assistant import build_assistant
-from headstart.heads.export import load_assistant, save_assistant
 from headstart.heads.loading import load_target
 from headstart.heads.ordered import Taught, set_order, token_usage, with_clusters
-from headstart.heads.targets import Target
+from headstart.heads.saving import load_assistant, save_assistant
+from headstart.heads.target import Target
 from headstart.heads.unroll import DraftHead
 from headstart.train import loop
-from headstart.train.centroids import learn_centroids
 from headstart.train.checkpoints import checkpoints
 from headstart.train.loop import export_head, train
-from headstart.train.schedule import learning_rate
-from headstart.train.step import batch_sums, draft_batch
-from headstart.train.stopping import Interrupted
+from headstart.train.ordering import learn_centroids
+from headstart.train.step import batch_sums, draft_batch, learning_rate
 from tests.conftest import make_target
 from tests.overfit import candidates_of, greedy_document, overfit
 

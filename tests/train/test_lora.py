@@ -9,15 +9,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from headstart.common.signals import Interrupted
 from headstart.configs.schema import HeadConfig, LoraConfig
 from headstart.heads.assistant import other_target
-from headstart.heads.export import load_assistant, load_assistant_config, made_for, rope_position
 from headstart.heads.loading import load_target
+from headstart.heads.saving import load_assistant, load_assistant_config, made_for, rope_position
 from headstart.train import loop
 from headstart.train.checkpoints import Progress
 from headstart.train.loop import train
-from headstart.train.schedule import learning_rate
-from headstart.train.stopping import Interrupted
+from headstart.train.step import learning_rate
 from tests.train.test_loop import metrics, tiny_config
 from tests.train.test_warm_start import FULL, NARROW, finished, take_every_head
 

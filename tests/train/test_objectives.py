@@ -7,22 +7,20 @@ from typing import Any
 import pytest
 import torch
 
-from headstart.heads.targets import Target
-from headstart.train.objectives import (
+from headstart.heads.target import Target
+from headstart.train.losses import (
     OBJECTIVES,
-    acceptance,
-    cross_entropy,
-    forward_kl,
-    lk_hybrid,
-    total_variation,
-)
-from headstart.train.vocabulary import (
     Candidates,
     Teacher,
+    acceptance,
+    cross_entropy,
     draw_candidates,
     exact_losses,
+    forward_kl,
+    lk_hybrid,
     sparse_losses,
     teacher_log_p,
+    total_variation,
 )
 from tests.conftest import make_target
 

@@ -10,12 +10,12 @@ import torch
 from headstart.cli.main import main
 from headstart.configs.schema import HeadConfig
 from headstart.heads.assistant import build_assistant
-from headstart.heads.export import load_assistant, save_assistant
 from headstart.heads.loading import load_target
 from headstart.heads.ordered import is_of_clusters
+from headstart.heads.saving import load_assistant, save_assistant
 from headstart.train import ordering
-from headstart.train.centroids import TEMPERATURE, cluster_mass
 from headstart.train.loop import train
+from headstart.train.ordering import TEMPERATURE, cluster_mass
 from tests.train.test_loop import ROOT, tiny_config
 
 COMMON = ["target.name=tiny-gemma4", "target.dtype=float32", "data.max_new_tokens=30"]

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from headstart.configs.loader import load_config
-from headstart.heads.published import SHAPES, published_config
-from headstart.heads.targets import SUPPORTED, source_layers
+from headstart.heads.describe import SHAPES, published_config
+from headstart.heads.target import SUPPORTED, source_layers
 from headstart.train.plan import plan
 
 RECIPES = sorted((Path(__file__).resolve().parents[2] / "configs").glob("gemma4-*.yaml"))

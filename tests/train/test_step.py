@@ -8,11 +8,10 @@ import torch
 from headstart.configs.schema import DataConfig, TrainConfig, Unroll
 from headstart.data.extraction import OnlineActivations
 from headstart.data.loader import Batch, candidate_rows, gather_rows
-from headstart.heads.targets import Target
+from headstart.heads.target import Target
 from headstart.heads.unroll import DraftHead
-from headstart.train.objectives import forward_kl
+from headstart.train.losses import exact_losses, forward_kl
 from headstart.train.step import batch_sums, draft_batch
-from headstart.train.vocabulary import exact_losses
 from tests.heads.test_parity import noisy_head
 from tests.samples import conversations
 

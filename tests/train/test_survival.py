@@ -18,13 +18,14 @@ from typing import Any
 import pytest
 import torch
 
+from headstart.common.children import HOST
+from headstart.common.signals import Interrupted
 from headstart.configs.schema import Config
-from headstart.heads.leftovers import HOST
 from headstart.train import loop
 from headstart.train.checkpoints import checkpoints
 from headstart.train.loop import train
 from headstart.train.run_folder import read_status
-from headstart.train.stopping import Diverged, Interrupted
+from headstart.train.step import Diverged
 from tests.data.test_kills import fill, small_disk  # noqa: F401 - a fixture
 from tests.train.test_loop import metrics, tiny_config
 
@@ -321,7 +322,7 @@ def test_an_error_of_the_disk_at_any_file_of_a_checkpoint_keeps_the_earlier_one(
 
 
 def test_a_second_process_in_the_same_folder_is_refused(damaged: Path) -> None:
-    from headstart.heads.locks import only_one_in
+    from headstart.common.files import only_one_in
 
     with only_one_in(damaged), pytest.raises(ValueError, match="another process works in"):
         train(config_of(damaged), resume=True)

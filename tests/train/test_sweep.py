@@ -9,11 +9,11 @@ import yaml
 
 from headstart.cli.main import main
 from headstart.configs.sweep import Sweep, load_sweep
-from headstart.data.commands import run_regenerate
+from headstart.data.prepare import run_regenerate
 from headstart.data.store import ActivationStore
-from headstart.eval.simulate import simulate_acceptance
-from headstart.heads.export import load_assistant
+from headstart.eval.replay import simulate_acceptance
 from headstart.heads.loading import load_target
+from headstart.heads.saving import load_assistant
 from headstart.heads.unroll import DraftHead
 from headstart.train import sweep as module
 from headstart.train.sweep import run_sweep, summarise

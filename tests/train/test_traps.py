@@ -5,16 +5,15 @@ from dataclasses import fields, replace
 import pytest
 import torch
 
+from headstart.common.versions import ALL_ROWS
 from headstart.configs.schema import DataConfig, HeadConfig, TrainConfig
 from headstart.data.extraction import OnlineActivations
 from headstart.data.loader import Batch, candidate_rows, gather_rows
-from headstart.data.shards import Document
+from headstart.data.store import Document
 from headstart.heads.ordered import Taught
-from headstart.heads.targets import Target
-from headstart.heads.versions import ALL_ROWS
-from headstart.train.objectives import forward_kl
+from headstart.heads.target import Target
+from headstart.train.losses import Teacher, draw_candidates, forward_kl, sparse_losses
 from headstart.train.traps import in_top_clusters, trapped, uncapped, with_top_clusters
-from headstart.train.vocabulary import Teacher, draw_candidates, sparse_losses
 from tests.conftest import make_target
 from tests.heads.test_parity import noisy_head
 from tests.samples import conversations

@@ -9,10 +9,10 @@ import torch
 from headstart.configs.schema import HeadConfig
 from headstart.data.loader import Batch, candidate_rows, gather_rows
 from headstart.heads.assistant import warm_assistant
-from headstart.heads.export import load_assistant, rope_position, save_assistant
 from headstart.heads.loading import load_target
 from headstart.heads.ordered import with_clusters
-from headstart.heads.targets import Target
+from headstart.heads.saving import load_assistant, rope_position, save_assistant
+from headstart.heads.target import Target
 from headstart.heads.unroll import DraftHead
 from headstart.train import loop
 from headstart.train.loop import train

@@ -12,14 +12,13 @@ import pytest
 from PIL import Image
 
 from headstart.cli.main import main
+from headstart.common.signals import Interrupted
+from headstart.eval.page import decoder_name
 from headstart.eval.plots import figures
-from headstart.eval.tables import decoder_name
 from headstart.train import loop
 from headstart.train.loop import train
-from headstart.train.run_folder import read_status, run_folder
-from headstart.train.stopping import Interrupted
+from headstart.train.run_folder import read_run, read_status, run_folder
 from headstart.train.tracking import log_report
-from headstart.train.watching import read_run
 from tests.eval.test_page import usual
 from tests.train.test_loop import metrics, tiny_config
 

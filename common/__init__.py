@@ -1,0 +1,1 @@
+"""What every room uses: files and locks, processes, the console, the machine."""

@@ -1,0 +1,297 @@
+"""Files and folders that are there whole or not at all, and locks on folders.
+
+Strangers may have made what stands here: no link is followed to where it points, and nothing is
+removed that this program did not make.
+"""
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import stat
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+
+from safetensors import SafetensorError
+
+from headstart.common.children import made_here, own_name, remove_left_behind
+from headstart.common.console import one_line, say
+
+PART = ".part"  # ends the name of a folder that is not yet whole
+WORK = ".writing"  # ends that of a folder of files that are not yet whole
+EARLIER = ".earlier"  # ends that of one whose place is being taken
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file: a reader, or a crash, finds the earlier content or the new one."""
+    with whole_file(path) as work:
+        work.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """Gives a folder to write into, which then takes the place of `folder`.
+
+    No file system replaces a folder that is not empty in one step: a crash between the two
+    renames leaves the earlier folder beside its place, where `put_back` finds it.
+
+    Raises:
+        ValueError: `folder` is a link, which leads to a folder of somebody else's.
+        OSError: with what to do, when the disk is full; the earlier folder is kept.
+    """
+    refuse_link(folder)
+    folder = folder.resolve()  # "." has no name
+    put_back(folder)
+    # Of the process's own, so that two may work on the same.
+    work = folder.with_name(own_name(folder.name, PART))
+    shutil.rmtree(work, ignore_errors=True)
+    try:
+        work.mkdir(parents=True)
+        yield work
+        for path in [*work.rglob("*"), work]:
+            _sync(path)
+        _take_place(work, folder)
+    except BaseException as error:
+        shutil.rmtree(work, ignore_errors=True)
+        if isinstance(error, OSError | SafetensorError):
+            raise OSError(_unwritten(folder, error)) from error
+        raise
+
+
+def drop_remote_code(folder: Path) -> None:
+    """Take out of a folder that is being written what would have its readers run the code of
+    whoever made the checkpoint that it came from: `auto_map`, and the modules that it names."""
+    for path in folder.glob("*.py"):
+        path.unlink()
+    for path in folder.glob("*config.json"):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content.pop("auto_map", None) is not None:
+            path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _take_place(work: Path, folder: Path) -> None:
+    """Let `work` be `folder`; what was there goes once the disk knows of the new one."""
+    earlier = folder.with_name(own_name(f".{folder.name}", EARLIER))
+    while True:
+        shutil.rmtree(earlier, ignore_errors=True)
+        if folder.exists():
+            folder.rename(earlier)
+        try:
+            work.rename(folder)
+            break
+        except OSError as error:  # somebody put the earlier one back, or wrote it too
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                raise
+    _sync(folder.parent)
+    shutil.rmtree(earlier, ignore_errors=True)
+
+
+def put_back(folder: Path) -> None:
+    """Put the earlier content of a folder back, where a crash came between its leaving its place
+    and the new one's taking it."""
+    if folder.exists() or not folder.parent.is_dir():
+        return
+    left = [p for p in made_here(folder.parent, EARLIER) if p.name.startswith(f".{folder.name}.")]
+    if left:
+        newest = max(left, key=lambda path: path.stat().st_mtime)
+        newest.rename(folder)
+        say(f"{folder}: a crash left it as {newest.name}; it is put back")
+
+
+def refuse_link(path: Path) -> None:
+    """Raise `ValueError` where something of ours is to be written to a link of somebody else's."""
+    if path.is_symlink():
+        raise ValueError(
+            f"{path} is a link to {os.readlink(path)}, whose content would be replaced: name the "
+            "folder itself, or delete the link"
+        )
+
+
+def plain_name(name: object, told_by: Path) -> str:
+    """A file's name that another file tells of; it stays within the folder of that one.
+
+    Raises:
+        ValueError: it is a path, or no name.
+    """
+    plain = isinstance(name, str) and name == Path(name).name and name not in ("", "..")
+    if not isinstance(name, str) or not plain or "\0" in name:
+        raise ValueError(f"{told_by} names {name!r}, which is no file of its folder")
+    return name
+
+
+def open_own(path: Path, mode: str) -> IO[Any]:
+    """`path.open(mode)` to write to a file that we made or are to make: no link, no pipe.
+
+    Raises:
+        ValueError: it is one.
+    """
+
+    def opener(name: str, flags: int) -> int:
+        return os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise ValueError(f"{path} is a link or no file, and would be written to: delete it")
+    encoding = None if "b" in mode else "utf-8"
+    return open(path, mode, encoding=encoding, opener=opener)
+
+
+def check_empty(folder: Path) -> None:
+    """Raise `ValueError` where a folder that is to be written holds something."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} is not empty: name another folder, --out DIR")
+
+
+def _sync(path: Path) -> None:
+    """After this a power cut cannot leave a file or folder without its content."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _unwritten(path: Path, error: Exception) -> str:
+    return (
+        f"{path} could not be written ({error}); finished files are kept: make room, then run the "
+        "same command again"
+    )
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, in hex."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def content_sha256(content: dict[str, Any]) -> str:
+    """SHA-256 of what can be written as JSON, in hex; of its own entry `sha256` apart."""
+    rest = {key: value for key, value in content.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Gives a place to write to; what was written there then appears at `path` in one step.
+
+    Raises:
+        OSError: with what to do, when the disk is full.
+    """
+    # A folder of this process's own, which it can take away again.
+    work = path.parent / own_name("", WORK) / path.name
+    try:
+        work.parent.mkdir(exist_ok=True)
+        yield work
+        _sync(work)
+        work.replace(path)
+        _sync(path.parent)
+    except (OSError, SafetensorError) as error:
+        work.unlink(missing_ok=True)
+        raise OSError(_unwritten(path, error)) from error
+    finally:
+        with suppress(OSError):  # it holds another file that is being written
+            work.parent.rmdir()
+
+
+LOCK = ".lock"  # held by the process that works in a folder; it goes with the process
+
+
+@contextmanager
+def _opened(folder: Path, flags: int) -> Iterator[int]:
+    """The descriptor of a folder's lock. It is never written to, and a link is not followed: a
+    folder of a stranger's may have one to a file of the user's.
+
+    Raises:
+        ValueError: it is a link, or no file.
+    """
+    path = folder / LOCK
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise ValueError(f"{path} is a link or no file, and no lock of ours: delete it")
+    descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    try:
+        assert stat.S_ISREG(os.fstat(descriptor).st_mode)
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Work in a folder while other processes that would do so wait.
+
+    What a killed process left half-written there is cleared away. The lock goes with the process
+    that holds it, however that ends.
+
+    Raises:
+        ValueError: the lock is a link, or no file.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with _opened(folder, os.O_RDWR | os.O_CREAT) as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            waiting = one_line(f"{folder}: another process works there, waiting for it")
+            print(waiting, file=sys.stderr)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        remove_left_behind(folder, WORK)
+        yield
+
+
+@contextmanager
+def only_one_in(folder: Path, other: str = "run.dir=PATH") -> Iterator[None]:
+    """Work in a folder unless another process does.
+
+    Args:
+        folder: made where it is missing.
+        other: how to name another folder.
+
+    Raises:
+        ValueError: it does; or the lock is a link, or no file.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with _opened(folder, os.O_RDWR | os.O_CREAT) as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(
+                f"another process works in {folder}: wait for its end, or name another folder, "
+                f"{other}"
+            ) from error
+        remove_left_behind(folder, WORK)
+        yield
+
+
+def is_held(folder: Path) -> bool:
+    """Whether a process works in a folder, by `alone_in` or `only_one_in`.
+
+    Raises:
+        ValueError: the lock is a link, or no file.
+    """
+    if not os.path.lexists(folder / LOCK):
+        return False
+    with _opened(folder, os.O_RDONLY) as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+def cache_dir() -> Path:
+    """The user's cache folder for converted weights, conversations and activations."""
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("HEADSTART_CACHE") or Path(root) / "headstart")
+
+
+def write_figures(content: dict[str, Any], out: Path | None) -> None:
+    """Write the figures of a benchmark as JSON, where `out` names a file."""
+    if out is not None:
+        write_atomically(out, json.dumps(content, indent=2) + "\n")
+        say(f"Written: {out}")

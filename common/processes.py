@@ -1,0 +1,128 @@
+"""Work dealt over the processes of one launch, and a target whose layers are split over them.
+
+One process is the special case in which none of this does anything.
+"""
+
+import gc
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from datetime import timedelta
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env, reduce
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from headstart.common.files import alone_in
+
+PATIENCE = timedelta(days=2)  # one process may generate for hours while the others wait
+T = TypeVar("T")
+
+
+def join_processes() -> PartialState:
+    """The processes of this launch; the first call makes them known to one another.
+
+    Where there is no accelerator they work on the CPU, which accelerate does only when told:
+    otherwise each would take itself for the only one.
+    """
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or (
+        several and not torch.accelerator.is_available()
+    )
+    return PartialState(cpu=on_cpu, timeout=PATIENCE)
+
+
+def leave_processes() -> None:
+    """Part from the other processes, when nothing of the work is left but garbage.
+
+    A model that DDP or FSDP wrapped has to be gone first. Had it the last reference to the group,
+    its end would wait for the group's threads without letting go of the interpreter, which they may
+    need to end: a deadlock, every few runs (https://github.com/pytorch/pytorch/issues/56297).
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        gc.collect()
+        torch.distributed.destroy_process_group()
+
+
+def is_mine(number: int) -> bool:
+    """Whether this process does piece `number` of the work: they are dealt round robin."""
+    state = PartialState()
+    return number % state.num_processes == state.process_index
+
+
+@contextmanager
+def processes_in(folder: Path) -> Iterator[None]:
+    """All processes of this launch work in a folder, while other launches wait.
+
+    All begin when the main process holds the folder, and the main process goes on when all are
+    done. One that fails ends the launch: its launcher stops the others.
+    """
+    state = PartialState()
+    with alone_in(folder) if state.is_main_process else nullcontext():
+        state.wait_for_everyone()
+        yield
+        state.wait_for_everyone()
+
+
+def in_step(items: Iterable[T], together: bool) -> Iterator[T | None]:
+    """The items of this process, and None for as long as another process has some left.
+
+    Where a target is split over the processes, each forward of it needs them all: whoever has
+    nothing to run lends a hand by `Target.idle`.
+
+    Args:
+        items: of this process.
+        together: whether it has to wait for the others; without it no None comes.
+    """
+    iterator = iter(items)
+    while True:
+        item = next(iterator, None)
+        if together:
+            left = torch.tensor(item is not None, dtype=torch.int32, device=PartialState().device)
+            if not reduce(left, "sum"):
+                return
+        elif item is None:
+            return
+        yield item
+
+
+def split_layers(layers: Iterable[torch.nn.Module]) -> None:
+    """Keep a share of each layer's weights in each process (FSDP2); they meet for its forward.
+
+    Args:
+        layers: of a frozen model, the same in all processes.
+    """
+    from torch.distributed.fsdp import fully_shard
+
+    for layer in layers:
+        fully_shard(layer, reshard_after_forward=True)
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """All of a tensor of which each process may hold a part; all processes must call it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def placed_like(values: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    """Values that all processes have, on the device of `tensor` and split as it is."""
+    values = values.to(tensor.device)
+    if isinstance(tensor, DTensor):
+        return distribute_tensor(values, tensor.device_mesh, tensor.placements)
+    return values
+
+
+@contextmanager
+def whole_weights(model: torch.nn.Module) -> Iterator[None]:
+    """Within, each process has all weights of `model`, so that it can run it or save it alone."""
+    split = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for module in split:
+        module.set_reshard_after_forward(False, recurse=False)
+        module.unshard()
+    yield
+    for module in split:
+        module.reshard()
+        module.set_reshard_after_forward(module is not model, recurse=False)

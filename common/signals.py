@@ -1,0 +1,113 @@
+"""Signals: a command that is ended from outside tidies up first, a run ends after its step, and a
+call has a time limit.
+"""
+
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+ENDING = (signal.SIGTERM, signal.SIGHUP)
+
+
+class Ended(KeyboardInterrupt):
+    """The process was asked to end by the signal `number`."""
+
+    def __init__(self, number: int):
+        name = signal.Signals(number).name
+        super().__init__(f"ended by {name}; finished work is kept (train: go on with --resume)")
+        self.number = number
+
+
+@contextmanager
+def tidy_ends() -> Iterator[None]:
+    """Within, SIGTERM and SIGHUP raise `Ended`, the first of them alone; what was ignored before
+    (`nohup`) stays so."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals are not its affair
+        return
+    earlier: dict[signal.Signals, Any] = {each: signal.getsignal(each) for each in ENDING}
+    ours = [each for each in ENDING if earlier[each] is signal.SIG_DFL]
+
+    def end(number: int, frame: FrameType | None) -> None:
+        for each in ours:
+            signal.signal(each, lambda *_: None)  # not SIG_IGN, which children would inherit
+        raise Ended(number)
+
+    for each in ours:
+        signal.signal(each, end)
+    try:
+        yield
+    finally:
+        for each in ours:
+            signal.signal(each, signal.SIG_DFL)
+
+
+class TooSlow(RuntimeError):
+    """Somebody's template or pattern did not come to its end in time."""
+
+
+@contextmanager
+def time_limit(seconds: float, what: str) -> Iterator[None]:
+    """Within, work that takes longer is broken off, a regular expression in its midst too.
+
+    Signals reach the main thread alone: in another one there is no limit.
+
+    Args:
+        seconds: of wall time.
+        what: takes too long, and the fix, for the message.
+
+    Raises:
+        TooSlow: it does.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise TooSlow(f"{what}: it was stopped after {seconds:g} seconds")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    outer = signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_REAL, *outer)
+
+
+IMPATIENCE = 2.0  # seconds
+
+
+class Interrupted(KeyboardInterrupt):
+    """The run was asked to stop; everything is saved. The message says how to go on."""
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[float]]:
+    """A list that fills when the process is asked to stop.
+
+    A second signal that comes later than `IMPATIENCE` stops at once, nothing saved. One that
+    comes sooner is the same request: launchers pass on what the terminal sent to all.
+    """
+    received: list[float] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if received and now - received[0] > IMPATIENCE:
+            raise KeyboardInterrupt
+        received.append(now)
+
+    earlier: dict[int, Any] = {}
+    each: int
+    for each in (signal.SIGINT, signal.SIGTERM):
+        earlier[each] = signal.signal(each, note)
+    try:
+        yield received
+    finally:
+        for each, handler in earlier.items():
+            signal.signal(each, handler)

@@ -1,0 +1,89 @@
+"""What depends on the release of transformers; nothing else in Headstart asks for it."""
+
+from typing import Any
+
+import torch
+import transformers
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
+
+TESTED = ">=5.20,!=5.23.*,<5.25"  # pyproject.toml holds the same range
+INSTALLED = Version(transformers.__version__)
+
+CACHE = "cache" if INSTALLED.release >= (5, 24) else "past_key_values"
+"""What forwards, their outputs and hooks, and `generate` call the cache. The later releases take
+the earlier name as a keyword, with a warning; hooks and overridden forwards see the new one."""
+
+CUTS_ROWS = INSTALLED.release >= (5, 23)
+"""Whether layers that share keys and values run only on the rows whose logits are asked for."""
+
+ALL_ROWS: dict[str, Any] = {"logits_to_keep": None} if CUTS_ROWS else {}
+"""Keywords for a head's text model over several rows, which it is not to cut: that fails in a model
+without inputs per layer (docs/upstream.md)."""
+
+GROUPS_MASKED_QUERIES = INSTALLED.release >= (5, 23)
+"""Whether query heads that share a key head are grouped under a mask (heads/cpu_kernels.py)."""
+
+
+def skips_prefill(config: Any) -> bool:
+    """Whether plain decoding of a target runs on a part of the prompt alone in some layers.
+
+    Decoding with a head, which asks for hidden states, runs on all of it.
+
+    Args:
+        config: text configuration of the target.
+    """
+    # Gemma 3 shares no keys and has no such field.
+    return CUTS_ROWS and getattr(config, "num_kv_shared_layers", 0) > 0
+
+
+def all_prompt_rows(device: torch.device) -> dict[str, torch.Tensor]:
+    """Keywords for `generate` that let every layer run on every row of the prompt, in all releases:
+    where the rows that have logits are named one by one, here the last, none is cut.
+    """
+    return {"logits_to_keep": torch.tensor([-1], device=device)}
+
+
+def check_rows(rows: int, tokens: int) -> None:
+    """Raise where a target did not run on every token: what a head would be trained on is wrong.
+
+    Args:
+        rows: of hidden states that its final norm gave.
+        tokens: that it was given, padding included.
+
+    Raises:
+        RuntimeError: they differ.
+    """
+    if rows != tokens:
+        raise RuntimeError(
+            f"the target's last hidden states are of {rows} rows where it was given {tokens} "
+            f"tokens: transformers {INSTALLED} leaves out rows that a draft head is trained on, so "
+            f"nothing is kept. Please report it; another release of 'transformers{TESTED}' may do"
+        )
+
+
+def check_transformers() -> None:
+    """Raise early where the assistant classes are not known to work.
+
+    Raises:
+        RuntimeError: the installed transformers is outside the tested range; the message says
+            what fails there and which command installs a release that works.
+    """
+    if SpecifierSet(TESTED).contains(INSTALLED, prereleases=True):
+        return
+    if Version("5.20") > INSTALLED:
+        reason = "before 5.20 assisted generation refuses Gemma 4 assistants or misaligns them"
+    elif Version("5.24") > INSTALLED:
+        reason = (
+            "in 5.23 Gemma4AssistantForCausalLM cannot be built (ValueError in kv_sharing_modes) "
+            "and targets without KV sharing return no shared_kv_states"
+        )
+    else:
+        reason = (
+            "it is newer than any release that Headstart was tested with, and what a head is "
+            "trained on may differ there without an error"
+        )
+    raise RuntimeError(
+        f"transformers {INSTALLED} is outside the tested range {TESTED}: {reason}. "
+        f"Run: pip install 'transformers{TESTED}'"
+    )

@@ -1,0 +1,396 @@
+"""Greedy acceptance from stored activations, without decoding: `headstart eval --simulate`.
+
+Exact for greedy drafts on greedy text: a draft is right when it is the text's next token, and draft
+k counts only when drafts 1..k-1 were right, so that the tokens fed to it are the text's own.
+
+Letters: B documents, R rows of each, K rounds, S resamples, N drafts, C clusters, V vocabulary.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import PreTrainedModel
+
+from headstart.common.console import progress_bar, say
+from headstart.common.files import write_atomically
+from headstart.common.machine import environment
+from headstart.common.processes import in_step
+from headstart.data.loader import Batch, candidate_rows, gather_rows
+from headstart.data.store import ActivationStore, Documents
+from headstart.eval.acceptance import (
+    AcceptanceCounts,
+    RecallCounts,
+    walk_rounds,
+    zero_counts,
+    zero_recall,
+)
+from headstart.eval.decoding import ends_in_loop
+from headstart.eval.page import wide_console
+from headstart.eval.statistics import interval, resampled
+from headstart.heads.assistant import check_pair
+from headstart.heads.target import Target
+from headstart.heads.unroll import DraftHead
+
+LOGIT_ROWS = 256  # rows of V logits held at once
+DOCUMENTS = 8  # run through the head together
+
+
+@dataclass(frozen=True)
+class Simulated:
+    """What a walk over held-out documents found."""
+
+    acceptance: AcceptanceCounts
+    """Of the head as it drafts: through its clusters where it has ordered embeddings."""
+    dense: AcceptanceCounts
+    """Of the same head with the LM head over the whole vocabulary."""
+    recall: RecallCounts
+    """Over the drafts that a decoder meets from any row: those whose earlier ones in the round were
+    right. Zero where the head has no ordered embeddings."""
+
+
+@torch.no_grad()
+def simulate_acceptance(
+    head: DraftHead,
+    target: Target,
+    stored: Documents,
+    rounds: int,
+    which: Iterable[int],
+    ahead: int = 1,
+) -> Simulated:
+    """Acceptance counts of `head` on the documents `which`, by walking rounds.
+
+    Args:
+        head: in any mode.
+        target: for its embeddings and table.
+        stored: activations of greedy conversations.
+        rounds: K.
+        which: their indices (a process passes its share).
+        ahead: where drafts stand (`DraftHead.forward`).
+    """
+    drafted, dense, recall = zero_counts(rounds), zero_counts(rounds), zero_recall()
+    cluster_of = head.cluster_of
+    chosen = [i for i in which if stored.entries[i].trained >= 2]
+    chunks = (chosen[start : start + DOCUMENTS] for start in range(0, len(chosen), DOCUMENTS))
+    for chunk in in_step(chunks, target.sharded):
+        documents = stored.read(chunk or [])
+        if not documents:
+            continue
+        rows = [candidate_rows(d) for d in documents]
+        batch = gather_rows(documents, rows, rounds).to(target.device)
+        wanted = torch.zeros_like(batch.tokens)
+        judged = batch.weights.bool()
+        for b, (document, r) in enumerate(zip(documents, rows, strict=True)):
+            following, last = r[:, None] + torch.arange(2, rounds + 2), len(document.ids) - 1
+            wanted[b, : len(r)] = document.ids[following.clamp_max(last)]
+            # The last token before a text is cut is the target's own: nobody drafts it.
+            if int(document.ids[last]) not in target.eos_ids:
+                judged[b, : len(r)] &= (following != last).to(judged.device)
+        states = _unrolled(head, target, batch, ahead)
+        matches = _matches(head, target, states, wanted, judged)
+        if cluster_of is not None:
+            met = judged.clone()
+            met[..., 1:] &= matches[0][..., :-1].long().cumprod(-1).bool()
+            scores = head.assistant.masked_embedding.centroids(states[met])
+            clusters = cluster_of[batch.teacher_ids[met]]
+            recall += RecallCounts.of(scores, clusters, batch.teacher_logprobs[met])
+        for b, r in enumerate(rows):
+            for answer in _answers(r):
+                drafted += walk_rounds(matches[0][b, answer], judged[b, answer])
+                dense += walk_rounds(matches[1][b, answer], judged[b, answer])
+    return Simulated(drafted, dense, recall)
+
+
+def _answers(rows: torch.Tensor) -> list[slice]:
+    """Where rows follow one another: each answer of a conversation is walked by itself."""
+    breaks = ((rows[1:] - rows[:-1]) != 1).nonzero()[:, 0] + 1
+    edges = [0, *breaks.tolist(), len(rows)]
+    return [slice(a, b) for a, b in pairwise(edges) if a < b]
+
+
+def _unrolled(head: DraftHead, target: Target, batch: Batch, ahead: int) -> torch.Tensor:
+    """States [B, R, K, width of `draft_table`]."""
+    dtype = head.assistant.pre_projection.weight.dtype
+    states = head(
+        batch.hidden.to(dtype),
+        target.embed(batch.tokens).to(dtype),
+        batch.rows,
+        {t: (k.to(dtype), v.to(dtype)) for t, (k, v) in batch.shared_kv.items()},
+        batch.starts,
+        ahead=ahead,
+    )
+    return torch.stack(states, dim=2)
+
+
+def _matches(
+    head: DraftHead,
+    target: Target,
+    states: torch.Tensor,
+    wanted: torch.Tensor,
+    judged: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Whether each draft is the token `wanted` there, given that the earlier ones are.
+
+    Returns:
+        [B, R, K] bool as the head drafts, and [B, R, K] with the dense LM head.
+    """
+    drafted, dense = (torch.zeros_like(wanted, dtype=torch.bool) for _ in range(2))
+    alive_drafted = alive_dense = judged[..., 0]
+    for k in range(wanted.shape[-1]):
+        # A draft after a miss is never looked at: no need for its logits over the vocabulary.
+        at = ((alive_drafted | alive_dense) & judged[..., k]).nonzero(as_tuple=True)
+        pair = _drafts(head, target, states[..., k, :][at])
+        drafted[..., k][at], dense[..., k][at] = (ids == wanted[..., k][at] for ids in pair)
+        alive_drafted = alive_drafted & drafted[..., k]
+        alive_dense = alive_dense & dense[..., k]
+    return drafted, dense
+
+
+def _drafts(
+    head: DraftHead, target: Target, states: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """[N] tokens through the clusters and [N] over the whole vocabulary, of states [N, width]."""
+    dense = torch.zeros(len(states), dtype=torch.long, device=states.device)
+    drafted = dense.clone()
+    embedder, cluster_of = head.assistant.masked_embedding, head.cluster_of
+    table = head.draft_table(target.table)
+    for start in range(0, len(states), LOGIT_ROWS):
+        rows = slice(start, start + LOGIT_ROWS)
+        logits = states[rows].to(table.dtype) @ table.T
+        dense[rows] = drafted[rows] = logits.argmax(-1)
+        if embedder is None or cluster_of is None:
+            continue
+        scores = embedder.centroids(states[rows])
+        top = scores.topk(embedder.centroid_intermediate_top_k, dim=1).indices
+        chosen = torch.zeros_like(scores, dtype=torch.bool).scatter(1, top, True)
+        # Where the best token is in a chosen cluster it is the draft too; the rest look again.
+        missed = ~chosen.gather(1, cluster_of[dense[rows]][:, None])[:, 0]
+        hidden = ~chosen[missed][:, cluster_of]
+        drafted[rows][missed] = logits[missed].masked_fill(hidden, -torch.inf).argmax(-1)
+    return drafted, dense
+
+
+@dataclass(frozen=True)
+class Walked:
+    """One text."""
+
+    id: str
+    category: str
+    counts: AcceptanceCounts
+    loops: bool | None
+    """Whether what the target wrote ends in a loop, which flatters drafts of any kind. None: not
+    known, of a text that an earlier version walked."""
+
+    @classmethod
+    def read(cls, row: dict[str, Any]) -> "Walked":
+        """Of what `row` gave."""
+        reached, accepted = tuple(row["reached"]), tuple(row["accepted"])
+        counts = AcceptanceCounts(row["rounds"], row["drafted"], reached, accepted)
+        return cls(row["id"], row["category"], counts, row.get("loops"))
+
+    def row(self) -> dict[str, Any]:
+        """For JSON."""
+        own = {"id": self.id, "category": self.category, "loops": self.loops}
+        return own | asdict(self.counts)
+
+
+def walk_texts(
+    head: DraftHead,
+    target: Target,
+    stores: dict[str, ActivationStore],
+    k: int,
+    doing: str,
+    ahead: Mapping[str, int] | None = None,
+    greedy: bool = False,
+) -> dict[str, list[Walked]]:
+    """Walk rounds over every text of some stores.
+
+    Args:
+        head: in any mode.
+        target: that wrote the texts.
+        stores: name -> texts.
+        k: K.
+        doing: label of the progress bar.
+        ahead: name -> where drafts stand there (`DraftHead.forward`); None: as in transformers.
+        greedy: leave out the texts that were sampled.
+
+    Returns:
+        Name -> the texts in which there was a round.
+    """
+    found: dict[str, list[Walked]] = {}
+    which = {
+        name: [i for i, entry in enumerate(store.entries) if not (greedy and entry.temperature)]
+        for name, store in stores.items()
+    }
+    with progress_bar() as bar:
+        total = sum(map(len, which.values()))
+        task = bar.add_task(f"{doing} (texts)", total=total, status="")
+        for name, store in stores.items():
+            found[name] = []
+            for i in which[name]:
+                entry = store.entries[i]
+                at = 1 if ahead is None else ahead[name]
+                counts = simulate_acceptance(head, target, store, k, [i], at).acceptance
+                if counts.rounds:
+                    [text] = store.read([i])
+                    loops = ends_in_loop(text.ids[text.loss_mask].tolist())
+                    found[name].append(Walked(entry.id, entry.category, counts, loops))
+                bar.update(task, advance=1)
+    return found
+
+
+def length_draws(texts: Sequence[Walked]) -> np.ndarray:
+    """[1 + S] acceptance length: as it is, then over texts drawn anew; texts with the same ids in
+    the same order are drawn alike."""
+    ids = [text.id for text in texts]
+    values = [[text.counts.rounds, sum(text.counts.accepted)] for text in texts]
+    sums = resampled(ids, values)
+    lengths: np.ndarray = 1 + sums[:, 1] / np.maximum(sums[:, 0], 1)
+    return lengths
+
+
+def total_counts(texts: Sequence[Walked]) -> AcceptanceCounts:
+    """Of all texts together."""
+    k = len(texts[0].counts.accepted)
+    return sum((text.counts for text in texts), zero_counts(k))
+
+
+def describe_walked(texts: Sequence[Walked]) -> dict[str, Any]:
+    """Acceptance length with its 95% interval, without looping texts (None: all loop), conditional
+    acceptance, and each category's."""
+    straight = [text for text in texts if not text.loops]
+    categories = sorted({text.category for text in texts})
+    of_category = {c: [text for text in texts if text.category == c] for c in categories}
+    draws = length_draws(texts)
+    return {
+        "acceptance_length": float(draws[0]),
+        "acceptance_length_interval": interval(draws),
+        "looping_share": 1 - len(straight) / len(texts),
+        "acceptance_length_without_loops": total_counts(straight).acceptance_length
+        if straight
+        else None,
+        "conditional_acceptance_rate": total_counts(texts).conditional_acceptance_rate,
+        "texts": len(texts),
+        "rounds": total_counts(texts).rounds,
+        "categories": {
+            c: {"acceptance_length": total_counts(own).acceptance_length, "texts": len(own)}
+            for c, own in of_category.items()
+        },
+    }
+
+
+def run_estimate(
+    target: Target,
+    heads: Mapping[str, PreTrainedModel],
+    store: Path,
+    num_assistant_tokens: Sequence[int],
+    out: Path,
+    position: Literal["newest", "one_earlier"] = "newest",
+) -> dict[str, Any]:
+    """Walk rounds over the greedy texts of a store; print a table and write `out/estimate.json`.
+
+    Args:
+        target: that of the store, for its embeddings and table; it runs over no text.
+        heads: name -> head in the native format.
+        store: folder of `headstart extract` or `headstart regenerate --extract`.
+        num_assistant_tokens: draft lengths K.
+        out: folder.
+        position: RoPE position of the drafts: `newest`, where transformers puts them, or
+            `one_earlier`, where vLLM does.
+
+    Returns:
+        What the file holds.
+
+    Raises:
+        ValueError: a head or the store does not fit the target, or no text of it is greedy.
+    """
+    for head in heads.values():
+        check_pair(target, head)
+    stored = ActivationStore(store, target)
+    found: list[dict[str, Any]] = []
+    first: dict[int, list[Walked]] = {}
+    for name, assistant in heads.items():
+        for k in num_assistant_tokens:
+            doing, ahead = f"Walking {name}, K = {k}", {"texts": int(position == "newest")}
+            walked = walk_texts(
+                DraftHead(assistant), target, {"texts": stored}, k, doing, ahead, greedy=True
+            )["texts"]
+            if not walked:
+                raise ValueError(
+                    f"{store} holds no greedy text of the target: make one with `headstart "
+                    "regenerate --extract 'data.temperatures=[0.0]'`"
+                )
+            beside = first.setdefault(k, walked)
+            found.append(_result(name, k, "all", walked, None if beside is walked else beside))
+            for category in sorted({text.category for text in walked}):
+                own = [text for text in walked if text.category == category]
+                found.append(_result(name, k, category, own, None))
+    content = {
+        "estimate": 1,
+        "environment": environment(target.device)
+        | {
+            "target": target.name,
+            "store": str(store),
+            "texts": len(walked),
+            "rope_position": position,
+        },
+        "results": found,
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomically(out / "estimate.json", json.dumps(content, indent=2) + "\n")
+    print_estimate(content)
+    say(f"Written: {out / 'estimate.json'}")
+    return content
+
+
+def _result(
+    head: str, k: int, category: str, texts: list[Walked], beside: list[Walked] | None
+) -> dict[str, Any]:
+    """Of some texts; beside those of the first head, with the interval of the difference."""
+    counts, draws = total_counts(texts), length_draws(texts)
+    result: dict[str, Any] = {
+        "head": head,
+        "num_assistant_tokens": k,
+        "category": category,
+        "acceptance_length": counts.acceptance_length,
+        "acceptance_length_interval": list(interval(draws)),
+        "acceptance_rate": counts.acceptance_rate,
+        "conditional_acceptance_rate": counts.conditional_acceptance_rate,
+        "rounds": counts.rounds,
+        "drafted": counts.drafted,
+        "accepted": list(counts.accepted),
+        "difference": None,
+        "difference_interval": None,
+    }
+    if beside is not None:
+        assert [text.id for text in texts] == [text.id for text in beside]
+        difference = draws - length_draws(beside)
+        result["difference"] = float(difference[0])
+        result["difference_interval"] = list(interval(difference))
+    return result
+
+
+def print_estimate(content: dict[str, Any], console: Console | None = None) -> None:
+    """Print the results as a table."""
+    where = content["environment"]
+    table = Table(title=f"{where['texts']} greedy texts of {where['target']}, rounds walked")
+    names = ["head", "K", "category", "rounds", "acceptance length (95%)", "a_1 .. a_K"]
+    for name in [*names, "beside the first head (95%)"]:
+        table.add_column(name)
+    for r in content["results"]:
+        rates = ", ".join(f"{a:.2f}" for a in r["conditional_acceptance_rate"])
+        cells = [r["head"], str(r["num_assistant_tokens"]), r["category"], str(r["rounds"])]
+        low, high = r["acceptance_length_interval"]
+        cells += [f"{r['acceptance_length']:.3f} ({low:.2f} to {high:.2f})", rates]
+        if r["difference"] is not None:
+            low, high = r["difference_interval"]
+            cells.append(f"{r['difference']:+.3f} ({low:+.3f} to {high:+.3f})")
+        table.add_row(*cells)
+    (console or wide_console()).print(table)

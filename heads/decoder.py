@@ -1,0 +1,435 @@
+"""The clean-KV decoder: transformers' assisted decoding with a candidate generator of ours, and the
+rules for how many tokens to draft in a round.
+
+Loop, caches, logits processors and stopping criteria are those of `generate`; only the drafts come
+from here, and on a CPU the order of the loops by which a verification multiplies (`few_rows`).
+The head sees clean KV (`CleanKV`). Greedy drafts are its argmaxes. Where the target samples the
+head samples too, and hands out what it drew from: what speculative sampling (Leviathan et al. 2023,
+arXiv 2211.17192) asks for to be lossless. Drafts that are no samples, those looked up, go without
+logits: the loop then samples from the target and compares, which is lossless for them.
+docs/decoding.md has what the stock generator does otherwise.
+
+Speedup at K draft tokens is tau / (K*c + v(K)), in steps of the target (c a draft step, v(K)
+the verification of K draft tokens, tau the tokens emitted). A longer draft pays while what it adds
+to tau is worth more than what it costs.
+
+Letters: K draft tokens of a round, k of them drafted so far.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from math import prod
+from typing import Any, ClassVar, Literal, Protocol
+
+import torch
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    PreTrainedModel,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+from transformers.generation.candidate_generator import (
+    CandidateGenerator,
+    PromptLookupCandidateGenerator,
+)
+
+from headstart.heads.cpu_kernels import plain_strides, quick_few_rows
+from headstart.heads.drafting import CleanKV, Drafter, Drafts
+
+BINS = 8  # of confidence, each with an acceptance rate of its own
+HOPED = 0.8  # acceptance rate of a place not tried yet: high, so that it is tried
+PRIOR = 4.0  # drafts that a rate is assumed to have seen
+FORGETTING = 0.98  # a draft's weight beside the next one's
+
+
+class DraftLength(Protocol):
+    """A rule that ends drafts."""
+
+    reads_confidence: ClassVar[bool]
+    """Whether `goes_on` has to be asked after each draft."""
+
+    def limit(self) -> int:
+        """Draft tokens of this round at most; 0: none, the target decodes one step plainly."""
+        ...
+
+    def goes_on(self, confidences: list[float]) -> bool:
+        """Whether to draft another token, after those with these confidences."""
+        ...
+
+    def learn(self, confidences: list[float], drafted: int, accepted: int) -> None:
+        """What became of a round's drafts."""
+        ...
+
+
+@dataclass
+class Constant:
+    """Always K, as the stock decoder does."""
+
+    num_assistant_tokens: int
+    reads_confidence: ClassVar[bool] = False
+
+    def limit(self) -> int:
+        return self.num_assistant_tokens
+
+    def goes_on(self, confidences: list[float]) -> bool:
+        return True
+
+    def learn(self, confidences: list[float], drafted: int, accepted: int) -> None:
+        pass
+
+
+@dataclass
+class Heuristic(Constant):
+    """Two more after a round that accepted all, one less after any other.
+
+    Mirrors `AssistedCandidateGenerator.update_candidate_strategy` of transformers 5.20 to 5.24,
+    which knows no `most`.
+    """
+
+    most: int | None = None
+    """Drafts of a round that are never exceeded."""
+
+    def learn(self, confidences: list[float], drafted: int, accepted: int) -> None:
+        change = 2 if accepted == drafted else -1
+        self.num_assistant_tokens = max(1, self.num_assistant_tokens + change)
+        if self.most is not None:
+            self.num_assistant_tokens = min(self.num_assistant_tokens, self.most)
+
+
+@dataclass
+class Confident(Constant):
+    """Up to K, while the head is sure of its drafts."""
+
+    threshold: float
+    """Least confidence of the last draft for another one."""
+    reads_confidence: ClassVar[bool] = True
+
+    def goes_on(self, confidences: list[float]) -> bool:
+        return confidences[-1] >= self.threshold
+
+
+@dataclass
+class Rate:
+    """A share that forgets what was long ago and starts from an assumption."""
+
+    assumed: float
+    hits: float = 0.0
+    tries: float = 0.0
+
+    def count(self, hit: bool) -> None:
+        self.fade()
+        self.hits, self.tries = self.hits + hit, self.tries + 1
+
+    def fade(self) -> None:
+        """Forget a little, so that what has not been tried for long is tried again."""
+        self.hits, self.tries = self.hits * FORGETTING, self.tries * FORGETTING
+
+    @property
+    def value(self) -> float:
+        return (self.hits + PRIOR * self.assumed) / (self.tries + PRIOR)
+
+
+@dataclass
+class CostRule:
+    """As many drafts as pay on this machine, told from the head's confidence.
+
+    A round goes on as long as some longer draft promises more tokens than its cost would earn
+    otherwise, at the rate (tokens a target step) of the rounds so far: optimal for a renewal
+    process whose probabilities are right. The probability of a draft is learned while decoding:
+    the acceptance rate of drafts of like confidence, and for drafts not made yet that of their
+    place in the round. Where no draft pays it decodes plainly, and tries again now and then.
+    """
+
+    c: float
+    """A draft step, in target steps."""
+    v: Sequence[float]
+    """v(0) = 1, v(1) .. v(K): verification of so many draft tokens, in target steps."""
+    reads_confidence: ClassVar[bool] = True
+    tokens: float = field(default=1.0, init=False)
+    cost: float = field(default=1.0, init=False)
+
+    def __post_init__(self) -> None:
+        if len(self.v) < 2 or self.v[0] != 1:
+            raise ValueError(f"v has to begin with v(0) = 1 and go on, not {list(self.v)}")
+        self.of_confidence = [Rate((i + 0.5) / BINS) for i in range(BINS)]
+        self.of_place = [Rate(HOPED) for _ in self.v[1:]]
+
+    @property
+    def rate(self) -> float:
+        """Tokens a target step, of the rounds so far; plain decoding makes 1."""
+        return max(1.0, self.tokens / self.cost)
+
+    def limit(self) -> int:
+        return len(self.v) - 1 if self.goes_on([]) else 0
+
+    def goes_on(self, confidences: list[float]) -> bool:
+        k, gain = len(confidences), 0.0
+        reached = prod(self._of(confidence).value for confidence in confidences)
+        for longer in range(k + 1, len(self.v)):
+            reached *= self.of_place[longer - 1].value
+            gain += reached
+            if gain > self.rate * ((longer - k) * self.c + self.v[longer] - self.v[k]):
+                return True
+        return False
+
+    def promise(self) -> float:
+        """Tokens a target step that the best length promises before a round; plain decoding: 1."""
+        best, reached, tokens = 1.0, 1.0, 1.0
+        for k in range(1, len(self.v)):
+            reached *= self.of_place[k - 1].value
+            tokens += reached
+            best = max(best, tokens / (k * self.c + self.v[k]))
+        return best
+
+    def learn(self, confidences: list[float], drafted: int, accepted: int) -> None:
+        if not drafted:
+            for rate in self.of_place:
+                rate.fade()
+        for i, confidence in enumerate(confidences[: accepted + 1]):
+            self._of(confidence).count(i < accepted)
+            self.of_place[i].count(i < accepted)
+        self.tokens = self.tokens * FORGETTING + 1 + accepted
+        self.cost = self.cost * FORGETTING + drafted * self.c + self.v[drafted]
+
+    def _of(self, confidence: float) -> Rate:
+        return self.of_confidence[min(BINS - 1, int(confidence * BINS))]
+
+
+# What shapes a distribution whatever the text is. Any distribution may be drawn from, so that the
+# call's other processors act on the target's logits alone.
+WARPERS = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper)
+LOOKUP_NGRAM = 3  # tokens that an earlier place has to share with the newest ones, at most
+
+
+@dataclass
+class Round:
+    """One round: its drafts, and what became of them."""
+
+    source: Literal["head", "lookup", "none"]
+    drafts: Drafts
+    seconds: float
+    """Wall time of drafting."""
+    accepted: int = 0
+
+    @property
+    def looked_up(self) -> int:
+        """Draft tokens that were copied from the text."""
+        return len(self.drafts.tokens) if self.source == "lookup" else 0
+
+
+@dataclass
+class ExactDecoding:
+    """How the exact decoder drafts; what it learns and measures stays from text to text."""
+
+    length: DraftLength | None = None
+    """When a draft ends. None: after the head's own `generation_config.num_assistant_tokens`."""
+    lookup: "Lookup | None" = None
+    """Drafts from the text itself, in rounds where they promise more than the head."""
+    rounds: list[Round] = field(default_factory=list)
+    """The rounds since it was emptied last, oldest first."""
+
+
+class Lookup:
+    """Drafts copied from where the newest tokens occurred before, while that has been right lately.
+
+    What a lookup would have said is known in rounds of the head too, and counts.
+
+    Args:
+        costs: tells what a verification costs, and what the head promises.
+    """
+
+    def __init__(self, costs: CostRule):
+        self.costs = costs
+        self.right = Rate(0.5)
+        self.found: list[int] = []
+
+    def find(self, input_ids: torch.Tensor, max_length: int, limit: int) -> None:
+        """Look up what followed the newest of the tokens [1, n] before."""
+        self.found = []
+        limit = min(limit, len(self.costs.v) - 1)
+        if limit > 0:
+            generator = PromptLookupCandidateGenerator(
+                num_output_tokens=limit,
+                max_matching_ngram_size=LOOKUP_NGRAM,
+                max_length=max_length,
+            )
+            candidates, _ = generator.get_candidates(input_ids)
+            self.found = candidates[0, input_ids.shape[1] :].tolist()
+
+    def best(self) -> list[int]:
+        """The found tokens that are worth verifying; empty where the head promises more."""
+        promised, best = self.costs.promise(), 0
+        reached, expected = 1.0, 1.0
+        for k in range(1, len(self.found) + 1):
+            reached *= self.right.value
+            expected += reached
+            if expected / self.costs.v[k] > promised:
+                promised, best = expected / self.costs.v[k], k
+        return self.found[:best]
+
+    def learn(self, said: Sequence[int]) -> None:
+        """Compare with the tokens that the round brought."""
+        for found, token in zip(self.found, said, strict=False):
+            self.right.count(found == token)
+            if found != token:
+                break
+
+
+class ExactCandidateGenerator(CandidateGenerator):
+    """Candidates for one call of `generate`.
+
+    Args:
+        drafter: of the head.
+        how: length and source of the drafts, and where rounds are noted.
+        length: when a draft ends.
+        padding: tokens of padding at the left of the prompt.
+        generation_config: of the call: its maximal length, the tokens that end a text, and whether
+            it samples.
+        processors: of the call.
+    """
+
+    requires_model_outputs: bool = True
+    model_kwargs_overrides: dict[str, Any] = {  # noqa: RUF012 (as transformers declares it)
+        "output_hidden_states": True,
+        "return_shared_kv_states": True,
+    }
+
+    def __init__(
+        self,
+        drafter: Drafter,
+        how: ExactDecoding,
+        length: DraftLength,
+        padding: int,
+        generation_config: GenerationConfig,
+        processors: LogitsProcessorList,
+    ):
+        self.drafter, self.how, self.length = drafter, how, length
+        window = drafter.assistant.config.text_config.sliding_window
+        self.kv = CleanKV(window, padding)
+        self.max_length = generation_config.max_length
+        ends = generation_config._eos_token_tensor
+        self.stops_after = frozenset([] if ends is None else ends.flatten().tolist())
+        self.warpers: list[LogitsProcessor] | None = None
+        if generation_config.do_sample:
+            self.warpers = [one for one in processors if isinstance(one, WARPERS)]
+        self.round: Round | None = None
+        self.text_length = 0
+
+    def get_candidates(
+        self,
+        input_ids: torch.Tensor,
+        model_outputs: Any = None,
+        is_first_iteration: bool = False,
+        n_last_matches: int = 0,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The text [1, n] and drafts after it, and the logits [1, K, V] that they were drawn from;
+        None: they were not drawn. The target's prefill comes first, without drafts."""
+        if is_first_iteration:
+            return input_ids, None
+        start = time.perf_counter()
+        # The prefill was given the prompt, a round its newest token and the drafts.
+        given = model_outputs.hidden_states[-1].shape[1]
+        valid = given if self.round is None else n_last_matches + 1
+        self.kv.take(model_outputs.shared_kv_states, given, valid)
+        hidden = model_outputs.hidden_states[-1][:, valid - 1 : valid]
+        # One token of the budget is the target's own.
+        budget = self.max_length - input_ids.shape[1] - 1
+        source, drafts = self._draft(input_ids, hidden, budget)
+        drawn_from = drafts.logits
+        drafts = replace(drafts, logits=None)  # megabytes, which the rounds would keep
+        self.round = Round(source, drafts, time.perf_counter() - start)
+        self.text_length = input_ids.shape[1]
+        self.how.rounds.append(self.round)
+        drafted = torch.tensor([drafts.tokens], dtype=input_ids.dtype, device=input_ids.device)
+        candidates = torch.cat([input_ids, drafted], dim=1)
+        return candidates, None if drawn_from is None else drawn_from[None]
+
+    def _draft(
+        self, input_ids: torch.Tensor, hidden: torch.Tensor, budget: int
+    ) -> tuple[Literal["head", "lookup", "none"], Drafts]:
+        if (lookup := self.how.lookup) is not None:
+            lookup.find(input_ids, self.max_length, budget)
+            if found := lookup.best():
+                return "lookup", Drafts(found, [])
+        limit = min(self.length.limit(), budget)
+        if limit <= 0:
+            return "none", Drafts([], [])
+        goes_on = self.length.goes_on if self.length.reads_confidence else None
+        token = input_ids[:, -1:]
+        drafts = self.drafter.draft(
+            token, hidden, self.kv, limit, self.stops_after, goes_on, self.warpers
+        )
+        return "head", drafts
+
+    def update_candidate_strategy(
+        self, input_ids: torch.Tensor, scores: torch.Tensor, num_matches: int
+    ) -> None:
+        """Note what the target accepted."""
+        if self.round is None:
+            return
+        self.round.accepted = int(num_matches)
+        if self.how.lookup is not None:
+            self.how.lookup.learn(input_ids[0, self.text_length :].tolist())
+        if self.round.source != "lookup":
+            drafts = self.round.drafts
+            self.length.learn(drafts.confidences, len(drafts.tokens), self.round.accepted)
+
+
+@contextmanager
+def exact_decoding(target: PreTrainedModel, how: ExactDecoding | None = None) -> Iterator[None]:
+    """Within, `target.generate(..., assistant_model=head)` drafts as said here.
+
+    Args:
+        target: of a class that hands out shared KV, such as `load_target(...).model`.
+        how: what ends a draft, and whether the text is looked up too. None: K drafts of the head,
+            as its `generation_config` says.
+
+    Raises:
+        ValueError: (in `generate`) nothing says when a draft ends.
+    """
+    how = how or ExactDecoding()
+    outer = target.__dict__.get("_get_candidate_generator")  # of an exact_decoding around this one
+    stock = target._get_candidate_generator
+    drafters: dict[int, Drafter] = {}
+
+    def generator(**kwargs: Any) -> CandidateGenerator:
+        assistant = kwargs["assistant_model"]
+        if assistant is None or "Assistant" not in type(assistant).__name__:
+            return stock(**kwargs)
+        if id(assistant) not in drafters:
+            drafters[id(assistant)] = Drafter(assistant, target.get_input_embeddings())
+        mask = kwargs["model_kwargs"].get("attention_mask")
+        padding = 0 if mask is None else int((mask == 0).sum())
+        length = how.length
+        if length is None:
+            tokens = assistant.generation_config.num_assistant_tokens
+            if not tokens:
+                raise ValueError(
+                    "nothing says when a draft ends: set num_assistant_tokens in the head's "
+                    "generation_config, or give a rule of headstart.heads.decoder"
+                )
+            length = Constant(tokens)
+        return ExactCandidateGenerator(
+            drafters[id(assistant)],
+            how,
+            length,
+            padding,
+            kwargs["generation_config"],
+            kwargs["logits_processor"],
+        )
+
+    target._get_candidate_generator = generator
+    try:
+        with quick_few_rows(target), plain_strides(target):
+            yield
+    finally:
+        del target._get_candidate_generator
+        if outer is not None:
+            target._get_candidate_generator = outer

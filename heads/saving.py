@@ -1,0 +1,259 @@
+"""Heads in the native format, on disk and on the Hub: what plain transformers loads, and back; and
+low-rank adapters of a head.
+
+An adapter is trained in place of a head's weights, saved beside it and added to it. One base head
+then serves many tuned targets, each with an adapter of some hundred kilobytes.
+
+Letters: H head width, V vocabulary, r rank.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from transformers import (
+    AutoConfig,
+    Gemma4AssistantForCausalLM,
+    Gemma4UnifiedAssistantForCausalLM,
+    GenerationConfig,
+    PreTrainedModel,
+)
+
+from headstart.common.files import drop_remote_code, whole_folder
+from headstart.configs.schema import LoraConfig, RopePosition
+from headstart.heads.adapters import add_adapters, split_revision
+from headstart.heads.admission import (
+    check_files,
+    check_kernels,
+    check_values,
+    load_whole,
+    reading,
+    refuse_embedded_adapter,
+)
+from headstart.heads.weights import check_alive, check_weights
+
+MADE_FOR = "headstart_target"  # in config.json, where other readers leave it alone
+ROPE_POSITION = "headstart_rope_position"  # there too: `TrainConfig.rope_position`
+VARIABLES = "headstart_chat_template_kwargs"  # there too: of the texts that it was trained on
+Assistant: TypeAlias = Gemma4AssistantForCausalLM | Gemma4UnifiedAssistantForCausalLM
+
+
+def save_assistant(
+    assistant: Assistant,
+    table: torch.Tensor,
+    folder: Path,
+    num_assistant_tokens: int,
+    dtype: torch.dtype,
+    weights: Mapping[str, torch.Tensor] | None = None,
+    made_for: Mapping[str, str | None] | None = None,
+    beside: Callable[[Path], None] | None = None,
+) -> None:
+    """Write a folder that plain transformers loads with `from_pretrained`.
+
+    The folder is written beside its place and then put there (`whole_folder`).
+
+    Args:
+        assistant: the head; its own table is ignored.
+        table: [V, H] the table to save, materialised where the tie is low-rank.
+        folder: where to.
+        num_assistant_tokens: K that `generate` reads from the folder.
+        dtype: of the saved weights.
+        weights: in place of the state dict of `assistant`.
+        made_for: the target that it was trained for (`Target.identity`), noted in config.json;
+            None: what stands there already.
+        beside: writes further files into the folder.
+    """
+    # The order of the tokens is of integers, and stays so.
+    weights = assistant.state_dict() if weights is None else weights
+    state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in weights.items()}
+    # Detached, or `assign` would turn the target's own table into a trainable parameter.
+    state["model.embed_tokens.weight"] = state["lm_head.weight"] = table.detach().to(dtype)
+    with torch.device("meta"):  # no memory for a table that is replaced at once
+        native = type(assistant)(assistant.config)
+    native.load_state_dict(state, assign=True)
+    native.tie_weights()
+    native.generation_config = GenerationConfig(num_assistant_tokens=num_assistant_tokens)
+    native.config.dtype = dtype
+    if made_for is not None:
+        setattr(native.config, MADE_FOR, dict(made_for))
+    with whole_folder(folder) as work:
+        native.save_pretrained(work)
+        write_global_keys(work / "config.json")
+        if beside is not None:
+            beside(work)
+        drop_remote_code(work)
+
+
+def write_global_keys(path: Path) -> None:
+    """Add `global_head_dim`, and `num_global_key_value_heads` where it differs, to the config.json
+    of a head or a Gemma 4: transformers >= 5.19 writes `per_layer_config` alone, and other engines
+    read the former."""
+    config = json.loads(path.read_text())
+    text = config.get("text_config", config)
+    full: dict[str, int] = next(iter(text.get("per_layer_config", {}).values()), {})
+    text["global_head_dim"] = full.get("head_dim", text["head_dim"])
+    if "num_key_value_heads" in full:
+        text["num_global_key_value_heads"] = full["num_key_value_heads"]
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def split_pair(path: str | Path) -> tuple[str, str | None]:
+    """A head, and the adapter of `HEAD+ADAPTER` that is to be added to it."""
+    if Path(path).exists() or "+" not in str(path):
+        return str(path), None
+    head, _, adapter = str(path).rpartition("+")
+    return head, adapter
+
+
+def load_assistant(
+    path: str | Path, dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> PreTrainedModel:
+    """Load a head in the native format, from a folder or the Hub (`ID@REVISION`); of
+    `HEAD+ADAPTER`, with the weights of a peft adapter added to its own.
+
+    Raises:
+        ValueError: there is no head at `path`, the folder holds another kind of model, its weights
+            say nothing, or the adapter is none of it.
+    """
+    head, adapter = split_pair(path)
+    config = load_assistant_config(head)
+    name, revision = split_revision(head)
+    unified = config.model_type == "gemma4_unified_assistant"
+    cls: Any = Gemma4UnifiedAssistantForCausalLM if unified else Gemma4AssistantForCausalLM
+    # An adapter is added in float32 and rounded once, as the head was that it was saved beside.
+    first = dtype if adapter is None else torch.float32
+    model = load_whole(cls, head, name, revision=revision, dtype=first)
+    if adapter is not None:
+        model = add_adapters(model, [adapter], merge=True)
+    check_weights(model, str(path))
+    check_alive(model, str(path))
+    return model.to(device, dtype).eval()
+
+
+def made_for(config: Any) -> dict[str, str | None] | None:
+    """The `Target.identity` that a head was trained for, of its configuration; None: it does not
+    say, as heads of other makers."""
+    return getattr(config, MADE_FOR, None)
+
+
+def rope_position(config: Any) -> RopePosition:
+    """Where the drafts of a head stood in training; heads that do not say are Google's, or of
+    Headstart before it could be chosen: at the newest token, where transformers puts them."""
+    position: RopePosition = getattr(config, ROPE_POSITION, "newest")
+    return position
+
+
+def note_variables(config: Any, variables: Mapping[str, Any]) -> None:
+    """Note in a head's configuration the variables of the chat template with which the texts that
+    it is trained on were asked, so that it says so wherever it goes; none, where none were said."""
+    if variables or noted_variables(config) is not None:
+        setattr(config, VARIABLES, dict(variables))
+
+
+def noted_variables(config: Any) -> dict[str, Any] | None:
+    """What `note_variables` has noted; None: nothing."""
+    return getattr(config, VARIABLES, None)
+
+
+def load_assistant_config(path: str | Path) -> Any:
+    """The configuration of a head in the native format.
+
+    Raises:
+        ValueError: there is no head at `path`, the folder holds another kind of model, or its
+            config.json says what cannot be.
+    """
+    path, _ = split_pair(path)
+    name, revision = split_revision(path)
+    with reading(f"no draft head at {path}"):
+        check_files(name)
+        refuse_embedded_adapter(str(path), name, revision)
+        # Not left out: transformers then asks on the terminal whether to run what a stranger wrote.
+        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
+        check_kernels(config, str(path))
+    if "assistant" not in config.model_type:
+        raise ValueError(f"{path} is a {config.model_type} model, not a Gemma 4 assistant")
+    with reading(path, "cannot be a head"):
+        check_values(config.text_config, path)
+    return config
+
+
+ADAPTER = "adapter"  # its name within the model, and of its folder beside the head
+PREFIX = "base_model.model."  # of peft's files: its wrapper's place for the model
+
+
+def add_lora(assistant: Assistant, lora: LoraConfig) -> None:
+    """Put a fresh adapter beside linear layers of a head, in place; it alone is trained then.
+
+    Raises:
+        ValueError: the head has no layers of these names.
+    """
+    from peft import inject_adapter_in_model
+
+    inject_adapter_in_model(_peft_config(lora), assistant, adapter_name=ADAPTER)
+
+
+def _peft_config(lora: LoraConfig) -> Any:
+    from peft import LoraConfig as PeftLora
+
+    alpha: Any = 2 * lora.rank if lora.alpha is None else lora.alpha  # peft takes fractions too
+    return PeftLora(r=lora.rank, lora_alpha=alpha, target_modules=list(lora.targets))
+
+
+def without_lora(
+    weights: Mapping[str, torch.Tensor], scalings: Mapping[str, float], dtype: torch.dtype
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """The weights of a head with its adapter added to them, and the adapter as peft keeps it.
+
+    The adapter is rounded first: what is saved beside the head is then what was added to it. Of
+    tensors, and not by peft's own merging, since the head trains on, and its layers may be split
+    over processes.
+
+    Args:
+        weights: state dict of the head with the adapter in it, whole tensors: of a layer
+            [out, in], and beside it A [r, in] and B [out, r].
+        scalings: layer -> alpha / r.
+        dtype: that the adapter is saved in.
+    """
+    merged, adapter = {}, {}
+    for name, tensor in weights.items():
+        if ".lora_" in name:
+            adapter[PREFIX + name.replace(f".{ADAPTER}.", ".")] = tensor.to(dtype)
+        else:
+            merged[name.replace(".base_layer.", ".")] = tensor
+    for layer, scaling in scalings.items():
+        a, b = (adapter[f"{PREFIX}{layer}.lora_{which}.weight"].float() for which in "AB")
+        merged[f"{layer}.weight"] = merged[f"{layer}.weight"].float() + scaling * (b @ a)
+    return merged, adapter
+
+
+def scalings_of(assistant: nn.Module) -> dict[str, float]:
+    """Layer -> alpha / r, of the layers that have an adapter; none: the head has no adapter."""
+    return {
+        name: module.scaling[ADAPTER]
+        for name, module in assistant.named_modules()
+        if hasattr(module, "lora_A")
+    }
+
+
+def write_adapter(
+    head: Path, adapter: dict[str, torch.Tensor], lora: LoraConfig, base: str
+) -> None:
+    """Write the folder `adapter` beside a head, which peft loads onto the head `base`.
+
+    Args:
+        head: folder of the head.
+        adapter: of `without_lora`.
+        lora: rank, alpha and targets.
+        base: folder or Hub id of the head that it is of.
+    """
+    config = _peft_config(lora)
+    config.base_model_name_or_path, config.inference_mode = base, True
+    folder = head / ADAPTER
+    folder.mkdir()
+    config.save_pretrained(folder)
+    tensors = {name: tensor.contiguous().cpu() for name, tensor in adapter.items()}
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})

