@@ -1,5 +1,8 @@
-"""The shape of the code base. Which folder may import which is a contract in pyproject.toml, and what
-could run code that hides in a file is banned there: `make check` holds both."""
+"""The shape of the code base.
+
+Which folder may import which is a contract in pyproject.toml, and what could run code that hides in
+a file is banned there: `make check` holds both.
+"""
 
 import subprocess
 import sys
