@@ -150,9 +150,9 @@ class MachineDtype:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    machine = MachineDtype(config.getoption("--machine-dtype"))
-    machine.natural_dtype = machine
-    config.pluginmanager.register(machine, "machine-dtype")
+    chosen = MachineDtype(config.getoption("--machine-dtype"))
+    machine.natural_dtype = chosen
+    config.pluginmanager.register(chosen, "machine-dtype")
 
 
 def pytest_terminal_summary(
@@ -161,12 +161,12 @@ def pytest_terminal_summary(
     path = config.getoption("--versions-json")
     if path is None or hasattr(config, "workerinput"):  # pytest-xdist's controller has them all
         return
-    stats, machine = terminalreporter.stats, config.pluginmanager.get_plugin("machine-dtype")
-    assert isinstance(machine, MachineDtype)
+    stats, chosen = terminalreporter.stats, config.pluginmanager.get_plugin("machine-dtype")
+    assert isinstance(chosen, MachineDtype)
     seed = str(config.getoption("random_order_seed", "default"))
     row = environment(torch.device("cpu")) | {
         "selected": config.getoption("markexpr"),
-        "machine_dtype": machine.chosen or machine.ask(),
+        "machine_dtype": chosen.chosen or chosen.ask(),
         "order": "as written" if seed.startswith("default") else f"random, seed {seed}",
         **{how: len(stats.get(how, [])) for how in ("passed", "failed", "error", "skipped")},
         "failures": sorted(report.nodeid for report in stats.get("failed", [])),
