@@ -116,7 +116,7 @@ test-engines: $(STAMP) ## install serving engines (4 GB) and compare them with t
 check: $(STAMP) links ## lint, formatting and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/lint-imports --no-cache
+	PYTHONPATH=.types $(BIN)/lint-imports --no-cache
 	$(BIN)/mypy
 
 format: $(STAMP) ## sort imports, fix what can be fixed, format
