@@ -1,85 +1,23 @@
-"""Tiny random targets of every supported family; a cache folder, random numbers and a dtype of
-`auto` that are each test's own."""
+"""What tests share: a tiny random target of each family, a finished run, a Hub, a small disk; and a
+cache folder, random numbers and a dtype of `auto` that are each test's own."""
 
 import json
 import os
 import random
-from collections.abc import Callable
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
+import huggingface_hub.constants
 import numpy as np
 import pytest
 import torch
-from transformers import (
-    Gemma4Config,
-    Gemma4ForCausalLM,
-    Gemma4ForConditionalGeneration,
-    Gemma4UnifiedConfig,
-    Gemma4UnifiedForCausalLM,
-    Gemma4UnifiedForConditionalGeneration,
-    Gemma4UnifiedTextConfig,
-    PreTrainedModel,
-)
 
 from headstart.common import machine
 from headstart.common.machine import environment
-from headstart.heads.target import Gemma3ForAssistedDecoding, Target
-from headstart.heads.tiny import (
-    VOCAB_SIZE,
-    byte_tokenizer,
-    gemma3_config,
-    gemma4_text_config,
-    random_model,
-)
-
-PER_LAYER = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCAB_SIZE}
-MOE = {
-    "enable_moe_block": True,
-    "num_experts": 4,
-    "top_k_experts": 2,
-    "moe_intermediate_size": 16,
-    # As in 26B-A4B: the full layers have KV heads of their own and values made of keys.
-    "attention_k_eq_v": True,
-    "num_global_key_value_heads": 1,
-}
-VISION = {
-    "vision_config": {
-        "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
-        "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8,
-    },
-    "audio_config": None,
-}  # fmt: skip
-
-
-def _unified_text() -> Any:
-    text = gemma4_text_config().to_dict()
-    keys = Gemma4UnifiedTextConfig().to_dict().keys() & text.keys()
-    return {k: text[k] for k in keys - {"model_type"}}
-
-
-FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
-    "gemma3": lambda: Gemma3ForAssistedDecoding(gemma3_config()),
-    "gemma4": lambda: Gemma4ForCausalLM(gemma4_text_config()),
-    "gemma4-kv-sharing": lambda: Gemma4ForCausalLM(
-        gemma4_text_config(num_kv_shared_layers=3, use_double_wide_mlp=True, **PER_LAYER)
-    ),
-    "gemma4-moe": lambda: Gemma4ForCausalLM(gemma4_text_config(**MOE)),
-    "gemma4-multimodal": lambda: Gemma4ForConditionalGeneration(
-        Gemma4Config(
-            text_config=gemma4_text_config(num_kv_shared_layers=3, **PER_LAYER).to_dict(), **VISION
-        )
-    ),
-    "gemma4-unified": lambda: Gemma4UnifiedForCausalLM(Gemma4UnifiedTextConfig(**_unified_text())),
-    "gemma4-unified-multimodal": lambda: Gemma4UnifiedForConditionalGeneration(
-        Gemma4UnifiedConfig(text_config=_unified_text(), audio_config=None)
-    ),
-}
-
-
-def make_target(family: str, dtype: torch.dtype = torch.float32) -> Target:
-    """A tiny random target of a family, the same each time."""
-    return Target(random_model(FAMILIES[family]).to(dtype), byte_tokenizer(), family)
+from headstart.heads.target import Target
+from tests.helpers.hub import TOKEN, Hub
+from tests.helpers.models import FAMILIES, make_target
 
 
 @pytest.fixture(params=FAMILIES)
@@ -90,6 +28,44 @@ def target(request: pytest.FixtureRequest) -> Target:
 @pytest.fixture
 def tiny() -> Target:
     return make_target("gemma4-kv-sharing")
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder as `headstart train` leaves it."""
+    # Imported here: a test of a single function should not wait for all of Headstart.
+    from headstart.train.run import run
+    from tests.helpers.runs import ROOT, SHORT, tiny_config
+
+    folder = tmp_path_factory.mktemp("run") / "tiny"
+    prompts = ROOT / "data" / "prompts" / "text_eval.jsonl"
+    cache = tmp_path_factory.mktemp("cache")
+    run(tiny_config(folder, *SHORT, f"eval.prompts={prompts}", f"data.cache_dir={cache}"))
+    return folder
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A stand-in for the Hub, to which huggingface_hub talks."""
+    with Hub() as up:
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", up.url)
+        template = up.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        yield up
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 300 KiB; skipped where mounting is not allowed."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=300k", "none", str(folder)]
+    if subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("needs the right to mount a tmpfs")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
 
 
 @pytest.fixture(autouse=True)

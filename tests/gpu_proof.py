@@ -39,8 +39,7 @@ from headstart.heads.tokens import Sampling
 from headstart.train import losses
 from headstart.train.start import build_head, likely_tokens, taught_rows
 from headstart.train.step import batch_sums, loss_weight, step_candidates
-from tests.conftest import FAMILIES, make_target
-from tests.gpu_tools import (
+from tests.helpers.gpu import (
     Place,
     cudnn_attention,
     figures_of,
@@ -50,7 +49,8 @@ from tests.gpu_tools import (
     waits,
     weights,
 )
-from tests.samples import conversations
+from tests.helpers.models import FAMILIES, make_target
+from tests.helpers.prompts import conversations
 
 ROOT = Path(__file__).parent.parent
 SECTIONS: dict[str, Callable[[Place], dict[str, Any]]] = {}

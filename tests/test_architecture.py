@@ -4,6 +4,7 @@ Which folder may import which is a contract in pyproject.toml, and what could ru
 a file is banned there: `make check` holds both.
 """
 
+import ast
 import os
 import subprocess
 import sys
@@ -13,6 +14,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("common", "configs", "heads", "data", "eval", "train", "serve", "cli")
+TESTS = ROOT / "tests"
+MODULES = [path for path in TESTS.rglob("*.py") if TESTS / "helpers" not in path.parents]
 
 
 def run(*command: str, text: str = "") -> subprocess.CompletedProcess[str]:
@@ -60,3 +63,14 @@ def test_folder_is_a_flat_package_of_few_files(folder: str) -> None:
     nested = [str(path) for path in files if path.parent != ROOT / folder]
     assert nested == [], "a nested package would miss the wheel"
     assert len(files) <= 1 + (18 if folder == "heads" else 14)  # __init__.py and the rest
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.relative_to(TESTS).as_posix())
+def test_modules_of_tests_share_through_helpers_alone(path: Path) -> None:
+    """A test module, imported by another, would run twice under two names."""
+    shared = {
+        node.module
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "tests"
+    }
+    assert [name for name in shared if not str(name).startswith("tests.helpers.")] == []

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from headstart.cli.main import main
 from headstart.serve.engines import GGUF, Engine, engine_python, install_engine
-from tests.tiny_pair import KINDS, write_multimodal, write_pair
+from tests.helpers.tiny_pair import KINDS, write_multimodal, write_pair
 
 pytestmark = pytest.mark.engines
 

@@ -26,7 +26,8 @@ from headstart.heads.saving import load_assistant, save_assistant
 from headstart.heads.target import Target
 from headstart.heads.tokens import Sampling
 from headstart.train.benchmark import stepwise_difference
-from tests.heads.test_parity import noisy_head, prefill, stock_drafts, training_logits
+from tests.helpers.heads import noisy_head
+from tests.helpers.stock import prefill, stock_drafts, training_logits
 
 pytestmark = pytest.mark.real
 PROMPTS = Path(__file__).resolve().parents[1] / "data" / "prompts" / "text_eval.jsonl"

@@ -17,10 +17,10 @@ from headstart.data.store import ActivationStore, bytes_per_token
 from headstart.heads.target import Target
 from headstart.train.start import build_head, taught_rows
 from headstart.train.step import batch_sums
-from tests.conftest import make_target
-from tests.overfit import candidates_of
-from tests.samples import conversations, interrupt_second_call
-from tests.train.test_loop import tiny_config
+from tests.helpers.heads import candidates_of
+from tests.helpers.models import make_target
+from tests.helpers.prompts import conversations
+from tests.helpers.runs import interrupt_second_call, tiny_config
 
 pytestmark = pytest.mark.contract
 

@@ -36,7 +36,7 @@ from headstart.data.inspection import (
 from headstart.data.regenerate import regenerate
 from headstart.data.store import Entry, shard_path, shard_settings, write_index, write_shard
 from headstart.heads.loading import load_target
-from tests.samples import conversations, jobs
+from tests.helpers.prompts import conversations, jobs
 
 TARGET = load_target("tiny-gemma4", "float32")
 CONFIG = DataConfig(max_new_tokens=6, generation_batch_size=2, teacher_top_k=3)

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -22,7 +22,8 @@ from headstart.data.regenerate import regenerate
 from headstart.data.store import ActivationStore
 from headstart.heads.loading import load_target
 from headstart.heads.target import Target
-from tests.samples import conversations, jobs
+from tests.helpers.prompts import conversations, jobs
+from tests.helpers.runs import fill
 
 KILLS = 20
 CONFIG = DataConfig(max_new_tokens=6, generation_batch_size=2, teacher_top_k=4)
@@ -97,23 +98,6 @@ def test_kills_at_random_moments_lose_only_the_batch_in_flight(
     process.join()
     assert process.exitcode == 0
     assert content(folder) == expected
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 300 KiB; skipped where mounting is not allowed."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=300k", "none", str(folder)]
-    if subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("needs the right to mount a tmpfs")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
-
-
-def fill(folder: Path, leave: int) -> None:
-    status = os.statvfs(folder)
-    (folder / "filler").write_bytes(b"x" * max(0, status.f_bavail * status.f_frsize - leave))
 
 
 @pytest.mark.parametrize("work", [run_regenerate, run_extract])

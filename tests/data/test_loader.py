@@ -14,8 +14,8 @@ from headstart.heads.target import Target
 from headstart.heads.unroll import DraftHead
 from headstart.train.losses import exact_losses, forward_kl
 from headstart.train.step import draft_batch
-from tests.conftest import make_target
-from tests.samples import conversations
+from tests.helpers.models import make_target
+from tests.helpers.prompts import conversations
 
 CONFIG = DataConfig(teacher_top_k=5)
 

@@ -23,7 +23,7 @@ from headstart.data.store import ActivationStore
 from headstart.data.templates import encode_prompt
 from headstart.heads.loading import load_target
 from headstart.train.loop import train
-from tests.train.test_loop import metrics, tiny_config, weights
+from tests.helpers.runs import metrics, tiny_config, weights
 
 
 def small(folder: Path, *overrides: str) -> Config:

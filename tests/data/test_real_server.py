@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from headstart.data.conversations import finished_parts
-from tests.llama_server import LlamaServer, real_gguf
+from tests.helpers.servers import LlamaServer, real_gguf
 
 pytestmark = pytest.mark.real
 ROOT = Path(__file__).resolve().parents[2]

@@ -26,8 +26,9 @@ from headstart.data.store import ActivationStore
 from headstart.heads.loading import load_target_tokens
 from headstart.heads.target import Target
 from headstart.heads.tokens import Sampling
-from tests.conftest import FAMILIES, make_target
-from tests.samples import conversations, interrupt_second_call, jobs, prompts
+from tests.helpers.models import FAMILIES, make_target
+from tests.helpers.prompts import conversations, jobs, prompts
+from tests.helpers.runs import interrupt_second_call
 
 pytestmark = pytest.mark.contract
 

@@ -21,8 +21,7 @@ from headstart.data.templates import encode_prompt
 from headstart.heads.loading import load_target
 from headstart.heads.tiny import byte_tokenizer
 from headstart.heads.tokens import Sampling
-from tests.llama_server import LlamaServer, real_gguf
-from tests.servers import JsonHandler, serving
+from tests.helpers.servers import JsonHandler, LlamaServer, real_gguf, serving
 
 GREEDY, WARM = Sampling(0.0), Sampling(0.7)
 TOKENIZER = byte_tokenizer()

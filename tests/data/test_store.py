@@ -23,8 +23,8 @@ from headstart.data.store import (
     write_shard,
 )
 from headstart.heads.target import Target
-from tests.conftest import make_target
-from tests.samples import conversations
+from tests.helpers.models import make_target
+from tests.helpers.prompts import conversations
 
 TARGET = make_target("gemma4")
 SETTINGS = shard_settings(TARGET, 3, "target")

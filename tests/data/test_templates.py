@@ -7,7 +7,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from headstart.data.prompts import Prompt
 from headstart.data.templates import encode_conversation, encode_prompt
-from tests.data.chat_templates import CHATML, GEMMA3, GEMMA4, STOPS, chat_tokenizer
+from tests.helpers.chat_templates import CHATML, GEMMA3, GEMMA4, STOPS, chat_tokenizer
 
 ADD = [{"type": "function", "function": {"name": "add", "description": "adds"}}]
 DECLARED = '<|tool>declaration:add{description:<|"|>adds<|"|>}<tool|>'

@@ -7,11 +7,13 @@ import pytest
 import torch
 
 from headstart.configs.loader import load_config
+from headstart.configs.schema import DataConfig
 from headstart.data.extraction import extract
 from headstart.heads.target import Target
 from headstart.train.benchmark import bare_forwards, run_benchmark, stepwise_difference
-from tests.data.test_extraction import CONFIG
-from tests.samples import conversations
+from tests.helpers.prompts import conversations
+
+CONFIG = DataConfig(teacher_top_k=5)
 
 ROOT = Path(__file__).resolve().parents[2]
 

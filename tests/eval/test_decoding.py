@@ -4,7 +4,6 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel
 from transformers.generation.candidate_generator import (
     SinglePositionMultiTokenCandidateGenerator,
 )
@@ -17,16 +16,10 @@ from headstart.eval.replay import simulate_acceptance
 from headstart.heads.ordered import with_clusters
 from headstart.heads.target import Target
 from headstart.heads.unroll import DraftHead
-from tests.conftest import make_target
-from tests.heads.test_ordered import order_by_target
-from tests.overfit import greedy_document, overfit
+from tests.helpers.heads import greedy_document, half_trained_head, order_by_target
+from tests.helpers.models import make_target
 
 FAMILIES = ["gemma3", "gemma4-kv-sharing", "gemma4-multimodal", "gemma4-unified"]
-
-
-def half_trained_head(target: Target) -> PreTrainedModel:
-    """A head that is accepted now and then on the text that it was trained on."""
-    return overfit(target, greedy_document(target)[1], steps=25, rounds=3).eval().assistant
 
 
 @pytest.mark.parametrize("family", FAMILIES)

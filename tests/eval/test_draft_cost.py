@@ -25,9 +25,9 @@ from headstart.heads.assistant import build_assistant
 from headstart.heads.drafting import Drafter
 from headstart.heads.loading import load_target
 from headstart.heads.target import Target
-from tests.conftest import make_target
-from tests.heads.test_describe import ordered_head
-from tests.heads.test_parity import K, noisy_head, prefill, stock_drafts
+from tests.helpers.heads import noisy_head, ordered_head
+from tests.helpers.models import make_target
+from tests.helpers.stock import K, prefill, stock_drafts
 
 pytestmark = pytest.mark.usefixtures("quick")
 VERIFICATIONS = ("verification", "verification_exact")

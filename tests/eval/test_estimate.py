@@ -11,8 +11,7 @@ from headstart.configs.schema import EvalConfig
 from headstart.eval.replay import run_estimate
 from headstart.eval.report import run_evaluation
 from headstart.heads.loading import load_target
-from tests.eval.test_decoding import half_trained_head
-from tests.heads.test_parity import noisy_head
+from tests.helpers.heads import half_trained_head, noisy_head
 
 NEW = 24
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import huggingface_hub.constants
 import pytest
 
-from tests.eval.conftest import REPO, publish
-from tests.hub import TOKEN, Fault, Hub, Repository
+from tests.helpers.hub import TOKEN, Fault, Hub, Repository
+from tests.helpers.runs import REPO, publish
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from headstart.eval.decoding import (
     parting,
 )
 from headstart.heads.target import Target
-from tests.conftest import make_target
+from tests.helpers.models import make_target
 
 PROMPT = [5, 9, 7, 200, 31]
 

@@ -21,10 +21,9 @@ from headstart.heads.loading import load_target
 from headstart.heads.saving import load_assistant
 from headstart.serve.hub import upload
 from headstart.train.run import run
-from tests.eval.conftest import PUBLISH, REPO, SHORT, publish
-from tests.hub import TOKEN, Hub, Repository
-from tests.train.test_loop import ROOT, tiny_config
-from tests.train.test_warm_start import FULL, NARROW, finished
+from tests.helpers.heads import FULL, NARROW, finished
+from tests.helpers.hub import TOKEN, Hub, Repository
+from tests.helpers.runs import PUBLISH, REPO, ROOT, SHORT, publish, tiny_config
 
 
 def copy_of(run_folder: Path, to: Path) -> Path:

@@ -17,8 +17,8 @@ from headstart.eval.draft_cost import Costs
 from headstart.eval.report import run_evaluation
 from headstart.heads.target import Target
 from headstart.heads.tokens import Sampling
-from tests.conftest import make_target
-from tests.eval.test_decoding import half_trained_head
+from tests.helpers.heads import half_trained_head
+from tests.helpers.models import make_target
 
 
 @pytest.fixture(autouse=True)

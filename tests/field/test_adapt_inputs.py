@@ -11,7 +11,7 @@ from headstart.configs.loader import load_config
 from headstart.configs.schema import TargetConfig
 from headstart.train.adapt import split_prompts
 from headstart.train.adapt_report import advice, compare_stages, headline, outcome
-from tests.train.test_adapt import texts
+from tests.helpers.reports import texts
 
 
 def prompt_file(folder: Path, *prompts: str) -> str:

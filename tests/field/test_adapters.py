@@ -14,7 +14,7 @@ from headstart.heads.loading import check_target, load_target
 from headstart.heads.saving import load_assistant, save_assistant
 from headstart.heads.target import Target
 from headstart.heads.tiny import byte_tokenizer, tiny_target
-from tests.field.checkpoints import (
+from tests.helpers.checkpoints import (
     TEXT_OF_MULTIMODAL,
     adapter,
     checkpoint,

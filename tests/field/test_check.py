@@ -11,10 +11,10 @@ from headstart.configs.schema import DataConfig, TargetConfig
 from headstart.eval.check import check_inputs
 from headstart.heads.loading import load_target
 from headstart.heads.tiny import tiny_target
-from tests.conftest import make_target
-from tests.data.chat_templates import GEMMA3, chat_tokenizer
-from tests.field.checkpoints import adapter, checkpoint, family, logits, rewrite, saved_target
-from tests.heads.test_parity import noisy_head
+from tests.helpers.chat_templates import GEMMA3, chat_tokenizer
+from tests.helpers.checkpoints import adapter, checkpoint, family, logits, rewrite, saved_target
+from tests.helpers.heads import noisy_head
+from tests.helpers.models import make_target
 
 
 def results(

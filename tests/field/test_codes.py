@@ -10,9 +10,8 @@ import torch
 from headstart.configs.schema import TargetConfig
 from headstart.heads.loading import check_target, load_target
 from headstart.heads.saving import load_assistant
-from tests.conftest import make_target
-from tests.field.checkpoints import checkpoint, configure, family, logits, rewrite
-from tests.field.test_heads import saved_head
+from tests.helpers.checkpoints import checkpoint, configure, family, logits, rewrite, saved_head
+from tests.helpers.models import make_target
 
 Weights = dict[str, torch.Tensor]
 FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}

@@ -12,7 +12,7 @@ from headstart.configs.schema import SourceConfig
 from headstart.data.inspection import inspect_path
 from headstart.data.prompts import load_prompts
 from headstart.data.templates import encode_conversation, encode_prompt
-from tests.data.chat_templates import CHATML, GEMMA3, chat_tokenizer
+from tests.helpers.chat_templates import CHATML, GEMMA3, chat_tokenizer
 
 Turns = list[tuple[str, str]]
 

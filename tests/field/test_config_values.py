@@ -9,9 +9,8 @@ import torch
 from headstart.configs.schema import TargetConfig
 from headstart.heads.loading import check_target, load_target
 from headstart.heads.saving import load_assistant
-from tests.conftest import make_target
-from tests.field.checkpoints import checkpoint, configure, family, logits
-from tests.field.test_heads import saved_head, text_part
+from tests.helpers.checkpoints import checkpoint, configure, family, logits, saved_head, text_part
+from tests.helpers.models import make_target
 
 
 def rope(**changes: Any) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from headstart.heads.saving import load_assistant_config, save_assistant
 from headstart.heads.target import Target
 from headstart.heads.tiny import byte_tokenizer, tiny_target
 from headstart.train.adapt import adapt
-from tests.field.checkpoints import LFS_POINTER, adapter, checkpoint, configure, rewrite
+from tests.helpers.checkpoints import LFS_POINTER, adapter, checkpoint, configure, rewrite
 
 DAMAGE: dict[str, Callable[[bytes], bytes]] = {
     "LFS": lambda content: LFS_POINTER,

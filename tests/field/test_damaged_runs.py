@@ -7,7 +7,7 @@ import pytest
 
 from headstart.cli.main import main
 from headstart.configs.loader import save_config
-from tests.train.test_loop import tiny_config
+from tests.helpers.runs import tiny_config
 
 CONFIG, METRICS, STATUS = "config.yaml", "metrics.jsonl", "status.json"
 

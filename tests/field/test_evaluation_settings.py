@@ -22,9 +22,9 @@ from headstart.serve.engine_check import ServeCheck, serve_check
 from headstart.train import adapt as adapting
 from headstart.train import ordering
 from headstart.train.run import run
-from tests.conftest import make_target
-from tests.data.chat_templates import GEMMA4, chat_tokenizer
-from tests.train.test_loop import ROOT
+from tests.helpers.chat_templates import GEMMA4, chat_tokenizer
+from tests.helpers.models import make_target
+from tests.helpers.runs import ROOT
 
 THINKING = {"enable_thinking": True}
 PLAIN = {"enable_thinking": False}

@@ -2,15 +2,13 @@
 another error, hangs, or leaves a file behind."""
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headstart.configs.loader import load_config
@@ -18,59 +16,11 @@ from headstart.configs.schema import Config, SourceConfig
 from headstart.data.prompts import load_prompts
 from headstart.heads.loading import load_target
 from headstart.heads.saving import load_assistant
-from tests.conftest import make_target
-from tests.field.checkpoints import saved_target
-from tests.heads.test_parity import noisy_head
+from tests.helpers.checkpoints import saved_target
+from tests.helpers.fuzzing import EACH, SHARES, VALUES, damaged, refused_with, replaced
+from tests.helpers.heads import noisy_head
+from tests.helpers.models import make_target
 
-# 1,000 in all, more of what is quick to read.
-EACH = settings(
-    max_examples=300,
-    deadline=60_000,  # ms: a hang, whatever the machine is busy with
-    suppress_health_check=list(HealthCheck),
-    derandomize=True,
-    database=None,
-)
-SCALARS = (
-    st.none()
-    | st.booleans()
-    | st.integers(-(2**40), 2**40)
-    | st.integers(-2, 9)
-    | st.floats()
-    | st.text(max_size=12)
-    | st.sampled_from(
-        ["float16", "full_attention", "model", "<start_of_turn>user\n", "\ud800", "~"]
-    )
-)
-VALUES = st.recursive(
-    SCALARS,
-    lambda inner: (
-        st.lists(inner, max_size=4)
-        | st.dictionaries(
-            st.text(max_size=8) | st.sampled_from(["role", "content"]), inner, max_size=4
-        )
-    ),
-    max_leaves=8,
-)
-
-
-@contextmanager
-def refused_with(name: str) -> Iterator[None]:
-    """Within, the one error that may come is a refusal that names the file, or the key."""
-    refusal = ""
-    try:
-        yield
-    except (ValueError, RuntimeError) as error:
-        refusal = str(error)
-    assert not refusal or name in refusal, refusal
-
-
-def damaged(content: bytes, cuts: tuple[float, float], put: bytes) -> bytes:
-    """Bytes with a piece replaced by another; `cuts` are shares of the length."""
-    left, right = sorted(int(cut * len(content)) for cut in cuts)
-    return content[:left] + put + content[right:]
-
-
-SHARES = st.tuples(st.floats(0, 1), st.floats(0, 1))
 COLUMNS = st.sampled_from(
     ["messages", "conversations", "prompt", "response", "text", "turns", "system", "images", "id",
      "instruction", "input", "output", "tools", "raw", "category", "source"]
@@ -149,18 +99,6 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("head")
     noisy_head(make_target("gemma3")).assistant.save_pretrained(folder)
     return folder
-
-
-@contextmanager
-def replaced(file: Path, content: bytes) -> Iterator[None]:
-    """Within, a file has other content; afterwards nothing else is in its folder than before."""
-    before, names = file.read_bytes(), sorted(file.parent.iterdir())
-    file.write_bytes(content)
-    try:
-        yield
-        assert sorted(file.parent.iterdir()) == names
-    finally:
-        file.write_bytes(before)
 
 
 WEIGHTS = st.tuples(st.sampled_from([8, 64, 4096]), SHARES, st.binary(max_size=9))

@@ -14,8 +14,8 @@ from headstart.eval.decoding import decode
 from headstart.heads.loading import load_target
 from headstart.heads.target import Target
 from headstart.heads.tokens import Sampling
-from tests.field.checkpoints import saved_target
-from tests.samples import jobs, prompts
+from tests.helpers.checkpoints import saved_target
+from tests.helpers.prompts import jobs, prompts
 
 PROMPT = [2, 70, 71, 72, 73]
 LEAKS: dict[str, dict[str, Any]] = {

@@ -1,31 +1,15 @@
 """Heads that belong to another target, or to none: refused, or taken with a line."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from headstart.configs.schema import HeadConfig
-from headstart.heads.assistant import build_assistant, check_pair, other_target
-from headstart.heads.saving import load_assistant, save_assistant
-from headstart.heads.target import Target
-from tests.conftest import make_target
-from tests.field.checkpoints import configure, rewrite
-
-
-def saved_head(folder: Path, target: Target, dtype: torch.dtype = torch.float32, **h: Any) -> str:
-    head: Any = build_assistant(target, HeadConfig(**h))
-    width = head.config.text_config.hidden_size
-    table = target.table if width == target.config.hidden_size else torch.randn(320, width)
-    save_assistant(head, table, folder, 4, dtype)
-    return str(folder)
-
-
-def text_part(folder: str, **changes: Any) -> str:
-    text = json.loads((Path(folder) / "config.json").read_text())["text_config"]
-    return configure(folder, text_config=text | changes)
+from headstart.heads.assistant import check_pair, other_target
+from headstart.heads.saving import load_assistant
+from tests.helpers.checkpoints import rewrite, saved_head, text_part
+from tests.helpers.models import make_target
 
 
 @pytest.mark.parametrize("family", ["gemma3", "gemma4", "gemma4-kv-sharing", "gemma4-unified"])

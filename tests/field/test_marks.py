@@ -16,7 +16,7 @@ from headstart.eval.report import run_evaluation
 from headstart.heads.target import Target
 from headstart.heads.tiny import tiny_target
 from headstart.heads.tokens import Sampling
-from tests.data.chat_templates import CHATML, GEMMA3, GEMMA4, STOPS, chat_tokenizer
+from tests.helpers.chat_templates import CHATML, GEMMA3, GEMMA4, STOPS, chat_tokenizer
 
 GEMMA3_TOKENS = chat_tokenizer(GEMMA3)
 

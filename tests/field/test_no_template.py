@@ -13,8 +13,8 @@ from headstart.data.templates import encode_prompt
 from headstart.eval.report import run_evaluation
 from headstart.heads.loading import load_target, load_target_tokens
 from headstart.heads.tokens import Sampling
-from tests.data.chat_templates import GEMMA3, chat_tokenizer
-from tests.field.checkpoints import saved_target
+from tests.helpers.chat_templates import GEMMA3, chat_tokenizer
+from tests.helpers.checkpoints import saved_target
 
 TURNS = [
     {"role": "user", "content": "one"},

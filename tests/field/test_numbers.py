@@ -12,10 +12,10 @@ from headstart.data.extraction import entries_of, extract_tensors
 from headstart.data.store import Storage, shard_path, shard_settings, write_shard
 from headstart.heads.loading import load_target
 from headstart.heads.saving import load_assistant
-from tests.conftest import make_target
-from tests.field.checkpoints import saved_target
-from tests.heads.test_parity import noisy_head
-from tests.samples import conversations
+from tests.helpers.checkpoints import saved_target
+from tests.helpers.heads import noisy_head
+from tests.helpers.models import make_target
+from tests.helpers.prompts import conversations
 
 
 def spoil(file: Path, name: str, value: float) -> None:

@@ -8,7 +8,7 @@ from transformers import GenerationConfig
 from headstart.data.prompts import Prompt
 from headstart.data.templates import encode_prompt
 from headstart.heads.tokens import TargetTokens
-from tests.data.chat_templates import CHATML, GEMMA3, chat_tokenizer
+from tests.helpers.chat_templates import CHATML, GEMMA3, chat_tokenizer
 
 BRACKETS = (
     "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}</turn>\n{% endfor %}"

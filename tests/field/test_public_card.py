@@ -10,8 +10,8 @@ from huggingface_hub import ModelCard
 
 from headstart.cli.main import main
 from headstart.configs.loader import load_config
-from tests.eval.conftest import REPO, write_tuned_run
-from tests.heads.test_served import make_adapter
+from tests.helpers.checkpoints import make_adapter
+from tests.helpers.runs import REPO, write_tuned_run
 
 PRIVATE = "somebody"  # the name of a user, in all paths of the run
 

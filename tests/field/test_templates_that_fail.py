@@ -12,7 +12,7 @@ from headstart.data.prompts import Prompt
 from headstart.data.templates import encode_conversation, encode_prompt
 from headstart.heads.target import Target
 from headstart.heads.tiny import tiny_target
-from tests.data.chat_templates import CHATML, GEMMA3, GEMMA4, chat_tokenizer
+from tests.helpers.chat_templates import CHATML, GEMMA3, GEMMA4, chat_tokenizer
 
 USER = {"role": "user", "content": "abc"}
 ANSWER = {"role": "assistant", "content": "yes"}

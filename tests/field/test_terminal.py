@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.train.test_loop import ROOT
+from tests.helpers.runs import ROOT
 
 TRAIN = [
     "train", "--config", "configs/tiny.yaml", "train.steps=4", "train.warmup_steps=1",

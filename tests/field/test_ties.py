@@ -11,9 +11,16 @@ from headstart.cli.main import main
 from headstart.configs.schema import TargetConfig
 from headstart.heads.loading import check_target, load_target
 from headstart.heads.tiny import tiny_target
-from tests.conftest import make_target
-from tests.field.checkpoints import IDS, adapter, checkpoint, configure, logits, rewrite
-from tests.field.test_heads import saved_head
+from tests.helpers.checkpoints import (
+    IDS,
+    adapter,
+    checkpoint,
+    configure,
+    logits,
+    rewrite,
+    saved_head,
+)
+from tests.helpers.models import make_target
 
 TABLE, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 

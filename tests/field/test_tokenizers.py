@@ -13,8 +13,8 @@ from headstart.data.regenerate import answer
 from headstart.data.templates import encode_conversation, encode_prompt
 from headstart.heads.loading import load_target, load_target_tokens
 from headstart.heads.tiny import byte_tokenizer
-from tests.field.checkpoints import configure, saved_target
-from tests.samples import jobs
+from tests.helpers.checkpoints import configure, saved_target
+from tests.helpers.prompts import jobs
 
 TEXT = Prompt("p", "c", "s", [{"role": "user", "content": "abc"}], raw=True)
 

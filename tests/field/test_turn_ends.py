@@ -15,8 +15,8 @@ from headstart.eval.decoding import decode
 from headstart.heads.loading import load_target, load_target_tokens
 from headstart.heads.tiny import byte_tokenizer
 from headstart.heads.tokens import Sampling
-from tests.data.chat_templates import GEMMA3, GEMMA4, chat_tokenizer
-from tests.field.checkpoints import saved_target
+from tests.helpers.chat_templates import GEMMA3, GEMMA4, chat_tokenizer
+from tests.helpers.checkpoints import saved_target
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"

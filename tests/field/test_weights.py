@@ -13,7 +13,7 @@ from headstart.heads.loading import load_target
 from headstart.heads.saving import load_assistant, save_assistant
 from headstart.heads.target import Target
 from headstart.heads.tiny import byte_tokenizer, tiny_target
-from tests.field.checkpoints import checkpoint, configure, family, logits, rename, rewrite
+from tests.helpers.checkpoints import checkpoint, configure, family, logits, rename, rewrite
 
 MULTIMODAL = "gemma4-multimodal"
 

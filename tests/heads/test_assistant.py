@@ -10,7 +10,7 @@ from headstart.heads.saving import load_assistant, save_assistant
 from headstart.heads.target import Target
 from headstart.heads.unroll import DraftHead
 from headstart.train.start import low_rank_agreement, low_rank_start, plain_svd_start
-from tests.conftest import make_target
+from tests.helpers.models import make_target
 
 
 def test_plain_transformers_loads_what_was_saved(target: Target, tmp_path: Path) -> None:

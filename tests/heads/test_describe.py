@@ -10,26 +10,15 @@ from transformers import Gemma4AssistantForCausalLM, GenerationConfig
 
 from headstart.cli.main import main
 from headstart.configs.schema import HeadConfig
-from headstart.heads.assistant import assistant_config, build_assistant
+from headstart.heads.assistant import build_assistant
 from headstart.heads.describe import describe, target_step_weights
 from headstart.heads.loading import load_target_config
 from headstart.heads.saving import save_assistant
 from headstart.heads.target import Target
 from headstart.heads.tiny import gemma4_text_config, tiny_config
 from headstart.heads.unroll import DraftHead
-from tests.conftest import make_target
-
-
-def ordered_head(target_config: Any, top_k: int = 4, **head: Any) -> Gemma4AssistantForCausalLM:
-    """A tiny random head with 20 clusters of 16 neighbouring tokens."""
-    config = assistant_config(target_config, HeadConfig(**head))
-    config.use_ordered_embeddings = True
-    config.num_centroids, config.centroid_intermediate_top_k = 20, top_k
-    config.text_config.initializer_range = 0.2  # as the target's: its drafts differ
-    torch.manual_seed(0)
-    assistant = Gemma4AssistantForCausalLM(config).eval()
-    assistant.masked_embedding.token_ordering.copy_(torch.arange(320))
-    return assistant
+from tests.helpers.heads import ordered_head
+from tests.helpers.models import make_target
 
 
 def save(assistant: Any, folder: Path) -> Path:

@@ -15,9 +15,8 @@ from headstart.heads.loading import load_target
 from headstart.heads.saving import ROPE_POSITION, load_assistant, save_assistant
 from headstart.heads.target import Target
 from headstart.serve.engines import ENGINES, Engine, obstacles, remarks
-from tests.conftest import make_target
-from tests.heads.test_parity import noisy_head
-from tests.train.test_warm_start import FULL, NARROW, finished
+from tests.helpers.heads import FULL, NARROW, finished, noisy_head
+from tests.helpers.models import make_target
 
 
 def config_of(target: Target, **head: Any) -> Any:

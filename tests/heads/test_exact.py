@@ -21,10 +21,9 @@ from headstart.heads.drafting import Drafter
 from headstart.heads.ordered import with_clusters
 from headstart.heads.target import Target
 from headstart.heads.unroll import DraftHead
-from tests.conftest import make_target
-from tests.heads.test_ordered import order_by_target
-from tests.heads.test_parity import training_logits
-from tests.overfit import greedy_document, overfit
+from tests.helpers.heads import greedy_document, order_by_target, overfit
+from tests.helpers.models import make_target
+from tests.helpers.stock import training_logits
 
 pytestmark = [pytest.mark.contract, pytest.mark.usefixtures("weights_first")]
 K = 3

@@ -26,8 +26,7 @@ from headstart.heads.ordered import with_clusters
 from headstart.heads.target import Target
 from headstart.heads.tiny import byte_tokenizer, gemma4_text_config
 from headstart.heads.unroll import DraftHead
-from tests.heads.test_ordered import order_by_target
-from tests.heads.test_parity import noisy_head
+from tests.helpers.heads import noisy_head, order_by_target
 
 pytestmark = pytest.mark.contract
 

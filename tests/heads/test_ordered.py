@@ -7,19 +7,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import PreTrainedModel
 
 from headstart.configs.schema import HeadConfig
 from headstart.eval.acceptance import RecallCounts, zero_recall
 from headstart.eval.decoding import decode
 from headstart.heads.assistant import assistant_config
 from headstart.heads.ordered import (
-    Taught,
     balanced_assignment,
     balanced_kmeans,
     mean_centroids,
     order_vocabulary,
-    set_order,
     token_clusters,
     token_features,
     token_usage,
@@ -27,8 +24,8 @@ from headstart.heads.ordered import (
 from headstart.heads.saving import load_assistant, save_assistant
 from headstart.heads.target import Target
 from headstart.heads.unroll import DraftHead
-from tests.conftest import make_target
-from tests.heads.test_parity import noisy_head
+from tests.helpers.heads import noisy_head, order_by_target, said_by
+from tests.helpers.models import make_target
 
 V, C = 320, 20
 ORDERED: dict[str, Any] = {"use_ordered_embeddings": True, "num_centroids": C}
@@ -123,22 +120,6 @@ def ordered_head(target: Target, top_k: int, **head: Any) -> DraftHead:
     made = noisy_head(target, **ORDERED, centroid_intermediate_top_k=top_k, **head)
     order_by_target(made.assistant, target, made.table(target.table))
     return made
-
-
-def order_by_target(assistant: PreTrainedModel, target: Target, table: torch.Tensor) -> None:
-    """Clusters from what the target says, for a head whose own states do not matter."""
-    said = said_by(target)
-    usage = token_usage(target.logits, said)
-    states = said.hidden[:, : table.shape[1]]
-    set_order(assistant.masked_embedding, states, usage, table)
-
-
-def said_by(target: Target) -> Taught:
-    """What a target says after 60 random tokens."""
-    ids = torch.randint(4, 260, (1, 60), generator=torch.Generator().manual_seed(3))
-    hidden = target.activations(ids).hidden[0]
-    best = target.logits(hidden).log_softmax(-1).topk(8)
-    return Taught(hidden, best.indices, best.values)
 
 
 def test_tokens_whose_logits_move_together_lie_near_one_another() -> None:

@@ -10,77 +10,19 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache, GenerationConfig
-from transformers.generation.candidate_generator import (
-    SinglePositionMultiTokenCandidateGenerator,
-)
 
-from headstart.configs.schema import HeadConfig, RopePosition
-from headstart.heads.assistant import build_assistant, check_pair
-from headstart.heads.saving import Assistant, load_assistant, save_assistant
-from headstart.heads.target import Activations, Target
-from headstart.heads.unroll import DraftHead, ahead_of
-from tests.conftest import make_target
+from headstart.configs.schema import RopePosition
+from headstart.heads.assistant import check_pair
+from headstart.heads.saving import load_assistant, save_assistant
+from headstart.heads.target import Target
+from headstart.heads.unroll import ahead_of
+from tests.helpers.heads import noisy_head
+from tests.helpers.models import make_target
+from tests.helpers.stock import K, prefill, stock_drafts, training_logits
 
 pytestmark = pytest.mark.contract
 
-K = 3
 TOKENS = 30  # beyond the sliding window of 8 several times over
-
-
-def noisy_head(target: Target, **head: Any) -> DraftHead:
-    """A head whose every path matters: no weight at its tidy start."""
-    torch.manual_seed(1)
-    assistant = build_assistant(target, HeadConfig(**head))
-    with torch.no_grad():
-        for parameter in assistant.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn_like(parameter))
-    return DraftHead(assistant).eval()
-
-
-def prefill(target: Target, ids: torch.Tensor) -> Any:
-    cache = DynamicCache(config=target.model.config.get_text_config())
-    cache.activate_past_recording()  # as `_assisted_decoding` does
-    return target.model(
-        input_ids=ids,
-        past_key_values=cache,
-        output_hidden_states=True,
-        return_shared_kv_states=True,
-    )
-
-
-def stock_drafts(
-    target: Target,
-    assistant: Assistant,
-    ids: torch.Tensor,
-    outputs: Any,
-    matches: int = 0,
-    is_prefill: bool = True,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The stock generator's draft tokens [K] and logits [K, V] after `ids`."""
-    config = GenerationConfig(num_assistant_tokens=K, max_length=10_000)
-    assistant.generation_config = config
-    generator = SinglePositionMultiTokenCandidateGenerator(
-        assistant, target.model.get_input_embeddings(), config
-    )
-    generator.is_main_model_prefill = is_prefill
-    candidates, logits = generator.get_candidates(
-        ids,
-        model_kwargs={"attention_mask": torch.ones_like(ids)},
-        model_outputs=outputs,
-        is_first_iteration=False,
-        n_last_matches=matches,
-    )
-    return candidates[0, ids.shape[1] :], logits[0]
-
-
-def training_logits(
-    target: Target, head: DraftHead, seen: Activations, rows: torch.Tensor, tokens: torch.Tensor
-) -> torch.Tensor:
-    """[K, R, V] of the parallel forward, for rows [R] and the tokens [R, K] fed to each."""
-    said = head(seen.hidden[:, rows], target.embed(tokens[None]), rows[None], seen.shared_kv)
-    return torch.stack(said)[:, 0] @ target.table.T
 
 
 @torch.no_grad()

@@ -3,12 +3,10 @@
 import json
 import warnings
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
-from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 
 from headstart.configs.schema import TargetConfig
@@ -24,25 +22,13 @@ from headstart.heads.loading import (
     served_name,
 )
 from headstart.heads.target import Gemma3ForAssistedDecoding
-from headstart.heads.tiny import byte_tokenizer, gemma3_config, random_model, tiny_target
-from tests.heads.test_parity import noisy_head
+from headstart.heads.tiny import byte_tokenizer, gemma3_config, random_model
+from tests.helpers.checkpoints import make_adapter
+from tests.helpers.heads import noisy_head
 
 pytestmark = pytest.mark.contract
 
 IDS = torch.tensor([[2, 70, 71, 72, 73, 74]])
-
-
-def make_adapter(folder: Path, name: str = "tiny-gemma4", seed: int = 0) -> str:
-    """A LoRA adapter whose weights are not zero."""
-    torch.manual_seed(seed)
-    wrapped = get_peft_model(
-        tiny_target(name), LoraConfig(r=2, target_modules=["q_proj", "up_proj"])
-    )
-    for module in wrapped.modules():
-        if isinstance(module, LoraLayer):
-            torch.nn.init.normal_(cast(torch.Tensor, module.lora_B["default"].weight), std=0.3)
-    wrapped.save_pretrained(str(folder))
-    return str(folder)
 
 
 def states(**served: Any) -> torch.Tensor:

@@ -11,7 +11,7 @@ from headstart.common.versions import check_transformers
 from headstart.heads.loading import check_sha256, load_target
 from headstart.heads.target import Gemma3ForAssistedDecoding, Target
 from headstart.heads.tiny import byte_tokenizer, gemma3_config, gemma4_text_config, random_model
-from tests.conftest import make_target
+from tests.helpers.models import make_target
 
 pytestmark = pytest.mark.contract
 

@@ -29,7 +29,7 @@ from headstart.serve.engines import (
     gguf_metadata,
     install_engine,
 )
-from tests.train.test_loop import ROOT
+from tests.helpers.runs import ROOT
 
 MODULES = (
     "accelerate", "argparse", "configs", "csv", "datasets", "email", "ensurepip", "gguf", "heads",

@@ -36,9 +36,9 @@ from headstart.heads.saving import load_assistant, save_assistant
 from headstart.heads.tiny import byte_tokenizer
 from headstart.train import tracking
 from headstart.train.checkpoints import checkpoint_config
-from tests.conftest import make_target
-from tests.field.checkpoints import adapter, configure, family, saved_target
-from tests.train.test_loop import tiny_config
+from tests.helpers.checkpoints import adapter, configure, family, saved_target
+from tests.helpers.models import make_target
+from tests.helpers.runs import tiny_config
 
 NESTED = "{% for a in range(99999) %}" * 3 + "{% endfor %}" * 3
 

@@ -19,7 +19,7 @@ from headstart.serve import publish
 from headstart.serve.publish import Publication, build_folder
 from headstart.train.checkpoints import checkpoints
 from headstart.train.run_folder import open_run
-from tests.train.test_loop import tiny_config
+from tests.helpers.runs import tiny_config
 
 GONE = f"{children.HOST}.4194399.0123abcd"  # a process that there is not: ids end before
 

@@ -33,11 +33,11 @@ from headstart.heads.loading import load_target_config, load_target_tokens
 from headstart.train.checkpoints import check_checkpoint, checkpoint_config, checkpoints
 from headstart.train.loop import train
 from headstart.train.run_folder import print_runs, read_run
-from tests.conftest import make_target
-from tests.field.checkpoints import saved_target
-from tests.field.test_fuzz import EACH, SHARES, VALUES, damaged, refused_with, replaced
-from tests.samples import conversations
-from tests.train.test_loop import ROOT, tiny_config
+from tests.helpers.checkpoints import saved_target
+from tests.helpers.fuzzing import EACH, SHARES, VALUES, damaged, refused_with, replaced
+from tests.helpers.models import make_target
+from tests.helpers.prompts import conversations
+from tests.helpers.runs import ROOT, tiny_config
 
 TIMES = int(os.environ.get("HEADSTART_FUZZ", "1"))
 QUIET = Console(file=StringIO())

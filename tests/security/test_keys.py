@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from headstart.cli.main import main
-from tests.security.strangers import Stranger, stranger
+from tests.helpers.servers import Stranger, stranger
 
 KEY = "HEADSTART_SERVER_API_KEY"
 OPENAI = {

@@ -5,7 +5,7 @@ import pytest
 from headstart.configs.schema import TargetConfig
 from headstart.heads.loading import load_target_config
 from headstart.serve.hub import APACHE, licence_of
-from tests.hub import Fault, Hub, Repository
+from tests.helpers.hub import Fault, Hub, Repository
 
 GEMMA4 = load_target_config("tiny-gemma4")
 

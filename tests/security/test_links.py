@@ -20,8 +20,8 @@ from headstart.data.store import ActivationStore
 from headstart.eval.measurements import Measurements
 from headstart.train.checkpoints import check_checkpoint
 from headstart.train.run_folder import append_metrics, find_runs, open_run, read_status, run_folder
-from tests.field.checkpoints import checkpoint
-from tests.train.test_loop import tiny_config
+from tests.helpers.checkpoints import checkpoint
+from tests.helpers.runs import tiny_config
 
 KEPT = "what the user wrote"
 

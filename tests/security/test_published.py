@@ -11,7 +11,7 @@ import yaml
 
 from headstart.cli.main import main
 from headstart.configs.loader import load_config
-from tests.eval.conftest import PUBLISH, write_tuned_run
+from tests.helpers.runs import PUBLISH, write_tuned_run
 
 CLIENT = "acme-merger"  # a folder whose name is nobody's business
 

@@ -15,9 +15,8 @@ from headstart.heads.loading import check_target, load_target, load_target_confi
 from headstart.heads.saving import load_assistant, load_assistant_config
 from headstart.heads.tiny import byte_tokenizer
 from headstart.serve.engines import export_for_engine
-from tests.field.checkpoints import checkpoint, configure, family
-from tests.heads.test_served import make_adapter
-from tests.train.test_warm_start import NARROW, finished
+from tests.helpers.checkpoints import checkpoint, configure, family, make_adapter
+from tests.helpers.heads import NARROW, finished
 
 CODE = """
 from pathlib import Path

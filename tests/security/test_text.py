@@ -19,7 +19,7 @@ from headstart.eval.check import Finding, print_findings
 from headstart.eval.page import markdown, print_report
 from headstart.train.adapt_report import adaptation_markdown
 from headstart.train.sweep import plot_sweep
-from tests.eval.test_page import one_result, report
+from tests.helpers.reports import one_result, report
 
 ESCAPES = (
     "\x1b[2J\x1b]8;;http://a.example\x07\x9b31m\r\u202e\u2066",

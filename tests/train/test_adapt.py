@@ -11,16 +11,15 @@ import torch
 from headstart.configs.adapt import Adaptation, minutes
 from headstart.configs.schema import TargetConfig
 from headstart.data.prompts import load_prompts
-from headstart.eval.acceptance import AcceptanceCounts
-from headstart.eval.replay import Walked
 from headstart.heads.loading import load_served
 from headstart.heads.saving import load_assistant, load_assistant_config, made_for
 from headstart.train import adapt as module
 from headstart.train.adapt import adapt
 from headstart.train.adapt_report import advice, compare_stages, headline, outcome
 from headstart.train.loop import train
-from tests.heads.test_served import make_adapter
-from tests.train.test_loop import ROOT, tiny_config
+from tests.helpers.checkpoints import make_adapter
+from tests.helpers.reports import texts
+from tests.helpers.runs import ROOT, tiny_config
 
 QUICK = [
     "train.steps=24", "train.validate_every=12", "train.warmup_steps=2", "train.likely_tokens=32",
@@ -112,14 +111,6 @@ def test_a_budget_that_measuring_takes_is_refused(
     settings = [one for one in QUICK if "num_conversations" not in one]
     with pytest.raises(ValueError, match=r"a budget of 0\.01 minutes is not enough"):
         adapt(a, tmp_path / "out", settings, "cpu", [])
-
-
-def texts(*accepted: int, looping: int = 0) -> list[Walked]:
-    """Texts of ten rounds, of which so many accepted one draft; the first `looping` loop."""
-    return [
-        Walked(f"t{i}", "c", AcceptanceCounts(10, 10, (10,), (n,)), i < looping)
-        for i, n in enumerate(accepted)
-    ]
 
 
 def test_the_headline_is_shares_of_accepted_tokens() -> None:

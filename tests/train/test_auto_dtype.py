@@ -11,7 +11,7 @@ from headstart.heads.loading import load_target
 from headstart.heads.saving import load_assistant_config
 from headstart.train.plan import plan
 from headstart.train.run import run
-from tests.train.test_loop import metrics, tiny_config
+from tests.helpers.runs import metrics, tiny_config
 
 pytestmark = pytest.mark.auto_dtype
 ROOT = Path(__file__).resolve().parents[2]

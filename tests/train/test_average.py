@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 
 from headstart.train.checkpoints import Average, checkpoints
 from headstart.train.loop import train
-from tests.train.test_loop import tiny_config, weights
+from tests.helpers.runs import tiny_config, weights
 
 
 def test_it_follows_the_weights_with_a_decay_that_grows_to_its_limit() -> None:

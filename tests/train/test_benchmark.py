@@ -8,7 +8,7 @@ import torch
 
 from headstart.cli.main import main
 from headstart.common.machine import peak_memory
-from headstart.configs.schema import TrainConfig
+from headstart.configs.schema import DataConfig, TrainConfig
 from headstart.data.extraction import OnlineActivations
 from headstart.data.loader import AnchorLoader
 from headstart.heads.target import Target
@@ -16,9 +16,10 @@ from headstart.train import benchmark
 from headstart.train.benchmark import plain_loss
 from headstart.train.start import build_head, taught_rows
 from headstart.train.step import batch_sums
-from tests.data.test_extraction import CONFIG
-from tests.samples import conversations
-from tests.train.test_loop import ROOT, tiny_config
+from tests.helpers.prompts import conversations
+from tests.helpers.runs import ROOT, tiny_config
+
+CONFIG = DataConfig(teacher_top_k=5)
 
 PROMPTS = ROOT / "data" / "prompts" / "text_train.jsonl"
 

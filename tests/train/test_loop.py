@@ -9,11 +9,9 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from safetensors.torch import load_file
 
 from headstart.common.signals import Interrupted
-from headstart.configs.loader import load_config
-from headstart.configs.schema import Config, HeadConfig, TrainConfig
+from headstart.configs.schema import HeadConfig, TrainConfig
 from headstart.data.loader import candidate_rows, gather_rows
 from headstart.data.store import Document
 from headstart.eval.decoding import decode
@@ -28,19 +26,11 @@ from headstart.train.checkpoints import checkpoints
 from headstart.train.loop import export_head, train
 from headstart.train.ordering import learn_centroids
 from headstart.train.step import batch_sums, draft_batch, learning_rate
-from tests.conftest import make_target
-from tests.overfit import candidates_of, greedy_document, overfit
+from tests.helpers.heads import candidates_of, greedy_document, overfit
+from tests.helpers.models import make_target
+from tests.helpers.runs import metrics, tiny_config, weights
 
-ROOT = Path(__file__).resolve().parents[2]
 K = 3
-
-
-def tiny_config(tmp_path: Path, *overrides: str) -> Config:
-    prompts = ROOT / "data" / "prompts" / "text_train.jsonl"
-    return load_config(
-        ROOT / "configs" / "tiny.yaml",
-        [f"run.dir={tmp_path}", f"data.prompts=[{prompts}]", *overrides],
-    )
 
 
 def weights_hash(target: Target) -> str:
@@ -123,14 +113,6 @@ def test_gradients_reach_all_of_the_head_and_none_of_the_target(
         optimizer.step()
     assert all(p.grad is None for p in target.model.parameters())
     assert weights_hash(target) == before
-
-
-def weights(run: Path) -> dict[str, torch.Tensor]:
-    return load_file(checkpoints(run / "checkpoints")[-1] / "head.safetensors")
-
-
-def metrics(run: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_a_resumed_run_ends_as_an_uninterrupted_one(

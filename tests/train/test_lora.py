@@ -18,8 +18,8 @@ from headstart.train import loop
 from headstart.train.checkpoints import Progress
 from headstart.train.loop import train
 from headstart.train.step import learning_rate
-from tests.train.test_loop import metrics, tiny_config
-from tests.train.test_warm_start import FULL, NARROW, finished, take_every_head
+from tests.helpers.heads import FULL, NARROW, finished
+from tests.helpers.runs import metrics, take_every_head, tiny_config
 
 SHORT = ("train.steps=12", "train.validate_every=6", "train.checkpoint_every=6")
 

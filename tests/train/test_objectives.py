@@ -22,7 +22,7 @@ from headstart.train.losses import (
     teacher_log_p,
     total_variation,
 )
-from tests.conftest import make_target
+from tests.helpers.models import make_target
 
 V, N, TOP = 320, 12, 16
 ONES = torch.ones(V)

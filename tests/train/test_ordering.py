@@ -16,7 +16,7 @@ from headstart.heads.saving import load_assistant, save_assistant
 from headstart.train import ordering
 from headstart.train.loop import train
 from headstart.train.ordering import TEMPERATURE, cluster_mass
-from tests.train.test_loop import ROOT, tiny_config
+from tests.helpers.runs import ROOT, tiny_config
 
 COMMON = ["target.name=tiny-gemma4", "target.dtype=float32", "data.max_new_tokens=30"]
 

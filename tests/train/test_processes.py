@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from headstart.train.checkpoints import checkpoints
-from tests.train.test_loop import ROOT, metrics, weights
+from tests.helpers.runs import ROOT, metrics, weights
 
 TINY = ["--config", "configs/tiny.yaml", "eval=null", "target.dtype=float32"]
 STEPS = [

@@ -12,8 +12,8 @@ from headstart.heads.target import Target
 from headstart.heads.unroll import DraftHead
 from headstart.train.losses import exact_losses, forward_kl
 from headstart.train.step import batch_sums, draft_batch
-from tests.heads.test_parity import noisy_head
-from tests.samples import conversations
+from tests.helpers.heads import noisy_head
+from tests.helpers.prompts import conversations
 
 K = 3
 

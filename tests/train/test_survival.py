@@ -26,8 +26,7 @@ from headstart.train.checkpoints import checkpoints
 from headstart.train.loop import train
 from headstart.train.run_folder import read_status
 from headstart.train.step import Diverged
-from tests.data.test_kills import fill, small_disk  # noqa: F401 - a fixture
-from tests.train.test_loop import metrics, tiny_config
+from tests.helpers.runs import fill, metrics, tiny_config
 
 KILLS = 20
 SHORT = ["train.steps=24", "train.validate_every=6", "train.checkpoint_every=4"]
@@ -276,7 +275,7 @@ def test_a_loss_that_explodes_stops_the_run_too(
 
 def test_a_disk_that_fills_up_during_a_checkpoint_leaves_the_earlier_one_usable(
     damaged: Path,
-    small_disk: Path,  # noqa: F811
+    small_disk: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A real file system without room, then one with room again."""

@@ -17,7 +17,7 @@ from headstart.heads.saving import load_assistant
 from headstart.heads.unroll import DraftHead
 from headstart.train import sweep as module
 from headstart.train.sweep import run_sweep, summarise
-from tests.train.test_loop import ROOT, tiny_config
+from tests.helpers.runs import ROOT, tiny_config
 
 SHIPPED = sorted((ROOT / "configs").glob("sweep-*.yaml"))
 
@@ -164,3 +164,20 @@ def test_a_bad_sweep_is_refused_before_anything_runs(
 def test_a_sweep_of_python_values_is_as_strict() -> None:
     with pytest.raises(ValueError, match="at least 1 item"):
         Sweep(config=Path("x"), runs={"a": []}, seeds=[], judged_on={})
+
+
+def test_a_sweeps_runs_are_in_its_folder(tmp_path: Path) -> None:
+    sweep = load_sweep(written(tmp_path, tmp_path / "store #1", seeds=[0]))
+    runs = sweep.configs(tmp_path / "sweep #2")
+    assert [config.run.dir for _, config in runs] == [
+        tmp_path / "sweep #2" / f"{name}-seed0" for name in ("right", "own_key")
+    ]
+    assert {config.data.store for _, config in runs} == {tmp_path / "store #1"}
+    path = tmp_path / "dated.yaml"
+    path.write_text(
+        "config: 007\nruns: {2026-11-27: []}\njudged_on: {today: 2026-11-27, on: {store: 1.50}}\n"
+    )
+    sweep = load_sweep(path)
+    assert (sweep.config, list(sweep.runs)) == (Path("007"), ["2026-11-27"])
+    stores = {name: judge.store for name, judge in sweep.judged_on.items()}
+    assert stores == {"today": Path("2026-11-27"), "on": Path("1.50")}

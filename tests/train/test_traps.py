@@ -14,9 +14,9 @@ from headstart.heads.ordered import Taught
 from headstart.heads.target import Target
 from headstart.train.losses import Teacher, draw_candidates, forward_kl, sparse_losses
 from headstart.train.traps import in_top_clusters, trapped, uncapped, with_top_clusters
-from tests.conftest import make_target
-from tests.heads.test_parity import noisy_head
-from tests.samples import conversations
+from tests.helpers.heads import noisy_head
+from tests.helpers.models import make_target
+from tests.helpers.prompts import conversations
 
 K = 3
 

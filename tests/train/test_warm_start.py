@@ -1,6 +1,5 @@
 """Training that goes on from a finished head: narrow with clusters, as Google's, or full-width."""
 
-import itertools
 from pathlib import Path
 
 import pytest
@@ -10,35 +9,13 @@ from headstart.configs.schema import HeadConfig
 from headstart.data.loader import Batch, candidate_rows, gather_rows
 from headstart.heads.assistant import warm_assistant
 from headstart.heads.loading import load_target
-from headstart.heads.ordered import with_clusters
-from headstart.heads.saving import load_assistant, rope_position, save_assistant
+from headstart.heads.saving import load_assistant, rope_position
 from headstart.heads.target import Target
 from headstart.heads.unroll import DraftHead
-from headstart.train import loop
 from headstart.train.loop import train
-from tests.conftest import make_target
-from tests.heads.test_parity import noisy_head
-from tests.overfit import greedy_document
-from tests.train.test_loop import metrics, tiny_config
-
-NARROW, FULL = 24, None
-
-
-def finished(target: Target, folder: Path, width: int | None) -> Path:
-    """A head of three layers in the native format; the narrow one has clusters and a table of its
-    own."""
-    head = noisy_head(target, num_hidden_layers=3, hidden_size=width).assistant
-    table: torch.Tensor = target.table
-    torch.manual_seed(2)
-    if width is not None:
-        table = torch.randn(len(target.table), width) * 0.2
-        save_assistant(head, table, folder / "dense", 4, torch.float32)
-        dense = load_assistant(folder / "dense", torch.float32)
-        head = with_clusters(dense, 20, 20)  # all are read: a draft is the dense one
-        head.masked_embedding.token_ordering.copy_(torch.randperm(len(target.table)))
-        torch.nn.init.normal_(head.masked_embedding.centroids.weight)
-    save_assistant(head, table, folder / "head", 4, torch.float32)
-    return folder / "head"
+from tests.helpers.heads import FULL, NARROW, finished, greedy_document
+from tests.helpers.models import make_target
+from tests.helpers.runs import metrics, take_every_head, tiny_config
 
 
 def rows_of(target: Target) -> Batch:
@@ -67,13 +44,6 @@ def test_it_starts_as_the_head_that_it_starts_from(
     assert head.table(target.table).shape == wanted.lm_head.weight.shape
     if width is FULL:
         assert head.table(target.table) is target.table
-
-
-def take_every_head(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each validation is better than the one before, so that the head of a run is its last: what a
-    head of noise comes to is chance."""
-    rising = itertools.count(1.0)
-    monkeypatch.setattr(loop, "_validate", lambda *_: next(rising))
 
 
 @pytest.mark.parametrize("width", [NARROW, FULL])

@@ -19,8 +19,8 @@ from headstart.train import loop
 from headstart.train.loop import train
 from headstart.train.run_folder import read_run, read_status, run_folder
 from headstart.train.tracking import log_report
-from tests.eval.test_page import usual
-from tests.train.test_loop import metrics, tiny_config
+from tests.helpers.reports import usual
+from tests.helpers.runs import metrics, tiny_config
 
 SHORT = ["train.steps=8", "train.validate_every=4", "train.checkpoint_every=4"]
 

@@ -29,7 +29,7 @@ from headstart.configs.loader import load_config
 from headstart.heads.tiny import gemma4_text_config
 from headstart.train.loop import train
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PROMPTS = ROOT / "data" / "prompts" / "text_train.jsonl"
 KINDS = ("shared", "plain")
 VOCABULARY = 512

@@ -1,9 +1,5 @@
-"""Small prompts and conversations for tests."""
+"""Small prompts and conversations."""
 
-from types import ModuleType
-from typing import Any
-
-import pytest
 import torch
 
 from headstart.configs.schema import DataConfig
@@ -36,20 +32,3 @@ def jobs(tokens: TargetTokens, temperatures: list[float], config: DataConfig) ->
     """A job for each temperature."""
     sampling = [Sampling(t) for t in temperatures]
     return make_jobs(prompts(len(temperatures)), sampling, tokens, config)
-
-
-def interrupt_second_call(
-    monkeypatch: pytest.MonkeyPatch, module: ModuleType, name: str
-) -> list[Any]:
-    """Make the second call of `module.name` end as Ctrl-C does; returns the calls as they come."""
-    real = getattr(module, name)
-    calls: list[Any] = []
-
-    def counted(*args: object) -> object:
-        calls.append(args)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return real(*args)
-
-    monkeypatch.setattr(module, name, counted)
-    return calls

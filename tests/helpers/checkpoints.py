@@ -11,8 +11,12 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from headstart.heads.tiny import byte_tokenizer, random_model
-from tests.conftest import FAMILIES
+from headstart.configs.schema import HeadConfig
+from headstart.heads.assistant import build_assistant
+from headstart.heads.saving import save_assistant
+from headstart.heads.target import Target
+from headstart.heads.tiny import byte_tokenizer, random_model, tiny_target
+from tests.helpers.models import FAMILIES
 
 IDS = torch.tensor([[2, 70, 71, 72, 73, 74]])
 LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 536223056\n"
@@ -107,3 +111,29 @@ def saved_target(
     if generation is not None:
         file.write_text(json.dumps(GENERATION | generation))
     return configure(folder, **config)
+
+
+def make_adapter(folder: Path, name: str = "tiny-gemma4", seed: int = 0) -> str:
+    """A LoRA adapter whose weights are not zero."""
+    torch.manual_seed(seed)
+    wrapped = get_peft_model(
+        tiny_target(name), LoraConfig(r=2, target_modules=["q_proj", "up_proj"])
+    )
+    for module in wrapped.modules():
+        if isinstance(module, LoraLayer):
+            torch.nn.init.normal_(cast(torch.Tensor, module.lora_B["default"].weight), std=0.3)
+    wrapped.save_pretrained(str(folder))
+    return str(folder)
+
+
+def saved_head(folder: Path, target: Target, dtype: torch.dtype = torch.float32, **h: Any) -> str:
+    head: Any = build_assistant(target, HeadConfig(**h))
+    width = head.config.text_config.hidden_size
+    table = target.table if width == target.config.hidden_size else torch.randn(320, width)
+    save_assistant(head, table, folder, 4, dtype)
+    return str(folder)
+
+
+def text_part(folder: str, **changes: Any) -> str:
+    text = json.loads((Path(folder) / "config.json").read_text())["text_config"]
+    return configure(folder, text_config=text | changes)
