@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO
 
-from accelerate import PartialState
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -37,7 +36,7 @@ def progress_bar() -> Progress:
         ValueError: the environment names an interval that is not above 0.
     """
     # Not rich's own word: it takes FORCE_COLOR, which CI systems set, for a terminal.
-    if PartialState().is_main_process and not sys.stdout.isatty():
+    if _is_main_process() and not sys.stdout.isatty():
         return LogProgress(_log_seconds())
     return Progress(
         _Words("{task.description}", markup=False),
@@ -48,7 +47,7 @@ def progress_bar() -> Progress:
         TimeRemainingColumn(),
         _Words("{task.fields[status]}", markup=False),
         speed_estimate_period=SPEED_PERIOD,
-        disable=not PartialState().is_main_process,
+        disable=not _is_main_process(),
     )
 
 
@@ -167,13 +166,19 @@ def phase(description: str) -> Iterator[None]:
 _kept: list[list[str]] = []  # of the calls of `kept_lines` that are under way
 
 
+def _is_main_process() -> bool:
+    from accelerate import PartialState  # loads torch, for which `--help` should not wait
+
+    return bool(PartialState().is_main_process)
+
+
 def say(line: str) -> None:
     """Print a line, once for all processes of a run, without the control characters of names or
     texts in it."""
     line = one_line(line)
     if _kept:
         _kept[-1].append(line)
-    elif PartialState().is_main_process:
+    elif _is_main_process():
         print(line, flush=True)
 
 

@@ -18,7 +18,7 @@ SERVING = """
 import argparse, sys
 from pathlib import Path
 from headstart.cli import main as cli
-from headstart.eval import engine_servers
+from headstart.serve import engine_servers
 from headstart.common.children import temporary_folder
 engine_servers.engine_python = lambda engine: Path(sys.executable)
 out = Path(sys.argv[1])
@@ -68,7 +68,8 @@ def serving(tmp_path: Path) -> subprocess.Popen[bytes]:
     process = subprocess.Popen(
         [sys.executable, "-c", SERVING, str(tmp_path)], env=environment, stderr=subprocess.PIPE
     )
-    assert comes((tmp_path / "pids").is_file, 100)
+    assert comes(lambda: (tmp_path / "pids").is_file() or process.poll() is not None, 100)
+    assert process.poll() is None, process.communicate()[1]
     return process
 
 
