@@ -20,8 +20,8 @@ from headstart.cli.serve import add_publish_command, add_serving_commands
 from headstart.cli.sweep import add_sweep_command
 from headstart.cli.train import add_adapt_command, add_bench_commands, add_runs_commands
 from headstart.common.console import keep_output, one_line, visible
+from headstart.common.files import expand_home
 from headstart.common.signals import Ended, tidy_ends
-from headstart.configs.schema import expand_home
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -9,6 +9,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import stat
 import sys
@@ -25,6 +26,13 @@ from headstart.common.console import one_line, say
 PART = ".part"  # ends the name of a folder that is not yet whole
 WORK = ".writing"  # ends that of a folder of files that are not yet whole
 EARLIER = ".earlier"  # ends that of one whose place is being taken
+HOME = re.compile(r"(?:^|(?<=[+=]))~[^/+=]*(?=/|$)")
+
+
+def expand_home(text: str) -> str:
+    """A path with the home folder in place of `~` or `~NAME` at its beginning, where a shell leaves
+    it: in quotes, and after the sign in HEAD+ADAPTER and NAME=FILE."""
+    return HOME.sub(lambda found: os.path.expanduser(found.group()), text)
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -4,8 +4,6 @@ Every field has a default and a docstring with its unit. A combination that cann
 when the configuration is loaded, not an hour into the run.
 """
 
-import os
-import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -20,14 +18,7 @@ from pydantic import (
     model_validator,
 )
 
-HOME = re.compile(r"(?:^|(?<=[+=]))~[^/+=]*(?=/|$)")
-
-
-def expand_home(text: str) -> str:
-    """A path with the home folder in place of `~` or `~NAME` at its beginning, where a shell leaves
-    it: in quotes, and after the sign in HEAD+ADAPTER and NAME=FILE."""
-    return HOME.sub(lambda found: os.path.expanduser(found.group()), text)
-
+from headstart.common.files import expand_home
 
 Folder = Annotated[Path, AfterValidator(lambda path: Path(expand_home(str(path))))]
 """A path of this machine, with `~` for the home folder."""
