@@ -20,9 +20,12 @@ TORCH_CPU := 2.15.0 2.14.1 2.14.0 2.13.0
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 # Threads that wait sleep: tests with several processes would otherwise spin each other to a crawl.
 PATIENT := OMP_WAIT_POLICY=passive
-# Tests that run at a time, those of one file after another.
+# Tests that run at a time, those of one file after another,
 WORKERS ?= 2
-PYTEST = $(PATIENT) $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+# in random order: files, and the tests of each, so that what a file prepares is prepared once. The
+# seed is printed; ARGS='--random-order-seed=N' takes it again.
+PYTEST = $(PATIENT) $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder \
+	--random-order --random-order-bucket=module
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 # Should .venv be broken in a way not thought of here, pip refuses to install into the system.
@@ -30,7 +33,7 @@ export PIP_REQUIRE_VIRTUALENV := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup torch train test test-unit test-matrix test-dtypes test-engines check format \
+.PHONY: help setup torch train test test-all test-unit test-matrix test-dtypes test-engines check format \
 	build clean links
 
 help: ## show this text
@@ -90,10 +93,13 @@ links:
 train: $(STAMP) ## train a head and measure it (CONFIG=..., ARGS='key=value ...')
 	$(BIN)/headstart train --resume --config $(CONFIG) $(ARGS)
 
-test: $(STAMP) ## run all tests, those on the real Gemma 3 270M too (ARGS='-k name' to choose)
-	@$(PYTEST) $(ARGS)
+test: $(STAMP) ## run the tests, those on the real Gemma 3 270M too (ARGS='-k name' to choose)
+	@$(PYTEST) -m "not slow and not engines" $(ARGS)
 
-test-unit: $(STAMP) ## run the tests that need no weights
+test-all: $(STAMP) ## run the slow ones too: kill sweeps, several processes, wheels, draws, fuzzing
+	@$(PYTEST) -m "not engines" $(ARGS)
+
+test-unit: $(STAMP) ## run the tests that need no weights, the slow ones too
 	@$(PYTEST) -m "not real and not engines" $(ARGS)
 
 # In environments of their own, .venvs/RELEASE.

@@ -139,11 +139,12 @@ def pytest_terminal_summary(
         return
     stats, chosen = terminalreporter.stats, config.pluginmanager.get_plugin("machine-dtype")
     assert isinstance(chosen, MachineDtype)
-    seed = str(config.getoption("random_order_seed", "default"))
+    seed = str(config.getoption("random_order_seed", "default:"))
+    shuffled = config.getoption("random_order_enabled", False) or "default:" not in seed
     row = environment(torch.device("cpu")) | {
         "selected": config.getoption("markexpr"),
         "machine_dtype": chosen.chosen or chosen.ask(),
-        "order": "as written" if seed.startswith("default") else f"random, seed {seed}",
+        "order": f"random, seed {seed.removeprefix('default:')}" if shuffled else "as written",
         **{how: len(stats.get(how, [])) for how in ("passed", "failed", "error", "skipped")},
         "failures": sorted(report.nodeid for report in stats.get("failed", [])),
     }

@@ -90,6 +90,7 @@ def test_wrong_names_are_told_without_torch() -> None:
         assert "'nope'" in result.stderr
 
 
+@pytest.mark.slow
 def test_accelerate_launch_and_the_console_command_run_the_same_code(tmp_path: Path) -> None:
     """Train a tiny head both ways: the same losses, a head, and reports."""
     shared = ["train.steps=6", "eval.limit=2", "eval.max_new_tokens=8", "eval.exact_limit=1"]

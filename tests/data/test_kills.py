@@ -55,6 +55,7 @@ def content(folder: Path) -> dict[str, bytes]:
     return {name: (folder / name).read_bytes() for name in sorted(names)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("work", [run_regenerate, run_extract])
 def test_kills_at_random_moments_lose_only_the_batch_in_flight(
     work: Callable[[Target, Path], None], tmp_path: Path

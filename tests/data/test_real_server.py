@@ -12,7 +12,7 @@ import pytest
 from headstart.data.conversations import finished_parts
 from tests.helpers.servers import LlamaServer, real_gguf
 
-pytestmark = pytest.mark.real
+pytestmark = [pytest.mark.real, pytest.mark.slow]
 ROOT = Path(__file__).resolve().parents[2]
 
 

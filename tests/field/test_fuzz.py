@@ -21,6 +21,8 @@ from tests.helpers.fuzzing import EACH, SHARES, VALUES, damaged, refused_with, r
 from tests.helpers.heads import noisy_head
 from tests.helpers.models import make_target
 
+pytestmark = pytest.mark.slow
+
 COLUMNS = st.sampled_from(
     ["messages", "conversations", "prompt", "response", "text", "turns", "system", "images", "id",
      "instruction", "input", "output", "tools", "raw", "category", "source"]

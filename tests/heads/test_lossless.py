@@ -103,6 +103,7 @@ def sample(model: Gemma4Markov, assistant: Any, calls: int) -> list[list[int]]:
     return [text[2:].tolist() for text in texts]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("drawn", [False, True])
 def test_the_exact_decoder_samples_from_the_target(
     drawn: bool, monkeypatch: pytest.MonkeyPatch

@@ -72,6 +72,7 @@ def leaves(parser: argparse.ArgumentParser, *words: str) -> Iterator[tuple[str, 
         yield words
 
 
+@pytest.mark.slow
 def test_every_command_runs_from_a_folder_of_hostile_modules(ran: Path) -> None:
     headstart_command = Path(sys.executable).with_name("headstart")
     commands = list(leaves(_parser()))
@@ -84,6 +85,7 @@ def test_every_command_runs_from_a_folder_of_hostile_modules(ran: Path) -> None:
     assert not ran.exists()
 
 
+@pytest.mark.slow
 def test_every_module_is_imported_from_a_folder_of_hostile_modules(
     ran: Path, tmp_path: Path
 ) -> None:
@@ -198,6 +200,7 @@ def source(folder: Path, name: str, mark: Path) -> None:
         file.writestr(f"{inside}/evil.py", f"open({str(mark)!r}, 'a').write('source')\n")
 
 
+@pytest.mark.slow
 def test_an_engine_is_installed_from_the_users_index_of_wheels_alone(
     ran: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -39,6 +39,8 @@ from tests.helpers.models import make_target
 from tests.helpers.prompts import conversations
 from tests.helpers.runs import ROOT, tiny_config
 
+pytestmark = pytest.mark.slow
+
 TIMES = int(os.environ.get("HEADSTART_FUZZ", "1"))
 QUIET = Console(file=StringIO())
 PATHS = st.lists(st.integers(0, 99), max_size=4)

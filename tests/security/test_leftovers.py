@@ -77,6 +77,7 @@ def engines(folder: Path) -> list[int]:
     return [int(pid) for pid in (folder / "pids").read_text().split()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_ends_the_engine_and_removes_the_copy(
     number: int, code: int, serving: subprocess.Popen[bytes], tmp_path: Path
@@ -90,6 +91,7 @@ def test_a_signal_ends_the_engine_and_removes_the_copy(
     assert list((tmp_path / "tmp").iterdir()) == []
 
 
+@pytest.mark.slow
 def test_an_impatient_launcher_does_not_break_off_the_tidying(
     serving: subprocess.Popen[bytes], tmp_path: Path
 ) -> None:
@@ -101,6 +103,7 @@ def test_an_impatient_launcher_does_not_break_off_the_tidying(
     assert list((tmp_path / "tmp").iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_kill_ends_the_engine_too_and_the_next_run_removes_the_copy(
     serving: subprocess.Popen[bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

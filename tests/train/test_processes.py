@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 from headstart.train.checkpoints import checkpoints
 from tests.helpers.runs import ROOT, metrics, weights
 
+pytestmark = pytest.mark.slow
+
 TINY = ["--config", "configs/tiny.yaml", "eval=null", "target.dtype=float32"]
 STEPS = [
     "train.steps=12", "train.validate_every=6", "train.checkpoint_every=6",

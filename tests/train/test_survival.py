@@ -64,6 +64,7 @@ def content(run: Path) -> dict[str, bytes]:
     return {**found, "rest": json.dumps(kept).encode()}
 
 
+@pytest.mark.slow
 def test_kills_at_random_moments_change_nothing_of_what_a_run_comes_to(tmp_path: Path) -> None:
     """SIGKILL twenty times, at moments drawn over the length of a run, and at drawn steps, which a
     busy machine does not crowd together; each time the next process goes on. Weights, their
