@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from headstart.configs.schema import DataConfig
 from headstart.data.extraction import extract
+from headstart.data.prepare import describe_store
 from headstart.data.store import (
     ActivationStore,
     Entry,
@@ -232,3 +233,16 @@ def test_a_fingerprint_follows_an_adapter(tmp_path: Path) -> None:
     adapted = make_target("gemma4")
     adapted.model.model.layers[0].self_attn.lora = torch.nn.Linear(4, 4)
     assert Target(adapted.model, adapted.tokenizer, "x").fingerprint != TARGET.fingerprint
+
+
+def test_what_a_store_is_said_to_hold_is_what_its_files_hold(tmp_path: Path) -> None:
+    """The mass that the top k keep is a mean over answer tokens, not over documents."""
+    path = shard_path(tmp_path, 0)
+    entries = [Entry("a", "c", "s", 10, 1, 0.0, 0.5), Entry("b", "c", "s", 30, 9, 0.0, 1.0)]
+    write_shard(path, tensors_of([10, 30]), entries, SETTINGS)
+    write_index(tmp_path, [path], SETTINGS)
+    size = path.stat().st_size / 40
+    assert describe_store(ActivationStore(tmp_path, TARGET)) == (
+        f"Activations: 2 documents, 40 tokens, {size:,.0f} bytes a token; "
+        "the teacher's top 3 keep 95.00% of the mass"
+    )

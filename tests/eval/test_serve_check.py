@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from headstart.eval.acceptance import AcceptanceCounts
 from headstart.eval.decoding import Decoded
 from headstart.serve import engine_servers
-from headstart.serve.engine_check import as_engine_counts
+from headstart.serve.engine_check import _compared, as_engine_counts
 from headstart.serve.engine_servers import Answer, Counts, EngineServer, counts_of_metrics
 from headstart.serve.engines import Engine
 
@@ -126,3 +127,32 @@ def test_what_an_engine_says_of_a_prompt_it_refuses_is_passed_on(
     server.command = [sys.executable, "-c", refusing, server.url.rpartition(":")[2]]
     with pytest.raises(RuntimeError, match=r"refuses a prompt \(400\): too long"), server:
         server.answer([1, 2], 4)
+
+
+def test_the_figures_of_an_engine_are_those_of_its_texts() -> None:
+    """A speed is all tokens by all seconds, not a mean of speeds."""
+
+    def text(tokens: list[int], seconds: float) -> Answer:
+        return Answer(tokens, False, seconds)
+
+    ours = {
+        "plain": [text([1, 2, 3], 1.0), text([4], 1.0)],
+        "assisted": [text([1, 2, 3], 0.5), text([4], 0.5)],
+    }
+    plain = [text([1, 2, 3], 0.25), text([5], 0.75)]
+    assisted = [text([1, 2, 3], 0.1), text([4], 0.4)]
+    told = Counts(10, [5, 2])
+    sides = {"plain": (plain, Counts()), "assisted": (assisted, told)}
+    found = _compared(ours, AcceptanceCounts(10, 20, (10, 6), (6, 3)), sides)
+    assert found["tokens_per_second"] == {
+        "transformers_plain": 2, "transformers_assisted": 4,
+        "engine_plain": 4, "engine_assisted": pytest.approx(8),
+    }  # fmt: skip
+    assert found["speedup"] == pytest.approx(2)
+    assert found["acceptance_length"] == {"transformers": 1.9, "engine": 1.7}
+    assert found["cumulative_acceptance_rate"]["engine"] == [0.5, 0.2]
+    assert found["equal_texts"] == {
+        "engine_assisted_to_engine_plain": 0.5,
+        "engine_plain_to_transformers_plain": 0.5,
+        "engine_assisted_to_transformers_plain": 1,
+    }

@@ -1,5 +1,6 @@
 """Draft heads: random, ordered, finished, and trained on a single text."""
 
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,25 @@ def candidates_of(batch: Batch, c: TrainConfig, seed: int) -> Candidates | None:
     return step_candidates([batch], likely, c, seed, lambda kept: kept)
 
 
+# What was trained or searched for already, by the weights of the target and all that was asked.
+_documents: dict[Any, tuple[list[int], Document]] = {}
+_heads: dict[Any, tuple[DraftHead, torch.Tensor]] = {}
+
+
+def _weights(target: Target) -> str:
+    """The fingerprint as of now: the property remembers its first value."""
+    return Target(target.model, target.tokenizer, target.name).fingerprint
+
+
 def greedy_document(target: Target, tokens: int = 24) -> tuple[list[int], Document]:
     """A prompt whose greedy continuation is varied and does not end early, and its activations."""
+    key = (_weights(target), tokens)
+    if key not in _documents:
+        _documents[key] = _search_document(target, tokens)
+    return deepcopy(_documents[key])
+
+
+def _search_document(target: Target, tokens: int) -> tuple[list[int], Document]:
     for seed in range(100):
         generator = torch.Generator().manual_seed(seed)
         prompt = torch.randint(4, 260, (6,), generator=generator).tolist()
@@ -56,6 +74,16 @@ def overfit(
     shift: int = 0,
 ) -> DraftHead:
     """Train a head on one text; `shift` pairs tokens with later hidden states."""
+    key = (_weights(target), tuple(document.ids.tolist()), steps, rounds, shift)
+    if key not in _heads:
+        head = _train_on(target, document, steps, rounds, shift)
+        _heads[key] = head, torch.get_rng_state()
+    head, state = _heads[key]
+    torch.set_rng_state(state)  # as if it had been trained now
+    return deepcopy(head)
+
+
+def _train_on(target: Target, document: Document, steps: int, rounds: int, shift: int) -> DraftHead:
     torch.manual_seed(0)
     head = DraftHead(build_assistant(target, HeadConfig()))
     batch = gather_rows([document], [candidate_rows(document)], rounds)

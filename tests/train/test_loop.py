@@ -13,8 +13,10 @@ from accelerate.state import AcceleratorState
 from headstart.common.signals import Interrupted
 from headstart.configs.schema import HeadConfig, TrainConfig
 from headstart.data.loader import candidate_rows, gather_rows
+from headstart.data.prepare import prepare_documents
 from headstart.data.store import Document
 from headstart.eval.decoding import decode
+from headstart.eval.replay import simulate_acceptance
 from headstart.heads.assistant import build_assistant
 from headstart.heads.loading import load_target
 from headstart.heads.ordered import Taught, set_order, token_usage, with_clusters
@@ -150,7 +152,8 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(
 
 
 def test_the_head_folder_holds_the_best_head_and_fits_its_target(tmp_path: Path) -> None:
-    config = tiny_config(tmp_path / "run", "train.steps=20", "train.validate_every=10")
+    cache = f"data.cache_dir={tmp_path / 'cache'}"
+    config = tiny_config(tmp_path / "run", "train.steps=20", "train.validate_every=10", cache)
     train(config)
     lengths = [
         m["acceptance_length"] for m in metrics(tmp_path / "run") if "acceptance_length" in m
@@ -163,6 +166,15 @@ def test_the_head_folder_holds_the_best_head_and_fits_its_target(tmp_path: Path)
         (checkpoints(tmp_path / "run" / "checkpoints")[-1] / "state.json").read_text()
     )
     assert state["best"] == max(lengths)
+    # The figure is that of the head that is kept, on the conversations that were held out.
+    assert config.eval is not None
+    _, held_out = prepare_documents(target, config.data, config.run.seed, config.eval.prompts)
+    everything = range(len(held_out.entries))
+    walked = simulate_acceptance(
+        DraftHead(assistant), target, held_out, config.train.rounds, everything
+    ).dense
+    assert walked.rounds > 10
+    assert max(lengths) == pytest.approx(1 + sum(walked.accepted) / walked.rounds)
 
 
 def test_a_whole_run_leaves_the_target_bit_identical_and_frozen(

@@ -1,14 +1,16 @@
 """Plans of the recipes for the real Gemma 4, without a network and without weights."""
 
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 
 from headstart.configs.loader import load_config
+from headstart.configs.schema import TrainConfig
 from headstart.heads.describe import SHAPES, published_config
 from headstart.heads.target import SUPPORTED, source_layers
-from headstart.train.plan import plan
+from headstart.train.plan import _plan_step, plan
 
 RECIPES = sorted((Path(__file__).resolve().parents[2] / "configs").glob("gemma4-*.yaml"))
 GPU = ["target.dtype=bfloat16", "train.precision=bfloat16"]  # what `auto` comes to there
@@ -75,3 +77,16 @@ def test_an_adapter_is_what_a_plan_says_is_trained() -> None:
     assert one["head in training"] != two["head in training"]
     parts = plan(load_config(path, [*start, "head.trains=[pre_projection]"]))
     assert int(parts["parameters trained"].replace(",", "")) == 2 * 2560 * 256
+
+
+def test_operations_of_a_step_are_those_of_its_products() -> None:
+    """Of a trained weight: forward and two gradients. Of the table, 10^6 by 10^3: forward
+    and the gradient of the state for each draft, and the teacher of each position."""
+    c, source = TrainConfig(vocabulary="exact", rounds=3, steps=50), Mock()
+    source.hidden_size, source.vocab_size = 1000, 10**6
+    said = _plan_step(c, source, trained=2 * 10**9, rows=4, drafts=1000)["a step computes"]
+    assert said.startswith("16.01 TFLOP a process: 12.00 in the head, 4.01 in the objective")
+    assert "over 1,000,000 candidates" in said
+    assert said.endswith("; 0.8 PFLOP in all steps")
+    few = c.model_copy(update={"vocabulary": "sparse", "likely_tokens": 30, "negatives": 20})
+    assert "over 50 candidates" in _plan_step(few, source, 1, 4, 10)["a step computes"]

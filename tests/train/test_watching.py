@@ -13,11 +13,12 @@ from PIL import Image
 
 from headstart.cli.main import main
 from headstart.common.signals import Interrupted
+from headstart.eval.acceptance import RecallCounts
 from headstart.eval.page import decoder_name
 from headstart.eval.plots import figures
 from headstart.train import loop
 from headstart.train.loop import train
-from headstart.train.run_folder import read_run, read_status, run_folder
+from headstart.train.run_folder import read_run, read_status, run_folder, summary_text
 from headstart.train.tracking import log_report
 from tests.helpers.reports import usual
 from tests.helpers.runs import metrics, tiny_config
@@ -163,3 +164,18 @@ def test_summary_and_status_agree_with_the_metrics(root: Path) -> None:
     assert summary["best"]["step"] == view.best["step"]
     assert view.status["doing"] == "training"
     assert view.status["started"] <= view.status["ended"]
+
+
+def test_the_bar_and_a_validation_say_the_figures_of_their_row() -> None:
+    row = {"loss": 1.25, "batch_acceptance_length": 1.5, "rows": 64}
+    assert loop._status(row, 0.0, None) == "loss 1.250 accept 1.50 0 tok/s"
+    assert loop._status(row, 1.75, 2.5) == "loss 1.250 accept 1.50 held out 1.75 160 tok/s"
+    tops = RecallCounts.tops()
+    recall = {kind: {top: i / 8 for i, top in enumerate(tops)} for kind in ("argmax", "mass")}
+    found = {"acceptance_length": 1.5, "dense_acceptance_length": 1.625, "recall": recall}
+    shares = " / ".join(f"{i / 8:.3f}" for i in range(len(tops)))
+    assert summary_text({"acceptance_length": 1.5}) == "acceptance length 1.500"
+    assert summary_text(found) == (
+        f"acceptance length 1.500 (dense 1.625); in the top {' / '.join(tops)} clusters: the "
+        f"teacher's best token {shares}, its mass {shares}"
+    )
