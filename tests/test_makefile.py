@@ -56,7 +56,7 @@ def test_the_newest_cpu_build_of_the_usual_index_comes_first(tmp_path: Path) -> 
     ]  # fmt: skip
 
 
-def test_then_comes_the_index_that_the_install_page_names(tmp_path: Path) -> None:
+def test_the_index_that_the_install_page_names_comes_second(tmp_path: Path) -> None:
     said, asked = take_torch(tmp_path, "*index-url*")
     assert f"Took the newest CPU build of torch from {CPU_INDEX}" in said
     assert f"--index-url {CPU_INDEX} torch>=" in asked[-1]
@@ -64,13 +64,13 @@ def test_then_comes_the_index_that_the_install_page_names(tmp_path: Path) -> Non
     assert f'"{asked[-1].split()[-1]}"' in project, "the range of the project"
 
 
-def test_where_neither_has_one_the_usual_build_comes_and_is_said_to(tmp_path: Path) -> None:
+def test_the_usual_build_comes_last_and_is_announced(tmp_path: Path) -> None:
     said, asked = take_torch(tmp_path, "nothing")
     assert "taking the usual build" in said
     assert len(asked) == 5
 
 
-def test_one_that_is_there_stays(tmp_path: Path) -> None:
+def test_an_installed_torch_stays(tmp_path: Path) -> None:
     assert take_torch(tmp_path, "*", there=True) == ("", [])
 
 

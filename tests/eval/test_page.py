@@ -67,7 +67,7 @@ def test_the_page_is_well_formed_and_needs_nothing_but_itself() -> None:
     assert page(usual()) == text
 
 
-def test_what_a_prompt_or_a_name_holds_stays_text() -> None:
+def test_prompts_and_names_stay_text_in_the_page() -> None:
     content = usual()
     for result in content["results"]:
         result["head"] = result["head"] and HOSTILE

@@ -208,7 +208,7 @@ def test_a_report_of_another_target_is_refused(
     assert "of another target: this head was trained for others" in capsys.readouterr().err
 
 
-def test_what_reads_back_as_another_head_is_not_published(
+def test_a_folder_that_reads_back_as_another_head_is_not_published(
     finished_run: Path,
     hub: Hub,
     capsys: pytest.CaptureFixture[str],

@@ -148,7 +148,7 @@ def test_heads_small_models_and_decoders_are_compared_in_one_run(
         assert kept == "".join(tiny.tokenizer.decode([token]) for token in tokens)
 
 
-def test_what_cannot_be_compared_is_refused(tiny: Target, tmp_path: Path) -> None:
+def test_decoders_that_cannot_be_compared_are_refused(tiny: Target, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="exact needs a head"):
         run_evaluation(tiny, {}, settings(tmp_path, 1, decoders=["exact"]), tmp_path / "out")
     with pytest.raises(ValueError, match="draft-model and draft_models go together"):

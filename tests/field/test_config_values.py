@@ -49,7 +49,9 @@ def test_a_number_that_cannot_be_is_named_before_weights_are_read(
 @pytest.mark.parametrize(
     "changes", [{"top_k_experts": 0}, {"final_logit_softcapping": 30.0}, {"sliding_window": 8}]
 )
-def test_what_is_only_unused_or_right_is_taken(tmp_path: Path, changes: dict[str, Any]) -> None:
+def test_a_config_value_that_is_unused_or_right_is_taken(
+    tmp_path: Path, changes: dict[str, Any]
+) -> None:
     folder = configure(checkpoint(tmp_path / "target", family("gemma4")), **changes)
     assert torch.equal(logits(load_target(folder, "float32").model), logits(family("gemma4")))
 

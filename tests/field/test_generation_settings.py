@@ -91,7 +91,9 @@ def test_a_draft_model_drafts_by_its_own_logits(tmp_path: Path) -> None:
     )
 
 
-def test_what_is_left_out_is_said_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_setting_that_is_left_out_is_said_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     usual = {"do_sample": True, "temperature": 1.0, "top_k": 64, "top_p": 0.95, "num_beams": 1}
     load_target(saved_target(tmp_path / "usual", generation=usual), "float32")
     assert "left out" not in capsys.readouterr().out

@@ -51,7 +51,7 @@ def test_a_revision_keeps_its_spelling(text: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["null", "None", "~", ""])
-def test_nothing_is_none_where_a_setting_may_be_none(text: str) -> None:
+def test_an_empty_value_is_none_where_a_setting_may_be_none(text: str) -> None:
     assert setting(f"target.revision={text}") is None
     assert setting(f"data.store={text}") is None
 

@@ -31,7 +31,7 @@ def config_of(target: Target, **head: Any) -> Any:
         ("mlx", "gemma4", {"hidden_size": 24}, "multimodal"),
     ],
 )  # fmt: skip
-def test_what_an_engine_refuses_is_named(
+def test_a_head_that_an_engine_cannot_load_is_refused_by_name(
     engine: Engine, family: str, head: dict[str, Any], says: str
 ) -> None:
     target = make_target(family)
@@ -41,7 +41,7 @@ def test_what_an_engine_refuses_is_named(
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_what_every_engine_refuses_is_named(engine: Engine) -> None:
+def test_a_head_that_no_engine_can_load_is_refused_by_name(engine: Engine) -> None:
     target = make_target("gemma4-multimodal")
     config = config_of(target, hidden_size=24)
     assert obstacles(engine, config, target.model.config) == []

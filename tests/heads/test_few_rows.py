@@ -66,7 +66,7 @@ def test_layers_take_it_within_and_are_put_back() -> None:
     assert replaced(hooked) is theirs
 
 
-def test_it_is_tried_once_for_each_dtype() -> None:
+def test_the_quick_product_is_timed_once_for_each_dtype() -> None:
     is_quicker.cache_clear()
     first = is_quicker(torch.float32)
     assert is_quicker(torch.float32) == first

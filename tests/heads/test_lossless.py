@@ -130,7 +130,7 @@ def test_the_exact_decoder_samples_from_the_target(
     assert p_value(texts, model.table) > 0.01
 
 
-def test_the_stock_decoder_does_not() -> None:
+def test_the_stock_decoder_does_not_sample_from_the_target() -> None:
     """Its drafts are the head's argmax, which it treats as samples of the head's softmax. When this
     fails transformers has mended it: update docs/decoding.md. The exact decoder passes with the
     same head and as many draws."""

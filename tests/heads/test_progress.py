@@ -34,7 +34,7 @@ def test_a_log_says_what_is_done_how_fast_and_what_is_left(
     assert lines[-1].endswith("2,000 of 2,000, loss 1.00 accept 2.00")
 
 
-def test_what_was_done_before_is_no_speed_and_a_total_may_grow(
+def test_work_done_before_is_no_speed_and_a_total_may_grow(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     with progress_bar() as bar:

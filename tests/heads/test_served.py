@@ -150,7 +150,7 @@ def test_adapters_stay_whole_beside_int8_weights(tmp_path: Path) -> None:
     assert not torch.allclose(int8, states(quantization="torchao-int8"), atol=1e-3)
 
 
-def test_what_is_no_adapter_is_named(tmp_path: Path) -> None:
+def test_a_folder_that_is_no_adapter_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"empty does not go onto .*no adapter_model\.safetensors"):
         states(adapters=[str(tmp_path / "empty")])

@@ -14,7 +14,7 @@ from headstart.heads.target import Target
 
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("masked", [False, True])
-def test_it_is_the_stock_attention(rows: int, masked: bool) -> None:
+def test_attention_of_a_single_query_equals_the_stock_attention(rows: int, masked: bool) -> None:
     torch.manual_seed(0)
     layer: Any = torch.nn.Module()
     layer.num_key_value_groups = 4

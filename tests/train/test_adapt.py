@@ -96,7 +96,9 @@ def test_a_head_follows_its_target_and_goes_on_after_a_stop(
         adapt(asked(setting, held_out=9), out, QUICK, "cpu", [])
 
 
-def test_it_can_stop_at_what_was_lost(setting: tuple[Path, str], tmp_path: Path) -> None:
+def test_adapt_can_stop_when_the_loss_is_measured(
+    setting: tuple[Path, str], tmp_path: Path
+) -> None:
     a = asked(setting, measure_only=True, general=None)
     content = adapt(a, tmp_path / "out", QUICK, "cpu", ["headstart", "adapt"])
     assert content["adapted_acceptance_length"] is None
@@ -131,7 +133,7 @@ def test_the_headline_is_shares_of_accepted_tokens() -> None:
     assert "Chance" not in outcome(content)
 
 
-def test_what_loops_flattered_is_said() -> None:
+def test_the_advice_says_how_much_looping_texts_flatter() -> None:
     compared = compare_stages({
         "reference": {"domain": texts(10, 10, 6, looping=2)},
         "stale": {"domain": texts(4, 4, 4)},

@@ -10,7 +10,7 @@ from headstart.train.loop import train
 from tests.helpers.runs import tiny_config, weights
 
 
-def test_it_follows_the_weights_with_a_decay_that_grows_to_its_limit() -> None:
+def test_the_average_follows_the_weights_with_a_decay_that_grows_to_its_limit() -> None:
     weight = torch.nn.Parameter(torch.zeros(3))
     average = Average({"w": weight}, 0.5)
     expected = torch.zeros(3)

@@ -76,7 +76,7 @@ def test_a_head_overfitted_on_one_text_is_always_accepted_by_generate(
     assert acceptance_after_overfitting(make_target(family), tmp_path) == 1.0
 
 
-def test_so_is_one_that_drafts_through_learned_clusters_and_not_one_with_scrambled_ones(
+def test_learned_clusters_draft_the_overfitted_text_and_scrambled_ones_do_not(
     tmp_path: Path,
 ) -> None:
     """`generate` reads 6 of 20 clusters: the text is drafted only if order and centroids fit."""
@@ -91,7 +91,7 @@ def test_so_is_one_that_drafts_through_learned_clusters_and_not_one_with_scrambl
     assert counts.acceptance_rate < learned - 0.2
 
 
-def test_the_same_head_fails_when_the_pairing_is_shifted_by_one(tmp_path: Path) -> None:
+def test_an_overfitted_head_fails_when_the_pairing_is_shifted_by_one(tmp_path: Path) -> None:
     """x_{t+1} with h_{t+1} in place of h_t: the head learns to be the target's own LM head."""
     assert acceptance_after_overfitting(make_target("gemma3"), tmp_path, shift=1) < 0.9
 

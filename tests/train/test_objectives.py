@@ -196,7 +196,7 @@ def test_the_normaliser_over_the_vocabulary_follows_from_the_stored_tokens() -> 
     assert not torch.allclose(noisy, log_p[:, some], atol=1e-2)
 
 
-def test_what_each_objective_is_at_its_ends() -> None:
+def test_each_objective_has_its_known_values_at_its_ends() -> None:
     torch.manual_seed(0)
     log_p, log_q = ((2 * torch.randn(N, V)).log_softmax(-1) for _ in range(2))
     far = torch.full((1, V), -60.0)

@@ -49,7 +49,7 @@ def test_a_recipe_has_a_plan_that_fits_its_machine(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_so_has_its_warm_start_from_the_published_assistant(path: Path) -> None:
+def test_a_warm_start_from_the_published_assistant_has_a_plan(path: Path) -> None:
     name = load_config(path, GPU).target.name
     config = load_config(path, [*GPU, f"head.start={name}-assistant"])
     lines = plan(config)

@@ -93,9 +93,7 @@ def test_two_processes_with_half_the_batch_each_train_the_same_head(
     assert state["processes"] == 2
 
 
-def test_a_split_head_over_a_split_target_that_runs_inside_the_step_is_the_same_too(
-    alone: Path, tmp_path: Path
-) -> None:
+def test_a_split_head_over_a_split_target_trains_the_same_head(alone: Path, tmp_path: Path) -> None:
     """FSDP2 for the head, for the target as well, and no stored activations: every forward of the
     target takes both processes. Then one process goes on where the two stopped."""
     shared = [*TINY, *STEPS, "data.online=true", "target.sharded=true"]

@@ -196,7 +196,7 @@ def test_a_damaged_checkpoint_is_refused_by_name_and_the_one_before_it_offered(
     assert len(metrics(damaged)) == 24
 
 
-def test_where_no_checkpoint_is_whole_that_is_said(damaged: Path) -> None:
+def test_a_run_without_a_whole_checkpoint_is_refused(damaged: Path) -> None:
     for checkpoint in checkpoints(damaged / "checkpoints"):
         (checkpoint / "head.safetensors").unlink()
     with pytest.raises(ValueError, match="no earlier checkpoint is whole: name another folder"):

@@ -24,7 +24,7 @@ def rows_of(target: Target) -> Batch:
 
 
 @pytest.mark.parametrize("width", [NARROW, FULL])
-def test_it_starts_as_the_head_that_it_starts_from(
+def test_a_warm_head_starts_as_the_head_that_it_is_made_from(
     target: Target, tmp_path: Path, width: int | None
 ) -> None:
     folder = finished(target, tmp_path / "head", width)
