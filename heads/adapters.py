@@ -144,11 +144,14 @@ def _check_ranks(config: Mapping[str, Any], shapes: Sequence[Sequence[int]]) -> 
     """Raise `ValueError` where adapter_config.json says a rank that no weight of the file can have:
     peft makes room for it before it looks."""
     most = max((side for shape in shapes for side in shape), default=0)
-    for rank in (config.get("r"), *(config.get("rank_pattern") or {}).values()):
-        if isinstance(rank, int | float) and rank > most:
+    ranks = [config.get("r"), *(config.get("rank_pattern") or {}).values()]
+    sides = [("rank", rank) for rank in ranks]
+    sides += [(key, config.get(key)) for key in ("num_vectors", "vector_length", "n_frequency")]
+    for key, side in sides:
+        if isinstance(side, int | float) and side > most:
             raise ValueError(
-                f"{CONFIG} says rank {rank:,}, and no side of its weights is longer than {most:,}: "
-                "both files are of different trainings; copy both from one"
+                f"{CONFIG} says {key} {side:,}, and no side of its weights is longer than "
+                f"{most:,}: both files are of different trainings; copy both from one"
             )
 
 
