@@ -94,6 +94,8 @@ def _config(folder: Path, merge: bool) -> dict[str, Any]:
             "it learns a prompt, and no weights that a head could follow: tune with LoRA instead"
         )
     config: dict[str, Any] = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    if kind.peft_type == "XLORA":  # peft would read these from wherever it says, the Hub too
+        raise ValueError("it mixes other adapters that it names: give each as an adapter")
     if config.get("lora_bias") and merge:
         raise ValueError(
             "its layers have a bias (lora_bias), for which the target's have no place: keep it "
