@@ -2,7 +2,9 @@
 call has a time limit.
 """
 
+import faulthandler
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -50,11 +52,16 @@ class TooSlow(RuntimeError):
     """Somebody's template or pattern did not come to its end in time."""
 
 
+GRACE = 10.0  # seconds after which what heeds no signal is ended
+
+
 @contextmanager
 def time_limit(seconds: float, what: str) -> Iterator[None]:
     """Within, work that takes longer is broken off, a regular expression in its midst too.
 
-    Signals reach the main thread alone: in another one there is no limit.
+    Some steps of Python heed no signal, as comparing lists of lists of lists: `GRACE` later they
+    end the process, with a traceback. Signals reach the main thread alone: in another one there is
+    no limit.
 
     Args:
         seconds: of wall time.
@@ -72,9 +79,12 @@ def time_limit(seconds: float, what: str) -> Iterator[None]:
 
     before = signal.signal(signal.SIGALRM, stop)
     outer = signal.setitimer(signal.ITIMER_REAL, seconds)
+    if sys.__stderr__ is not None:
+        faulthandler.dump_traceback_later(seconds + GRACE, exit=True, file=sys.__stderr__)
     try:
         yield
     finally:
+        faulthandler.cancel_dump_traceback_later()
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
         signal.setitimer(signal.ITIMER_REAL, *outer)

@@ -350,21 +350,30 @@ class AnswerServer:
             yield
         except (APIConnectionError, APIStatusError) as error:
             status = error.status_code if isinstance(error, APIStatusError) else None
-            if status in (401, 403):  # what a server says of a key may quote it
+            if status in (401, 403):
                 raise ValueError(self._refused_key()) from None
             if isinstance(error, APIStatusError) and "location" in error.response.headers:
-                there = urljoin(f"{self.url}/", error.response.headers["location"])
+                there = urljoin(
+                    f"{self.url}/", self._without_key(error.response.headers["location"])
+                )
                 raise ValueError(
                     f"{self.url} redirects to {there!r}, which is not followed: if you trust it, "
                     "name it by --server"
                 ) from error
             said = error.body.get("message") if isinstance(error.body, dict) else error.body
-            reason = " ".join(str(said or error.__cause__ or error).split())[:400]
+            reason = " ".join(self._without_key(str(said or error.__cause__ or error)).split())[
+                :400
+            ]
             if status is None or status >= 500 or status in (408, 409, 429):
                 raise RuntimeError(
                     f"{self.url} gave no answer in {MAX_RETRIES + 1} attempts ({reason}). {KEPT}"
                 ) from error
             raise ValueError(f"{self.url} refuses with HTTP {status}: {reason}") from error
+
+    def _without_key(self, said: str) -> str:
+        """What a server says, which may quote the key that it was sent."""
+        key = os.environ.get(self.key_variable)
+        return said.replace(key, "(the key)") if key else said
 
     def _refused_key(self) -> str:
         if os.environ.get(self.key_variable):

@@ -14,7 +14,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from headstart.common.console import progress_bar, say
-from headstart.common.files import open_own, write_atomically
+from headstart.common.files import open_own, put_back, write_atomically
 from headstart.configs.loader import load_saved
 from headstart.configs.schema import DataConfig
 from headstart.data.conversations import template_variables
@@ -88,7 +88,9 @@ def asked_by_heads(heads: Sequence[str]) -> Asked:
 
 
 def _asked(head: str) -> Asked | None:
-    path, folder = _config(head), Path(split_pair(head)[0])
+    folder = Path(split_pair(head)[0])
+    put_back(folder)
+    path = _config(head)
     noted = None
     if path is None or (folder / "config.json").is_file():
         noted = noted_variables(load_assistant_config(head))

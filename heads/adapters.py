@@ -94,6 +94,8 @@ def _config(folder: Path, merge: bool) -> dict[str, Any]:
             "it learns a prompt, and no weights that a head could follow: tune with LoRA instead"
         )
     config: dict[str, Any] = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    if kind.peft_type == "XLORA":  # peft would read these from wherever it says, the Hub too
+        raise ValueError("it mixes other adapters that it names: give each as an adapter")
     if config.get("lora_bias") and merge:
         raise ValueError(
             "its layers have a bias (lora_bias), for which the target's have no place: keep it "
@@ -144,11 +146,14 @@ def _check_ranks(config: Mapping[str, Any], shapes: Sequence[Sequence[int]]) -> 
     """Raise `ValueError` where adapter_config.json says a rank that no weight of the file can have:
     peft makes room for it before it looks."""
     most = max((side for shape in shapes for side in shape), default=0)
-    for rank in (config.get("r"), *(config.get("rank_pattern") or {}).values()):
-        if isinstance(rank, int | float) and rank > most:
+    ranks = [config.get("r"), *(config.get("rank_pattern") or {}).values()]
+    sides = [("rank", rank) for rank in ranks]
+    sides += [(key, config.get(key)) for key in ("num_vectors", "vector_length", "n_frequency")]
+    for key, side in sides:
+        if isinstance(side, int | float) and side > most:
             raise ValueError(
-                f"{CONFIG} says rank {rank:,}, and no side of its weights is longer than {most:,}: "
-                "both files are of different trainings; copy both from one"
+                f"{CONFIG} says {key} {side:,}, and no side of its weights is longer than "
+                f"{most:,}: both files are of different trainings; copy both from one"
             )
 
 

@@ -41,6 +41,10 @@ def licence_of(target_config: Any, served: TargetConfig) -> dict[str, str]:
     if isinstance(found, dict):
         return found
     if served.name.startswith(GOOGLES):
+        say(
+            f"{found}: the card says Apache 2.0, as those of Google's own Gemma 4; --license NAME "
+            "says otherwise"
+        )
         return APACHE
     say(f"{found}: the card says that its licence is unknown; --license NAME says what it is")
     return {"license": "unknown"}

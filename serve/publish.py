@@ -12,7 +12,13 @@ from huggingface_hub import ModelCard
 from rich.table import Table
 
 from headstart.common.console import plain_console, say
-from headstart.common.files import check_empty, drop_remote_code, refuse_link, whole_folder
+from headstart.common.files import (
+    check_empty,
+    drop_remote_code,
+    put_back,
+    refuse_link,
+    whole_folder,
+)
 from headstart.configs.loader import load_saved, save_config
 from headstart.configs.schema import Config, TargetConfig
 from headstart.eval.compare import read_report
@@ -83,6 +89,13 @@ class _Run:
 
     def config(self) -> Config:
         """The resolved configuration of the training."""
+        for inner in (self.training, self.head, self.head / ADAPTER):
+            if inner != self.folder and inner.is_symlink():
+                raise ValueError(
+                    f"{inner} is a link, behind which may be what is not to be published: put a "
+                    "copy in its place"
+                )
+        put_back(self.head)
         if not (self.head / "config.json").is_file():
             raise ValueError(f"{self.folder} holds no finished head: {self.head} is missing")
         return load_saved(self.training / "config.yaml")
@@ -159,8 +172,9 @@ def build_folder(what: Publication, out: Path) -> list[Path]:
         if base_head is not None:
             _copy_adapter(run.head / ADAPTER, work, base_head)
         else:
-            _copy_head(run.head, work, names)
+            _copy(run.head, work, HEAD_FILES)
             tokenizer.save_pretrained(work)
+        _shorten_paths(work, names)
         save_config(config, work / SETTINGS)
         (work / EVALUATION).mkdir()
         write_report(report, work / EVALUATION)
@@ -288,12 +302,31 @@ def _load_target(t: TargetConfig) -> tuple[Any, Any]:
     """The configuration and the tokenizer of a target."""
     try:
         tokenizer = load_target_tokens(t).tokenizer
+        _check_tokenizer_files(tokenizer)
         return load_target_config(t.name, t.revision, t.trust_remote_code), tokenizer
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{' '.join(str(error).split())}. If the target of the run was moved, say where it is "
             "now: --target DIR, and --adapter DIR for each adapter"
         ) from error
+
+
+def _check_tokenizer_files(tokenizer: Any) -> None:
+    """Raise `ValueError` where a tokenizer's folder has a link that leads out of it: a chat
+    template, which is published, may be any file of the user's then."""
+    if not tokenizer.name_or_path:  # a built-in one
+        return
+    folder = Path(tokenizer.name_or_path).resolve()
+    blobs = folder.parent.parent / "blobs"  # of the Hub's cache, where all files are links there
+    inside = sorted(folder.iterdir()) if folder.is_dir() else []
+    more = [below for path in inside if path.is_dir() for below in path.glob("*.jinja")]
+    for path in [*inside, *more]:
+        real = path.resolve()
+        known = real.is_relative_to(folder) or real.parent == blobs
+        if path.suffix in (".json", ".jinja", ".model") and not known:
+            raise ValueError(
+                f"{path} is a link to {real}, which would be published: put a copy in its place"
+            )
 
 
 def _public_names(
@@ -368,12 +401,12 @@ def left_out(run: Path) -> list[str]:
     return found
 
 
-def _copy_head(head: Path, work: Path, names: dict[str, str]) -> None:
-    """A whole head; its config.json notes the target that it was trained for by its public name."""
-    _copy(head, work, HEAD_FILES)
-    path = work / "config.json"
-    content = without_paths(json.loads(path.read_text(encoding="utf-8")), names)
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+def _shorten_paths(work: Path, names: dict[str, str]) -> None:
+    """No path of this machine stays in what configures head, adapter and tokenizer: a head's notes
+    the target that it was trained for, a tokenizer's whatever its trainer put there."""
+    for path in work.glob("*config.json"):
+        content = without_paths(json.loads(path.read_text(encoding="utf-8")), names)
+        path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _copy_told(run: _Run, folder: Path, names: dict[str, str]) -> None:

@@ -246,7 +246,8 @@ def plot_adaptation(content: dict[str, Any], path: Path) -> None:
         for category in found["stale"]["categories"]:
             own = {s: found[s]["categories"].get(category) for s in stages}
             groups.append((f"{kind}: {category}", {s: one for s, one in own.items() if one}))
-    with style.context(STYLE | {"figure.facecolor": "white", "axes.facecolor": "white"}):
+    white = {"figure.facecolor": "white", "axes.facecolor": "white"}
+    with style.context(["default", STYLE | white]):
         size = (9.0, 1.2 + 0.22 * len(groups) * len(stages))
         figure = Figure(figsize=size, layout="constrained")
         axes = figure.subplots()

@@ -13,6 +13,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from matplotlib import style
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
@@ -40,6 +41,7 @@ from headstart.train.checkpoints import check_checkpoint, checkpoint_config, che
 CONFIG = "config.yaml"
 STATUS = "status.json"
 METRICS = "metrics.jsonl"
+OF_A_HEAD = ("*.json", "*.safetensors", "adapter")  # names in a head's folder
 _NO_DIFFERENCE = (
     "run.dir", "data.cache_dir", "target.sharded", "train.activation_checkpointing",
     "train.compile", "train.checkpoint_every", "train.keep_checkpoints",
@@ -145,12 +147,13 @@ def open_run(config: Config, resume: bool, processes: int) -> None:
 
     Raises:
         RunRefused: there is a checkpoint and `resume` is off, or the newest one was written by a
-            configuration that trains something else.
+            configuration that trains something else; or what is to be replaced is of no run.
         ValueError: the newest one is damaged, or a folder to write to is a link.
     """
     run = config.run.dir
     for ours in ("checkpoints", "head", METRICS):
         refuse_link(run / ours)
+    _check_ours(run)
     for folder in (run, run / "checkpoints"):
         remove_left_behind(folder, PART)
     if saved := checkpoints(run / "checkpoints"):
@@ -167,6 +170,24 @@ def open_run(config: Config, resume: bool, processes: int) -> None:
                 "run.dir=PATH"
             )
     write_atomically(run / CONFIG, dump_config(config))
+
+
+def _check_ours(run: Path) -> None:
+    """Raise `RunRefused` where a run would replace what is of none: a source folder called `head`,
+    the config.yaml of another program."""
+    beside = sorted((run / "head").iterdir()) if (run / "head").is_dir() else []
+    odd = [path for path in beside if not any(map(path.match, OF_A_HEAD))]
+    if (run / CONFIG).is_file():
+        try:
+            ours = read_yaml(run / CONFIG, Config).keys() <= Config.model_fields.keys()
+        except ValueError:
+            ours = False
+        if not ours:
+            odd.append(run / CONFIG)
+    if odd:
+        raise RunRefused(
+            f"{odd[0]} is of no run and would be lost: name another folder, run.dir=PATH"
+        )
 
 
 def what_differs(earlier: Config, its_processes: int, now: Config, processes: int) -> str:
@@ -416,6 +437,7 @@ def _facts(view: RunView) -> dict[str, str]:
     return facts
 
 
+@style.context("default")  # not what a matplotlibrc in the current folder says
 def plot_run(folder: Path) -> Path:
     """Draw loss and acceptance over the steps of a run into `progress.png`; returns its path.
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib import style
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
@@ -200,6 +201,7 @@ def print_sweep(content: dict[str, Any], console: Console | None = None) -> None
     (console or plain_console()).print(table)
 
 
+@style.context("default")  # not what a matplotlibrc in the current folder says
 def plot_sweep(content: dict[str, Any], path: Path) -> None:
     """Draw how far each run is from the first, with the interval of that, a panel a store."""
     results, stores = content["results"], list(content["judged_on"])

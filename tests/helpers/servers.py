@@ -118,6 +118,8 @@ class Stranger:
         """Of each request, their names in lower case."""
         self.redirect: str | None = None
         self.status = 200
+        self.quotes = False
+        """Whether its errors hold the key that it was sent."""
         self.url = ""
 
     @property
@@ -142,6 +144,8 @@ def stranger() -> Iterator[Stranger]:
 
         def reply(self, content: dict[str, Any]) -> None:
             state.headers.append({k.lower(): v for k, v in self.headers.items()})
+            if state.quotes:
+                content = {"message": f"no such thing: {self.headers['authorization']}"}
             if state.redirect is None:
                 self.send(state.status, content)
             else:

@@ -225,3 +225,24 @@ def test_an_engine_is_installed_from_the_users_index_of_wheels_alone(
 def test_what_an_engine_consists_of_is_one_version(engine: Engine) -> None:
     for requirement in REQUIREMENTS[engine]:
         assert re.fullmatch(r"[\w.-]+(\[\w+\])?==[\d.]+\d", requirement), requirement
+
+
+def test_a_matplotlibrc_of_the_current_folder_draws_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may have every text go through LaTeX, which reads whatever file its preamble names."""
+    (tmp_path / "run").mkdir()
+    status = {"state": "finished", "doing": "training", "started": "2026-01-01T00:00:00+00:00"}
+    row = {"step": 1, "loss": 1.0, "batch_acceptance_length": 1.0}
+    (tmp_path / "run" / "status.json").write_text(json.dumps(status))
+    (tmp_path / "run" / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    (tmp_path / "matplotlibrc").write_text("text.usetex: True\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", "")  # no LaTeX
+    headstart_command = Path(sys.executable).with_name("headstart")
+    done = subprocess.run(
+        [sys.executable, headstart_command, "runs", "show", "run"],
+        capture_output=True, text=True, timeout=100,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "run" / "progress.png").is_file()

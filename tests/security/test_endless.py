@@ -7,6 +7,8 @@ import gzip
 import json
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +32,7 @@ from headstart.data.marks import refuse_marks
 from headstart.data.prompts import prompt_of
 from headstart.data.sources import Place, read_rows
 from headstart.data.templates import encode_prompt
+from headstart.heads.adapters import add_adapters
 from headstart.heads.assistant import build_assistant
 from headstart.heads.loading import load_target, load_target_config, load_target_tokens
 from headstart.heads.saving import load_assistant, save_assistant
@@ -378,3 +381,28 @@ def test_an_adapter_within_the_folder_of_a_head_is_not_added_untold(
         (tmp_path / "head" / name).write_bytes((Path(own) / name).read_bytes())
     with pytest.raises(ValueError, match=r"head.*adapter_config\.json"):
         load_assistant(tmp_path / "head", whole.table.dtype)
+
+
+def test_a_template_within_one_step_of_python_is_ended_too() -> None:
+    """While lists are compared no signal is heeded."""
+    lists = "[[[0] * 9999] * 9999] * 9999"
+    script = (
+        "from headstart.common import signals\n"
+        "from headstart.heads import tokens\n"
+        "from headstart.heads.tiny import byte_tokenizer\n"
+        "tokens.RENDERED_IN = signals.GRACE = 1.0\n"
+        f"template = '{{{{ {lists} == {lists} }}}}'\n"
+        "tokens.render_chat(byte_tokenizer(), template, {}, [{'role': 'user', 'content': 'a'}])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=100)
+    assert done.returncode == 1
+    assert b"Timeout" in done.stderr
+
+
+def test_a_bank_of_vectors_that_no_file_holds_is_not_made(tmp_path: Path) -> None:
+    folder, _ = adapter(tmp_path / "adapter", family("gemma4"))
+    bank = {"peft_type": "VBLORA", "r": 2, "num_vectors": 10**8, "vector_length": 4}
+    kept = {"target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
+    (Path(folder) / "adapter_config.json").write_text(json.dumps(bank | kept))
+    with pytest.raises(ValueError, match="num_vectors 100,000,000"):
+        add_adapters(family("gemma4"), [folder], merge=True)

@@ -18,7 +18,7 @@ from headstart.heads.target import Target
 from headstart.serve import publish
 from headstart.serve.publish import Publication, build_folder
 from headstart.train.checkpoints import checkpoints
-from headstart.train.run_folder import open_run
+from headstart.train.run_folder import RunRefused, open_run
 from tests.helpers.runs import tiny_config
 
 GONE = f"{children.HOST}.4194399.0123abcd"  # a process that there is not: ids end before
@@ -164,3 +164,14 @@ def test_half_written_files_of_a_living_process_survive_another_at_work(tmp_path
 def test_names_of_the_time_being_tell_process_and_machine() -> None:
     name = own_name("head", PART)
     assert name == f"head.{children.HOST}.{os.getpid()}.{children.TOKEN}.part"
+
+
+@pytest.mark.parametrize("name", ["head/main.py", "config.yaml"])
+def test_a_run_replaces_nothing_that_is_of_no_run(name: str, tmp_path: Path) -> None:
+    """The folder of a project: its `head` was deleted when the training had one to write."""
+    theirs = tmp_path / name
+    theirs.parent.mkdir(exist_ok=True)
+    theirs.write_text("mine: 1\n")
+    with pytest.raises(RunRefused, match="main" if "main" in name else "config"):
+        open_run(tiny_config(tmp_path), resume=False, processes=1)
+    assert theirs.read_text() == "mine: 1\n"

@@ -107,3 +107,23 @@ def test_a_server_that_wants_a_key_is_told_by_which_variable_it_gets_one(
     said = capsys.readouterr().err
     assert KEY in said
     assert "--api-key-env OPENAI_API_KEY" in said
+
+
+@pytest.mark.parametrize("how", ["message", "redirect"])
+def test_a_key_that_a_server_quotes_is_not_printed(
+    how: str,
+    server: Stranger,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """With another status than 401 and 403."""
+    monkeypatch.setenv(KEY, "its-own-key")
+    if how == "redirect":
+        server.redirect = "http://127.0.0.1:9/login?key=its-own-key&next="
+    else:
+        server.status, server.quotes = 400, True
+    assert regenerate(server.url, tmp_path) == 1
+    said = capsys.readouterr()
+    assert "127.0.0.1" in said.err
+    assert "its-own-key" not in said.out + said.err

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 
 from headstart.common.files import (
     alone_in,
@@ -18,9 +19,10 @@ from headstart.common.files import (
 )
 from headstart.data.store import ActivationStore
 from headstart.eval.measurements import Measurements
+from headstart.heads.loading import load_target_config
 from headstart.train.checkpoints import check_checkpoint
 from headstart.train.run_folder import append_metrics, find_runs, open_run, read_status, run_folder
-from tests.helpers.checkpoints import checkpoint
+from tests.helpers.checkpoints import checkpoint, family
 from tests.helpers.runs import tiny_config
 
 KEPT = "what the user wrote"
@@ -174,3 +176,15 @@ def test_an_index_of_weights_that_names_a_path_is_refused(tmp_path: Path) -> Non
     (tmp_path / "target" / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(ValueError, match=r"index\.json"):
         load_target_config(folder)
+
+
+def test_an_index_of_any_length_names_files_of_its_own_folder_alone(tmp_path: Path) -> None:
+    """A padded one was passed over, and the weights outside were read."""
+    folder = Path(checkpoint(tmp_path / "target", family("gemma4")))
+    keys = load_file(folder / "model.safetensors").keys()
+    (folder / "model.safetensors").rename(tmp_path / "outside.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(keys, "../outside.safetensors")}
+    text = " " * 2**20 + json.dumps(index)
+    (folder / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(ValueError, match="outside"):
+        load_target_config(str(folder))

@@ -10,13 +10,17 @@ import torch
 from headstart.common import files
 from headstart.common.children import HOST
 from headstart.common.files import whole_file, whole_folder
+from headstart.configs.loader import save_config
 from headstart.configs.schema import HeadConfig
+from headstart.eval.measurements import asked_by_heads
 from headstart.heads.assistant import build_assistant
 from headstart.heads.loading import load_target
 from headstart.heads.saving import load_assistant, save_assistant
 from headstart.heads.target import Target
 from headstart.heads.tiny import byte_tokenizer, tiny_target
+from headstart.serve import publish
 from tests.helpers.checkpoints import checkpoint
+from tests.helpers.runs import tiny_config
 
 
 class Crash(BaseException):
@@ -127,3 +131,19 @@ def test_the_disk_knows_the_name_of_a_new_file(
     with whole_file(tmp_path / "index.json") as work:
         work.write_text("{}")
     assert synced == ["index.json", tmp_path.name]
+
+
+def test_a_head_that_a_crash_left_aside_is_found_by_all_that_ask_for_it(tmp_path: Path) -> None:
+    """publish saw no finished head, and an evaluation not how the head was asked."""
+    run = tmp_path / "run"
+    run.mkdir()
+    save_config(tiny_config(run), run / "config.yaml")
+    aside = run / f".head.{HOST}.4194399.0123abcd.earlier"
+    write(aside, "first")
+    (aside / "config.json").write_text("{}")
+    publish._Run(run).config()
+    assert (run / "head" / "x").read_text() == "first"
+    (run / "head").rename(aside)
+    with pytest.raises(ValueError, match="head"):  # it is none: but it was looked at
+        asked_by_heads([str(run / "head")])
+    assert (run / "head" / "x").read_text() == "first"

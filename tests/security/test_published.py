@@ -126,3 +126,45 @@ def test_a_published_head_turns_on_no_code_of_a_strangers(folder: Path, tmp_path
     assert publish(folder, tmp_path / "out") == 0
     published = load_config(tmp_path / "out" / "training_config.yaml")
     assert published.target.trust_remote_code is False
+
+
+def test_a_link_in_the_folder_of_a_tokenizer_is_not_published(
+    work: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What it led to went out as the chat template."""
+    target = Path(shutil.copytree(work / CLIENT / "model", tmp_path / "model"))
+    (tmp_path / "id_rsa").write_text(SECRET)
+    for name in ("chat_template.jinja", "additional_chat_templates/other.jinja"):
+        link = target / name
+        link.parent.mkdir(exist_ok=True)
+        link.symlink_to(tmp_path / "id_rsa")
+        where = ["--target", str(target), "--adapter", str(work / CLIENT / "lora")]
+        command = ["publish", str(folder), *PUBLISH, "--dry-run", "--out", str(tmp_path / "out")]
+        assert main([*command, *where]) == 1
+        assert link.name in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
+        link.unlink()
+
+
+def test_a_folder_of_a_head_that_is_a_link_is_not_published(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "head").rename(tmp_path / "private")
+    (folder / "head").symlink_to(tmp_path / "private")
+    assert publish(folder, tmp_path / "out") == 1
+    assert "head is a link" in capsys.readouterr().err
+
+
+def test_paths_that_a_tokenizer_notes_are_not_published(
+    work: Path, folder: Path, tmp_path: Path
+) -> None:
+    """As trainers leave them in tokenizer_config.json."""
+    target = Path(shutil.copytree(work / CLIENT / "model", tmp_path / "model"))
+    path = target / "tokenizer_config.json"
+    noted = {"trained_on": f"/mnt/{CLIENT}/rows.jsonl", "how": {"by": f"/mnt/{CLIENT}/train.py"}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | noted))
+    where = ["--target", str(target), "--adapter", str(work / CLIENT / "lora")]
+    out = tmp_path / "out"
+    assert main(["publish", str(folder), *PUBLISH, "--dry-run", "--out", str(out), *where]) == 0
+    assert held(out, CLIENT) == []
+    assert json.loads((out / path.name).read_text())["how"] == {"by": "train.py"}

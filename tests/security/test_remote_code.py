@@ -11,11 +11,12 @@ import torch
 from headstart.cli.main import main
 from headstart.configs.schema import TargetConfig
 from headstart.heads import loading
+from headstart.heads.adapters import add_adapters
 from headstart.heads.loading import check_target, load_target, load_target_config
 from headstart.heads.saving import load_assistant, load_assistant_config
 from headstart.heads.tiny import byte_tokenizer
 from headstart.serve.engines import export_for_engine
-from tests.helpers.checkpoints import checkpoint, configure, family, make_adapter
+from tests.helpers.checkpoints import adapter, checkpoint, configure, family, make_adapter
 from tests.helpers.heads import NARROW, finished
 
 CODE = """
@@ -140,3 +141,14 @@ def test_a_checkpoint_brings_no_kernels_of_the_hub(where: str, tmp_path: Path) -
     configure(folder, attn_implementation="some-org/evil-attention")
     with pytest.raises(ValueError, match="attn_implementation"):
         load(folder)
+
+
+def test_an_adapter_that_names_others_brings_none_of_them(tmp_path: Path) -> None:
+    """peft asked the Hub for them."""
+    folder, _ = adapter(tmp_path / "adapter", family("gemma4"))
+    mixed = {"peft_type": "XLORA", "hidden_size": 8, "adapters": {"0": "some-org/evil-adapter"}}
+    (Path(folder) / "adapter_config.json").write_text(json.dumps(mixed))
+    model = family("gemma4")
+    model.config.use_cache = False  # as X-LoRA wants it
+    with pytest.raises(ValueError, match="mixes other adapters"):
+        add_adapters(model, [folder], merge=True)
