@@ -21,12 +21,13 @@ from transformers import (
 )
 
 from headstart.common import machine
+from headstart.common.children import temporary_folder
 from headstart.common.console import phase, say
 from headstart.common.files import cache_dir, file_sha256
 from headstart.common.processes import join_processes
 from headstart.common.versions import check_transformers
 from headstart.configs.schema import Quantization, TargetConfig
-from headstart.heads.adapters import add_adapters, fitting_adapter, tokenizer_folder
+from headstart.heads.adapters import add_adapters, fit_adapter, tokenizer_folder
 from headstart.heads.admission import (
     check_file,
     check_files,
@@ -245,9 +246,9 @@ def check_target(t: TargetConfig) -> None:
     config = load_target_config(t.name, t.revision, t.trust_remote_code)
     with torch.device("meta"):  # no memory: of the weights only their names and shapes count
         model = SUPPORTED[config.model_type](config)
-    for adapter in t.adapters:
-        with fitting_adapter(adapter, model, t.merge_adapters):
-            pass
+    with temporary_folder() as work:
+        for number, adapter in enumerate(t.adapters):
+            fit_adapter(adapter, model, t.merge_adapters, work / str(number))
 
 
 def load_target_tokens(t: TargetConfig) -> TargetTokens:
