@@ -6,7 +6,8 @@ import re
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from datetime import timedelta
 from typing import Any, TextIO
 
 from accelerate import PartialState
@@ -54,13 +55,10 @@ def progress_bar() -> Progress:
 
 def _log_seconds() -> float:
     text = os.environ.get(LOG_SECONDS, "30")
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = 0.0
-    if not 0 < seconds < threading.TIMEOUT_MAX:
-        raise ValueError(f"{LOG_SECONDS}={text!r} is no number of seconds above 0")
-    return seconds
+    with suppress(ValueError):
+        if 0 < (seconds := float(text)) < threading.TIMEOUT_MAX:
+            return seconds
+    raise ValueError(f"{LOG_SECONDS}={text!r} is no number of seconds above 0")
 
 
 class _Words(TextColumn):
@@ -123,20 +121,16 @@ class LogProgress(Progress):
 
     def _close(self, task_id: TaskID, how: str = "ended") -> None:
         self.running.discard(task_id)
-        self._print(task_id, f"{how} after {_duration(self._tasks[task_id].elapsed or 0.0)}")
+        self._print(task_id, f"{how} after {_duration(self._tasks[task_id].elapsed)}")
 
     def _print(self, task_id: TaskID, what: str = "") -> None:
         print(progress_line(self._tasks[task_id], what), flush=True)
 
 
 def progress_line(task: Task, what: str) -> str:
-    """One line of a log: what is done of what, how fast, the time left, and the task's status.
-
-    Args:
-        task: with its samples so far.
-        what: happens to it; empty: it goes on.
-    """
-    parts = [what or f"{_duration(task.elapsed or 0.0)} so far"]
+    """One line of a log: what is done of what, how fast, the time left, and the task's status;
+    `what` happens to it, or nothing: it goes on."""
+    parts = [what or f"{_duration(task.elapsed)} so far"]
     if task.total is not None and task.total != 1:
         parts.append(f"{task.completed:,.0f} of {task.total:,.0f}")
     elif task.completed > 1:
@@ -149,10 +143,8 @@ def progress_line(task: Task, what: str) -> str:
     return one_line(f"{task.description}: {', '.join(filter(None, parts))}")
 
 
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}"
+def _duration(seconds: float | None) -> str:
+    return str(timedelta(seconds=round(seconds or 0)))
 
 
 @contextmanager

@@ -223,53 +223,37 @@ def _opened(folder: Path, flags: int) -> Iterator[int]:
 
 
 @contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """Work in a folder while other processes that would do so wait.
+def alone_in(folder: Path, other: str | None = None) -> Iterator[None]:
+    """Work in a folder, made where it is missing, while other processes that would do so wait.
 
     What a killed process left half-written there is cleared away. The lock goes with the process
     that holds it, however that ends.
 
-    Raises:
-        ValueError: the lock is a link, or no file.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with _opened(folder, os.O_RDWR | os.O_CREAT) as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            waiting = one_line(f"{folder}: another process works there, waiting for it")
-            print(waiting, file=sys.stderr)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        remove_left_behind(folder, WORK)
-        yield
-
-
-@contextmanager
-def only_one_in(folder: Path, other: str = "run.dir=PATH") -> Iterator[None]:
-    """Work in a folder unless another process does.
-
     Args:
-        folder: made where it is missing.
-        other: how to name another folder.
+        folder: to work in.
+        other: how to name another folder, where this process is not to wait for another one.
 
     Raises:
-        ValueError: it does; or the lock is a link, or no file.
+        ValueError: the lock is a link, or no file; or another process works there, with `other`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with _opened(folder, os.O_RDWR | os.O_CREAT) as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise ValueError(
-                f"another process works in {folder}: wait for its end, or name another folder, "
-                f"{other}"
-            ) from error
+            busy = f"another process works in {folder}"
+            if other is not None:
+                raise ValueError(
+                    f"{busy}: wait for its end, or name another folder, {other}"
+                ) from error
+            print(one_line(f"{busy}, waiting for it"), file=sys.stderr)
+            fcntl.flock(lock, fcntl.LOCK_EX)
         remove_left_behind(folder, WORK)
         yield
 
 
 def is_held(folder: Path) -> bool:
-    """Whether a process works in a folder, by `alone_in` or `only_one_in`.
+    """Whether a process works in a folder, by `alone_in`.
 
     Raises:
         ValueError: the lock is a link, or no file.

@@ -119,10 +119,12 @@ def placed_like(values: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
 def whole_weights(model: torch.nn.Module) -> Iterator[None]:
     """Within, each process has all weights of `model`, so that it can run it or save it alone."""
     split = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    for module in split:
-        module.set_reshard_after_forward(False, recurse=False)
-        module.unshard()
-    yield
-    for module in split:
-        module.reshard()
-        module.set_reshard_after_forward(module is not model, recurse=False)
+    try:
+        for module in split:
+            module.set_reshard_after_forward(False, recurse=False)
+            module.unshard()
+        yield
+    finally:
+        for module in split:
+            module.reshard()
+            module.set_reshard_after_forward(module is not model, recurse=False)

@@ -21,9 +21,6 @@ ALL_ROWS: dict[str, Any] = {"logits_to_keep": None} if CUTS_ROWS else {}
 """Keywords for a head's text model over several rows, which it is not to cut: that fails in a model
 without inputs per layer (docs/upstream.md)."""
 
-GROUPS_MASKED_QUERIES = INSTALLED.release >= (5, 23)
-"""Whether query heads that share a key head are grouped under a mask (heads/cpu_kernels.py)."""
-
 
 def skips_prefill(config: Any) -> bool:
     """Whether plain decoding of a target runs on a part of the prompt alone in some layers.
@@ -63,27 +60,16 @@ def check_rows(rows: int, tokens: int) -> None:
 
 
 def check_transformers() -> None:
-    """Raise early where the assistant classes are not known to work.
+    """Raise `RuntimeError`, with the command that installs another release, where the assistant
+    classes are not known to work.
 
-    Raises:
-        RuntimeError: the installed transformers is outside the tested range; the message says
-            what fails there and which command installs a release that works.
+    Before 5.20 assisted generation refuses Gemma 4 assistants or misaligns them. In 5.23 they
+    cannot be built (ValueError in kv_sharing_modes), and targets without KV sharing return no
+    shared_kv_states.
     """
-    if SpecifierSet(TESTED).contains(INSTALLED, prereleases=True):
-        return
-    if Version("5.20") > INSTALLED:
-        reason = "before 5.20 assisted generation refuses Gemma 4 assistants or misaligns them"
-    elif Version("5.24") > INSTALLED:
-        reason = (
-            "in 5.23 Gemma4AssistantForCausalLM cannot be built (ValueError in kv_sharing_modes) "
-            "and targets without KV sharing return no shared_kv_states"
+    if not SpecifierSet(TESTED).contains(INSTALLED, prereleases=True):
+        raise RuntimeError(
+            f"transformers {INSTALLED} is outside the tested range {TESTED}: draft heads cannot be "
+            "built there, or what they are trained on may differ without an error. "
+            f"Run: pip install 'transformers{TESTED}'"
         )
-    else:
-        reason = (
-            "it is newer than any release that Headstart was tested with, and what a head is "
-            "trained on may differ there without an error"
-        )
-    raise RuntimeError(
-        f"transformers {INSTALLED} is outside the tested range {TESTED}: {reason}. "
-        f"Run: pip install 'transformers{TESTED}'"
-    )

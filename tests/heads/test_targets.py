@@ -92,15 +92,12 @@ def test_a_missing_target_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         load_target("no/such-model")
 
 
-@pytest.mark.parametrize(
-    ("version", "reason"),
-    [("5.19.0", "before 5.20"), ("5.23.1", "cannot be built"), ("5.25.0", "newer than any")],
-)
-def test_an_untested_transformers_is_refused_with_the_command_that_cures_it(
-    version: str, reason: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("version", ["5.19.0", "5.23.1", "5.25.0"])
+def test_an_untested_transformers_is_refused_with_the_command_that_installs_another(
+    version: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(versions, "INSTALLED", Version(version))
-    with pytest.raises(RuntimeError, match=reason) as error:
+    with pytest.raises(RuntimeError, match="outside the tested range") as error:
         load_target("tiny-gemma4")
     assert f"transformers {version}" in str(error.value)
     assert f"pip install 'transformers{versions.TESTED}'" in str(error.value)
