@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file, find_adapter_config_file
 
 from headstart.common.console import say
 from headstart.common.files import plain_name, put_back
-from headstart.heads.weights import check_codes, check_quantized, check_read, weight_dtypes
+from headstart.heads.weights import check_codes, check_read, weight_dtypes
 
 READ = (
     "config.json", "generation_config.json", "adapter_config.json", "model.safetensors.index.json",
@@ -66,12 +66,8 @@ LAYERS = 1000  # more than any model has; a library would build them one by one 
 
 @contextmanager
 def reading(name: str, what: str = "") -> Iterator[None]:
-    """Within, whatever a library raises over somebody's files is a `ValueError` of one line.
-
-    Args:
-        name: of the checkpoint; a refusal that names it already stays as it is.
-        what: is wrong, for the others.
-    """
+    """Within, whatever a library raises over somebody's files is a `ValueError` of one line, with
+    the name of the checkpoint and what is wrong; a refusal that names it already stays."""
     try:
         yield
     except FAULTS as error:
@@ -98,11 +94,11 @@ def check_files(folder: str | Path) -> None:
         paths += next(filter(None, (sorted(folder.glob(pattern)) for pattern in patterns)), [])
     for path in paths:
         check_file(path)
-    dtypes = weight_dtypes(folder)
-    check_codes(name, dtypes)
+    quantization = None
     if (folder / "config.json").is_file():
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        check_quantized(name, dtypes, config.get("quantization_config"))
+        quantization = config.get("quantization_config")
+    check_codes(name, weight_dtypes(folder), quantization)
 
 
 def check_file(path: Path) -> None:
@@ -146,9 +142,26 @@ def _check_depth(config: dict[str, Any]) -> None:
             raise ValueError(f"num_hidden_layers is {layers}")
 
 
-def check_kernels(config: Any, name: str) -> None:
-    """Raise `ValueError` where the configuration of a checkpoint names a repository of the Hub for
-    its attention: transformers would download a kernel from there and run it, unasked."""
+def load_config(
+    name: str, path: str | Path, revision: str | None, trust_remote_code: bool, **options: Any
+) -> Any:
+    """The configuration of a checkpoint, with `options` for AutoConfig.
+
+    Raises:
+        ValueError: its attention would be computed by a kernel of the Hub, which transformers
+            would download and run, unasked; or there is an adapter at its place, which transformers
+            would add to the weights, or to those of a base that it names, untold.
+    """
+    if find_adapter_config_file(str(path), revision=revision) is not None:
+        raise ValueError(
+            f"{name} holds an adapter (adapter_config.json), which is not told apart from its "
+            "weights: give the base as the target and the adapter's folder as --adapter; or delete "
+            "adapter_config.json, where the adapter was merged into the weights"
+        )
+    # Not left out: transformers then asks on the terminal whether to run what a stranger wrote.
+    config = AutoConfig.from_pretrained(
+        path, revision=revision, trust_remote_code=trust_remote_code, **options
+    )
     for part in (config, config.get_text_config()):
         kernel = part._attn_implementation
         if kernel is not None and "/" in str(kernel):
@@ -156,17 +169,7 @@ def check_kernels(config: Any, name: str) -> None:
                 f"{name} wants its attention computed by code of the Hub ({kernel}): take "
                 "attn_implementation out of its config.json"
             )
-
-
-def refuse_embedded_adapter(name: str, path: str | Path, revision: str | None) -> None:
-    """Raise `ValueError` where there is an adapter at the place of a checkpoint: transformers would
-    add it to the weights, or to those of a base that it names, unasked and untold."""
-    if find_adapter_config_file(str(path), revision=revision) is not None:
-        raise ValueError(
-            f"{name} holds an adapter (adapter_config.json), which is not told apart from its "
-            "weights: give the base as the target and the adapter's folder as --adapter; or delete "
-            "adapter_config.json, where the adapter was merged into the weights"
-        )
+    return config
 
 
 def _check_size(cls: Any, name: str, path: Path) -> None:
@@ -185,15 +188,10 @@ def _check_size(cls: Any, name: str, path: Path) -> None:
 
 
 def load_whole(cls: Any, name: str, path: str | Path, **arguments: Any) -> Any:
-    """`cls.from_pretrained(path, **arguments)`, all of whose weights come from its files.
+    """`cls.from_pretrained(path, **arguments)` of a target or a head that messages call `name`, all
+    of whose weights come from its files.
 
     Names that wrappers of a training or a multimodal class gave them are read too, with a line.
-
-    Args:
-        cls: class of a target or of a head.
-        name: what messages call it.
-        path: folder or Hub id.
-        arguments: for `from_pretrained`.
 
     Raises:
         ValueError: it does not load, or weights are missing, of no layer, or of another shape.
@@ -208,10 +206,13 @@ def load_whole(cls: Any, name: str, path: str | Path, **arguments: Any) -> Any:
     if changed:
         model, info = _read(cls, name, path, {**arguments, "key_mapping": mapping})
     if "gguf_file" not in arguments:
-        dtypes = weight_dtypes(_files(path, arguments.get("revision")))
-        check_codes(name, dtypes)
-        if "quantization_config" not in arguments:
-            check_quantized(name, dtypes, model.config.to_dict().get("quantization_config"))
+        folder = Path(path)
+        if not folder.is_dir():  # of the Hub: in the cache
+            config_file = cached_file(str(path), "config.json", revision=arguments.get("revision"))
+            folder = Path(str(config_file)).parent
+        dtypes = weight_dtypes(folder)
+        own = None if "quantization_config" in arguments else model.config.to_dict()
+        check_codes(name, dtypes, own and own.get("quantization_config"))
         check_read(model, name, dtypes, info["unexpected_keys"])
     _check_arrival(model, name, info)
     if changed:
@@ -230,18 +231,8 @@ def renamed(key: str, mapping: dict[str, str]) -> str:
 def _read(
     cls: Any, name: str, path: str | Path, arguments: dict[str, Any]
 ) -> tuple[Any, dict[str, Any]]:
-    """A model, and which keys were missing, unexpected and mismatched."""
-    with _without_report(), reading(name, "does not load"):
-        # Else a mismatch is an error that names no tensor.
-        model, info = cls.from_pretrained(
-            path, output_loading_info=True, ignore_mismatched_sizes=True, **arguments
-        )
-    return model, info
-
-
-@contextmanager
-def _without_report() -> Iterator[None]:
-    """Within, transformers keeps its own table of keys to itself: ours is a refusal, or a line."""
+    """A model, and which keys were missing, unexpected and mismatched; transformers' own table of
+    them is left unsaid: ours is a refusal, or a line."""
 
     def other(record: logging.LogRecord) -> bool:
         return "LOAD REPORT" not in record.getMessage()
@@ -249,9 +240,14 @@ def _without_report() -> Iterator[None]:
     logger = logging.getLogger("transformers.modeling_utils")
     logger.addFilter(other)
     try:
-        yield
+        with reading(name, "does not load"):
+            # Without ignoring it, a mismatch is an error that names no tensor.
+            model, info = cls.from_pretrained(
+                path, output_loading_info=True, ignore_mismatched_sizes=True, **arguments
+            )
     finally:
         logger.removeFilter(other)
+    return model, info
 
 
 def _check_arrival(model: PreTrainedModel, name: str, info: dict[str, Any]) -> None:
@@ -280,15 +276,6 @@ def _check_arrival(model: PreTrainedModel, name: str, info: dict[str, Any]) -> N
         )
     if spare:
         say(f"{name}: {len(spare)} weights of its files are not needed ({_some(spare)})")
-
-
-def _files(path: str | Path, revision: str | None) -> Path:
-    """The folder of a checkpoint that was loaded, in the cache where it is of the Hub."""
-    return (
-        Path(path)
-        if Path(path).is_dir()
-        else Path(str(cached_file(str(path), "config.json", revision=revision))).parent
-    )
 
 
 def _some(keys: Sequence[str]) -> str:
@@ -359,13 +346,8 @@ def _check_equal(table: torch.Tensor, lm_head: torch.Tensor, name: str) -> None:
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int, where: str) -> None:
-    """Raise `ValueError` where a tokenizer has tokens that the table of a target has no row for.
-
-    Args:
-        tokenizer: that the target's texts are made with.
-        rows: V of the target.
-        where: folder or id of the tokenizer.
-    """
+    """Raise `ValueError` where the tokenizer of the folder or id `where` has tokens that the table
+    of a target, of V rows, has no row for."""
     vocabulary = tokenizer.get_vocab().items()
     over = sorted((i, token) for token, i in vocabulary if i >= rows and token != WITHOUT_ROW)
     if over:
@@ -377,34 +359,27 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int, where: str) 
         )
 
 
-# Keys of config.json whose numbers are above 0 where there are any -> the most that they can be.
+# Keys of config.json whose numbers are above 0 where there are any, and the most that some can be.
 ABOVE_ZERO = {
-    "sliding_window": math.inf, "max_position_embeddings": math.inf, "top_k_experts": math.inf,
-    "query_pre_attn_scalar": math.inf, "rms_norm_eps": 0.1,
-    "final_logit_softcapping": math.inf, "attn_logit_softcapping": math.inf,
-    "rope_theta": math.inf, "factor": math.inf, "partial_rotary_factor": 1.0,
+    "sliding_window", "max_position_embeddings", "top_k_experts", "query_pre_attn_scalar",
+    "rms_norm_eps", "final_logit_softcapping", "attn_logit_softcapping",
 }  # fmt: skip
 ROPE = {"rope_theta", "factor", "partial_rotary_factor"}  # of them, those in rope_parameters
+AT_MOST = {"rms_norm_eps": 0.1, "partial_rotary_factor": 1.0}
 
 
 def check_values(config: Any, name: str) -> None:
-    """Raise `ValueError` where a number in config.json of a target or a head cannot be: a model
-    would be built of it, and say something else or stop in mid-text.
-
-    Args:
-        config: of its text part.
-        name: of the checkpoint.
-    """
-    values = {key: value for key, value in config.to_dict().items() if key in ABOVE_ZERO}
+    """Raise `ValueError` where a number in the text part of the config.json of a target or a head
+    cannot be: a model would be built of it, and say something else or stop in mid-text."""
+    values = {k: v for k, v in config.to_dict().items() if k in ABOVE_ZERO | ROPE}
     if not getattr(config, "enable_moe_block", False):  # Gemma 3 has no such field
         values.pop("top_k_experts", None)
     for layer_type, rope in config.rope_parameters.items():
         values |= {f"{layer_type}: {key}": rope[key] for key in ROPE & rope.keys()}
     for key, value in values.items():
-        most = ABOVE_ZERO.get(key.rpartition(" ")[2], math.inf)
+        most = AT_MOST.get(key.rpartition(" ")[2], math.inf)
         if value is not None and not 0 < value <= most:
-            limit = "" if most == math.inf else f" and at most {most:g}"
             raise ValueError(
-                f"{name}: config.json says {key} is {value}, which cannot be (it is above 0{limit}"
-                "): copy config.json from where the weights are from"
+                f"{name}: config.json says {key} is {value}, which cannot be: copy config.json "
+                "from where the weights are from"
             )

@@ -24,6 +24,10 @@ from headstart.heads.ordered import cluster_count
 from headstart.heads.saving import Assistant, load_assistant, made_for
 from headstart.heads.target import Target, source_layers
 
+OF_TARGET = (
+    "vocab_size", "sliding_window", "max_position_embeddings", "hidden_activation", "rms_norm_eps",
+    "bos_token_id", "eos_token_id", "pad_token_id",
+)  # fmt: skip
 DEPTH = 2  # layers of a head whose depth nobody chose
 
 
@@ -56,11 +60,8 @@ def assistant_config(source: Any, head: HeadConfig) -> Any:
                 f"{shape.num_key_value_heads} KV heads in its {layer_type} layers"
             )
     depth = head.num_hidden_layers or DEPTH
-    layer_types = ["sliding_attention"] * (depth - 1) + ["full_attention"]
     sliding, full = kv["sliding_attention"], kv["full_attention"]
-    unified = source.model_type.startswith("gemma4_unified")
-    text: dict[str, Any] = {
-        "vocab_size": source.vocab_size,
+    text: dict[str, Any] = {key: getattr(source, key) for key in OF_TARGET} | {
         "hidden_size": width,
         "intermediate_size": head.intermediate_size
         or (source.intermediate_size if width == source.hidden_size else 4 * width),
@@ -70,38 +71,22 @@ def assistant_config(source: Any, head: HeadConfig) -> Any:
         "num_key_value_heads": sliding.num_key_value_heads,
         "head_dim": sliding.head_dim,
         "per_layer_config": {
-            depth - 1: {
-                "head_dim": full.head_dim,
-                "num_key_value_heads": full.num_key_value_heads,
-            }
+            depth - 1: {key: getattr(full, key) for key in ("head_dim", "num_key_value_heads")}
         },
-        "layer_types": layer_types,
-        "sliding_window": source.sliding_window,
+        "layer_types": ["sliding_attention"] * (depth - 1) + ["full_attention"],
         "rope_parameters": {t: dict(source.rope_parameters[t]) for t in kv},
-        "max_position_embeddings": source.max_position_embeddings,
-        "hidden_activation": source.hidden_activation,
-        "rms_norm_eps": source.rms_norm_eps,
-        "bos_token_id": source.bos_token_id,
-        "eos_token_id": source.eos_token_id,
-        "pad_token_id": source.pad_token_id,
         "final_logit_softcapping": None,  # the assistant classes apply none
     }
-    own = {"backbone_hidden_size": source.hidden_size, **_ordered_config(source.vocab_size, head)}
-    if unified:
+    own: dict[str, Any] = {"backbone_hidden_size": source.hidden_size}
+    if head.use_ordered_embeddings:
+        top_k = head.centroid_intermediate_top_k
+        own["use_ordered_embeddings"] = True
+        own["num_centroids"] = cluster_count(source.vocab_size, head.num_centroids, top_k)
+        own["centroid_intermediate_top_k"] = top_k
+    if source.model_type.startswith("gemma4_unified"):
         return Gemma4UnifiedAssistantConfig(text_config=Gemma4UnifiedTextConfig(**text), **own)
     text |= {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}
     return Gemma4AssistantConfig(text_config=Gemma4TextConfig(**text), **own)
-
-
-def _ordered_config(vocab_size: int, head: HeadConfig) -> dict[str, Any]:
-    if not head.use_ordered_embeddings:
-        return {}
-    top_k = head.centroid_intermediate_top_k
-    return {
-        "use_ordered_embeddings": True,
-        "num_centroids": cluster_count(vocab_size, head.num_centroids, top_k),
-        "centroid_intermediate_top_k": top_k,
-    }
 
 
 def build_assistant(target: Target, head: HeadConfig) -> Assistant:
@@ -128,14 +113,11 @@ def build_assistant(target: Target, head: HeadConfig) -> Assistant:
 
 
 def warm_assistant(target: Target, path: str | Path) -> Assistant:
-    """A finished head in float32 to train on, with a dense LM head: clusters come after the trunk.
+    """The finished head at `path`, a folder or a Hub id, in float32 to train on, with a dense LM
+    head: clusters come after the trunk.
 
     Its table is frozen: a head as wide as the target is tied to this target's, a narrower one keeps
     its own.
-
-    Args:
-        target: that it is to draft for.
-        path: folder or Hub id.
 
     Raises:
         ValueError: there is no head at `path`, or it does not fit the target.
@@ -263,9 +245,8 @@ def other_target(target: Target, assistant: PreTrainedModel) -> str | None:
     """A warning, naming both, where a head was made for another target than this one; None: it
     was not, or does not say.
 
-    What it notes of its target is compared, then its table, where it is as wide as the target and
-    so should have the target's own. Weights of another dtype have another fingerprint; the names
-    are compared then.
+    What it notes of its target is compared (weights of another dtype have another fingerprint: the
+    names then), and its table, where it is as wide as the target's and so should be the same.
     """
     made, mine = made_for(assistant.config), target.identity
     if made is not None:

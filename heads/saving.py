@@ -16,7 +16,6 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 from transformers import (
-    AutoConfig,
     Gemma4AssistantForCausalLM,
     Gemma4UnifiedAssistantForCausalLM,
     GenerationConfig,
@@ -28,11 +27,10 @@ from headstart.configs.schema import LoraConfig, RopePosition
 from headstart.heads.adapters import add_adapters, split_revision
 from headstart.heads.admission import (
     check_files,
-    check_kernels,
     check_values,
+    load_config,
     load_whole,
     reading,
-    refuse_embedded_adapter,
 )
 from headstart.heads.weights import check_alive, check_weights
 
@@ -170,10 +168,7 @@ def load_assistant_config(path: str | Path) -> Any:
     name, revision = split_revision(path)
     with reading(f"no draft head at {path}"):
         check_files(name)
-        refuse_embedded_adapter(str(path), name, revision)
-        # Not left out: transformers then asks on the terminal whether to run what a stranger wrote.
-        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
-        check_kernels(config, str(path))
+        config = load_config(str(path), name, revision, trust_remote_code=False)
     if "assistant" not in config.model_type:
         raise ValueError(f"{path} is a {config.model_type} model, not a Gemma 4 assistant")
     with reading(path, "cannot be a head"):
@@ -242,14 +237,8 @@ def scalings_of(assistant: nn.Module) -> dict[str, float]:
 def write_adapter(
     head: Path, adapter: dict[str, torch.Tensor], lora: LoraConfig, base: str
 ) -> None:
-    """Write the folder `adapter` beside a head, which peft loads onto the head `base`.
-
-    Args:
-        head: folder of the head.
-        adapter: of `without_lora`.
-        lora: rank, alpha and targets.
-        base: folder or Hub id of the head that it is of.
-    """
+    """Write the folder `adapter` beside the folder of a head: what `without_lora` gives as the
+    adapter, which peft loads onto the head at `base`, a folder or a Hub id."""
     config = _peft_config(lora)
     config.base_model_name_or_path, config.inference_mode = base, True
     folder = head / ADAPTER

@@ -51,11 +51,11 @@ from headstart.heads.tokens import TargetTokens
 SharedKV = dict[str, tuple[torch.Tensor, torch.Tensor]]
 
 
-def _with_argument(stock: Signature, name: str) -> Signature:
-    added = Parameter(name, Parameter.KEYWORD_ONLY, default=False, annotation=bool)
-    named = [p for p in stock.parameters.values() if p.kind is not Parameter.VAR_KEYWORD]
-    others = [p for p in stock.parameters.values() if p.kind is Parameter.VAR_KEYWORD]
-    return stock.replace(parameters=[*named, added, *others])
+def _with_shared_kv(stock: Signature) -> Signature:
+    """The signature of a forward with `return_shared_kv_states` before its `**kwargs`."""
+    *named, others = stock.parameters.values()
+    added = Parameter("return_shared_kv_states", Parameter.KEYWORD_ONLY, default=False)
+    return stock.replace(parameters=[*named, added, others])
 
 
 class Gemma3ForAssistedDecoding(Gemma3ForCausalLM):
@@ -92,8 +92,8 @@ class Gemma3ForAssistedDecoding(Gemma3ForCausalLM):
         return outputs
 
     # `generate` reads the signature to see what it may pass; names differ from release to release.
-    forward.__signature__ = _with_argument(  # type: ignore[attr-defined]
-        signature(Gemma3ForCausalLM.forward), "return_shared_kv_states"
+    forward.__signature__ = _with_shared_kv(  # type: ignore[attr-defined]
+        signature(Gemma3ForCausalLM.forward)
     )
 
     def _get_candidate_generator(self, **kwargs: Any) -> CandidateGenerator:
@@ -120,12 +120,8 @@ WITHOUT_EFFECT = (
 
 
 def checkpoint_settings(path: str | Path, revision: str | None, config: Any) -> GenerationConfig:
-    """The generation settings of a checkpoint.
-
-    Args:
-        path: folder or Hub id.
-        revision: Hub revision.
-        config: of the model, which may hold such settings where there is no file of them.
+    """The generation settings of a checkpoint: of its generation_config.json, or, where it has
+    none, of the configuration of its model.
 
     Raises:
         ValueError: its generation_config.json cannot be read. transformers would go on without it,
@@ -145,41 +141,26 @@ def checkpoint_settings(path: str | Path, revision: str | None, config: Any) -> 
         ) from error
 
 
-def left_out(settings: GenerationConfig) -> dict[str, Any]:
-    """The settings of a checkpoint that would change a text and are not taken."""
-    neutral = GenerationConfig._get_default_generation_params()
-    return {
-        name: value
-        for name, value in settings.to_diff_dict().items()
-        if not name.startswith("_")
-        and name not in (*TAKEN, *WITHOUT_EFFECT)
-        and value is not None
-        and value != neutral.get(name)
-    }
-
-
 def neutralize(
     model: PreTrainedModel, name: str, eos_ids: Sequence[int], pad_id: int | None
 ) -> None:
-    """Give a model neutral generation settings, in place: a cache, one beam, greedy, no processors;
-    say which of its own are left out.
-
-    Args:
-        model: whose `generation_config` is replaced, and whose configuration says that it caches.
-        name: of the model, for the line.
-        eos_ids: tokens that end a text, and nothing else does.
-        pad_id: token that stands for none.
+    """Give a model neutral generation settings, in place: a cache, one beam, greedy, no processors,
+    texts that end with `eos_ids` alone; say which of its own that would change a text are left out.
     """
-    if dropped := left_out(model.generation_config):
-        listed = ", ".join(f"{key}={value!r}" for key, value in dropped.items())
+    neutral = GenerationConfig._get_default_generation_params()
+    dropped = [
+        f"{key}={value!r}"
+        for key, value in model.generation_config.to_diff_dict().items()
+        if not (key.startswith("_") or key in (*TAKEN, *WITHOUT_EFFECT))
+        and value not in (None, neutral.get(key))
+    ]
+    if dropped:
+        listed = ", ".join(dropped)
         say(f"{name}: generation settings of the checkpoint that are left out: {listed}")
     model.generation_config = GenerationConfig(
-        use_cache=True,
-        num_beams=1,
-        do_sample=False,
-        eos_token_id=list(eos_ids),
+        use_cache=True, num_beams=1, do_sample=False, eos_token_id=list(eos_ids),
         pad_token_id=pad_id,
-    )
+    )  # fmt: skip
     for config in (model.config, model.config.get_text_config()):
         config.use_cache = True  # forwards without `generate` read it there
 
@@ -252,11 +233,13 @@ class Target(TargetTokens):
     def whole_source_layers(self) -> Iterator[None]:
         """Within, the weights of the layers that a head may start from are whole everywhere."""
         layers = [self.layers[i] for i in self.source_layers.values()] if self.sharded else []
-        for layer in layers:
-            layer.unshard()
-        yield
-        for layer in layers:
-            layer.reshard()
+        try:
+            for layer in layers:
+                layer.unshard()
+            yield
+        finally:
+            for layer in layers:
+                layer.reshard()
 
     def idle(self) -> None:
         """Take part in a forward that another process needs, with nothing to run."""

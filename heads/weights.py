@@ -27,15 +27,8 @@ def is_finite(tensor: torch.Tensor) -> bool:
 
 
 def check_weights(model: nn.Module, name: str) -> None:
-    """Raise where a model has a weight that is no number.
-
-    Args:
-        model: whose parameters and buffers are read, quantized ones aside.
-        name: of the model.
-
-    Raises:
-        ValueError: with the name of the tensor.
-    """
+    """Raise `ValueError`, naming it, where a parameter or buffer of a model that is not quantized
+    is no number."""
     for tensor, weight in chain(model.named_parameters(), model.named_buffers()):
         if not is_finite(weight):
             raise ValueError(
@@ -46,16 +39,9 @@ def check_weights(model: nn.Module, name: str) -> None:
 
 
 def check_alive(head: nn.Module, name: str) -> None:
-    """Raise where all drafts of a head would be alike, since what every one of them passes through
-    is zero: its table, its projections, a norm outside its layers, or the factor of a layer.
-
-    Args:
-        head: in the native format.
-        name: of the head.
-
-    Raises:
-        ValueError: with the name of the tensor.
-    """
+    """Raise `ValueError`, naming it, where all drafts of a head would be alike, since what every
+    one of them passes through is zero: its table, its projections, a norm outside its layers, or
+    the factor of a layer."""
     for tensor, weight in chain(head.named_parameters(), head.named_buffers()):
         passed = ".layers." not in tensor or tensor.endswith("layer_scalar")
         if passed and weight.is_floating_point() and not weight.any():
@@ -82,13 +68,15 @@ def weight_dtypes(folder: Path) -> dict[str, str]:
     return dtypes
 
 
-def check_codes(name: str, dtypes: Mapping[str, str]) -> None:
+def check_codes(name: str, dtypes: Mapping[str, str], quantization: Any = None) -> None:
     """Raise `ValueError` where weights are codes with nothing beside them by which they would be
-    numbers.
+    numbers, or where config.json names a quantization of weights that are none of it, as after
+    adapters were merged into the weights before they were quantized.
 
     Args:
         name: of the checkpoint.
         dtypes: of its tensors, `weight_dtypes`.
+        quantization: `quantization_config` of its config.json; None: there is none.
     """
     bare = [key for key in _codes(dtypes) if not _scales(key, dtypes)]
     if bare:
@@ -98,17 +86,6 @@ def check_codes(name: str, dtypes: Mapping[str, str]) -> None:
             "again in bfloat16 after its quantization was undone, or copy all of its files; if it "
             "was only cast, cast it back"
         )
-
-
-def check_quantized(name: str, dtypes: Mapping[str, str], quantization: Any) -> None:
-    """Raise `ValueError` where config.json names a quantization of weights that are none of it, as
-    after adapters were merged into the weights before they were quantized.
-
-    Args:
-        name: of the checkpoint.
-        dtypes: of its tensors.
-        quantization: `quantization_config` of its config.json; None: there is none.
-    """
     if quantization is not None and dtypes and set(dtypes.values()) <= set(NUMBERS):
         raise ValueError(
             f"{name}: its config.json has a quantization_config, and its weights are plain numbers "
@@ -120,14 +97,8 @@ def check_quantized(name: str, dtypes: Mapping[str, str], quantization: Any) -> 
 def check_read(
     model: PreTrainedModel, name: str, dtypes: Mapping[str, str], unread: Collection[str]
 ) -> None:
-    """Raise `ValueError` where codes were loaded as numbers, since nobody has read their scales.
-
-    Args:
-        model: that was loaded.
-        name: of the checkpoint.
-        dtypes: of its tensors.
-        unread: names of those that no layer has.
-    """
+    """Raise `ValueError` where codes were loaded as numbers, since nobody has read their scales,
+    which are among the tensors `unread` of no layer."""
     state = model.state_dict()
     for key in _codes(dtypes):
         scales = _scales(key, unread)
