@@ -106,9 +106,7 @@ def build_assistant(target: Target, head: HeadConfig) -> Assistant:
     empty = nn.Parameter(torch.empty(0, width, device=target.device), requires_grad=False)
     set_table(assistant, target.table if full_width else empty)
     with torch.no_grad(), target.whole_source_layers():
-        _start_q_norms(assistant, target)
-        if head.start == "target" and full_width:
-            _start_from_target(assistant, target)
+        _start(assistant, target, whole=head.start == "target" and full_width)
     return assistant
 
 
@@ -152,7 +150,12 @@ def _weight(linear: Any, dtype: torch.dtype) -> torch.Tensor:
     return cast(torch.Tensor, linear(units)).T
 
 
-def _start_q_norms(assistant: Assistant, target: Target) -> None:
+def _start(assistant: Assistant, target: Target, whole: bool) -> None:
+    """Give the head the scale of the target's queries; `whole`: also its source layers, the final
+    norm, and let the hidden state pass through.
+
+    Tensors whose shapes differ (another MLP size or number of heads) keep their random start.
+    """
     # Gemma 4 multiplies scores by 1; Gemma 3 by query_pre_attn_scalar ** -0.5, which has to
     # move into the head's q_norm.
     gemma3 = target.config.model_type == "gemma3_text"
@@ -160,33 +163,23 @@ def _start_q_norms(assistant: Assistant, target: Target) -> None:
     for layer_type, layer in zip(
         assistant.config.text_config.layer_types, assistant.model.layers, strict=True
     ):
-        source = target.layers[target.source_layers[layer_type]].self_attn
-        layer.self_attn.q_norm.weight.copy_(_scale(source.q_norm) * scale)
-
-
-def _start_from_target(assistant: Assistant, target: Target) -> None:
-    """Copy the source layers, the final norm, and let the hidden state pass through.
-
-    Tensors whose shapes differ (another MLP size or number of heads) keep their random start.
-    """
-    for layer_type, layer in zip(
-        assistant.config.text_config.layer_types, assistant.model.layers, strict=True
-    ):
         source = target.layers[target.source_layers[layer_type]]
-        for name, module in layer.named_modules():
+        layer.self_attn.q_norm.weight.copy_(_scale(source.self_attn.q_norm) * scale)
+        for name, module in layer.named_modules() if whole else ():
             if isinstance(module, nn.Linear):
                 weight = _weight(source.get_submodule(name), target.table.dtype)
                 if weight.shape == module.weight.shape:
                     module.weight.copy_(weight)
             elif name.endswith("layernorm"):
                 module.weight.copy_(_scale(source.get_submodule(name)))
-        if hasattr(source, "layer_scalar"):
+        if whole and hasattr(source, "layer_scalar"):
             layer.layer_scalar.copy_(cast(torch.Tensor, source.layer_scalar))
-    assistant.model.norm.weight.copy_(_scale(target.final_norm))
-    width = target.config.hidden_size
-    identity = torch.eye(width, device=target.device)
-    assistant.pre_projection.weight[:, :width].copy_(identity)
-    assistant.post_projection.weight.copy_(identity)
+    if whole:
+        assistant.model.norm.weight.copy_(_scale(target.final_norm))
+        width = target.config.hidden_size
+        identity = torch.eye(width, device=target.device)
+        assistant.pre_projection.weight[:, :width].copy_(identity)
+        assistant.post_projection.weight.copy_(identity)
 
 
 def check_pair(target: Target, assistant: PreTrainedModel) -> None:

@@ -93,13 +93,11 @@ def describe(path: str | Path, target_config: Any | None = None) -> dict[str, An
         target_config: of its target (`load_target_config`), for the cost in target steps.
 
     Returns:
-        Sizes in parameters and bytes. `parameters_trained`: what distillation changes, so without
-        the table, but with the projection P [D, H] of a low-rank tie, whose product with the
-        target's table [V, D] the file holds. `bytes_by_part`: part -> dtype -> bytes. `draft_step`:
-        bytes of weights read and multiply-adds of the trunk (layers and projections) and of the LM
-        head, dense and, where the head has ordered embeddings, through its best clusters.
-        With `target_config` also `target_step`, in the dtype of the head's table, and `c`: bytes of
-        a draft step / bytes of a target step.
+        Sizes in parameters and bytes. `parameters_trained`: without the table, but with the
+        projection P [D, H] of a low-rank tie, whose product with the target's table the file holds.
+        `bytes_by_part`: part -> dtype -> bytes. `draft_step` and, in the dtype of the head's table,
+        `target_step`: bytes of weights read and multiply-adds. `c`: bytes of a draft step / bytes
+        of a target step.
 
     Raises:
         ValueError: no head at `path`, a damaged file, or one that does not fit the target.
@@ -108,7 +106,7 @@ def describe(path: str | Path, target_config: Any | None = None) -> dict[str, An
     with reading(str(path), "is no head that can be described"):
         file, tensors = _header(path)
         text, target_width = config.text_config, config.backbone_hidden_size
-        width, vocab_size, clusters = text.hidden_size, text.vocab_size, config.num_centroids
+        width, vocab_size = text.hidden_size, text.vocab_size
         tied, table = width == target_width, vocab_size * width
         counted = sum(t.size for t in tensors if not t.name.endswith(BUFFERS))
         bytes_by_part: dict[str, dict[str, int]] = {}
@@ -133,14 +131,14 @@ def describe(path: str | Path, target_config: Any | None = None) -> dict[str, An
             "bytes_on_disk": file.stat().st_size,
             "bytes_by_part": bytes_by_part,
             "num_assistant_tokens": num_assistant_tokens,
-            "ordered_embeddings": {
-                "num_centroids": clusters,
-                "tokens_per_centroid": vocab_size // clusters,
+            "ordered_embeddings": None,
+        }
+        if config.use_ordered_embeddings:
+            figures["ordered_embeddings"] = {
+                "num_centroids": config.num_centroids,
+                "tokens_per_centroid": vocab_size // config.num_centroids,
                 "centroid_intermediate_top_k": config.centroid_intermediate_top_k,
             }
-            if config.use_ordered_embeddings
-            else None,
-        }
         figures["draft_step"] = _draft_step(figures, tensors)
         if target_config is not None:
             figures |= _beside_target(figures, tensors, target_config.get_text_config())

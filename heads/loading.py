@@ -3,6 +3,7 @@
 import difflib
 from collections.abc import Sequence
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_args
 
@@ -99,14 +100,9 @@ def load_target(
     Args:
         name: `gemma3-270m`, `tiny-gemma4`, `tiny-gemma3`, a local folder, a Hub id or a GGUF file.
         dtype: `bfloat16`, `float32` or `auto`, the one that pays on this machine.
-        revision: Hub revision.
-        trust_remote_code: whether code shipped with the checkpoint may run.
         device: where the weights go.
-        adapters: PEFT adapters on top, in order: folders or Hub ids, `ID@REVISION`.
-        merge_adapters: whether they are added to the weights or stay beside them.
-        quantization: of the layers' weights.
-        eos_token_ids: tokens that end a text, in place of those of the checkpoint.
-        chat_template: file of a template in place of the tokenizer's.
+        revision, trust_remote_code, adapters, merge_adapters, quantization, eos_token_ids,
+            chat_template: as in `TargetConfig`.
 
     Raises:
         RuntimeError: the installed transformers is outside the tested range.
@@ -342,9 +338,15 @@ def loading_arguments(
     Raises:
         ValueError: the library is not installed.
     """
-    if quantization is None or quantization == "torchao-int8":
+    if quantization is None:
         return {}
-    _needs("bitsandbytes", quantization)
+    library = "torchao" if quantization == "torchao-int8" else "bitsandbytes"
+    if find_spec(library) is None:
+        raise ValueError(
+            f"target.quantization={quantization} needs {library}: pip install {library}"
+        )
+    if library == "torchao":
+        return {}
     eight = quantization == "bnb-int8"
     config = BitsAndBytesConfig(
         load_in_8bit=eight, load_in_4bit=not eight, bnb_4bit_quant_type="nf4",
@@ -355,37 +357,19 @@ def loading_arguments(
 
 def quantise(model: PreTrainedModel) -> None:
     """Hold the weights of the decoder layers as int8, a scale a row, in place; embeddings and LM
-    head, which the head shares, stay as they are.
-
-    Raises:
-        ValueError: torchao is not installed.
-    """
-    _needs("torchao", "torchao-int8")
+    head, which the head shares, and adapters stay as they are."""
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
     def in_a_layer(module: nn.Module, name: str) -> bool:
-        # Adapters stay in their own precision.
         return isinstance(module, nn.Linear) and "layers." in name and ".lora_" not in name
 
     quantize_(model, Int8WeightOnlyConfig(), in_a_layer)
 
 
-def _needs(library: str, quantization: Quantization) -> None:
-    try:
-        __import__(library)
-    except ImportError as error:
-        raise ValueError(
-            f"target.quantization={quantization} needs {library}: pip install {library}"
-        ) from error
-
-
 @torch.no_grad()
 def check_logits(target: Target) -> None:
-    """Raise where a target's logits after one token are no numbers, though its weights are.
-
-    Raises:
-        ValueError: with the target's dtype, in which they overflow.
-    """
+    """Raise `ValueError` where a target's logits after one token are no numbers, though its weights
+    are: they overflow in its dtype."""
     first = target.tokenizer.bos_token_id or target.eos_ids[0]
     hidden = target.activations(torch.tensor([[first]], device=target.device)).hidden
     logits = target.logits(hidden)

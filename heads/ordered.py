@@ -50,11 +50,8 @@ def token_usage(logits_of: Callable[[torch.Tensor], torch.Tensor], taught: Taugh
     """[V] float32: how likely each token is, from all stored rows and a whole softmax of some.
 
     The stored top tokens alone say nothing of nearly all of the vocabulary: on Gemma 3 270M they
-    leave out tokens that the target's whole softmax over a thousand rows ranks well.
-
-    Args:
-        logits_of: hidden states [n, width] -> logits [n, V].
-        taught: the rows.
+    leave out tokens that the target's whole softmax over a thousand rows ranks well. `logits_of`
+    makes logits [n, V] of hidden states [n, width].
     """
     step = max(1, len(taught.hidden) // USAGE_ROWS)
     rows = taught.hidden[::step][:USAGE_ROWS]
@@ -120,12 +117,8 @@ def order_vocabulary(features: torch.Tensor, usage: torch.Tensor, clusters: int)
 
     Returns:
         [V] int64 `token_ordering`: the tokens of the first cluster, then those of the next.
-
-    Raises:
-        ValueError: C does not divide V.
     """
-    if len(features) % clusters:
-        raise ValueError(f"{clusters} clusters cannot be equal over {len(features):,} tokens")
+    assert len(features) % clusters == 0  # `cluster_count`
     size = len(features) // clusters
     by_usage = torch.argsort(usage, descending=True, stable=True)
     edges = sorted({0, *(max(1, round(share * clusters)) for share in BANDS)})
@@ -138,15 +131,8 @@ def order_vocabulary(features: torch.Tensor, usage: torch.Tensor, clusters: int)
 
 
 def balanced_kmeans(points: torch.Tensor, clusters: int) -> torch.Tensor:
-    """k-means whose last assignment makes all clusters equal.
-
-    Args:
-        points: [n, D] float32, n a multiple of `clusters`.
-        clusters: c.
-
-    Returns:
-        [n] int64, the cluster of each point.
-    """
+    """The cluster [n] int64 of each of the points [n, D] float32 by k-means, whose last assignment
+    makes all clusters equal; n is a multiple of c."""
     # Evenly spaced points: of every part of the band, and the same each time.
     means = points[:: len(points) // clusters][:clusters].clone()
     for _ in range(KMEANS_ROUNDS):

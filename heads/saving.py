@@ -50,9 +50,8 @@ def save_assistant(
     made_for: Mapping[str, str | None] | None = None,
     beside: Callable[[Path], None] | None = None,
 ) -> None:
-    """Write a folder that plain transformers loads with `from_pretrained`.
-
-    The folder is written beside its place and then put there (`whole_folder`).
+    """Write a folder that plain transformers loads with `from_pretrained`: beside its place, and
+    then put there (`whole_folder`).
 
     Args:
         assistant: the head; its own table is ignored.
@@ -61,8 +60,7 @@ def save_assistant(
         num_assistant_tokens: K that `generate` reads from the folder.
         dtype: of the saved weights.
         weights: in place of the state dict of `assistant`.
-        made_for: the target that it was trained for (`Target.identity`), noted in config.json;
-            None: what stands there already.
+        made_for: `Target.identity` for config.json; None: what stands there already.
         beside: writes further files into the folder.
     """
     # The order of the tokens is of integers, and stays so.
@@ -203,13 +201,12 @@ def without_lora(
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """The weights of a head with its adapter added to them, and the adapter as peft keeps it.
 
-    The adapter is rounded first: what is saved beside the head is then what was added to it. Of
-    tensors, and not by peft's own merging, since the head trains on, and its layers may be split
-    over processes.
+    The adapter is rounded first: what is saved beside the head is then what was added to it. It is
+    done on tensors, and not by peft, since the head trains on, and may be split over processes.
 
     Args:
-        weights: state dict of the head with the adapter in it, whole tensors: of a layer
-            [out, in], and beside it A [r, in] and B [out, r].
+        weights: state dict, whole tensors: of a layer [out, in], and beside it A [r, in] and
+            B [out, r].
         scalings: layer -> alpha / r.
         dtype: that the adapter is saved in.
     """

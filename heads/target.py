@@ -186,14 +186,10 @@ class Activations:
 
 
 class Target(TargetTokens):
-    """A frozen Gemma with what a draft head needs of it.
+    """A frozen Gemma with what a draft head needs of it; arguments as in `TargetTokens`.
 
     Args:
         model: one of the classes in `SUPPORTED`; frozen and put into eval mode here.
-        tokenizer: its tokenizer.
-        name: what reports call it.
-        revision: of the Hub.
-        eos_token_ids: tokens that end a text, in place of those of the checkpoint.
 
     Raises:
         ValueError: the model cannot serve as a target; the message names what it lacks.
@@ -369,12 +365,8 @@ def check_supported(config: Any) -> None:
 
 
 def model_fingerprint(model: nn.Module, config: Any) -> str:
-    """SHA-256 over a configuration and every weight: equal models, equal prints.
-
-    Args:
-        model: whose state dict counts, in the dtypes that it has now.
-        config: of transformers; what changes no value is left out.
-    """
+    """SHA-256 over a configuration, but for what changes no value, and every weight in the dtype
+    that it has now: equal models, equal prints."""
     content = config.to_dict()
     changes_no_value = ("transformers_version", "_name_or_path", "headstart_")
     content = {k: v for k, v in content.items() if not k.startswith(changes_no_value)}

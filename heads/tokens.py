@@ -39,7 +39,7 @@ class TargetTokens:
     """What is known of a target without its weights: enough to ask a server that holds them.
 
     Args:
-        tokenizer: the target's.
+        tokenizer: of the target.
         name: what reports call it.
         revision: commit on the Hub, where it comes from there.
         generation: the generation settings of its checkpoint.
@@ -176,9 +176,8 @@ def _tell_beginning(tokens: TargetTokens) -> None:
     tokenizer, bos = tokens.tokenizer, tokens.tokenizer.bos_token
     if not (tokenizer.chat_template and bos):
         return
-    asked = [{"role": "user", "content": ASKED}]
     try:
-        text = render_chat(tokenizer, tokenizer.get_chat_template(), {}, asked)
+        text = render_chat(tokenizer, tokenizer.get_chat_template(), {}, _USER)
     except ValueError:
         return  # whatever it refuses is told of each row
     count = 0
@@ -250,8 +249,12 @@ RENDERED_IN = 30.0  # seconds, of one conversation; templates take a thousandth 
 
 Messages = list[dict[str, Any]]
 
-# Contents of the conversations that are rendered to find a template's marks.
+# Of the conversations that are rendered to find a template's marks.
 ASKED, _WROTE, _AGAIN, _RETURNED = "probeasked", "probewrote", "probeagain", "probereturned"
+_USER: Messages = [{"role": "user", "content": ASKED}]
+_ANSWER: Messages = [
+    {"role": "assistant", "content": _WROTE}, {"role": "user", "content": _AGAIN},
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -291,11 +294,9 @@ def turn_format(
         return [token for token in tokens if token.strip()]  # Gemma's newlines are added tokens
 
     def render(*more: dict[str, Any], **extra: Any) -> str:
-        return render_chat(tokenizer, template, kwargs | extra, [user, *more])
+        return render_chat(tokenizer, template, kwargs | extra, [*_USER, *more])
 
-    user = {"role": "user", "content": ASKED}
-    answer = [{"role": "assistant", "content": _WROTE}, {"role": "user", "content": _AGAIN}]
-    asked, prompted, whole = render(), render(add_generation_prompt=True), render(*answer)
+    asked, prompted, whole = render(), render(add_generation_prompt=True), render(*_ANSWER)
     # What stands before an answer in the history, and where the target writes one.
     history = _between(whole, ASKED, _WROTE).removeprefix(asked.partition(ASKED)[2])
     generation = prompted.removeprefix(asked) or history
@@ -309,7 +310,7 @@ def turn_format(
     if not controls(closing):
         raise ValueError(f"no control token in {closing!r}, the end of an assistant turn")
     end, *others = controls(closing)
-    pause, resume = _tool_marks(render, controls, opening, answer) if with_tools else (None, None)
+    pause, resume = _tool_marks(render, controls, opening) if with_tools else (None, None)
     stops = (tokenizer.decode([i]) for i in stop_ids)
     marks = {opening, *controls(opening), end, *others, pause, resume, *stops}
     return TurnFormat(
@@ -340,10 +341,8 @@ def plain_borders(
 ) -> tuple[str, ...]:
     """What stands between two turns of a template that marks them with plain letters: `</turn>` and
     the next `[user]`. Whoever writes that, writes a turn."""
-    user = {"role": "user", "content": ASKED}
-    answer = [{"role": "assistant", "content": _WROTE}, {"role": "user", "content": _AGAIN}]
     try:
-        whole = render_chat(tokenizer, template, json.loads(kwargs_json), [user, *answer])
+        whole = render_chat(tokenizer, template, json.loads(kwargs_json), [*_USER, *_ANSWER])
         borders = (_between(whole, ASKED, _WROTE), _between(whole, _WROTE, _AGAIN))
     except ValueError:
         return ()
@@ -352,17 +351,14 @@ def plain_borders(
 
 
 def _tool_marks(
-    render: Callable[..., str],
-    controls: Callable[[str], list[str]],
-    opening: str,
-    answer: Messages,
+    render: Callable[..., str], controls: Callable[[str], list[str]], opening: str
 ) -> tuple[str | None, str | None]:
     """`pause` and `resume` of a template."""
     function = {"name": "f", "arguments": {"a": "b"}}
     call = {"type": "function", "id": "call00001", "function": function}
     called = {"role": "assistant", "content": "", "tool_calls": [call]}
     returned = {"role": "tool", "name": "f", "tool_call_id": "call00001", "content": _RETURNED}
-    whole = render(called, returned, *answer)
+    whole = render(called, returned, *_ANSWER)
     response = _between(whole, _RETURNED, _WROTE)
     if opening in response:
         return None, None
