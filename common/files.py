@@ -113,11 +113,8 @@ def refuse_link(path: Path) -> None:
 
 
 def plain_name(name: object, told_by: Path) -> str:
-    """A file's name that another file tells of; it stays within the folder of that one.
-
-    Raises:
-        ValueError: it is a path, or no name.
-    """
+    """A file's name that another file tells of; it stays within the folder of that one, or raises
+    `ValueError`."""
     plain = isinstance(name, str) and name == Path(name).name and name not in ("", "..")
     if not isinstance(name, str) or not plain or "\0" in name:
         raise ValueError(f"{told_by} names {name!r}, which is no file of its folder")
