@@ -58,16 +58,10 @@ class TooSlow(RuntimeError):
 
 @contextmanager
 def time_limit(seconds: float, what: str) -> Iterator[None]:
-    """Within, work that takes longer is broken off, a regular expression in its midst too.
+    """Within, work that takes longer is broken off by `TooSlow`, a regular expression in its midst
+    too; the message says `what` takes too long, and the fix.
 
     Signals reach the main thread alone: in another one there is no limit.
-
-    Args:
-        seconds: of wall time.
-        what: takes too long, and the fix, for the message.
-
-    Raises:
-        TooSlow: it does.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -23,13 +23,8 @@ without inputs per layer (docs/upstream.md)."""
 
 
 def skips_prefill(config: Any) -> bool:
-    """Whether plain decoding of a target runs on a part of the prompt alone in some layers.
-
-    Decoding with a head, which asks for hidden states, runs on all of it.
-
-    Args:
-        config: text configuration of the target.
-    """
+    """Whether plain decoding of a target of this text configuration runs on a part of the prompt
+    alone in some layers. Decoding with a head, which asks for hidden states, runs on all of it."""
     # Gemma 3 shares no keys and has no such field.
     return CUTS_ROWS and getattr(config, "num_kv_shared_layers", 0) > 0
 
@@ -42,15 +37,8 @@ def all_prompt_rows(device: torch.device) -> dict[str, torch.Tensor]:
 
 
 def check_rows(rows: int, tokens: int) -> None:
-    """Raise where a target did not run on every token: what a head would be trained on is wrong.
-
-    Args:
-        rows: of hidden states that its final norm gave.
-        tokens: that it was given, padding included.
-
-    Raises:
-        RuntimeError: they differ.
-    """
+    """Raise `RuntimeError` where a target did not run on every token, padding included: what a head
+    would be trained on is wrong."""
     if rows != tokens:
         raise RuntimeError(
             f"the target's last hidden states are of {rows} rows where it was given {tokens} "

@@ -108,12 +108,8 @@ def _config(folder: Path, merge: bool) -> dict[str, Any]:
 
 
 def _check_patterns(config: Mapping[str, Any], paths: Sequence[str]) -> None:
-    """Try the patterns of an adapter on the paths of a model's modules, before peft does.
-
-    Raises:
-        TooSlow: they do not come to an end.
-        ValueError: one is no pattern.
-    """
+    """Try the patterns of an adapter on the paths of a model's modules, before peft does: raise
+    `TooSlow` where they do not come to an end, `ValueError` where one is no pattern."""
     found = {text for key in config if PATTERNS.fullmatch(key) for text in _texts(config[key])}
     with time_limit(MATCHED_IN, TOO_SLOW):
         for pattern in sorted(found):
@@ -150,11 +146,7 @@ def _check_ranks(config: Mapping[str, Any], shapes: Sequence[Sequence[int]]) -> 
 
 def _places(keys: Sequence[str], model: PreTrainedModel) -> dict[str, str | None]:
     """Key of an adapter's file -> the key of the same weight on this model; None: it is of images
-    or sound, which a text class does without.
-
-    Raises:
-        ValueError: there is no module for some.
-    """
+    or sound, which a text class does without. `ValueError`: there is no module for some."""
     owners = _owners(model)
     text = next(name for name, module in model.named_modules() if name.endswith("embed_tokens"))
     text = text.removesuffix("embed_tokens")  # `model.` or `model.language_model.`
@@ -392,11 +384,7 @@ def _peft_warnings() -> Iterator[None]:
 
 
 def adapter_folder(adapter: str) -> Path:
-    """Where an adapter lies, after it was downloaded where it has to be.
-
-    Raises:
-        ValueError: one of its files is damaged.
-    """
+    """Where an adapter lies, undamaged, after it was downloaded where it has to be."""
     path, revision = split_revision(adapter)
     if Path(path).is_dir():
         check_files(path)

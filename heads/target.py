@@ -64,13 +64,11 @@ class Gemma3ForAssistedDecoding(Gemma3ForCausalLM):
     config: Gemma3TextConfig
 
     def shared_kv_states(self, cache: DynamicCache, q_len: int) -> SharedKV:
-        """Keys and values of the last layer of each type, as a forward of `q_len` tokens saw them.
+        """Keys and values of the last layer of each type, as a forward of `q_len` tokens saw them:
+        layer type -> (keys, values), each [B, kv heads, rows, head_dim].
 
         Mirrors what `Gemma4TextAttention` stores: all rows for a full layer, and for a sliding
         layer the `sliding_window - 1` rows before the new tokens and the new tokens.
-
-        Returns:
-            Layer type -> (keys, values), each [B, kv heads, rows, head_dim].
         """
         types = self.config.layer_types
         shared = {}
@@ -293,11 +291,8 @@ class Target(TargetTokens):
 
     @torch.no_grad()
     def activations(self, ids: torch.Tensor, mask: torch.Tensor | None = None) -> Activations:
-        """One forward without the LM head.
-
-        Args:
-            ids: [B, T] token ids, padded on the right.
-            mask: [B, T] 1 for tokens, 0 for padding; None: no padding.
+        """One forward without the LM head, of token ids [B, T] padded on the right; `mask` [B, T]:
+        1 for tokens, 0 for padding; None: no padding.
 
         Raises:
             RuntimeError: the model left rows out.
@@ -318,12 +313,9 @@ class Target(TargetTokens):
 
     @torch.no_grad()
     def logits(self, hidden: torch.Tensor, table: torch.Tensor | None = None) -> torch.Tensor:
-        """Logits as the target emits them: `hidden` [..., D] -> float32 [..., V], soft-capped
-        where the configuration says so. Costs V floats a row: pass rows in chunks.
-
-        Args:
-            hidden: [..., D] post-norm hidden states.
-            table: [C, D] some rows of the table, for their logits alone.
+        """Logits as the target emits them: `hidden` [..., D], post-norm -> float32 [..., V], or
+        [..., C] of the rows `table` [C, D] alone; soft-capped where the configuration says so.
+        Costs V floats a row: pass rows in chunks.
         """
         table = self.table if table is None else table
         logits = torch.nn.functional.linear(hidden.to(table.dtype), table)
