@@ -11,7 +11,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from headstart.heads.tiny import byte_tokenizer, random_model
+from headstart.heads.loading import byte_tokenizer, random_model
 from tests.conftest import FAMILIES
 
 IDS = torch.tensor([[2, 70, 71, 72, 73, 74]])

@@ -9,8 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from headstart.cli.main import main
 from headstart.configs.schema import TargetConfig
-from headstart.heads.loading import check_target, load_target
-from headstart.heads.tiny import tiny_target
+from headstart.heads.loading import check_target, load_target, tiny_target
 from tests.conftest import make_target
 from tests.field.checkpoints import IDS, adapter, checkpoint, configure, logits, rewrite
 from tests.field.test_heads import saved_head

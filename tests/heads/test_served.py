@@ -17,14 +17,17 @@ from headstart.heads.adapters import split_revision
 from headstart.heads.cpu_kernels import quick_few_rows
 from headstart.heads.decoder import ExactDecoding
 from headstart.heads.loading import (
+    byte_tokenizer,
+    gemma3_config,
     load_served,
     load_target,
     load_target_tokens,
+    random_model,
     served_config,
     served_name,
+    tiny_target,
 )
 from headstart.heads.target import Gemma3ForAssistedDecoding
-from headstart.heads.tiny import byte_tokenizer, gemma3_config, random_model, tiny_target
 from tests.heads.test_parity import noisy_head
 
 pytestmark = pytest.mark.contract

@@ -8,9 +8,15 @@ from transformers import Gemma2Config, Gemma3nTextConfig, Gemma4ForCausalLM, Pre
 
 from headstart.common import versions
 from headstart.common.versions import check_transformers
-from headstart.heads.loading import check_sha256, load_target
+from headstart.heads.loading import (
+    byte_tokenizer,
+    check_sha256,
+    gemma3_config,
+    gemma4_text_config,
+    load_target,
+    random_model,
+)
 from headstart.heads.target import Gemma3ForAssistedDecoding, Target
-from headstart.heads.tiny import byte_tokenizer, gemma3_config, gemma4_text_config, random_model
 from tests.conftest import make_target
 
 pytestmark = pytest.mark.contract

@@ -164,8 +164,7 @@ def test_a_state_that_names_a_path_reads_no_file_of_it(tmp_path: Path, users: Pa
 
 
 def test_an_index_of_weights_that_names_a_path_is_refused(tmp_path: Path) -> None:
-    from headstart.heads.loading import load_target_config
-    from headstart.heads.tiny import tiny_target
+    from headstart.heads.loading import load_target_config, tiny_target
 
     folder = checkpoint(tmp_path / "target", tiny_target("tiny-gemma4"))
     index = {"metadata": {}, "weight_map": {"model.norm.weight": "../../other.safetensors"}}
