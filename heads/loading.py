@@ -38,6 +38,8 @@ from headstart.heads.admission import (
     check_tied_files,
     check_values,
     check_vocabulary,
+    check_weights,
+    is_finite,
     load_config,
     load_whole,
     reading,
@@ -50,7 +52,6 @@ from headstart.heads.target import (
     checkpoint_settings,
 )
 from headstart.heads.tokens import TargetTokens, complete_tokenizer
-from headstart.heads.weights import check_weights, is_finite
 
 TINY_TARGETS = ("tiny-gemma4", "tiny-gemma3")
 BUILT_IN = ("gemma3-270m", *TINY_TARGETS)

@@ -26,13 +26,14 @@ from headstart.common.files import drop_remote_code, whole_folder
 from headstart.configs.schema import LoraConfig, RopePosition
 from headstart.heads.adapters import add_adapters, split_revision
 from headstart.heads.admission import (
+    check_alive,
     check_files,
     check_values,
+    check_weights,
     load_config,
     load_whole,
     reading,
 )
-from headstart.heads.weights import check_alive, check_weights
 
 MADE_FOR = "headstart_target"  # in config.json, where other readers leave it alone
 ROPE_POSITION = "headstart_rope_position"  # there too: `TrainConfig.rope_position`
