@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 from safetensors import SafetensorError, safe_open
@@ -206,7 +205,7 @@ def _beside_target(
     }
 
 
-def print_description(figures: dict[str, Any], console: Console | None = None) -> None:
+def print_description(figures: dict[str, Any]) -> None:
     """Print what `describe` returns as one table."""
     table = Table(
         title=f"Draft head {figures['head']}",
@@ -216,7 +215,7 @@ def print_description(figures: dict[str, Any], console: Console | None = None) -
     )
     for name, value in _rows(figures):
         table.add_row(name, value)
-    (console or plain_console()).print(table)
+    plain_console().print(table)
 
 
 def _rows(figures: dict[str, Any]) -> Iterator[tuple[str, str]]:
