@@ -68,9 +68,8 @@ def fit_adapter(adapter: str, model: PreTrainedModel, merge: bool, work: Path) -
         with safe_open(folder / WEIGHTS, framework="pt") as file:
             keys = list(file.keys())
             _check_ranks(config, [file.get_slice(key).get_shape() for key in keys])
-        places = _places(keys, model)
-        left_out = [key for key, place in places.items() if place is None]
-        kept = {key: place for key, place in places.items() if place is not None}
+        kept = _places(keys, model)
+        left_out = [key for key in keys if key not in kept]
         rows = model.config.get_text_config().vocab_size
         _check_tables(folder / WEIGHTS, kept, config, rows, merge)
         _check_trained(folder / WEIGHTS, kept)
@@ -144,13 +143,13 @@ def _check_ranks(config: Mapping[str, Any], shapes: Sequence[Sequence[int]]) -> 
             )
 
 
-def _places(keys: Sequence[str], model: PreTrainedModel) -> dict[str, str | None]:
-    """Key of an adapter's file -> the key of the same weight on this model; None: it is of images
-    or sound, which a text class does without. `ValueError`: there is no module for some."""
+def _places(keys: Sequence[str], model: PreTrainedModel) -> dict[str, str]:
+    """Key of an adapter's file -> the key of the same weight on this model, but for those of images
+    and sound, which a text class does without. `ValueError`: there is no module for some."""
     owners = _owners(model)
     text = next(name for name, module in model.named_modules() if name.endswith("embed_tokens"))
     text = text.removesuffix("embed_tokens")  # `model.` or `model.language_model.`
-    places: dict[str, str | None] = {}
+    places: dict[str, str] = {}
     lost = []
     for key in keys:
         bare = renamed(key, WRAPPERS | SAVED_RAW)
@@ -158,20 +157,18 @@ def _places(keys: Sequence[str], model: PreTrainedModel) -> dict[str, str | None
             places[key] = key  # shared by all of its layers, as VeRA's matrices
             continue
         plain = renamed(bare, MULTIMODAL).removeprefix("language_model.")
-        for place in (bare, plain, text + plain.removeprefix("model.")):
-            if _owner(place, owners) is not None:
-                places[key] = PREFIX + place
-                break
-        else:
-            places[key] = None
-            if not TOWERS.search(bare):
-                lost.append(key)
+        tried = (bare, plain, text + plain.removeprefix("model."))
+        place = next((place for place in tried if _owner(place, owners) is not None), None)
+        if place is not None:
+            places[key] = PREFIX + place
+        elif not TOWERS.search(bare):
+            lost.append(key)
     if lost:
         raise ValueError(
             f"{len(lost)} of its {len(keys)} weights match no module (first: {lost[0]}): it was "
             "made for another model, or another class of it; tune on this one"
         )
-    if all(place is None or TOWERS.search(place) for place in places.values()):
+    if all(TOWERS.search(place) for place in places.values()):
         raise ValueError("it changes nothing that text passes through, only images or sound")
     return places
 

@@ -382,24 +382,16 @@ def check_logits(target: Target) -> None:
 # architecture whose weights are not at hand, in tests and in `configs/tiny.yaml`.
 VOCAB_SIZE = 320  # 256 bytes and the special tokens, with room to spare
 _TEXT: dict[str, Any] = {
-    "vocab_size": VOCAB_SIZE,
-    "hidden_size": 48,
-    "intermediate_size": 64,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "sliding_window": 8,
+    "vocab_size": VOCAB_SIZE, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 6,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "sliding_window": 8,
     "max_position_embeddings": 1024,
     "initializer_range": 0.2,  # large enough that attention and MLP have a say
     "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2,
-}
+}  # fmt: skip
 _GEMMA4: dict[str, Any] = {
-    "global_head_dim": 32,
-    "hidden_size_per_layer_input": 0,
-    "vocab_size_per_layer_input": 0,
+    "global_head_dim": 32, "hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0,
     "final_logit_softcapping": 30.0,
-}
+}  # fmt: skip
 
 
 def gemma4_text_config(**changes: Any) -> Gemma4TextConfig:
@@ -435,8 +427,7 @@ def random_model(build: Callable[[], PreTrainedModel]) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
         model = build()
-        decoder: Any = model.model
-        norm = (decoder.language_model if hasattr(decoder, "language_model") else decoder).norm
+        norm: Any = model.get_decoder().norm
         signs = torch.randint(0, 2, norm.weight.shape) * 2.0 - 1.0
         # Gemma 3 stores w of a `1 + w` norm.
         norm.weight.copy_(signs - 1 if type(norm).__name__.startswith("Gemma3") else signs)

@@ -24,7 +24,7 @@ from transformers import (
 
 from headstart.common.files import drop_remote_code, whole_folder
 from headstart.configs.schema import LoraConfig, RopePosition
-from headstart.heads.adapters import add_adapters, split_revision
+from headstart.heads.adapters import PREFIX, WEIGHTS, add_adapters, split_revision
 from headstart.heads.admission import (
     check_alive,
     check_files,
@@ -176,7 +176,6 @@ def load_assistant_config(path: str | Path) -> Any:
 
 
 ADAPTER = "adapter"  # its name within the model, and of its folder beside the head
-PREFIX = "base_model.model."  # of peft's files: its wrapper's place for the model
 
 
 def add_lora(assistant: Assistant, lora: LoraConfig) -> None:
@@ -240,4 +239,4 @@ def write_adapter(
     folder.mkdir()
     config.save_pretrained(folder)
     tensors = {name: tensor.contiguous().cpu() for name, tensor in adapter.items()}
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})

@@ -256,18 +256,13 @@ class Target(TargetTokens):
     @property
     def layers(self) -> Any:
         """The decoder layers of the text model."""
-        return self._text_model.layers
+        return self.model.get_decoder().layers
 
     @property
     def final_norm(self) -> torch.nn.Module:
         """The norm whose output is the hidden state that the head reads."""
-        norm: torch.nn.Module = self._text_model.norm
+        norm: torch.nn.Module = self.model.get_decoder().norm
         return norm
-
-    @property
-    def _text_model(self) -> Any:
-        decoder: Any = self.model.model
-        return decoder.language_model if hasattr(decoder, "language_model") else decoder
 
     @cached_property
     def fingerprint(self) -> str:  # type: ignore[override]
