@@ -124,23 +124,21 @@ class LogProgress(Progress):
         self._print(task_id, f"{how} after {_duration(self._tasks[task_id].elapsed)}")
 
     def _print(self, task_id: TaskID, what: str = "") -> None:
-        print(progress_line(self._tasks[task_id], what), flush=True)
-
-
-def progress_line(task: Task, what: str) -> str:
-    """One line of a log: what is done of what, how fast, the time left, and the task's status;
-    `what` happens to it, or nothing: it goes on."""
-    parts = [what or f"{_duration(task.elapsed)} so far"]
-    if task.total is not None and task.total != 1:
-        parts.append(f"{task.completed:,.0f} of {task.total:,.0f}")
-    elif task.completed > 1:
-        parts.append(f"{task.completed:,.0f}")
-    if not what and (speed := task.speed):
-        parts.append(f"{speed:,.0f} per second" if speed >= 100 else f"{speed:.3g} per second")
-        if (left := task.time_remaining) is not None:
-            parts.append(f"{_duration(left)} left")
-    parts.append(str(task.fields.get("status", "")))
-    return one_line(f"{task.description}: {', '.join(filter(None, parts))}")
+        """What is done of what, how fast, the time left, and the task's status; `what` happens to
+        it, or nothing: it goes on."""
+        task = self._tasks[task_id]
+        parts = [what or f"{_duration(task.elapsed)} so far"]
+        if task.total is not None and task.total != 1:
+            parts.append(f"{task.completed:,.0f} of {task.total:,.0f}")
+        elif task.completed > 1:
+            parts.append(f"{task.completed:,.0f}")
+        if not what and (speed := task.speed):
+            parts.append(f"{speed:,.0f} per second" if speed >= 100 else f"{speed:.3g} per second")
+            if (left := task.time_remaining) is not None:
+                parts.append(f"{_duration(left)} left")
+        parts.append(str(task.fields.get("status", "")))
+        line = one_line(f"{task.description}: {', '.join(filter(None, parts))}")
+        print(line, flush=True)
 
 
 def _duration(seconds: float | None) -> str:

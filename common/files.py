@@ -121,20 +121,20 @@ def plain_name(name: object, told_by: Path) -> str:
     return name
 
 
-def open_own(path: Path, mode: str) -> IO[Any]:
-    """`path.open(mode)` to write to a file that we made or are to make: no link, no pipe.
-
-    Raises:
-        ValueError: it is one.
-    """
-
-    def opener(name: str, flags: int) -> int:
-        return os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
-
+def _opener(name: str | Path, flags: int) -> int:
+    """The descriptor of a file that we made or are to make: no link, no pipe."""
+    path = Path(name)
     if path.is_symlink() or (path.exists() and not path.is_file()):
         raise ValueError(f"{path} is a link or no file, and would be written to: delete it")
-    encoding = None if "b" in mode else "utf-8"
-    return open(path, mode, encoding=encoding, opener=opener)
+    descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    assert stat.S_ISREG(os.fstat(descriptor).st_mode)
+    return descriptor
+
+
+def open_own(path: Path, mode: str) -> IO[Any]:
+    """`path.open(mode)` to write to a file that we made or are to make; `ValueError`: it is a link
+    or a pipe."""
+    return open(path, mode, encoding=None if "b" in mode else "utf-8", opener=_opener)
 
 
 def check_empty(folder: Path) -> None:
@@ -202,18 +202,10 @@ LOCK = ".lock"  # held by the process that works in a folder; it goes with the p
 
 @contextmanager
 def _opened(folder: Path, flags: int) -> Iterator[int]:
-    """The descriptor of a folder's lock. It is never written to, and a link is not followed: a
-    folder of a stranger's may have one to a file of the user's.
-
-    Raises:
-        ValueError: it is a link, or no file.
-    """
-    path = folder / LOCK
-    if path.is_symlink() or (path.exists() and not path.is_file()):
-        raise ValueError(f"{path} is a link or no file, and no lock of ours: delete it")
-    descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    """The descriptor of a folder's lock. It is never written to: a folder of a stranger's may have
+    a hard link to a file of the user's."""
+    descriptor = _opener(folder / LOCK, flags)
     try:
-        assert stat.S_ISREG(os.fstat(descriptor).st_mode)
         yield descriptor
     finally:
         os.close(descriptor)
