@@ -117,7 +117,7 @@ def check_file(path: Path) -> None:
             f"{path} is a Git LFS pointer and not the file itself: run `git lfs pull` in its "
             "folder, or download the file again"
         )
-    try:
+    with reading(str(path), "is damaged or cut short; copy or download it again"):
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt"):
                 pass
@@ -133,11 +133,6 @@ def check_file(path: Path) -> None:
                 plain_name(file, path)
         elif path.suffix == ".json" and not end.endswith(b"}"):
             raise ValueError("its end is missing")
-    except (ValueError, OSError, RecursionError, SafetensorError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(
-            f"{path} is damaged or cut short ({reason}): copy or download it again"
-        ) from error
 
 
 def _check_depth(config: dict[str, Any]) -> None:

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from rich.filesize import decimal
 from rich.table import Table
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import nn
 from transformers import Gemma4TextConfig, Gemma4UnifiedTextConfig, GenerationConfig
 from transformers.utils import cached_file
@@ -146,17 +146,13 @@ def describe(path: str | Path, target_config: Any | None = None) -> dict[str, An
 
 def _header(path: str | Path) -> tuple[Path, list[_Tensor]]:
     """The file of weights and what its header lists."""
-    try:
+    with reading(f"no readable {WEIGHTS} at {path}"):
         file = Path(cached_file(path, WEIGHTS))
         with safe_open(file, framework="pt") as weights:
             slices = {name: weights.get_slice(name) for name in weights.keys()}  # noqa: SIM118
-            tensors = [
+            return file, [
                 _Tensor(name, tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()
             ]
-    except (OSError, SafetensorError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"no readable {WEIGHTS} at {path}: {reason}") from error
-    return file, tensors
 
 
 def _draft_step(figures: dict[str, Any], tensors: list[_Tensor]) -> dict[str, dict[str, int]]:

@@ -45,7 +45,7 @@ from transformers.utils import cached_file
 from headstart.common.console import say
 from headstart.common.processes import split_layers
 from headstart.common.versions import CACHE, INSTALLED, check_rows, skips_prefill
-from headstart.heads.admission import tie_equal_tables
+from headstart.heads.admission import reading, tie_equal_tables
 from headstart.heads.tokens import TargetTokens
 
 SharedKV = dict[str, tuple[torch.Tensor, torch.Tensor]]
@@ -130,13 +130,9 @@ def checkpoint_settings(path: str | Path, revision: str | None, config: Any) -> 
     )
     if file is None:
         return GenerationConfig.from_model_config(config)
-    try:
+    fix = "mend it, or delete it and give target.eos_token_ids"
+    with reading(str(file), f"cannot be read; {fix}"):
         return GenerationConfig.from_pretrained(path, revision=revision)
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(
-            f"{file} cannot be read: {reason}; mend it, or delete it and give target.eos_token_ids"
-        ) from error
 
 
 def neutralize(
