@@ -1,6 +1,7 @@
 """Loading targets: from built-in names, folders, the Hub or GGUF files, as they will be served."""
 
 import difflib
+import shutil
 from collections.abc import Callable, Sequence
 from functools import cache
 from importlib.util import find_spec
@@ -279,8 +280,10 @@ def gemma3_270m_dir() -> Path:
             return ready
         print("Converting Gemma 3 270M (Gemma Terms of Use: https://ai.google.dev/gemma/terms)")
         with whole_folder(ready) as work:
-            _convert(wheel.assemble(work / wheel.MODEL_NAME), work)
-            (work / wheel.MODEL_NAME).unlink()
+            gguf = work / "gguf" / wheel.MODEL_NAME
+            gguf.parent.mkdir()
+            _convert(wheel.assemble(gguf), work)
+            shutil.rmtree(gguf.parent)
     return ready
 
 
