@@ -1,7 +1,7 @@
 """What several commands parse alike."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
@@ -27,39 +27,27 @@ def counts(text: str) -> list[int]:
     return [count(part) for part in text.split(",")]
 
 
-# The names are read where they are needed: importing the schema would double the time of --help.
+def _one_of(kind: str, but: str | None = None) -> Callable[[str], str]:
+    """For argparse: a name of a `Literal` of the schema (`Quantization`, `Engine`), but for one."""
+
+    def parse(name: str) -> str:
+        from headstart.configs import schema  # here, or it would double the time of --help
+
+        known = [one for one in get_args(getattr(schema, kind)) if one != but]
+        if name not in known:
+            raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(known)}")
+        return name
+
+    return parse
+
+
+quantization, engine = _one_of("Quantization"), _one_of("Engine")
+installed_engine = _one_of("Engine", but="transformers")  # in an environment of its own
+
+
 def decoders(text: str) -> list[str]:
     """For argparse: `transformers,exact`."""
-    from headstart.configs.schema import Decoder
-
-    return [_one_of(get_args(Decoder), name) for name in text.split(",")]
-
-
-def quantization(text: str) -> str:
-    """For argparse: one that a target can have."""
-    from headstart.configs.schema import Quantization
-
-    return _one_of(get_args(Quantization), text)
-
-
-def engine(text: str) -> str:
-    """For argparse: what serves a head."""
-    from headstart.configs.schema import Engine
-
-    return _one_of(get_args(Engine), text)
-
-
-def installed_engine(text: str) -> str:
-    """For argparse: what serves a head in an environment of its own."""
-    from headstart.configs.schema import Engine
-
-    return _one_of([name for name in get_args(Engine) if name != "transformers"], text)
-
-
-def _one_of(known: Sequence[str], name: str) -> str:
-    if name not in known:
-        raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(known)}")
-    return name
+    return [_one_of("Decoder")(name) for name in text.split(",")]
 
 
 def numbers(text: str) -> list[float]:

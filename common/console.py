@@ -6,7 +6,8 @@ import re
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from datetime import timedelta
 from typing import Any, TextIO
 
 from rich.console import Console
@@ -53,13 +54,10 @@ def progress_bar() -> Progress:
 
 def _log_seconds() -> float:
     text = os.environ.get(LOG_SECONDS, "30")
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = 0.0
-    if not 0 < seconds < threading.TIMEOUT_MAX:
-        raise ValueError(f"{LOG_SECONDS}={text!r} is no number of seconds above 0")
-    return seconds
+    with suppress(ValueError):
+        if 0 < (seconds := float(text)) < threading.TIMEOUT_MAX:
+            return seconds
+    raise ValueError(f"{LOG_SECONDS}={text!r} is no number of seconds above 0")
 
 
 class _Words(TextColumn):
@@ -122,36 +120,28 @@ class LogProgress(Progress):
 
     def _close(self, task_id: TaskID, how: str = "ended") -> None:
         self.running.discard(task_id)
-        self._print(task_id, f"{how} after {_duration(self._tasks[task_id].elapsed or 0.0)}")
+        self._print(task_id, f"{how} after {_duration(self._tasks[task_id].elapsed)}")
 
     def _print(self, task_id: TaskID, what: str = "") -> None:
-        print(progress_line(self._tasks[task_id], what), flush=True)
+        """What is done of what, how fast, the time left, and the task's status; `what` happens to
+        it, or nothing: it goes on."""
+        task = self._tasks[task_id]
+        parts = [what or f"{_duration(task.elapsed)} so far"]
+        if task.total is not None and task.total != 1:
+            parts.append(f"{task.completed:,.0f} of {task.total:,.0f}")
+        elif task.completed > 1:
+            parts.append(f"{task.completed:,.0f}")
+        if not what and (speed := task.speed):
+            parts.append(f"{speed:,.0f} per second" if speed >= 100 else f"{speed:.3g} per second")
+            if (left := task.time_remaining) is not None:
+                parts.append(f"{_duration(left)} left")
+        parts.append(str(task.fields.get("status", "")))
+        line = one_line(f"{task.description}: {', '.join(filter(None, parts))}")
+        print(line, flush=True)
 
 
-def progress_line(task: Task, what: str) -> str:
-    """One line of a log: what is done of what, how fast, the time left, and the task's status.
-
-    Args:
-        task: with its samples so far.
-        what: happens to it; empty: it goes on.
-    """
-    parts = [what or f"{_duration(task.elapsed or 0.0)} so far"]
-    if task.total is not None and task.total != 1:
-        parts.append(f"{task.completed:,.0f} of {task.total:,.0f}")
-    elif task.completed > 1:
-        parts.append(f"{task.completed:,.0f}")
-    if not what and (speed := task.speed):
-        parts.append(f"{speed:,.0f} per second" if speed >= 100 else f"{speed:.3g} per second")
-        if (left := task.time_remaining) is not None:
-            parts.append(f"{_duration(left)} left")
-    parts.append(str(task.fields.get("status", "")))
-    return one_line(f"{task.description}: {', '.join(filter(None, parts))}")
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}"
+def _duration(seconds: float | None) -> str:
+    return str(timedelta(seconds=round(seconds or 0)))
 
 
 @contextmanager

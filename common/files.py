@@ -121,31 +121,28 @@ def refuse_link(path: Path) -> None:
 
 
 def plain_name(name: object, told_by: Path) -> str:
-    """A file's name that another file tells of; it stays within the folder of that one.
-
-    Raises:
-        ValueError: it is a path, or no name.
-    """
+    """A file's name that another file tells of; it stays within the folder of that one, or raises
+    `ValueError`."""
     plain = isinstance(name, str) and name == Path(name).name and name not in ("", "..")
     if not isinstance(name, str) or not plain or "\0" in name:
         raise ValueError(f"{told_by} names {name!r}, which is no file of its folder")
     return name
 
 
-def open_own(path: Path, mode: str) -> IO[Any]:
-    """`path.open(mode)` to write to a file that we made or are to make: no link, no pipe.
-
-    Raises:
-        ValueError: it is one.
-    """
-
-    def opener(name: str, flags: int) -> int:
-        return os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
-
+def _opener(name: str | Path, flags: int) -> int:
+    """The descriptor of a file that we made or are to make: no link, no pipe."""
+    path = Path(name)
     if path.is_symlink() or (path.exists() and not path.is_file()):
         raise ValueError(f"{path} is a link or no file, and would be written to: delete it")
-    encoding = None if "b" in mode else "utf-8"
-    return open(path, mode, encoding=encoding, opener=opener)
+    descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    assert stat.S_ISREG(os.fstat(descriptor).st_mode)
+    return descriptor
+
+
+def open_own(path: Path, mode: str) -> IO[Any]:
+    """`path.open(mode)` to write to a file that we made or are to make; `ValueError`: it is a link
+    or a pipe."""
+    return open(path, mode, encoding=None if "b" in mode else "utf-8", opener=_opener)
 
 
 def check_empty(folder: Path) -> None:
@@ -213,71 +210,47 @@ LOCK = ".lock"  # held by the process that works in a folder; it goes with the p
 
 @contextmanager
 def _opened(folder: Path, flags: int) -> Iterator[int]:
-    """The descriptor of a folder's lock. It is never written to, and a link is not followed: a
-    folder of a stranger's may have one to a file of the user's.
-
-    Raises:
-        ValueError: it is a link, or no file.
-    """
-    path = folder / LOCK
-    if path.is_symlink() or (path.exists() and not path.is_file()):
-        raise ValueError(f"{path} is a link or no file, and no lock of ours: delete it")
-    descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    """The descriptor of a folder's lock. It is never written to: a folder of a stranger's may have
+    a hard link to a file of the user's."""
+    descriptor = _opener(folder / LOCK, flags)
     try:
-        assert stat.S_ISREG(os.fstat(descriptor).st_mode)
         yield descriptor
     finally:
         os.close(descriptor)
 
 
 @contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """Work in a folder while other processes that would do so wait.
+def alone_in(folder: Path, other: str | None = None) -> Iterator[None]:
+    """Work in a folder, made where it is missing, while other processes that would do so wait.
 
     What a killed process left half-written there is cleared away. The lock goes with the process
     that holds it, however that ends.
 
-    Raises:
-        ValueError: the lock is a link, or no file.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with _opened(folder, os.O_RDWR | os.O_CREAT) as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            waiting = one_line(f"{folder}: another process works there, waiting for it")
-            print(waiting, file=sys.stderr)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        remove_left_behind(folder, WORK)
-        yield
-
-
-@contextmanager
-def only_one_in(folder: Path, other: str = "run.dir=PATH") -> Iterator[None]:
-    """Work in a folder unless another process does.
-
     Args:
-        folder: made where it is missing.
-        other: how to name another folder.
+        folder: to work in.
+        other: how to name another folder, where this process is not to wait for another one.
 
     Raises:
-        ValueError: it does; or the lock is a link, or no file.
+        ValueError: the lock is a link, or no file; or another process works there, with `other`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with _opened(folder, os.O_RDWR | os.O_CREAT) as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise ValueError(
-                f"another process works in {folder}: wait for its end, or name another folder, "
-                f"{other}"
-            ) from error
+            busy = f"another process works in {folder}"
+            if other is not None:
+                raise ValueError(
+                    f"{busy}: wait for its end, or name another folder, {other}"
+                ) from error
+            print(one_line(f"{busy}, waiting for it"), file=sys.stderr)
+            fcntl.flock(lock, fcntl.LOCK_EX)
         remove_left_behind(folder, WORK)
         yield
 
 
 def is_held(folder: Path) -> bool:
-    """Whether a process works in a folder, by `alone_in` or `only_one_in`.
+    """Whether a process works in a folder, by `alone_in`.
 
     Raises:
         ValueError: the lock is a link, or no file.

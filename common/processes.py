@@ -69,15 +69,9 @@ def processes_in(folder: Path) -> Iterator[None]:
 
 
 def in_step(items: Iterable[T], together: bool) -> Iterator[T | None]:
-    """The items of this process, and None for as long as another process has some left.
-
-    Where a target is split over the processes, each forward of it needs them all: whoever has
-    nothing to run lends a hand by `Target.idle`.
-
-    Args:
-        items: of this process.
-        together: whether it has to wait for the others; without it no None comes.
-    """
+    """The items of this process, and, where it has to wait for the others (`together`), None for as
+    long as another process has some left: a target that is split over the processes needs them all
+    for each forward, so whoever has nothing to run lends a hand by `Target.idle`."""
     iterator = iter(items)
     while True:
         item = next(iterator, None)
@@ -91,11 +85,8 @@ def in_step(items: Iterable[T], together: bool) -> Iterator[T | None]:
 
 
 def split_layers(layers: Iterable[torch.nn.Module]) -> None:
-    """Keep a share of each layer's weights in each process (FSDP2); they meet for its forward.
-
-    Args:
-        layers: of a frozen model, the same in all processes.
-    """
+    """Keep a share of each layer's weights of a frozen model, the same in all processes, in each
+    process (FSDP2); they meet for its forward."""
     from torch.distributed.fsdp import fully_shard
 
     for layer in layers:
@@ -119,10 +110,12 @@ def placed_like(values: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
 def whole_weights(model: torch.nn.Module) -> Iterator[None]:
     """Within, each process has all weights of `model`, so that it can run it or save it alone."""
     split = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    for module in split:
-        module.set_reshard_after_forward(False, recurse=False)
-        module.unshard()
-    yield
-    for module in split:
-        module.reshard()
-        module.set_reshard_after_forward(module is not model, recurse=False)
+    try:
+        for module in split:
+            module.set_reshard_after_forward(False, recurse=False)
+            module.unshard()
+        yield
+    finally:
+        for module in split:
+            module.reshard()
+            module.set_reshard_after_forward(module is not model, recurse=False)

@@ -7,10 +7,9 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
 
 ENDING = (signal.SIGTERM, signal.SIGHUP)
 
@@ -25,27 +24,34 @@ class Ended(KeyboardInterrupt):
 
 
 @contextmanager
+def _handled(
+    numbers: Iterable[int], handler: Callable[[int, FrameType | None], None]
+) -> Iterator[None]:
+    """Within, these signals have another handler."""
+    earlier = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, before in earlier.items():
+            signal.signal(number, before)
+
+
+@contextmanager
 def tidy_ends() -> Iterator[None]:
     """Within, SIGTERM and SIGHUP raise `Ended`, the first of them alone; what was ignored before
     (`nohup`) stays so."""
     if threading.current_thread() is not threading.main_thread():
         yield  # signals are not its affair
         return
-    earlier: dict[signal.Signals, Any] = {each: signal.getsignal(each) for each in ENDING}
-    ours = [each for each in ENDING if earlier[each] is signal.SIG_DFL]
+    ours = [number for number in ENDING if signal.getsignal(number) is signal.SIG_DFL]
 
     def end(number: int, frame: FrameType | None) -> None:
         for each in ours:
             signal.signal(each, lambda *_: None)  # not SIG_IGN, which children would inherit
         raise Ended(number)
 
-    for each in ours:
-        signal.signal(each, end)
-    try:
+    with _handled(ours, end):
         yield
-    finally:
-        for each in ours:
-            signal.signal(each, signal.SIG_DFL)
 
 
 class TooSlow(RuntimeError):
@@ -57,7 +63,8 @@ GRACE = 10.0  # seconds after which what heeds no signal is ended
 
 @contextmanager
 def time_limit(seconds: float, what: str) -> Iterator[None]:
-    """Within, work that takes longer is broken off, a regular expression in its midst too.
+    """Within, work that takes longer is broken off by `TooSlow`, a regular expression in its midst
+    too; the message says `what` takes too long, and the fix.
 
     Some steps of Python heed no signal, as comparing lists of lists of lists: `GRACE` later they
     end the process, with a traceback. Signals reach the main thread alone: in another one there is
@@ -112,12 +119,5 @@ def stop_signals() -> Iterator[list[float]]:
             raise KeyboardInterrupt
         received.append(now)
 
-    earlier: dict[int, Any] = {}
-    each: int
-    for each in (signal.SIGINT, signal.SIGTERM):
-        earlier[each] = signal.signal(each, note)
-    try:
+    with _handled((signal.SIGINT, signal.SIGTERM), note):
         yield received
-    finally:
-        for each, handler in earlier.items():
-            signal.signal(each, handler)

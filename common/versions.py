@@ -21,18 +21,10 @@ ALL_ROWS: dict[str, Any] = {"logits_to_keep": None} if CUTS_ROWS else {}
 """Keywords for a head's text model over several rows, which it is not to cut: that fails in a model
 without inputs per layer (docs/upstream.md)."""
 
-GROUPS_MASKED_QUERIES = INSTALLED.release >= (5, 23)
-"""Whether query heads that share a key head are grouped under a mask (heads/cpu_kernels.py)."""
-
 
 def skips_prefill(config: Any) -> bool:
-    """Whether plain decoding of a target runs on a part of the prompt alone in some layers.
-
-    Decoding with a head, which asks for hidden states, runs on all of it.
-
-    Args:
-        config: text configuration of the target.
-    """
+    """Whether plain decoding of a target of this text configuration runs on a part of the prompt
+    alone in some layers. Decoding with a head, which asks for hidden states, runs on all of it."""
     # Gemma 3 shares no keys and has no such field.
     return CUTS_ROWS and getattr(config, "num_kv_shared_layers", 0) > 0
 
@@ -45,15 +37,8 @@ def all_prompt_rows(device: torch.device) -> dict[str, torch.Tensor]:
 
 
 def check_rows(rows: int, tokens: int) -> None:
-    """Raise where a target did not run on every token: what a head would be trained on is wrong.
-
-    Args:
-        rows: of hidden states that its final norm gave.
-        tokens: that it was given, padding included.
-
-    Raises:
-        RuntimeError: they differ.
-    """
+    """Raise `RuntimeError` where a target did not run on every token, padding included: what a head
+    would be trained on is wrong."""
     if rows != tokens:
         raise RuntimeError(
             f"the target's last hidden states are of {rows} rows where it was given {tokens} "
@@ -63,27 +48,16 @@ def check_rows(rows: int, tokens: int) -> None:
 
 
 def check_transformers() -> None:
-    """Raise early where the assistant classes are not known to work.
+    """Raise `RuntimeError`, with the command that installs another release, where the assistant
+    classes are not known to work.
 
-    Raises:
-        RuntimeError: the installed transformers is outside the tested range; the message says
-            what fails there and which command installs a release that works.
+    Before 5.20 assisted generation refuses Gemma 4 assistants or misaligns them. In 5.23 they
+    cannot be built (ValueError in kv_sharing_modes), and targets without KV sharing return no
+    shared_kv_states.
     """
-    if SpecifierSet(TESTED).contains(INSTALLED, prereleases=True):
-        return
-    if Version("5.20") > INSTALLED:
-        reason = "before 5.20 assisted generation refuses Gemma 4 assistants or misaligns them"
-    elif Version("5.24") > INSTALLED:
-        reason = (
-            "in 5.23 Gemma4AssistantForCausalLM cannot be built (ValueError in kv_sharing_modes) "
-            "and targets without KV sharing return no shared_kv_states"
+    if not SpecifierSet(TESTED).contains(INSTALLED, prereleases=True):
+        raise RuntimeError(
+            f"transformers {INSTALLED} is outside the tested range {TESTED}: draft heads cannot be "
+            "built there, or what they are trained on may differ without an error. "
+            f"Run: pip install 'transformers{TESTED}'"
         )
-    else:
-        reason = (
-            "it is newer than any release that Headstart was tested with, and what a head is "
-            "trained on may differ there without an error"
-        )
-    raise RuntimeError(
-        f"transformers {INSTALLED} is outside the tested range {TESTED}: {reason}. "
-        f"Run: pip install 'transformers{TESTED}'"
-    )

@@ -25,9 +25,8 @@ from safetensors.torch import save_file
 from headstart.common.console import say
 from headstart.common.files import content_sha256, plain_name, whole_file, write_atomically
 from headstart.configs.schema import DataConfig
-from headstart.heads.admission import reading
+from headstart.heads.admission import is_finite, reading
 from headstart.heads.target import SharedKV, Target, source_layers
-from headstart.heads.weights import is_finite
 
 FORMAT = 2  # raise it when a shard comes to hold something else
 Storage = Literal["target", "int8"]

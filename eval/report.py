@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from headstart.common.console import say
-from headstart.common.files import only_one_in, write_atomically
+from headstart.common.files import alone_in, write_atomically
 from headstart.common.machine import environment
 from headstart.common.versions import skips_prefill
 from headstart.configs.schema import EvalConfig
@@ -80,7 +80,7 @@ def run_evaluation(
         "chat_template_kwargs": asked.chat_template_kwargs or None,  # as if earlier files had it
     }
     samplings = [Sampling(t, chosen.top_k, chosen.top_p) for t in chosen.temperatures]
-    with only_one_in(out, "--out DIR"):
+    with alone_in(out, "--out DIR"):
         kept = Measurements(out / "measurements.jsonl", settings, resume)
         sides = _prepare(target, heads, draft_models or {}, chosen, prompts, samplings, kept, asked)
         measure_prompts(target, prompts, sides, chosen.max_new_tokens, kept, asked)

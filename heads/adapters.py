@@ -9,7 +9,7 @@ import json
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,49 +35,55 @@ PATTERNS = re.compile(r"\w+_(?:modules|patterns?)|modules_to_save")  # keys of C
 # How peft looks for a pattern in the name of a module.
 FORMS = ("{}", r"(.*\.)?({})$", r"(^|.*\.){}($|\..*)", r"(?:^|.*?\.){}\.(?P<idx>\d+)\.")
 MATCHED_IN = 10.0  # seconds, of all patterns in all names of a model: most take milliseconds
+OTHER_TRAINING = "both files are of different trainings; copy both from one"
+REFUSED = {
+    "lora_bias": "for which the target's layers have no place: keep it beside the weights, "
+    "--keep-adapters (target.merge_adapters: false)",
+    "alora_invocation_tokens": "an activated LoRA, which works after certain tokens only: tune "
+    "with a plain one",
+    "layer_replication": "repeats of layers of its model: merge it, and give the outcome as the "
+    "target",
+}
 TOO_SLOW = f"a pattern of {CONFIG} takes too long: name the modules one by one"
 
 
-@contextmanager
-def fitting(adapter: str, folder: Path, model: PreTrainedModel, merge: bool) -> Iterator[Path]:
-    """Gives the folder of an adapter whose weights are named as the modules of a model are: its
-    own, or one of the time being where a text class and a multimodal one name them otherwise.
+def fit_adapter(adapter: str, model: PreTrainedModel, merge: bool, work: Path) -> Path:
+    """The folder of an adapter whose weights are named as the modules of a model are: its own, or
+    `work`, written here, where a text class and a multimodal one name them otherwise.
 
     Args:
-        adapter: what messages call it.
-        folder: where it lies.
+        adapter: folder or Hub id, `ID@REVISION`.
         model: without adapters yet; it may be on the meta device.
         merge: whether it is to be added to the weights, or stays beside them.
+        work: a folder that is not there yet.
 
     Raises:
-        ValueError: it is of a kind that no head can follow, of another model, or without
+        ValueError: it is none, of a kind that no head can follow, of another model, or without
             effect.
     """
-    config = _config(folder, merge)
-    _check_patterns(config, [path for path, _ in model.named_modules()])
-    with safe_open(folder / WEIGHTS, framework="pt") as file:
-        keys = list(file.keys())
-        _check_ranks(config, [file.get_slice(key).get_shape() for key in keys])
-    places = _places(keys, model)
-    left_out = [key for key, place in places.items() if place is None]
-    kept = {key: place for key, place in places.items() if place is not None}
-    rows = model.config.get_text_config().vocab_size
-    _check_tables(folder / WEIGHTS, kept, config, rows, merge)
-    _check_trained(folder / WEIGHTS, kept)
-    changed = [(key, place) for key, place in kept.items() if key != place]
-    if changed:
-        old, new = changed[0]
-        say(f"{adapter}: {len(changed)} weights are read under other names: {old} as {new}, ...")
-    if left_out:
-        say(
-            f"{adapter}: {len(left_out)} weights of images and sound are left out, as {left_out[0]}"
-        )
-    if not changed and not left_out:
-        yield folder
-        return
-    with temporary_folder() as work:
+    with _naming(adapter, model):
+        folder = adapter_folder(adapter)
+        config = _config(folder, merge)
+        _check_patterns(config, [path for path, _ in model.named_modules()])
+        with safe_open(folder / WEIGHTS, framework="pt") as file:
+            keys = list(file.keys())
+            _check_ranks(config, [file.get_slice(key).get_shape() for key in keys])
+        kept = _places(keys, model)
+        left_out = [key for key in keys if key not in kept]
+        rows = model.config.get_text_config().vocab_size
+        _check_tables(folder / WEIGHTS, kept, config, rows, merge)
+        _check_trained(folder / WEIGHTS, kept)
+        changed = [key for key, place in kept.items() if key != place]
+        if changed:
+            names = f"{changed[0]} as {kept[changed[0]]}"
+            say(f"{adapter}: {len(changed)} weights are read under other names: {names}, ...")
+        if left_out:
+            what = f"weights of images and sound are left out, as {left_out[0]}"
+            say(f"{adapter}: {len(left_out)} {what}")
+        if not changed and not left_out:
+            return folder
         _write(folder, work, config, kept, model)
-        yield work
+        return work
 
 
 def _config(folder: Path, merge: bool) -> dict[str, Any]:
@@ -96,30 +102,15 @@ def _config(folder: Path, merge: bool) -> dict[str, Any]:
     config: dict[str, Any] = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     if kind.peft_type == "XLORA":  # peft would read these from wherever it says, the Hub too
         raise ValueError("it mixes other adapters that it names: give each as an adapter")
-    if config.get("lora_bias") and merge:
-        raise ValueError(
-            "its layers have a bias (lora_bias), for which the target's have no place: keep it "
-            "beside the weights, --keep-adapters (target.merge_adapters: false)"
-        )
-    if config.get("alora_invocation_tokens"):
-        raise ValueError(
-            "it is an activated LoRA, which works after certain tokens only: tune with a plain one"
-        )
-    if config.get("layer_replication"):
-        raise ValueError(
-            "it repeats layers of its model (layer_replication): merge it, and give the outcome as "
-            "the target"
-        )
+    for key, reason in REFUSED.items():
+        if config.get(key) and (merge or key != "lora_bias"):
+            raise ValueError(f"{CONFIG} has {key}, {reason}")
     return config
 
 
 def _check_patterns(config: Mapping[str, Any], paths: Sequence[str]) -> None:
-    """Try the patterns of an adapter on the paths of a model's modules, before peft does.
-
-    Raises:
-        TooSlow: they do not come to an end.
-        ValueError: one is no pattern.
-    """
+    """Try the patterns of an adapter on the paths of a model's modules, before peft does: raise
+    `TooSlow` where they do not come to an end, `ValueError` where one is no pattern."""
     found = {text for key in config if PATTERNS.fullmatch(key) for text in _texts(config[key])}
     with time_limit(MATCHED_IN, TOO_SLOW):
         for pattern in sorted(found):
@@ -153,21 +144,17 @@ def _check_ranks(config: Mapping[str, Any], shapes: Sequence[Sequence[int]]) -> 
         if isinstance(side, int | float) and side > most:
             raise ValueError(
                 f"{CONFIG} says {key} {side:,}, and no side of its weights is longer than "
-                f"{most:,}: both files are of different trainings; copy both from one"
+                f"{most:,}: {OTHER_TRAINING}"
             )
 
 
-def _places(keys: Sequence[str], model: PreTrainedModel) -> dict[str, str | None]:
-    """Key of an adapter's file -> the key of the same weight on this model; None: it is of images
-    or sound, which a text class does without.
-
-    Raises:
-        ValueError: there is no module for some.
-    """
+def _places(keys: Sequence[str], model: PreTrainedModel) -> dict[str, str]:
+    """Key of an adapter's file -> the key of the same weight on this model, but for those of images
+    and sound, which a text class does without. `ValueError`: there is no module for some."""
     owners = _owners(model)
     text = next(name for name, module in model.named_modules() if name.endswith("embed_tokens"))
     text = text.removesuffix("embed_tokens")  # `model.` or `model.language_model.`
-    places: dict[str, str | None] = {}
+    places: dict[str, str] = {}
     lost = []
     for key in keys:
         bare = renamed(key, WRAPPERS | SAVED_RAW)
@@ -175,49 +162,37 @@ def _places(keys: Sequence[str], model: PreTrainedModel) -> dict[str, str | None
             places[key] = key  # shared by all of its layers, as VeRA's matrices
             continue
         plain = renamed(bare, MULTIMODAL).removeprefix("language_model.")
-        for place in (bare, plain, text + plain.removeprefix("model.")):
-            if _owner(place, owners) is not None:
-                places[key] = PREFIX + place
-                break
-        else:
-            places[key] = None
-            if not TOWERS.search(bare):
-                lost.append(key)
+        tried = (bare, plain, text + plain.removeprefix("model."))
+        place = next((place for place in tried if _owner(place, owners) is not None), None)
+        if place is not None:
+            places[key] = PREFIX + place
+        elif not TOWERS.search(bare):
+            lost.append(key)
     if lost:
         raise ValueError(
             f"{len(lost)} of its {len(keys)} weights match no module (first: {lost[0]}): it was "
             "made for another model, or another class of it; tune on this one"
         )
-    if all(place is None or TOWERS.search(place) for place in places.values()):
+    if all(TOWERS.search(place) for place in places.values()):
         raise ValueError("it changes nothing that text passes through, only images or sound")
     return places
 
 
 def _owners(model: nn.Module) -> dict[str, nn.Module]:
     """Path -> module, of those with weights of their own: what an adapter can change."""
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if next(module.parameters(recurse=False), None) is not None
-    }
+    named = model.named_modules()
+    return {path: m for path, m in named if next(m.parameters(recurse=False), None) is not None}
 
 
 def _owner(key: str, owners: Mapping[str, nn.Module]) -> str | None:
     """The path of the module that a weight of an adapter belongs to."""
-    path = key
-    while "." in path:
-        path = path.rpartition(".")[0]
-        if path in owners:
-            return path
-    return None
+    parts = key.split(".")
+    paths = (".".join(parts[:n]) for n in range(len(parts) - 1, 0, -1))
+    return next((path for path in paths if path in owners), None)
 
 
 def _check_tables(
-    path: Path,
-    kept: Mapping[str, str],
-    config: Mapping[str, Any],
-    rows: int,
-    merge: bool,
+    path: Path, kept: Mapping[str, str], config: Mapping[str, Any], rows: int, merge: bool
 ) -> None:
     """Raise `ValueError` where one side of the tied pair would change, or the table's V rows."""
     tables: dict[str, torch.Tensor] = {}
@@ -229,7 +204,12 @@ def _check_tables(
         if weight == "weight":
             with safe_open(path, framework="pt") as file:
                 tables[side] = file.get_tensor(key)
-            _check_rows(side, len(tables[side]), rows)
+            if len(tables[side]) != rows:
+                raise ValueError(
+                    f"its {side} has {len(tables[side]):,} rows, the target's table {rows:,}: "
+                    "tokens were added. Merge it on the target after resize_token_embeddings(), "
+                    "save_pretrained() both model and tokenizer, and give that folder as the target"
+                )
         elif "trainable_tokens" in weight:
             if not merge:
                 raise ValueError(
@@ -254,15 +234,6 @@ def _check_tables(
         )
     if not merge and config.get("modules_to_save"):
         raise ValueError("its tables are not tied: let it be merged, without --keep-adapters")
-
-
-def _check_rows(side: str, found: int, rows: int) -> None:
-    if found != rows:
-        raise ValueError(
-            f"its {side} has {found:,} rows, the target's table {rows:,}: tokens were added. Merge "
-            "it on the target after resize_token_embeddings(), save_pretrained() both model and "
-            "tokenizer, and give that folder as the target"
-        )
 
 
 def _check_trained(path: Path, kept: Mapping[str, str]) -> None:
@@ -302,12 +273,13 @@ def _write(
         with time_limit(MATCHED_IN, TOO_SLOW):
             found = {path: get_pattern_key(list(pattern), was) for path, was in earlier.items()}
         changed[name] = {path: pattern[key] for path, key in found.items() if key in pattern}
-    (work / CONFIG).write_text(json.dumps(changed))
     weights = load_file(folder / WEIGHTS)
+    work.mkdir()
+    (work / CONFIG).write_text(json.dumps(changed))
     save_file({new: weights[old] for old, new in kept.items()}, work / WEIGHTS)
 
 
-def check_arrival(wrapped: Any, folder: Path, name: str) -> None:
+def _check_arrival(wrapped: Any, folder: Path, name: str) -> None:
     """Raise `ValueError` where weights of an adapter's file are not on the model: peft drops what
     it has no layer for."""
     from peft import get_peft_model_state_dict
@@ -319,12 +291,12 @@ def check_arrival(wrapped: Any, folder: Path, name: str) -> None:
     if lost:
         raise ValueError(
             f"{len(lost)} of its weights are of layers that {CONFIG} does not name (first: "
-            f"{min(lost)}): both files are of different trainings; copy both from one"
+            f"{min(lost)}): {OTHER_TRAINING}"
         )
 
 
 @torch.no_grad()
-def outcome(model: PreTrainedModel) -> torch.Tensor:
+def _outcome(model: PreTrainedModel) -> torch.Tensor:
     """What an adapter has to change: the logits [1, T, V] of a target for some tokens, from all
     over its vocabulary; all weights of a head, which reads more than tokens."""
     if "assistant" in model.config.model_type:
@@ -332,15 +304,6 @@ def outcome(model: PreTrainedModel) -> torch.Tensor:
     rows = model.config.get_text_config().vocab_size
     ids = torch.arange(rows // 16, rows, rows // 8, device=model.device)[None]
     return model.eval()(input_ids=ids).logits.float()
-
-
-def check_effect(before: torch.Tensor, after: torch.Tensor) -> None:
-    """Raise `ValueError` where the `outcome` of a model is the same without and with an adapter."""
-    if torch.equal(before, after):
-        raise ValueError(
-            "it changes nothing, in the dtype that the weights have here: it is not trained, or "
-            "merging rounds its effect away (dtype: float32, or --keep-adapters, would keep it)"
-        )
 
 
 FILES = ["*.json", "*.jinja", "*.model", WEIGHTS]  # that are read of an adapter on the Hub
@@ -372,41 +335,32 @@ def add_adapters(model: PreTrainedModel, adapters: Sequence[str], merge: bool) -
     # peft's own wrapper puts its layers into the model and is then left behind: `set_adapter` of
     # transformers 5.24 asks for a peft that does not exist (docs/upstream.md).
     wrapper: Any = None
-    own_dtype: Any = {"autocast_adapter_dtype": False}  # that of the weights, as it is served
-    names = [f"adapter_{number}" for number in range(len(adapters))]
-    with ExitStack() as stack:
-        folders = [
-            stack.enter_context(fitting_adapter(adapter, model, merge)) for adapter in adapters
-        ]
-        before = outcome(model)
+    # What stays beside the weights has their dtype, as it is served.
+    dtype: Any = {"autocast_adapter_dtype": merge}
+    names = ["default" if merge else f"adapter_{n}" for n in range(len(adapters))]
+    with temporary_folder() as work:
+        folders = [fit_adapter(a, model, merge, work / str(n)) for n, a in enumerate(adapters)]
+        before = _outcome(model)
         for number, (name, folder) in enumerate(zip(names, folders, strict=True)):
             with _naming(adapters[number], model), _peft_warnings():
+                if merge or wrapper is None:
+                    wrapper = PeftModel.from_pretrained(model, folder, name, **dtype)
+                elif missing := wrapper.load_adapter(folder, name, **dtype).missing_keys:
+                    raise ValueError(f"Found missing adapter keys: {missing}")
+                _check_arrival(wrapper, folder, name)
                 if merge:
-                    wrapped = PeftModel.from_pretrained(model, folder)
-                    check_arrival(wrapped, folder, "default")
-                    model = wrapped.merge_and_unload(safe_merge=True)
+                    model = wrapper.merge_and_unload(safe_merge=True)
                 else:
-                    if wrapper is None:
-                        wrapper = PeftModel.from_pretrained(model, folder, name, **own_dtype)
-                    else:
-                        missing = wrapper.load_adapter(folder, name, **own_dtype).missing_keys
-                        if missing:
-                            raise ValueError(f"Found missing adapter keys: {missing}")
-                    check_arrival(wrapper, folder, name)
                     wrapper.base_model.set_adapter(names[: number + 1])
-                after = outcome(model)
-                check_effect(before, after)
+                after = _outcome(model)
+                if torch.equal(before, after):
+                    raise ValueError(
+                        "it changes nothing, in the dtype that the weights have here: it is not "
+                        "trained, or merging rounds its effect away (dtype: float32, or "
+                        "--keep-adapters, would keep it)"
+                    )
                 before = after
     return model
-
-
-@contextmanager
-def fitting_adapter(adapter: str, model: PreTrainedModel, merge: bool) -> Iterator[Path]:
-    """`fitting` of a folder or Hub id, whose errors name it."""
-    with ExitStack() as stack:
-        with _naming(adapter, model):
-            folder = stack.enter_context(fitting(adapter, adapter_folder(adapter), model, merge))
-        yield folder
 
 
 @contextmanager
@@ -432,11 +386,7 @@ def _peft_warnings() -> Iterator[None]:
 
 
 def adapter_folder(adapter: str) -> Path:
-    """Where an adapter lies, after it was downloaded where it has to be.
-
-    Raises:
-        ValueError: one of its files is damaged.
-    """
+    """Where an adapter lies, undamaged, after it was downloaded where it has to be."""
     path, revision = split_revision(adapter)
     if Path(path).is_dir():
         check_files(path)

@@ -1,4 +1,8 @@
-"""What is let in of a checkpoint: files that are whole, and weights that all arrive.
+"""What is let in of a checkpoint: files that are whole, and weights that all arrive and say
+something: no NaN or infinity, no zeros in a head, no codes of a quantization without scales.
+
+`from_pretrained` casts whatever a file holds to the dtype that it is asked for. Of int8 or fp8
+codes it so makes numbers that are off by each row's scale, without a word.
 
 Letters: D target width, V vocabulary.
 """
@@ -7,20 +11,21 @@ import json
 import logging
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch import nn
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file, find_adapter_config_file
 
 from headstart.common.console import say
 from headstart.common.files import plain_name, put_back
-from headstart.heads.weights import check_codes, check_quantized, check_read, weight_dtypes
 
 READ = (
     "config.json", "generation_config.json", "adapter_config.json", "model.safetensors.index.json",
@@ -66,12 +71,8 @@ LAYERS = 1000  # more than any model has; a library would build them one by one 
 
 @contextmanager
 def reading(name: str, what: str = "") -> Iterator[None]:
-    """Within, whatever a library raises over somebody's files is a `ValueError` of one line.
-
-    Args:
-        name: of the checkpoint; a refusal that names it already stays as it is.
-        what: is wrong, for the others.
-    """
+    """Within, whatever a library raises over somebody's files is a `ValueError` of one line, with
+    the name of the checkpoint and what is wrong; a refusal that names it already stays."""
     try:
         yield
     except FAULTS as error:
@@ -98,11 +99,11 @@ def check_files(folder: str | Path) -> None:
         paths += next(filter(None, (sorted(folder.glob(pattern)) for pattern in patterns)), [])
     for path in paths:
         check_file(path)
-    dtypes = weight_dtypes(folder)
-    check_codes(name, dtypes)
+    quantization = None
     if (folder / "config.json").is_file():
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        check_quantized(name, dtypes, config.get("quantization_config"))
+        quantization = config.get("quantization_config")
+    check_codes(name, weight_dtypes(folder), quantization)
 
 
 def check_file(path: Path) -> None:
@@ -116,7 +117,7 @@ def check_file(path: Path) -> None:
             f"{path} is a Git LFS pointer and not the file itself: run `git lfs pull` in its "
             "folder, or download the file again"
         )
-    try:
+    with reading(str(path), "is damaged or cut short; copy or download it again"):
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt"):
                 pass
@@ -134,11 +135,6 @@ def check_file(path: Path) -> None:
                 plain_name(file, path)
         elif path.suffix == ".json" and not end.endswith(b"}"):
             raise ValueError("its end is missing")
-    except (ValueError, OSError, RecursionError, SafetensorError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(
-            f"{path} is damaged or cut short ({reason}): copy or download it again"
-        ) from error
 
 
 def _check_depth(config: dict[str, Any]) -> None:
@@ -148,9 +144,26 @@ def _check_depth(config: dict[str, Any]) -> None:
             raise ValueError(f"num_hidden_layers is {layers}")
 
 
-def check_kernels(config: Any, name: str) -> None:
-    """Raise `ValueError` where the configuration of a checkpoint names a repository of the Hub for
-    its attention: transformers would download a kernel from there and run it, unasked."""
+def load_config(
+    name: str, path: str | Path, revision: str | None, trust_remote_code: bool, **options: Any
+) -> Any:
+    """The configuration of a checkpoint, with `options` for AutoConfig.
+
+    Raises:
+        ValueError: its attention would be computed by a kernel of the Hub, which transformers
+            would download and run, unasked; or there is an adapter at its place, which transformers
+            would add to the weights, or to those of a base that it names, untold.
+    """
+    if find_adapter_config_file(str(path), revision=revision) is not None:
+        raise ValueError(
+            f"{name} holds an adapter (adapter_config.json), which is not told apart from its "
+            "weights: give the base as the target and the adapter's folder as --adapter; or delete "
+            "adapter_config.json, where the adapter was merged into the weights"
+        )
+    # Not left out: transformers then asks on the terminal whether to run what a stranger wrote.
+    config = AutoConfig.from_pretrained(
+        path, revision=revision, trust_remote_code=trust_remote_code, **options
+    )
     for part in (config, config.get_text_config()):
         kernel = part._attn_implementation
         if kernel is not None and "/" in str(kernel):
@@ -158,17 +171,7 @@ def check_kernels(config: Any, name: str) -> None:
                 f"{name} wants its attention computed by code of the Hub ({kernel}): take "
                 "attn_implementation out of its config.json"
             )
-
-
-def refuse_embedded_adapter(name: str, path: str | Path, revision: str | None) -> None:
-    """Raise `ValueError` where there is an adapter at the place of a checkpoint: transformers would
-    add it to the weights, or to those of a base that it names, unasked and untold."""
-    if find_adapter_config_file(str(path), revision=revision) is not None:
-        raise ValueError(
-            f"{name} holds an adapter (adapter_config.json), which is not told apart from its "
-            "weights: give the base as the target and the adapter's folder as --adapter; or delete "
-            "adapter_config.json, where the adapter was merged into the weights"
-        )
+    return config
 
 
 def _check_size(cls: Any, name: str, path: Path) -> None:
@@ -187,15 +190,10 @@ def _check_size(cls: Any, name: str, path: Path) -> None:
 
 
 def load_whole(cls: Any, name: str, path: str | Path, **arguments: Any) -> Any:
-    """`cls.from_pretrained(path, **arguments)`, all of whose weights come from its files.
+    """`cls.from_pretrained(path, **arguments)` of a target or a head that messages call `name`, all
+    of whose weights come from its files.
 
     Names that wrappers of a training or a multimodal class gave them are read too, with a line.
-
-    Args:
-        cls: class of a target or of a head.
-        name: what messages call it.
-        path: folder or Hub id.
-        arguments: for `from_pretrained`.
 
     Raises:
         ValueError: it does not load, or weights are missing, of no layer, or of another shape.
@@ -210,10 +208,13 @@ def load_whole(cls: Any, name: str, path: str | Path, **arguments: Any) -> Any:
     if changed:
         model, info = _read(cls, name, path, {**arguments, "key_mapping": mapping})
     if "gguf_file" not in arguments:
-        dtypes = weight_dtypes(_files(path, arguments.get("revision")))
-        check_codes(name, dtypes)
-        if "quantization_config" not in arguments:
-            check_quantized(name, dtypes, model.config.to_dict().get("quantization_config"))
+        folder = Path(path)
+        if not folder.is_dir():  # of the Hub: in the cache
+            config_file = cached_file(str(path), "config.json", revision=arguments.get("revision"))
+            folder = Path(str(config_file)).parent
+        dtypes = weight_dtypes(folder)
+        own = None if "quantization_config" in arguments else model.config.to_dict()
+        check_codes(name, dtypes, own and own.get("quantization_config"))
         check_read(model, name, dtypes, info["unexpected_keys"])
     _check_arrival(model, name, info)
     if changed:
@@ -232,18 +233,8 @@ def renamed(key: str, mapping: dict[str, str]) -> str:
 def _read(
     cls: Any, name: str, path: str | Path, arguments: dict[str, Any]
 ) -> tuple[Any, dict[str, Any]]:
-    """A model, and which keys were missing, unexpected and mismatched."""
-    with _without_report(), reading(name, "does not load"):
-        # Else a mismatch is an error that names no tensor.
-        model, info = cls.from_pretrained(
-            path, output_loading_info=True, ignore_mismatched_sizes=True, **arguments
-        )
-    return model, info
-
-
-@contextmanager
-def _without_report() -> Iterator[None]:
-    """Within, transformers keeps its own table of keys to itself: ours is a refusal, or a line."""
+    """A model, and which keys were missing, unexpected and mismatched; transformers' own table of
+    them is left unsaid: ours is a refusal, or a line."""
 
     def other(record: logging.LogRecord) -> bool:
         return "LOAD REPORT" not in record.getMessage()
@@ -251,9 +242,14 @@ def _without_report() -> Iterator[None]:
     logger = logging.getLogger("transformers.modeling_utils")
     logger.addFilter(other)
     try:
-        yield
+        with reading(name, "does not load"):
+            # Without ignoring it, a mismatch is an error that names no tensor.
+            model, info = cls.from_pretrained(
+                path, output_loading_info=True, ignore_mismatched_sizes=True, **arguments
+            )
     finally:
         logger.removeFilter(other)
+    return model, info
 
 
 def _check_arrival(model: PreTrainedModel, name: str, info: dict[str, Any]) -> None:
@@ -268,7 +264,7 @@ def _check_arrival(model: PreTrainedModel, name: str, info: dict[str, Any]) -> N
         missing = [key for key in missing if key.endswith(".weight")]
         unexpected = [key for key in unexpected if key.endswith(".weight")]
     spare = [key for key in unexpected if SPARE.search(key)]
-    unexpected = [key for key in unexpected if key not in spare]
+    unexpected = sorted(set(unexpected) - set(spare))
     mismatched = [
         f"{key} {list(mine)} where config.json says {list(its)}"
         for key, mine, its in sorted(info["mismatched_keys"])
@@ -278,26 +274,17 @@ def _check_arrival(model: PreTrainedModel, name: str, info: dict[str, Any]) -> N
     if said:
         raise ValueError(
             f"{name}: not all weights of {type(model).__name__} come from its files, the rest "
-            f"would be random: {'; '.join(said)}. {_fix(missing, unexpected, mismatched)}"
+            f"would be random: {'; '.join(said)}. {_fix(unexpected, mismatched)}"
         )
     if spare:
         say(f"{name}: {len(spare)} weights of its files are not needed ({_some(spare)})")
-
-
-def _files(path: str | Path, revision: str | None) -> Path:
-    """The folder of a checkpoint that was loaded, in the cache where it is of the Hub."""
-    return (
-        Path(path)
-        if Path(path).is_dir()
-        else Path(str(cached_file(str(path), "config.json", revision=revision))).parent
-    )
 
 
 def _some(keys: Sequence[str]) -> str:
     return ", ".join(keys[:3]) + (", ..." if len(keys) > 3 else "")
 
 
-def _fix(missing: list[str], unexpected: list[str], mismatched: list[str]) -> str:
+def _fix(unexpected: list[str], mismatched: list[str]) -> str:
     if any(".lora_" in key or ".base_layer." in key for key in unexpected):
         return (
             "It holds an adapter that was not merged: save it after merge_and_unload(), or give "
@@ -308,22 +295,15 @@ def _fix(missing: list[str], unexpected: list[str], mismatched: list[str]) -> st
             "Tokens were added, or taken away, after config.json was written: set vocab_size there "
             "to the rows of the table, and copy the tokenizer that was saved with it"
         )
-    if mismatched:
-        return "Weights and config.json are of different models: copy both from one place"
-    if missing and not unexpected:
-        return "The files are not complete: copy or download them again"
     return (
-        "Save it again with save_pretrained() of the plain class that config.json names, or name "
-        "the class of the weights in config.json (architectures and model_type)"
+        "Copy all of its files from one place, or save it again with save_pretrained() of the "
+        "plain class that config.json names (architectures and model_type)"
     )
 
 
 def tie_equal_tables(model: PreTrainedModel, name: str) -> None:
-    """Let the LM head of a target share the embedding table [V, D], where both are equal.
-
-    Raises:
-        ValueError: they differ; a head shares one table with its target.
-    """
+    """Let the LM head of a target share the embedding table [V, D], where both are equal, or raise
+    `ValueError`: a head shares one table with its target."""
     into, out = model.get_input_embeddings(), model.get_output_embeddings()
     if out.weight is into.weight:
         return
@@ -335,11 +315,8 @@ def tie_equal_tables(model: PreTrainedModel, name: str) -> None:
 
 
 def check_tied_files(folder: Path, name: str) -> None:
-    """`tie_equal_tables` of the safetensors files of a local folder, before weights are loaded.
-
-    Raises:
-        ValueError: they hold both tables, and these differ.
-    """
+    """Raise `ValueError` where the safetensors files of a local folder hold both tables, and these
+    differ: `tie_equal_tables` before weights are loaded."""
     tables = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
@@ -361,13 +338,8 @@ def _check_equal(table: torch.Tensor, lm_head: torch.Tensor, name: str) -> None:
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int, where: str) -> None:
-    """Raise `ValueError` where a tokenizer has tokens that the table of a target has no row for.
-
-    Args:
-        tokenizer: that the target's texts are made with.
-        rows: V of the target.
-        where: folder or id of the tokenizer.
-    """
+    """Raise `ValueError` where the tokenizer of the folder or id `where` has tokens that the table
+    of a target, of V rows, has no row for."""
     vocabulary = tokenizer.get_vocab().items()
     over = sorted((i, token) for token, i in vocabulary if i >= rows and token != WITHOUT_ROW)
     if over:
@@ -379,34 +351,131 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int, where: str) 
         )
 
 
-# Keys of config.json whose numbers are above 0 where there are any -> the most that they can be.
+# Keys of config.json whose numbers are above 0 where there are any, and the most that some can be.
 ABOVE_ZERO = {
-    "sliding_window": math.inf, "max_position_embeddings": math.inf, "top_k_experts": math.inf,
-    "query_pre_attn_scalar": math.inf, "rms_norm_eps": 0.1,
-    "final_logit_softcapping": math.inf, "attn_logit_softcapping": math.inf,
-    "rope_theta": math.inf, "factor": math.inf, "partial_rotary_factor": 1.0,
+    "sliding_window", "max_position_embeddings", "top_k_experts", "query_pre_attn_scalar",
+    "rms_norm_eps", "final_logit_softcapping", "attn_logit_softcapping",
 }  # fmt: skip
 ROPE = {"rope_theta", "factor", "partial_rotary_factor"}  # of them, those in rope_parameters
+AT_MOST = {"rms_norm_eps": 0.1, "partial_rotary_factor": 1.0}
 
 
 def check_values(config: Any, name: str) -> None:
-    """Raise `ValueError` where a number in config.json of a target or a head cannot be: a model
-    would be built of it, and say something else or stop in mid-text.
-
-    Args:
-        config: of its text part.
-        name: of the checkpoint.
-    """
-    values = {key: value for key, value in config.to_dict().items() if key in ABOVE_ZERO}
+    """Raise `ValueError` where a number in the text part of the config.json of a target or a head
+    cannot be: a model would be built of it, and say something else or stop in mid-text."""
+    values = {k: v for k, v in config.to_dict().items() if k in ABOVE_ZERO | ROPE}
     if not getattr(config, "enable_moe_block", False):  # Gemma 3 has no such field
         values.pop("top_k_experts", None)
     for layer_type, rope in config.rope_parameters.items():
         values |= {f"{layer_type}: {key}": rope[key] for key in ROPE & rope.keys()}
     for key, value in values.items():
-        most = ABOVE_ZERO.get(key.rpartition(" ")[2], math.inf)
+        most = AT_MOST.get(key.rpartition(" ")[2], math.inf)
         if value is not None and not 0 < value <= most:
-            limit = "" if most == math.inf else f" and at most {most:g}"
             raise ValueError(
-                f"{name}: config.json says {key} is {value}, which cannot be (it is above 0{limit}"
-                "): copy config.json from where the weights are from"
+                f"{name}: config.json says {key} is {value}, which cannot be: copy config.json "
+                "from where the weights are from"
             )
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether a tensor of any shape holds numbers alone; integers always do."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    # The extremes of a tensor with a NaN are NaN; unlike `isfinite` this needs no memory.
+    low, high = torch.aminmax(tensor.detach())
+    return bool(torch.isfinite(low) and torch.isfinite(high))
+
+
+def check_weights(model: nn.Module, name: str) -> None:
+    """Raise `ValueError`, naming it, where a parameter or buffer of a model that is not quantized
+    is no number."""
+    for tensor, weight in chain(model.named_parameters(), model.named_buffers()):
+        if not is_finite(weight):
+            raise ValueError(
+                f"{name}: its weight {tensor} holds NaN or infinity: what it says is not to be "
+                "trusted. Save it again from a state of the training that was whole, or download "
+                "it anew"
+            )
+
+
+def check_alive(head: nn.Module, name: str) -> None:
+    """Raise `ValueError`, naming it, where all drafts of a head would be alike, since what every
+    one of them passes through is zero: its table, its projections, a norm outside its layers, or
+    the factor of a layer."""
+    for tensor, weight in chain(head.named_parameters(), head.named_buffers()):
+        passed = ".layers." not in tensor or tensor.endswith("layer_scalar")
+        if passed and weight.is_floating_point() and not weight.any():
+            raise ValueError(
+                f"{name}: all of its weight {tensor} is zero, so that its drafts say nothing: it "
+                "was saved before its weights were there, or by a process that did not hold them. "
+                "Save or download it again"
+            )
+
+
+NUMBERS = ("F64", "F32", "F16", "BF16")  # dtypes of safetensors
+WEIGHTS = (".weight", "_proj")  # of a layer, and of all experts of a layer together
+# In the names of what says how codes are meant: scales, bitsandbytes' statistics.
+SCALES = re.compile(r"scale|absmax|SCB|quant")
+
+
+def weight_dtypes(folder: Path) -> dict[str, str]:
+    """Name of each tensor in the safetensors files of a model or an adapter -> its dtype there."""
+    dtypes = {}
+    for path in sorted(folder.glob("*model*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118
+                dtypes[key] = str(file.get_slice(key).get_dtype())
+    return dtypes
+
+
+def check_codes(name: str, dtypes: Mapping[str, str], quantization: Any = None) -> None:
+    """Raise `ValueError` where weights are codes with nothing beside them by which they would be
+    numbers, or where config.json names a quantization of weights that are none of it, as after
+    adapters were merged into the weights before they were quantized.
+
+    Args:
+        name: of the checkpoint.
+        dtypes: of its tensors, `weight_dtypes`.
+        quantization: `quantization_config` of its config.json; None: there is none.
+    """
+    bare = [key for key in _codes(dtypes) if not _scales(key, dtypes)]
+    if bare:
+        raise ValueError(
+            f"{name}: {len(bare)} of its weights are {dtypes[bare[0]]} and have no scale beside "
+            f"them (first: {bare[0]}): they are codes of a quantization, and no numbers. Save it "
+            "again in bfloat16 after its quantization was undone, or copy all of its files; if it "
+            "was only cast, cast it back"
+        )
+    if quantization is not None and dtypes and set(dtypes.values()) <= set(NUMBERS):
+        raise ValueError(
+            f"{name}: its config.json has a quantization_config, and its weights are plain numbers "
+            f"({', '.join(sorted(set(dtypes.values())))}): delete it there; how the target is "
+            "served is said by target.quantization (--quantization)"
+        )
+
+
+def check_read(
+    model: PreTrainedModel, name: str, dtypes: Mapping[str, str], unread: Collection[str]
+) -> None:
+    """Raise `ValueError` where codes were loaded as numbers, since nobody has read their scales,
+    which are among the tensors `unread` of no layer."""
+    state = model.state_dict()
+    for key in _codes(dtypes):
+        scales = _scales(key, unread)
+        if scales and key in state and state[key].is_floating_point():
+            raise ValueError(
+                f"{name}: its weight {key} is {dtypes[key]}, and {scales[0]} beside it is of no "
+                "quantization_config that config.json names and transformers reads: copy "
+                "config.json from where the weights are from, or save it again in bfloat16 after "
+                "its quantization was undone"
+            )
+
+
+def _codes(dtypes: Mapping[str, str]) -> list[str]:
+    return [key for key in dtypes if key.endswith(WEIGHTS) and dtypes[key] not in NUMBERS]
+
+
+def _scales(key: str, others: Iterable[str]) -> list[str]:
+    """The tensors that say how the codes in `key` are meant."""
+    prefix = key.removesuffix("weight")
+    return [k for k in others if k.startswith(prefix) and SCALES.search(k.removeprefix(prefix))]

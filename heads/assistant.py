@@ -24,18 +24,17 @@ from headstart.heads.ordered import cluster_count
 from headstart.heads.saving import Assistant, load_assistant, made_for
 from headstart.heads.target import Target, source_layers
 
+OF_TARGET = (
+    "vocab_size", "sliding_window", "max_position_embeddings", "hidden_activation", "rms_norm_eps",
+    "bos_token_id", "eos_token_id", "pad_token_id",
+)  # fmt: skip
 DEPTH = 2  # layers of a head whose depth nobody chose
 
 
 def assistant_config(source: Any, head: HeadConfig) -> Any:
-    """The configuration of a head whose shapes follow the target.
-
-    KV heads, head dims, sliding window, rope parameters and vocabulary are the target's; width,
-    depth and MLP size come from `head`. A `Gemma4Unified` target gets the unified classes.
-
-    Args:
-        source: the target's text configuration.
-        head: what the run configuration says.
+    """The configuration of a head whose KV heads, head dims, sliding window, rope parameters and
+    vocabulary are those of the target's text configuration; width, depth and MLP size come from
+    `head`. A `Gemma4Unified` target gets the unified classes.
 
     Raises:
         ValueError: the query heads are no multiple of the target's KV heads, the head is wider
@@ -56,11 +55,8 @@ def assistant_config(source: Any, head: HeadConfig) -> Any:
                 f"{shape.num_key_value_heads} KV heads in its {layer_type} layers"
             )
     depth = head.num_hidden_layers or DEPTH
-    layer_types = ["sliding_attention"] * (depth - 1) + ["full_attention"]
     sliding, full = kv["sliding_attention"], kv["full_attention"]
-    unified = source.model_type.startswith("gemma4_unified")
-    text: dict[str, Any] = {
-        "vocab_size": source.vocab_size,
+    text: dict[str, Any] = {key: getattr(source, key) for key in OF_TARGET} | {
         "hidden_size": width,
         "intermediate_size": head.intermediate_size
         or (source.intermediate_size if width == source.hidden_size else 4 * width),
@@ -70,38 +66,22 @@ def assistant_config(source: Any, head: HeadConfig) -> Any:
         "num_key_value_heads": sliding.num_key_value_heads,
         "head_dim": sliding.head_dim,
         "per_layer_config": {
-            depth - 1: {
-                "head_dim": full.head_dim,
-                "num_key_value_heads": full.num_key_value_heads,
-            }
+            depth - 1: {key: getattr(full, key) for key in ("head_dim", "num_key_value_heads")}
         },
-        "layer_types": layer_types,
-        "sliding_window": source.sliding_window,
+        "layer_types": ["sliding_attention"] * (depth - 1) + ["full_attention"],
         "rope_parameters": {t: dict(source.rope_parameters[t]) for t in kv},
-        "max_position_embeddings": source.max_position_embeddings,
-        "hidden_activation": source.hidden_activation,
-        "rms_norm_eps": source.rms_norm_eps,
-        "bos_token_id": source.bos_token_id,
-        "eos_token_id": source.eos_token_id,
-        "pad_token_id": source.pad_token_id,
         "final_logit_softcapping": None,  # the assistant classes apply none
     }
-    own = {"backbone_hidden_size": source.hidden_size, **_ordered_config(source.vocab_size, head)}
-    if unified:
+    own: dict[str, Any] = {"backbone_hidden_size": source.hidden_size}
+    if head.use_ordered_embeddings:
+        top_k = head.centroid_intermediate_top_k
+        own["use_ordered_embeddings"] = True
+        own["num_centroids"] = cluster_count(source.vocab_size, head.num_centroids, top_k)
+        own["centroid_intermediate_top_k"] = top_k
+    if source.model_type.startswith("gemma4_unified"):
         return Gemma4UnifiedAssistantConfig(text_config=Gemma4UnifiedTextConfig(**text), **own)
     text |= {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}
     return Gemma4AssistantConfig(text_config=Gemma4TextConfig(**text), **own)
-
-
-def _ordered_config(vocab_size: int, head: HeadConfig) -> dict[str, Any]:
-    if not head.use_ordered_embeddings:
-        return {}
-    top_k = head.centroid_intermediate_top_k
-    return {
-        "use_ordered_embeddings": True,
-        "num_centroids": cluster_count(vocab_size, head.num_centroids, top_k),
-        "centroid_intermediate_top_k": top_k,
-    }
 
 
 def build_assistant(target: Target, head: HeadConfig) -> Assistant:
@@ -121,21 +101,16 @@ def build_assistant(target: Target, head: HeadConfig) -> Assistant:
     empty = nn.Parameter(torch.empty(0, width, device=target.device), requires_grad=False)
     set_table(assistant, target.table if full_width else empty)
     with torch.no_grad(), target.whole_source_layers():
-        _start_q_norms(assistant, target)
-        if head.start == "target" and full_width:
-            _start_from_target(assistant, target)
+        _start(assistant, target, whole=head.start == "target" and full_width)
     return assistant
 
 
 def warm_assistant(target: Target, path: str | Path) -> Assistant:
-    """A finished head in float32 to train on, with a dense LM head: clusters come after the trunk.
+    """The finished head at `path`, a folder or a Hub id, in float32 to train on, with a dense LM
+    head: clusters come after the trunk.
 
     Its table is frozen: a head as wide as the target is tied to this target's, a narrower one keeps
     its own.
-
-    Args:
-        target: that it is to draft for.
-        path: folder or Hub id.
 
     Raises:
         ValueError: there is no head at `path`, or it does not fit the target.
@@ -170,7 +145,12 @@ def _weight(linear: Any, dtype: torch.dtype) -> torch.Tensor:
     return cast(torch.Tensor, linear(units)).T
 
 
-def _start_q_norms(assistant: Assistant, target: Target) -> None:
+def _start(assistant: Assistant, target: Target, whole: bool) -> None:
+    """Give the head the scale of the target's queries; `whole`: also its source layers, the final
+    norm, and let the hidden state pass through.
+
+    Tensors whose shapes differ (another MLP size or number of heads) keep their random start.
+    """
     # Gemma 4 multiplies scores by 1; Gemma 3 by query_pre_attn_scalar ** -0.5, which has to
     # move into the head's q_norm.
     gemma3 = target.config.model_type == "gemma3_text"
@@ -178,33 +158,23 @@ def _start_q_norms(assistant: Assistant, target: Target) -> None:
     for layer_type, layer in zip(
         assistant.config.text_config.layer_types, assistant.model.layers, strict=True
     ):
-        source = target.layers[target.source_layers[layer_type]].self_attn
-        layer.self_attn.q_norm.weight.copy_(_scale(source.q_norm) * scale)
-
-
-def _start_from_target(assistant: Assistant, target: Target) -> None:
-    """Copy the source layers, the final norm, and let the hidden state pass through.
-
-    Tensors whose shapes differ (another MLP size or number of heads) keep their random start.
-    """
-    for layer_type, layer in zip(
-        assistant.config.text_config.layer_types, assistant.model.layers, strict=True
-    ):
         source = target.layers[target.source_layers[layer_type]]
-        for name, module in layer.named_modules():
+        layer.self_attn.q_norm.weight.copy_(_scale(source.self_attn.q_norm) * scale)
+        for name, module in layer.named_modules() if whole else ():
             if isinstance(module, nn.Linear):
                 weight = _weight(source.get_submodule(name), target.table.dtype)
                 if weight.shape == module.weight.shape:
                     module.weight.copy_(weight)
             elif name.endswith("layernorm"):
                 module.weight.copy_(_scale(source.get_submodule(name)))
-        if hasattr(source, "layer_scalar"):
+        if whole and hasattr(source, "layer_scalar"):
             layer.layer_scalar.copy_(cast(torch.Tensor, source.layer_scalar))
-    assistant.model.norm.weight.copy_(_scale(target.final_norm))
-    width = target.config.hidden_size
-    identity = torch.eye(width, device=target.device)
-    assistant.pre_projection.weight[:, :width].copy_(identity)
-    assistant.post_projection.weight.copy_(identity)
+    if whole:
+        assistant.model.norm.weight.copy_(_scale(target.final_norm))
+        width = target.config.hidden_size
+        identity = torch.eye(width, device=target.device)
+        assistant.pre_projection.weight[:, :width].copy_(identity)
+        assistant.post_projection.weight.copy_(identity)
 
 
 def check_pair(target: Target, assistant: PreTrainedModel) -> None:
@@ -263,9 +233,8 @@ def other_target(target: Target, assistant: PreTrainedModel) -> str | None:
     """A warning, naming both, where a head was made for another target than this one; None: it
     was not, or does not say.
 
-    What it notes of its target is compared, then its table, where it is as wide as the target and
-    so should have the target's own. Weights of another dtype have another fingerprint; the names
-    are compared then.
+    What it notes of its target is compared (weights of another dtype have another fingerprint: the
+    names then), and its table, where it is as wide as the target's and so should be the same.
     """
     made, mine = made_for(assistant.config), target.identity
     if made is not None:

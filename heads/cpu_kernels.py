@@ -15,8 +15,8 @@ decoding of one text, torch is told to share the keys, and its kernel packs them
 Letters: B batch, H query heads, G key heads, T rows of keys, D head width.
 """
 
-import time
-from collections.abc import Callable, Iterator
+import timeit
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache, partial
 from typing import Any
@@ -35,16 +35,8 @@ WORTH = 0.8  # share of the time that it has to take at most, or the stock order
 
 
 def weights_first(weight: torch.Tensor, bias: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
-    """`F.linear(x, weight, bias)`; over a few rows by way of `weight @ x.T`.
-
-    Args:
-        weight: [out, in].
-        bias: [out] or None.
-        x: [..., in].
-
-    Returns:
-        [..., out], contiguous.
-    """
+    """`F.linear(x, weight, bias)`, x [..., in] and weight [out, in]; over a few rows by way of
+    `weight @ x.T`. Returns [..., out], contiguous."""
     rows = x.numel() // x.shape[-1]
     if rows not in FEW:
         return F.linear(x, weight, bias)
@@ -57,17 +49,8 @@ def weights_first(weight: torch.Tensor, bias: torch.Tensor | None, x: torch.Tens
 def is_quicker(dtype: torch.dtype) -> bool:
     """Whether this machine's CPU is quicker that way; tried once, in a tenth of a second."""
     weight, x = torch.ones(TRIAL, dtype=dtype), torch.ones(TRIAL_ROWS, TRIAL[1], dtype=dtype)
-    sides: list[Callable[[], torch.Tensor]] = [
-        partial(F.linear, x, weight),
-        partial(weights_first, weight, None, x),
-    ]
-    seconds: list[list[float]] = [[], []]
-    for _ in range(TRIAL_TURNS):
-        for taken, side in zip(seconds, sides, strict=True):
-            start = time.perf_counter()
-            side()
-            taken.append(time.perf_counter() - start)
-    stock, ours = map(min, seconds)
+    sides = (lambda: F.linear(x, weight), lambda: weights_first(weight, None, x))
+    stock, ours = (min(timeit.repeat(side, number=1, repeat=TRIAL_TURNS)) for side in sides)
     return ours < WORTH * stock
 
 
@@ -126,18 +109,9 @@ def single_query_attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' `sdpa_attention_forward`; for one query on a CPU, a group's heads as rows.
-
-    Args:
-        module: the attention layer.
-        query: [B, H, 1, D]; with another number of rows the stock function runs.
-        key, value: [B, G, T, D].
-        attention_mask: [B or 1, 1, 1, T]; None: every row is seen.
-        scaling: of the scores.
-
-    Returns:
-        [B, 1, H, D], and None for the weights, which are not kept.
-    """
+    """transformers' `sdpa_attention_forward`; for one query [B, H, 1, D] on a CPU, a group's heads
+    as rows, over keys and values [B, G, T, D] and a mask [B or 1, 1, 1, T] or None. Returns
+    [B, 1, H, D] and no weights."""
     b, heads, rows, width = query.shape
     if rows > 1 or query.device.type != "cpu":
         return sdpa_attention_forward(
@@ -146,8 +120,7 @@ def single_query_attention(
     groups = key.shape[1]
     grouped = query.reshape(b, groups, heads // groups, width)
     mask = attention_mask
-    if mask is not None:
-        mask = mask.expand(-1, -1, heads // groups, -1)
+    mask = None if mask is None else mask.expand(-1, -1, heads // groups, -1)
     seen = torch.nn.functional.scaled_dot_product_attention(
         grouped, key, value, attn_mask=mask, scale=scaling
     )

@@ -282,17 +282,8 @@ class Lookup:
 
 
 class ExactCandidateGenerator(CandidateGenerator):
-    """Candidates for one call of `generate`.
-
-    Args:
-        drafter: of the head.
-        how: length and source of the drafts, and where rounds are noted.
-        length: when a draft ends.
-        padding: tokens of padding at the left of the prompt.
-        generation_config: of the call: its maximal length, the tokens that end a text, and whether
-            it samples.
-        processors: of the call.
-    """
+    """Candidates for one call of `generate`, whose maximal length, end tokens, sampling and
+    processors count; `padding` tokens stand at the left of the prompt."""
 
     requires_model_outputs: bool = True
     model_kwargs_overrides: dict[str, Any] = {  # noqa: RUF012 (as transformers declares it)
@@ -389,10 +380,7 @@ def exact_decoding(target: PreTrainedModel, how: ExactDecoding | None = None) ->
     Args:
         target: of a class that hands out shared KV, such as `load_target(...).model`.
         how: what ends a draft, and whether the text is looked up too. None: K drafts of the head,
-            as its `generation_config` says.
-
-    Raises:
-        ValueError: (in `generate`) nothing says when a draft ends.
+            as its `generation_config` says; where it does not, `generate` raises `ValueError`.
     """
     how = how or ExactDecoding()
     outer = target.__dict__.get("_get_candidate_generator")  # of an exact_decoding around this one
@@ -417,13 +405,9 @@ def exact_decoding(target: PreTrainedModel, how: ExactDecoding | None = None) ->
                 )
             length = Constant(tokens)
         return ExactCandidateGenerator(
-            drafters[id(assistant)],
-            how,
-            length,
-            padding,
-            kwargs["generation_config"],
+            drafters[id(assistant)], how, length, padding, kwargs["generation_config"],
             kwargs["logits_processor"],
-        )
+        )  # fmt: skip
 
     target._get_candidate_generator = generator
     try:

@@ -17,6 +17,7 @@ Letters: D target width, H head width, V vocabulary, C clusters of M tokens.
 """
 
 import re
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
@@ -24,9 +25,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
+from rich.filesize import decimal
 from rich.table import Table
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import nn
 from transformers import Gemma4TextConfig, Gemma4UnifiedTextConfig, GenerationConfig
 from transformers.utils import cached_file
@@ -68,12 +69,15 @@ class _Tensor:
         return prod(self.shape)
 
     @property
-    def bytes(self) -> int:
-        return self.size * _bits(self.dtype) // 8
+    def bits(self) -> int:
+        """Of one value: `BF16` -> 16, `F8_E4M3` -> 8."""
+        found = re.search(r"\d+", self.dtype)
+        assert found is not None, f"a head holds no tensor of type {self.dtype}"
+        return int(found[0])
 
     @property
-    def is_parameter(self) -> bool:
-        return not self.name.endswith(BUFFERS)
+    def bytes(self) -> int:
+        return self.size * self.bits // 8
 
 
 def describe(path: str | Path, target_config: Any | None = None) -> dict[str, Any]:
@@ -88,97 +92,67 @@ def describe(path: str | Path, target_config: Any | None = None) -> dict[str, An
         target_config: of its target (`load_target_config`), for the cost in target steps.
 
     Returns:
-        Sizes in parameters and bytes. `parameters_trained`: what distillation changes, so without
-        the table, but with the projection P [D, H] of a low-rank tie, whose product with the
-        target's table [V, D] the file holds. `bytes_by_part`: part -> dtype -> bytes. `draft_step`:
-        bytes of weights read and multiply-adds of the trunk (layers and projections) and of the LM
-        head, dense and, where the head has ordered embeddings, through its best clusters.
-        With `target_config` also `target_step`, in the dtype of the head's table, and `c`: bytes of
-        a draft step / bytes of a target step.
+        Sizes in parameters and bytes. `parameters_trained`: without the table, but with the
+        projection P [D, H] of a low-rank tie, whose product with the target's table the file holds.
+        `bytes_by_part`: part -> dtype -> bytes. `draft_step` and, in the dtype of the head's table,
+        `target_step`: bytes of weights read and multiply-adds. `c`: bytes of a draft step / bytes
+        of a target step.
 
     Raises:
         ValueError: no head at `path`, a damaged file, or one that does not fit the target.
     """
     config = load_assistant_config(path)
     with reading(str(path), "is no head that can be described"):
-        return _describe(path, config, target_config)
-
-
-def _describe(path: str | Path, config: Any, target_config: Any | None) -> dict[str, Any]:
-    file, tensors = _header(path)
-    text = config.text_config
-    width, target_width = text.hidden_size, config.backbone_hidden_size
-    tied = width == target_width
-    table = text.vocab_size * width
-    counted = sum(t.size for t in tensors if t.is_parameter)
-    figures: dict[str, Any] = {
-        "head": str(path),
-        "architecture": config.architectures[0],
-        "layer_types": list(text.layer_types),
-        "hidden_size": width,
-        "target_hidden_size": target_width,
-        "vocab_size": text.vocab_size,
-        "tie": "full width" if tied else "low-rank",
-        "parameters": counted,
-        "parameters_trained": counted - table + (0 if tied else target_width * width),
-        "parameters_shared": table if tied else 0,
-        "parameters_materialised": 0 if tied else table,
-        "bytes_on_disk": file.stat().st_size,
-        "bytes_by_part": _bytes_by_part(tensors),
-        "num_assistant_tokens": _num_assistant_tokens(path),
-        "ordered_embeddings": _ordered_embeddings(config),
-    }
-    figures["draft_step"] = _draft_step(figures, tensors)
-    if target_config is not None:
-        figures |= _beside_target(figures, tensors, target_config.get_text_config())
+        file, tensors = _header(path)
+        text, target_width = config.text_config, config.backbone_hidden_size
+        width, vocab_size = text.hidden_size, text.vocab_size
+        tied, table = width == target_width, vocab_size * width
+        counted = sum(t.size for t in tensors if not t.name.endswith(BUFFERS))
+        bytes_by_part: dict[str, dict[str, int]] = {}
+        for t in tensors:
+            dtypes = bytes_by_part.setdefault(t.part, {})
+            dtypes[t.dtype] = dtypes.get(t.dtype, 0) + t.bytes
+        num_assistant_tokens = None
+        with suppress(OSError):  # there need not be a generation_config.json
+            num_assistant_tokens = GenerationConfig.from_pretrained(path).num_assistant_tokens
+        figures: dict[str, Any] = {
+            "head": str(path),
+            "architecture": config.architectures[0],
+            "layer_types": list(text.layer_types),
+            "hidden_size": width,
+            "target_hidden_size": target_width,
+            "vocab_size": vocab_size,
+            "tie": "full width" if tied else "low-rank",
+            "parameters": counted,
+            "parameters_trained": counted - table + (0 if tied else target_width * width),
+            "parameters_shared": table if tied else 0,
+            "parameters_materialised": 0 if tied else table,
+            "bytes_on_disk": file.stat().st_size,
+            "bytes_by_part": bytes_by_part,
+            "num_assistant_tokens": num_assistant_tokens,
+            "ordered_embeddings": None,
+        }
+        if config.use_ordered_embeddings:
+            figures["ordered_embeddings"] = {
+                "num_centroids": config.num_centroids,
+                "tokens_per_centroid": vocab_size // config.num_centroids,
+                "centroid_intermediate_top_k": config.centroid_intermediate_top_k,
+            }
+        figures["draft_step"] = _draft_step(figures, tensors)
+        if target_config is not None:
+            figures |= _beside_target(figures, tensors, target_config.get_text_config())
     return figures
 
 
 def _header(path: str | Path) -> tuple[Path, list[_Tensor]]:
     """The file of weights and what its header lists."""
-    try:
+    with reading(f"no readable {WEIGHTS} at {path}"):
         file = Path(cached_file(path, WEIGHTS))
         with safe_open(file, framework="pt") as weights:
             slices = {name: weights.get_slice(name) for name in weights.keys()}  # noqa: SIM118
-            tensors = [
+            return file, [
                 _Tensor(name, tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()
             ]
-    except (OSError, SafetensorError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"no readable {WEIGHTS} at {path}: {reason}") from error
-    return file, tensors
-
-
-def _bits(dtype: str) -> int:
-    """Of one value: `BF16` -> 16, `F8_E4M3` -> 8."""
-    found = re.search(r"\d+", dtype)
-    assert found is not None, f"a head holds no tensor of type {dtype}"
-    return int(found[0])
-
-
-def _bytes_by_part(tensors: list[_Tensor]) -> dict[str, dict[str, int]]:
-    parts: dict[str, dict[str, int]] = {}
-    for t in tensors:
-        dtypes = parts.setdefault(t.part, {})
-        dtypes[t.dtype] = dtypes.get(t.dtype, 0) + t.bytes
-    return parts
-
-
-def _num_assistant_tokens(path: str | Path) -> int | None:
-    with suppress(OSError):  # there need not be a generation_config.json
-        tokens: int | None = GenerationConfig.from_pretrained(path).num_assistant_tokens
-        return tokens
-    return None
-
-
-def _ordered_embeddings(config: Any) -> dict[str, int] | None:
-    if not config.use_ordered_embeddings:
-        return None
-    return {
-        "num_centroids": config.num_centroids,
-        "tokens_per_centroid": config.text_config.vocab_size // config.num_centroids,
-        "centroid_intermediate_top_k": config.centroid_intermediate_top_k,
-    }
 
 
 def _draft_step(figures: dict[str, Any], tensors: list[_Tensor]) -> dict[str, dict[str, int]]:
@@ -201,34 +175,33 @@ def _draft_step(figures: dict[str, Any], tensors: list[_Tensor]) -> dict[str, di
 
 
 def _table_bits(tensors: list[_Tensor]) -> int:
-    return next(_bits(t.dtype) for t in tensors if t.part == "table")
+    return next(t.bits for t in tensors if t.part == "table")
 
 
 def _beside_target(
     figures: dict[str, Any], tensors: list[_Tensor], target_text_config: Any
 ) -> dict[str, Any]:
     for head_key, key in (("vocab_size", "vocab_size"), ("target_hidden_size", "hidden_size")):
-        mine, its = figures[head_key], getattr(target_text_config, key)
-        if mine != its:
+        if (mine := figures[head_key]) != (its := getattr(target_text_config, key)):
             raise ValueError(
-                f"this head does not fit the target: its {key} is {its:,}, the head is made for "
-                f"{mine:,}"
+                f"this head does not fit the target: its {key} is {its}, the head is made for "
+                f"{mine}"
             )
     weights, products = target_step_weights(target_text_config)
     # One dtype for both: the decoder loads the head in that of the target.
     target_bytes = weights * _table_bits(tensors) // 8
     draft = figures["draft_step"]
-    kinds = [kind for kind in ("dense", "ordered") if f"lm_head_{kind}" in draft]
     return {
         "target_step": {"bytes": target_bytes, "multiply_adds": products},
         "c": {
             kind: (draft["trunk"]["bytes"] + draft[f"lm_head_{kind}"]["bytes"]) / target_bytes
-            for kind in kinds
+            for kind in ("dense", "ordered")
+            if f"lm_head_{kind}" in draft
         },
     }
 
 
-def print_description(figures: dict[str, Any], console: Console | None = None) -> None:
+def print_description(figures: dict[str, Any]) -> None:
     """Print what `describe` returns as one table."""
     table = Table(
         title=f"Draft head {figures['head']}",
@@ -236,101 +209,57 @@ def print_description(figures: dict[str, Any], console: Console | None = None) -
         caption="A step counts each weight once, at batch 1; rows of the KV cache, activations and "
         "Python are left out. `headstart bench draft` measures it.",
     )
-    for section in (_shape_rows(figures), _size_rows(figures), _cost_rows(figures)):
-        for name, value in section.items():
-            table.add_row(name, value)
-        table.add_section()
-    (console or plain_console()).print(table)
+    for name, value in _rows(figures):
+        table.add_row(name, value)
+    plain_console().print(table)
 
 
-def _shape_rows(figures: dict[str, Any]) -> dict[str, str]:
-    types, width = figures["layer_types"], figures["hidden_size"]
-    tie = "full width: the table is the target's own"
-    if figures["tie"] == "low-rank":
-        tie = "a table of its own (from Headstart: low-rank, `table @ P`, materialised at export)"
-    tokens, ordered = figures["num_assistant_tokens"], figures["ordered_embeddings"]
-    clusters = "none"
+def _rows(figures: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    types, ordered = figures["layer_types"], figures["ordered_embeddings"]
+    yield "architecture", figures["architecture"]
+    yield "layers", f"{len(types)} ({', '.join(types)})"
+    yield "width", f"{figures['hidden_size']:,} (target: {figures['target_hidden_size']:,})"
+    yield "vocabulary", f"{figures['vocab_size']:,} tokens"
+    yield "tie to the target's table", figures["tie"]
     if ordered is not None:
-        clusters = (
+        yield (
+            "ordered embeddings",
             f"{ordered['num_centroids']:,} clusters of {ordered['tokens_per_centroid']:,} tokens, "
-            f"the best {ordered['centroid_intermediate_top_k']:,} read a draft"
+            f"the best {ordered['centroid_intermediate_top_k']:,} read a draft",
         )
-    return {
-        "architecture": figures["architecture"],
-        "layers": f"{len(types)} ({', '.join(types)})",
-        "width": f"{width:,} (target: {figures['target_hidden_size']:,})",
-        "vocabulary": f"{figures['vocab_size']:,} tokens",
-        "tie": tie,
-        "ordered embeddings": clusters,
-        "num_assistant_tokens": "not set" if tokens is None else str(tokens),
-    }
-
-
-def _size_rows(figures: dict[str, Any]) -> dict[str, str]:
-    rows = {
-        "parameters trained": f"{figures['parameters_trained']:,}",
-        "parameters shared with the target": f"{figures['parameters_shared']:,}",
-    }
-    if figures["parameters_materialised"]:
-        rows["parameters of the materialised table"] = f"{figures['parameters_materialised']:,}"
-    rows["on disk"] = _size(figures["bytes_on_disk"])
+    yield "num_assistant_tokens", str(figures["num_assistant_tokens"] or "not set")
+    for kind in ("trained", "shared", "materialised"):
+        yield f"parameters {kind}", f"{figures[f'parameters_{kind}']:,}"
+    yield "on disk", decimal(figures["bytes_on_disk"])
     for part, dtypes in figures["bytes_by_part"].items():
-        rows[f"  {part}"] = ", ".join(f"{_size(n)} {dtype}" for dtype, n in dtypes.items())
-    return rows
-
-
-def _cost_rows(figures: dict[str, Any]) -> dict[str, str]:
-    names = {"lm_head_dense": "LM head, dense", "lm_head_ordered": "LM head, ordered"}
-    rows = {
-        f"draft step: {names.get(part, part)}": _cost(cost)
-        for part, cost in figures["draft_step"].items()
-    }
+        yield f"  {part}", ", ".join(f"{decimal(n)} {dtype}" for dtype, n in dtypes.items())
+    steps = {f"draft step: {part}": cost for part, cost in figures["draft_step"].items()}
     if "target_step" in figures:
-        rows["target step"] = _cost(figures["target_step"])
+        steps["target step"] = figures["target_step"]
+    for name, cost in steps.items():
+        products = cost["multiply_adds"] / 1e6
+        yield name, f"{decimal(cost['bytes'])} read, {products:,.2f} M multiply-adds"
     for kind, ratio in figures.get("c", {}).items():
-        rows[f"c by bytes, {kind}"] = f"{ratio:.3f}"
-    return rows
-
-
-def _cost(cost: dict[str, int]) -> str:
-    return f"{_size(cost['bytes'])} read, {cost['multiply_adds'] / 1e6:,.2f} M multiply-adds"
-
-
-def _size(count: int) -> str:
-    for unit, step in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
-        if count >= 2**step:
-            return f"{count / 2**step:.2f} {unit}"
-    return f"{count} bytes"
+        yield f"c by bytes, {kind}", f"{ratio:.3f}"
 
 
 _ALL: dict[str, Any] = {
-    "vocab_size": 262_144,
-    "head_dim": 256,
-    "global_head_dim": 512,
-    "final_logit_softcapping": 30.0,
+    "vocab_size": 262_144, "head_dim": 256, "global_head_dim": 512, "final_logit_softcapping": 30.0,
     "rope_parameters": {
         "full_attention": {
-            "rope_type": "proportional",
-            "rope_theta": 1_000_000.0,
-            "partial_rotary_factor": 0.25,
+            "rope_type": "proportional", "rope_theta": 1_000_000.0, "partial_rotary_factor": 0.25,
         },
         "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
     },
-}
-_SMALL: dict[str, Any] = {
-    "num_attention_heads": 8,
-    "sliding_window": 512,
-    "max_position_embeddings": 131_072,
-    "hidden_size_per_layer_input": 256,
-    "vocab_size_per_layer_input": 262_144,
-}
-_LARGE: dict[str, Any] = {
-    "sliding_window": 1024,
-    "max_position_embeddings": 262_144,
-    "hidden_size_per_layer_input": 0,
-    "attention_k_eq_v": True,
-    "use_bidirectional_attention": "vision",
-}
+}  # fmt: skip
+_SMALL: dict[str, Any] = _ALL | {
+    "num_attention_heads": 8, "sliding_window": 512, "max_position_embeddings": 131_072,
+    "hidden_size_per_layer_input": 256, "vocab_size_per_layer_input": 262_144,
+}  # fmt: skip
+_LARGE: dict[str, Any] = _ALL | {
+    "sliding_window": 1024, "max_position_embeddings": 262_144, "hidden_size_per_layer_input": 0,
+    "attention_k_eq_v": True, "use_bidirectional_attention": "vision",
+}  # fmt: skip
 
 
 def _layers(sliding: int, repeats: int) -> dict[str, Any]:
@@ -340,50 +269,46 @@ def _layers(sliding: int, repeats: int) -> dict[str, Any]:
 
 SHAPES: dict[str, dict[str, Any]] = {
     "gemma-4-E2B": {
-        **_ALL, **_SMALL, **_layers(4, 7), "hidden_size": 1536, "intermediate_size": 6144,
+        **_SMALL, **_layers(4, 7), "hidden_size": 1536, "intermediate_size": 6144,
         "num_key_value_heads": 1, "num_kv_shared_layers": 20, "use_double_wide_mlp": True,
     },
     "gemma-4-E4B": {
-        **_ALL, **_SMALL, **_layers(5, 7), "hidden_size": 2560, "intermediate_size": 10_240,
+        **_SMALL, **_layers(5, 7), "hidden_size": 2560, "intermediate_size": 10_240,
         "num_key_value_heads": 2, "num_kv_shared_layers": 18,
     },
     "gemma-4-12B": {
-        **_ALL, **_LARGE, **_layers(5, 8), "hidden_size": 3840, "intermediate_size": 15_360,
+        **_LARGE, **_layers(5, 8), "hidden_size": 3840, "intermediate_size": 15_360,
         "num_attention_heads": 16, "num_key_value_heads": 8, "num_global_key_value_heads": 1,
     },
     "gemma-4-26B-A4B": {
-        **_ALL, **_LARGE, **_layers(5, 5), "hidden_size": 2816, "intermediate_size": 2112,
+        **_LARGE, **_layers(5, 5), "hidden_size": 2816, "intermediate_size": 2112,
         "num_attention_heads": 16, "num_key_value_heads": 8, "num_global_key_value_heads": 2,
         "enable_moe_block": True, "num_experts": 128, "top_k_experts": 8,
         "moe_intermediate_size": 704,
     },
     "gemma-4-31B": {
-        **_ALL, **_LARGE, **_layers(5, 10), "hidden_size": 5376, "intermediate_size": 21_504,
+        **_LARGE, **_layers(5, 10), "hidden_size": 5376, "intermediate_size": 21_504,
         "num_attention_heads": 32, "num_key_value_heads": 16, "num_global_key_value_heads": 4,
     },
 }  # fmt: skip
 """Checkpoint without its suffix -> its text configuration."""
 
 
-ASSISTANTS: dict[str, dict[str, Any]] = {
-    "gemma-4-E2B": {"hidden_size": 256, "intermediate_size": 2048, "num_attention_heads": 4},
-    "gemma-4-E4B": {"hidden_size": 256, "intermediate_size": 2048, "num_attention_heads": 4},
-    "gemma-4-12B": {"hidden_size": 1024, "intermediate_size": 8192, "num_attention_heads": 16},
-    "gemma-4-26B-A4B": {"hidden_size": 1024, "intermediate_size": 8192, "num_attention_heads": 16},
-    "gemma-4-31B": {"hidden_size": 1024, "intermediate_size": 8192, "num_attention_heads": 32},
-}
-"""Checkpoint without its suffix -> what its assistant chose; KV heads and the like are the
-target's. All have three sliding layers and a full one; the two small ones clusters of 128."""
-
-
 def published_head(name: str) -> HeadConfig | None:
-    """The shape of `google/gemma-4-NAME-it-assistant`; None: it is none of the five."""
+    """The shape of `google/gemma-4-NAME-it-assistant`: three sliding layers and a full one, KV
+    heads of the target, clusters in the two small ones; None: it is none of the five."""
     checkpoint = name.removeprefix("google/").removesuffix("-it-assistant")
-    shape = ASSISTANTS.get(checkpoint)
-    if shape is None or name != f"google/{checkpoint}-it-assistant":
+    if checkpoint not in SHAPES or name != f"google/{checkpoint}-it-assistant":
         return None
-    ordered = checkpoint in ("gemma-4-E2B", "gemma-4-E4B")
-    return HeadConfig(num_hidden_layers=4, use_ordered_embeddings=ordered, **shape)
+    small = checkpoint in ("gemma-4-E2B", "gemma-4-E4B")
+    width = 256 if small else 1024
+    return HeadConfig(
+        num_hidden_layers=4,
+        hidden_size=width,
+        intermediate_size=8 * width,
+        num_attention_heads=4 if small else SHAPES[checkpoint]["num_attention_heads"],
+        use_ordered_embeddings=small,
+    )
 
 
 def published_config(name: str) -> Gemma4TextConfig | Gemma4UnifiedTextConfig | None:

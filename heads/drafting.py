@@ -77,12 +77,8 @@ class Drafts:
 
 
 class Drafter:
-    """Drafts with one head.
-
-    Args:
-        assistant: in the native format, with a table of its own (`load_assistant`).
-        embed: the target's input embeddings, which scale.
-    """
+    """Drafts with one head in the native format, with a table of its own (`load_assistant`), and
+    the target's input embeddings, which scale."""
 
     def __init__(self, assistant: Assistant, embed: nn.Module):
         self.assistant, self.embed = assistant, embed
@@ -105,14 +101,14 @@ class Drafter:
         goes_on: Callable[[list[float]], bool] | None,
         warpers: Sequence[LogitsProcessor] | None = None,
     ) -> Drafts:
-        """Draft up to `limit` tokens.
+        """Draft up to `limit` tokens, at least one.
 
         Args:
             token: [1, 1] the newest token, on which the target has not run.
             hidden: [1, 1, D] the target's post-norm hidden state of the token before it.
             kv: of all tokens before `token`.
-            limit: at least 1.
-            stops_after: tokens after which no draft is of use: those that end a text.
+            limit: K at most.
+            stops_after: tokens that end a text, and so a draft.
             goes_on: asked after each draft, with the confidences so far; None: to the limit.
             warpers: draw each draft from the head's distribution, shaped by these, none of which
                 reads the tokens so far; None: take its best token.
@@ -134,11 +130,9 @@ class Drafter:
             with quick_single_queries(assistant.config.text_config):
                 for layer_type, layer in self.layers:
                     state = layer(
-                        state,
-                        shared_kv_states=shared,
-                        position_embeddings=rotary[layer_type],
+                        state, shared_kv_states=shared, position_embeddings=rotary[layer_type],
                         attention_mask=None,
-                    )
+                    )  # fmt: skip
             state = assistant.model.norm(state)
             logits, ids = self._logits(state[0, 0])
             if warpers is None:

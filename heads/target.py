@@ -45,17 +45,17 @@ from transformers.utils import cached_file
 from headstart.common.console import say
 from headstart.common.processes import split_layers
 from headstart.common.versions import CACHE, INSTALLED, check_rows, skips_prefill
-from headstart.heads.admission import tie_equal_tables
+from headstart.heads.admission import reading, tie_equal_tables
 from headstart.heads.tokens import TargetTokens
 
 SharedKV = dict[str, tuple[torch.Tensor, torch.Tensor]]
 
 
-def _with_argument(stock: Signature, name: str) -> Signature:
-    added = Parameter(name, Parameter.KEYWORD_ONLY, default=False, annotation=bool)
-    named = [p for p in stock.parameters.values() if p.kind is not Parameter.VAR_KEYWORD]
-    others = [p for p in stock.parameters.values() if p.kind is Parameter.VAR_KEYWORD]
-    return stock.replace(parameters=[*named, added, *others])
+def _with_shared_kv(stock: Signature) -> Signature:
+    """The signature of a forward with `return_shared_kv_states` before its `**kwargs`."""
+    *named, others = stock.parameters.values()
+    added = Parameter("return_shared_kv_states", Parameter.KEYWORD_ONLY, default=False)
+    return stock.replace(parameters=[*named, added, others])
 
 
 class Gemma3ForAssistedDecoding(Gemma3ForCausalLM):
@@ -64,13 +64,11 @@ class Gemma3ForAssistedDecoding(Gemma3ForCausalLM):
     config: Gemma3TextConfig
 
     def shared_kv_states(self, cache: DynamicCache, q_len: int) -> SharedKV:
-        """Keys and values of the last layer of each type, as a forward of `q_len` tokens saw them.
+        """Keys and values of the last layer of each type, as a forward of `q_len` tokens saw them:
+        layer type -> (keys, values), each [B, kv heads, rows, head_dim].
 
         Mirrors what `Gemma4TextAttention` stores: all rows for a full layer, and for a sliding
         layer the `sliding_window - 1` rows before the new tokens and the new tokens.
-
-        Returns:
-            Layer type -> (keys, values), each [B, kv heads, rows, head_dim].
         """
         types = self.config.layer_types
         shared = {}
@@ -92,8 +90,8 @@ class Gemma3ForAssistedDecoding(Gemma3ForCausalLM):
         return outputs
 
     # `generate` reads the signature to see what it may pass; names differ from release to release.
-    forward.__signature__ = _with_argument(  # type: ignore[attr-defined]
-        signature(Gemma3ForCausalLM.forward), "return_shared_kv_states"
+    forward.__signature__ = _with_shared_kv(  # type: ignore[attr-defined]
+        signature(Gemma3ForCausalLM.forward)
     )
 
     def _get_candidate_generator(self, **kwargs: Any) -> CandidateGenerator:
@@ -120,12 +118,8 @@ WITHOUT_EFFECT = (
 
 
 def checkpoint_settings(path: str | Path, revision: str | None, config: Any) -> GenerationConfig:
-    """The generation settings of a checkpoint.
-
-    Args:
-        path: folder or Hub id.
-        revision: Hub revision.
-        config: of the model, which may hold such settings where there is no file of them.
+    """The generation settings of a checkpoint: of its generation_config.json, or, where it has
+    none, of the configuration of its model.
 
     Raises:
         ValueError: its generation_config.json cannot be read. transformers would go on without it,
@@ -136,50 +130,31 @@ def checkpoint_settings(path: str | Path, revision: str | None, config: Any) -> 
     )
     if file is None:
         return GenerationConfig.from_model_config(config)
-    try:
+    fix = "mend it, or delete it and give target.eos_token_ids"
+    with reading(str(file), f"cannot be read; {fix}"):
         return GenerationConfig.from_pretrained(path, revision=revision)
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(
-            f"{file} cannot be read: {reason}; mend it, or delete it and give target.eos_token_ids"
-        ) from error
-
-
-def left_out(settings: GenerationConfig) -> dict[str, Any]:
-    """The settings of a checkpoint that would change a text and are not taken."""
-    neutral = GenerationConfig._get_default_generation_params()
-    return {
-        name: value
-        for name, value in settings.to_diff_dict().items()
-        if not name.startswith("_")
-        and name not in (*TAKEN, *WITHOUT_EFFECT)
-        and value is not None
-        and value != neutral.get(name)
-    }
 
 
 def neutralize(
     model: PreTrainedModel, name: str, eos_ids: Sequence[int], pad_id: int | None
 ) -> None:
-    """Give a model neutral generation settings, in place: a cache, one beam, greedy, no processors;
-    say which of its own are left out.
-
-    Args:
-        model: whose `generation_config` is replaced, and whose configuration says that it caches.
-        name: of the model, for the line.
-        eos_ids: tokens that end a text, and nothing else does.
-        pad_id: token that stands for none.
+    """Give a model neutral generation settings, in place: a cache, one beam, greedy, no processors,
+    texts that end with `eos_ids` alone; say which of its own that would change a text are left out.
     """
-    if dropped := left_out(model.generation_config):
-        listed = ", ".join(f"{key}={value!r}" for key, value in dropped.items())
+    neutral = GenerationConfig._get_default_generation_params()
+    dropped = [
+        f"{key}={value!r}"
+        for key, value in model.generation_config.to_diff_dict().items()
+        if not (key.startswith("_") or key in (*TAKEN, *WITHOUT_EFFECT))
+        and value not in (None, neutral.get(key))
+    ]
+    if dropped:
+        listed = ", ".join(dropped)
         say(f"{name}: generation settings of the checkpoint that are left out: {listed}")
     model.generation_config = GenerationConfig(
-        use_cache=True,
-        num_beams=1,
-        do_sample=False,
-        eos_token_id=list(eos_ids),
+        use_cache=True, num_beams=1, do_sample=False, eos_token_id=list(eos_ids),
         pad_token_id=pad_id,
-    )
+    )  # fmt: skip
     for config in (model.config, model.config.get_text_config()):
         config.use_cache = True  # forwards without `generate` read it there
 
@@ -205,14 +180,10 @@ class Activations:
 
 
 class Target(TargetTokens):
-    """A frozen Gemma with what a draft head needs of it.
+    """A frozen Gemma with what a draft head needs of it; arguments as in `TargetTokens`.
 
     Args:
         model: one of the classes in `SUPPORTED`; frozen and put into eval mode here.
-        tokenizer: its tokenizer.
-        name: what reports call it.
-        revision: of the Hub.
-        eos_token_ids: tokens that end a text, in place of those of the checkpoint.
 
     Raises:
         ValueError: the model cannot serve as a target; the message names what it lacks.
@@ -252,11 +223,13 @@ class Target(TargetTokens):
     def whole_source_layers(self) -> Iterator[None]:
         """Within, the weights of the layers that a head may start from are whole everywhere."""
         layers = [self.layers[i] for i in self.source_layers.values()] if self.sharded else []
-        for layer in layers:
-            layer.unshard()
-        yield
-        for layer in layers:
-            layer.reshard()
+        try:
+            for layer in layers:
+                layer.unshard()
+            yield
+        finally:
+            for layer in layers:
+                layer.reshard()
 
     def idle(self) -> None:
         """Take part in a forward that another process needs, with nothing to run."""
@@ -279,18 +252,13 @@ class Target(TargetTokens):
     @property
     def layers(self) -> Any:
         """The decoder layers of the text model."""
-        return self._text_model.layers
+        return self.model.get_decoder().layers
 
     @property
     def final_norm(self) -> torch.nn.Module:
         """The norm whose output is the hidden state that the head reads."""
-        norm: torch.nn.Module = self._text_model.norm
+        norm: torch.nn.Module = self.model.get_decoder().norm
         return norm
-
-    @property
-    def _text_model(self) -> Any:
-        decoder: Any = self.model.model
-        return decoder.language_model if hasattr(decoder, "language_model") else decoder
 
     @cached_property
     def fingerprint(self) -> str:  # type: ignore[override]
@@ -314,11 +282,8 @@ class Target(TargetTokens):
 
     @torch.no_grad()
     def activations(self, ids: torch.Tensor, mask: torch.Tensor | None = None) -> Activations:
-        """One forward without the LM head.
-
-        Args:
-            ids: [B, T] token ids, padded on the right.
-            mask: [B, T] 1 for tokens, 0 for padding; None: no padding.
+        """One forward without the LM head, of token ids [B, T] padded on the right; `mask` [B, T]:
+        1 for tokens, 0 for padding; None: no padding.
 
         Raises:
             RuntimeError: the model left rows out.
@@ -339,12 +304,9 @@ class Target(TargetTokens):
 
     @torch.no_grad()
     def logits(self, hidden: torch.Tensor, table: torch.Tensor | None = None) -> torch.Tensor:
-        """Logits as the target emits them: `hidden` [..., D] -> float32 [..., V], soft-capped
-        where the configuration says so. Costs V floats a row: pass rows in chunks.
-
-        Args:
-            hidden: [..., D] post-norm hidden states.
-            table: [C, D] some rows of the table, for their logits alone.
+        """Logits as the target emits them: `hidden` [..., D], post-norm -> float32 [..., V], or
+        [..., C] of the rows `table` [C, D] alone; soft-capped where the configuration says so.
+        Costs V floats a row: pass rows in chunks.
         """
         table = self.table if table is None else table
         logits = torch.nn.functional.linear(hidden.to(table.dtype), table)
@@ -386,12 +348,8 @@ def check_supported(config: Any) -> None:
 
 
 def model_fingerprint(model: nn.Module, config: Any) -> str:
-    """SHA-256 over a configuration and every weight: equal models, equal prints.
-
-    Args:
-        model: whose state dict counts, in the dtypes that it has now.
-        config: of transformers; what changes no value is left out.
-    """
+    """SHA-256 over a configuration, but for what changes no value, and every weight in the dtype
+    that it has now: equal models, equal prints."""
     content = config.to_dict()
     changes_no_value = ("transformers_version", "_name_or_path", "headstart_")
     content = {k: v for k, v in content.items() if not k.startswith(changes_no_value)}

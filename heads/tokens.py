@@ -39,7 +39,7 @@ class TargetTokens:
     """What is known of a target without its weights: enough to ask a server that holds them.
 
     Args:
-        tokenizer: the target's.
+        tokenizer: of the target.
         name: what reports call it.
         revision: commit on the Hub, where it comes from there.
         generation: the generation settings of its checkpoint.
@@ -89,9 +89,12 @@ class TargetTokens:
         temperature = 1.0 if g.temperature is None else g.temperature
         top_p = 1.0 if g.top_p is None else g.top_p
         top_k = 0 if g.top_k in (None, -1) else g.top_k  # -1: all, as vLLM has it
-        right = isinstance(temperature, int | float) and 0 <= temperature < math.inf
-        right = right and isinstance(top_p, int | float) and 0 < top_p <= 1
-        if not (right and isinstance(top_k, int) and top_k >= 0):
+        sound = (
+            isinstance(temperature, int | float) and 0 <= temperature < math.inf
+            and isinstance(top_p, int | float) and 0 < top_p <= 1
+            and isinstance(top_k, int) and top_k >= 0
+        )  # fmt: skip
+        if not sound:
             raise ValueError(
                 f"{self.name}: its generation_config.json samples with temperature="
                 f"{temperature!r}, top_k={top_k!r}, top_p={top_p!r}, which cannot be: mend it, or "
@@ -107,45 +110,31 @@ class TargetTokens:
 
 
 def _eos_ids(tokens: TargetTokens, given: Sequence[int] | None) -> list[int]:
-    eos: Any = tokens.generation.eos_token_id if given is None else list(given)
-    eos = tokens.tokenizer.eos_token_id if eos in (None, []) else eos
-    ids: list[Any] = eos if isinstance(eos, list) else [eos]
-    known = set(tokens.tokenizer.get_vocab().values())
-    for token in ids:
-        if type(token) is not int or token not in known:
-            raise ValueError(
-                f"{tokens.name}: its texts would end with the token {token!r}, which its tokenizer "
-                "does not have: give the ids in target.eos_token_ids, or mend eos_token_id in its "
-                "generation_config.json"
-            )
-    ids = _with_turn_end(tokens, ids, given is not None)
-    _check_ends(tokens, ids)
-    return ids
-
-
-def _check_ends(tokens: TargetTokens, ids: list[int]) -> None:
-    """Say which end tokens are none that a target ends its texts with.
-
-    Raises:
-        ValueError: all of them are padding, <bos> or <unk>, which no target writes.
-    """
-    t = tokens.tokenizer
+    t, name = tokens.tokenizer, tokens.name
     mend = "mend eos_token_id in its generation_config.json, or give target.eos_token_ids"
+    eos: Any = tokens.generation.eos_token_id if given is None else list(given)
+    eos = t.eos_token_id if eos in (None, []) else eos
+    ids: list[Any] = eos if isinstance(eos, list) else [eos]
+    known = set(t.get_vocab().values())
+    if unknown := [token for token in ids if type(token) is not int or token not in known]:
+        raise ValueError(
+            f"{name}: its texts would end with the token {unknown[0]!r}, which its tokenizer does "
+            f"not have: {mend}"
+        )
+    ids = _with_turn_end(tokens, ids, given is not None)
     unwritten = {t.pad_token_id, t.bos_token_id, t.unk_token_id} - {t.eos_token_id}
     if unwritten.issuperset(ids):
         raise ValueError(
-            f"{tokens.name}: its texts would end with {_listed(t, ids)} alone, which no target "
-            f"writes: {mend}"
+            f"{name}: its texts would end with {_listed(t, ids)} alone, which no target writes: "
+            f"{mend}"
         )
-    if odd := [token for token in ids if token in unwritten]:
-        say(f"{tokens.name}: {_listed(t, odd)} among its end tokens is no end of a text: {mend}")
     # Gemma's tokenizers hold newlines among the added tokens too.
     added = {token for text, token in t.get_added_vocab().items() if text.strip()}
-    if letters := [token for token in ids if token not in added | unwritten | {t.eos_token_id}]:
-        say(
-            f"{tokens.name}: {_listed(t, letters)} among its end tokens is ordinary text, at which "
-            f"its answers break off: if that is not meant, {mend}"
-        )
+    letters = set(ids) - added - unwritten - {t.eos_token_id}
+    for what, odd in (("no end of a text", unwritten), ("ordinary text", letters)):
+        if found := [token for token in ids if token in odd]:
+            say(f"{name}: {_listed(t, found)} among its end tokens is {what}; if not meant, {mend}")
+    return ids
 
 
 def _listed(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
@@ -174,16 +163,10 @@ def _with_turn_end(tokens: TargetTokens, ids: list[int], given: bool) -> list[in
     assert isinstance(token, int)
     if token in ids:
         return ids
+    lacks = f"its chat template ends a turn with {end} ({token}), which is not among {ids}"
     if given:
-        raise ValueError(
-            f"target.eos_token_ids={ids} lacks {token} ({end}), with which the chat template of "
-            f"{tokens.name} ends an assistant's turn: add it"
-        )
-    say(
-        f"{tokens.name}: its chat template ends a turn with {end} ({token}), which its "
-        f"generation_config.json does not name beside {ids}: its texts end with it too. Add it "
-        "there for what serves the target"
-    )
+        raise ValueError(f"target.eos_token_ids of {tokens.name}: {lacks}: add it")
+    say(f"{tokens.name}: {lacks}: its texts end with it too; add it to its generation_config.json")
     return [*ids, token]
 
 
@@ -194,20 +177,17 @@ def _tell_beginning(tokens: TargetTokens) -> None:
     if not (tokenizer.chat_template and bos):
         return
     try:
-        text = render_chat(
-            tokenizer, tokenizer.get_chat_template(), {}, [{"role": "user", "content": ASKED}]
-        )
+        text = render_chat(tokenizer, tokenizer.get_chat_template(), {}, _USER)
     except ValueError:
         return  # whatever it refuses is told of each row
     count = 0
     while text.startswith(bos, count * len(bos)):
         count += 1
     if count != 1:
-        what = f"with {count} {bos}" if count else f"without {bos}"
         say(
-            f"{tokens.name}: its chat template begins {what}, where a Gemma expects one; chats are "
-            "asked so here, as a server asks them. Unless the target was tuned so, give one that "
-            "is right in target.chat_template"
+            f"{tokens.name}: its chat template begins with {count} {bos}, where a Gemma expects "
+            "one; chats are asked so here, as a server asks them. Unless the target was tuned so, "
+            "give one that is right in target.chat_template"
         )
 
 
@@ -233,9 +213,8 @@ def complete_tokenizer(
     ended; checkpoints written by other programs often come so.
 
     Args:
-        tokenizer: of the target.
+        tokenizer: of the target `name`.
         config: of the model, which knows <bos> too.
-        name: of the target.
         chat_template: file of a template in place of the tokenizer's.
 
     Raises:
@@ -270,8 +249,12 @@ RENDERED_IN = 30.0  # seconds, of one conversation; templates take a thousandth 
 
 Messages = list[dict[str, Any]]
 
-# Contents of the conversations that are rendered to find a template's marks.
+# Of the conversations that are rendered to find a template's marks.
 ASKED, _WROTE, _AGAIN, _RETURNED = "probeasked", "probewrote", "probeagain", "probereturned"
+_USER: Messages = [{"role": "user", "content": ASKED}]
+_ANSWER: Messages = [
+    {"role": "assistant", "content": _WROTE}, {"role": "user", "content": _AGAIN},
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -311,11 +294,9 @@ def turn_format(
         return [token for token in tokens if token.strip()]  # Gemma's newlines are added tokens
 
     def render(*more: dict[str, Any], **extra: Any) -> str:
-        return render_chat(tokenizer, template, kwargs | extra, [user, *more])
+        return render_chat(tokenizer, template, kwargs | extra, [*_USER, *more])
 
-    user = {"role": "user", "content": ASKED}
-    answer = [{"role": "assistant", "content": _WROTE}, {"role": "user", "content": _AGAIN}]
-    asked, prompted, whole = render(), render(add_generation_prompt=True), render(*answer)
+    asked, prompted, whole = render(), render(add_generation_prompt=True), render(*_ANSWER)
     # What stands before an answer in the history, and where the target writes one.
     history = _between(whole, ASKED, _WROTE).removeprefix(asked.partition(ASKED)[2])
     generation = prompted.removeprefix(asked) or history
@@ -329,7 +310,7 @@ def turn_format(
     if not controls(closing):
         raise ValueError(f"no control token in {closing!r}, the end of an assistant turn")
     end, *others = controls(closing)
-    pause, resume = _tool_marks(render, controls, opening, answer) if with_tools else (None, None)
+    pause, resume = _tool_marks(render, controls, opening) if with_tools else (None, None)
     stops = (tokenizer.decode([i]) for i in stop_ids)
     marks = {opening, *controls(opening), end, *others, pause, resume, *stops}
     return TurnFormat(
@@ -360,10 +341,8 @@ def plain_borders(
 ) -> tuple[str, ...]:
     """What stands between two turns of a template that marks them with plain letters: `</turn>` and
     the next `[user]`. Whoever writes that, writes a turn."""
-    user = {"role": "user", "content": ASKED}
-    answer = [{"role": "assistant", "content": _WROTE}, {"role": "user", "content": _AGAIN}]
     try:
-        whole = render_chat(tokenizer, template, json.loads(kwargs_json), [user, *answer])
+        whole = render_chat(tokenizer, template, json.loads(kwargs_json), [*_USER, *_ANSWER])
         borders = (_between(whole, ASKED, _WROTE), _between(whole, _WROTE, _AGAIN))
     except ValueError:
         return ()
@@ -372,17 +351,14 @@ def plain_borders(
 
 
 def _tool_marks(
-    render: Callable[..., str],
-    controls: Callable[[str], list[str]],
-    opening: str,
-    answer: Messages,
+    render: Callable[..., str], controls: Callable[[str], list[str]], opening: str
 ) -> tuple[str | None, str | None]:
     """`pause` and `resume` of a template."""
     function = {"name": "f", "arguments": {"a": "b"}}
     call = {"type": "function", "id": "call00001", "function": function}
     called = {"role": "assistant", "content": "", "tool_calls": [call]}
     returned = {"role": "tool", "name": "f", "tool_call_id": "call00001", "content": _RETURNED}
-    whole = render(called, returned, *answer)
+    whole = render(called, returned, *_ANSWER)
     response = _between(whole, _RETURNED, _WROTE)
     if opening in response:
         return None, None

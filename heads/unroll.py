@@ -107,16 +107,15 @@ class DraftHead(nn.Module):
             shared_kv: layer type -> (keys, values), each [B, kv heads, T, head_dim].
             starts: [B, R] index of the first KV row of the same text; None: 0, nothing is packed.
             later: [B, S] which of the R rows go on beyond the first round; None: all.
-            seen: [B, R] index of the last KV row that each row sees; None: `rows`, as the decoder
-                has it.
+            seen: [B, R] index of the last KV row that each row sees; None: `rows`, as the decoder.
             embeds_of: the states of a round, as returned, [B, R or S, ...] -> what the next round
                 reads, [B, R or S, D]; None: `token_embeds`.
             ahead: [B, R] or of all rows: how far behind t the drafts stand (RoPE). 1: at the newest
                 token, as in transformers and llama.cpp; 0: one earlier, as in vLLM.
 
         Returns:
-            K of [B, R, D], from the second on [B, S, D]: their product with `draft_table` is the
-            draft's logits. Width H where a narrow head was loaded, not built.
+            K of [B, R, D], from the second on [B, S, D], or of width H where a narrow head was
+            loaded: their product with `draft_table` is the draft's logits.
         """
         starts = torch.zeros_like(rows) if starts is None else starts
         seen = rows if seen is None else seen

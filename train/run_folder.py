@@ -22,8 +22,8 @@ from headstart.common.children import remove_left_behind
 from headstart.common.console import plain_console
 from headstart.common.files import (
     PART,
+    alone_in,
     is_held,
-    only_one_in,
     open_own,
     refuse_link,
     whole_file,
@@ -65,7 +65,7 @@ def run_folder(run: Path, doing: str) -> Iterator[None]:
     Raises:
         ValueError: another process works there.
     """
-    with only_one_in(run):
+    with alone_in(run, "run.dir=PATH"):
         note = {"doing": doing, "started": _now(), "host": platform.node(), "pid": os.getpid()}
         there = (run / STATUS).read_text(encoding="utf-8") if (run / STATUS).is_file() else None
         _write_status(run, {**note, "state": "running"})

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from headstart.configs.schema import SourceConfig
 from headstart.data.prompts import Prompt, deal, limit_evenly, load_prompts, split_by_source
 from headstart.data.templates import encode_prompt
-from headstart.heads.tiny import byte_tokenizer
+from headstart.heads.loading import byte_tokenizer
 
 PROMPTS = Path(__file__).resolve().parents[2] / "data" / "prompts"
 CALL = {"type": "function", "function": {"name": "weather", "arguments": '{"city": "Bern"}'}}

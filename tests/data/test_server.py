@@ -18,8 +18,7 @@ from headstart.data import server
 from headstart.data.prompts import load_prompts
 from headstart.data.server import Answer, AnswerServer, read_answer, server_ids
 from headstart.data.templates import encode_prompt
-from headstart.heads.loading import load_target
-from headstart.heads.tiny import byte_tokenizer
+from headstart.heads.loading import byte_tokenizer, load_target
 from headstart.heads.tokens import Sampling
 from tests.helpers.servers import JsonHandler, LlamaServer, real_gguf, serving
 

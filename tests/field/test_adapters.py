@@ -10,10 +10,9 @@ from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 
 from headstart.configs.schema import HeadConfig, TargetConfig
 from headstart.heads.assistant import build_assistant
-from headstart.heads.loading import check_target, load_target
+from headstart.heads.loading import byte_tokenizer, check_target, load_target, tiny_target
 from headstart.heads.saving import load_assistant, save_assistant
 from headstart.heads.target import Target
-from headstart.heads.tiny import byte_tokenizer, tiny_target
 from tests.helpers.checkpoints import (
     TEXT_OF_MULTIMODAL,
     adapter,

@@ -9,8 +9,7 @@ import torch
 from headstart.cli.main import main
 from headstart.configs.schema import DataConfig, TargetConfig
 from headstart.eval.check import check_inputs
-from headstart.heads.loading import load_target
-from headstart.heads.tiny import tiny_target
+from headstart.heads.loading import load_target, tiny_target
 from tests.helpers.chat_templates import GEMMA3, chat_tokenizer
 from tests.helpers.checkpoints import adapter, checkpoint, family, logits, rewrite, saved_target
 from tests.helpers.heads import noisy_head

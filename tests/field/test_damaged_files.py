@@ -10,10 +10,15 @@ import torch
 from headstart.configs.adapt import Adaptation
 from headstart.configs.schema import HeadConfig, TargetConfig
 from headstart.heads.assistant import build_assistant
-from headstart.heads.loading import check_target, load_target, load_target_config
+from headstart.heads.loading import (
+    byte_tokenizer,
+    check_target,
+    load_target,
+    load_target_config,
+    tiny_target,
+)
 from headstart.heads.saving import load_assistant_config, save_assistant
 from headstart.heads.target import Target
-from headstart.heads.tiny import byte_tokenizer, tiny_target
 from headstart.train.adapt import adapt
 from tests.helpers.checkpoints import LFS_POINTER, adapter, checkpoint, configure, rewrite
 

@@ -13,8 +13,8 @@ from headstart.data.prompts import Prompt
 from headstart.data.regenerate import make_jobs
 from headstart.data.templates import encode_conversation, encode_prompt
 from headstart.eval.report import run_evaluation
+from headstart.heads.loading import tiny_target
 from headstart.heads.target import Target
-from headstart.heads.tiny import tiny_target
 from headstart.heads.tokens import Sampling
 from tests.helpers.chat_templates import CHATML, GEMMA3, GEMMA4, STOPS, chat_tokenizer
 

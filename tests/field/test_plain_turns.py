@@ -63,9 +63,9 @@ def test_the_letters_alone_are_ordinary_text(template: str, text: str) -> None:
     [
         (GEMMA3, ""),
         (GEMMA3.replace("bos_token", "bos_token + bos_token"), "2 <bos>"),
-        (GEMMA3.replace("bos_token", "''"), "without <bos>"),
+        (GEMMA3.replace("bos_token", "''"), "0 <bos>"),
         ("{{ '<bos>' }}" + GEMMA3, "2 <bos>"),
-        (CHATML, "without <bos>"),
+        (CHATML, "0 <bos>"),
         (BRACKETS, ""),
     ],
 )

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from headstart.data.prompts import Prompt, load_prompts
 from headstart.data.templates import encode_conversation, encode_prompt
-from headstart.heads.tiny import byte_tokenizer
+from headstart.heads.loading import byte_tokenizer
 from tests.helpers.chat_templates import CHATML, GEMMA3, GEMMA4, STOPS, chat_tokenizer
 
 TOKENIZERS = {template: chat_tokenizer(template) for template in (*STOPS, None)}

@@ -10,8 +10,8 @@ from headstart.configs.schema import Config
 from headstart.data.prepare import encode_source
 from headstart.data.prompts import Prompt
 from headstart.data.templates import encode_conversation, encode_prompt
+from headstart.heads.loading import tiny_target
 from headstart.heads.target import Target
-from headstart.heads.tiny import tiny_target
 from tests.helpers.chat_templates import CHATML, GEMMA3, GEMMA4, chat_tokenizer
 
 USER = {"role": "user", "content": "abc"}

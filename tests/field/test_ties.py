@@ -9,8 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from headstart.cli.main import main
 from headstart.configs.schema import TargetConfig
-from headstart.heads.loading import check_target, load_target
-from headstart.heads.tiny import tiny_target
+from headstart.heads.loading import check_target, load_target, tiny_target
 from tests.helpers.checkpoints import (
     IDS,
     adapter,

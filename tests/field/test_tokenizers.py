@@ -11,8 +11,7 @@ from headstart.configs.schema import DataConfig, TargetConfig
 from headstart.data.prompts import Prompt
 from headstart.data.regenerate import answer
 from headstart.data.templates import encode_conversation, encode_prompt
-from headstart.heads.loading import load_target, load_target_tokens
-from headstart.heads.tiny import byte_tokenizer
+from headstart.heads.loading import byte_tokenizer, load_target, load_target_tokens
 from tests.helpers.checkpoints import configure, saved_target
 from tests.helpers.prompts import jobs
 

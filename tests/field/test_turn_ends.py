@@ -12,8 +12,7 @@ from headstart.data.prompts import Prompt
 from headstart.data.regenerate import answer, make_jobs
 from headstart.data.templates import encode_conversation
 from headstart.eval.decoding import decode
-from headstart.heads.loading import load_target, load_target_tokens
-from headstart.heads.tiny import byte_tokenizer
+from headstart.heads.loading import byte_tokenizer, load_target, load_target_tokens
 from headstart.heads.tokens import Sampling
 from tests.helpers.chat_templates import GEMMA3, GEMMA4, chat_tokenizer
 from tests.helpers.checkpoints import saved_target

@@ -9,10 +9,9 @@ from transformers import Gemma4Config, Gemma4ForConditionalGeneration
 
 from headstart.configs.schema import HeadConfig
 from headstart.heads.assistant import build_assistant
-from headstart.heads.loading import load_target
+from headstart.heads.loading import byte_tokenizer, load_target, tiny_target
 from headstart.heads.saving import load_assistant, save_assistant
 from headstart.heads.target import Target
-from headstart.heads.tiny import byte_tokenizer, tiny_target
 from tests.helpers.checkpoints import checkpoint, configure, family, logits, rename, rewrite
 
 MULTIMODAL = "gemma4-multimodal"

@@ -12,10 +12,9 @@ from headstart.cli.main import main
 from headstart.configs.schema import HeadConfig
 from headstart.heads.assistant import build_assistant
 from headstart.heads.describe import describe, target_step_weights
-from headstart.heads.loading import load_target_config
+from headstart.heads.loading import gemma4_text_config, load_target_config, tiny_config
 from headstart.heads.saving import save_assistant
 from headstart.heads.target import Target
-from headstart.heads.tiny import gemma4_text_config, tiny_config
 from headstart.heads.unroll import DraftHead
 from tests.helpers.heads import ordered_head
 from tests.helpers.models import make_target

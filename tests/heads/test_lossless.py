@@ -22,9 +22,9 @@ from headstart.configs.schema import HeadConfig
 from headstart.heads.assistant import build_assistant
 from headstart.heads.decoder import ExactDecoding, exact_decoding
 from headstart.heads.drafting import CleanKV, Drafter, Drafts
+from headstart.heads.loading import byte_tokenizer, gemma4_text_config
 from headstart.heads.ordered import with_clusters
 from headstart.heads.target import Target
-from headstart.heads.tiny import byte_tokenizer, gemma4_text_config
 from headstart.heads.unroll import DraftHead
 from tests.helpers.heads import noisy_head, order_by_target
 

@@ -15,14 +15,16 @@ from headstart.heads.adapters import split_revision
 from headstart.heads.cpu_kernels import quick_few_rows
 from headstart.heads.decoder import ExactDecoding
 from headstart.heads.loading import (
+    byte_tokenizer,
+    gemma3_config,
     load_served,
     load_target,
     load_target_tokens,
+    random_model,
     served_config,
     served_name,
 )
 from headstart.heads.target import Gemma3ForAssistedDecoding
-from headstart.heads.tiny import byte_tokenizer, gemma3_config, random_model
 from tests.helpers.checkpoints import make_adapter
 from tests.helpers.heads import noisy_head
 

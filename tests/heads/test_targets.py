@@ -8,9 +8,15 @@ from transformers import Gemma2Config, Gemma3nTextConfig, Gemma4ForCausalLM, Pre
 
 from headstart.common import versions
 from headstart.common.versions import check_transformers
-from headstart.heads.loading import check_sha256, load_target
+from headstart.heads.loading import (
+    byte_tokenizer,
+    check_sha256,
+    gemma3_config,
+    gemma4_text_config,
+    load_target,
+    random_model,
+)
 from headstart.heads.target import Gemma3ForAssistedDecoding, Target
-from headstart.heads.tiny import byte_tokenizer, gemma3_config, gemma4_text_config, random_model
 from tests.helpers.models import make_target
 
 pytestmark = pytest.mark.contract
@@ -92,15 +98,12 @@ def test_a_missing_target_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         load_target("no/such-model")
 
 
-@pytest.mark.parametrize(
-    ("version", "reason"),
-    [("5.19.0", "before 5.20"), ("5.23.1", "cannot be built"), ("5.25.0", "newer than any")],
-)
-def test_an_untested_transformers_is_refused_with_the_command_that_cures_it(
-    version: str, reason: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("version", ["5.19.0", "5.23.1", "5.25.0"])
+def test_an_untested_transformers_is_refused_with_the_command_that_installs_another(
+    version: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(versions, "INSTALLED", Version(version))
-    with pytest.raises(RuntimeError, match=reason) as error:
+    with pytest.raises(RuntimeError, match="outside the tested range") as error:
         load_target("tiny-gemma4")
     assert f"transformers {version}" in str(error.value)
     assert f"pip install 'transformers{versions.TESTED}'" in str(error.value)

@@ -9,7 +9,7 @@ import json
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from headstart.heads.tiny import byte_tokenizer
+from headstart.heads.loading import byte_tokenizer
 
 GEMMA3 = """
 {{- bos_token -}}

@@ -13,9 +13,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from headstart.configs.schema import HeadConfig
 from headstart.heads.assistant import build_assistant
+from headstart.heads.loading import byte_tokenizer, random_model, tiny_target
 from headstart.heads.saving import save_assistant
 from headstart.heads.target import Target
-from headstart.heads.tiny import byte_tokenizer, random_model, tiny_target
 from tests.helpers.models import FAMILIES
 
 IDS = torch.tensor([[2, 70, 71, 72, 73, 74]])

@@ -17,8 +17,8 @@ from transformers import Gemma4ForCausalLM, Gemma4TextConfig
 from headstart.common.machine import synchronize
 from headstart.data.conversations import Conversation, answered
 from headstart.heads.describe import SHAPES
+from headstart.heads.loading import byte_tokenizer, gemma4_text_config, random_model
 from headstart.heads.target import Target
-from headstart.heads.tiny import byte_tokenizer, gemma4_text_config, random_model
 
 
 class Place:

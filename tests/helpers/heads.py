@@ -14,6 +14,7 @@ from headstart.data.loader import Batch, candidate_rows, gather_rows
 from headstart.data.store import Document
 from headstart.eval.decoding import decode
 from headstart.heads.assistant import assistant_config, build_assistant
+from headstart.heads.loading import VOCAB_SIZE
 from headstart.heads.ordered import (
     Taught,
     set_order,
@@ -22,7 +23,6 @@ from headstart.heads.ordered import (
 )
 from headstart.heads.saving import load_assistant, save_assistant
 from headstart.heads.target import Target
-from headstart.heads.tiny import VOCAB_SIZE
 from headstart.heads.unroll import DraftHead
 from headstart.train.losses import Candidates
 from headstart.train.step import batch_sums, learning_rate, step_candidates

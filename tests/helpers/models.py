@@ -15,14 +15,14 @@ from transformers import (
     PreTrainedModel,
 )
 
-from headstart.heads.target import Gemma3ForAssistedDecoding, Target
-from headstart.heads.tiny import (
+from headstart.heads.loading import (
     VOCAB_SIZE,
     byte_tokenizer,
     gemma3_config,
     gemma4_text_config,
     random_model,
 )
+from headstart.heads.target import Gemma3ForAssistedDecoding, Target
 
 PER_LAYER = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCAB_SIZE}
 

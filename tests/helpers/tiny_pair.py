@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from headstart.configs.loader import load_config
-from headstart.heads.tiny import gemma4_text_config
+from headstart.heads.loading import gemma4_text_config
 from headstart.train.loop import train
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -34,9 +34,13 @@ from headstart.data.sources import Place, read_rows
 from headstart.data.templates import encode_prompt
 from headstart.heads.adapters import add_adapters
 from headstart.heads.assistant import build_assistant
-from headstart.heads.loading import load_target, load_target_config, load_target_tokens
+from headstart.heads.loading import (
+    byte_tokenizer,
+    load_target,
+    load_target_config,
+    load_target_tokens,
+)
 from headstart.heads.saving import load_assistant, save_assistant
-from headstart.heads.tiny import byte_tokenizer
 from headstart.train import tracking
 from headstart.train.checkpoints import checkpoint_config
 from tests.helpers.checkpoints import adapter, configure, family, saved_target
@@ -389,7 +393,7 @@ def test_a_template_within_one_step_of_python_is_ended_too() -> None:
     script = (
         "from headstart.common import signals\n"
         "from headstart.heads import tokens\n"
-        "from headstart.heads.tiny import byte_tokenizer\n"
+        "from headstart.heads.loading import byte_tokenizer\n"
         "tokens.RENDERED_IN = signals.GRACE = 1.0\n"
         f"template = '{{{{ {lists} == {lists} }}}}'\n"
         "tokens.render_chat(byte_tokenizer(), template, {}, [{'role': 'user', 'content': 'a'}])\n"

@@ -10,7 +10,7 @@ import pytest
 
 from headstart.common import children
 from headstart.common.children import own_name, remove_left_behind
-from headstart.common.files import PART, alone_in, only_one_in, whole_folder
+from headstart.common.files import PART, alone_in, whole_folder
 from headstart.configs.schema import EvalConfig
 from headstart.eval.measurements import Measurements
 from headstart.eval.report import run_evaluation
@@ -138,7 +138,7 @@ def test_two_evaluations_do_not_mix_their_lines(tiny: Target, tmp_path: Path) ->
     kept = Measurements(path, {}, resume=False)
     kept.add({"id": "of the first"})
     before = path.read_text()
-    with only_one_in(path.parent), pytest.raises(ValueError, match="another process works in"):
+    with alone_in(path.parent), pytest.raises(ValueError, match="another process works in"):
         run_evaluation(tiny, {}, chosen, path.parent)
     assert path.read_text() == before
 

@@ -21,12 +21,13 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from headstart.cli.eval import _run_compare
+from headstart.common.children import temporary_folder
 from headstart.common.files import content_sha256
 from headstart.configs.schema import TargetConfig
 from headstart.data.conversations import MANIFEST, read_manifest
 from headstart.data.extraction import extract
 from headstart.data.store import ActivationStore
-from headstart.heads.adapters import fitting_adapter
+from headstart.heads.adapters import fit_adapter
 from headstart.heads.admission import check_files
 from headstart.heads.describe import describe
 from headstart.heads.loading import load_target_config, load_target_tokens
@@ -171,8 +172,8 @@ def tuned() -> Any:
 @given(change=CHANGE)
 def test_adapters(change: Change, adapter: Path, tuned: Any) -> None:
     def read() -> None:
-        with fitting_adapter(str(adapter), tuned, True):
-            pass
+        with temporary_folder() as work:
+            fit_adapter(str(adapter), tuned, True, work / "adapter")
 
     attempt(adapter / "adapter_config.json", change, read, adapter)
 

@@ -14,10 +14,9 @@ from headstart.configs.loader import save_config
 from headstart.configs.schema import HeadConfig
 from headstart.eval.measurements import asked_by_heads
 from headstart.heads.assistant import build_assistant
-from headstart.heads.loading import load_target
+from headstart.heads.loading import byte_tokenizer, load_target, tiny_target
 from headstart.heads.saving import load_assistant, save_assistant
 from headstart.heads.target import Target
-from headstart.heads.tiny import byte_tokenizer, tiny_target
 from headstart.serve import publish
 from tests.helpers.checkpoints import checkpoint
 from tests.helpers.runs import tiny_config

@@ -12,9 +12,8 @@ from headstart.cli.main import main
 from headstart.configs.schema import TargetConfig
 from headstart.heads import loading
 from headstart.heads.adapters import add_adapters
-from headstart.heads.loading import check_target, load_target, load_target_config
+from headstart.heads.loading import byte_tokenizer, check_target, load_target, load_target_config
 from headstart.heads.saving import load_assistant, load_assistant_config
-from headstart.heads.tiny import byte_tokenizer
 from headstart.serve.engines import export_for_engine
 from tests.helpers.checkpoints import adapter, checkpoint, configure, family, make_adapter
 from tests.helpers.heads import NARROW, finished

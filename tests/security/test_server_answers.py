@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from headstart.data.server import Answer, read_answer
-from headstart.heads.tiny import byte_tokenizer
+from headstart.heads.loading import byte_tokenizer
 
 TOKENIZER = byte_tokenizer()
 EOS = [1]

@@ -322,7 +322,7 @@ def test_an_error_of_the_disk_at_any_file_of_a_checkpoint_keeps_the_earlier_one(
 
 
 def test_a_second_process_in_the_same_folder_is_refused(damaged: Path) -> None:
-    from headstart.common.files import only_one_in
+    from headstart.common.files import alone_in
 
-    with only_one_in(damaged), pytest.raises(ValueError, match="another process works in"):
+    with alone_in(damaged), pytest.raises(ValueError, match="another process works in"):
         train(config_of(damaged), resume=True)
