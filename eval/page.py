@@ -97,8 +97,6 @@ def remarks(content: dict[str, Any]) -> list[str]:
                 f"Costs in target steps, {name}, {decoder}: a draft {cost['c']:.3f}; "
                 f"verifying 1 to {len(cost['v']) - 1} drafts {v}."
             )
-    for name, threshold in content["thresholds"].items():
-        lines.append(f"Confidence threshold of {name}, chosen on some prompts: {threshold:.2f}.")
     parted = [p for r in content["results"] for p in r["parted"]]
     if parted:
         worst = max(p["top2_logit_gap"] for p in parted)

@@ -213,7 +213,6 @@ NAMES = {
     "transformers": "the stock decoder",
     "exact": "the exact decoder",
     "heuristic": "the exact decoder with transformers' heuristic",
-    "confident": "the exact decoder while it is sure of its drafts",
     "cost": "the exact decoder with the cost rule",
     "hybrid": "hybrid drafting",
     "lookup": "prompt lookup, without a head",
@@ -223,7 +222,7 @@ LOSSY = (
     "The stock decoder, sampling, does not keep to the target's distribution with a head: its "
     "figures are no advice. "
 )
-OWN_LENGTH = ("heuristic", "confident", "cost", "hybrid")
+OWN_LENGTH = ("heuristic", "cost", "hybrid")
 
 
 def verdict(results: list[dict[str, Any]]) -> str:
