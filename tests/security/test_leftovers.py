@@ -18,7 +18,7 @@ SERVING = """
 import argparse, sys
 from pathlib import Path
 from headstart.cli import main as cli
-from headstart.eval import engine_servers
+from headstart.serve import engine_servers
 from headstart.common.children import temporary_folder
 engine_servers.engine_python = lambda engine: Path(sys.executable)
 out = Path(sys.argv[1])
