@@ -1,6 +1,7 @@
-"""A report as tables, for a terminal and report.md, and as a page, report.html."""
+"""A report as tables, for a terminal and report.md, as a page, report.html, and as JSON."""
 
 import io
+import json
 import re
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from headstart.common.console import in_markdown, markdown_row, one_line, plain_console
+from headstart.common.files import write_atomically
 from headstart.eval.plots import INK, STYLE, figures
 
 COLUMNS = [
@@ -191,3 +193,23 @@ def _svg(figure: Figure, prefix: str) -> tuple[str, str]:
     box, rest = re.split(r'<svg[^>]* (viewBox="[^"]*")[^>]*>', text.getvalue(), maxsplit=1)[1:]
     rest = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{prefix}-", rest)
     return box, rest.replace("xlink:href", "href").replace(INK, "currentColor").strip()
+
+
+def write_report(content: dict[str, Any], out: Path) -> None:
+    """Write report.json, report.md and report.html into a folder."""
+    write_atomically(out / "report.json", as_json(content))
+    write_atomically(out / "report.md", markdown(content))
+    write_atomically(out / "report.html", page(content))
+
+
+def as_json(content: dict[str, Any]) -> str:
+    """JSON with each result, and each example, on a line of its own."""
+    parts = []
+    for key, value in content.items():
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            lines = ",\n".join("    " + json.dumps(item) for item in value)
+            parts.append(f"  {json.dumps(key)}: [\n{lines}\n  ]")
+        else:
+            text = json.dumps(value, indent=2).replace("\n", "\n  ")
+            parts.append(f"  {json.dumps(key)}: {text}")
+    return "{\n" + ",\n".join(parts) + "\n}\n"

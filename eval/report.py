@@ -1,6 +1,5 @@
 """The evaluation: plain against assisted decoding, interleaved, and its report."""
 
-import json
 import resource
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -10,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from headstart.common.console import say
-from headstart.common.files import only_one_in, write_atomically
+from headstart.common.files import only_one_in
 from headstart.common.machine import environment
 from headstart.common.versions import skips_prefill
 from headstart.configs.schema import EvalConfig
@@ -19,7 +18,7 @@ from headstart.data.templates import check_template, encode_prompts
 from headstart.eval.decoding import Side, make_sides
 from headstart.eval.draft_cost import Costs, measure_costs
 from headstart.eval.measurements import Asked, Measurements, Text, measure_prompts
-from headstart.eval.page import markdown, page, print_report
+from headstart.eval.page import print_report, write_report
 from headstart.eval.statistics import noise, summarise, verdict
 from headstart.heads.assistant import check_pair, other_target
 from headstart.heads.target import Target, model_fingerprint
@@ -146,26 +145,6 @@ def _check_models(
                 f"{name} cannot draft for {target.name}: its vocabulary has {size} tokens, the "
                 f"target's {target.config.vocab_size}"
             )
-
-
-def write_report(content: dict[str, Any], out: Path) -> None:
-    """Write report.json, report.md and report.html into a folder."""
-    write_atomically(out / "report.json", as_json(content))
-    write_atomically(out / "report.md", markdown(content))
-    write_atomically(out / "report.html", page(content))
-
-
-def as_json(content: dict[str, Any]) -> str:
-    """JSON with each result, and each example, on a line of its own."""
-    parts = []
-    for key, value in content.items():
-        if isinstance(value, list) and value and isinstance(value[0], dict):
-            lines = ",\n".join("    " + json.dumps(item) for item in value)
-            parts.append(f"  {json.dumps(key)}: [\n{lines}\n  ]")
-        else:
-            text = json.dumps(value, indent=2).replace("\n", "\n  ")
-            parts.append(f"  {json.dumps(key)}: {text}")
-    return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
 def _prepare(

@@ -16,7 +16,7 @@ from headstart.common.files import check_empty, drop_remote_code, refuse_link, w
 from headstart.configs.loader import load_saved, save_config
 from headstart.configs.schema import Config, TargetConfig
 from headstart.eval.compare import read_report
-from headstart.eval.report import write_report
+from headstart.eval.page import write_report
 from headstart.heads.adapters import split_revision
 from headstart.heads.loading import load_served, load_target_config, load_target_tokens, served_name
 from headstart.heads.saving import ADAPTER, load_assistant, load_assistant_config
