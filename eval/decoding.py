@@ -24,7 +24,6 @@ from headstart.eval.draft_cost import MAX_DRAFT_TOKENS, Costs
 from headstart.heads.cpu_kernels import plain_strides
 from headstart.heads.decoder import (
     CostRule,
-    DraftLength,
     ExactDecoding,
     Heuristic,
     Lookup,
@@ -244,47 +243,37 @@ def make_sides(
         draft_models: name -> small model.
         costs: head -> what `measure_costs` found.
     """
-    sides: list[Side] = []
+    sides, ks = list[Side](), num_assistant_tokens
     for decoder in decoders:
-        match decoder:
-            case "lookup":
-                found = next(iter(costs.values()), None)
-                free = None if found is None else Costs(0.0, found["transformers"].v)
-                sides += [Side(decoder, None, k, None, None, free) for k in num_assistant_tokens]
-            case "draft-model":
-                for name, model in draft_models.items():
-                    sides += [
-                        Side(decoder, name, k, model, None, None) for k in num_assistant_tokens
-                    ]
-            case _:
-                for name, head in heads.items():
-                    sides += _of_head(decoder, name, head, num_assistant_tokens, costs[name])
+        if decoder == "lookup":
+            known = next(iter(costs.values()), None)
+            free = None if known is None else Costs(0.0, known["transformers"].v)
+            sides += [Side(decoder, None, k, None, None, free) for k in ks]
+        elif decoder == "draft-model":
+            models = draft_models.items()
+            sides += [
+                Side(decoder, name, k, model, None, None) for name, model in models for k in ks
+            ]
+        else:
+            for name, head in heads.items():
+                stock, exact = costs[name]["transformers"], costs[name]["exact"]
+                match decoder:
+                    case "transformers":
+                        sides += [Side(decoder, name, k, head, None, stock) for k in ks]
+                    case "exact":
+                        sides += [Side(decoder, name, k, head, ExactDecoding(), exact) for k in ks]
+                    case _:
+                        how = _choosing(decoder, exact)
+                        sides.append(Side(decoder, name, MAX_DRAFT_TOKENS, head, how, exact))
     return sides
 
 
-def _of_head(
-    decoder: Decoder,
-    name: str,
-    head: PreTrainedModel,
-    num_assistant_tokens: Sequence[int],
-    costs: dict[str, Costs],
-) -> list[Side]:
-    if decoder == "transformers":
-        stock = costs["transformers"]
-        return [Side(decoder, name, k, head, None, stock) for k in num_assistant_tokens]
-    exact = costs["exact"]
-    if decoder == "exact":
-        return [Side(decoder, name, k, head, ExactDecoding(), exact) for k in num_assistant_tokens]
-    rule: DraftLength
-    lookup = None
-    match decoder:
-        case "heuristic":
-            rule = Heuristic(START, MAX_DRAFT_TOKENS)
-        case "cost" | "hybrid":
-            rule = CostRule(exact.c, exact.v)
-            lookup = Lookup(rule) if decoder == "hybrid" else None
-    how = ExactDecoding(rule, lookup)
-    return [Side(decoder, name, MAX_DRAFT_TOKENS, head, how, exact)]
+def _choosing(decoder: Decoder, costs: Costs) -> ExactDecoding:
+    """The exact decoder with a rule that chooses K."""
+    if decoder == "heuristic":
+        return ExactDecoding(Heuristic(START, MAX_DRAFT_TOKENS))
+    rule = CostRule(costs.c, costs.v)
+    return ExactDecoding(rule, Lookup(rule) if decoder == "hybrid" else None)
 
 
 ROUNDING = {"float32": 1e-3, "bfloat16": 0.25}

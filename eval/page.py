@@ -119,9 +119,9 @@ def wide_console() -> Console:
     return plain_console(None if sys.stdout.isatty() else 165)
 
 
-def print_report(content: dict[str, Any], console: Console | None = None) -> None:
+def print_report(content: dict[str, Any]) -> None:
     """Print the results as tables, one for each head, and what it takes to read them."""
-    console = console or wide_console()
+    console = wide_console()
     for name, found in by_head(content).items():
         table = Table(title=f"{name} for {title(content)}")
         for column in COLUMNS:
