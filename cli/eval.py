@@ -19,9 +19,9 @@ from headstart.cli.arguments import (
 
 DECODERS = """ways to draft, compared with plain decoding in one run:
 transformers (the head through the stock generator), exact (clean keys and values, a leaner loop),
-heuristic (exact; two drafts more or one less after each round), confident (exact; while the head is
-sure), cost (exact; as many as pay on this machine), hybrid (cost, and lookups in the text), lookup
-(no head), draft-model (a small model, --draft-model); default transformers,exact"""
+heuristic (exact; two drafts more or one less after each round), cost (exact; as many as pay on
+this machine), hybrid (cost, and lookups in the text), lookup (no head), draft-model (a small model,
+--draft-model); default transformers,exact"""
 
 
 def add_eval_commands(commands: Any) -> None:

@@ -384,9 +384,7 @@ Engine = Literal["transformers", "vllm", "llama.cpp", "mlx"]
 """What serves a head (serve/engines.py)."""
 
 
-Decoder = Literal[
-    "transformers", "exact", "heuristic", "confident", "cost", "hybrid", "lookup", "draft-model"
-]
+Decoder = Literal["transformers", "exact", "heuristic", "cost", "hybrid", "lookup", "draft-model"]
 """Ways to decode with drafts (docs/decoding.md): of the head through the stock candidate generator;
 of the head through the exact decoder, K a round, two more or one less after each, while it is sure
 of them, as many as the cost rule says, the same with lookups in the text; prompt lookup alone,
@@ -401,7 +399,7 @@ class EvalConfig(Section):
     """Draft lengths K to measure."""
     decoders: list[Decoder] = ["transformers", "exact"]
     """Ways to decode with drafts, compared with plain decoding (docs/decoding.md).
-    `heuristic`, `confident`, `cost` and `hybrid` choose K themselves, up to 8."""
+    `heuristic`, `cost` and `hybrid` choose K themselves, up to 8."""
     draft_models: list[Place] = []
     """Small models of the target's vocabulary (folder or Hub id) for the decoder `draft-model`."""
     temperatures: list[float] = [0.0]

@@ -8,7 +8,6 @@ from functools import partial
 from io import StringIO
 from typing import Any, Literal
 
-from rich.console import Console
 from rich.table import Column, Table
 
 from headstart.common.console import kept_lines, plain_console, say
@@ -167,7 +166,7 @@ def _counts(counts: Counter[str]) -> list[str]:
     return [f"prompts: {counts['prompts']:,}, of them with an answer: {counts['answers']:,}"]
 
 
-def print_findings(found: Sequence[Finding], console: Console | None = None) -> None:
+def print_findings(found: Sequence[Finding]) -> None:
     """Print one table.
 
     Raises:
@@ -180,7 +179,7 @@ def print_findings(found: Sequence[Finding], console: Console | None = None) -> 
     for finding in found:
         lines = "\n".join(f"- {line}" if len(finding.lines) > 1 else line for line in finding.lines)
         table.add_row(finding.kind, finding.name, finding.result, lines)
-    (console or plain_console()).print(table)
+    plain_console().print(table)
     if refused := [finding for finding in found if finding.result == "refused"]:
         names = ", ".join(f"{finding.kind} {finding.name}" for finding in refused)
         raise ValueError(f"refused: {names}; the table says why") from refused[0].error

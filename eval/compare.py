@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from headstart.common.console import one_line
@@ -170,10 +169,9 @@ def print_changes(
     before: dict[str, Any],
     after: dict[str, Any],
     decoders: tuple[str, str] | None = None,
-    console: Console | None = None,
 ) -> None:
     """Print what changed as a table, what else is not the same, and how to read it."""
-    console = console or wide_console()
+    console = wide_console()
     changes = compare(before, after, decoders)
     table = Table(title="What changed")
     for name in ("side", "category", "texts", "measure", "before", "after", "change (95%)", ""):

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
-from headstart.common.console import progress_bar
 from headstart.common.machine import synchronize
 from headstart.common.versions import CACHE
 from headstart.configs.schema import Decoder
@@ -24,13 +23,10 @@ from headstart.eval.acceptance import AcceptanceCounts
 from headstart.eval.draft_cost import MAX_DRAFT_TOKENS, Costs
 from headstart.heads.cpu_kernels import plain_strides
 from headstart.heads.decoder import (
-    Confident,
     CostRule,
-    DraftLength,
     ExactDecoding,
     Heuristic,
     Lookup,
-    Round,
     exact_decoding,
 )
 from headstart.heads.target import Target
@@ -196,7 +192,6 @@ def _watch(model: PreTrainedModel) -> Iterator[_Seen]:
 
 
 START = 4  # draft tokens with which `heuristic` begins
-THRESHOLDS = [0.05 * i for i in range(20)]  # of confidence, tried for `confident`
 
 
 @dataclass(frozen=True)
@@ -213,8 +208,6 @@ class Side:
     """Of the exact decoder; learns from prompt to prompt."""
     costs: Costs | None
     """What its drafts and verifications cost; None: not measured."""
-    threshold: float | None = None
-    """Of confidence, of the decoder `confident`."""
 
     @property
     def key(self) -> list[str | int | None]:
@@ -240,7 +233,6 @@ def make_sides(
     heads: Mapping[str, PreTrainedModel],
     draft_models: Mapping[str, PreTrainedModel],
     costs: Mapping[str, dict[str, Costs]],
-    thresholds: Mapping[str, float],
 ) -> list[Side]:
     """Each decoder with each head and each K; those that choose K themselves once for each head.
 
@@ -250,95 +242,38 @@ def make_sides(
         heads: name -> head.
         draft_models: name -> small model.
         costs: head -> what `measure_costs` found.
-        thresholds: head -> `calibrated_threshold`, where `confident` is among the decoders.
     """
-    sides: list[Side] = []
+    sides, ks = list[Side](), num_assistant_tokens
     for decoder in decoders:
-        match decoder:
-            case "lookup":
-                found = next(iter(costs.values()), None)
-                free = None if found is None else Costs(0.0, found["transformers"].v)
-                sides += [Side(decoder, None, k, None, None, free) for k in num_assistant_tokens]
-            case "draft-model":
-                for name, model in draft_models.items():
-                    sides += [
-                        Side(decoder, name, k, model, None, None) for k in num_assistant_tokens
-                    ]
-            case _:
-                for name, head in heads.items():
-                    sides += _of_head(
-                        decoder, name, head, num_assistant_tokens, costs[name], thresholds.get(name)
-                    )
+        if decoder == "lookup":
+            known = next(iter(costs.values()), None)
+            free = None if known is None else Costs(0.0, known["transformers"].v)
+            sides += [Side(decoder, None, k, None, None, free) for k in ks]
+        elif decoder == "draft-model":
+            models = draft_models.items()
+            sides += [
+                Side(decoder, name, k, model, None, None) for name, model in models for k in ks
+            ]
+        else:
+            for name, head in heads.items():
+                stock, exact = costs[name]["transformers"], costs[name]["exact"]
+                match decoder:
+                    case "transformers":
+                        sides += [Side(decoder, name, k, head, None, stock) for k in ks]
+                    case "exact":
+                        sides += [Side(decoder, name, k, head, ExactDecoding(), exact) for k in ks]
+                    case _:
+                        how = _choosing(decoder, exact)
+                        sides.append(Side(decoder, name, MAX_DRAFT_TOKENS, head, how, exact))
     return sides
 
 
-def _of_head(
-    decoder: Decoder,
-    name: str,
-    head: PreTrainedModel,
-    num_assistant_tokens: Sequence[int],
-    costs: dict[str, Costs],
-    threshold: float | None,
-) -> list[Side]:
-    if decoder == "transformers":
-        stock = costs["transformers"]
-        return [Side(decoder, name, k, head, None, stock) for k in num_assistant_tokens]
-    exact = costs["exact"]
-    if decoder == "exact":
-        return [Side(decoder, name, k, head, ExactDecoding(), exact) for k in num_assistant_tokens]
-    rule: DraftLength
-    lookup = None
-    match decoder:
-        case "heuristic":
-            rule = Heuristic(START, MAX_DRAFT_TOKENS)
-        case "confident":
-            assert threshold is not None
-            rule = Confident(MAX_DRAFT_TOKENS, threshold)
-        case "cost" | "hybrid":
-            rule = CostRule(exact.c, exact.v)
-            lookup = Lookup(rule) if decoder == "hybrid" else None
-    how = ExactDecoding(rule, lookup)
-    return [Side(decoder, name, MAX_DRAFT_TOKENS, head, how, exact, threshold)]
-
-
-def calibrated_threshold(
-    target: Target,
-    head: PreTrainedModel,
-    costs: Costs,
-    prompts: Sequence[list[int]],
-    max_new_tokens: int,
-) -> float:
-    """The least confidence for another draft that promises the most tokens a target step.
-
-    Texts are decoded with the longest drafts; then each threshold is told what its shorter ones
-    would have brought and cost.
-
-    Args:
-        target: in the dtype to measure.
-        head: of the drafts.
-        costs: of the exact decoder.
-        prompts: token ids of each.
-        max_new_tokens: of each text.
-    """
-    how, rounds = ExactDecoding(Confident(MAX_DRAFT_TOKENS, 0.0)), list[Round]()
-    with progress_bar() as bar:
-        task = bar.add_task("Calibrating the confidence threshold", total=len(prompts), status="")
-        for ids in prompts:
-            decode(target, ids, max_new_tokens, head, MAX_DRAFT_TOKENS, how)
-            rounds += how.rounds
-            bar.update(task, advance=1)
-    return max(THRESHOLDS, key=lambda threshold: _promise(rounds, threshold, costs))
-
-
-def _promise(rounds: list[Round], threshold: float, costs: Costs) -> float:
-    """Tokens a target step of rounds whose drafts end after one below the threshold."""
-    tokens = cost = 0.0
-    for one in rounds:
-        below = [i for i, sure in enumerate(one.drafts.confidences, 1) if sure < threshold]
-        drafted = min(below, default=len(one.drafts.confidences))
-        tokens += 1 + min(one.accepted, drafted)
-        cost += costs.of_round(drafted)
-    return tokens / cost if cost else 1.0
+def _choosing(decoder: Decoder, costs: Costs) -> ExactDecoding:
+    """The exact decoder with a rule that chooses K."""
+    if decoder == "heuristic":
+        return ExactDecoding(Heuristic(START, MAX_DRAFT_TOKENS))
+    rule = CostRule(costs.c, costs.v)
+    return ExactDecoding(rule, Lookup(rule) if decoder == "hybrid" else None)
 
 
 ROUNDING = {"float32": 1e-3, "bfloat16": 0.25}

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from transformers import DynamicCache, PreTrainedModel
 
@@ -346,11 +345,11 @@ def run_draft_benchmark(
     return content
 
 
-def print_draft_cost(content: dict[str, Any], console: Console | None = None) -> None:
+def print_draft_cost(content: dict[str, Any]) -> None:
     """Print the times of one step each, and by K what a round costs."""
     where, seconds, ratios = content["environment"], content["seconds"], content["ratios"]
     kinds = [kind for kind in KINDS if f"c_{kind}" in ratios]
-    console = console or plain_console()
+    console = plain_console()
     table = Table(
         title=f"draft: {where['head']} for {where['target']}, {where['dtype']}, "
         f"{where['context']} tokens of context, {where['threads']} threads of "

@@ -19,7 +19,6 @@ COLOURS = {
     "transformers": "#0072B2",
     "exact": "#D55E00",
     "heuristic": "#3A95CC",
-    "confident": "#948A00",
     "cost": "#009E73",
     "hybrid": "#CC79A7",
     "lookup": "#B87A00",

@@ -15,7 +15,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel
 
@@ -377,7 +376,7 @@ def _result(
     return result
 
 
-def print_estimate(content: dict[str, Any], console: Console | None = None) -> None:
+def print_estimate(content: dict[str, Any]) -> None:
     """Print the results as a table."""
     where = content["environment"]
     table = Table(title=f"{where['texts']} greedy texts of {where['target']}, rounds walked")
@@ -393,4 +392,4 @@ def print_estimate(content: dict[str, Any], console: Console | None = None) -> N
             low, high = r["difference_interval"]
             cells.append(f"{r['difference']:+.3f} ({low:+.3f} to {high:+.3f})")
         table.add_row(*cells)
-    (console or wide_console()).print(table)
+    wide_console().print(table)

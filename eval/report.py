@@ -1,6 +1,5 @@
 """The evaluation: plain against assisted decoding, interleaved, and its report."""
 
-import json
 import resource
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -10,23 +9,22 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from headstart.common.console import say
-from headstart.common.files import alone_in, write_atomically
+from headstart.common.files import alone_in
 from headstart.common.machine import environment
 from headstart.common.versions import skips_prefill
 from headstart.configs.schema import EvalConfig
 from headstart.data.prompts import Prompt, limit_evenly, load_prompt_set
 from headstart.data.templates import check_template, encode_prompts
-from headstart.eval.decoding import Side, calibrated_threshold, make_sides
+from headstart.eval.decoding import Side, make_sides
 from headstart.eval.draft_cost import Costs, measure_costs
 from headstart.eval.measurements import Asked, Measurements, Text, measure_prompts
-from headstart.eval.page import markdown, page, print_report
+from headstart.eval.page import print_report, write_report
 from headstart.eval.statistics import noise, summarise, verdict
 from headstart.heads.assistant import check_pair, other_target
 from headstart.heads.target import Target, model_fingerprint
 from headstart.heads.tokens import Sampling
 
 SCHEMA = 2
-CALIBRATION = 6  # prompts on which a confidence threshold is chosen
 EXAMPLES = 6  # texts that are shown token by token
 PER_TEXT = [
     "id", "turn", "category", "prompt_tokens", "plain_seconds", "plain_tokens", "seconds",
@@ -82,7 +80,7 @@ def run_evaluation(
     samplings = [Sampling(t, chosen.top_k, chosen.top_p) for t in chosen.temperatures]
     with alone_in(out, "--out DIR"):
         kept = Measurements(out / "measurements.jsonl", settings, resume)
-        sides = _prepare(target, heads, draft_models or {}, chosen, prompts, samplings, kept, asked)
+        sides = _prepare(target, heads, draft_models or {}, chosen, samplings, kept)
         measure_prompts(target, prompts, sides, chosen.max_new_tokens, kept, asked)
         content = _content(target, prompts, sides, settings, kept, asked) | {"warnings": warnings}
         write_report(content, out)
@@ -116,7 +114,6 @@ def _content(
         | {"longer_than_trained": _longer(first, asked.max_prompt_tokens)}
         | {"peak_process_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024},
         "costs": kept.found.get("costs", {}),
-        "thresholds": kept.found.get("thresholds", {}),
         "noise": noise(first),
         "verdict": verdict(found),
         "per_text_columns": PER_TEXT,
@@ -150,55 +147,23 @@ def _check_models(
             )
 
 
-def write_report(content: dict[str, Any], out: Path) -> None:
-    """Write report.json, report.md and report.html into a folder."""
-    write_atomically(out / "report.json", as_json(content))
-    write_atomically(out / "report.md", markdown(content))
-    write_atomically(out / "report.html", page(content))
-
-
-def as_json(content: dict[str, Any]) -> str:
-    """JSON with each result, and each example, on a line of its own."""
-    parts = []
-    for key, value in content.items():
-        if isinstance(value, list) and value and isinstance(value[0], dict):
-            lines = ",\n".join("    " + json.dumps(item) for item in value)
-            parts.append(f"  {json.dumps(key)}: [\n{lines}\n  ]")
-        else:
-            text = json.dumps(value, indent=2).replace("\n", "\n  ")
-            parts.append(f"  {json.dumps(key)}: {text}")
-    return "{\n" + ",\n".join(parts) + "\n}\n"
-
-
 def _prepare(
     target: Target,
     heads: Mapping[str, PreTrainedModel],
     draft_models: Mapping[str, PreTrainedModel],
     chosen: EvalConfig,
-    prompts: Sequence[Prompt],
     samplings: Sequence[Sampling],
     kept: Measurements,
-    asked: Asked,
 ) -> dict[Sampling, list[Side]]:
-    """Measure what drafts cost and choose thresholds, once for a report, and make the sides: for
-    each sampling its own, since they learn."""
+    """Measure what drafts cost, once for a report, and make the sides: for each sampling its
+    own, since they learn."""
     if "costs" not in kept.found:
         measured = {name: measure_costs(target, head) for name, head in heads.items()}
         kept.find("costs", {n: {d: asdict(c) for d, c in m.items()} for n, m in measured.items()})
     costs = {n: {d: Costs(**c) for d, c in m.items()} for n, m in kept.found["costs"].items()}
-    if "confident" in chosen.decoders and "thresholds" not in kept.found:
-        few = limit_evenly(list(prompts), CALIBRATION)
-        ids = encode_prompts(few, target.tokenizer, asked.chat_template_kwargs)
-        kept.find("thresholds", {
-            name: calibrated_threshold(
-                target, head, costs[name]["exact"], ids, chosen.max_new_tokens
-            )
-            for name, head in heads.items()
-        })  # fmt: skip
-    thresholds = kept.found.get("thresholds", {})
     return {
         sampling: make_sides(
-            chosen.decoders, chosen.num_assistant_tokens, heads, draft_models, costs, thresholds
+            chosen.decoders, chosen.num_assistant_tokens, heads, draft_models, costs
         )
         for sampling in samplings
     }

@@ -4,16 +4,20 @@ words which decoder to use here.
 Letters: K draft tokens, P prompts, S resamples.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from headstart.eval.acceptance import AcceptanceCounts, zero_counts
-from headstart.eval.decoding import Decoded
-from headstart.eval.draft_cost import Costs
-from headstart.eval.measurements import Text
+
+if TYPE_CHECKING:  # whoever reads a finished report needs nothing that decodes
+    from headstart.eval.decoding import Decoded
+    from headstart.eval.draft_cost import Costs
+    from headstart.eval.measurements import Text
 
 RESAMPLES = 2000
 POSITIONS = [0, 16, 32, 64, 128, 256, 512, 1024]  # new tokens before a round: edges of the groups
@@ -213,22 +217,20 @@ NAMES = {
     "transformers": "the stock decoder",
     "exact": "the exact decoder",
     "heuristic": "the exact decoder with transformers' heuristic",
-    "confident": "the exact decoder while it is sure of its drafts",
     "cost": "the exact decoder with the cost rule",
     "hybrid": "hybrid drafting",
-    "lookup": "prompt lookup, without a head",
+    "lookup": "prompt lookup, without a head,",
     "draft-model": "a small model's drafts",
 }
 LOSSY = (
     "The stock decoder, sampling, does not keep to the target's distribution with a head: its "
     "figures are no advice. "
 )
-OWN_LENGTH = ("heuristic", "confident", "cost", "hybrid")
+OWN_LENGTH = ("heuristic", "cost", "hybrid")
 
 
 def verdict(results: list[dict[str, Any]]) -> str:
-    """One paragraph on what to use here, for each temperature, from the whole set and from its
-    texts without loops.
+    """What to use here, for each temperature, from the whole set and from its texts without loops.
 
     Args:
         results: of report.json (docs/report.md).
@@ -237,25 +239,15 @@ def verdict(results: list[dict[str, Any]]) -> str:
     texts = []
     for t in temperatures:
         own = [r for r in results if r["temperature"] == t and r["category"] == "all"]
+        # Sampling, the stock decoder draws neither from the target nor from the head.
+        lossless = [r for r in own if r["decoder"] != "transformers" or t == 0]
         mode = "" if len(temperatures) == 1 else f"At temperature {t:g}: " if t else "Greedy: "
-        texts.append(mode + _advice(own))
+        advice = _advice(lossless) if lossless else "Measure the exact decoder."
+        texts.append(mode + (LOSSY if len(lossless) < len(own) else "") + advice)
     return " ".join(texts)
 
 
-def _lossless(result: dict[str, Any]) -> bool:
-    """The stock decoder samples neither from the target nor from the head (docs/decoding.md)."""
-    return result["decoder"] != "transformers" or result["temperature"] == 0
-
-
 def _advice(results: list[dict[str, Any]]) -> str:
-    lossy = [r for r in results if not _lossless(r)]
-    results = [r for r in results if _lossless(r)]
-    if not results:
-        return LOSSY + "Measure the exact decoder."
-    return (LOSSY if lossy else "") + _advice_among(results)
-
-
-def _advice_among(results: list[dict[str, Any]]) -> str:
     whole = [r for r in results if r["looping_texts"] == "with"]
     best = max(whole, key=lambda r: r["speedup"])
     low, high = best["speedup_interval"]
@@ -275,17 +267,15 @@ def _advice_among(results: list[dict[str, Any]]) -> str:
     if not best["loops"]:
         return text
     text += f" {best['loops']} of the texts end in loops, which flatters every draft"
-    side = ("head", "decoder", "num_assistant_tokens")
     straight = [r for r in results if r["looping_texts"] == "without"]
-    same = [r for r in straight if all(r[key] == best[key] for key in side)]
-    if not same:
+    if not straight:
         return text + "."
-    low, high = same[0]["speedup_interval"]
-    text += f"; without them it is {same[0]['speedup']:.2f} ({low:.2f} to {high:.2f})"
     rival = max(straight, key=lambda r: r["speedup"])
-    if rival is not same[0]:
-        text += f", and the quickest is {_name(rival, several)}, {rival['speedup']:.2f}"
-    return text + "."
+    low, high = rival["speedup_interval"]
+    return (
+        f"{text}; without them the quickest is {_name(rival, several)}, {rival['speedup']:.2f} "
+        f"({low:.2f} to {high:.2f})."
+    )
 
 
 def _name(result: dict[str, Any], several: bool) -> str:
@@ -293,5 +283,4 @@ def _name(result: dict[str, Any], several: bool) -> str:
     k, decoder = result["num_assistant_tokens"], result["decoder"]
     drafts = f"up to {k} draft tokens" if decoder in OWN_LENGTH else f"K = {k}"
     head = f" of {result['head']}" if several and result["head"] is not None else ""
-    comma = "," if decoder == "lookup" else ""
-    return f"{NAMES[decoder]}{comma} with {drafts}{head}"
+    return f"{NAMES[decoder]} with {drafts}{head}"

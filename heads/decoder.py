@@ -103,18 +103,6 @@ class Heuristic(Constant):
 
 
 @dataclass
-class Confident(Constant):
-    """Up to K, while the head is sure of its drafts."""
-
-    threshold: float
-    """Least confidence of the last draft for another one."""
-    reads_confidence: ClassVar[bool] = True
-
-    def goes_on(self, confidences: list[float]) -> bool:
-        return confidences[-1] >= self.threshold
-
-
-@dataclass
 class Rate:
     """A share that forgets what was long ago and starts from an assumption."""
 

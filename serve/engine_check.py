@@ -28,7 +28,7 @@ from headstart.heads.saving import (
     write_global_keys,
 )
 from headstart.heads.target import Gemma3ForAssistedDecoding, Target
-from headstart.serve.engine_servers import Answer, Counts, EngineServer, drafts_at_most
+from headstart.serve.engine_servers import Answer, Counts, EngineServer
 from headstart.serve.engines import (
     GGUF,
     GGUF_TYPES,
@@ -80,16 +80,16 @@ def serve_check(
     asked = asked_by_heads([check.head])
     out.mkdir(parents=True, exist_ok=True)
     with temporary_folder() as temporary:
-        files = _written(target, config, check, temporary)
+        head, served_target, served_head = _written(target, config, check, temporary)
         k = check.num_assistant_tokens
         ids = encode_prompts(prompts, target.tokenizer, asked.chat_template_kwargs)
         context = max(map(len, ids)) + check.max_new_tokens + k + SPARE
-        ours, counts = _by_transformers(target, files.head, check, ids)
+        ours, counts = _by_transformers(target, head, check, ids)
         dtype = str(target.identity["dtype"])
         sides: dict[str, tuple[list[Answer], Counts]] = {}
-        for name, served in (("plain", None), ("assisted", files.served_head)):
+        for name, served in (("plain", None), ("assisted", served_head)):
             server = EngineServer(
-                check.engine, files.served_target, served, k, context, target.eos_ids,
+                check.engine, served_target, served, k, context, target.eos_ids,
                 out / f"{name}.log", dtype, torch.get_num_threads(),
             )  # fmt: skip
             with server:
@@ -112,42 +112,32 @@ def serve_check(
     return content
 
 
-@dataclass(frozen=True)
-class _Files:
-    head: Path
-    """For transformers, as the engine gets it."""
-    served_target: Path
-    served_head: Path
-
-
-def _written(target: Target, config: Any, check: ServeCheck, folder: Path) -> _Files:
-    """Target and head as the engine reads them."""
+def _written(
+    target: Target, config: Any, check: ServeCheck, folder: Path
+) -> tuple[Path, Path, Path]:
+    """The head for transformers, as the engine gets it; target and head as the engine reads
+    them."""
     dtype = target.table.dtype
-    head = folder / "head"
+    head, model, gguf = folder / "head", folder / "target", folder / "target.gguf"
     ordered = load_assistant_config(check.head).use_ordered_embeddings
     if check.engine == "vllm" and ordered and not check.dense:  # its build for the CPU is installed
         raise ValueError("vLLM's CPU backend cannot read ordered embeddings: check with --dense")
     export_for_engine(check.head, check.engine, config, target.tokenizer, head, check.dense, dtype)
-    model = folder / "target"
     target.model.save_pretrained(model)
     target.tokenizer.save_pretrained(model)
     drop_remote_code(model)
-    _name_the_stock_class(model / "config.json")
+    content = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    # Ours is a class of the same weights, whose name no engine knows.
+    if content["architectures"] == [Gemma3ForAssistedDecoding.__name__]:
+        content["architectures"] = ["Gemma3ForCausalLM"]
+        text = json.dumps(content, indent=2) + "\n"
+        (model / "config.json").write_text(text, encoding="utf-8")
     if config.model_type.startswith("gemma4"):
         write_global_keys(model / "config.json")
     if check.engine != "llama.cpp":
-        return _Files(head, model, head)
-    gguf = folder / "target.gguf"
+        return head, model, head
     convert_to_gguf(model, gguf, GGUF_TYPES[dtype])
-    return _Files(head, gguf, head / GGUF)
-
-
-def _name_the_stock_class(path: Path) -> None:
-    # Ours is a class of the same weights, whose name no engine knows.
-    content = json.loads(path.read_text(encoding="utf-8"))
-    if content["architectures"] == [Gemma3ForAssistedDecoding.__name__]:
-        content["architectures"] = ["Gemma3ForCausalLM"]
-        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    return head, gguf, head / GGUF
 
 
 def _by_transformers(
@@ -191,7 +181,10 @@ def as_engine_counts(
         longer.forwards[1:], longer.rounds(prompt_len), strict=True
     ):
         left = max_new_tokens - (seen + 1 - prompt_len)
-        if left > 0 and (proposed := drafts_at_most(engine, k, left)) > 0:
+        # vLLM goes beyond the end; llama.cpp leaves a place for the target's own token, as
+        # transformers does; mlx-vlm does not.
+        proposed = {"llama.cpp": min(k, left - 1), "mlx": min(k, left)}.get(engine, k)
+        if left > 0 and proposed > 0:
             rounds.append((proposed, min(accepted, proposed)))
     return AcceptanceCounts.of_rounds(rounds, k)
 

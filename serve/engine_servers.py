@@ -1,8 +1,7 @@
 """Real serving engines on loopback, with a head and without: started, asked, stopped by process id.
 
-All speak HTTP. vLLM and llama.cpp count rounds and accepted drafts by position for all requests
-together (`/metrics`). mlx-vlm's own server takes text alone, so that its decoding loop is served by
-a few lines here, which pass on what each round accepted.
+All speak HTTP, and count rounds and accepted drafts by position for all requests together
+(`/metrics`). llama.cpp and mlx-vlm are served by programs beside this file.
 """
 
 import http.client
@@ -16,7 +15,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,60 +24,7 @@ from headstart.common.files import open_own
 from headstart.data.server import PLAIN_SAMPLING
 from headstart.serve.engines import Engine, engine_python
 
-# llama.cpp's server as the wheel brings it.
-LLAMA = """
-import sys, threading, xllamacpp
-p = xllamacpp.CommonParams()
-p.model.path, p.port, p.n_parallel, p.n_ctx = sys.argv[1], int(sys.argv[2]), 1, int(sys.argv[3])
-p.cpuparams.n_threads = p.cpuparams_batch.n_threads = int(sys.argv[4])
-p.warmup = p.fit_params = p.cache_prompt = False
-p.endpoint_metrics = True
-if len(sys.argv) > 5:
-    s = p.speculative
-    s.types = [xllamacpp.common_speculative_type.COMMON_SPECULATIVE_TYPE_DRAFT_MTP]
-    s.draft.mparams.path, s.draft.n_max = sys.argv[5], int(sys.argv[6])
-    s.draft.cpuparams.n_threads = s.draft.cpuparams_batch.n_threads = int(sys.argv[4])
-server = xllamacpp.Server(p)
-threading.Event().wait()
-"""
-MLX = """
-import json, sys
-from http.server import BaseHTTPRequestHandler, HTTPServer
-from pathlib import Path
-import mlx.core as mx
-from mlx_vlm.generate.ar import generate_step
-from mlx_vlm.speculative.drafters import load_drafter
-from mlx_vlm.utils import load_model
-model, draft = load_model(Path(sys.argv[1])), {}
-if len(sys.argv) > 3:
-    head, kind = load_drafter(sys.argv[3])
-    head.prefer_requested_block_size = True  # else K is raised only where the drafts are right
-    draft = {"draft_model": head, "draft_kind": kind, "draft_block_size": int(sys.argv[4]) + 1}
-class Handler(BaseHTTPRequestHandler):
-    def do_GET(self):
-        self.answer({"status": "ok"})
-    def do_POST(self):
-        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        tokens = []
-        if draft:
-            draft["draft_model"].accept_lens = []
-        for token, _ in generate_step(
-            mx.array([asked["prompt"]]), model, None, None, max_tokens=asked["n_predict"],
-            temperature=0.0, **draft,
-        ):
-            tokens.append(int(token))
-            if tokens[-1] in asked["stop_ids"] or len(tokens) == asked["n_predict"]:
-                break
-        rounds = [int(n) for n in draft["draft_model"].accept_lens] if draft else []
-        self.answer({"tokens": tokens, "accepted": rounds})
-    def answer(self, content):
-        text = json.dumps(content).encode()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(text)))
-        self.end_headers()
-        self.wfile.write(text)
-HTTPServer(("127.0.0.1", int(sys.argv[2])), Handler).serve_forever()
-"""
+FOLDER = Path(__file__).parent.absolute()  # of the programs that serve llama.cpp and mlx-vlm
 # Between this process and an engine: when the pipe between them ends, because this process ended in
 # whatever way, SIGKILL included, so does the engine with all processes of its session.
 WATCH = """
@@ -98,7 +44,7 @@ STARTING = 1800.0  # seconds that an engine may take to load and answer
 OWN = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
-@dataclass
+@dataclass(frozen=True)
 class Counts:
     """What an engine says of its drafts."""
 
@@ -112,18 +58,6 @@ class Counts:
         before = earlier.by_position or [0] * len(self.by_position)
         by_position = [a - b for a, b in zip(self.by_position, before, strict=True)]
         return Counts(self.rounds - earlier.rounds, by_position)
-
-
-def drafts_at_most(engine: Engine, k: int, left: int) -> int:
-    """How many drafts an engine proposes, and counts, where a text lacks `left` tokens of what was
-    asked for. vLLM goes beyond the end; llama.cpp leaves a place for the target's own token, as
-    transformers does; mlx-vlm does not."""
-    match engine:
-        case "llama.cpp":
-            return min(k, left - 1)
-        case "mlx":
-            return min(k, left)
-    return k
 
 
 @dataclass(frozen=True)
@@ -178,8 +112,7 @@ class EngineServer:
         dtype: str,
         threads: int,
     ):
-        self.engine, self.log, self.counts = engine, log, Counts()
-        self.stop_ids, self.k = list(stop_ids), num_assistant_tokens
+        self.engine, self.log, self.stop_ids = engine, log, list(stop_ids)
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port: int = free.getsockname()[1]
@@ -187,34 +120,33 @@ class EngineServer:
         # Without keys: an engine runs on local files, and asks nobody.
         self.environment = child_environment()
         self.environment |= {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
-        python, target = engine_python(engine), target.absolute()
-        head = None if head is None else head.absolute()
+        python = engine_python(engine)
         self.folder = home_of(python)
         """Where it runs: the current folder may hold anything."""
-        if engine == "llama.cpp":
-            self.command = python_command(
-                python, "-c", LLAMA, str(target), str(port), str(context), str(threads)
-            )
-            if head is not None:
-                self.command += [str(head), str(num_assistant_tokens)]
-            return
-        if engine == "mlx":
-            self.command = python_command(python, "-c", MLX, str(target), str(port))
-            if head is not None:
-                self.command += [str(head), str(num_assistant_tokens)]
-            return
-        self.environment |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
-        self.command = python_command(
-            python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(target),
-            "--served-model-name", "target", "--host", "127.0.0.1", "--port", str(port),
-            "--dtype", dtype, "--max-model-len", str(context), "--max-num-seqs", "1",
-            "--no-enable-prefix-caching",
-        )  # fmt: skip
-        if head is not None:
-            speculative = {
-                "method": "mtp", "model": str(head), "num_speculative_tokens": num_assistant_tokens,
-            }  # fmt: skip
-            self.command += ["--speculative-config", json.dumps(speculative)]
+        model = str(target.absolute())
+        drafts = [] if head is None else [str(head.absolute()), str(num_assistant_tokens)]
+        match engine:
+            case "llama.cpp":
+                program = str(FOLDER / "llama_server.py")
+                arguments = [program, model, str(port), str(context), str(threads), *drafts]
+            case "mlx":
+                arguments = [str(FOLDER / "mlx_server.py"), model, str(port), *drafts]
+            case _:
+                self.environment |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
+                arguments = [
+                    "-m", "vllm.entrypoints.openai.api_server", "--model", model,
+                    "--served-model-name", "target", "--host", "127.0.0.1", "--port", str(port),
+                    "--dtype", dtype, "--max-model-len", str(context), "--max-num-seqs", "1",
+                    "--no-enable-prefix-caching",
+                ]  # fmt: skip
+                if head is not None:
+                    mtp = {
+                        "method": "mtp",
+                        "model": drafts[0],
+                        "num_speculative_tokens": num_assistant_tokens,
+                    }
+                    arguments += ["--speculative-config", json.dumps(mtp)]
+        self.command = python_command(python, *arguments)
 
     def __enter__(self) -> "EngineServer":
         with open_own(self.log, "wb") as log:
@@ -273,22 +205,10 @@ class EngineServer:
             return Answer.of(tokens, self.stop_ids, max_new_tokens, seconds)
         asked |= {"n_predict": max_new_tokens, "return_tokens": True}
         content, seconds = self._post("/completion", asked | {"stop_ids": self.stop_ids})
-        if self.engine == "mlx":
-            self._count(content["accepted"])
         return Answer.of(content["tokens"], self.stop_ids, max_new_tokens, seconds)
-
-    def _count(self, accepted: Sequence[int]) -> None:
-        """Of each round, how many drafts were accepted."""
-        self.counts.rounds += len(accepted)
-        before = self.counts.by_position or [0] * self.k
-        self.counts.by_position = [
-            b + sum(n >= k for n in accepted) for k, b in enumerate(before, start=1)
-        ]
 
     def read_counts(self) -> Counts:
         """Of all answers since the start."""
-        if self.engine == "mlx":
-            return replace(self.counts)
         with OWN.open(f"{self.url}/metrics", timeout=30) as response:
             return counts_of_metrics(response.read().decode())
 
@@ -312,8 +232,8 @@ class EngineServer:
 
 
 def counts_of_metrics(metrics: str) -> Counts:
-    """Of `/metrics` of vLLM or llama.cpp, in Prometheus' text format."""
-    name = r"^(?:vllm|llamacpp):spec_decode_num_"
+    """Of `/metrics`, in Prometheus' text format."""
+    name = r"^(?:vllm|llamacpp|mlx):spec_decode_num_"
     rounds = re.findall(name + r"drafts_total(?:{[^}]*})? (\S+)$", metrics, re.M)
     accepted = re.findall(
         name + r'accepted_tokens_per_pos_total{[^}]*position="(\d+)"[^}]*} (\S+)$', metrics, re.M

@@ -21,7 +21,6 @@ from headstart.heads.assistant import check_shapes
 from headstart.heads.saving import load_assistant, rope_position, save_assistant
 
 ENGINES: tuple[Engine, ...] = get_args(Engine)
-VLLM = "serve it with vLLM"  # which drafts for Gemma 3 too
 ROPE_POSITIONS: dict[Engine, Literal["newest", "one_earlier"]] = {
     "transformers": "newest", "llama.cpp": "newest", "vllm": "one_earlier", "mlx": "one_earlier",
 }  # fmt: skip
@@ -55,17 +54,23 @@ def obstacles(engine: Engine, head: Any, target: Any) -> list[str]:
             "the LM head is a table of its own, and engines read the embeddings for it: train a "
             "head with Headstart, whose tables are tied"
         )
-    match engine:
-        case "llama.cpp":
-            found += _llama_cpp(head, target)
-        case "mlx":
-            if target.model_type not in ("gemma4", "gemma4_unified"):
-                gemma4 = target.model_type.startswith("gemma4")
-                cure = "save it as Gemma4ForConditionalGeneration" if gemma4 else VLLM
-                found.append(
-                    f"mlx-vlm drafts for multimodal Gemma 4 targets alone, and this one is a "
-                    f"{target.model_type}: {cure}"
-                )
+    kind = target.model_type
+    if engine == "llama.cpp" and not kind.startswith("gemma4"):
+        found.append(
+            f"llama.cpp drafts for Gemma 4 targets alone, and this one is a {kind}: serve it with "
+            "vLLM"
+        )
+    if engine == "llama.cpp" and text.hidden_size == head.backbone_hidden_size:
+        found.append(
+            f"llama.cpp refuses a head as wide as its target ({text.hidden_size}): train one with "
+            f"head.hidden_size={text.hidden_size // 2}"
+        )
+    if engine == "mlx" and kind not in ("gemma4", "gemma4_unified"):
+        multimodal = "save it as Gemma4ForConditionalGeneration"
+        fix = multimodal if kind.startswith("gemma4") else "serve it with vLLM"
+        found.append(
+            f"mlx-vlm drafts for multimodal Gemma 4 targets alone, and this one is a {kind}: {fix}"
+        )
     return found
 
 
@@ -83,21 +88,6 @@ def remarks(engine: Engine, head: Any) -> list[str]:
     if head.use_ordered_embeddings and engine == "vllm":
         found.append(
             "vLLM's CPU backend cannot read ordered embeddings: for a CPU export with --dense"
-        )
-    return found
-
-
-def _llama_cpp(head: Any, target: Any) -> list[str]:
-    found = []
-    if not target.model_type.startswith("gemma4"):
-        found.append(
-            f"llama.cpp drafts for Gemma 4 targets alone, and this one is a {target.model_type}: "
-            + VLLM
-        )
-    if head.text_config.hidden_size == head.backbone_hidden_size:
-        found.append(
-            f"llama.cpp refuses a head as wide as its target ({head.backbone_hidden_size}): train "
-            f"one with head.hidden_size={head.backbone_hidden_size // 2}"
         )
     return found
 
@@ -264,7 +254,7 @@ def convert_to_gguf(folder: Path, out: Path, dtype: str) -> None:
         str(out.absolute()), "--outtype", dtype,
     )  # fmt: skip
     if done.returncode:
-        raise RuntimeError(f"the converter failed: {' '.join(done.stderr.split())[-600:]}")
+        raise RuntimeError(f"the converter failed: {_end(done.stderr)}")
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     text, found = config.get("text_config", config), gguf_metadata(out)
     architecture = found["general.architecture"]
@@ -285,6 +275,6 @@ def gguf_metadata(path: Path) -> dict[str, Any]:
     )
     done = run_python(engine_python("llama.cpp"), "-c", script, str(path.absolute()))
     if done.returncode:
-        raise RuntimeError(f"{path} cannot be read: {' '.join(done.stderr.split())[-600:]}")
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
+        raise RuntimeError(f"{path} cannot be read: {_end(done.stderr)}")
+    fields: dict[str, Any] = json.loads(done.stdout)
+    return fields

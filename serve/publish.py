@@ -3,15 +3,15 @@
 import json
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import ModelCard
-from rich.table import Table
 
-from headstart.common.console import plain_console, say
+from headstart.common.console import say
 from headstart.common.files import (
     check_empty,
     drop_remote_code,
@@ -22,7 +22,7 @@ from headstart.common.files import (
 from headstart.configs.loader import load_saved, save_config
 from headstart.configs.schema import Config, TargetConfig
 from headstart.eval.compare import read_report
-from headstart.eval.report import write_report
+from headstart.eval.page import write_report
 from headstart.heads.adapters import split_revision
 from headstart.heads.loading import load_served, load_target_config, load_target_tokens, served_name
 from headstart.heads.saving import ADAPTER, load_assistant, load_assistant_config
@@ -72,50 +72,36 @@ class Publication:
     """Whether the report keeps its example texts, which are of the evaluation prompts."""
 
 
-@dataclass(frozen=True)
 class _Run:
-    """Where things lie in a run folder, or in that of `headstart adapt`."""
+    """Where things lie in a run folder, or in that of `headstart adapt`.
 
-    folder: Path
+    Raises:
+        ValueError: it holds no finished run.
+    """
 
-    @property
-    def training(self) -> Path:
-        adapted = self.folder / "run"
-        return adapted if (adapted / "config.yaml").is_file() else self.folder
-
-    @property
-    def head(self) -> Path:
-        return self.training / "head"
-
-    def config(self) -> Config:
-        """The resolved configuration of the training."""
+    def __init__(self, folder: Path):
+        adapted = folder / "run"
+        self.folder = folder
+        self.training = adapted if (adapted / "config.yaml").is_file() else folder
+        self.head = self.training / "head"
+        pictures = self.training / "progress.png", folder / "adapt.png"
+        self.pictures = [path for path in pictures if path.is_file()]
+        summary = self.training / "summary.json"
         for inner in (self.training, self.head, self.head / ADAPTER):
-            if inner != self.folder and inner.is_symlink():
+            if inner != folder and inner.is_symlink():
                 raise ValueError(
                     f"{inner} is a link, behind which may be what is not to be published: put a "
                     "copy in its place"
                 )
         put_back(self.head)
-        if not (self.head / "config.json").is_file():
-            raise ValueError(f"{self.folder} holds no finished head: {self.head} is missing")
-        return load_saved(self.training / "config.yaml")
-
-    def summary(self) -> dict[str, Any]:
-        """What the training came to."""
-        path = self.training / "summary.json"
-        if not path.is_file():
-            raise ValueError(f"{self.folder} holds no finished run: {path} is missing")
+        for path in (self.head / "config.json", summary):
+            if not path.is_file():
+                raise ValueError(f"{folder} holds no finished run: {path} is missing")
+        self.config = load_saved(self.training / "config.yaml")
         try:
-            found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            self.summary: dict[str, Any] = json.loads(summary.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise ValueError(f"{path} is damaged: {error}") from error
-        return found
-
-    @property
-    def pictures(self) -> list[Path]:
-        run, adapted = self.training, self.folder
-        paths = [run / "progress.png", adapted / "adapt.png"]
-        return [path for path in paths if path.is_file()]
+            raise ValueError(f"{summary} is damaged: {error}") from error
 
 
 def build_folder(what: Publication, out: Path) -> list[Path]:
@@ -135,9 +121,14 @@ def build_folder(what: Publication, out: Path) -> list[Path]:
     if not is_hub_id(what.repo_id) or "@" in what.repo_id:
         raise ValueError(f"--repo-id {what.repo_id} cannot be: give --repo-id ORG/NAME")
     run = _Run(what.run)
-    config = run.config()
+    config = run.config
     as_adapter = (run.head / ADAPTER).is_dir() and not what.merged
-    base_head = _base_head(what, config) if as_adapter else None
+    base_head = (what.base_head or config.head.start) if as_adapter else None
+    if base_head is not None:
+        check_hub_id(
+            base_head, "the head of this adapter,",
+            "publish it and give --base-head ORG/NAME, or publish the whole head with --merged",
+        )  # fmt: skip
     served = _on_the_hub(what, config)
     report = read_report(what.report or run.folder / "eval")
     evaluated = _evaluated(report, run.head)
@@ -163,28 +154,42 @@ def build_folder(what: Publication, out: Path) -> list[Path]:
         own_parameters=evaluated.own_parameters,
         target_config=target_config,
         config=config,
-        summary=run.summary(),
+        summary=run.summary,
         report=report,
         license=terms,
         languages=list(what.languages),
     )
     with whole_folder(out) as work:
-        if base_head is not None:
-            _copy_adapter(run.head / ADAPTER, work, base_head)
-        else:
-            _copy(run.head, work, HEAD_FILES)
-            tokenizer.save_pretrained(work)
-        _shorten_paths(work, names)
-        save_config(config, work / SETTINGS)
-        (work / EVALUATION).mkdir()
-        write_report(report, work / EVALUATION)
-        _copy_told(run, work / EVALUATION, names)
-        (work / "README.md").write_text(model_card(published), encoding="utf-8")
-        if (wanted := notice(terms, served.name)) is not None:
-            (work / "NOTICE").write_text(wanted, encoding="utf-8")
-        drop_remote_code(work)
+        _write(run, published, tokenizer, names, work)
         _check(work, base_head, evaluated)
-    return files_of(out)
+    return sorted(path for path in out.rglob("*") if path.is_file())
+
+
+def _write(run: _Run, p: Published, tokenizer: Any, names: dict[str, str], work: Path) -> None:
+    if p.base_head is not None:
+        _copy(run.head / ADAPTER, work, ADAPTER_FILES)
+        base, revision = split_revision(p.base_head)
+        of_the_hub = {"base_model_name_or_path": base, "revision": revision}
+        _edit(work / "adapter_config.json", lambda content: content | of_the_hub)
+    else:
+        _copy(run.head, work, HEAD_FILES)
+        tokenizer.save_pretrained(work)
+    # A head's notes its target, a tokenizer's whatever its trainer put there.
+    for path in work.glob("*config.json"):
+        _edit(path, lambda content: without_paths(content, names))
+    save_config(p.config, work / SETTINGS)
+    evaluation = work / EVALUATION
+    evaluation.mkdir()
+    write_report(p.report, evaluation)
+    if (told := run.folder / "adapt.md").exists():
+        text = without_paths(_own(told).read_text(encoding="utf-8"), names)
+        (evaluation / told.name).write_text(text, encoding="utf-8")
+    for picture in run.pictures:
+        shutil.copyfile(_own(picture), evaluation / picture.name)
+    (work / "README.md").write_text(model_card(p), encoding="utf-8")
+    if (wanted := notice(p.license, p.served.name)) is not None:
+        (work / "NOTICE").write_text(wanted, encoding="utf-8")
+    drop_remote_code(work)
 
 
 def _check_ours(out: Path) -> None:
@@ -202,11 +207,6 @@ def _check_ours(out: Path) -> None:
                 f"{out} holds {path.relative_to(out)}, which is not of an earlier publication and "
                 "would be lost: name another folder, --out DIR"
             )
-
-
-def files_of(folder: Path) -> list[Path]:
-    """The files below a folder, in order of their names."""
-    return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
 @dataclass(frozen=True)
@@ -263,15 +263,6 @@ def _on_the_hub(what: Publication, config: Config) -> TargetConfig:
             "was tuned from",
         )  # fmt: skip
     return t.model_copy(update={"name": names[0]})
-
-
-def _base_head(what: Publication, config: Config) -> str:
-    name = what.base_head or config.head.start
-    check_hub_id(
-        name, "the head of this adapter,",
-        "publish it and give --base-head ORG/NAME, or publish the whole head with --merged",
-    )  # fmt: skip
-    return name
 
 
 def _where_it_is(what: Publication, config: Config, report: dict[str, Any]) -> TargetConfig:
@@ -337,11 +328,17 @@ def _public_names(
     evaluated: "_Evaluated",
 ) -> dict[str, str]:
     """Path -> what others know it by; names that are public already stand for themselves."""
-    t, env = config.target, report["environment"]
-    data = config.data
+    t, data, env, evaluation = config.target, config.data, report["environment"], config.eval
     paths = [config.run.dir, data.conversations, data.store, data.cache_dir, t.chat_template]
     places = [str(path) for path in paths if path is not None]
-    places += filter(is_local, _places(config, env))
+    # These may be names of the Hub too.
+    named = [
+        t.name, *t.adapters, config.head.start, *(source.path for source in data.prompts),
+        env["prompts"], *env["heads"], *env.get("draft_models", []),
+    ]  # fmt: skip
+    if evaluation is not None:
+        named += [evaluation.prompts, *evaluation.draft_models]
+    places += filter(is_local, named)
     if what.base_models:  # which say what the target is to others
         places += [name for name in (t.name, *t.adapters) if "/" in name]
     names = {place: Path(place).name for place in places}
@@ -351,18 +348,6 @@ def _public_names(
         whole = served_name(t.name, t.adapters, t.quantization)
         names[whole] = served_name(served.name, served.adapters, t.quantization)
     return names | {evaluated.name: what.repo_id}
-
-
-def _places(config: Config, env: dict[str, Any]) -> list[str]:
-    """What settings and a report's environment hold that is a path or a name of the Hub."""
-    t, evaluation = config.target, config.eval
-    places = [
-        t.name, *t.adapters, config.head.start, *(source.path for source in config.data.prompts),
-        env["prompts"], *env["heads"], *env.get("draft_models", []),
-    ]  # fmt: skip
-    if evaluation is not None:
-        places += [evaluation.prompts, *evaluation.draft_models]
-    return places
 
 
 def _copy(folder: Path, work: Path, wanted: re.Pattern[str]) -> None:
@@ -401,30 +386,8 @@ def left_out(run: Path) -> list[str]:
     return found
 
 
-def _shorten_paths(work: Path, names: dict[str, str]) -> None:
-    """No path of this machine stays in what configures head, adapter and tokenizer: a head's notes
-    the target that it was trained for, a tokenizer's whatever its trainer put there."""
-    for path in work.glob("*config.json"):
-        content = without_paths(json.loads(path.read_text(encoding="utf-8")), names)
-        path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def _copy_told(run: _Run, folder: Path, names: dict[str, str]) -> None:
-    """What the run says of itself beside its report: adapt.md and pictures."""
-    if (told := run.folder / "adapt.md").exists():
-        text = without_paths(_own(told).read_text(encoding="utf-8"), names)
-        (folder / told.name).write_text(text, encoding="utf-8")
-    for picture in run.pictures:
-        shutil.copyfile(_own(picture), folder / picture.name)
-
-
-def _copy_adapter(adapter: Path, work: Path, base_head: str) -> None:
-    """An adapter of a head as peft reads it, with its base by the name that it has on the Hub."""
-    _copy(adapter, work, ADAPTER_FILES)
-    path = work / "adapter_config.json"
-    name, revision = split_revision(base_head)
-    content = json.loads(path.read_text(encoding="utf-8"))
-    content |= {"base_model_name_or_path": name, "revision": revision}
+def _edit(path: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    content = change(json.loads(path.read_text(encoding="utf-8")))
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
@@ -451,10 +414,6 @@ def _check(work: Path, base_head: str | None, evaluated: _Evaluated) -> None:
 
 def print_folder(files: list[Path], out: Path, run: Path) -> None:
     """Every file with its size, and what was left out of the run folder."""
-    table = Table(title=str(out))
-    table.add_column("file")
-    table.add_column("bytes", justify="right")
     for path in files:
-        table.add_row(str(path.relative_to(out)), f"{path.stat().st_size:,}")
-    plain_console().print(table)
+        print(f"{path.stat().st_size:>13,}  {path.relative_to(out)}")
     say(f"Left out of {run}: {', '.join(left_out(run)) or 'nothing'}")

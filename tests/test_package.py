@@ -45,8 +45,9 @@ def test_wheel_holds_every_module_and_recipe(wheel: zipfile.ZipFile) -> None:
     }
     recipes = {f"headstart/configs/{path.name}" for path in (ROOT / "configs").glob("*.yaml")}
     assert recipes, "no recipe in configs/"
+    templates = {"headstart/eval/report.html.jinja", "headstart/serve/card.md.jinja"}
     packed = {name for name in wheel.namelist() if name.startswith("headstart/")}
-    assert packed == expected | recipes | {"headstart/serve/card.md.jinja"}
+    assert packed == expected | recipes | templates
 
 
 def test_wheel_leaves_the_namespace_open(wheel: zipfile.ZipFile) -> None:

@@ -28,8 +28,9 @@ from headstart.data.regenerate import make_jobs, regenerate
 from headstart.data.store import ActivationStore
 from headstart.eval.decoding import decode
 from headstart.eval.measurements import as_the_head_was, asked_by_run
+from headstart.eval.page import as_json
 from headstart.eval.replay import Walked, walk_texts
-from headstart.eval.report import as_json, run_evaluation
+from headstart.eval.report import run_evaluation
 from headstart.heads.assistant import check_pair, check_shapes
 from headstart.heads.loading import (
     check_target,

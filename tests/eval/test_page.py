@@ -167,7 +167,7 @@ def test_only_drafts_that_were_reached_have_an_acceptance() -> None:
 def test_the_least_content_has_a_page(decoder: str) -> None:
     few = {"prompts": 1, "texts": 1, "by_position": [], "speedup_interval": [1.0, 1.0]}
     # The value lies outside its interval, as it may where one is resampled.
-    content = report([one_result(decoder, 1, 1.2, **few)], noise=None, costs={}, thresholds={})
+    content = report([one_result(decoder, 1, 1.2, **few)], noise=None, costs={})
     assert set(figures(content)) == {"speedup", "acceptance", "accepted", "time"}
     Strict(page(content))
     never = {"rounds": 0, "reached": [0], "accepted_histogram": [0], "drafting_share": None}

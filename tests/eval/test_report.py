@@ -6,14 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel
 
 from headstart.cli.main import main
 from headstart.configs.schema import Decoder, EvalConfig
 from headstart.data.prompts import load_prompts
 from headstart.data.templates import encode_prompt
-from headstart.eval.decoding import Decoded, calibrated_threshold, decode
-from headstart.eval.draft_cost import Costs
+from headstart.eval.decoding import Decoded, decode
 from headstart.eval.report import run_evaluation
 from headstart.heads.target import Target
 from headstart.heads.tokens import Sampling
@@ -123,7 +121,7 @@ def test_heads_small_models_and_decoders_are_compared_in_one_run(
     tiny: Target, tmp_path: Path
 ) -> None:
     """Those that choose K themselves once for each head; every text is that of plain decoding."""
-    names: list[Decoder] = ["transformers", "exact", "heuristic", "confident", "cost", "hybrid"]
+    names: list[Decoder] = ["transformers", "exact", "heuristic", "cost", "hybrid"]
     chosen = settings(
         tmp_path, 3, num_assistant_tokens=[2, 3], max_new_tokens=24,
         decoders=[*names, "lookup", "draft-model"], draft_models=["small"],
@@ -139,8 +137,7 @@ def test_heads_small_models_and_decoders_are_compared_in_one_run(
     assert found == [*fixed, *own, *free, ("draft-model", "small", 2), ("draft-model", "small", 3)]
     assert all(r["equal_to_plain"] for r in whole)
     assert all(r["new_tokens"] == whole[0]["new_tokens"] for r in whole)
-    assert content["costs"].keys() == content["thresholds"].keys() == heads.keys()
-    assert all(0 <= t < 1 for t in content["thresholds"].values())
+    assert content["costs"].keys() == heads.keys()
     for example in content["examples"]:
         kept = "".join(text for text, kind in example["tokens"] if kind != "rejected")
         prompt = next(p for p in load_prompts(chosen.prompts) if p.id == example["id"])
@@ -249,15 +246,6 @@ def test_a_killed_evaluation_goes_on_with_what_is_missing(
     file.write_text("\n".join([lines[0], lines[1][:40], *lines[2:]]))
     with pytest.raises(ValueError, match="line 2 is damaged"):
         run_evaluation(tiny, heads, chosen, out, resume=True)
-
-
-def test_the_threshold_is_that_which_promises_most(tiny: Target) -> None:
-    """Where drafts cost nothing none is too many; where they cost much, one is."""
-    head: PreTrainedModel = half_trained_head(tiny)
-    prompts = [[5, 6, 7], [100] * 12]
-    free, dear = Costs(0.0, [1.0] * 9), Costs(5.0, [1.0, *range(2, 10)])
-    thresholds = [calibrated_threshold(tiny, head, costs, prompts, 24) for costs in (free, dear)]
-    assert thresholds[0] == 0 < thresholds[1]
 
 
 def test_the_command_measures_a_head_and_names_what_is_wrong(

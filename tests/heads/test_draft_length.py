@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from headstart.heads.decoder import Confident, CostRule, Heuristic
+from headstart.heads.decoder import CostRule, Heuristic
 
 V = [1.0, 1.1, 1.15, 1.2, 1.25, 1.3]
 
@@ -79,9 +79,3 @@ def test_the_heuristic_is_that_of_transformers() -> None:
     for drafted, accepted, limit in [(2, 2, 4), (4, 1, 3), (3, 0, 2), (2, 0, 1), (1, 0, 1)]:
         rule.learn([], drafted, accepted)
         assert rule.limit() == limit
-
-
-def test_a_threshold_ends_a_draft_after_the_first_doubtful_token() -> None:
-    rule = Confident(5, 0.4)
-    assert rule.goes_on([0.1, 0.4])
-    assert not rule.goes_on([0.9, 0.3])
