@@ -95,7 +95,7 @@ def _add_data_command(commands: Any) -> None:
     inspect = kinds.add_parser(
         "inspect",
         help="counts, lengths, masks, duplicates and examples of a data set",
-        description="Print what PATH holds: counts, length histograms, mask coverage, the share "
+        description="Print what PATH holds: counts, lengths, mask coverage, the share "
         "of mass that the teacher's top k keep, duplicates, a few examples with the trained tokens "
         "marked, and bytes a token.",
         epilog="example: headstart data inspect conversations --examples 2",

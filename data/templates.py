@@ -32,6 +32,10 @@ TAGS = re.compile(r"(?:<[^<>\s]+>|\[gMASK\])+")
 """What tokenizers begin a text with: `<s>`, `<|begin_of_text|>`, `[gMASK]<sop>`."""
 
 
+class NoAnswer(ValueError):
+    """A conversation that was to be encoded has no turn of the assistant."""
+
+
 def encode_prompt(
     prompt: Prompt,
     tokenizer: PreTrainedTokenizerBase,
@@ -131,7 +135,7 @@ def encode_conversation(
         refuse_marks(prompt, tokenizer)
         return _encode_plain(prompt, tokenizer, stop_ids)
     if not any(turn["role"] == "assistant" for turn in messages):
-        raise ValueError("no assistant turn")
+        raise NoAnswer("no assistant turn")
     template = tokenizer.get_chat_template(tools=prompt.tools)
     text = render_chat(tokenizer, template, kwargs, messages, prompt.tools)
     _check_nothing_left_out(text, messages, prompt.tools)
@@ -222,7 +226,7 @@ def _encode_plain(
     elif prompt.raw:
         start = int(ids[:1] == [tokenizer.bos_token_id])
     else:
-        raise ValueError("no assistant turn")
+        raise NoAnswer("no assistant turn")
     if start == len(ids):
         raise ValueError("the text is empty")
     return ids, [(start, len(ids))]
@@ -441,7 +445,7 @@ def _encode_rendered(
         text += "" if turns.end in answer else turns.end
     written = _find_in_rendered(text, turns)
     if not written:
-        raise ValueError("no assistant turn")
+        raise NoAnswer("no assistant turn")
     if not text[written[-1][1] :].strip():
         text, written = _complete_generation_prompt(text, written, turns)
     return _in_pieces(text, written, tokenizer)
