@@ -47,6 +47,8 @@ from headstart.heads.loading import load_target_tokens, open_target
 from headstart.heads.target import Target
 from headstart.heads.tokens import Sampling, TargetTokens
 
+NOT_CHECKED = "Contamination: not checked, there are no evaluation prompts (eval.prompts)"
+
 
 class Chosen:
     """Some of the documents of a larger collection."""
@@ -83,8 +85,10 @@ def prepare_documents(
     sources = load_sources(data, held_out, target)
     everything = [prompt for prompts, _ in sources for prompt in prompts]
     _, validation = split_by_source(everything, data.validation_conversations, seed)
-    sources = [(without_held_out(prompts, validation), weight) for prompts, weight in sources]
-    training = deal_prompts(sources, data, seed)
+    held = {prompt.source for prompt in validation}
+    left = [([p for p in prompts if p.source not in held], weight) for prompts, weight in sources]
+    unlike = [(_without_copies(prompts, validation), weight) for prompts, weight in left]
+    training = deal_prompts(unlike, data, seed)
     jobs = make_jobs(training, deal_sampling(data, target, training), target, data)
     return (
         _answered(target, jobs, data, seed, "Generating"),
@@ -109,17 +113,28 @@ def _prepare_stored(
     asked = stored_prompts(stored, target)
     documents = without_contaminated(stored, asked, target, data, held_out)
     asked = [asked[i] for i in documents.which]
-    if any(entry.temperature == 0 for entry in documents.entries):
-        training, held = split_documents(documents, asked, data.validation_conversations, seed)
-        return _asked_for(training, data, seed), held
-    say("No greedy text of this target there to validate on: data.prompts are answered for it")
-    prompts = [prompt for group, _ in load_sources(data, held_out) for prompt in group]
-    _, validation = split_by_source(prompts, data.validation_conversations, seed)
-    sources = {prompt.source for prompt in validation}
-    kept = [i for i, entry in enumerate(documents.entries) if entry.source not in sources]
-    kept = _without_copies(kept, asked, _also_rendered(validation, target, data))
-    training = _asked_for(Chosen(documents, kept), data, seed)
-    return training, _greedy_answers(target, validation, data, seed)
+    entries = documents.entries
+    greedy = [entry for entry in entries if entry.temperature == 0]
+    validation: list[Prompt] = []
+    held: list[int] = []
+    if greedy:
+        _, chosen = split_by_source(greedy, data.validation_conversations, seed)
+        sources = {entry.source for entry in chosen}
+        held = [i for i, e in enumerate(entries) if e.source in sources and e.temperature == 0]
+        repeated = [asked[i] for i in held]
+    else:
+        say("No greedy text of this target there to validate on: data.prompts are answered for it")
+        prompts = [prompt for group, _ in load_sources(data, held_out) for prompt in group]
+        _, validation = split_by_source(prompts, data.validation_conversations, seed)
+        sources = {prompt.source for prompt in validation}
+        repeated = _also_rendered(validation, target, data)
+    kept = [i for i, entry in enumerate(entries) if entry.source not in sources]
+    left = set(map(id, _without_copies([asked[i] for i in kept], repeated)))
+    training = Chosen(documents, [i for i in kept if id(asked[i]) in left])
+    return (
+        _asked_for(training, data, seed),
+        Chosen(documents, held) if greedy else _greedy_answers(target, validation, data, seed),
+    )
 
 
 def _asked_for(training: Documents, data: DataConfig, seed: int) -> Documents:
@@ -129,9 +144,7 @@ def _asked_for(training: Documents, data: DataConfig, seed: int) -> Documents:
     Raises:
         ValueError: there are fewer.
     """
-    heats, categories, count = (
-        data.only_temperatures, data.only_categories, data.only_conversations,
-    )  # fmt: skip
+    heats, categories, count = data.only_temperatures, data.only_categories, data.only_conversations
     kept = [
         i
         for i, e in enumerate(training.entries)
@@ -162,7 +175,7 @@ def load_sources(
     """
     sources = [(load_prompts(s, data.max_bad_rows), s.weight) for s in data.prompts]
     if held_out is None:
-        say("Contamination: not checked, there are no evaluation prompts (eval.prompts)")
+        say(NOT_CHECKED)
         return sources
     evaluation = load_prompt_set(held_out)
     if tokens is not None:
@@ -203,49 +216,13 @@ def deal_sampling(data: DataConfig, tokens: TargetTokens, prompts: list[Prompt])
     return dealt
 
 
-def without_held_out(prompts: list[Prompt], validation: list[Prompt]) -> list[Prompt]:
-    """The prompts of other sources than the held-out ones that are no exact copies of those either;
-    prints how many copies there are, if any. Near ones stay: they would change what a seed deals of
-    a set in which nothing stands twice."""
-    sources = {prompt.source for prompt in validation}
-    training = [prompt for prompt in prompts if prompt.source not in sources]
-    kept, found = remove_contaminated(training, validation, near=False)
+def _without_copies(prompts: list[Prompt], held_out: list[Prompt]) -> list[Prompt]:
+    """The prompts that are no exact copies of held-out ones; prints how many are, if any. Near ones
+    stay: of stored ones they would be all that share a long system prompt."""
+    kept, found = remove_contaminated(prompts, held_out, near=False)
     if found.pairs:
         say(f"Held out for validation: {found.describe('held-out')}")
     return kept
-
-
-def split_documents(
-    documents: Documents, asked: list[Prompt], held_out: int, seed: int
-) -> tuple[Documents, Documents]:
-    """Hold out greedy documents such that no source and no prompt is in both parts.
-
-    Args:
-        documents: with their sources and temperatures.
-        asked: the prompt of each.
-        held_out: documents held out.
-        seed: of the choice.
-
-    Raises:
-        ValueError: too few greedy documents or sources to hold that many out.
-    """
-    entries = documents.entries
-    _, chosen = split_by_source([e for e in entries if e.temperature == 0], held_out, seed)
-    sources = {entry.source for entry in chosen}
-    kept = [i for i, entry in enumerate(entries) if entry.source not in sources]
-    validation = [i for i, e in enumerate(entries) if e.source in sources and e.temperature == 0]
-    kept = _without_copies(kept, asked, [asked[i] for i in validation])
-    return Chosen(documents, kept), Chosen(documents, validation)
-
-
-def _without_copies(kept: list[int], asked: list[Prompt], validation: list[Prompt]) -> list[int]:
-    """Of the documents `kept`, those whose prompt is no exact copy of a held-out one; near ones
-    would be all that share a long system prompt, which is part of what is stored."""
-    unlike, found = remove_contaminated([asked[i] for i in kept], validation, near=False)
-    if found.pairs:
-        say(f"Held out for validation: {found.describe('held-out')}")
-    left = set(map(id, unlike))
-    return [i for i in kept if id(asked[i]) in left]
 
 
 def _greedy_answers(
@@ -276,15 +253,14 @@ def without_contaminated(
 ) -> Chosen:
     """The documents whose prompt, of those `asked`, is no copy of an evaluation prompt; prints how
     many are."""
-    everything = range(len(stored.entries))
     if held_out is None:
-        say("Contamination: not checked, there are no evaluation prompts (eval.prompts)")
-        return Chosen(stored, everything)
+        say(NOT_CHECKED)
+        return Chosen(stored, range(len(stored.entries)))
     evaluation = _also_rendered(load_prompt_set(held_out), target, data)
     kept, found = remove_contaminated(asked, evaluation)
     say(f"Conversations against {held_out}: {found.describe()}")
     left = set(map(id, kept))
-    return Chosen(stored, [i for i in everything if id(asked[i]) in left])
+    return Chosen(stored, [i for i, prompt in enumerate(asked) if id(prompt) in left])
 
 
 def stored_prompts(stored: ActivationStore | OnlineActivations, target: Target) -> list[Prompt]:
@@ -317,9 +293,8 @@ def _activations_of(target: Target, data: DataConfig) -> ActivationStore | Onlin
         read_manifest(folder), target.fingerprint, str(target.table.dtype), data.teacher_top_k,
         data.storage, data.max_tokens,
     ]  # fmt: skip
-    return extract_folder(
-        target, folder, data, _cache(data) / "activations" / stable_hash(settings)
-    )
+    name = stable_hash(settings)
+    return extract_folder(target, folder, data, _cache(data) / "activations" / name)
 
 
 def extract_folder(
@@ -396,22 +371,18 @@ def run_regenerate(
             "a server hands out text, no activations: leave out --extract, and run `headstart "
             "extract` over what it wrote"
         )
-    if url is None and model is not None:
-        raise ValueError("--model names the target at a server: give --server too")
-    if url is None and key_variable is not None:
-        raise ValueError("--api-key-env names the key of a server: give --server too")
+    if url is None and (model is not None or key_variable is not None):
+        raise ValueError("--model and --api-key-env are about a server: give --server too")
     d = config.data
     held_out = config.eval.prompts if config.eval else None
     prompts = deal_prompts(load_sources(d, held_out), d, config.run.seed)
-    tokens: TargetTokens
     if url is None:
-        tokens = target = open_target(config.target, device)
-    else:
-        tokens = load_target_tokens(config.target)
-    jobs = make_jobs(prompts, deal_sampling(d, tokens, prompts), tokens, d)
-    if url is None:
+        target = open_target(config.target, device)
+        jobs = make_jobs(prompts, deal_sampling(d, target, prompts), target, d)
         regenerate(target, jobs, d, config.run.seed, out, extracting)
     else:
+        tokens = load_target_tokens(config.target)
+        jobs = make_jobs(prompts, deal_sampling(d, tokens, prompts), tokens, d)
         server = AnswerServer(
             url, model, concurrency, tokens.tokenizer, tokens.eos_ids, key_variable
         )
