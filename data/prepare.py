@@ -38,9 +38,7 @@ from headstart.data.regenerate import (
     conversation_settings,
     make_jobs,
     regenerate,
-    regenerate_by_server,
 )
-from headstart.data.server import AnswerServer
 from headstart.data.store import ActivationStore, Document, Documents, Entry
 from headstart.data.templates import check_template, encode_conversation, encode_prompts
 from headstart.heads.loading import load_target_tokens, open_target
@@ -381,6 +379,9 @@ def run_regenerate(
         jobs = make_jobs(prompts, deal_sampling(d, target, prompts), target, d)
         regenerate(target, jobs, d, config.run.seed, out, extracting)
     else:
+        # Nothing else needs the client of a server: training reads this file too.
+        from headstart.data.server import AnswerServer, regenerate_by_server
+
         tokens = load_target_tokens(config.target)
         jobs = make_jobs(prompts, deal_sampling(d, tokens, prompts), tokens, d)
         server = AnswerServer(
