@@ -379,7 +379,7 @@ def run_regenerate(
         jobs = make_jobs(prompts, deal_sampling(d, target, prompts), target, d)
         regenerate(target, jobs, d, config.run.seed, out, extracting)
     else:
-        # Nothing else needs the client of a server: training reads this file too.
+        # Its client takes half a second to import, and training reads this file too.
         from headstart.data.server import AnswerServer, regenerate_by_server
 
         tokens = load_target_tokens(config.target)

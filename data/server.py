@@ -24,6 +24,17 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urljoin
 
+from openai import (
+    APIConnectionError,
+    APIError,
+    APIStatusError,
+    AsyncOpenAI,
+    BadRequestError,
+    DefaultAsyncHttpxClient,
+    NotFoundError,
+    Timeout,
+    UnprocessableEntityError,
+)
 from transformers import PreTrainedTokenizerBase
 
 from headstart.common.console import progress_bar, say
@@ -190,9 +201,6 @@ class AnswerServer:
         eos_ids: list[int],
         key_variable: str | None = None,
     ):
-        # Half a second that nobody else should pay.
-        from openai import AsyncOpenAI, DefaultAsyncHttpxClient, Timeout
-
         address = url.rstrip("/").removesuffix("/v1")
         self.url = re.sub(r"(?<=://)[^/]*@", "", address)
         """As messages name it: without a user and a password."""
@@ -206,6 +214,7 @@ class AnswerServer:
         """What the user should know of this server, filled by `check`."""
         self._extras = WITH_IDS
         self._slots = asyncio.Semaphore(concurrency)
+        self._tokenize = f"{address}/tokenize"
         with _without_openai_settings():
             self._client = AsyncOpenAI(
                 base_url=f"{address}/v1",
@@ -217,7 +226,6 @@ class AnswerServer:
             # Copies read the environment too.
             self._without_patience = self._client.with_options(max_retries=0)
             self._with_little_patience = self._client.with_options(max_retries=2)
-        self._tokenize = f"{address}/tokenize"
 
     async def __aenter__(self) -> "AnswerServer":
         return self
@@ -278,8 +286,6 @@ class AnswerServer:
         return completion.to_dict(warnings=False)  # llama.cpp's types are not quite openai's
 
     async def _find_model(self) -> str:
-        from openai import APIConnectionError, APIStatusError, NotFoundError
-
         try:
             await self._without_patience.models.list()
         except APIConnectionError as error:
@@ -301,8 +307,6 @@ class AnswerServer:
         return self.model or served[0]
 
     async def _compare_tokenizers(self) -> None:
-        from openai import APIError
-
         vllm = {"model": self.model, "prompt": PROBE, "add_special_tokens": False}  # and SGLang
         llama_cpp = {"content": PROBE, "add_special": False}
         try:
@@ -321,8 +325,6 @@ class AnswerServer:
             )
 
     async def _choose_extras(self) -> None:
-        from openai import BadRequestError, UnprocessableEntityError
-
         prompt_ids = self.tokenizer(PROBE)["input_ids"]
         accepted: list[dict[str, Any]] = []
         for extras in (WITH_IDS, WITH_LOGPROBS, {}):
@@ -349,8 +351,6 @@ class AnswerServer:
     @contextmanager
     def _explained(self) -> Iterator[None]:
         """openai's errors as ours, in one line."""
-        from openai import APIConnectionError, APIStatusError
-
         try:
             yield
         except (APIConnectionError, APIStatusError) as error:

@@ -195,14 +195,7 @@ class Shard:
             header = json.loads(self._header)
             self.settings: dict[str, Any] = header["settings"]
             self.entries = [Entry(**entry) for entry in header["documents"]]
-        except (
-            OSError,
-            SafetensorError,
-            json.JSONDecodeError,
-            UnicodeDecodeError,
-            KeyError,
-            TypeError,
-        ) as e:
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as e:
             raise ValueError(refusal(path, f"is cut short or no shard ({e})")) from e
         if settings is not None:
             for key in settings.keys() - NOTED:
@@ -243,13 +236,10 @@ class Shard:
         mask: torch.Tensor = self._file.get_tensor("loss_mask")
         return mask
 
-    def tensor_shapes(self) -> dict[str, dict[str, Any]]:
+    def shapes(self) -> dict[str, dict[str, Any]]:
         """Name -> dtype and shape of one token's values."""
-        parts = {name: self._file.get_slice(name) for name in self.names}
-        return {
-            name: {"dtype": str(part.get_dtype()), "shape": part.get_shape()[1:]}
-            for name, part in parts.items()
-        }
+        parts = [(name, self._file.get_slice(name)) for name in self.names]
+        return {n: {"dtype": str(p.get_dtype()), "shape": p.get_shape()[1:]} for n, p in parts}
 
 
 def refusal(path: Path, what: str) -> str:
@@ -303,9 +293,7 @@ def check_space(folder: Path, needed: int, at_least: int | None = None) -> None:
     """
     free = shutil.disk_usage(folder).free
     if needed > SAID_ABOVE:
-        say(
-            f"{folder}: up to {needed / 2**20:,.0f} MiB to write, {free / 2**20:,.0f} MiB free"
-        )  # fmt: skip
+        say(f"{folder}: up to {needed / 2**20:,.0f} MiB to write, {free / 2**20:,.0f} MiB free")
     if (needed if at_least is None else at_least) > free:
         raise ValueError(
             f"{folder} needs up to {needed / 2**20:,.0f} MiB and its disk has "
@@ -325,15 +313,9 @@ def write_index(folder: Path, shards: list[Path], settings: dict[str, Any]) -> N
     shapes: dict[str, Any] = {}
     for path in shards:
         shard = Shard(path, settings)
-        shapes = shard.tensor_shapes()
-        rows.append(
-            {
-                "file": path.name,
-                "bytes": path.stat().st_size,
-                "sha256": shard.sha256,
-                "documents": [asdict(e) for e in shard.entries],
-            }
-        )
+        shapes = shard.shapes()
+        row = {"file": path.name, "bytes": path.stat().st_size, "sha256": shard.sha256}
+        rows.append({**row, "documents": [asdict(e) for e in shard.entries]})
     content = {**settings, "tensors": shapes, "shards": rows}
     content["sha256"] = content_sha256(content)
     write_atomically(folder / "index.json", json.dumps(content) + "\n")
@@ -358,9 +340,8 @@ class ActivationStore:
         self.index = read_index(folder)
         if target is not None:
             check_made_for(self.index, target, folder)
-        self.settings = {
-            k: v for k, v in self.index.items() if k not in ("tensors", "shards", "sha256")
-        }  # fmt: skip
+        beside = ("tensors", "shards", "sha256")
+        self.settings = {k: v for k, v in self.index.items() if k not in beside}
         entries: list[Entry] = []
         self._places: list[tuple[int, int]] = []  # shard number, first token
         with reading(str(folder / "index.json"), "is damaged"):
@@ -394,11 +375,6 @@ class ActivationStore:
                 span = slice(start, start + entry.length)
                 yield ids[span][~mask[span]].tolist()
                 start += entry.length
-
-    def verify(self) -> None:
-        """Raise `ValueError` unless every shard is whole."""
-        for number in range(len(self.index["shards"])):
-            self.shard(number)
 
     def shard(self, number: int) -> Shard:
         """One of the shards, verified; the files stay open, a bounded number of them."""
@@ -458,13 +434,9 @@ def read_index(folder: Path) -> dict[str, Any]:
 
 def check_made_for(index: dict[str, Any], target: Target, folder: Path) -> None:
     """Raise `ValueError`, naming both, unless the store was made for `target`."""
-    dtype = str(target.table.dtype).removeprefix("torch.")
-    for key, wanted in (
-        ("fingerprint", target.fingerprint),
-        ("tokenizer", target.tokenizer_hash),
-        ("dtype", dtype),
-    ):
-        if index[key] != wanted:
+    ours = shard_settings(target, 0, "target")
+    for key in ("fingerprint", "tokenizer", "dtype"):
+        if index[key] != (wanted := ours[key]):
             raise ValueError(
                 f"{folder} was made for {index['target']} with {key} {index[key][:12]}, and this "
                 f"target, {target.name}, has {wanted[:12]}: extract a store for it"
