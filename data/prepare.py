@@ -99,15 +99,7 @@ def _prepare_stored(
 ) -> tuple[Documents, Documents]:
     """From `data.store` or `data.conversations`."""
     data = data.model_copy(update={"chat_template_kwargs": template_variables(data)})
-    stored: ActivationStore | OnlineActivations
-    if data.store is not None:
-        stored = ActivationStore(data.store, target)
-        say(
-            f"{data.store}: {len(stored.entries):,} documents; of data.* only "
-            "validation_conversations and only_* apply to them"
-        )
-    else:
-        stored = _activations_of(target, data)
+    stored = _open_stored(target, data)
     asked = stored_prompts(stored, target)
     documents = without_contaminated(stored, asked, target, data, held_out)
     asked = [asked[i] for i in documents.which]
@@ -133,6 +125,27 @@ def _prepare_stored(
         _asked_for(training, data, seed),
         Chosen(documents, held) if greedy else _greedy_answers(target, validation, data, seed),
     )
+
+
+def _open_stored(target: Target, data: DataConfig) -> ActivationStore | OnlineActivations:
+    """`data.store`, or the activations of `data.conversations`."""
+    if data.store is not None:
+        store = ActivationStore(data.store, target)
+        say(
+            f"{data.store}: {len(store):,} documents; of data.* only validation_conversations and "
+            "only_* apply to them"
+        )
+        return store
+    assert data.conversations is not None, "the caller knows one of the two"
+    if data.online:
+        written = list(stream_folder(data.conversations, target))
+        return OnlineActivations(target, written, data)
+    settings = [
+        read_manifest(data.conversations), target.fingerprint, str(target.table.dtype),
+        data.teacher_top_k, data.storage, data.max_tokens,
+    ]  # fmt: skip
+    out = _cache(data) / "activations" / stable_hash(settings)
+    return extract_folder(target, data.conversations, data, out)
 
 
 def _asked_for(training: Documents, data: DataConfig, seed: int) -> Documents:
@@ -279,20 +292,6 @@ def _also_rendered(prompts: list[Prompt], target: Target, data: DataConfig) -> l
 
 def _as_prompt(prompt_id: str, text: str) -> Prompt:
     return Prompt(prompt_id, "", "", [{"role": "user", "content": text}], raw=True)
-
-
-def _activations_of(target: Target, data: DataConfig) -> ActivationStore | OnlineActivations:
-    """Of the conversations of `headstart regenerate` that `data` names."""
-    folder = data.conversations
-    assert folder is not None
-    if data.online:
-        return OnlineActivations(target, list(stream_folder(folder, target)), data)
-    settings = [
-        read_manifest(folder), target.fingerprint, str(target.table.dtype), data.teacher_top_k,
-        data.storage, data.max_tokens,
-    ]  # fmt: skip
-    name = stable_hash(settings)
-    return extract_folder(target, folder, data, _cache(data) / "activations" / name)
 
 
 def extract_folder(

@@ -268,15 +268,14 @@ class AnswerServer:
         """
         async with self._slots:
             with self._explained():
-                body = await self._complete(
-                    prompt_ids, sampling, seed, max_new_tokens, self._extras
-                )
+                body = await self._complete(prompt_ids, sampling, seed, max_new_tokens)
         return read_answer(body, self.tokenizer, self.eos_ids, max_new_tokens)
 
     async def _complete(
-        self, ids: list[int], sampling: Sampling, seed: int, limit: int, extras: dict[str, Any]
+        self, ids: list[int], sampling: Sampling, seed: int, limit: int
     ) -> dict[str, Any]:
         assert self.model is not None, "check() comes first"
+        extras = self._extras
         if extras and sampling.top_k is not None:
             extras = extras | {"top_k": sampling.top_k}
         completion = await self._client.completions.create(
@@ -328,8 +327,9 @@ class AnswerServer:
         prompt_ids = self.tokenizer(PROBE)["input_ids"]
         accepted: list[dict[str, Any]] = []
         for extras in (WITH_IDS, WITH_LOGPROBS, {}):
+            self._extras = extras
             try:
-                body = await self._complete(prompt_ids, Sampling(0.0), 0, 1, extras)
+                body = await self._complete(prompt_ids, Sampling(0.0), 0, 1)
             except (BadRequestError, UnprocessableEntityError):
                 if not extras and not accepted:
                     raise
@@ -340,7 +340,6 @@ class AnswerServer:
             read_answer(body, self.tokenizer, self.eos_ids, 1)
             accepted.append(extras)
             if server_ids(body) is not None:
-                self._extras = extras
                 break
         else:
             self._extras = accepted[0]
@@ -356,7 +355,10 @@ class AnswerServer:
         except (APIConnectionError, APIStatusError) as error:
             status = error.status_code if isinstance(error, APIStatusError) else None
             if status in (401, 403):  # what a server says of a key may quote it
-                raise ValueError(self._refused_key()) from None
+                refusal = f"{self.url} wants a key: put it into {self.key_variable}"
+                if os.environ.get(self.key_variable):
+                    refusal = f"{self.url} refuses the key in {self.key_variable}"
+                raise ValueError(refusal) from None
             if isinstance(error, APIStatusError) and "location" in error.response.headers:
                 there = urljoin(f"{self.url}/", error.response.headers["location"])
                 raise ValueError(
@@ -370,13 +372,6 @@ class AnswerServer:
                     f"{self.url} gave no answer in {MAX_RETRIES + 1} attempts ({reason}). {KEPT}"
                 ) from error
             raise ValueError(f"{self.url} refuses with HTTP {status}: {reason}") from error
-
-    def _refused_key(self) -> str:
-        if os.environ.get(self.key_variable):
-            return f"{self.url} refuses the key in {self.key_variable}"
-        other = "OPENAI_API_KEY"  # which earlier versions sent to every server
-        known = f" (--api-key-env {other} sends that one)" if os.environ.get(other) else ""
-        return f"{self.url} wants a key: put it into {self.key_variable}{known}"
 
 
 @contextmanager

@@ -411,8 +411,9 @@ def read_index(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{folder} {state}")
     try:
         index: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        made_of = index["format"]
-        intact = content_sha256(index) == index["sha256"]
+        made_of, intact = index["format"], content_sha256(index) == index["sha256"]
+        if made_of == FORMAT and not intact:
+            raise ValueError("its SHA-256 does not match")
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{path} is damaged ({error}): delete it and run the command that made it again"
@@ -420,11 +421,6 @@ def read_index(folder: Path) -> dict[str, Any]:
     if made_of != FORMAT:
         raise ValueError(
             f"{path} is of format {made_of}, this version reads {FORMAT}: extract again"
-        )
-    if not intact:
-        raise ValueError(
-            f"{path} is damaged (its SHA-256 does not match): delete it and run the command that "
-            "made it again"
         )
     with reading(str(path), "is damaged"):
         for row in index["shards"]:
