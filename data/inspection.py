@@ -7,7 +7,6 @@ import random
 import re
 import sys
 import textwrap
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -62,23 +61,21 @@ class Summary:
     groups: dict[str, dict[str, list[int]]] = field(default_factory=dict)
     """`all`, `category`, `finish`, `layout`, `temperature` -> value -> documents, their units, and
     those of them that are trained on."""
-    lengths: dict[str, list[int]] = field(default_factory=dict)
-    """`all`, `prompt` (before the first answer), `trained` -> units of each document."""
-    seen: dict[str, Counter[bytes]] = field(default_factory=dict)
-    """`whole`, `prompt` -> hashes of the documents and of their prompts."""
+    lengths: dict[str, list[int]] = field(
+        default_factory=lambda: {"all": [], "prompt": [], "trained": []}
+    )
+    """Units of each document; `prompt`: before the first answer."""
+    repeats: dict[str, int] = field(default_factory=lambda: {"whole": 0, "prompt": 0})
+    """Documents that are equal to an earlier one, and that have an earlier one's prompt."""
     masses: list[float] = field(default_factory=list)
     """Of each document where it is known: the share of mass that the teacher's top k hold."""
-    examples: list[tuple[int, Conversation]] = field(default_factory=list)
-    """Number of a document, and the document."""
-
-    @property
-    def documents(self) -> int:
-        return len(self.lengths.get("all", []))
+    examples: list[Conversation] = field(default_factory=list)
 
     def count(self, documents: Iterable[Seen], examples: int) -> None:
         """Count documents, whose `ids` may be words; as many `examples` are kept, each document as
         likely as any other."""
-        rng, sources = random.Random(0), set[str]()
+        rng, sources, seen = random.Random(0), set[str](), set[tuple[str, bytes]]()
+        kept: list[tuple[int, Conversation]] = []
         for number, (c, layout, mass) in enumerate(documents):
             names = {"all": "", "category": c.category, "finish": c.finish_reason, "layout": layout}
             names["temperature"] = None if c.temperature is None else f"{c.temperature:g}"
@@ -87,25 +84,21 @@ class Summary:
                     counts = self.groups.setdefault(kind, {}).setdefault(name or "", [0, 0, 0])
                     counts[:] = counts[0] + 1, counts[1] + len(c.ids), counts[2] + c.trained
             first = c.spans[0][0] if c.spans else len(c.ids)
-            for what, length in (("all", len(c.ids)), ("prompt", first), ("trained", c.trained)):
-                self.lengths.setdefault(what, []).append(length)
+            for what, length in zip(self.lengths, (len(c.ids), first, c.trained), strict=True):
+                self.lengths[what].append(length)
             for part, ids in (("whole", c.ids), ("prompt", c.ids[:first])):
-                if part == "whole" or first > (self.unit == "tokens"):  # <bos> alone is no prompt
-                    key = hashlib.blake2b(repr(ids).encode(), digest_size=8).digest()
-                    self.seen.setdefault(part, Counter())[key] += 1
+                key = part, hashlib.blake2b(repr(ids).encode(), digest_size=8).digest()
+                # <bos> alone is no prompt.
+                self.repeats[part] += key in seen and len(ids) > (self.unit == "tokens")
+                seen.add(key)
             self.masses += [] if mass is None else [mass]
             sources.add(c.source)
-            if len(self.examples) < examples:
-                self.examples.append((number, c))
+            if len(kept) < examples:
+                kept.append((number, c))
             elif (place := rng.randrange(number + 1)) < examples:
-                self.examples[place] = (number, c)
-        self.examples.sort(key=lambda pair: pair[0])
+                kept[place] = (number, c)
+        self.examples = [c for _, c in sorted(kept, key=lambda pair: pair[0])]
         self.facts["sources"] = f"{len(sources):,} (whole ones are held out for validation)"
-
-    def repeats(self, part: str) -> int:
-        """Documents equal to an earlier one in a part, `whole` or `prompt`."""
-        seen = self.seen.get(part, Counter())
-        return seen.total() - len(seen)
 
 
 def pieces_of(c: Conversation, unit: str, decode: Decode) -> list[tuple[str, bool]]:
@@ -128,7 +121,7 @@ def print_summary(summary: Summary, decode: Decode, console: Console) -> None:
         console.print(Text(_marked(f"  {name:13} {fact}")), soft_wrap=True)
     for note in summary.notes:
         console.print(Text(_marked(f"  {note}"), "yellow"), soft_wrap=True)
-    if not summary.documents:
+    if not summary.lengths["all"]:
         return
     console.print(_counts(summary), _lengths(summary), sep="")
     if m := sorted(summary.masses):
@@ -136,8 +129,8 @@ def print_summary(summary: Summary, decode: Decode, console: Console) -> None:
         mean = f"{sum(m) / len(m):.2%} of the probability, mean over documents"
         console.print(f"The teacher's top k: {mean} ({spread})", highlight=False, soft_wrap=True)
     for part, text in (("whole", "equal to an earlier one"), ("prompt", "with an earlier prompt")):
-        console.print(f"Documents {text}: {summary.repeats(part):,}", highlight=False)
-    for _, c in summary.examples:
+        console.print(f"Documents {text}: {summary.repeats[part]:,}", highlight=False)
+    for c in summary.examples:
         heading = f"{c.id}: {c.category}, {len(c.ids):,} {summary.unit}, {c.trained:,} trained"
         heading += "" if c.temperature is None else f", temperature {c.temperature:g}"
         heading += f", finish {c.finish_reason}" if c.finish_reason else ""
@@ -237,10 +230,10 @@ def inspect_conversations(folder: Path, examples: int) -> tuple[Summary, dict[st
         )
     read = chain.from_iterable(map(read_part, _counted(parts, "Reading", len(parts))))
     summary.count(((c, "", None) for c in read), examples)
-    summary.facts["conversations"] = f"{summary.documents:,} of {made['conversations']:,}"
-    summary.facts["generation"] = (
-        f"at most {made['max_new_tokens']:,} new tokens, seed {made['seed']}"
-    )
+    summary.facts |= {
+        "conversations": f"{len(summary.lengths['all']):,} of {made['conversations']:,}",
+        "generation": f"at most {made['max_new_tokens']:,} new tokens, seed {made['seed']}",
+    }
     return summary, made
 
 
@@ -269,7 +262,7 @@ def inspect_store(folder: Path, examples: int) -> tuple[Summary, dict[str, Any]]
             yield from _documents(shard)
 
     summary.count(read(), examples)
-    tokens = sum(summary.lengths.get("all", []))
+    tokens = sum(summary.lengths["all"])
     summary.facts |= {
         "stored": f"{made['dtype']}, storage={made['storage']}, top k {made['teacher_top_k']}",
         "on disk": f"{size / 2**20:,.1f} MiB, {size / max(tokens, 1):,.0f} bytes a token, "
@@ -308,7 +301,7 @@ def inspect_source(
 
     summary.count(read(), examples)
     unusable = sum(times for times, _ in bad.values())
-    rows = summary.documents + unusable
+    rows = len(summary.lengths["all"]) + unusable
     if not rows:
         raise ValueError(f"{source.path} holds no prompts")
     if unusable:
@@ -380,7 +373,7 @@ def _encoded(
     if layout == "text" or prompt.messages[-1]["role"] == "assistant":
         with suppress(NoAnswer):  # a rendered text may be a prompt
             return encode_conversation(prompt, tokens.tokenizer, tokens.eos_ids, kwargs)
-    return encode_prompt(prompt, tokens.tokenizer, None, kwargs), []
+    return encode_prompt(prompt, tokens.tokenizer, kwargs), []
 
 
 def _words(prompt: Prompt, layout: str) -> tuple[list[Any], list[tuple[int, int]]]:

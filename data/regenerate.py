@@ -70,9 +70,7 @@ def make_jobs(
             job_id = f"{prompt.id}#{times}"
         taken.add(job_id)
         try:
-            ids = encode_prompt(
-                prompt, tokens.tokenizer, chat_template_kwargs=config.chat_template_kwargs
-            )
+            ids = encode_prompt(prompt, tokens.tokenizer, config.chat_template_kwargs)
         except ValueError as error:
             refused.append((prompt.id, str(error)))
             continue

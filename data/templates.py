@@ -39,15 +39,13 @@ class NoAnswer(ValueError):
 def encode_prompt(
     prompt: Prompt,
     tokenizer: PreTrainedTokenizerBase,
-    max_tokens: int | None = None,
     chat_template_kwargs: dict[str, Any] | None = None,
 ) -> list[int]:
     """Token ids of a prompt, ready for the target to continue.
 
     The chat template is used where the tokenizer has one and the prompt is not raw; otherwise
     the plain text. An answer at the end is left out, since the target is to write its own; earlier
-    ones stay. Longer prompts than `max_tokens` keep the first token (<bos>) and their last ones.
-    `chat_template_kwargs` are variables of the template, such as `enable_thinking`. A raw text that
+    ones stay. `chat_template_kwargs` are variables of the template, such as `enable_thinking`. A raw text that
     holds turns of the template is taken as the template's own work, its last answer left out.
 
     Raises:
@@ -58,21 +56,19 @@ def encode_prompt(
         raise ValueError("there is nothing before the assistant's answer")
     kwargs = chat_template_kwargs or {}
     if rendered := _rendered_format(prompt, tokenizer, kwargs):
-        ids = token_ids(_rendered_question(prompt.text, rendered), tokenizer)
-    elif prompt.raw or not tokenizer.chat_template:
+        return token_ids(_rendered_question(prompt.text, rendered), tokenizer)
+    if prompt.raw or not tokenizer.chat_template:
         refuse_marks(prompt, tokenizer)
-        ids = _plain_ids(prompt.text, tokenizer, ended=False)
-    else:
-        template = tokenizer.get_chat_template(tools=prompt.tools)
-        key, tools = json.dumps(kwargs, sort_keys=True), _with_tools(prompt.messages)
-        known = known_turns(tokenizer, template, key, tools)
-        marks = known.marks if known else plain_borders(tokenizer, template, key)
-        refuse_marks(prompt, tokenizer, marks)
-        kwargs = {**kwargs, "add_generation_prompt": True}
-        text = render_chat(tokenizer, template, kwargs, prompt.question, prompt.tools)
-        _check_nothing_left_out(text, prompt.question, prompt.tools)
-        ids = token_ids(text, tokenizer)
-    return ids if max_tokens is None else shortened(ids, max_tokens)
+        return _plain_ids(prompt.text, tokenizer, ended=False)
+    template = tokenizer.get_chat_template(tools=prompt.tools)
+    key, tools = json.dumps(kwargs, sort_keys=True), _with_tools(prompt.messages)
+    known = known_turns(tokenizer, template, key, tools)
+    marks = known.marks if known else plain_borders(tokenizer, template, key)
+    refuse_marks(prompt, tokenizer, marks)
+    kwargs = {**kwargs, "add_generation_prompt": True}
+    text = render_chat(tokenizer, template, kwargs, prompt.question, prompt.tools)
+    _check_nothing_left_out(text, prompt.question, prompt.tools)
+    return token_ids(text, tokenizer)
 
 
 def encode_prompts(
@@ -88,7 +84,7 @@ def encode_prompts(
     encoded = []
     for prompt in prompts:
         try:
-            encoded.append(encode_prompt(prompt, tokenizer, None, chat_template_kwargs))
+            encoded.append(encode_prompt(prompt, tokenizer, chat_template_kwargs))
         except ValueError as error:
             raise ValueError(f"the prompt {prompt.id} cannot be used: {error}") from error
     return encoded

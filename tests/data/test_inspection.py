@@ -95,7 +95,7 @@ def printed(path: Path | str, colour: bool = False, **options: Any) -> str:
 
 def texts_of(summary: Summary) -> list[list[tuple[str, bool]]]:
     decode = TARGET.tokenizer.decode
-    return [pieces_of(c, summary.unit, decode) for _, c in summary.examples]
+    return [pieces_of(c, summary.unit, decode) for c in summary.examples]
 
 
 def source_summary(path: Path, tokens: bool = False, **settings: Any) -> Summary:
@@ -139,7 +139,7 @@ def test_the_counts_of_a_regenerated_folder_are_those_by_hand(regenerated: Path)
 def test_the_store_of_the_same_forwards_has_the_same_counts(regenerated: Path) -> None:
     (texts, _), (store, _) = inspect_conversations(regenerated, 5), inspect_store(regenerated, 5)
     assert store.lengths == texts.lengths
-    assert store.seen == texts.seen
+    assert store.repeats == texts.repeats
     assert store.groups["temperature"] == texts.groups["temperature"]
     assert texts_of(store) == texts_of(texts)
     size = sum(path.stat().st_size for path in regenerated.glob("shard-*"))
@@ -157,12 +157,12 @@ def test_unfinished_folders_are_read_as_far_as_they_go(regenerated: Path, tmp_pa
     part_path(tmp_path, 1).unlink()
     shard_path(tmp_path, 2).unlink()
     (texts, _), (store, _) = inspect_conversations(tmp_path, 0), inspect_store(tmp_path, 0)
-    assert (texts.documents, store.documents) == (3, 4)
+    assert (len(texts.lengths["all"]), len(store.lengths["all"])) == (3, 4)
     assert "Unfinished: 2 of 3 parts" in texts.notes[0]
     assert "Unfinished: no index.json, 2 shards so far" in store.notes[0]
     for path in tmp_path.glob("part-*"):
         path.unlink()
-    assert inspect_conversations(tmp_path, 3)[0].documents == 0
+    assert inspect_conversations(tmp_path, 3)[0].lengths["all"] == []
     assert "0 of 3 parts" in printed(tmp_path)
 
 
@@ -179,8 +179,8 @@ def test_duplicates_of_documents_and_of_prompts_are_counted(tmp_path: Path) -> N
         said("", "no"),
     ]
     summary, _ = inspect_conversations(make_folder(tmp_path, rows), 0)
-    assert summary.repeats("whole") == 3
-    assert summary.repeats("prompt") == 5, "<bos> alone is no prompt"
+    assert summary.repeats["whole"] == 3
+    assert summary.repeats["prompt"] == 5, "<bos> alone is no prompt"
     assert "Documents equal to an earlier one: 3\n" in printed(tmp_path)
 
 
@@ -284,7 +284,7 @@ def test_rows_of_prompts_are_counted_in_words_by_layout_and_bad_ones_by_reason(
         "messages": [1, 6, 2],
     }
     assert summary.groups["category"]["chat"][0] == 2
-    assert (summary.repeats("whole"), summary.repeats("prompt")) == (0, 1)
+    assert summary.repeats == {"whole": 0, "prompt": 1}
     assert summary.notes[:2] == [
         "4 of 8 rows are unusable; data.max_bad_rows=0.01 allows 0",
         f"2 unusable: empty prompt, first {path}:5",
@@ -318,8 +318,8 @@ def test_the_settings_of_a_source_are_heeded(tmp_path: Path) -> None:
 def test_the_examples_are_a_seeded_draw_from_all_documents(tmp_path: Path) -> None:
     path = tmp_path / "many.jsonl"
     path.write_text("\n".join(json.dumps({"prompt": f"p{i}", "id": f"p{i}"}) for i in range(200)))
-    numbers = [int(c.id[1:]) for _, c in source_summary(path).examples]
-    assert numbers == [int(c.id[1:]) for _, c in source_summary(path).examples]
+    numbers = [int(c.id[1:]) for c in source_summary(path).examples]
+    assert numbers == [int(c.id[1:]) for c in source_summary(path).examples]
     assert numbers == sorted(numbers)
     assert max(numbers) > 50, "not the first ones"
 

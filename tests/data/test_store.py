@@ -150,10 +150,10 @@ def test_a_missing_and_a_swapped_shard_are_named(tmp_path: Path) -> None:
     make_store(tmp_path, [[3], [4]])
     shutil.copy(shard_path(tmp_path, 0), shard_path(tmp_path, 1))
     with pytest.raises(ValueError, match=r"shard-00001.*is not the shard that the index names"):
-        ActivationStore(tmp_path).shard(0)
+        ActivationStore(tmp_path).shard(1)
     shard_path(tmp_path, 1).unlink()
     with pytest.raises(ValueError, match=r"shard-00001.safetensors is missing"):
-        ActivationStore(tmp_path).shard(0)
+        ActivationStore(tmp_path).shard(1)
 
 
 def test_a_store_of_another_target_is_refused_with_both_names(tmp_path: Path) -> None:
