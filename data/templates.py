@@ -45,8 +45,8 @@ def encode_prompt(
 
     The chat template is used where the tokenizer has one and the prompt is not raw; otherwise
     the plain text. An answer at the end is left out, since the target is to write its own; earlier
-    ones stay. `chat_template_kwargs` are variables of the template, such as `enable_thinking`. A raw text that
-    holds turns of the template is taken as the template's own work, its last answer left out.
+    ones stay. A raw text that holds turns of the template is taken as the template's own work.
+    `chat_template_kwargs` are variables of the template, such as `enable_thinking`.
 
     Raises:
         ValueError: the template refuses the conversation or leaves out what it says, there is
