@@ -33,12 +33,7 @@ from headstart.data.prompts import (
     report_refused,
     split_by_source,
 )
-from headstart.data.regenerate import (
-    Job,
-    conversation_settings,
-    make_jobs,
-    regenerate,
-)
+from headstart.data.regenerate import conversation_settings, make_jobs, regenerate
 from headstart.data.store import ActivationStore, Document, Documents, Entry
 from headstart.data.templates import check_template, encode_conversation, encode_prompts
 from headstart.heads.loading import load_target_tokens, open_target
@@ -87,10 +82,9 @@ def prepare_documents(
     left = [([p for p in prompts if p.source not in held], weight) for prompts, weight in sources]
     unlike = [(_without_copies(prompts, validation), weight) for prompts, weight in left]
     training = deal_prompts(unlike, data, seed)
-    jobs = make_jobs(training, deal_sampling(data, target, training), target, data)
     return (
-        _answered(target, jobs, data, seed, "Generating"),
-        _greedy_answers(target, validation, data, seed),
+        _answered(target, training, data, seed, greedy=False),
+        _answered(target, validation, data, seed, greedy=True),
     )
 
 
@@ -123,7 +117,7 @@ def _prepare_stored(
     training = Chosen(documents, [i for i in kept if id(asked[i]) in left])
     return (
         _asked_for(training, data, seed),
-        Chosen(documents, held) if greedy else _greedy_answers(target, validation, data, seed),
+        Chosen(documents, held) if greedy else _answered(target, validation, data, seed, True),
     )
 
 
@@ -236,20 +230,18 @@ def _without_copies(prompts: list[Prompt], held_out: list[Prompt]) -> list[Promp
     return kept
 
 
-def _greedy_answers(
-    target: Target, prompts: list[Prompt], data: DataConfig, seed: int
-) -> Documents:
-    jobs = make_jobs(prompts, [Sampling(0.0)] * len(prompts), target, data)
-    return _answered(target, jobs, data, seed, "  held out")
-
-
 def _answered(
-    target: Target, jobs: list[Job], data: DataConfig, seed: int, description: str
+    target: Target, prompts: list[Prompt], data: DataConfig, seed: int, greedy: bool
 ) -> Documents:
+    """The target's answers to training prompts or, greedy ones, to those of the validation."""
+    sampling = [Sampling(0.0)] * len(prompts) if greedy else deal_sampling(data, target, prompts)
+    jobs = make_jobs(prompts, sampling, target, data)
     extracted = not data.online
     settings = conversation_settings(jobs, target, data, seed, extracted)
     folder = _cache(data) / "conversations" / stable_hash(settings)
-    regenerate(target, jobs, data, seed, folder, extracted, description)
+    regenerate(
+        target, jobs, data, seed, folder, extracted, "  held out" if greedy else "Generating"
+    )
     if extracted:
         return ActivationStore(folder, target)
     return OnlineActivations(target, list(stream_folder(folder, target)), data)
@@ -459,10 +451,10 @@ def encode_source(path: str, tokens: TargetTokens, config: Config) -> list[Conve
             thoughtless.append(prompt.id)
     report_refused(refused, len(prompts), d.max_bad_rows)
     if thoughtless:
-        told = (
+        line = (
             f"{path}: the chat template leaves thoughts out of {len(thoughtless)} of "
             f"{len(prompts)} conversations, first {thoughtless[0]}: their answers are trained on "
             "without them (it may keep them with a variable of data.chat_template_kwargs)"
         )
-        print(one_line(told), file=sys.stderr)
+        print(one_line(line), file=sys.stderr)
     return rows
