@@ -11,9 +11,9 @@ Letters: N tokens of a shard, T tokens of a document, D target width, k teacher 
 import hashlib
 import json
 import shutil
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -352,8 +352,9 @@ class ActivationStore:
                     self._places.append((number, start))
                     start += entry.length
         self.entries: Sequence[Entry] = entries
-        self._open: OrderedDict[int, Shard] = OrderedDict()
         self._verified: set[int] = set()
+        self.shard = lru_cache(OPEN_SHARDS)(self._open)
+        """One of the shards by its number, verified; a bounded number of files stays open."""
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -376,11 +377,7 @@ class ActivationStore:
                 yield ids[span][~mask[span]].tolist()
                 start += entry.length
 
-    def shard(self, number: int) -> Shard:
-        """One of the shards, verified; the files stay open, a bounded number of them."""
-        if number in self._open:
-            self._open.move_to_end(number)
-            return self._open[number]
+    def _open(self, number: int) -> Shard:
         row = self.index["shards"][number]
         path = self.folder / row["file"]
         if not path.is_file():
@@ -391,9 +388,6 @@ class ActivationStore:
                 raise ValueError(refusal(path, "is not the shard that the index names"))
             shard.verify()
             self._verified.add(number)
-        self._open[number] = shard
-        if len(self._open) > OPEN_SHARDS:
-            self._open.popitem(last=False)
         return shard
 
 

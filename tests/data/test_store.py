@@ -116,7 +116,7 @@ def test_few_shards_are_open_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
     store = make_store(tmp_path, [[2], [3], [4], [5]])
     for i in (0, 1, 2, 3, 0, 3, 1):
         assert len(store.read([i])[0].ids) == i + 2
-        assert len(store._open) <= 2
+        assert store.shard.cache_info().currsize <= 2
 
 
 def damage(path: Path, at: int) -> None:
