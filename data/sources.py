@@ -305,24 +305,10 @@ def _hub_rows(source: SourceConfig) -> Iterator[tuple[Place, Row]]:
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise ValueError(
             f"cannot load the dataset {source.path} from the Hugging Face Hub: "
-            f"{_one_line(error)}; {_cure(source, error)}"
+            f"{_one_line(error)}; check its spelling, the source's `name` and `split` (slices do "
+            "not stream: use `limit`) and the network, and for a private or gated one run `hf auth "
+            "login`; code of a dataset is never run: download its data files and name those"
         ) from error
-
-
-def _cure(source: SourceConfig, error: Exception) -> str:
-    text = str(error)
-    if "Config name is missing" in text or "BuilderConfig" in text:
-        return "set the source's `name` to one of its configurations"
-    if "split" in text:
-        return "set the source's `split`" + (
-            " (slices do not stream: use `limit`)" if source.streaming and "[" in text else ""
-        )
-    if isinstance(error, RuntimeError):
-        return "code of a dataset is never run: download its data files and name those"
-    return (
-        "no local file has this name either; check the spelling and the network, and for a private "
-        "or gated dataset ask for access and run `hf auth login`"
-    )
 
 
 def _one_line(error: Exception) -> str:
