@@ -61,13 +61,9 @@ def prepare_documents(
     """Training and validation activations; validation text is greedy, of other sources and, as far
     as the prompts go, other text.
 
-    Whatever an earlier call has finished is reused.
-
-    Args:
-        target: the model that answers and is distilled.
-        data: where prompts, conversations or activations come from.
-        seed: of the choice of prompts, the sampling and the held-out sources.
-        held_out: prompts of the later evaluation, of which no training prompt may be a copy.
+    Whatever an earlier call has finished is reused. `seed` decides the choice of prompts, the
+    sampling and the held-out sources; `held_out` are the prompts of the later evaluation, of which
+    no training prompt may be a copy.
 
     Raises:
         ValueError: a source is missing, malformed or too small to hold out from, or a folder is
@@ -399,13 +395,9 @@ def describe_store(store: ActivationStore) -> str:
 
 
 def run_extract(config: Config, conversations: str, out: Path, device: Any) -> None:
-    """Run the target of `config` over conversations and write the activation store `out`.
-
-    Args:
-        config: its target and data.
-        conversations: a folder of `headstart regenerate`, or any source of whole conversations.
-        out: of the store; an interrupted call goes on there.
-        device: where the target runs.
+    """Run the target of `config` over conversations and write the activation store `out`, where an
+    interrupted call goes on. `conversations` is a folder of `headstart regenerate`, or any source
+    of whole conversations.
 
     Raises:
         ValueError: bad conversations, a folder of another store, or too small a disk.

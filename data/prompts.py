@@ -164,15 +164,10 @@ def _worst_first(reasons: dict[str, tuple[int, str]], most: int | None = None) -
 
 
 def report_refused(refused: list[tuple[str, str]], total: int, max_bad_rows: float) -> None:
-    """Count rows that a target's template refuses, by reason, in one line on stderr.
-
-    Args:
-        refused: (prompt id, reason) of each.
-        total: rows, good and bad.
-        max_bad_rows: share of them that may be refused.
+    """Count rows that a target's template refuses, each (prompt id, reason), in one line on stderr.
 
     Raises:
-        ValueError: more of them are.
+        ValueError: they are more than a share of `max_bad_rows` of all, good and bad.
     """
     if not refused:
         return
@@ -225,11 +220,8 @@ def prompt_of(row: Row, place: Place, columns: dict[str, str]) -> Prompt:
 def deal(sources: list[tuple[list[Prompt], float | None]], count: int, seed: int) -> list[Prompt]:
     """`count` prompts of several sources, in a shuffled order, starting over where they run out.
 
-    Args:
-        sources: prompts, and the weight of their share of `count` (of all sources or of none).
-            Shares are exact to a prompt: largest remainder. Without weights all are one pool.
-        count: prompts dealt.
-        seed: of every order.
+    All sources or none have a weight: of their share of `count`, exact to a prompt (largest
+    remainder). Without weights all are one pool.
 
     Raises:
         ValueError: a source that is to be dealt from is empty.
@@ -276,13 +268,8 @@ def split_by_source(
     """Split into (training, validation) such that no source is in both.
 
     Whole sources are held out, drawn with `seed` and dealt over the categories; one with more
-    prompts than are still wanted stays in training.
-
-    Args:
-        prompts: of all sources.
-        held_out: prompts to hold out.
-        seed: of the draw.
-        key: what the user gives `held_out` by.
+    prompts than are still wanted stays in training. `key` is what the user gives the number of
+    prompts to hold out by.
 
     Raises:
         ValueError: too few prompts or sources to hold that many out.

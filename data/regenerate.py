@@ -225,9 +225,6 @@ def regenerate(
     What an earlier call with the same settings has finished stays as it is.
 
     Args:
-        target: the model that writes.
-        jobs: from `make_jobs`.
-        config: lengths, batch size, and how activations are stored.
         seed: each batch is a function of it and of the batch's number alone, so that a resumed
             call ends with the same conversations as an uninterrupted one.
         folder: for one Parquet part and, with `extract`, one shard of activations a batch.

@@ -402,11 +402,7 @@ def encoding_of(path: Path) -> str:
 
 
 def check_file(path: Path, kind: str) -> None:
-    """Refuse a file that is not what its name says.
-
-    Args:
-        path: of a data file.
-        kind: how it is to be read: json, csv, text, parquet or arrow.
+    """Refuse a file that is not of the kind (of `FILES`) that its name says.
 
     Raises:
         ValueError: with the fix.

@@ -321,10 +321,6 @@ def _complete_generation_prompt(text: str, written: Spans, turns: TurnFormat) ->
 def check_template(prompts: Sequence[Prompt], tokens: TargetTokens) -> None:
     """Say that a target without a chat template reads chat turns as plain text.
 
-    Args:
-        prompts: those to be encoded; raw ones need no template.
-        tokens: of the target.
-
     Raises:
         ValueError: it is a chat model, to which turns without their marks are not turns.
     """
