@@ -270,7 +270,7 @@ def regenerate(
                 write_shard(shard_path(folder, pending), tensors, entries, settings)
             path = part_path(folder, pending)
             write_part(path, written, target.tokenizer, target.name, target.revision)
-            done.add(path)
+            done.add(written)
         PartialState().wait_for_everyone()
         if extract and PartialState().is_main_process and not (folder / "index.json").is_file():
             write_index(folder, [shard_path(folder, i) for i in range(len(batches))], settings)
@@ -287,25 +287,24 @@ def _check_space(
 
 
 class Done:
-    """Counts finished parts on a progress bar, of `total` conversations; `there` are parts that an
-    earlier call finished."""
+    """Counts answers on a progress bar, of `total`; `there` are parts that an earlier call
+    finished."""
 
     def __init__(self, bar: Progress, description: str, total: int, there: list[Path]):
-        self.bar, self.tokens = bar, 0
-        count = sum(self._read(path) for path in there)
-        status = self._status() if there else ""
+        self.bar, self.tokens, count = bar, 0, 0
+        for path in there:
+            count += self._count(read_part(path))
+        status = f"{self.tokens:,} tokens" if there else ""
         self.task = bar.add_task(description, total=total, completed=count, status=status)
 
-    def add(self, path: Path) -> None:
-        self.bar.update(self.task, advance=self._read(path), status=self._status())
+    def add(self, written: list[Conversation]) -> None:
+        """Count answers that are written now."""
+        count = self._count(written)
+        self.bar.update(self.task, advance=count, status=f"{self.tokens:,} tokens")
 
-    def _read(self, path: Path) -> int:
-        conversations = read_part(path)
+    def _count(self, conversations: list[Conversation]) -> int:
         self.tokens += sum(c.trained for c in conversations)
         return len(conversations)
-
-    def _status(self) -> str:
-        return f"{self.tokens:,} tokens"
 
 
 def is_done(folder: Path, number: int, extract: bool) -> bool:

@@ -422,7 +422,7 @@ def regenerate_by_server(
             written = conversations_of(batches[number], ids, tokens.eos_ids)
             path = part_path(folder, number)
             write_part(path, written, tokens.tokenizer, tokens.name, tokens.revision)
-            done.add(path)
+            done.add(written)
             return sum(answer.retokenised for answer in answers)
 
     async def write_all(missing: list[int], done: Done) -> int:
