@@ -358,6 +358,8 @@ class AnswerServer:
                 refusal = f"{self.url} wants a key: put it into {self.key_variable}"
                 if os.environ.get(self.key_variable):
                     refusal = f"{self.url} refuses the key in {self.key_variable}"
+                elif os.environ.get("OPENAI_API_KEY"):
+                    refusal += " (--api-key-env OPENAI_API_KEY sends that one)"
                 raise ValueError(refusal) from None
             if isinstance(error, APIStatusError) and "location" in error.response.headers:
                 there = urljoin(f"{self.url}/", error.response.headers["location"])
