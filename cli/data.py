@@ -9,20 +9,7 @@ from headstart.cli.arguments import add_config_arguments, count, default_device
 
 def add_data_commands(commands: Any) -> None:
     """Add them to the subparsers of `headstart`."""
-    regenerate = commands.add_parser(
-        "regenerate",
-        help="let the target answer prompts: the conversations that a head is trained on",
-        description="Let the target answer the prompts of data.prompts, in process or through a "
-        "server with the OpenAI API, into a folder of Parquet files. An interrupted call goes on "
-        "where it stopped. Copies of the configuration's evaluation prompts are left out.",
-        epilog="examples: headstart regenerate --out conversations target.name=ORG/my-gemma "
-        "data.prompts='[my_prompts.jsonl]'  |  the same with --extract, which writes the "
-        "activations too  |  the same with --server http://localhost:8000, where vLLM, SGLang or "
-        "llama.cpp runs the target",
-    )
-    _add_regenerate_arguments(regenerate)
-    regenerate.set_defaults(command=_run_regenerate)
-
+    _add_regenerate(commands)
     extract = commands.add_parser(
         "extract",
         help="store the target's activations over conversations",
@@ -38,17 +25,45 @@ def add_data_commands(commands: Any) -> None:
         help="folder of `headstart regenerate`, or any source of whole conversations: a JSONL, "
         "Parquet, Arrow or CSV file, a folder of them, or a Hub dataset",
     )
-    _add_data_arguments(extract)
+    extract.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to write")
+    add_config_arguments(extract)
     extract.set_defaults(command=_run_extract)
-    _add_data_command(commands)
+
+    data = commands.add_parser("data", help="look at prompts, conversations and activations")
+    kinds = data.add_subparsers(required=True, metavar="COMMAND")
+    inspect = kinds.add_parser(
+        "inspect",
+        help="counts, lengths, masks, duplicates and examples of a data set",
+        description="Print what PATH holds: counts, lengths, mask coverage, the share "
+        "of mass that the teacher's top k keep, duplicates, a few examples with the trained tokens "
+        "marked, and bytes a token.",
+        epilog="example: headstart data inspect conversations --examples 2",
+    )
+    inspect.add_argument(
+        "path", help="folder of `regenerate` or `extract`, or any source of prompts"
+    )
+    inspect.add_argument(
+        "--examples", type=int, default=3, metavar="N", help="rendered (default 3)"
+    )
+    inspect.add_argument(
+        "--target", metavar="NAME", help="whose tokenizer counts the tokens of a source of prompts"
+    )
+    add_config_arguments(inspect)
+    inspect.set_defaults(command=_run_inspect)
 
 
-def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to write")
-    add_config_arguments(parser)
-
-
-def _add_regenerate_arguments(parser: argparse.ArgumentParser) -> None:
+def _add_regenerate(commands: Any) -> None:
+    parser = commands.add_parser(
+        "regenerate",
+        help="let the target answer prompts: the conversations that a head is trained on",
+        description="Let the target answer the prompts of data.prompts, in process or through a "
+        "server with the OpenAI API, into a folder of Parquet files. An interrupted call goes on "
+        "where it stopped. Copies of the configuration's evaluation prompts are left out.",
+        epilog="examples: headstart regenerate --out conversations target.name=ORG/my-gemma "
+        "data.prompts='[my_prompts.jsonl]'  |  the same with --extract, which writes the "
+        "activations too  |  the same with --server http://localhost:8000, where vLLM, SGLang or "
+        "llama.cpp runs the target",
+    )
     parser.add_argument(
         "--extract", action="store_true", help="store the activations from the same forwards"
     )
@@ -66,7 +81,9 @@ def _add_regenerate_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="requests to the server under way at once (default 16)",
     )
-    _add_data_arguments(parser)
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to write")
+    add_config_arguments(parser)
+    parser.set_defaults(command=_run_regenerate)
 
 
 def _run_regenerate(args: argparse.Namespace) -> None:
@@ -87,30 +104,6 @@ def _run_extract(args: argparse.Namespace) -> None:
     run_extract(
         load_config(args.config, args.overrides), args.conversations, args.out, default_device()
     )
-
-
-def _add_data_command(commands: Any) -> None:
-    data = commands.add_parser("data", help="look at prompts, conversations and activations")
-    kinds = data.add_subparsers(required=True, metavar="COMMAND")
-    inspect = kinds.add_parser(
-        "inspect",
-        help="counts, lengths, masks, duplicates and examples of a data set",
-        description="Print what PATH holds: counts, length histograms, mask coverage, the share "
-        "of mass that the teacher's top k keep, duplicates, a few examples with the trained tokens "
-        "marked, and bytes a token.",
-        epilog="example: headstart data inspect conversations --examples 2",
-    )
-    inspect.add_argument(
-        "path", help="folder of `regenerate` or `extract`, or any source of prompts"
-    )
-    inspect.add_argument(
-        "--examples", type=int, default=3, metavar="N", help="rendered (default 3)"
-    )
-    inspect.add_argument(
-        "--target", metavar="NAME", help="whose tokenizer counts the tokens of a source of prompts"
-    )
-    add_config_arguments(inspect)
-    inspect.set_defaults(command=_run_inspect)
 
 
 def _run_inspect(args: argparse.Namespace) -> None:

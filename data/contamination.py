@@ -63,12 +63,8 @@ def remove_contaminated(
     """The training prompts without those that repeat an evaluation prompt.
 
     What users write is compared, turn by turn; a system prompt, which a whole data set may share,
-    and answers are not. A prompt of fewer than `WORDS` words is only ever an exact duplicate.
-
-    Args:
-        prompts: for training.
-        held_out: for evaluation.
-        near: False: only exact duplicates are looked for.
+    and answers are not. A prompt of fewer than `WORDS` words is only ever an exact duplicate, and
+    so are all without `near`.
 
     Returns:
         The prompts kept, in order, and what was removed.

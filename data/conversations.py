@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from headstart.common.files import whole_file, write_atomically
 from headstart.configs.schema import DataConfig
-from headstart.data.store import read_index
+from headstart.data.store import read_index, refusal
 
 FORMAT = 2  # of the folder: raise it when the same settings come to give other conversations
 MANIFEST = "conversations.json"
@@ -251,10 +251,7 @@ def _explained(path: Path) -> Iterator[None]:
     try:
         yield
     except (pa.ArrowException, OSError, KeyError, ValueError, OverflowError) as error:
-        raise ValueError(
-            f"{path} is cut short or damaged ({error}): delete it, then run the command that made "
-            "it again, which redoes it alone"
-        ) from error
+        raise ValueError(refusal(path, f"is cut short or damaged ({error})")) from error
 
 
 def cut(conversation: Conversation, max_tokens: int) -> list[Conversation]:

@@ -149,11 +149,9 @@ def extract(
     nothing to draft (no answer of two tokens) are left out.
 
     Args:
-        target: the model whose activations are stored.
         conversations: in an order that is the same each time.
         tokens: in all of them when cut, or a bound: for the progress bar and the size.
         config: the teacher's top k, the storage, and the length at which conversations are cut.
-        folder: of the store.
         description: label of the progress bar.
         variables: of the chat template, with which the conversations were asked: for the index.
 

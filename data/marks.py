@@ -59,11 +59,7 @@ def refuse_marks(
 
     Of plain text, <bos> at its beginning and <eos> at its end are no fault. What an assistant wrote
     under a template may hold control tokens that mark no turn, such as those around a thought.
-
-    Args:
-        prompt: a row for the chat template, or plain text.
-        tokenizer: the target's.
-        marks: by which its chat template marks turns.
+    `marks` are those by which the target's chat template marks turns.
 
     Raises:
         ValueError: with the text that was found.

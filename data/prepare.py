@@ -33,19 +33,14 @@ from headstart.data.prompts import (
     report_refused,
     split_by_source,
 )
-from headstart.data.regenerate import (
-    Job,
-    conversation_settings,
-    make_jobs,
-    regenerate,
-    regenerate_by_server,
-)
-from headstart.data.server import AnswerServer
+from headstart.data.regenerate import conversation_settings, make_jobs, regenerate
 from headstart.data.store import ActivationStore, Document, Documents, Entry
 from headstart.data.templates import check_template, encode_conversation, encode_prompts
 from headstart.heads.loading import load_target_tokens, open_target
 from headstart.heads.target import Target
 from headstart.heads.tokens import Sampling, TargetTokens
+
+NOT_CHECKED = "Contamination: not checked, there are no evaluation prompts (eval.prompts)"
 
 
 class Chosen:
@@ -66,13 +61,9 @@ def prepare_documents(
     """Training and validation activations; validation text is greedy, of other sources and, as far
     as the prompts go, other text.
 
-    Whatever an earlier call has finished is reused.
-
-    Args:
-        target: the model that answers and is distilled.
-        data: where prompts, conversations or activations come from.
-        seed: of the choice of prompts, the sampling and the held-out sources.
-        held_out: prompts of the later evaluation, of which no training prompt may be a copy.
+    Whatever an earlier call has finished is reused. `seed` decides the choice of prompts, the
+    sampling and the held-out sources; `held_out` are the prompts of the later evaluation, of which
+    no training prompt may be a copy.
 
     Raises:
         ValueError: a source is missing, malformed or too small to hold out from, or a folder is
@@ -83,12 +74,13 @@ def prepare_documents(
     sources = load_sources(data, held_out, target)
     everything = [prompt for prompts, _ in sources for prompt in prompts]
     _, validation = split_by_source(everything, data.validation_conversations, seed)
-    sources = [(without_held_out(prompts, validation), weight) for prompts, weight in sources]
-    training = deal_prompts(sources, data, seed)
-    jobs = make_jobs(training, deal_sampling(data, target, training), target, data)
+    held = {prompt.source for prompt in validation}
+    left = [([p for p in prompts if p.source not in held], weight) for prompts, weight in sources]
+    unlike = [(_without_copies(prompts, validation), weight) for prompts, weight in left]
+    training = deal_prompts(unlike, data, seed)
     return (
-        _answered(target, jobs, data, seed, "Generating"),
-        _greedy_answers(target, validation, data, seed),
+        _answered(target, training, data, seed, greedy=False),
+        _answered(target, validation, data, seed, greedy=True),
     )
 
 
@@ -97,29 +89,53 @@ def _prepare_stored(
 ) -> tuple[Documents, Documents]:
     """From `data.store` or `data.conversations`."""
     data = data.model_copy(update={"chat_template_kwargs": template_variables(data)})
-    stored: ActivationStore | OnlineActivations
-    if data.store is not None:
-        stored = ActivationStore(data.store, target)
-        say(
-            f"{data.store}: {len(stored.entries):,} documents; of data.* only "
-            "validation_conversations and only_* apply to them"
-        )
-    else:
-        stored = _activations_of(target, data)
+    stored = _open_stored(target, data)
     asked = stored_prompts(stored, target)
     documents = without_contaminated(stored, asked, target, data, held_out)
     asked = [asked[i] for i in documents.which]
-    if any(entry.temperature == 0 for entry in documents.entries):
-        training, held = split_documents(documents, asked, data.validation_conversations, seed)
-        return _asked_for(training, data, seed), held
-    say("No greedy text of this target there to validate on: data.prompts are answered for it")
-    prompts = [prompt for group, _ in load_sources(data, held_out) for prompt in group]
-    _, validation = split_by_source(prompts, data.validation_conversations, seed)
-    sources = {prompt.source for prompt in validation}
-    kept = [i for i, entry in enumerate(documents.entries) if entry.source not in sources]
-    kept = _without_copies(kept, asked, _also_rendered(validation, target, data))
-    training = _asked_for(Chosen(documents, kept), data, seed)
-    return training, _greedy_answers(target, validation, data, seed)
+    entries = documents.entries
+    greedy = [entry for entry in entries if entry.temperature == 0]
+    validation: list[Prompt] = []
+    held: list[int] = []
+    if greedy:
+        _, chosen = split_by_source(greedy, data.validation_conversations, seed)
+        sources = {entry.source for entry in chosen}
+        held = [i for i, e in enumerate(entries) if e.source in sources and e.temperature == 0]
+        repeated = [asked[i] for i in held]
+    else:
+        say("No greedy text of this target there to validate on: data.prompts are answered for it")
+        prompts = [prompt for group, _ in load_sources(data, held_out) for prompt in group]
+        _, validation = split_by_source(prompts, data.validation_conversations, seed)
+        sources = {prompt.source for prompt in validation}
+        repeated = _also_rendered(validation, target, data)
+    kept = [i for i, entry in enumerate(entries) if entry.source not in sources]
+    left = set(map(id, _without_copies([asked[i] for i in kept], repeated)))
+    training = Chosen(documents, [i for i in kept if id(asked[i]) in left])
+    return (
+        _asked_for(training, data, seed),
+        Chosen(documents, held) if greedy else _answered(target, validation, data, seed, True),
+    )
+
+
+def _open_stored(target: Target, data: DataConfig) -> ActivationStore | OnlineActivations:
+    """`data.store`, or the activations of `data.conversations`."""
+    if data.store is not None:
+        store = ActivationStore(data.store, target)
+        say(
+            f"{data.store}: {len(store):,} documents; of data.* only validation_conversations and "
+            "only_* apply to them"
+        )
+        return store
+    assert data.conversations is not None, "the caller knows one of the two"
+    if data.online:
+        written = list(stream_folder(data.conversations, target))
+        return OnlineActivations(target, written, data)
+    settings = [
+        read_manifest(data.conversations), target.fingerprint, str(target.table.dtype),
+        data.teacher_top_k, data.storage, data.max_tokens,
+    ]  # fmt: skip
+    out = _cache(data) / "activations" / stable_hash(settings)
+    return extract_folder(target, data.conversations, data, out)
 
 
 def _asked_for(training: Documents, data: DataConfig, seed: int) -> Documents:
@@ -129,9 +145,7 @@ def _asked_for(training: Documents, data: DataConfig, seed: int) -> Documents:
     Raises:
         ValueError: there are fewer.
     """
-    heats, categories, count = (
-        data.only_temperatures, data.only_categories, data.only_conversations,
-    )  # fmt: skip
+    heats, categories, count = data.only_temperatures, data.only_categories, data.only_conversations
     kept = [
         i
         for i, e in enumerate(training.entries)
@@ -162,7 +176,7 @@ def load_sources(
     """
     sources = [(load_prompts(s, data.max_bad_rows), s.weight) for s in data.prompts]
     if held_out is None:
-        say("Contamination: not checked, there are no evaluation prompts (eval.prompts)")
+        say(NOT_CHECKED)
         return sources
     evaluation = load_prompt_set(held_out)
     if tokens is not None:
@@ -203,65 +217,27 @@ def deal_sampling(data: DataConfig, tokens: TargetTokens, prompts: list[Prompt])
     return dealt
 
 
-def without_held_out(prompts: list[Prompt], validation: list[Prompt]) -> list[Prompt]:
-    """The prompts of other sources than the held-out ones that are no exact copies of those either;
-    prints how many copies there are, if any. Near ones stay: they would change what a seed deals of
-    a set in which nothing stands twice."""
-    sources = {prompt.source for prompt in validation}
-    training = [prompt for prompt in prompts if prompt.source not in sources]
-    kept, found = remove_contaminated(training, validation, near=False)
+def _without_copies(prompts: list[Prompt], held_out: list[Prompt]) -> list[Prompt]:
+    """The prompts that are no exact copies of held-out ones; prints how many are, if any. Near ones
+    stay: of stored ones they would be all that share a long system prompt."""
+    kept, found = remove_contaminated(prompts, held_out, near=False)
     if found.pairs:
         say(f"Held out for validation: {found.describe('held-out')}")
     return kept
 
 
-def split_documents(
-    documents: Documents, asked: list[Prompt], held_out: int, seed: int
-) -> tuple[Documents, Documents]:
-    """Hold out greedy documents such that no source and no prompt is in both parts.
-
-    Args:
-        documents: with their sources and temperatures.
-        asked: the prompt of each.
-        held_out: documents held out.
-        seed: of the choice.
-
-    Raises:
-        ValueError: too few greedy documents or sources to hold that many out.
-    """
-    entries = documents.entries
-    _, chosen = split_by_source([e for e in entries if e.temperature == 0], held_out, seed)
-    sources = {entry.source for entry in chosen}
-    kept = [i for i, entry in enumerate(entries) if entry.source not in sources]
-    validation = [i for i, e in enumerate(entries) if e.source in sources and e.temperature == 0]
-    kept = _without_copies(kept, asked, [asked[i] for i in validation])
-    return Chosen(documents, kept), Chosen(documents, validation)
-
-
-def _without_copies(kept: list[int], asked: list[Prompt], validation: list[Prompt]) -> list[int]:
-    """Of the documents `kept`, those whose prompt is no exact copy of a held-out one; near ones
-    would be all that share a long system prompt, which is part of what is stored."""
-    unlike, found = remove_contaminated([asked[i] for i in kept], validation, near=False)
-    if found.pairs:
-        say(f"Held out for validation: {found.describe('held-out')}")
-    left = set(map(id, unlike))
-    return [i for i in kept if id(asked[i]) in left]
-
-
-def _greedy_answers(
-    target: Target, prompts: list[Prompt], data: DataConfig, seed: int
-) -> Documents:
-    jobs = make_jobs(prompts, [Sampling(0.0)] * len(prompts), target, data)
-    return _answered(target, jobs, data, seed, "  held out")
-
-
 def _answered(
-    target: Target, jobs: list[Job], data: DataConfig, seed: int, description: str
+    target: Target, prompts: list[Prompt], data: DataConfig, seed: int, greedy: bool
 ) -> Documents:
+    """The target's answers to training prompts or, greedy ones, to those of the validation."""
+    sampling = [Sampling(0.0)] * len(prompts) if greedy else deal_sampling(data, target, prompts)
+    jobs = make_jobs(prompts, sampling, target, data)
     extracted = not data.online
     settings = conversation_settings(jobs, target, data, seed, extracted)
     folder = _cache(data) / "conversations" / stable_hash(settings)
-    regenerate(target, jobs, data, seed, folder, extracted, description)
+    regenerate(
+        target, jobs, data, seed, folder, extracted, "  held out" if greedy else "Generating"
+    )
     if extracted:
         return ActivationStore(folder, target)
     return OnlineActivations(target, list(stream_folder(folder, target)), data)
@@ -276,15 +252,14 @@ def without_contaminated(
 ) -> Chosen:
     """The documents whose prompt, of those `asked`, is no copy of an evaluation prompt; prints how
     many are."""
-    everything = range(len(stored.entries))
     if held_out is None:
-        say("Contamination: not checked, there are no evaluation prompts (eval.prompts)")
-        return Chosen(stored, everything)
+        say(NOT_CHECKED)
+        return Chosen(stored, range(len(stored.entries)))
     evaluation = _also_rendered(load_prompt_set(held_out), target, data)
     kept, found = remove_contaminated(asked, evaluation)
     say(f"Conversations against {held_out}: {found.describe()}")
     left = set(map(id, kept))
-    return Chosen(stored, [i for i in everything if id(asked[i]) in left])
+    return Chosen(stored, [i for i, prompt in enumerate(asked) if id(prompt) in left])
 
 
 def stored_prompts(stored: ActivationStore | OnlineActivations, target: Target) -> list[Prompt]:
@@ -305,21 +280,6 @@ def _also_rendered(prompts: list[Prompt], target: Target, data: DataConfig) -> l
 
 def _as_prompt(prompt_id: str, text: str) -> Prompt:
     return Prompt(prompt_id, "", "", [{"role": "user", "content": text}], raw=True)
-
-
-def _activations_of(target: Target, data: DataConfig) -> ActivationStore | OnlineActivations:
-    """Of the conversations of `headstart regenerate` that `data` names."""
-    folder = data.conversations
-    assert folder is not None
-    if data.online:
-        return OnlineActivations(target, list(stream_folder(folder, target)), data)
-    settings = [
-        read_manifest(folder), target.fingerprint, str(target.table.dtype), data.teacher_top_k,
-        data.storage, data.max_tokens,
-    ]  # fmt: skip
-    return extract_folder(
-        target, folder, data, _cache(data) / "activations" / stable_hash(settings)
-    )
 
 
 def extract_folder(
@@ -396,22 +356,21 @@ def run_regenerate(
             "a server hands out text, no activations: leave out --extract, and run `headstart "
             "extract` over what it wrote"
         )
-    if url is None and model is not None:
-        raise ValueError("--model names the target at a server: give --server too")
-    if url is None and key_variable is not None:
-        raise ValueError("--api-key-env names the key of a server: give --server too")
+    if url is None and (model is not None or key_variable is not None):
+        raise ValueError("--model and --api-key-env are about a server: give --server too")
     d = config.data
     held_out = config.eval.prompts if config.eval else None
     prompts = deal_prompts(load_sources(d, held_out), d, config.run.seed)
-    tokens: TargetTokens
     if url is None:
-        tokens = target = open_target(config.target, device)
-    else:
-        tokens = load_target_tokens(config.target)
-    jobs = make_jobs(prompts, deal_sampling(d, tokens, prompts), tokens, d)
-    if url is None:
+        target = open_target(config.target, device)
+        jobs = make_jobs(prompts, deal_sampling(d, target, prompts), target, d)
         regenerate(target, jobs, d, config.run.seed, out, extracting)
     else:
+        # Its client takes half a second to import, and training reads this file too.
+        from headstart.data.server import AnswerServer, regenerate_by_server
+
+        tokens = load_target_tokens(config.target)
+        jobs = make_jobs(prompts, deal_sampling(d, tokens, prompts), tokens, d)
         server = AnswerServer(
             url, model, concurrency, tokens.tokenizer, tokens.eos_ids, key_variable
         )
@@ -436,13 +395,9 @@ def describe_store(store: ActivationStore) -> str:
 
 
 def run_extract(config: Config, conversations: str, out: Path, device: Any) -> None:
-    """Run the target of `config` over conversations and write the activation store `out`.
-
-    Args:
-        config: its target and data.
-        conversations: a folder of `headstart regenerate`, or any source of whole conversations.
-        out: of the store; an interrupted call goes on there.
-        device: where the target runs.
+    """Run the target of `config` over conversations and write the activation store `out`, where an
+    interrupted call goes on. `conversations` is a folder of `headstart regenerate`, or any source
+    of whole conversations.
 
     Raises:
         ValueError: bad conversations, a folder of another store, or too small a disk.
@@ -488,10 +443,10 @@ def encode_source(path: str, tokens: TargetTokens, config: Config) -> list[Conve
             thoughtless.append(prompt.id)
     report_refused(refused, len(prompts), d.max_bad_rows)
     if thoughtless:
-        told = (
+        line = (
             f"{path}: the chat template leaves thoughts out of {len(thoughtless)} of "
             f"{len(prompts)} conversations, first {thoughtless[0]}: their answers are trained on "
             "without them (it may keep them with a variable of data.chat_template_kwargs)"
         )
-        print(one_line(told), file=sys.stderr)
+        print(one_line(line), file=sys.stderr)
     return rows

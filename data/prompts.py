@@ -80,13 +80,8 @@ def load_prompts(
 ) -> list[Prompt]:
     """Read the prompts of a source (`SourceConfig` says what can be one).
 
-    A row is recognised by its columns: `messages` (OpenAI), `conversations` (ShareGPT), `prompt`
-    with `response` or `completion`, `instruction` with `input` and `output` (Alpaca), `text`,
-    which is raw, or `turns` (MT-bench): texts of the user, as `prompt` may be too, of which the
-    first is the prompt and the others its `later_turns`; `source.columns` names others. Optional
-    columns: `id` (or another of `IDS`), `system` (or another of `SYSTEM`), `history`, `category`,
-    `source`, `raw`, `tools`. Rows with images, audio or video are unusable. Columns that are not
-    used are listed in one line.
+    `docs/data.md` lists the columns by which a row is recognised (`LAYOUTS` and those beside them).
+    Columns that are not used are listed in one line.
 
     Args:
         source: a path, a Hub id, or either with its settings.
@@ -118,7 +113,7 @@ def load_prompts(
             if not max_bad_rows:
                 raise ValueError(f"{place}: {error}") from None
             reason, _, detail = str(error).partition(" (")
-            first = f"first {place} ({detail}" if detail else f"first {place}"
+            first = f"{place} ({detail}" if detail else str(place)
             count, first = skipped.get(reason, (0, first))
             skipped[reason] = count + 1, first
             if not prompts and sum(n for n, _ in skipped.values()) >= HOPELESS:
@@ -151,36 +146,36 @@ def _check(
             f"{source.path}: no row has the column {absent[0]} that columns names "
             f"(columns: {', '.join(sorted(seen))})"
         )
-    worst_first = sorted(skipped.items(), key=lambda item: -item[1][0])
-    reasons = "; ".join(f"{count} {reason}, {first}" for reason, (count, first) in worst_first)
+    reasons = _worst_first(skipped)
     if bad > max_bad_rows * (usable + bad):
         raise ValueError(
             f"{source.path}: {bad} of {usable + bad} rows are unusable ({reasons}); mend them, or "
             f"raise data.max_bad_rows, now {max_bad_rows:g}"
         )
     if bad:
-        told = one_line(f"{source.path}: {usable} rows, {bad} skipped ({reasons})")
-        print(told, file=sys.stderr)
+        line = f"{source.path}: {usable} rows, {bad} skipped ({reasons})"
+        print(one_line(line), file=sys.stderr)
+
+
+def _worst_first(reasons: dict[str, tuple[int, str]], most: int | None = None) -> str:
+    """Reasons with how often, and where first, each was met."""
+    ordered = sorted(reasons.items(), key=lambda item: -item[1][0])[:most]
+    return "; ".join(f"{count} {reason}, first {first}" for reason, (count, first) in ordered)
 
 
 def report_refused(refused: list[tuple[str, str]], total: int, max_bad_rows: float) -> None:
-    """Count rows that a target's template refuses, by reason, in one line on stderr.
-
-    Args:
-        refused: (prompt id, reason) of each.
-        total: rows, good and bad.
-        max_bad_rows: share of them that may be refused.
+    """Count rows that a target's template refuses, each (prompt id, reason), in one line on stderr.
 
     Raises:
-        ValueError: more of them are.
+        ValueError: they are more than a share of `max_bad_rows` of all, good and bad.
     """
     if not refused:
         return
-    reasons: dict[str, list[str]] = {}
+    reasons: dict[str, tuple[int, str]] = {}
     for prompt_id, reason in refused:
-        reasons.setdefault(reason, []).append(prompt_id)
-    worst_first = sorted(reasons.items(), key=lambda item: -len(item[1]))
-    listed = "; ".join(f"{len(ids)} {reason}, first {ids[0]}" for reason, ids in worst_first[:5])
+        count, first = reasons.get(reason, (0, prompt_id))
+        reasons[reason] = count + 1, first
+    listed = _worst_first(reasons, 5)
     line = f"{len(refused)} of {total} rows cannot be used with this target ({listed})"
     if len(refused) > max_bad_rows * total:
         raise ValueError(f"{line}; mend them, or raise data.max_bad_rows, now {max_bad_rows:g}")
@@ -225,11 +220,8 @@ def prompt_of(row: Row, place: Place, columns: dict[str, str]) -> Prompt:
 def deal(sources: list[tuple[list[Prompt], float | None]], count: int, seed: int) -> list[Prompt]:
     """`count` prompts of several sources, in a shuffled order, starting over where they run out.
 
-    Args:
-        sources: prompts, and the weight of their share of `count` (of all sources or of none).
-            Shares are exact to a prompt: largest remainder. Without weights all are one pool.
-        count: prompts dealt.
-        seed: of every order.
+    All sources or none have a weight: of their share of `count`, exact to a prompt (largest
+    remainder). Without weights all are one pool.
 
     Raises:
         ValueError: a source that is to be dealt from is empty.
@@ -276,13 +268,8 @@ def split_by_source(
     """Split into (training, validation) such that no source is in both.
 
     Whole sources are held out, drawn with `seed` and dealt over the categories; one with more
-    prompts than are still wanted stays in training.
-
-    Args:
-        prompts: of all sources.
-        held_out: prompts to hold out.
-        seed: of the draw.
-        key: what the user gives `held_out` by.
+    prompts than are still wanted stays in training. `key` is what the user gives the number of
+    prompts to hold out by.
 
     Raises:
         ValueError: too few prompts or sources to hold that many out.
@@ -332,10 +319,6 @@ PLACEHOLDER = "FULL BENCHMARK DATA SHOULD BE FETCHED FROM THE SOURCE"
 """Begins a prompt that SPEED-Bench may not pass on (TURNS_PLACEHOLDER of its prepare.py)."""
 
 
-def _as_it_is(row: Columns) -> Columns | None:
-    return row
-
-
 @dataclass(frozen=True)
 class PromptSet:
     """Where a benchmark is found, and how a row of it becomes a prompt."""
@@ -348,7 +331,7 @@ class PromptSet:
     split: str = "test"
     columns: dict[str, str] = field(default_factory=dict)
     """As in `SourceConfig`. Mapped to `text` the prompt is raw."""
-    adapt: Callable[[Columns], Columns | None] = _as_it_is
+    adapt: Callable[[Columns], Columns | None] = lambda row: row
     """As in `load_prompts`. Where a row has no category, it is the name of the set."""
 
 
@@ -446,25 +429,23 @@ def load_prompt_set(name: str) -> list[Prompt]:
         if not _is_there(name) and ("/" not in name or not HUB_ID.fullmatch(name)):
             raise ValueError(f"no prompt file {name}, and no prompt set: {', '.join(SETS)}")
         return load_prompts(name)
+    chosen = SETS[key]
     try:
-        return _load(key, path if given else None)
+        if given and not _is_there(path):
+            raise ValueError(f"no prompt file {path}")
+        if not given and chosen.hub is None:
+            raise ValueError(f"{key} is not on the Hugging Face Hub")
+        source = SourceConfig(
+            path=path if given else str(chosen.hub),
+            name=chosen.config,
+            split=chosen.split,
+            columns=chosen.columns,
+        )
+        return load_prompts(source, adapt=lambda row: chosen.adapt({"category": key} | row))
     except ValueError as error:
         raise ValueError(
-            f"{error}; {key} is published as {SETS[key].published}: give {key}=PATH"
+            f"{error}; {key} is published as {chosen.published}: give {key}=PATH"
         ) from error
-
-
-def _load(key: str, path: str | None) -> list[Prompt]:
-    chosen = SETS[key]
-    if path is not None and not _is_there(path):
-        raise ValueError(f"no prompt file {path}")
-    place = chosen.hub if path is None else path
-    if place is None:
-        raise ValueError(f"{key} is not on the Hugging Face Hub")
-    source = SourceConfig(
-        path=place, name=chosen.config, split=chosen.split, columns=chosen.columns
-    )
-    return load_prompts(source, adapt=lambda row: chosen.adapt({"category": key} | row))
 
 
 def _is_there(path: str) -> bool:

@@ -3,7 +3,6 @@
 Letters: B batch, V vocabulary.
 """
 
-import asyncio
 from contextlib import nullcontext
 from dataclasses import astuple, dataclass
 from pathlib import Path
@@ -15,7 +14,6 @@ from rich.progress import Progress
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from headstart.common.console import progress_bar, say
-from headstart.common.files import alone_in
 from headstart.common.processes import in_step, is_mine, processes_in
 from headstart.configs.schema import DataConfig
 from headstart.data.conversations import (
@@ -29,7 +27,6 @@ from headstart.data.conversations import (
 )
 from headstart.data.extraction import Recorder, entries_of
 from headstart.data.prompts import Prompt, report_refused
-from headstart.data.server import AnswerServer
 from headstart.data.store import (
     check_space,
     shard_path,
@@ -73,9 +70,7 @@ def make_jobs(
             job_id = f"{prompt.id}#{times}"
         taken.add(job_id)
         try:
-            ids = encode_prompt(
-                prompt, tokens.tokenizer, chat_template_kwargs=config.chat_template_kwargs
-            )
+            ids = encode_prompt(prompt, tokens.tokenizer, config.chat_template_kwargs)
         except ValueError as error:
             refused.append((prompt.id, str(error)))
             continue
@@ -230,9 +225,6 @@ def regenerate(
     What an earlier call with the same settings has finished stays as it is.
 
     Args:
-        target: the model that writes.
-        jobs: from `make_jobs`.
-        config: lengths, batch size, and how activations are stored.
         seed: each batch is a function of it and of the batch's number alone, so that a resumed
             call ends with the same conversations as an uninterrupted one.
         folder: for one Parquet part and, with `extract`, one shard of activations a batch.
@@ -250,18 +242,18 @@ def regenerate(
             "raise it, or leave out --extract and run `headstart extract`, which cuts them"
         )
     batches = batches_of(jobs, config)
-    made_with = conversation_settings(jobs, target, config, seed, extract)
     settings = shard_settings(target, config.teacher_top_k, config.storage)
     with processes_in(folder), progress_bar() as bar:
         if PartialState().is_main_process:
+            made_with = conversation_settings(jobs, target, config, seed, extract)
             claim_folder(folder, made_with, len(batches))
             if extract:
                 _check_space(folder, target, batches, config)
         PartialState().wait_for_everyone()
         mine = [number for number in range(len(batches)) if is_mine(number)]
-        missing = [number for number in mine if not _is_done(folder, number, extract)]
+        missing = [number for number in mine if not is_done(folder, number, extract)]
         there = [part_path(folder, number) for number in sorted(set(mine) - set(missing))]
-        done = _Done(bar, description, sum(len(batches[n]) for n in mine), there)
+        done = Done(bar, description, sum(len(batches[n]) for n in mine), there)
         for pending in in_step(missing, target.sharded):
             if pending is None:
                 answer(target, [_IDLE], 1, seed, None)
@@ -278,7 +270,7 @@ def regenerate(
                 write_shard(shard_path(folder, pending), tensors, entries, settings)
             path = part_path(folder, pending)
             write_part(path, written, target.tokenizer, target.name, target.revision)
-            done.add(path)
+            done.add(written)
         PartialState().wait_for_everyone()
         if extract and PartialState().is_main_process and not (folder / "index.json").is_file():
             write_index(folder, [shard_path(folder, i) for i in range(len(batches))], settings)
@@ -287,112 +279,36 @@ def regenerate(
 def _check_space(
     folder: Path, target: Target, batches: list[list[Job]], config: DataConfig
 ) -> None:
-    missing = [b for i, b in enumerate(batches) if not _is_done(folder, i, extract=True)]
+    missing = [b for i, b in enumerate(batches) if not is_done(folder, i, extract=True)]
     prompt_tokens = sum(len(job.prompt_ids) for batch in missing for job in batch)
     answers = sum(len(batch) for batch in missing) * config.max_new_tokens
     each = stored_bytes(target, config)
     check_space(folder, each * (prompt_tokens + answers), each * prompt_tokens)
 
 
-def regenerate_by_server(
-    server: AnswerServer,
-    tokens: TargetTokens,
-    jobs: list[Job],
-    config: DataConfig,
-    seed: int,
-    folder: Path,
-) -> int:
-    """Let an OpenAI-compatible server answer; otherwise as `regenerate`.
-
-    Several batches are under way at once, so that one long answer holds up none of the others.
-
-    Returns:
-        How many answers came back as text alone and were tokenised again.
-
-    Raises:
-        ValueError, RuntimeError: what `AnswerServer` raises; finished parts are kept.
-    """
-    batches = batches_of(jobs, config)
-    made_with = conversation_settings(jobs, tokens, config, seed, extract=False)
-    retokenised = 0
-
-    async def write(number: int, batch: list[Job], done: _Done) -> None:
-        nonlocal retokenised
-        path = part_path(folder, number)
-        if path not in done.there:
-            first = number * config.generation_batch_size
-            answers = await asyncio.gather(
-                *(
-                    server.answer(
-                        job.prompt_ids, job.sampling, seed + first + i, config.max_new_tokens
-                    )
-                    for i, job in enumerate(batch)
-                )
-            )
-            retokenised += sum(answer.retokenised for answer in answers)
-            written = conversations_of(batch, [a.ids for a in answers], tokens.eos_ids)
-            write_part(path, written, tokens.tokenizer, tokens.name, tokens.revision)
-            done.add(path)
-
-    async def write_all(done: _Done) -> None:
-        # Enough batches under way to keep the server busy, and no more: a kill loses those.
-        at_once = asyncio.Semaphore(1 + -(-server.concurrency // config.generation_batch_size))
-
-        async def bounded(number: int, batch: list[Job]) -> None:
-            async with at_once:
-                await write(number, batch, done)
-
-        async with server:
-            if not all(_is_done(folder, i, extract=False) for i in range(len(batches))):
-                await server.check()
-            for note in server.notes:
-                say(note)
-            ends = await asyncio.gather(
-                *(bounded(number, batch) for number, batch in enumerate(batches)),
-                # What is under way is finished and kept, whatever becomes of one request.
-                return_exceptions=True,
-            )
-        for failure in ends:
-            if isinstance(failure, BaseException):
-                raise failure
-
-    with alone_in(folder), progress_bar() as bar:
-        claim_folder(folder, made_with, len(batches))
-        numbers = range(len(batches))
-        there = [part_path(folder, n) for n in numbers if _is_done(folder, n, extract=False)]
-        asyncio.run(write_all(_Done(bar, "Generating", len(jobs), there)))
-    return retokenised
-
-
-class _Done:
-    """Counts finished parts on a progress bar.
-
-    Args:
-        bar: where.
-        description: of the task.
-        total: conversations in all.
-        there: parts that an earlier call finished.
-    """
+class Done:
+    """Counts answers on a progress bar, of `total`; `there` are parts that an earlier call
+    finished."""
 
     def __init__(self, bar: Progress, description: str, total: int, there: list[Path]):
-        self.bar, self.there, self.tokens = bar, set(there), 0
-        count = sum(self._read(path) for path in there)
-        status = self._status() if there else ""
+        self.bar, self.tokens, count = bar, 0, 0
+        for path in there:
+            count += self._count(read_part(path))
+        status = f"{self.tokens:,} tokens" if there else ""
         self.task = bar.add_task(description, total=total, completed=count, status=status)
 
-    def add(self, path: Path) -> None:
-        self.bar.update(self.task, advance=self._read(path), status=self._status())
+    def add(self, written: list[Conversation]) -> None:
+        """Count answers that are written now."""
+        count = self._count(written)
+        self.bar.update(self.task, advance=count, status=f"{self.tokens:,} tokens")
 
-    def _read(self, path: Path) -> int:
-        conversations = read_part(path)
+    def _count(self, conversations: list[Conversation]) -> int:
         self.tokens += sum(c.trained for c in conversations)
         return len(conversations)
 
-    def _status(self) -> str:
-        return f"{self.tokens:,} tokens"
 
-
-def _is_done(folder: Path, number: int, extract: bool) -> bool:
+def is_done(folder: Path, number: int, extract: bool) -> bool:
+    """Whether a batch has its part and, where it is to have one, its shard."""
     paths = [part_path(folder, number)] + [shard_path(folder, number)] * extract
     return all(path.is_file() for path in paths)
 
@@ -424,11 +340,9 @@ def answer(
             **(recorder.arguments() if recorder is not None else {}),
         )
     responses = output[:, inputs["input_ids"].shape[1] :].tolist()
-    return [_cut_after(response, target.eos_ids) for response in responses]
+    return [cut_after(response, target.eos_ids) for response in responses]
 
 
-def _cut_after(ids: list[int], stops: list[int]) -> list[int]:
-    for i, token in enumerate(ids):
-        if token in stops:
-            return ids[: i + 1]
-    return ids
+def cut_after(ids: list[int], stops: list[int]) -> list[int]:
+    """The ids up to the first of `stops`, that included."""
+    return ids[: next((i + 1 for i, token in enumerate(ids) if token in stops), len(ids))]

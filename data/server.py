@@ -20,12 +20,37 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from urllib.parse import urljoin
 
+from openai import (
+    APIConnectionError,
+    APIError,
+    APIStatusError,
+    AsyncOpenAI,
+    BadRequestError,
+    DefaultAsyncHttpxClient,
+    NotFoundError,
+    Timeout,
+    UnprocessableEntityError,
+)
 from transformers import PreTrainedTokenizerBase
 
-from headstart.heads.tokens import Sampling
+from headstart.common.console import progress_bar, say
+from headstart.common.files import alone_in
+from headstart.configs.schema import DataConfig
+from headstart.data.conversations import claim_folder, part_path, write_part
+from headstart.data.regenerate import (
+    Done,
+    Job,
+    batches_of,
+    conversation_settings,
+    conversations_of,
+    cut_after,
+    is_done,
+)
+from headstart.heads.tokens import Sampling, TargetTokens
 
 SHOWN = 40  # characters of what a server says that go into a message
 KEPT = "What is finished is kept: start the server and give the same command again"
@@ -68,7 +93,6 @@ def _read(
             f"the server broke an answer off ({str(choice['finish_reason'])[:SHOWN]}). {KEPT}"
         )
     given = server_ids(body)
-    retokenised = given is None
     if given is not None and len(given) > limit:
         raise ValueError(f"the server gave {len(given):,} tokens where {limit:,} were asked for")
     if given is None and len(choice["text"]) > limit * max(map(len, tokenizer.get_vocab())):
@@ -77,27 +101,21 @@ def _read(
             "for, which no tokens of the target are long enough for"
         )
     ids = given or tokenizer(choice["text"], add_special_tokens=False)["input_ids"]
-    if stopped and not set(eos_ids) & set(ids) and (retokenised or _written(body) != len(ids)):
+    if stopped and not set(eos_ids) & set(ids) and (given is None or _written(body) != len(ids)):
         # vLLM names a stop token other than the model's first, SGLang any; a text is a stop word.
         stop = choice.get("stop_reason", choice.get("matched_stop"))
         if not isinstance(stop, str):
             ids = [*ids, eos_ids[0] if stop is None else stop]
-    _check_ids(ids, len(tokenizer))
-    # The server may know fewer end tokens than the target has, and write on.
-    ends = [i for i, token in enumerate(ids) if token in eos_ids]
-    if ends:
-        return Answer(ids[: ends[0] + 1], "stop", retokenised)
-    return Answer(ids, "length", retokenised)
-
-
-def _check_ids(ids: list[Any], vocabulary: int) -> None:
-    """Raise `ValueError` unless all are ids of a vocabulary."""
+    vocabulary = len(tokenizer)
     for i in ids:
         if type(i) is not int or not 0 <= i < vocabulary:  # True is an int, and no token
             raise ValueError(
                 f"the server runs another model: its token {repr(i)[:SHOWN]} is outside the "
                 f"target's vocabulary of {vocabulary}"
             )
+    ids = cut_after(ids, eos_ids)  # the server may know fewer end tokens, and write on
+    ended = bool(ids) and ids[-1] in eos_ids
+    return Answer(ids, "stop" if ended else "length", given is None)
 
 
 def server_ids(body: dict[str, Any]) -> list[int] | None:
@@ -183,9 +201,6 @@ class AnswerServer:
         eos_ids: list[int],
         key_variable: str | None = None,
     ):
-        # Half a second that nobody else should pay.
-        from openai import AsyncOpenAI, DefaultAsyncHttpxClient, Timeout
-
         address = url.rstrip("/").removesuffix("/v1")
         self.url = re.sub(r"(?<=://)[^/]*@", "", address)
         """As messages name it: without a user and a password."""
@@ -193,14 +208,13 @@ class AnswerServer:
         key = os.environ.get(self.key_variable)
         if key_variable is not None and not key:
             raise ValueError(f"--api-key-env {key_variable}: there is no such variable, or no key")
-        self.model = model
-        self.concurrency = concurrency
-        self.tokenizer = tokenizer
-        self.eos_ids = eos_ids
+        self.model, self.concurrency = model, concurrency
+        self.tokenizer, self.eos_ids = tokenizer, eos_ids
         self.notes: list[str] = []
         """What the user should know of this server, filled by `check`."""
         self._extras = WITH_IDS
         self._slots = asyncio.Semaphore(concurrency)
+        self._tokenize = f"{address}/tokenize"
         with _without_openai_settings():
             self._client = AsyncOpenAI(
                 base_url=f"{address}/v1",
@@ -212,7 +226,6 @@ class AnswerServer:
             # Copies read the environment too.
             self._without_patience = self._client.with_options(max_retries=0)
             self._with_little_patience = self._client.with_options(max_retries=2)
-        self._tokenize = f"{address}/tokenize"
 
     async def __aenter__(self) -> "AnswerServer":
         return self
@@ -255,15 +268,14 @@ class AnswerServer:
         """
         async with self._slots:
             with self._explained():
-                body = await self._complete(
-                    prompt_ids, sampling, seed, max_new_tokens, self._extras
-                )
+                body = await self._complete(prompt_ids, sampling, seed, max_new_tokens)
         return read_answer(body, self.tokenizer, self.eos_ids, max_new_tokens)
 
     async def _complete(
-        self, ids: list[int], sampling: Sampling, seed: int, limit: int, extras: dict[str, Any]
+        self, ids: list[int], sampling: Sampling, seed: int, limit: int
     ) -> dict[str, Any]:
         assert self.model is not None, "check() comes first"
+        extras = self._extras
         if extras and sampling.top_k is not None:
             extras = extras | {"top_k": sampling.top_k}
         completion = await self._client.completions.create(
@@ -273,8 +285,6 @@ class AnswerServer:
         return completion.to_dict(warnings=False)  # llama.cpp's types are not quite openai's
 
     async def _find_model(self) -> str:
-        from openai import APIConnectionError, APIStatusError, NotFoundError
-
         try:
             await self._without_patience.models.list()
         except APIConnectionError as error:
@@ -296,8 +306,6 @@ class AnswerServer:
         return self.model or served[0]
 
     async def _compare_tokenizers(self) -> None:
-        from openai import APIError
-
         vllm = {"model": self.model, "prompt": PROBE, "add_special_tokens": False}  # and SGLang
         llama_cpp = {"content": PROBE, "add_special": False}
         try:
@@ -316,13 +324,12 @@ class AnswerServer:
             )
 
     async def _choose_extras(self) -> None:
-        from openai import BadRequestError, UnprocessableEntityError
-
         prompt_ids = self.tokenizer(PROBE)["input_ids"]
         accepted: list[dict[str, Any]] = []
         for extras in (WITH_IDS, WITH_LOGPROBS, {}):
+            self._extras = extras
             try:
-                body = await self._complete(prompt_ids, Sampling(0.0), 0, 1, extras)
+                body = await self._complete(prompt_ids, Sampling(0.0), 0, 1)
             except (BadRequestError, UnprocessableEntityError):
                 if not extras and not accepted:
                     raise
@@ -333,7 +340,6 @@ class AnswerServer:
             read_answer(body, self.tokenizer, self.eos_ids, 1)
             accepted.append(extras)
             if server_ids(body) is not None:
-                self._extras = extras
                 break
         else:
             self._extras = accepted[0]
@@ -344,8 +350,6 @@ class AnswerServer:
     @contextmanager
     def _explained(self) -> Iterator[None]:
         """openai's errors as ours, in one line."""
-        from openai import APIConnectionError, APIStatusError
-
         try:
             yield
         except (APIConnectionError, APIStatusError) as error:
@@ -394,3 +398,67 @@ def _without_openai_settings() -> Iterator[None]:
         yield
     finally:
         os.environ.update(kept)
+
+
+def regenerate_by_server(
+    server: AnswerServer,
+    tokens: TargetTokens,
+    jobs: list[Job],
+    config: DataConfig,
+    seed: int,
+    folder: Path,
+) -> int:
+    """Let a server answer; otherwise as `regenerate`.
+
+    Several batches are under way at once, so that one long answer holds up none of the others.
+
+    Returns:
+        How many answers came back as text alone and were tokenised again.
+
+    Raises:
+        ValueError, RuntimeError: what `AnswerServer` raises; finished parts are kept.
+    """
+    batches = batches_of(jobs, config)
+    # Enough batches under way to keep the server busy, and no more: a kill loses those.
+    at_once = asyncio.Semaphore(1 + -(-server.concurrency // config.generation_batch_size))
+
+    async def write(number: int, done: Done) -> int:
+        async with at_once:
+            first = seed + number * config.generation_batch_size
+            answers = await asyncio.gather(
+                *(
+                    server.answer(job.prompt_ids, job.sampling, first + i, config.max_new_tokens)
+                    for i, job in enumerate(batches[number])
+                )
+            )
+            ids = [answer.ids for answer in answers]
+            written = conversations_of(batches[number], ids, tokens.eos_ids)
+            path = part_path(folder, number)
+            write_part(path, written, tokens.tokenizer, tokens.name, tokens.revision)
+            done.add(written)
+            return sum(answer.retokenised for answer in answers)
+
+    async def write_all(missing: list[int], done: Done) -> int:
+        async with server:
+            if missing:
+                await server.check()
+            for note in server.notes:
+                say(note)
+            # What is under way is finished and kept, whatever becomes of one request.
+            ends = await asyncio.gather(
+                *(write(number, done) for number in missing), return_exceptions=True
+            )
+        retokenised = 0
+        for end in ends:
+            if isinstance(end, BaseException):
+                raise end
+            retokenised += end
+        return retokenised
+
+    with alone_in(folder), progress_bar() as bar:
+        settings = conversation_settings(jobs, tokens, config, seed, extract=False)
+        claim_folder(folder, settings, len(batches))
+        missing = [i for i in range(len(batches)) if not is_done(folder, i, extract=False)]
+        there = [part_path(folder, i) for i in range(len(batches)) if i not in set(missing)]
+        done = Done(bar, "Generating", len(jobs), there)
+        return asyncio.run(write_all(missing, done))

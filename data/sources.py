@@ -63,11 +63,10 @@ class Place:
 def read_rows(source: SourceConfig) -> Iterator[tuple[Place, Row]]:
     """The rows of a source, in order, each with its place.
 
-    A path that exists is read from disk: a file by its ending, a folder of `save_to_disk`, or all
-    the files of known endings under a folder or that a glob matches, in sorted order (take one
-    split of a downloaded dataset with a glob: `data/train-*.parquet`), without hidden ones and
-    `METADATA`, which are counted. Anything else that does
-    not look like a path is the id of a Hugging Face dataset. Code of a dataset is never run.
+    A path that exists is read from disk: a file by its ending, a folder of `save_to_disk`, or the
+    files of known endings under a folder or that a glob matches, sorted, without hidden ones and
+    `METADATA`, which are counted. Anything else that does not look like a path is the id of a
+    Hugging Face dataset. Code of a dataset is never run.
 
     Raises:
         ValueError: a source that is missing, of an unknown kind, or that cannot be loaded.
@@ -153,7 +152,7 @@ def _file_rows(path: Path) -> Iterator[tuple[Place, Row]]:
             case "json":
                 yield from _numbered(path, _array_rows(path))
             case "text":
-                yield from _lines(path, _text_row)
+                yield from _lines(path, lambda line: {"prompt": line.decode()})
             case "csv":
                 yield from _numbered(path, _csv_rows(path))
             case _:
@@ -193,8 +192,10 @@ def _byte_lines(path: Path) -> Iterator[bytes]:
 def _parsed(line: bytes, parse: Callable[[bytes], Any]) -> Row:
     try:
         row = parse(line)
-    except UnicodeError as error:
-        return _not_text(error)
+    except UnicodeDecodeError:
+        return "not UTF-8"
+    except UnicodeError:
+        return "half a surrogate pair"
     except json.JSONDecodeError as error:
         return f"not JSON ({error.msg} at column {error.colno})"
     except (ValueError, RecursionError) as error:  # an endless number, endless nesting
@@ -209,17 +210,9 @@ def _json_row(line: bytes) -> Any:
     return row
 
 
-def _text_row(line: bytes) -> dict[str, Any]:
-    return {"prompt": line.decode()}
-
-
 def _check_text(row: Any) -> None:
     """Raises UnicodeError for half a surrogate pair: a str may hold it, but no tokenizer."""
     json.dumps(row, ensure_ascii=False).encode()
-
-
-def _not_text(error: UnicodeError) -> str:
-    return "not UTF-8" if isinstance(error, UnicodeDecodeError) else "half a surrogate pair"
 
 
 def _is_array(path: Path) -> bool:
@@ -245,7 +238,11 @@ def _csv_rows(path: Path) -> Iterator[Row]:
         delimiter = _delimiter(path, file)
         # Strict: a stray quote would otherwise swallow the rest of the file as one cell.
         for row in csv.DictReader(bounded_lines(file), delimiter=delimiter, strict=True):
-            yield _csv_row(row)
+            try:
+                _check_text(row)
+                yield "more cells than columns" if None in row else row
+            except UnicodeError:
+                yield "not UTF-8"
 
 
 def _delimiter(path: Path, file: TextIO) -> str:
@@ -262,16 +259,6 @@ def _delimiter(path: Path, file: TextIO) -> str:
     if delimiter != usual:
         say(f"{path}: columns are separated by {delimiter!r}")
     return delimiter
-
-
-def _csv_row(row: dict[Any, Any]) -> Row:
-    if None in row:
-        return "more cells than columns"
-    try:
-        _check_text(row)
-    except UnicodeError:
-        return "not UTF-8"
-    return row
 
 
 def _columnar_rows(path: Path, kind: str) -> Iterator[Row]:
@@ -309,36 +296,19 @@ def _hub_rows(source: SourceConfig) -> Iterator[tuple[Place, Row]]:
     datasets.disable_progress_bars()
     try:
         rows = datasets.load_dataset(
-            source.path,
-            source.name,
-            split=source.split,
-            revision=source.revision,
+            source.path, source.name, split=source.split, revision=source.revision,
             streaming=source.streaming,
-        )
+        )  # fmt: skip
         for number, row in enumerate(rows):
             yield Place(source.path, number), _filled(row)
     # RuntimeError: the dataset is a script.
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise ValueError(
             f"cannot load the dataset {source.path} from the Hugging Face Hub: "
-            f"{_one_line(error)}; {_cure(source, error)}"
+            f"{_one_line(error)}; check its spelling, the source's `name` and `split` (slices do "
+            "not stream: use `limit`) and the network, and for a private or gated one run `hf auth "
+            "login`; code of a dataset is never run: download its data files and name those"
         ) from error
-
-
-def _cure(source: SourceConfig, error: Exception) -> str:
-    text = str(error)
-    if "Config name is missing" in text or "BuilderConfig" in text:
-        return "set the source's `name` to one of its configurations"
-    if "split" in text:
-        return "set the source's `split`" + (
-            " (slices do not stream: use `limit`)" if source.streaming and "[" in text else ""
-        )
-    if isinstance(error, RuntimeError):
-        return "code of a dataset is never run: download its data files and name those"
-    return (
-        "no local file has this name either; check the spelling and the network, and for a private "
-        "or gated dataset ask for access and run `hf auth login`"
-    )
 
 
 def _one_line(error: Exception) -> str:
@@ -432,11 +402,7 @@ def encoding_of(path: Path) -> str:
 
 
 def check_file(path: Path, kind: str) -> None:
-    """Refuse a file that is not what its name says.
-
-    Args:
-        path: of a data file.
-        kind: how it is to be read: json, csv, text, parquet or arrow.
+    """Refuse a file that is not of the kind (of `FILES`) that its name says.
 
     Raises:
         ValueError: with the fix.

@@ -11,9 +11,9 @@ Letters: N tokens of a shard, T tokens of a document, D target width, k teacher 
 import hashlib
 import json
 import shutil
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -194,14 +194,7 @@ class Shard:
             header = json.loads(self._header)
             self.settings: dict[str, Any] = header["settings"]
             self.entries = [Entry(**entry) for entry in header["documents"]]
-        except (
-            OSError,
-            SafetensorError,
-            json.JSONDecodeError,
-            UnicodeDecodeError,
-            KeyError,
-            TypeError,
-        ) as e:
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as e:
             raise ValueError(refusal(path, f"is cut short or no shard ({e})")) from e
         if settings is not None:
             for key in settings.keys() - NOTED:
@@ -242,13 +235,10 @@ class Shard:
         mask: torch.Tensor = self._file.get_tensor("loss_mask")
         return mask
 
-    def tensor_shapes(self) -> dict[str, dict[str, Any]]:
+    def shapes(self) -> dict[str, dict[str, Any]]:
         """Name -> dtype and shape of one token's values."""
-        parts = {name: self._file.get_slice(name) for name in self.names}
-        return {
-            name: {"dtype": str(part.get_dtype()), "shape": part.get_shape()[1:]}
-            for name, part in parts.items()
-        }
+        parts = [(name, self._file.get_slice(name)) for name in self.names]
+        return {n: {"dtype": str(p.get_dtype()), "shape": p.get_shape()[1:]} for n, p in parts}
 
 
 def refusal(path: Path, what: str) -> str:
@@ -302,9 +292,7 @@ def check_space(folder: Path, needed: int, at_least: int | None = None) -> None:
     """
     free = shutil.disk_usage(folder).free
     if needed > SAID_ABOVE:
-        say(
-            f"{folder}: up to {needed / 2**20:,.0f} MiB to write, {free / 2**20:,.0f} MiB free"
-        )  # fmt: skip
+        say(f"{folder}: up to {needed / 2**20:,.0f} MiB to write, {free / 2**20:,.0f} MiB free")
     if (needed if at_least is None else at_least) > free:
         raise ValueError(
             f"{folder} needs up to {needed / 2**20:,.0f} MiB and its disk has "
@@ -324,15 +312,9 @@ def write_index(folder: Path, shards: list[Path], settings: dict[str, Any]) -> N
     shapes: dict[str, Any] = {}
     for path in shards:
         shard = Shard(path, settings)
-        shapes = shard.tensor_shapes()
-        rows.append(
-            {
-                "file": path.name,
-                "bytes": path.stat().st_size,
-                "sha256": shard.sha256,
-                "documents": [asdict(e) for e in shard.entries],
-            }
-        )
+        shapes = shard.shapes()
+        row = {"file": path.name, "bytes": path.stat().st_size, "sha256": shard.sha256}
+        rows.append({**row, "documents": [asdict(e) for e in shard.entries]})
     content = {**settings, "tensors": shapes, "shards": rows}
     content["sha256"] = content_sha256(content)
     write_atomically(folder / "index.json", json.dumps(content) + "\n")
@@ -357,9 +339,8 @@ class ActivationStore:
         self.index = read_index(folder)
         if target is not None:
             check_made_for(self.index, target, folder)
-        self.settings = {
-            k: v for k, v in self.index.items() if k not in ("tensors", "shards", "sha256")
-        }  # fmt: skip
+        beside = ("tensors", "shards", "sha256")
+        self.settings = {k: v for k, v in self.index.items() if k not in beside}
         entries: list[Entry] = []
         self._places: list[tuple[int, int]] = []  # shard number, first token
         with reading(str(folder / "index.json"), "is damaged"):
@@ -370,8 +351,9 @@ class ActivationStore:
                     self._places.append((number, start))
                     start += entry.length
         self.entries: Sequence[Entry] = entries
-        self._open: OrderedDict[int, Shard] = OrderedDict()
         self._verified: set[int] = set()
+        self.shard = lru_cache(OPEN_SHARDS)(self._open)
+        """One of the shards by its number, verified; a bounded number of files stays open."""
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -394,16 +376,7 @@ class ActivationStore:
                 yield ids[span][~mask[span]].tolist()
                 start += entry.length
 
-    def verify(self) -> None:
-        """Raise `ValueError` unless every shard is whole."""
-        for number in range(len(self.index["shards"])):
-            self.shard(number)
-
-    def shard(self, number: int) -> Shard:
-        """One of the shards, verified; the files stay open, a bounded number of them."""
-        if number in self._open:
-            self._open.move_to_end(number)
-            return self._open[number]
+    def _open(self, number: int) -> Shard:
         row = self.index["shards"][number]
         path = self.folder / row["file"]
         if not path.is_file():
@@ -414,9 +387,6 @@ class ActivationStore:
                 raise ValueError(refusal(path, "is not the shard that the index names"))
             shard.verify()
             self._verified.add(number)
-        self._open[number] = shard
-        if len(self._open) > OPEN_SHARDS:
-            self._open.popitem(last=False)
         return shard
 
 
@@ -434,8 +404,9 @@ def read_index(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{folder} {state}")
     try:
         index: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        made_of = index["format"]
-        intact = content_sha256(index) == index["sha256"]
+        made_of, intact = index["format"], content_sha256(index) == index["sha256"]
+        if made_of == FORMAT and not intact:
+            raise ValueError("its SHA-256 does not match")
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{path} is damaged ({error}): delete it and run the command that made it again"
@@ -443,11 +414,6 @@ def read_index(folder: Path) -> dict[str, Any]:
     if made_of != FORMAT:
         raise ValueError(
             f"{path} is of format {made_of}, this version reads {FORMAT}: extract again"
-        )
-    if not intact:
-        raise ValueError(
-            f"{path} is damaged (its SHA-256 does not match): delete it and run the command that "
-            "made it again"
         )
     with reading(str(path), "is damaged"):
         for row in index["shards"]:
@@ -457,13 +423,9 @@ def read_index(folder: Path) -> dict[str, Any]:
 
 def check_made_for(index: dict[str, Any], target: Target, folder: Path) -> None:
     """Raise `ValueError`, naming both, unless the store was made for `target`."""
-    dtype = str(target.table.dtype).removeprefix("torch.")
-    for key, wanted in (
-        ("fingerprint", target.fingerprint),
-        ("tokenizer", target.tokenizer_hash),
-        ("dtype", dtype),
-    ):
-        if index[key] != wanted:
+    ours = shard_settings(target, 0, "target")
+    for key in ("fingerprint", "tokenizer", "dtype"):
+        if index[key] != (wanted := ours[key]):
             raise ValueError(
                 f"{folder} was made for {index['target']} with {key} {index[key][:12]}, and this "
                 f"target, {target.name}, has {wanted[:12]}: extract a store for it"

@@ -32,19 +32,21 @@ TAGS = re.compile(r"(?:<[^<>\s]+>|\[gMASK\])+")
 """What tokenizers begin a text with: `<s>`, `<|begin_of_text|>`, `[gMASK]<sop>`."""
 
 
+class NoAnswer(ValueError):
+    """A conversation that was to be encoded has no turn of the assistant."""
+
+
 def encode_prompt(
     prompt: Prompt,
     tokenizer: PreTrainedTokenizerBase,
-    max_tokens: int | None = None,
     chat_template_kwargs: dict[str, Any] | None = None,
 ) -> list[int]:
     """Token ids of a prompt, ready for the target to continue.
 
     The chat template is used where the tokenizer has one and the prompt is not raw; otherwise
     the plain text. An answer at the end is left out, since the target is to write its own; earlier
-    ones stay. Longer prompts than `max_tokens` keep the first token (<bos>) and their last ones.
-    `chat_template_kwargs` are variables of the template, such as `enable_thinking`. A raw text that
-    holds turns of the template is taken as the template's own work, its last answer left out.
+    ones stay. A raw text that holds turns of the template is taken as the template's own work.
+    `chat_template_kwargs` are variables of the template, such as `enable_thinking`.
 
     Raises:
         ValueError: the template refuses the conversation or leaves out what it says, there is
@@ -54,21 +56,19 @@ def encode_prompt(
         raise ValueError("there is nothing before the assistant's answer")
     kwargs = chat_template_kwargs or {}
     if rendered := _rendered_format(prompt, tokenizer, kwargs):
-        ids = token_ids(_rendered_question(prompt.text, rendered), tokenizer)
-    elif prompt.raw or not tokenizer.chat_template:
+        return token_ids(_rendered_question(prompt.text, rendered), tokenizer)
+    if prompt.raw or not tokenizer.chat_template:
         refuse_marks(prompt, tokenizer)
-        ids = _plain_ids(prompt.text, tokenizer, ended=False)
-    else:
-        template = tokenizer.get_chat_template(tools=prompt.tools)
-        key, tools = json.dumps(kwargs, sort_keys=True), _with_tools(prompt.messages)
-        known = known_turns(tokenizer, template, key, tools)
-        marks = known.marks if known else plain_borders(tokenizer, template, key)
-        refuse_marks(prompt, tokenizer, marks)
-        kwargs = {**kwargs, "add_generation_prompt": True}
-        text = render_chat(tokenizer, template, kwargs, prompt.question, prompt.tools)
-        _check_nothing_left_out(text, prompt.question, prompt.tools)
-        ids = token_ids(text, tokenizer)
-    return ids if max_tokens is None else shortened(ids, max_tokens)
+        return _plain_ids(prompt.text, tokenizer, ended=False)
+    template = tokenizer.get_chat_template(tools=prompt.tools)
+    key, tools = json.dumps(kwargs, sort_keys=True), _with_tools(prompt.messages)
+    known = known_turns(tokenizer, template, key, tools)
+    marks = known.marks if known else plain_borders(tokenizer, template, key)
+    refuse_marks(prompt, tokenizer, marks)
+    kwargs = {**kwargs, "add_generation_prompt": True}
+    text = render_chat(tokenizer, template, kwargs, prompt.question, prompt.tools)
+    _check_nothing_left_out(text, prompt.question, prompt.tools)
+    return token_ids(text, tokenizer)
 
 
 def encode_prompts(
@@ -84,7 +84,7 @@ def encode_prompts(
     encoded = []
     for prompt in prompts:
         try:
-            encoded.append(encode_prompt(prompt, tokenizer, None, chat_template_kwargs))
+            encoded.append(encode_prompt(prompt, tokenizer, chat_template_kwargs))
         except ValueError as error:
             raise ValueError(f"the prompt {prompt.id} cannot be used: {error}") from error
     return encoded
@@ -131,7 +131,7 @@ def encode_conversation(
         refuse_marks(prompt, tokenizer)
         return _encode_plain(prompt, tokenizer, stop_ids)
     if not any(turn["role"] == "assistant" for turn in messages):
-        raise ValueError("no assistant turn")
+        raise NoAnswer("no assistant turn")
     template = tokenizer.get_chat_template(tools=prompt.tools)
     text = render_chat(tokenizer, template, kwargs, messages, prompt.tools)
     _check_nothing_left_out(text, messages, prompt.tools)
@@ -222,7 +222,7 @@ def _encode_plain(
     elif prompt.raw:
         start = int(ids[:1] == [tokenizer.bos_token_id])
     else:
-        raise ValueError("no assistant turn")
+        raise NoAnswer("no assistant turn")
     if start == len(ids):
         raise ValueError("the text is empty")
     return ids, [(start, len(ids))]
@@ -320,10 +320,6 @@ def _complete_generation_prompt(text: str, written: Spans, turns: TurnFormat) ->
 
 def check_template(prompts: Sequence[Prompt], tokens: TargetTokens) -> None:
     """Say that a target without a chat template reads chat turns as plain text.
-
-    Args:
-        prompts: those to be encoded; raw ones need no template.
-        tokens: of the target.
 
     Raises:
         ValueError: it is a chat model, to which turns without their marks are not turns.
@@ -441,7 +437,7 @@ def _encode_rendered(
         text += "" if turns.end in answer else turns.end
     written = _find_in_rendered(text, turns)
     if not written:
-        raise ValueError("no assistant turn")
+        raise NoAnswer("no assistant turn")
     if not text[written[-1][1] :].strip():
         text, written = _complete_generation_prompt(text, written, turns)
     return _in_pieces(text, written, tokenizer)

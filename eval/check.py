@@ -155,7 +155,7 @@ def _prompts(name: str, target: Target, data: DataConfig) -> Counter[str]:
 
 def _encoded(prompt: Prompt, target: Target, variables: dict[str, Any]) -> bool:
     """Whether a prompt has an answer; both are encoded, as for training and for evaluation."""
-    encode_prompt(prompt, target.tokenizer, None, variables)
+    encode_prompt(prompt, target.tokenizer, variables)
     answered = prompt.messages[-1]["role"] == "assistant"
     if answered:
         encode_conversation(prompt, target.tokenizer, target.eos_ids, variables)

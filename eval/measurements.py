@@ -47,7 +47,7 @@ class Asked:
 
     def encode(self, prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> list[int]:
         """Token ids of a prompt; `encode_prompt` says what it raises."""
-        return encode_prompt(prompt, tokenizer, None, self.chat_template_kwargs)
+        return encode_prompt(prompt, tokenizer, self.chat_template_kwargs)
 
 
 def asked_by_run(data: DataConfig) -> Asked:

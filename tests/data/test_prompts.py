@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from headstart.configs.schema import SourceConfig
 from headstart.data.prompts import Prompt, deal, limit_evenly, load_prompts, split_by_source
-from headstart.data.templates import encode_prompt
+from headstart.data.templates import encode_prompt, shortened
 from headstart.heads.loading import byte_tokenizer
 
 PROMPTS = Path(__file__).resolve().parents[2] / "data" / "prompts"
@@ -375,7 +375,7 @@ def test_messages_go_through_the_template_and_raw_text_does_not(tmp_path: Path) 
 def test_a_long_prompt_keeps_its_beginning_of_sequence_and_its_end(tmp_path: Path) -> None:
     (tmp_path / "p.jsonl").write_text('{"prompt": "abcdefgh"}\n')
     tokenizer = byte_tokenizer()
-    ids = encode_prompt(load_prompts(tmp_path / "p.jsonl")[0], tokenizer, max_tokens=4)
+    ids = shortened(encode_prompt(load_prompts(tmp_path / "p.jsonl")[0], tokenizer), 4)
     assert ids[0] == tokenizer.bos_token_id
     assert tokenizer.decode(ids[1:]) == "fgh"
 

@@ -17,7 +17,7 @@ import torch
 from headstart.data import server
 from headstart.data.prompts import load_prompts
 from headstart.data.server import Answer, AnswerServer, read_answer, server_ids
-from headstart.data.templates import encode_prompt
+from headstart.data.templates import encode_prompt, shortened
 from headstart.heads.loading import byte_tokenizer, load_target
 from headstart.heads.tokens import Sampling
 from tests.helpers.servers import JsonHandler, LlamaServer, real_gguf, serving
@@ -297,7 +297,9 @@ def test_llama_cpp_answers_as_the_target_does(
     gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     target = load_target("gemma3-270m", "float32")
-    prompts = [encode_prompt(p, target.tokenizer, 256) for p in load_prompts(PROMPTS)[::14][:6]]
+    prompts = [
+        shortened(encode_prompt(p, target.tokenizer), 256) for p in load_prompts(PROMPTS)[::14][:6]
+    ]
     bodies = []
 
     def spy(response: dict[str, Any], *rest: Any) -> Answer:

@@ -198,12 +198,12 @@ def test_a_hub_that_cannot_be_reached_says_so_at_once_when_offline(
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({}, r"\['a', 'b'\]; set the source's `name`"),
-        ({"name": "c"}, r"'c' not found. Available: \['a', 'b'\]; set the source's `name`"),
-        ({"name": "a", "split": "dev"}, r"one of \['train'\]; set the source's `split`$"),
+        ({}, r"\['a', 'b'\]; check .*`name`"),
+        ({"name": "c"}, r"'c' not found. Available: \['a', 'b'\]; check"),
+        ({"name": "a", "split": "dev"}, r"one of \['train'\]; check .*`split`"),
         (
             {"name": "a", "split": "train[:1]", "streaming": True},
-            r"Available splits: \['train'\]; set the source's `split` \(slices do not stream",
+            r"Available splits: \['train'\]; check .*slices do not stream",
         ),
     ],
 )
@@ -237,5 +237,5 @@ def test_a_dataset_that_is_a_script_is_refused_with_a_cure(
         raise RuntimeError("Dataset scripts are no longer supported, but found set.py")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    with pytest.raises(ValueError, match=r"found set\.py; code of a dataset is never run: do"):
+    with pytest.raises(ValueError, match=r"found set\.py; .*code of a dataset is never run"):
         rows_of("org/set")

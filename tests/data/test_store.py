@@ -117,7 +117,7 @@ def test_few_shards_are_open_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
     store = make_store(tmp_path, [[2], [3], [4], [5]])
     for i in (0, 1, 2, 3, 0, 3, 1):
         assert len(store.read([i])[0].ids) == i + 2
-        assert len(store._open) <= 2
+        assert store.shard.cache_info().currsize <= 2
 
 
 def damage(path: Path, at: int) -> None:
@@ -151,10 +151,10 @@ def test_a_missing_and_a_swapped_shard_are_named(tmp_path: Path) -> None:
     make_store(tmp_path, [[3], [4]])
     shutil.copy(shard_path(tmp_path, 0), shard_path(tmp_path, 1))
     with pytest.raises(ValueError, match=r"shard-00001.*is not the shard that the index names"):
-        ActivationStore(tmp_path).verify()
+        ActivationStore(tmp_path).shard(1)
     shard_path(tmp_path, 1).unlink()
     with pytest.raises(ValueError, match=r"shard-00001.safetensors is missing"):
-        ActivationStore(tmp_path).verify()
+        ActivationStore(tmp_path).shard(1)
 
 
 def test_a_store_of_another_target_is_refused_with_both_names(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from headstart.data.prompts import Prompt
-from headstart.data.templates import encode_conversation, encode_prompt
+from headstart.data.templates import encode_conversation, encode_prompt, shortened
 from tests.helpers.chat_templates import CHATML, GEMMA3, GEMMA4, STOPS, chat_tokenizer
 
 ADD = [{"type": "function", "function": {"name": "add", "description": "adds"}}]
@@ -252,7 +252,7 @@ def test_a_prompt_leaves_the_last_answer_out_and_keeps_earlier_ones_and_tools() 
         assert tokenizer.decode(ids) == "".join(
             text for text, _ in joined(OPEN, PAUSED, THREE, DONE, NEXT)
         )
-    thinking = encode_prompt(prompt(user("q")), tokenizer, None, {"enable_thinking": True})
+    thinking = encode_prompt(prompt(user("q")), tokenizer, {"enable_thinking": True})
     assert tokenizer.decode(thinking) == (
         "<bos><|turn>system\n<|think|>\n<turn|>\n<|turn>user\nq<turn|>\n<|turn>model\n"
     )
@@ -269,7 +269,7 @@ def test_a_prompt_leaves_the_last_answer_out_and_keeps_earlier_ones_and_tools() 
 
 def test_a_truncated_prompt_keeps_one_beginning_and_the_generation_prompt() -> None:
     tokenizer = TOKENIZERS[GEMMA3]
-    ids = encode_prompt(prompt(user("a" * 50)), tokenizer, max_tokens=11)
+    ids = shortened(encode_prompt(prompt(user("a" * 50)), tokenizer), 11)
     assert tokenizer.decode(ids) == "<bos>a<end_of_turn>\n<start_of_turn>model\n"
     assert len(ids) == 11
 

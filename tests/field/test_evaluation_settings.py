@@ -78,7 +78,7 @@ def lengths(folder: Path, kwargs: dict[str, Any]) -> dict[str, int]:
     """Tokens of the held-out prompts, as the template renders them."""
     tokenizer = load_target(str(folder / "target"), "float32").tokenizer
     prompts = load_prompts(folder / "eval.jsonl")
-    return {p.id: len(encode_prompt(p, tokenizer, None, kwargs)) for p in prompts}
+    return {p.id: len(encode_prompt(p, tokenizer, kwargs)) for p in prompts}
 
 
 def measured(out: Path) -> dict[str, int]:
@@ -157,9 +157,7 @@ def test_adapt_measures_and_decodes_as_the_heads_run_asked(
     found = measured(tmp_path / "out" / "eval")
     tokenizer = load_target(str(folder / "target"), "float32").tokenizer
     prompts = {f"domain-{p.id}": p for p in load_prompts(folder / "train.jsonl")}
-    assert found == {
-        name: len(encode_prompt(prompts[name], tokenizer, None, THINKING)) for name in found
-    }
+    assert found == {name: len(encode_prompt(prompts[name], tokenizer, THINKING)) for name in found}
     content = json.loads((tmp_path / "out" / "adapt.json").read_text())
     assert content["chat_template_kwargs"] == THINKING
     assert "enable_thinking=True" in (tmp_path / "out" / "adapt.md").read_text()
@@ -247,7 +245,7 @@ def test_a_store_of_extract_is_evaluated_as_it_was_asked(
     run_extract(made, str(texts), tmp_path / "store", "cpu")
     data = config_of(folder, tmp_path / "run", f"data.store={tmp_path / 'store'}").data
     assert asked_by_run(data).chat_template_kwargs == THINKING
-    ActivationStore(tmp_path / "store").verify()
+    assert ActivationStore(tmp_path / "store").shard(0)
     other = {"store": tmp_path / "store", "chat_template_kwargs": {"enable_thinking": 3}}
     with pytest.raises(ValueError, match="leave it out"):
         asked_by_run(data.model_copy(update=other))

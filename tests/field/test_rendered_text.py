@@ -5,11 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from headstart.configs.schema import DataConfig, SourceConfig
+from headstart.data.inspection import inspect_source
 from headstart.data.prompts import Prompt, load_prompts
 from headstart.data.templates import encode_conversation, encode_prompt
 from headstart.heads.loading import byte_tokenizer
+from headstart.heads.tokens import TargetTokens
 from tests.helpers.chat_templates import CHATML, GEMMA3, GEMMA4, STOPS, chat_tokenizer
 
 TOKENIZERS = {template: chat_tokenizer(template) for template in (*STOPS, None)}
@@ -78,6 +81,22 @@ def test_a_rendered_text_column_prompts_the_target_as_its_messages_do(
     }[form]
     ids = encode_prompt(row(tmp_path, text=text), tokenizer)
     assert ids == encode_prompt(messages(TURNS[:3]), tokenizer)
+
+
+@pytest.mark.parametrize("template", STOPS)
+@pytest.mark.parametrize("prompted", [False, True])
+def test_inspection_counts_a_rendered_text_without_an_answer_as_a_prompt(
+    template: str, prompted: bool, tmp_path: Path
+) -> None:
+    text = rendered(template, TURNS[:1], add_generation_prompt=prompted)
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"text": t}) + "\n" for t in (text, "<bos><bos>")))
+    settings = GenerationConfig(eos_token_id=stops(template))
+    tokens = TargetTokens(TOKENIZERS[template], "name", None, settings)
+    summary = inspect_source(SourceConfig(path=str(path)), 0, tokens, DataConfig())
+    expected = encode_prompt(messages(TURNS[:1]), TOKENIZERS[template])
+    assert summary.lengths == {"all": [len(expected)], "prompt": [len(expected)], "trained": [0]}
+    assert summary.notes[0].startswith("1 of 2 rows are unusable"), "an empty text stays so"
 
 
 @pytest.mark.parametrize("template", STOPS)

@@ -175,7 +175,7 @@ def test_a_thought_that_gemma_4_drops_is_trained_on_with_thinking_alone(thinking
     kwargs = {"enable_thinking": thinking}
     ids, [(start, end)] = encode_conversation(row, tokenizer, [1], kwargs)
     assert tokenizer.decode(ids[start:end]) == (thought if thinking else "") + "yes<turn|>"
-    assert ids[:start] == encode_prompt(row, tokenizer, None, kwargs)
+    assert ids[:start] == encode_prompt(row, tokenizer, kwargs)
 
 
 @pytest.mark.parametrize(

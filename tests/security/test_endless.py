@@ -212,7 +212,7 @@ def test_a_manifest_of_a_billion_parts(manifest: Callable[..., Path]) -> None:
     with soon(10), pytest.raises(ValueError, match="unfinished"):
         finished_parts(folder)
     with soon(10):
-        assert "2 of 1000000000 parts" in inspect_conversations(folder, 0).notes[0]
+        assert "2 of 1000000000 parts" in inspect_conversations(folder, 0)[0].notes[0]
 
 
 @pytest.mark.parametrize("parts", ["2", 2.0, -1, None, True])
