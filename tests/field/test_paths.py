@@ -10,12 +10,10 @@ import pytest
 from headstart.cli import main as cli
 from headstart.configs.loader import load_config
 from headstart.configs.schema import Config
-from headstart.configs.sweep import load_sweep
 from headstart.eval import measurements
 from headstart.heads.loading import served_config
 from headstart.train import adapt as adapting
 from tests.train.test_loop import ROOT
-from tests.train.test_sweep import written
 
 TINY = ROOT / "configs" / "tiny.yaml"
 
@@ -118,23 +116,6 @@ def test_a_number_that_is_none_is_refused() -> None:
     for override in ("data.temperatures=[.nan]", "train.max_minutes=.inf"):
         with pytest.raises(ValueError, match="finite"):
             load_config(TINY, [override])
-
-
-def test_a_sweeps_runs_are_in_its_folder(tmp_path: Path) -> None:
-    sweep = load_sweep(written(tmp_path, tmp_path / "store #1", seeds=[0]))
-    runs = sweep.configs(tmp_path / "sweep #2")
-    assert [config.run.dir for _, config in runs] == [
-        tmp_path / "sweep #2" / f"{name}-seed0" for name in ("right", "own_key")
-    ]
-    assert {config.data.store for _, config in runs} == {tmp_path / "store #1"}
-    path = tmp_path / "dated.yaml"
-    path.write_text(
-        "config: 007\nruns: {2026-11-27: []}\njudged_on: {today: 2026-11-27, on: {store: 1.50}}\n"
-    )
-    sweep = load_sweep(path)
-    assert (sweep.config, list(sweep.runs)) == (Path("007"), ["2026-11-27"])
-    stores = {name: judge.store for name, judge in sweep.judged_on.items()}
-    assert stores == {"today": Path("2026-11-27"), "on": Path("1.50")}
 
 
 def adapted_config(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> Config:
