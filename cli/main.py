@@ -17,7 +17,6 @@ from headstart.cli.data import add_data_commands
 from headstart.cli.eval import add_check_command, add_eval_commands
 from headstart.cli.heads import add_heads_commands
 from headstart.cli.serve import add_publish_command, add_serving_commands
-from headstart.cli.sweep import add_sweep_command
 from headstart.cli.train import add_adapt_command, add_bench_commands, add_runs_commands
 from headstart.common.console import keep_output, one_line, visible
 from headstart.common.files import expand_home
@@ -136,7 +135,6 @@ def _parser() -> argparse.ArgumentParser:
     add_runs_commands(commands)
 
     add_eval_commands(commands)
-    add_sweep_command(commands)
     add_publish_command(commands)
     add_serving_commands(commands)
     add_adapt_command(commands)

@@ -12,8 +12,7 @@ CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 
 ACCELERATE = sorted(CONFIGS.glob("accelerate-*.yaml"))
-SWEEPS = set(CONFIGS.glob("sweep-*.yaml"))
-RECIPES = sorted(set(CONFIGS.glob("*.yaml")) - set(ACCELERATE) - SWEEPS)
+RECIPES = sorted(set(CONFIGS.glob("*.yaml")) - set(ACCELERATE))
 
 
 @pytest.mark.parametrize("path", ACCELERATE, ids=lambda p: p.stem)

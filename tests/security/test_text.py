@@ -18,7 +18,6 @@ from headstart.data.prompts import report_refused
 from headstart.eval.check import Finding, print_findings
 from headstart.eval.page import markdown, print_report
 from headstart.train.adapt_report import adaptation_markdown
-from headstart.train.sweep import plot_sweep
 from tests.helpers.reports import one_result, report
 
 ESCAPES = (
@@ -149,16 +148,6 @@ def test_a_category_in_adapt_md_makes_no_row_or_element() -> None:
     body = text.partition("```sh")[0]
     assert not re.search(r"(?<!\\)[<`]|(?<!\\)\]\(", body)
     assert not re.search(r"^# x", body, re.MULTILINE)
-
-
-def test_a_run_of_a_sweep_named_as_a_formula_is_drawn(tmp_path: Path) -> None:
-    judged = {"difference": 0.1, "difference_interval": [0.0, 0.2], "acceptance_length": 2.0}
-    content = {
-        "results": [{"run": r"$\frac{$", "judged_on": {r"$\x$": judged}}],
-        "judged_on": {r"$\x$": "a"}, "num_assistant_tokens": 4,
-    }  # fmt: skip
-    plot_sweep(content, tmp_path / "sweep.png")
-    assert (tmp_path / "sweep.png").stat().st_size > 1000
 
 
 def test_no_table_is_printed_by_a_console_that_reads_markup() -> None:

@@ -1,0 +1,176 @@
+"""Train runs that differ in some settings and compare their heads on the same stored texts.
+
+    python examples/ablations/sweep.py --config examples/ablations/sweep-recipe.yaml
+
+Acceptance is computed as `headstart eval --simulate` computes it, without decoding, so that no
+clock is in what is compared. The same command goes on where it stopped. The file has these keys:
+`config`, the recipe that all runs vary; `overrides` of every run; `runs`, name -> overrides, the
+first of which the others are compared with; `judged_on`, name -> an activation store of texts that
+no run trains on, or `{store: DIR, rope_position: one_earlier}`; and, with the defaults below,
+`seeds` and `num_assistant_tokens`.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+from matplotlib.figure import Figure
+from rich.table import Table
+
+from headstart.cli.arguments import default_device
+from headstart.common.console import plain_console, say
+from headstart.common.files import write_atomically
+from headstart.common.machine import environment
+from headstart.configs.loader import dump_config, load_config
+from headstart.configs.schema import Config
+from headstart.data.store import ActivationStore
+from headstart.eval.replay import Walked, length_draws, total_counts, walk_texts
+from headstart.eval.statistics import interval
+from headstart.heads.loading import open_target
+from headstart.heads.saving import load_assistant
+from headstart.heads.target import Target
+from headstart.heads.unroll import DraftHead, walked_at
+from headstart.train.loop import train
+from headstart.train.run_folder import read_metrics
+
+
+def run_sweep(path: Path, out: Path, overrides: list[str]) -> dict[str, Any]:
+    """Train and judge every run, and write `out`/sweep.json and sweep.png after each."""
+    sweep: dict[str, Any] = {"overrides": [], "seeds": [0], "num_assistant_tokens": 4}
+    given = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if wrong := given.keys() - sweep.keys() ^ {"config", "runs", "judged_on"}:
+        raise SystemExit(f"{path}: a key is missing or unknown: {', '.join(sorted(wrong))}")
+    sweep |= given
+    for name, on in sweep["judged_on"].items():
+        on = on if isinstance(on, dict) else {"store": on}
+        sweep["judged_on"][name] = {"rope_position": "newest"} | on
+    runs = [  # all are loaded before anything runs
+        (name, load_config(sweep["config"], [
+            *sweep["overrides"], *overrides, *own,
+            ("run.seed", seed), ("run.dir", out / f"{name}-seed{seed}"),
+        ]))
+        for seed in sweep["seeds"] for name, own in sweep["runs"].items()
+    ]  # fmt: skip
+    target = open_target(runs[0][1].target, default_device())
+    found: list[dict[str, Any]] = []
+    for number, (name, config) in enumerate(runs, start=1):
+        say(f"Run {number} of {len(runs)}: {name}, seed {config.run.seed}")
+        judged = train_and_judge(config, target, sweep)
+        found.append({"run": name, "overrides": sweep["runs"][name], **judged})
+        machine = environment(target.device) | {"target": target.name}
+        content: dict[str, Any] = {"sweep": 1, "environment": machine, **sweep}
+        del content["runs"]
+        content["results"] = summarize(found)
+        write_atomically(out / "sweep.json", json.dumps(content, indent=2) + "\n")
+        plot(content["results"], out / "sweep.png")
+    print_table(content["results"])
+    return content
+
+
+def train_and_judge(config: Config, target: Target, sweep: dict[str, Any]) -> dict[str, Any]:
+    """What judged.json in the run's folder holds: the counts of each text."""
+    judged_on, k = sweep["judged_on"], sweep["num_assistant_tokens"]
+    settings = {"config": dump_config(config), "judged_on": judged_on, "num_assistant_tokens": k}
+    path = config.run.dir / "judged.json"
+    if path.is_file():
+        judged: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if judged["settings"] == settings:
+            return judged
+    train(config, resume=True)  # refuses a folder that holds a run of other settings
+    head = DraftHead(load_assistant(config.run.dir / "head", target.table.dtype, target.device))
+    stores = {name: ActivationStore(Path(on["store"]), target) for name, on in judged_on.items()}
+    ahead = {name: walked_at(on["rope_position"]) for name, on in judged_on.items()}
+    texts = walk_texts(head, target, stores, k, "Judging", ahead)
+    rows = read_metrics(config.run.dir)
+    judged = {
+        "seed": config.run.seed,
+        "steps": config.train.steps,
+        "loss": rows[-1]["loss"],
+        "held_out": max(row.get("acceptance_length", 0.0) for row in rows),
+        "texts": {name: [text.row() for text in walked] for name, walked in texts.items()},
+        "settings": settings,
+    }
+    write_atomically(path, json.dumps(judged) + "\n")
+    return judged
+
+
+def summarize(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One result a run, its seeds together, beside the first run on the same texts and seeds.
+
+    Intervals are of 95%, over other texts; that of a difference draws the same texts for both.
+    """
+    results = []
+    for name in dict.fromkeys(one["run"] for one in found):
+        runs = [one for one in found if one["run"] == name]
+        seeds = [one["seed"] for one in runs]
+        first = [one for one in found if one["run"] == found[0]["run"] and one["seed"] in seeds]
+        judged = {}
+        for store in runs[0]["texts"]:
+            texts, beside = texts_of(runs, store), texts_of(first, store)
+            lengths, base = length_draws(texts), length_draws(beside)
+            judged[store] = {
+                "acceptance_length": lengths[0],
+                "interval": interval(lengths),
+                "difference": lengths[0] - base[0],
+                "difference_interval": interval(lengths - base),
+                "conditional_acceptance_rate": total_counts(texts).conditional_acceptance_rate,
+                "of_each_seed": {
+                    str(one["seed"]): total_counts(texts_of([one], store)).acceptance_length
+                    for one in runs
+                },
+                "texts": len(runs[0]["texts"][store]),
+            }
+        columns = {key: [one[key] for one in runs] for key in ("loss", "held_out")}
+        results.append({
+            "run": name, "overrides": runs[0]["overrides"], "steps": runs[0]["steps"], **columns,
+            "judged_on": judged,
+        })  # fmt: skip
+    return results
+
+
+def texts_of(runs: list[dict[str, Any]], store: str) -> list[Walked]:
+    return [Walked.read(row) for run in runs for row in run["texts"][store]]
+
+
+def print_table(results: list[dict[str, Any]]) -> None:
+    table = Table("run", title="Acceptance length, and beside the first run (95%)")
+    for store in results[0]["judged_on"]:
+        table.add_column(store, justify="right")
+        table.add_column("beside the first", justify="right")
+    for result in results:
+        cells = [result["run"]]
+        for one in result["judged_on"].values():
+            (low, high), (least, most) = one["interval"], one["difference_interval"]
+            cells.append(f"{one['acceptance_length']:.3f} ({low:.2f} to {high:.2f})")
+            cells.append(f"{one['difference']:+.3f} ({least:+.3f} to {most:+.3f})")
+        table.add_row(*cells)
+    plain_console().print(table)
+
+
+def plot(results: list[dict[str, Any]], path: Path) -> None:
+    """Draw the difference of each run from the first with its interval, a panel a store."""
+    stores, names = list(results[0]["judged_on"]), [result["run"] for result in results]
+    figure = Figure(figsize=(5 * len(stores) + 1, 1.2 + 0.32 * len(names)), layout="constrained")
+    panels = figure.subplots(1, len(stores), sharey=True, squeeze=False)[0]
+    for axes, store in zip(panels, stores, strict=True):
+        for place, result in enumerate(results):
+            one = result["judged_on"][store]
+            axes.plot(one["difference_interval"], [place, place], color="C0")
+            axes.plot(one["difference"], place, "o", markersize=4, color="C0")
+        axes.axvline(0, linewidth=0.8, linestyle=":")
+        axes.set_title(store)
+        axes.set_xlabel(f"acceptance length beside {names[0]}")
+        axes.set_yticks(range(len(names)), names)
+    panels[0].invert_yaxis()
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--config", type=Path, required=True, metavar="SWEEP.yaml")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="default: runs/NAME of the YAML")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of every run")
+    args = parser.parse_args()
+    run_sweep(args.config, args.out or Path("runs") / args.config.stem, args.overrides)

@@ -1,0 +1,83 @@
+"""What the examples promise: a sweep goes on where it stopped and judges heads as eval does."""
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from headstart.configs.loader import load_config
+from headstart.data.prepare import run_regenerate
+from headstart.data.store import ActivationStore
+from headstart.eval.replay import simulate_acceptance
+from headstart.heads.loading import load_target
+from headstart.heads.saving import load_assistant
+from headstart.heads.unroll import DraftHead
+from tests.helpers.runs import tiny_config
+from tests.helpers.tiny_pair import ROOT
+
+ABLATIONS = ROOT / "examples" / "ablations"
+
+
+@pytest.mark.parametrize("path", sorted(ABLATIONS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_run_of_every_shipped_sweep_loads(path: Path) -> None:
+    sweep = yaml.safe_load(path.read_text(encoding="utf-8"))
+    for overrides in sweep["runs"].values():
+        load_config(ROOT / sweep["config"], [*sweep["overrides"], *overrides])
+
+
+def test_an_interrupted_sweep_goes_on_and_judges_heads_as_the_simulated_evaluation_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = importlib.util.spec_from_file_location("sweep", ABLATIONS / "sweep.py")
+    assert spec is not None
+    assert spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    store = tmp_path / "store"
+    run_regenerate(tiny_config(tmp_path / "none"), store, extracting=True, device="cpu")
+    overrides = [
+        f"data.store={store}", "train.steps=6", "train.validate_every=3", "eval=null",
+        "head.use_ordered_embeddings=false", "head.num_centroids=null",
+    ]  # fmt: skip
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump({
+        "config": str(ROOT / "configs" / "tiny.yaml"),
+        "overrides": overrides,
+        "judged_on": {"a": str(store), "b": {"store": str(store), "rope_position": "one_earlier"}},
+        "num_assistant_tokens": 3,
+        "runs": {"base": [], "slow": ["train.learning_rate=1e-6"]},
+    }))  # fmt: skip
+    real, trained = script.train, list[str]()
+
+    def stopping(config: Any, resume: bool) -> None:
+        if len(trained) == 1 and "base" in trained[0]:
+            trained.clear()
+            raise KeyboardInterrupt
+        trained.append(config.run.dir.name)
+        real(config, resume)
+
+    (tmp_path / "wrong.yaml").write_text("{config: a, runs: {}, judged_on: {}, seed: [1]}")
+    with pytest.raises(SystemExit, match="unknown: seed"):
+        script.run_sweep(tmp_path / "wrong.yaml", tmp_path / "out", [])
+    monkeypatch.setattr(script, "train", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        script.run_sweep(tmp_path / "sweep.yaml", tmp_path / "out", [])
+    script.run_sweep(tmp_path / "sweep.yaml", tmp_path / "out", [])
+    assert trained == ["slow-seed0"]
+    content = json.loads((tmp_path / "out" / "sweep.json").read_text())
+    target = load_target("tiny-gemma4", "float32")
+    texts = ActivationStore(store, target)
+    for result in content["results"]:
+        folder = tmp_path / "out" / f"{result['run']}-seed0" / "head"
+        head = DraftHead(load_assistant(folder, target.table.dtype))
+        for name, ahead in (("a", 1), ("b", 0)):
+            every = range(len(texts.entries))
+            found = simulate_acceptance(head, target, texts, 3, every, ahead=ahead).acceptance
+            judged = result["judged_on"][name]
+            assert judged["acceptance_length"] == pytest.approx(found.acceptance_length)
+    base, slow = (result["judged_on"]["a"] for result in content["results"])
+    assert base["difference_interval"] == [0, 0]
+    difference = slow["acceptance_length"] - base["acceptance_length"]
+    assert slow["difference"] == pytest.approx(difference)
