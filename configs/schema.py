@@ -386,9 +386,9 @@ Engine = Literal["transformers", "vllm", "llama.cpp", "mlx"]
 
 Decoder = Literal["transformers", "exact", "heuristic", "cost", "hybrid", "lookup", "draft-model"]
 """Ways to decode with drafts (docs/decoding.md): of the head through the stock candidate generator;
-of the head through the exact decoder, K a round, two more or one less after each, while it is sure
-of them, as many as the cost rule says, the same with lookups in the text; prompt lookup alone,
-which needs no head; a small model of the same vocabulary through the stock generator."""
+of the head through the exact decoder, K a round, two more or one less after each, as many as the
+cost rule says, the same with lookups in the text; prompt lookup alone, which needs no head; a small
+model of the same vocabulary through the stock generator."""
 
 
 class EvalConfig(Section):
