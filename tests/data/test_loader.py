@@ -55,6 +55,17 @@ def test_each_answer_of_a_conversation_is_drafted_by_itself(tiny: Target) -> Non
     assert weights == [[1, 1, 1], [1, 1, 1], [1, 1, 0], [1, 0, 0], [1, 1, 0], [1, 0, 0]]
 
 
+def test_no_draft_counts_after_a_gap_in_what_the_target_wrote(tiny: Target) -> None:
+    """Answers are tokens 4-6 and 8-11: a draft past token 7 would be of another answer."""
+    ids = torch.randint(4, 260, (12,), generator=torch.Generator().manual_seed(1)).tolist()
+    conversation = Conversation("c", "c", "s", ids, [(4, 7), (8, 12)])
+    (document,) = OnlineActivations(tiny, [conversation], CONFIG).read([0])
+    rows = candidate_rows(document)
+    assert rows.tolist() == [3, 4, 7, 8, 9]
+    weights = gather_rows([document], [rows], rounds=4).weights[0].tolist()
+    assert weights == [[1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 1, 0], [1, 1, 0, 0], [1, 0, 0, 0]]
+
+
 def test_an_epoch_reads_every_conversation_once_over_all_processes(
     documents: OnlineActivations,
 ) -> None:

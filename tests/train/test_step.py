@@ -77,3 +77,20 @@ def test_own_tokens_are_fed_whatever_the_text_goes_on_with(target: Target) -> No
     for _ in range(K):  # one round more is the head's own each time
         fed_as_text(batch, by_anchor(head, target, batch)[1])
     assert loss_of(head, target, batch, "teacher_forced") == pytest.approx(own, rel=1e-5)
+
+
+@torch.no_grad()
+def test_hits_after_a_miss_are_not_accepted(target: Target) -> None:
+    """The teacher agrees with every draft but the second, of every other anchor the first too."""
+    head, batch = noisy_head(target), batch_of(target)
+    (drafts, _), tokens = by_anchor(head, target, batch)
+    best = tokens.clone()
+    best[:, 1] += 1
+    best[::2, 0] += 1
+    batch.teacher_ids[..., 0] = best.view(*batch.rows.shape, K)
+    c = TrainConfig(rounds=K, vocabulary="exact", precision="float32")
+    sums = batch_sums(head, target, batch, c, None)
+    beyond = drafts.anchor[drafts.round == 1]
+    assert (drafts.round == 2).any(), "some anchors have a hit after their miss"
+    assert float(sums["accepted"]) == int((beyond % 2 == 1).sum()) > 0
+    assert float(sums["beyond"]) == len(beyond)
