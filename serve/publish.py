@@ -94,10 +94,11 @@ class _Run:
                     "copy in its place"
                 )
         put_back(self.head)
-        for path in (self.head / "config.json", summary):
-            if not path.is_file():
-                raise ValueError(f"{folder} holds no finished run: {path} is missing")
+        if not (self.head / "config.json").is_file():
+            raise ValueError(f"{folder} holds no finished head: {self.head} is missing")
         self.config = load_saved(self.training / "config.yaml")
+        if not summary.is_file():
+            raise ValueError(f"{folder} holds no finished run: {summary} is missing")
         try:
             self.summary: dict[str, Any] = json.loads(summary.read_text(encoding="utf-8"))
         except ValueError as error:

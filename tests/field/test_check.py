@@ -159,7 +159,7 @@ def test_a_built_in_name_that_was_misspelled_is_not_looked_for_on_the_hub(
     def asked(*_: object, **__: object) -> None:
         raise AssertionError("the Hub was asked")
 
-    monkeypatch.setattr("headstart.heads.loading.AutoConfig.from_pretrained", asked)
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", asked)
     with pytest.raises(ValueError, match=f"nearest of these is {nearest}"):
         load_target(name)
 

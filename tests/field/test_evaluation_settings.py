@@ -215,10 +215,7 @@ def test_an_engine_is_asked_as_the_heads_run_asked(
         found.extend(ids)
         raise ValueError("seen")
 
-    class Files:
-        head = served_target = served_head = tmp_path
-
-    monkeypatch.setattr(serving, "_written", lambda *_: Files)
+    monkeypatch.setattr(serving, "_written", lambda *_: (tmp_path, tmp_path, tmp_path))
     monkeypatch.setattr(serving, "_by_transformers", seen)
     name = str(folder / "target")
     check = ServeCheck("vllm", str(thinking / "head"), 2, 4, True)

@@ -20,7 +20,14 @@ from headstart.data.store import ActivationStore
 from headstart.eval.measurements import Measurements
 from headstart.heads.loading import load_target_config
 from headstart.train.checkpoints import check_checkpoint
-from headstart.train.run_folder import append_metrics, find_runs, open_run, read_status, run_folder
+from headstart.train.run_folder import (
+    RunRefused,
+    append_metrics,
+    find_runs,
+    open_run,
+    read_status,
+    run_folder,
+)
 from tests.helpers.checkpoints import checkpoint, family
 from tests.helpers.runs import tiny_config
 
@@ -84,14 +91,15 @@ def test_one_run_with_a_linked_lock_hides_no_other(tmp_path: Path, users: Path) 
         read_status(tmp_path / "bad")
 
 
-def test_a_configuration_that_is_a_link_is_replaced_and_not_written_through(
-    tmp_path: Path, users: Path
-) -> None:
+def test_a_configuration_that_is_a_link_is_not_written_through(tmp_path: Path, users: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
     (run / "config.yaml").symlink_to(users)
+    with pytest.raises(RunRefused, match=r"config\.yaml"):
+        open_run(tiny_config(run), resume=False, processes=1)
+    users.write_text(of_a_run := "train: {steps: 1}\n")  # such a one is replaced
     open_run(tiny_config(run), resume=False, processes=1)
-    assert users.read_text() == KEPT
+    assert users.read_text() == of_a_run
     assert not (run / "config.yaml").is_symlink()
 
 

@@ -140,6 +140,7 @@ def test_a_head_that_a_crash_left_aside_is_found_by_all_that_ask_for_it(tmp_path
     aside = run / f".head.{HOST}.4194399.0123abcd.earlier"
     write(aside, "first")
     (aside / "config.json").write_text("{}")
+    (run / "summary.json").write_text("{}")
     publish._Run(run)  # looks for the head
     assert (run / "head" / "x").read_text() == "first"
     (run / "head").rename(aside)
