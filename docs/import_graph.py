@@ -13,8 +13,9 @@ import matplotlib.pyplot as plt
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("common", "configs", "heads", "data", "eval", "train", "serve", "cli")
 
-Graph = dict[str, set[str]]
-"""Module, as `heads/target` -> the modules that it imports."""
+Graph = dict[str, list[str]]
+"""Module, as `heads/target` -> the modules that it imports, sorted: sets of text have no order that
+lasts, and the same graph is to give the same file."""
 
 
 def import_graph() -> Graph:
@@ -24,7 +25,7 @@ def import_graph() -> Graph:
         for path in sorted((ROOT / folder).glob("*.py"))
         if path.stem != "__init__"
     }
-    return {name: _imports(path) & files.keys() for name, path in files.items()}
+    return {name: sorted(_imports(path) & files.keys()) for name, path in files.items()}
 
 
 def _imports(path: Path) -> set[str]:
@@ -49,7 +50,7 @@ def draw(graph: Graph, out: Path) -> None:
         for x, modules in enumerate(columns.values())
         for y, module in enumerate(modules)
     }
-    plt.rcParams["svg.hashsalt"] = "headstart"  # the same graph gives the same file
+    plt.rcParams["svg.hashsalt"] = "headstart"  # in place of a random one
     figure, axes = plt.subplots(figsize=(20, 10))
     colors = plt.get_cmap("tab10")
     for module, imported in graph.items():
