@@ -95,3 +95,10 @@ def test_a_bos_that_nobody_names_is_what_the_tokenizer_begins_with(
     configure(tmp_path, "tokenizer_config.json", bos_token=None)
     found = load_target_tokens(TargetConfig(name=folder))
     assert encode_prompt(TEXT, found.tokenizer) == byte_tokenizer()("abc")["input_ids"]
+
+
+def test_a_bos_that_is_a_blank_is_refused_by_the_name_of_the_folder(tmp_path: Path) -> None:
+    folder = saved_target(tmp_path)
+    configure(tmp_path, "tokenizer_config.json", bos_token=" ", add_bos_token=None)
+    with pytest.raises(ValueError, match=str(tmp_path)):
+        load_target_tokens(TargetConfig(name=folder))
