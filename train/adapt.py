@@ -54,16 +54,16 @@ from headstart.train.adapt_report import (
 )
 from headstart.train.run import train
 
-DEFAULTS = [
-    "head.earlier_clusters=keep",  # minutes that steps use better
-    "train.steps=20000",  # time ends it
-    "train.batch_size=4",
-    "train.later_anchors=32",
-    "train.learning_rate=5.0e-4",
-    "train.validate_every=100",
-    "train.patience=4",
-    "data.max_new_tokens=96",
-    "data.max_prompt_tokens=256",
+DEFAULTS: list[tuple[str, Any]] = [
+    ("head.earlier_clusters", "keep"),  # minutes that steps use better
+    ("train.steps", 20000),  # time ends it
+    ("train.batch_size", 4),
+    ("train.later_anchors", 32),
+    ("train.learning_rate", 5e-4),
+    ("train.validate_every", 100),
+    ("train.patience", 4),
+    ("data.max_new_tokens", 96),
+    ("data.max_prompt_tokens", 256),
 ]
 """Settings of the training, where the command line says nothing else: the reference recipe's, at
 half its learning rate, since the head is finished."""

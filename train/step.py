@@ -5,7 +5,7 @@ Letters: B conversations, R anchors of each, S of them beyond the first round, K
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -192,7 +192,7 @@ def optimizer_step(
     target: Target,
     config: Config,
     accelerator: Accelerator,
-    stop_requests: int = 0,
+    stop_requests: Sequence[object] = (),
 ) -> dict[str, float]:
     """Take the next step over `batches`; all processes must call it.
 
@@ -203,7 +203,7 @@ def optimizer_step(
         target: for its embeddings and table.
         config: of the run.
         accelerator: that prepared the head.
-        stop_requests: signals that this process got.
+        stop_requests: signals that this process has got; more may come in during the step.
 
     Returns:
         Over all batches and processes: `loss`, the mean over the drafts, each with the weight of
@@ -236,7 +236,7 @@ def optimizer_step(
             totals[name] = totals.get(name, torch.zeros_like(value)) + value.detach()
     clipped = accelerator.clip_grad_norm_(state.head.trainable().values(), c.max_grad_norm)
     norm = float(whole(clipped))
-    totals["stop"] = torch.tensor(float(stop_requests), device=accelerator.device)
+    totals["stop"] = torch.tensor(float(len(stop_requests)), device=accelerator.device)
     reduced = {name: float(accelerator.reduce(value)) for name, value in totals.items()}
     if not all(map(math.isfinite, [norm, *reduced.values()])):
         raise diverged(step + 1, norm, reduced, batches, config.run.dir)

@@ -1,4 +1,4 @@
-"""A head, a store, a checkpoint and a report as commit e034597 wrote them, with transformers 5.22.2:
+"""A head, a store, a checkpoint and a report as commit e034597 wrote them, on transformers 5.22.2:
 each loads with the figures of then, or is refused by name.
 
 They are of configs/tiny.yaml, smaller still: six conversations of 24 tokens, 12 steps.
@@ -50,10 +50,6 @@ def test_a_run_goes_on_from_a_checkpoint_with_the_losses_that_it_had(
         assert now == pytest.approx(before, rel=1e-4)
 
 
-def test_a_report_is_refused_by_its_schema_or_says_what_it_said() -> None:
-    try:
-        report = read_report(FILES / "report.json")
-    except ValueError as error:
-        assert "report.json has schema 2" in str(error)
-    else:
-        assert report["results"][0]["acceptance_length"] >= 1
+def test_a_report_says_what_it_said() -> None:
+    report = read_report(FILES / "report.json")
+    assert report["results"][0]["acceptance_length"] >= 1

@@ -15,7 +15,7 @@ from headstart.cli.main import main
 from headstart.configs.loader import load_config
 from headstart.configs.schema import Config
 from headstart.heads.loading import load_target
-from headstart.train import loop
+from headstart.train import validation
 from headstart.train.checkpoints import checkpoints
 from headstart.train.run import run
 from tests.helpers.checkpoints import make_adapter
@@ -50,7 +50,7 @@ def take_every_head(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each validation is better than the one before, so that the head of a run is its last: what a
     head of noise comes to is chance."""
     rising = itertools.count(1.0)
-    monkeypatch.setattr(loop, "validate", lambda *_: next(rising))
+    monkeypatch.setattr(validation, "validate", lambda *_: next(rising))
 
 
 def tiny_config(tmp_path: Path, *overrides: str) -> Config:

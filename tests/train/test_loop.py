@@ -26,10 +26,10 @@ from headstart.heads.unroll import DraftHead
 from headstart.train import run as run_module
 from headstart.train import step as step_module
 from headstart.train.checkpoints import checkpoints
-from headstart.train.loop import export_head
 from headstart.train.ordering import learn_centroids
 from headstart.train.run import train
 from headstart.train.step import batch_sums, draft_batch, learning_rate
+from headstart.train.validation import export_head
 from tests.helpers.heads import candidates_of, greedy_document, overfit
 from tests.helpers.models import make_target
 from tests.helpers.runs import metrics, tiny_config, weights
