@@ -212,13 +212,8 @@ def _finish(folder: Path, count: int, settings: dict[str, Any]) -> None:
 
 def _check_same(shard: Shard, pieces: list[Conversation]) -> None:
     """Raise `ValueError` unless a finished shard is of just these pieces."""
-    theirs = [replace(entry, top_k_mass=None) for entry in shard.entries]
-    same = (
-        theirs == [_entry(piece, None) for piece in pieces]
-        and shard.read_ids() == [i for piece in pieces for i in piece.ids]
-        and torch.equal(shard.read_mask(), torch.cat([_loss_mask(piece) for piece in pieces]))
-    )
-    if not same:
+    theirs = [(replace(e, top_k_mass=None), i.tolist(), m.tolist()) for e, i, m in shard.texts()]
+    if theirs != [(_entry(p, None), p.ids, _loss_mask(p).tolist()) for p in pieces]:
         raise ValueError(
             f"{shard.path} holds other conversations: name another folder, or delete this one"
         )

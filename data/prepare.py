@@ -374,9 +374,7 @@ def run_regenerate(
         server = AnswerServer(
             url, model, concurrency, tokens.tokenizer, tokens.eos_ids, key_variable
         )
-        retokenised = regenerate_by_server(server, tokens, jobs, d, config.run.seed, out)
-        if retokenised:
-            print(f"{retokenised} answers came as text alone and were tokenised again")
+        regenerate_by_server(server, tokens, jobs, d, config.run.seed, out)
     say(f"Written: {out} ({len(jobs):,} conversations)")
     if extracting:
         say(describe_store(ActivationStore(out)))
