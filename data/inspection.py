@@ -26,7 +26,7 @@ from headstart.data.conversations import (
     read_manifest,
     read_part,
 )
-from headstart.data.prompts import Prompt, load_prompts, report_refused
+from headstart.data.prompts import Prompt, encode_usable, load_prompts
 from headstart.data.rows import turn_text
 from headstart.data.store import ActivationStore, Shard, shard_paths
 from headstart.data.templates import NoAnswer, Spans, encode_conversation, encode_prompt
@@ -261,22 +261,23 @@ def inspect_source(
     decode, unit = (tokens.tokenizer.decode, "tokens") if tokens else ("".join, "words")
     summary = Summary(f"Rows of {source.path}", unit=unit, decode=decode)
     prompts = load_prompts(source, max_bad_rows=1.0)
-    refused: list[tuple[str, str]] = []
 
-    def read() -> Iterator[Seen]:
-        for prompt in _counted(prompts):
-            try:
-                if tokens is None:
-                    ids, spans = _words(prompt)
-                else:
-                    ids, spans = _encoded(prompt, tokens, config.chat_template_kwargs)
-            except ValueError as error:
-                refused.append((prompt.id, str(error)))
-                continue
-            yield Conversation(prompt.id, prompt.category, prompt.source, ids, spans), None
+    def encode(prompt: Prompt) -> tuple[list[Any], Spans]:
+        if tokens is None:
+            return _words(prompt)
+        kwargs = config.chat_template_kwargs
+        if prompt.raw or prompt.messages[-1]["role"] == "assistant":
+            with suppress(NoAnswer):  # a rendered text may be a prompt
+                return encode_conversation(prompt, tokens.tokenizer, tokens.eos_ids, kwargs)
+        return encode_prompt(prompt, tokens.tokenizer, kwargs), []
 
-    summary.count(read(), examples)
-    report_refused(refused, len(prompts), max_bad_rows=1.0)
+    encoded = encode_usable(prompts, encode, max_bad_rows=1.0)
+    documents = (
+        (Conversation(prompt.id, prompt.category, prompt.source, *made), None)
+        for prompt, made in zip(prompts, encoded, strict=True)
+        if made is not None
+    )
+    summary.count(documents, examples)
     return summary
 
 
@@ -307,16 +308,6 @@ def _counted(items: Sequence[T]) -> Iterator[T]:
     with progress_bar() as bar:
         task = bar.add_task("Reading", total=len(items), status="")
         yield from bar.track(items, total=len(items), task_id=task)
-
-
-def _encoded(
-    prompt: Prompt, tokens: TargetTokens, kwargs: dict[str, Any]
-) -> tuple[list[int], Spans]:
-    """Tokens and what the assistant wrote: nothing of a prompt without an answer."""
-    if prompt.raw or prompt.messages[-1]["role"] == "assistant":
-        with suppress(NoAnswer):  # a rendered text may be a prompt
-            return encode_conversation(prompt, tokens.tokenizer, tokens.eos_ids, kwargs)
-    return encode_prompt(prompt, tokens.tokenizer, kwargs), []
 
 
 def _words(prompt: Prompt) -> tuple[list[Any], Spans]:

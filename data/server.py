@@ -41,7 +41,6 @@ from headstart.common.files import alone_in
 from headstart.configs.schema import DataConfig
 from headstart.data.conversations import claim_folder, part_path, write_part
 from headstart.data.regenerate import (
-    Done,
     Job,
     batches_of,
     conversation_settings,
@@ -266,7 +265,7 @@ class AnswerServer:
     ) -> dict[str, Any]:
         assert self.model is not None, "check() comes first"
         extras = self._extras
-        if extras and sampling.top_k is not None:
+        if sampling.top_k is not None:
             extras = extras | {"top_k": sampling.top_k}
         completion = await self._client.completions.create(
             model=self.model, prompt=ids, max_tokens=limit, temperature=sampling.temperature,
@@ -315,27 +314,22 @@ class AnswerServer:
 
     async def _choose_extras(self) -> None:
         prompt_ids = self.tokenizer(PROBE)["input_ids"]
-        accepted: list[dict[str, Any]] = []
-        for extras in (WITH_IDS, WITH_LOGPROBS, {}):
+        for extras in (WITH_IDS, WITH_LOGPROBS):
             self._extras = extras
             try:
                 body = await self._complete(prompt_ids, Sampling(0.0), 0, 1)
             except (BadRequestError, UnprocessableEntityError):
-                if not extras and not accepted:
+                if extras is WITH_IDS:
                     raise
-                continue
+                break  # it refuses log-probabilities alone
             counted = (body.get("usage") or {}).get("prompt_tokens", len(prompt_ids))
             if counted != len(prompt_ids):
                 raise ValueError(f"{self.url} makes {counted} tokens of {len(prompt_ids)} ids")
             read_answer(body, self.tokenizer, self.eos_ids, 1)
-            accepted.append(extras)
             if server_ids(body) is not None:
-                break
-        else:
-            self._extras = accepted[0]
-            say("the server gives text alone, which is tokenised again")
-        if not self._extras:
-            say("the server refuses settings, so its own top-k and penalties may apply")
+                return
+        self._extras = WITH_IDS
+        say("the server gives text alone, which is tokenised again")
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
@@ -407,7 +401,10 @@ def regenerate_by_server(
     # Enough batches under way to keep the server busy, and no more: a kill loses those.
     at_once = asyncio.Semaphore(1 + -(-server.concurrency // config.generation_batch_size))
 
+    tokens_written = 0
+
     async def write(number: int) -> None:
+        nonlocal tokens_written
         async with at_once:
             first = seed + number * config.generation_batch_size
             answers = (
@@ -418,7 +415,8 @@ def regenerate_by_server(
             written = conversations_of(batches[number], ids, tokens.eos_ids)
             path = part_path(folder, number)
             write_part(path, written, tokens.tokenizer, tokens.name, tokens.revision)
-            done.add(written)
+            tokens_written += sum(c.trained for c in written)
+            bar.update(task, advance=len(written), status=f"{tokens_written:,} tokens")
 
     async def write_all() -> None:
         async with server:
@@ -433,8 +431,8 @@ def regenerate_by_server(
         settings = conversation_settings(jobs, tokens, config, seed, extract=False)
         claim_folder(folder, settings, len(batches))
         missing = [i for i in range(len(batches)) if not is_done(folder, i, extract=False)]
-        there = [part_path(folder, i) for i in range(len(batches)) if i not in set(missing)]
-        done = Done(bar, "Generating", len(jobs), there)
+        there = len(jobs) - sum(len(batches[number]) for number in missing)
+        task = bar.add_task("Generating", total=len(jobs), completed=there, status="")
         asyncio.run(write_all())
     if server.retokenised:
         say(f"{server.retokenised} answers came as text alone and were tokenised again")

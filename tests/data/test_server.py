@@ -194,18 +194,20 @@ def test_log_probabilities_are_asked_for_only_where_nothing_else_brings_ids(fake
     assert ["logprobs" in request for request in fake.asked] == [False, True, True]
 
 
-def test_a_server_that_refuses_unknown_fields_is_asked_without_them(
-    fake: Fake, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def strict(request: dict[str, Any]) -> Reply:
-        return refuse(422, "extra fields") if "top_k" in request else (200, body({}, len(IDS)))
+def test_a_server_that_refuses_the_sampling_of_the_target_is_refused(fake: Fake) -> None:
+    fake.reply = lambda _: refuse(422, "extra fields")
+    with pytest.raises(ValueError, match="refuses with HTTP 422: extra fields"):
+        answers(fake.url)
+    assert len(fake.asked) == 1
 
-    fake.reply = strict
-    assert answers(fake.url, 3) == ([IDS] * 3, 3)
-    assert ["top_k" in request for request in fake.asked] == [True, True] + [False] * 4
-    assert [line.split(",")[0] for line in capsys.readouterr().out.splitlines()] == [
-        "the server gives text alone", "the server refuses settings",
-    ]  # fmt: skip
+
+def test_a_server_that_refuses_log_probabilities_alone_is_asked_without_them(fake: Fake) -> None:
+    def reply(request: dict[str, Any]) -> Reply:
+        return refuse(400, "no logprobs") if "logprobs" in request else (200, body({}, len(IDS)))
+
+    fake.reply = reply
+    assert answers(fake.url) == ([IDS], 1)
+    assert ["logprobs" in request for request in fake.asked] == [False, True, False]
 
 
 def test_text_alone_is_tokenised_again_and_says_so(
