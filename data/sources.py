@@ -397,13 +397,13 @@ def check_file(path: Path, kind: str) -> None:
     Raises:
         ValueError: with the fix.
     """
-    if kind == "parquet":
-        _check_parquet(path)
     head = _head(path)
     if head.startswith(POINTER):
         raise ValueError(
             "it is a Git LFS pointer, the data is not there: run `git lfs pull`, or download it"
         )
+    if kind == "parquet":
+        _check_parquet(path)
     if kind in ("parquet", "arrow"):
         return
     if fault := next((what for magic, what in FOREIGN.items() if head.startswith(magic)), None):
@@ -425,13 +425,11 @@ def _head(path: Path) -> bytes:
 def _check_parquet(path: Path) -> None:
     """`datasets` says neither that a file is compressed nor that it ends too early."""
     with path.open("rb") as file:
-        begins = file.read(HEAD)
+        begins = file.read(4)
         file.seek(max(0, path.stat().st_size - 4))
         ends = file.read()
     if begins.startswith(GZIP):
         raise ValueError("it is compressed by gzip, as Parquet is not: unpack it (gunzip)")
-    if begins.startswith(POINTER):
-        return
     if not begins.startswith(b"PAR1"):
         raise ValueError("it is no Parquet file: rename it to what it is, or download it again")
     if ends != b"PAR1":
