@@ -8,13 +8,11 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from transformers import PreTrainedTokenizerBase
 
@@ -204,11 +202,13 @@ def read_part(path: Path) -> list[Conversation]:
     Raises:
         ValueError: it is cut short or damaged.
     """
-    with _explained(path):
+    try:
         table = pq.read_table(path)
         rows = table.to_pylist()
         if (table.schema.metadata or {})[DIGEST] != _digest(rows):
             raise ValueError("its SHA-256 does not match")
+    except (pa.ArrowException, OSError, KeyError, ValueError, OverflowError) as error:
+        raise ValueError(refusal(path, f"is cut short or damaged ({error})")) from error
     names = ("id", "category", "source", "temperature", "finish_reason")
     return [
         answered(row["prompt_ids"], row["response_ids"], **{name: row[name] for name in names})
@@ -232,26 +232,11 @@ def finished_parts(folder: Path) -> list[Path]:
     return parts
 
 
-def conversation_lengths(parts: list[Path]) -> Iterator[int]:
-    """Tokens of each conversation in some parts, without holding them.
-
-    Raises:
-        ValueError: a part is cut short or damaged.
-    """
-    for path in parts:
-        with _explained(path):
-            table = pq.read_table(path, columns=["prompt_ids", "response_ids"])
-            lengths = pc.add(*(pc.list_value_length(column) for column in table.columns))
-        yield from lengths.to_pylist()
-
-
-@contextmanager
-def _explained(path: Path) -> Iterator[None]:
-    """What a damaged Parquet file raises, as one `ValueError` with its cure."""
-    try:
-        yield
-    except (pa.ArrowException, OSError, KeyError, ValueError, OverflowError) as error:
-        raise ValueError(refusal(path, f"is cut short or damaged ({error})")) from error
+def read_folder(folder: Path) -> Iterator[Conversation]:
+    """The conversations of a finished folder, a part at a time; errors as of `finished_parts` and
+    `read_part`."""
+    for path in finished_parts(folder):
+        yield from read_part(path)
 
 
 def cut(conversation: Conversation, max_tokens: int) -> list[Conversation]:
@@ -295,9 +280,6 @@ def trainable(conversations: Iterable[Conversation], max_tokens: int) -> Iterato
                 yield piece
 
 
-def length_when_cut(length: int, max_tokens: int) -> int:
-    """Tokens in all pieces of a conversation of `length` tokens, at most."""
-    if length <= max_tokens:
-        return length
-    steps = -(-(length - max_tokens) // (max_tokens - 1 - max_tokens // 2))
-    return length + steps * (max_tokens // 2 + 1)
+def tokens_when_cut(conversations: Iterable[Conversation], max_tokens: int) -> int:
+    """Tokens in all of these pieces."""
+    return sum(len(piece.ids) for piece in trainable(conversations, max_tokens))

@@ -139,7 +139,6 @@ def extract(
     tokens: int,
     config: DataConfig,
     folder: Path,
-    description: str = "Extracting",
     variables: dict[str, Any] | None = None,
 ) -> ActivationStore:
     """Run the target over the conversations once and store what the head will see.
@@ -150,9 +149,8 @@ def extract(
 
     Args:
         conversations: in an order that is the same each time.
-        tokens: in all of them when cut, or a bound: for the progress bar and the size.
+        tokens: in all of them (`tokens_when_cut`): for the progress bar and the size.
         config: the teacher's top k, the storage, and the length at which conversations are cut.
-        description: label of the progress bar.
         variables: of the chat template, with which the conversations were asked: for the index.
 
     Raises:
@@ -181,7 +179,7 @@ def extract(
                 raise ValueError(f"{folder} holds conversations: name another folder for the store")
             there = sum(path.stat().st_size for path in shard_paths(folder))
             check_space(folder, stored_bytes(target, config) * tokens - there)
-        task = bar.add_task(f"{description} (tokens)", total=tokens, status="")
+        task = bar.add_task("Extracting (tokens)", total=tokens, status="")
         for pending in in_step(mine(), target.sharded):
             path, pieces = pending or (folder, [])
             tensors = extract_tensors(target, pieces, config.teacher_top_k)
@@ -212,13 +210,8 @@ def _finish(folder: Path, count: int, settings: dict[str, Any]) -> None:
 
 def _check_same(shard: Shard, pieces: list[Conversation]) -> None:
     """Raise `ValueError` unless a finished shard is of just these pieces."""
-    theirs = [replace(entry, top_k_mass=None) for entry in shard.entries]
-    same = (
-        theirs == [_entry(piece, None) for piece in pieces]
-        and shard.read_ids() == [i for piece in pieces for i in piece.ids]
-        and torch.equal(shard.read_mask(), torch.cat([_loss_mask(piece) for piece in pieces]))
-    )
-    if not same:
+    theirs = [(replace(e, top_k_mass=None), i.tolist(), m.tolist()) for e, i, m in shard.texts()]
+    if theirs != [(_entry(p, None), p.ids, _loss_mask(p).tolist()) for p in pieces]:
         raise ValueError(
             f"{shard.path} holds other conversations: name another folder, or delete this one"
         )

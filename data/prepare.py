@@ -15,22 +15,20 @@ from headstart.data.contamination import remove_contaminated
 from headstart.data.conversations import (
     MANIFEST,
     Conversation,
-    conversation_lengths,
-    finished_parts,
-    length_when_cut,
+    read_folder,
     read_manifest,
-    read_part,
     stable_hash,
     template_variables,
+    tokens_when_cut,
 )
 from headstart.data.extraction import OnlineActivations, extract
 from headstart.data.marks import lost_thought
 from headstart.data.prompts import (
     Prompt,
     deal,
+    encode_usable,
     load_prompt_set,
     load_prompts,
-    report_refused,
     split_by_source,
 )
 from headstart.data.regenerate import conversation_settings, make_jobs, regenerate
@@ -153,11 +151,9 @@ def _asked_for(training: Documents, data: DataConfig, seed: int) -> Documents:
         and (categories is None or e.category in categories)
     ]
     if not kept or len(kept) < (count or 0):
-        at = "" if heats is None else f" at the temperatures {heats}"
-        of = "" if categories is None else f" of the categories {categories}"
         raise ValueError(
-            f"{len(kept)} documents{at}{of} are there to train on, data.only_conversations asks "
-            f"for {count or 'one at least'}"
+            f"{len(kept)} of {len(training.entries)} documents are left by data.only_temperatures "
+            f"and data.only_categories, data.only_conversations asks for {count or 1}"
         )
     if count is not None:
         kept = sorted(random.Random(seed).sample(kept, count))
@@ -291,8 +287,7 @@ def extract_folder(
 ) -> ActivationStore:
     """Extract the conversations of `headstart regenerate`, a part at a time; `variables` as in
     `extract`."""
-    lengths = conversation_lengths(finished_parts(folder))
-    tokens = sum(length_when_cut(length, data.max_tokens) for length in lengths)
+    tokens = tokens_when_cut(read_folder(folder), data.max_tokens)
     conversations = stream_folder(folder, target)
     return extract(target, conversations, tokens, data, out, variables=variables)
 
@@ -317,9 +312,8 @@ def stream_folder(folder: Path, tokens: TargetTokens) -> Iterator[Conversation]:
         same = manifest["fingerprint"] == tokens.fingerprint
     if not same:
         say(f"{folder} was written by {manifest['target']}, which is not this {tokens.name}")
-    for part in finished_parts(folder):
-        for conversation in read_part(part):
-            yield conversation if same else replace(conversation, temperature=None)
+    for conversation in read_folder(folder):
+        yield conversation if same else replace(conversation, temperature=None)
 
 
 def _cache(data: DataConfig) -> Path:
@@ -338,15 +332,10 @@ def run_regenerate(
 ) -> None:
     """Let the target answer the prompts of `config.data` into the folder `out`.
 
-    Args:
-        config: its target, data and seed; the prompts of its evaluation are kept out.
-        out: of the conversations; an interrupted call goes on there.
-        extracting: write the activation store into the same folder, from the same forwards.
-        device: where the target runs.
-        url: of an OpenAI-compatible server that runs the target instead.
-        model: its name there; None: the only one.
-        concurrency: requests under way at once.
-        key_variable: of the environment, with the server's key; None: `SERVER_KEY`.
+    An interrupted call goes on there; the prompts of the configuration's evaluation are kept out.
+    With `extracting` the activation store is written into the same folder, from the same forwards.
+    The target runs on `device`, or in the server at `url`; of a server are `model`, `concurrency`
+    and `key_variable` too, as of `AnswerServer`.
 
     Raises:
         ValueError: bad prompts, a folder of other conversations, or a combination that cannot be.
@@ -374,9 +363,7 @@ def run_regenerate(
         server = AnswerServer(
             url, model, concurrency, tokens.tokenizer, tokens.eos_ids, key_variable
         )
-        retokenised = regenerate_by_server(server, tokens, jobs, d, config.run.seed, out)
-        if retokenised:
-            print(f"{retokenised} answers came as text alone and were tokenised again")
+        regenerate_by_server(server, tokens, jobs, d, config.run.seed, out)
     say(f"Written: {out} ({len(jobs):,} conversations)")
     if extracting:
         say(describe_store(ActivationStore(out)))
@@ -410,7 +397,7 @@ def run_extract(config: Config, conversations: str, out: Path, device: Any) -> N
         store = extract_folder(target, folder, d, out, variables)
     else:
         rows = encode_source(conversations, target, config)
-        tokens = sum(length_when_cut(len(row.ids), d.max_tokens) for row in rows)
+        tokens = tokens_when_cut(rows, d.max_tokens)
         store = extract(target, rows, tokens, d, out, variables=d.chat_template_kwargs)
     say(f"Written: {out}")
     say(describe_store(store))
@@ -427,21 +414,20 @@ def encode_source(path: str, tokens: TargetTokens, config: Config) -> list[Conve
     source = next((s for s in d.prompts if s.path == path), path)
     prompts = load_prompts(source, d.max_bad_rows)
     check_template(prompts, tokens)
+    encoded = encode_usable(
+        prompts,
+        lambda p: encode_conversation(p, tokens.tokenizer, tokens.eos_ids, d.chat_template_kwargs),
+        d.max_bad_rows,
+    )
     rows: list[Conversation] = []
-    refused: list[tuple[str, str]] = []
     thoughtless: list[str] = []
-    for prompt in prompts:
-        try:
-            ids, spans = encode_conversation(
-                prompt, tokens.tokenizer, tokens.eos_ids, d.chat_template_kwargs
-            )
-        except ValueError as error:
-            refused.append((prompt.id, str(error)))
+    for prompt, made in zip(prompts, encoded, strict=True):
+        if made is None:
             continue
+        ids, spans = made
         rows.append(Conversation(prompt.id, prompt.category, prompt.source, ids, spans))
         if lost_thought(prompt, ids, tokens.tokenizer):
             thoughtless.append(prompt.id)
-    report_refused(refused, len(prompts), d.max_bad_rows)
     if thoughtless:
         line = (
             f"{path}: the chat template leaves thoughts out of {len(thoughtless)} of "

@@ -3,7 +3,8 @@
 import glob
 import random
 import sys
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -71,6 +72,8 @@ class Sourced(Protocol):
 
 T = TypeVar("T")
 S = TypeVar("S", bound=Sourced)
+Reasons = defaultdict[str, list[str]]
+"""Why rows cannot be used -> where such rows stand."""
 
 
 def load_prompts(
@@ -98,7 +101,7 @@ def load_prompts(
     if unknown := source.columns.keys() - set(COLUMNS):
         raise ValueError(f"{source.path}: columns maps {min(unknown)}; known: {', '.join(COLUMNS)}")
     prompts: list[Prompt] = []
-    skipped: dict[str, tuple[int, str]] = {}  # reason -> count, first place
+    skipped: Reasons = defaultdict(list)
     seen: set[str] = set()  # columns
     unused: set[str] = set()
     for place, row in read_rows(source):
@@ -113,32 +116,27 @@ def load_prompts(
             if not max_bad_rows:
                 raise ValueError(f"{place}: {error}") from None
             reason, _, detail = str(error).partition(" (")
-            first = f"{place} ({detail}" if detail else str(place)
-            count, first = skipped.get(reason, (0, first))
-            skipped[reason] = count + 1, first
-            if not prompts and sum(n for n, _ in skipped.values()) >= HOPELESS:
+            skipped[reason].append(f"{place} ({detail}" if detail else str(place))
+            if not prompts and _number(skipped) >= HOPELESS:
                 break
         if len(prompts) == source.limit:
             break
     _check(source, len(prompts), skipped, seen, max_bad_rows)
     if unused:
-        say(f"{source.path}: {describe_unused(unused)}")
-    return _with_unique_ids(prompts)
-
-
-def describe_unused(columns: set[str]) -> str:
-    """One line of the columns that nothing reads."""
-    return f"Columns not used: {', '.join(sorted(columns))}"
+        say(f"{source.path}: Columns not used: {', '.join(sorted(unused))}")
+    # Later stages key on ids.
+    ids = unique_ids([prompt.id for prompt in prompts], "~")
+    return [replace(prompt, id=unique) for prompt, unique in zip(prompts, ids, strict=True)]
 
 
 def _check(
     source: SourceConfig,
     usable: int,
-    skipped: dict[str, tuple[int, str]],
+    skipped: Reasons,
     seen: set[str],
     max_bad_rows: float,
 ) -> None:
-    bad = sum(count for count, _ in skipped.values())
+    bad = _number(skipped)
     if not usable and not bad:
         raise ValueError(f"{source.path} holds no prompts")
     if absent := sorted(set(source.columns.values()) - seen):
@@ -157,45 +155,57 @@ def _check(
         print(one_line(line), file=sys.stderr)
 
 
-def _worst_first(reasons: dict[str, tuple[int, str]], most: int | None = None) -> str:
+def _number(reasons: Reasons) -> int:
+    return sum(map(len, reasons.values()))
+
+
+def _worst_first(reasons: Reasons, most: int | None = None) -> str:
     """Reasons with how often, and where first, each was met."""
-    ordered = sorted(reasons.items(), key=lambda item: -item[1][0])[:most]
-    return "; ".join(f"{count} {reason}, first {first}" for reason, (count, first) in ordered)
+    ordered = sorted(reasons.items(), key=lambda item: -len(item[1]))[:most]
+    return "; ".join(f"{len(places)} {reason}, first {places[0]}" for reason, places in ordered)
 
 
-def report_refused(refused: list[tuple[str, str]], total: int, max_bad_rows: float) -> None:
-    """Count rows that a target's template refuses, each (prompt id, reason), in one line on stderr.
+def encode_usable(
+    prompts: Sequence[Prompt], encode: Callable[[Prompt], T], max_bad_rows: float
+) -> list[T | None]:
+    """What `encode` makes of each prompt; None: it raised `ValueError`, as of one that the target's
+    template refuses. Those are counted in one line on stderr.
 
     Raises:
         ValueError: they are more than a share of `max_bad_rows` of all, good and bad.
     """
-    if not refused:
-        return
-    reasons: dict[str, tuple[int, str]] = {}
-    for prompt_id, reason in refused:
-        count, first = reasons.get(reason, (0, prompt_id))
-        reasons[reason] = count + 1, first
-    listed = _worst_first(reasons, 5)
-    line = f"{len(refused)} of {total} rows cannot be used with this target ({listed})"
-    if len(refused) > max_bad_rows * total:
-        raise ValueError(f"{line}; mend them, or raise data.max_bad_rows, now {max_bad_rows:g}")
-    print(one_line(f"{line}: skipped"), file=sys.stderr)
+    encoded: list[T | None] = []
+    reasons: Reasons = defaultdict(list)
+    for prompt in prompts:
+        try:
+            encoded.append(encode(prompt))
+        except ValueError as error:
+            encoded.append(None)
+            reasons[str(error)].append(prompt.id)
+    if reasons:
+        refused, total = _number(reasons), len(prompts)
+        listed = _worst_first(reasons, 5)
+        line = f"{refused} of {total} rows cannot be used with this target ({listed})"
+        if refused > max_bad_rows * total:
+            raise ValueError(f"{line}; mend them, or raise data.max_bad_rows, now {max_bad_rows:g}")
+        print(one_line(f"{line}: skipped"), file=sys.stderr)
+    return encoded
 
 
-def _with_unique_ids(prompts: list[Prompt]) -> list[Prompt]:
-    """Later stages key on ids, so one that comes again becomes `id~2`, `id~3` and so on."""
-    taken = {p.id for p in prompts}
+def unique_ids(ids: list[str], mark: str) -> list[str]:
+    """The ids, of which one that comes again becomes `idM2`, `idM3` and so on, M being `mark`."""
+    taken = set(ids)
     times: dict[str, int] = {}
     unique = []
-    for prompt in prompts:
-        times[prompt.id] = number = times.get(prompt.id, 0) + 1
+    for name in ids:
+        times[name] = number = times.get(name, 0) + 1
         if number > 1:
-            while (new := f"{prompt.id}~{number}") in taken:
+            while (new := f"{name}{mark}{number}") in taken:
                 number += 1
-            times[prompt.id] = number
+            times[name] = number
             taken.add(new)
-            prompt = replace(prompt, id=new)
-        unique.append(prompt)
+            name = new
+        unique.append(name)
     return unique
 
 
@@ -325,12 +335,9 @@ class PromptSet:
 
     published: str
     """Its own file, as an error names it."""
-    hub: str | None = None
-    """Id on the Hugging Face Hub. None: only the file is published."""
-    config: str | None = None
-    split: str = "test"
-    columns: dict[str, str] = field(default_factory=dict)
-    """As in `SourceConfig`. Mapped to `text` the prompt is raw."""
+    source: dict[str, Any] = field(default_factory=dict)
+    """Of `SourceConfig`: its place on the Hugging Face Hub, or no `path`: only the file is
+    published. A column that is mapped to `text` makes raw prompts."""
     adapt: Callable[[Columns], Columns | None] = lambda row: row
     """As in `load_prompts`. Where a row has no category, it is the name of the set."""
 
@@ -360,41 +367,43 @@ def _speed_bench(row: Columns) -> Columns:
     return row
 
 
+# fmt: off
 SETS = {
     # Rows {question_id, category, turns, reference?}: 480, of MT-bench with two turns.
     "spec-bench": PromptSet(
         published="data/spec_bench/question.jsonl of github.com/hemingkx/Spec-Bench",
+        source={"split": "test"},
         adapt=_spec_bench,
     ),
     # The file has {question_id, category, turns, reference?}, the Hub {prompt, prompt_id, category,
     # reference} (its card shows how one was made of the other).
     "mt-bench": PromptSet(
         published="fastchat/llm_judge/data/mt_bench/question.jsonl of github.com/lm-sys/FastChat",
-        hub="HuggingFaceH4/mt_bench_prompts",
-        split="train",
+        source={"path": "HuggingFaceH4/mt_bench_prompts"},
     ),
     # Rows {task_id, prompt, canonical_solution, test, entry_point}; a prompt is the beginning of a
     # file, up to the end of the docstring.
     "humaneval": PromptSet(
         published="data/HumanEval.jsonl.gz of github.com/openai/human-eval",
-        hub="openai/openai_humaneval",
-        config="openai_humaneval",
-        columns={"text": "prompt"},
+        source={
+            "path": "openai/openai_humaneval", "name": "openai_humaneval", "split": "test",
+            "columns": {"text": "prompt"},
+        },
     ),
     # Rows {question, answer}, without an id.
     "gsm8k": PromptSet(
         published="grade_school_math/data/test.jsonl of github.com/openai/grade-school-math",
-        hub="openai/gsm8k",
-        config="main",
-        columns={"prompt": "question"},
+        source={
+            "path": "openai/gsm8k", "name": "main", "split": "test",
+            "columns": {"prompt": "question"},
+        },
     ),
     # Rows {task_id, text or prompt, code, test_list, ...}. The files hold all splits.
     "mbpp": PromptSet(
         published=(
             "mbpp/mbpp.jsonl and sanitized-mbpp.json of github.com/google-research/google-research"
         ),
-        hub="google-research-datasets/mbpp",
-        config="full",
+        source={"path": "google-research-datasets/mbpp", "name": "full", "split": "test"},
         adapt=_mbpp,
     ),
     # Rows {question_id, category, sub_category, turns, source, src_id, difficulty, multiturn}, as
@@ -405,11 +414,11 @@ SETS = {
             "nemo_skills/dataset/speed-bench/prepare.py of github.com/NVIDIA-NeMo/Skills fills in "
             "(it writes qualitative.jsonl)"
         ),
-        hub="nvidia/SPEED-Bench",
-        config="qualitative",
+        source={"path": "nvidia/SPEED-Bench", "name": "qualitative", "split": "test"},
         adapt=_speed_bench,
     ),
 }
+# fmt: on
 """The sets by name. Their rows were read in the files and dataset cards that are named here."""
 
 
@@ -433,14 +442,9 @@ def load_prompt_set(name: str) -> list[Prompt]:
     try:
         if given and not _is_there(path):
             raise ValueError(f"no prompt file {path}")
-        if not given and chosen.hub is None:
+        if not given and "path" not in chosen.source:
             raise ValueError(f"{key} is not on the Hugging Face Hub")
-        source = SourceConfig(
-            path=path if given else str(chosen.hub),
-            name=chosen.config,
-            split=chosen.split,
-            columns=chosen.columns,
-        )
+        source = SourceConfig(**chosen.source | ({"path": path} if given else {}))
         return load_prompts(source, adapt=lambda row: chosen.adapt({"category": key} | row))
     except ValueError as error:
         raise ValueError(

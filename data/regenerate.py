@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from rich.progress import Progress
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from headstart.common.console import progress_bar, say
@@ -21,12 +20,11 @@ from headstart.data.conversations import (
     answered,
     claim_folder,
     part_path,
-    read_part,
     stable_hash,
     write_part,
 )
 from headstart.data.extraction import Recorder, entries_of
-from headstart.data.prompts import Prompt, report_refused
+from headstart.data.prompts import Prompt, encode_usable, unique_ids
 from headstart.data.store import (
     check_space,
     shard_path,
@@ -60,27 +58,21 @@ def make_jobs(
         ValueError: the target's chat template refuses more prompts than `data.max_bad_rows`.
     """
     check_template(prompts, tokens)
-    jobs: list[Job] = []
-    refused: list[tuple[str, str]] = []
-    taken, cut_short = set[str](), 0
-    for prompt, drawn in zip(prompts, sampling, strict=True):
-        job_id, times = prompt.id, 1
-        while job_id in taken:  # a prompt may be answered several times
-            times += 1
-            job_id = f"{prompt.id}#{times}"
-        taken.add(job_id)
-        try:
-            ids = encode_prompt(prompt, tokens.tokenizer, config.chat_template_kwargs)
-        except ValueError as error:
-            refused.append((prompt.id, str(error)))
-            continue
-        cut_short += len(ids) > config.max_prompt_tokens
-        jobs.append(Job(job_id, prompt, shortened(ids, config.max_prompt_tokens), drawn))
-    report_refused(refused, len(prompts), config.max_bad_rows)
-    if cut_short:
+    kwargs, most = config.chat_template_kwargs, config.max_prompt_tokens
+    encoded = encode_usable(
+        prompts, lambda p: encode_prompt(p, tokens.tokenizer, kwargs), config.max_bad_rows
+    )
+    # A prompt may be answered several times.
+    ids = unique_ids([prompt.id for prompt in prompts], "#")
+    jobs = [
+        Job(job_id, prompt, shortened(prompt_ids, most), drawn)
+        for job_id, prompt, prompt_ids, drawn in zip(ids, prompts, encoded, sampling, strict=True)
+        if prompt_ids is not None
+    ]
+    if cut_short := sum(len(prompt_ids or []) > most for prompt_ids in encoded):
         say(
-            f"{cut_short} of {len(prompts)} prompts are longer than data.max_prompt_tokens="
-            f"{config.max_prompt_tokens} and keep their last tokens"
+            f"{cut_short} of {len(prompts)} prompts are longer than data.max_prompt_tokens={most} "
+            "and keep their last tokens"
         )
     # Equal lengths together: less padding. Longest first: memory runs out at once or never.
     return sorted(jobs, key=lambda job: -len(job.prompt_ids))
@@ -252,8 +244,9 @@ def regenerate(
         PartialState().wait_for_everyone()
         mine = [number for number in range(len(batches)) if is_mine(number)]
         missing = [number for number in mine if not is_done(folder, number, extract)]
-        there = [part_path(folder, number) for number in sorted(set(mine) - set(missing))]
-        done = Done(bar, description, sum(len(batches[n]) for n in mine), there)
+        total, left = (sum(len(batches[n]) for n in numbers) for numbers in (mine, missing))
+        task = bar.add_task(description, total=total, completed=total - left, status="")
+        tokens = 0
         for pending in in_step(missing, target.sharded):
             if pending is None:
                 answer(target, [_IDLE], 1, seed, None)
@@ -270,7 +263,8 @@ def regenerate(
                 write_shard(shard_path(folder, pending), tensors, entries, settings)
             path = part_path(folder, pending)
             write_part(path, written, target.tokenizer, target.name, target.revision)
-            done.add(written)
+            tokens += sum(c.trained for c in written)
+            bar.update(task, advance=len(written), status=f"{tokens:,} tokens")
         PartialState().wait_for_everyone()
         if extract and PartialState().is_main_process and not (folder / "index.json").is_file():
             write_index(folder, [shard_path(folder, i) for i in range(len(batches))], settings)
@@ -284,27 +278,6 @@ def _check_space(
     answers = sum(len(batch) for batch in missing) * config.max_new_tokens
     each = stored_bytes(target, config)
     check_space(folder, each * (prompt_tokens + answers), each * prompt_tokens)
-
-
-class Done:
-    """Counts answers on a progress bar, of `total`; `there` are parts that an earlier call
-    finished."""
-
-    def __init__(self, bar: Progress, description: str, total: int, there: list[Path]):
-        self.bar, self.tokens, count = bar, 0, 0
-        for path in there:
-            count += self._count(read_part(path))
-        status = f"{self.tokens:,} tokens" if there else ""
-        self.task = bar.add_task(description, total=total, completed=count, status=status)
-
-    def add(self, written: list[Conversation]) -> None:
-        """Count answers that are written now."""
-        count = self._count(written)
-        self.bar.update(self.task, advance=count, status=f"{self.tokens:,} tokens")
-
-    def _count(self, conversations: list[Conversation]) -> int:
-        self.tokens += sum(c.trained for c in conversations)
-        return len(conversations)
 
 
 def is_done(folder: Path, number: int, extract: bool) -> bool:

@@ -19,7 +19,6 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urljoin
@@ -42,7 +41,6 @@ from headstart.common.files import alone_in
 from headstart.configs.schema import DataConfig
 from headstart.data.conversations import claim_folder, part_path, write_part
 from headstart.data.regenerate import (
-    Done,
     Job,
     batches_of,
     conversation_settings,
@@ -56,24 +54,16 @@ SHOWN = 40  # characters of what a server says that go into a message
 KEPT = "What is finished is kept: start the server and give the same command again"
 
 
-@dataclass(frozen=True)
-class Answer:
-    """One response of the target."""
-
-    ids: list[int]
-    """Ends with an end-of-sequence token where `finish_reason` is `stop`."""
-    finish_reason: str
-    """`stop`, or `length`: cut off after `max_new_tokens`, at the end of the server's context, or
-    by a stop rule of the server's that is none of the target's."""
-    retokenised: bool
-    """The server gave text alone: the target may have written other ids."""
-
-
 def read_answer(
     body: dict[str, Any], tokenizer: PreTrainedTokenizerBase, eos_ids: list[int], limit: int
-) -> Answer:
-    """The first choice of a response of `/v1/completions`; `limit`, and what is raised, as of
-    `AnswerServer.answer`."""
+) -> tuple[list[int], bool]:
+    """The token ids in the first choice of a response of `/v1/completions`, and whether the server
+    gave text alone, so that the target may have written other ids.
+
+    The ids end with one of `eos_ids`, unless the answer was cut off: after `limit` tokens, at the
+    end of the server's context, or by a stop rule of the server's that is none of the target's.
+    What is raised is as of `AnswerServer.answer`.
+    """
     try:
         return _read(body, tokenizer, eos_ids, limit)
     except (LookupError, TypeError, AttributeError) as error:
@@ -85,7 +75,7 @@ def read_answer(
 
 def _read(
     body: dict[str, Any], tokenizer: PreTrainedTokenizerBase, eos_ids: list[int], limit: int
-) -> Answer:
+) -> tuple[list[int], bool]:
     choice = body["choices"][0]
     stopped = choice["finish_reason"] == "stop"
     if not stopped and choice["finish_reason"] != "length":
@@ -113,9 +103,8 @@ def _read(
                 f"the server runs another model: its token {repr(i)[:SHOWN]} is outside the "
                 f"target's vocabulary of {vocabulary}"
             )
-    ids = cut_after(ids, eos_ids)  # the server may know fewer end tokens, and write on
-    ended = bool(ids) and ids[-1] in eos_ids
-    return Answer(ids, "stop" if ended else "length", given is None)
+    # The server may know fewer end tokens, and write on.
+    return cut_after(ids, eos_ids), given is None
 
 
 def server_ids(body: dict[str, Any]) -> list[int] | None:
@@ -210,8 +199,8 @@ class AnswerServer:
             raise ValueError(f"--api-key-env {key_variable}: there is no such variable, or no key")
         self.model, self.concurrency = model, concurrency
         self.tokenizer, self.eos_ids = tokenizer, eos_ids
-        self.notes: list[str] = []
-        """What the user should know of this server, filled by `check`."""
+        self.retokenised = 0
+        """Answers so far that came as text alone."""
         self._extras = WITH_IDS
         self._slots = asyncio.Semaphore(concurrency)
         self._tokenize = f"{address}/tokenize"
@@ -223,8 +212,7 @@ class AnswerServer:
                 timeout=Timeout(TIMEOUT_SECONDS, connect=10),
                 http_client=DefaultAsyncHttpxClient(follow_redirects=False),
             )
-            # Copies read the environment too.
-            self._without_patience = self._client.with_options(max_retries=0)
+            # A copy reads the environment too.
             self._with_little_patience = self._client.with_options(max_retries=2)
 
     async def __aenter__(self) -> "AnswerServer":
@@ -237,12 +225,11 @@ class AnswerServer:
         """Find the model and how to ask it for ids, and see that it is the target.
 
         Raises:
-            ValueError: nothing answers at the URL (at once, without retries); no such model, or
-                several; the server refuses a short request, adds tokens to it, or tokenises
-                otherwise than the target.
+            ValueError: nothing answers at the URL (within seconds); no such model, or several; the
+                server refuses a short request, adds tokens to it, or tokenises otherwise than the
+                target.
             RuntimeError: a server is there, but did not come up in five minutes.
         """
-        self.notes.clear()
         with self._explained():
             self.model = await self._find_model()
             await self._compare_tokenizers()
@@ -250,8 +237,8 @@ class AnswerServer:
 
     async def answer(
         self, prompt_ids: list[int], sampling: Sampling, seed: int, max_new_tokens: int
-    ) -> Answer:
-        """Let the target answer one prompt, sampling from its own distribution.
+    ) -> list[int]:
+        """The target's answer to one prompt, sampled from its own distribution.
 
         Args:
             prompt_ids: the whole prompt, <bos> included.
@@ -269,14 +256,16 @@ class AnswerServer:
         async with self._slots:
             with self._explained():
                 body = await self._complete(prompt_ids, sampling, seed, max_new_tokens)
-        return read_answer(body, self.tokenizer, self.eos_ids, max_new_tokens)
+        ids, retokenised = read_answer(body, self.tokenizer, self.eos_ids, max_new_tokens)
+        self.retokenised += retokenised
+        return ids
 
     async def _complete(
         self, ids: list[int], sampling: Sampling, seed: int, limit: int
     ) -> dict[str, Any]:
         assert self.model is not None, "check() comes first"
         extras = self._extras
-        if extras and sampling.top_k is not None:
+        if sampling.top_k is not None:
             extras = extras | {"top_k": sampling.top_k}
         completion = await self._client.completions.create(
             model=self.model, prompt=ids, max_tokens=limit, temperature=sampling.temperature,
@@ -286,7 +275,7 @@ class AnswerServer:
 
     async def _find_model(self) -> str:
         try:
-            await self._without_patience.models.list()
+            await self._with_little_patience.models.list()
         except APIConnectionError as error:
             raise ValueError(
                 f"no OpenAI-compatible server answers at {self.url}: {error.__cause__ or error}; "
@@ -325,27 +314,22 @@ class AnswerServer:
 
     async def _choose_extras(self) -> None:
         prompt_ids = self.tokenizer(PROBE)["input_ids"]
-        accepted: list[dict[str, Any]] = []
-        for extras in (WITH_IDS, WITH_LOGPROBS, {}):
+        for extras in (WITH_IDS, WITH_LOGPROBS):
             self._extras = extras
             try:
                 body = await self._complete(prompt_ids, Sampling(0.0), 0, 1)
             except (BadRequestError, UnprocessableEntityError):
-                if not extras and not accepted:
+                if extras is WITH_IDS:
                     raise
-                continue
+                break  # it refuses log-probabilities alone
             counted = (body.get("usage") or {}).get("prompt_tokens", len(prompt_ids))
             if counted != len(prompt_ids):
                 raise ValueError(f"{self.url} makes {counted} tokens of {len(prompt_ids)} ids")
             read_answer(body, self.tokenizer, self.eos_ids, 1)
-            accepted.append(extras)
             if server_ids(body) is not None:
-                break
-        else:
-            self._extras = accepted[0]
-            self.notes.append("the server gives text alone, which is tokenised again")
-        if not self._extras:
-            self.notes.append("it refuses settings, so its own top-k and penalties may apply")
+                return
+        self._extras = WITH_IDS
+        say("the server gives text alone, which is tokenised again")
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
@@ -357,17 +341,15 @@ class AnswerServer:
             if status in (401, 403):
                 raise ValueError(self._refused_key()) from None
             if isinstance(error, APIStatusError) and "location" in error.response.headers:
-                there = urljoin(
-                    f"{self.url}/", self._without_key(error.response.headers["location"])
-                )
+                location = self._without_key(error.response.headers["location"])
+                there = urljoin(f"{self.url}/", location)
                 raise ValueError(
                     f"{self.url} redirects to {there!r}, which is not followed: if you trust it, "
                     "name it by --server"
                 ) from error
             said = error.body.get("message") if isinstance(error.body, dict) else error.body
-            reason = " ".join(self._without_key(str(said or error.__cause__ or error)).split())[
-                :400
-            ]
+            said = self._without_key(str(said or error.__cause__ or error))
+            reason = " ".join(said.split())[:400]
             if status is None or status >= 500 or status in (408, 409, 429):
                 raise RuntimeError(
                     f"{self.url} gave no answer in {MAX_RETRIES + 1} attempts ({reason}). {KEPT}"
@@ -407,13 +389,10 @@ def regenerate_by_server(
     config: DataConfig,
     seed: int,
     folder: Path,
-) -> int:
+) -> None:
     """Let a server answer; otherwise as `regenerate`.
 
     Several batches are under way at once, so that one long answer holds up none of the others.
-
-    Returns:
-        How many answers came back as text alone and were tokenised again.
 
     Raises:
         ValueError, RuntimeError: what `AnswerServer` raises; finished parts are kept.
@@ -422,43 +401,38 @@ def regenerate_by_server(
     # Enough batches under way to keep the server busy, and no more: a kill loses those.
     at_once = asyncio.Semaphore(1 + -(-server.concurrency // config.generation_batch_size))
 
-    async def write(number: int, done: Done) -> int:
+    tokens_written = 0
+
+    async def write(number: int) -> None:
+        nonlocal tokens_written
         async with at_once:
             first = seed + number * config.generation_batch_size
-            answers = await asyncio.gather(
-                *(
-                    server.answer(job.prompt_ids, job.sampling, first + i, config.max_new_tokens)
-                    for i, job in enumerate(batches[number])
-                )
+            answers = (
+                server.answer(job.prompt_ids, job.sampling, first + i, config.max_new_tokens)
+                for i, job in enumerate(batches[number])
             )
-            ids = [answer.ids for answer in answers]
+            ids = await asyncio.gather(*answers)
             written = conversations_of(batches[number], ids, tokens.eos_ids)
             path = part_path(folder, number)
             write_part(path, written, tokens.tokenizer, tokens.name, tokens.revision)
-            done.add(written)
-            return sum(answer.retokenised for answer in answers)
+            tokens_written += sum(c.trained for c in written)
+            bar.update(task, advance=len(written), status=f"{tokens_written:,} tokens")
 
-    async def write_all(missing: list[int], done: Done) -> int:
+    async def write_all() -> None:
         async with server:
             if missing:
                 await server.check()
-            for note in server.notes:
-                say(note)
             # What is under way is finished and kept, whatever becomes of one request.
-            ends = await asyncio.gather(
-                *(write(number, done) for number in missing), return_exceptions=True
-            )
-        retokenised = 0
-        for end in ends:
-            if isinstance(end, BaseException):
-                raise end
-            retokenised += end
-        return retokenised
+            ends = await asyncio.gather(*map(write, missing), return_exceptions=True)
+        for error in filter(None, ends):
+            raise error
 
     with alone_in(folder), progress_bar() as bar:
         settings = conversation_settings(jobs, tokens, config, seed, extract=False)
         claim_folder(folder, settings, len(batches))
         missing = [i for i in range(len(batches)) if not is_done(folder, i, extract=False)]
-        there = [part_path(folder, i) for i in range(len(batches)) if i not in set(missing)]
-        done = Done(bar, "Generating", len(jobs), there)
-        return asyncio.run(write_all(missing, done))
+        there = len(jobs) - sum(len(batches[number]) for number in missing)
+        task = bar.add_task("Generating", total=len(jobs), completed=there, status="")
+        asyncio.run(write_all())
+    if server.retokenised:
+        say(f"{server.retokenised} answers came as text alone and were tokenised again")

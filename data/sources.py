@@ -16,7 +16,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, AnyStr, TextIO
+from typing import IO, Any, TextIO
 
 from headstart.common.console import say
 from headstart.common.files import cache_dir
@@ -172,21 +172,10 @@ def _numbered(path: Path, rows: Iterable[Row]) -> Iterator[tuple[Place, Row]]:
 
 
 def _lines(path: Path, parse: Callable[[bytes], Any]) -> Iterator[tuple[Place, Row]]:
-    for number, line in enumerate(_byte_lines(path), start=1):
-        line = (line.removeprefix(codecs.BOM_UTF8) if number == 1 else line).strip()
-        if line:
-            yield Place(str(path), number, is_line=True), _parsed(line, parse)
-
-
-def _byte_lines(path: Path) -> Iterator[bytes]:
-    """Lines in UTF-8. What says that it is so is not decoded here: a line that is none is one bad
-    row, and fails nothing else."""
-    if encoding_of(path).startswith("utf-8"):
-        with open_bytes(path) as file:
-            yield from bounded_lines(file)
-    else:
-        with open_text(path, newline="\n") as text:
-            yield from (line.encode() for line in bounded_lines(text))
+    with open_text(path, newline="\n") as file:
+        for number, text in enumerate(bounded_lines(file), start=1):
+            if line := text.encode(errors="surrogateescape").strip():
+                yield Place(str(path), number, is_line=True), _parsed(line, parse)
 
 
 def _parsed(line: bytes, parse: Callable[[bytes], Any]) -> Row:
@@ -219,7 +208,7 @@ def _is_array(path: Path) -> bool:
     """Whether a `.json` file is one array of rows, as Alpaca's and ShareGPT's are."""
     if Path(path.name.removesuffix(".gz")).suffix != ".json":
         return False
-    with open_text(path, newline="\n", errors="replace") as file:
+    with open_text(path, newline="\n") as file:
         return file.read(4096).lstrip().startswith("[")
 
 
@@ -233,8 +222,7 @@ def _array_rows(path: Path) -> Iterator[Row]:
 def _csv_rows(path: Path) -> Iterator[Row]:
     """Cells as they stand: `datasets` reads through pandas, which makes 7 of 007, None of NA."""
     csv.field_size_limit(LONGEST)  # Python's limit of 131,072 characters is below a long prompt
-    utf8 = encoding_of(path).startswith("utf-8")
-    with open_text(path, newline="", errors="surrogateescape" if utf8 else "strict") as file:
+    with open_text(path, newline="") as file:
         delimiter = _delimiter(path, file)
         # Strict: a stray quote would otherwise swallow the rest of the file as one cell.
         for row in csv.DictReader(bounded_lines(file), delimiter=delimiter, strict=True):
@@ -328,7 +316,7 @@ def _without_nulls(value: Any) -> Any:
 
 
 HEAD = 4096  # bytes that are looked at
-LONGEST = 1 << 27  # bytes or characters of a line: a thousandth of that is a long conversation
+LONGEST = 1 << 27  # characters of a line: a thousandth of that is a long conversation
 WHOLE = 1 << 30  # characters of a file that is read at once,
 UNPACKED = 50  # or so many times the bytes that it has on the disk: text compresses to a tenth
 GZIP = b"\x1f\x8b"
@@ -359,15 +347,15 @@ def open_bytes(path: Path) -> IO[bytes]:
     return gzip.open(path) if zipped else path.open("rb")  # type: ignore[return-value]
 
 
-def open_text(path: Path, newline: str, errors: str = "strict") -> io.TextIOWrapper:
-    """The text of a file in the encoding of its byte order mark, or in UTF-8; `newline` and
-    `errors` as in `open`."""
-    return io.TextIOWrapper(
-        open_bytes(path), encoding=encoding_of(path), errors=errors, newline=newline
-    )
+def open_text(path: Path, newline: str) -> io.TextIOWrapper:
+    """The text of a file in the encoding of its byte order mark, or in UTF-8, of which wrong bytes
+    come as surrogates: they are one bad row, and fail nothing else. `newline` as in `open`."""
+    encoding = encoding_of(path)
+    errors = "surrogateescape" if encoding.startswith("utf-8") else "strict"
+    return io.TextIOWrapper(open_bytes(path), encoding=encoding, errors=errors, newline=newline)
 
 
-def bounded_lines(file: IO[AnyStr]) -> Iterator[AnyStr]:
+def bounded_lines(file: TextIO) -> Iterator[str]:
     """The lines of a file, a compressed one of zeros among them, of which one fills any memory.
 
     Raises:
@@ -375,11 +363,13 @@ def bounded_lines(file: IO[AnyStr]) -> Iterator[AnyStr]:
     """
     while line := file.readline(LONGEST + 1):
         if len(line) > LONGEST:
-            raise ValueError(f"a line is longer than {LONGEST:,} bytes, as no row is: split it")
+            raise ValueError(
+                f"a line is longer than {LONGEST:,} characters, as no row is: split it"
+            )
         yield line
 
 
-def read_whole(path: Path, file: IO[str]) -> str:
+def read_whole(path: Path, file: TextIO) -> str:
     """The text of a file, unless it was compressed so much that it is made to fill the memory.
 
     Raises:
@@ -407,13 +397,13 @@ def check_file(path: Path, kind: str) -> None:
     Raises:
         ValueError: with the fix.
     """
-    if kind == "parquet":
-        _check_parquet(path)
     head = _head(path)
     if head.startswith(POINTER):
         raise ValueError(
             "it is a Git LFS pointer, the data is not there: run `git lfs pull`, or download it"
         )
+    if kind == "parquet":
+        _check_parquet(path)
     if kind in ("parquet", "arrow"):
         return
     if fault := next((what for magic, what in FOREIGN.items() if head.startswith(magic)), None):
@@ -435,13 +425,11 @@ def _head(path: Path) -> bytes:
 def _check_parquet(path: Path) -> None:
     """`datasets` says neither that a file is compressed nor that it ends too early."""
     with path.open("rb") as file:
-        begins = file.read(HEAD)
+        begins = file.read(4)
         file.seek(max(0, path.stat().st_size - 4))
         ends = file.read()
     if begins.startswith(GZIP):
         raise ValueError("it is compressed by gzip, as Parquet is not: unpack it (gunzip)")
-    if begins.startswith(POINTER):
-        return
     if not begins.startswith(b"PAR1"):
         raise ValueError("it is no Parquet file: rename it to what it is, or download it again")
     if ends != b"PAR1":

@@ -225,15 +225,14 @@ class Shard:
                 tensors[name] = (tensors[name].float() * scale).to(dtype)
         return Document.of(tensors, entry.id)
 
-    def read_ids(self) -> list[int]:
-        """The token ids of all its documents, one after the other."""
-        ids: list[int] = self._file.get_tensor("ids").tolist()
-        return ids
-
-    def read_mask(self) -> torch.Tensor:
-        """The loss masks of all its documents, [N] bool."""
-        mask: torch.Tensor = self._file.get_tensor("loss_mask")
-        return mask
+    def texts(self) -> Iterator[tuple[Entry, torch.Tensor, torch.Tensor]]:
+        """Each document's entry, token ids and loss mask, [T] each."""
+        ids, mask = self._file.get_tensor("ids"), self._file.get_tensor("loss_mask")
+        start = 0
+        for entry in self.entries:
+            span = slice(start, start + entry.length)
+            yield entry, ids[span], mask[span]
+            start += entry.length
 
     def shapes(self) -> dict[str, dict[str, Any]]:
         """Name -> dtype and shape of one token's values."""
@@ -369,12 +368,8 @@ class ActivationStore:
     def prompts(self) -> Iterator[list[int]]:
         """The token ids of each document that the target did not write, in order."""
         for row in self.index["shards"]:
-            shard = Shard(self.folder / row["file"], self.settings)
-            ids, mask, start = torch.tensor(shard.read_ids()), shard.read_mask(), 0
-            for entry in shard.entries:
-                span = slice(start, start + entry.length)
-                yield ids[span][~mask[span]].tolist()
-                start += entry.length
+            for _, ids, mask in Shard(self.folder / row["file"], self.settings).texts():
+                yield ids[~mask].tolist()
 
     def _open(self, number: int) -> Shard:
         row = self.index["shards"][number]

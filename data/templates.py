@@ -4,7 +4,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain, pairwise
 from typing import Any
@@ -55,8 +55,8 @@ def encode_prompt(
     if not prompt.question:
         raise ValueError("there is nothing before the assistant's answer")
     kwargs = chat_template_kwargs or {}
-    if rendered := _rendered_format(prompt, tokenizer, kwargs):
-        return token_ids(_rendered_question(prompt.text, rendered), tokenizer)
+    if rendered := _as_rendered(prompt, tokenizer, kwargs):
+        return token_ids(_rendered_question(*rendered), tokenizer)
     if prompt.raw or not tokenizer.chat_template:
         refuse_marks(prompt, tokenizer)
         return _plain_ids(prompt.text, tokenizer, ended=False)
@@ -125,8 +125,8 @@ def encode_conversation(
             what it renders.
     """
     messages, kwargs = prompt.messages, chat_template_kwargs or {}
-    if rendered := _rendered_format(prompt, tokenizer, kwargs):
-        return _encode_rendered(prompt, rendered, tokenizer)
+    if rendered := _as_rendered(prompt, tokenizer, kwargs):
+        return _encode_rendered(prompt, *rendered, tokenizer)
     if prompt.raw or not tokenizer.chat_template:
         refuse_marks(prompt, tokenizer)
         return _encode_plain(prompt, tokenizer, stop_ids)
@@ -305,10 +305,9 @@ def _complete_generation_prompt(text: str, written: Spans, turns: TurnFormat) ->
         if closing not in answer:
             raise ValueError(
                 f"the chat template's generation prompt opens a thought ({lacking.strip()!r}), and "
-                "an answer has none that the template keeps (give answers as the target writes "
-                f"them, with their thoughts up to {closing!r} in `content`, let the target write "
-                "them with `headstart regenerate`, or turn thinking off in "
-                "data.chat_template_kwargs)"
+                f"an answer has none that the template keeps (give it in `content`, up to "
+                f"{closing!r}, let the target write answers with `headstart regenerate`, or turn "
+                "thinking off in data.chat_template_kwargs)"
             )
         repeated = lacking if answer.startswith(lacking) else lacking.strip()
         answer = answer.removeprefix(repeated)
@@ -335,8 +334,7 @@ def check_template(prompts: Sequence[Prompt], tokens: TargetTokens) -> None:
         )
     say(
         f"{tokens.name} has no chat template: {turns} of {len(prompts)} prompts are read as plain "
-        f"text, turns joined by newlines, and of their answers the last alone is the target's own. "
-        f"That is right for a base model; for a chat model {cure}"
+        f"text, as is right for a base model; for a chat model {cure}"
     )
 
 
@@ -355,10 +353,11 @@ class RenderedFormat:
     """From the end of what a user says to the end of the generation prompt."""
 
 
-def _rendered_format(
+def _as_rendered(
     prompt: Prompt, tokenizer: PreTrainedTokenizerBase, kwargs: dict[str, Any]
-) -> RenderedFormat | None:
-    """How to read a raw prompt that holds turns of the template; None: it holds none.
+) -> tuple[str, RenderedFormat] | None:
+    """The text of a raw prompt that holds turns of the template, after one <bos>, and how to read
+    it; None: it holds none.
 
     Raises:
         ValueError: it holds a second <bos>, or padding, or begins as those of another tokenizer.
@@ -380,7 +379,7 @@ def _rendered_format(
             f"a rendered text begins with {leading!r}, which is no token of this tokenizer's "
             "template (delete it, or give the turns as `messages`)"
         )
-    return replace(found, beginning=tokenizer.bos_token) if text != prompt.text else found
+    return (tokenizer.bos_token if text != prompt.text else found.beginning) + text, found
 
 
 @lru_cache(maxsize=16)
@@ -412,7 +411,6 @@ def _rendered_question(text: str, rendered: RenderedFormat) -> str:
     """A rendered text up to where the target is to write: its last answer left out, the generation
     prompt added where it is missing."""
     turns = rendered.turns
-    text = rendered.beginning + without_beginning(text, rendered.beginning)
     written = _find_in_rendered(text, turns)
     if written and not text[written[-1][1] :].strip():
         text = text[: written[-1][0]]
@@ -427,10 +425,9 @@ def _rendered_question(text: str, rendered: RenderedFormat) -> str:
 
 
 def _encode_rendered(
-    prompt: Prompt, rendered: RenderedFormat, tokenizer: PreTrainedTokenizerBase
+    prompt: Prompt, text: str, rendered: RenderedFormat, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[int], Spans]:
     turns = rendered.turns
-    text = rendered.beginning + without_beginning(prompt.text, rendered.beginning)
     if len(prompt.question) < len(prompt.messages):  # an answer in a column of its own
         answer = turn_text(prompt.messages[-1])
         text = _rendered_question(text, rendered) + answer

@@ -18,7 +18,7 @@ from headstart.common.console import plain_console
 from headstart.common.files import write_figures
 from headstart.common.machine import environment, peak_memory
 from headstart.configs.schema import Config, TrainConfig
-from headstart.data.conversations import Conversation, answered, finished_parts, read_part
+from headstart.data.conversations import Conversation, answered, read_folder
 from headstart.data.extraction import OnlineActivations, extract, forward_batches
 from headstart.data.loader import AnchorLoader, Batch, candidate_rows
 from headstart.data.prepare import deal_sampling
@@ -103,11 +103,11 @@ def bench_extract(target: Target, jobs: list[Job], config: Config) -> dict[str, 
 
         alone, fused = in_turns(target, generating(False), generating(True))
         recorded = work / "True-0"
-        rows = [row for part in finished_parts(recorded) for row in read_part(part)]
+        rows = list(read_folder(recorded))
         tokens = sum(len(row.ids) for row in rows)
 
         def extracting(turn: int) -> None:
-            extract(target, rows, tokens, data, work / f"store-{turn}", "  extracting")
+            extract(target, rows, tokens, data, work / f"store-{turn}")
 
         forward, stored = in_turns(target, lambda turn: bare_forwards(target, rows), extracting)
         difference = stepwise_difference(
@@ -154,8 +154,7 @@ def bench_regenerate(target: Target, jobs: list[Job], config: Config) -> dict[st
 
         decode(target, chosen[0].prompt_ids, 8)  # a warm-up
         seconds, seconds_single = in_turns(target, batched, one_by_one)
-        parts = finished_parts(work / "0")
-        tokens = sum(row.trained for part in parts for row in read_part(part))
+        tokens = sum(row.trained for row in read_folder(work / "0"))
     rates = {"batched": tokens / seconds, "one by one": sum(singles) / seconds_single}
     return {
         "ratios": {"batched_over_single": rates["batched"] / rates["one by one"]},

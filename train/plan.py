@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from headstart.common.console import plain_console
 from headstart.configs.schema import Config, DataConfig, HeadConfig
-from headstart.data.conversations import conversation_lengths, finished_parts, length_when_cut
+from headstart.data.conversations import read_folder, read_manifest, tokens_when_cut
 from headstart.data.store import bytes_per_token, read_index
 from headstart.heads.assistant import assistant_config
 from headstart.heads.describe import published_config, published_head
@@ -157,10 +157,9 @@ def _plan_data(d: DataConfig, token: int) -> dict[str, str]:
     count: int | None = d.num_conversations
     named = "one a prompt" if count is None else f"{count:,}"
     if d.conversations is not None:
-        lengths = list(conversation_lengths(finished_parts(d.conversations)))
-        tokens = sum(length_when_cut(length, d.max_tokens) for length in lengths)
+        tokens = tokens_when_cut(read_folder(d.conversations), d.max_tokens)
         words, size = f"{tokens:,} of {d.conversations}", f"at most {_bytes(tokens * token)}"
-        named = f"{len(lengths):,}"
+        named = f"{read_manifest(d.conversations)['conversations']:,}"
     else:
         each = d.max_prompt_tokens + d.max_new_tokens
         words = f"at most {each:,} a conversation, {d.max_new_tokens:,} of them answers"

@@ -10,7 +10,7 @@ import torch
 
 from headstart.configs.schema import DataConfig
 from headstart.data import extraction
-from headstart.data.conversations import Conversation, answered, length_when_cut
+from headstart.data.conversations import Conversation, answered, tokens_when_cut
 from headstart.data.extraction import OnlineActivations, extract
 from headstart.data.loader import AnchorLoader
 from headstart.data.store import ActivationStore, bytes_per_token
@@ -30,8 +30,7 @@ CONFIG = DataConfig(teacher_top_k=5)
 def extract_all(
     target: Target, rows: list[Conversation], folder: Path, config: DataConfig = CONFIG
 ) -> ActivationStore:
-    tokens = sum(length_when_cut(len(row.ids), config.max_tokens) for row in rows)
-    return extract(target, rows, tokens, config, folder)
+    return extract(target, rows, tokens_when_cut(rows, config.max_tokens), config, folder)
 
 
 @pytest.fixture(autouse=True)
@@ -119,15 +118,13 @@ def test_conversations_with_nothing_to_draft_are_left_out(tiny: Target, tmp_path
         extract_all(tiny, [rows[2]], tmp_path / "b")
 
 
-def test_pieces_of_long_conversations_are_within_the_predicted_size(
-    tiny: Target, tmp_path: Path
-) -> None:
+def test_pieces_of_long_conversations_have_the_predicted_size(tiny: Target, tmp_path: Path) -> None:
     rows = conversations(30)
     for max_tokens in (9, 16, 40):
         config = CONFIG.model_copy(update={"max_tokens": max_tokens})
-        predicted = sum(length_when_cut(len(row.ids), max_tokens) for row in rows)
+        predicted = tokens_when_cut(rows, max_tokens)
         store = extract_all(tiny, rows, tmp_path / str(max_tokens), config)
-        assert sum(entry.length for entry in store.entries) <= predicted
+        assert sum(entry.length for entry in store.entries) == predicted
 
 
 def test_the_online_mode_gives_the_loss_of_the_stored_one(target: Target, tmp_path: Path) -> None:

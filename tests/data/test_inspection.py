@@ -4,12 +4,12 @@ import io
 import json
 import re
 import shutil
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
 
 from headstart.configs.schema import DataConfig, SourceConfig
 from headstart.data.conversations import (
@@ -28,7 +28,6 @@ from headstart.data.inspection import (
     inspect_path,
     inspect_source,
     inspect_store,
-    pieces_of,
 )
 from headstart.data.regenerate import regenerate
 from headstart.data.store import Entry, shard_path, shard_settings, write_index, write_shard
@@ -85,17 +84,14 @@ def make_store(folder: Path, texts: list[Conversation], masses: list[float]) -> 
     return folder
 
 
-def printed(path: Path | str, colour: bool = False, **options: Any) -> str:
-    out = io.StringIO()
-    look: dict[str, Any] = {"force_terminal": True, "color_system": "standard"} if colour else {}
-    # An environment of its own: NO_COLOR and the like change what rich does.
-    inspect_path(path, console=Console(file=out, width=132, _environ={}, **look), **options)
+def printed(path: Path | str, **options: Any) -> str:
+    with redirect_stdout(io.StringIO()) as out:
+        inspect_path(path, **options)
     return out.getvalue()
 
 
 def texts_of(summary: Summary) -> list[list[tuple[str, bool]]]:
-    decode = TARGET.tokenizer.decode
-    return [pieces_of(c, summary.unit, decode) for c in summary.examples]
+    return [summary.pieces(c) for c in summary.examples]
 
 
 def source_summary(path: Path, tokens: bool = False, **settings: Any) -> Summary:
@@ -114,7 +110,7 @@ def regenerated(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_counts_of_a_regenerated_folder_are_those_by_hand(regenerated: Path) -> None:
     answers = [c.trained for part in finished_parts(regenerated) for c in read_part(part)]
-    summary, _ = inspect_conversations(regenerated, 3)
+    summary = inspect_conversations(regenerated, 3)
     prompts = [16, 13, 10, 7, 4]  # <bos> and i + 1 times "abc", longest first
     assert summary.lengths["prompt"] == prompts
     assert summary.lengths["trained"] == answers
@@ -126,9 +122,9 @@ def test_the_counts_of_a_regenerated_folder_are_those_by_hand(regenerated: Path)
     assert sum(documents for documents, *_ in summary.groups["finish"].values()) == 5
     assert summary.facts["sources"].startswith("5 ")
     assert summary.unit == "tokens"
-    assert "5 of 5" in summary.facts["conversations"]
-    assert summary.facts["fingerprint"] == TARGET.fingerprint[:12]
-    assert not summary.notes
+    assert summary.facts["conversations"] == "5 of 5, in 3 of 3 parts"
+    assert summary.facts["fingerprint"] == TARGET.fingerprint
+    assert "examples" not in summary.facts
     text = printed(regenerated)
     assert f"{sum(answers) / total[1]:.1%}" in text
     assert text.count("⟦") == text.count("⟧") == 3, "each text is shown once"
@@ -137,9 +133,9 @@ def test_the_counts_of_a_regenerated_folder_are_those_by_hand(regenerated: Path)
 
 
 def test_the_store_of_the_same_forwards_has_the_same_counts(regenerated: Path) -> None:
-    (texts, _), (store, _) = inspect_conversations(regenerated, 5), inspect_store(regenerated, 5)
+    texts, store = inspect_conversations(regenerated, 5), inspect_store(regenerated, 5)
     assert store.lengths == texts.lengths
-    assert store.repeats == texts.repeats
+    assert store.facts["repeats"] == texts.facts["repeats"]
     assert store.groups["temperature"] == texts.groups["temperature"]
     assert texts_of(store) == texts_of(texts)
     size = sum(path.stat().st_size for path in regenerated.glob("shard-*"))
@@ -148,7 +144,6 @@ def test_the_store_of_the_same_forwards_has_the_same_counts(regenerated: Path) -
     )
     assert store.facts["stored"] == "float32, storage=target, top k 3"
     assert store.facts["checksums"] == "verified"
-    assert len(store.masses) == 5
 
 
 def test_unfinished_folders_are_read_as_far_as_they_go(regenerated: Path, tmp_path: Path) -> None:
@@ -156,13 +151,13 @@ def test_unfinished_folders_are_read_as_far_as_they_go(regenerated: Path, tmp_pa
     (tmp_path / "index.json").unlink()
     part_path(tmp_path, 1).unlink()
     shard_path(tmp_path, 2).unlink()
-    (texts, _), (store, _) = inspect_conversations(tmp_path, 0), inspect_store(tmp_path, 0)
+    texts, store = inspect_conversations(tmp_path, 0), inspect_store(tmp_path, 0)
     assert (len(texts.lengths["all"]), len(store.lengths["all"])) == (3, 4)
-    assert "Unfinished: 2 of 3 parts" in texts.notes[0]
-    assert "Unfinished: no index.json, 2 shards so far" in store.notes[0]
+    assert texts.facts["conversations"] == "3 of 5, in 2 of 3 parts"
+    assert "2 shards so far: unfinished" in store.facts["on disk"]
     for path in tmp_path.glob("part-*"):
         path.unlink()
-    assert inspect_conversations(tmp_path, 3)[0].lengths["all"] == []
+    assert inspect_conversations(tmp_path, 3).lengths["all"] == []
     assert "0 of 3 parts" in printed(tmp_path)
 
 
@@ -178,10 +173,9 @@ def test_duplicates_of_documents_and_of_prompts_are_counted(tmp_path: Path) -> N
         said("", "yes"),
         said("", "no"),
     ]
-    summary, _ = inspect_conversations(make_folder(tmp_path, rows), 0)
-    assert summary.repeats["whole"] == 3
-    assert summary.repeats["prompt"] == 5, "<bos> alone is no prompt"
-    assert "Documents equal to an earlier one: 3\n" in printed(tmp_path)
+    # <bos> alone is no prompt.
+    expected = "3 documents equal an earlier one, 5 have the prompt of one"
+    assert inspect_conversations(make_folder(tmp_path, rows), 0).facts["repeats"] == expected
 
 
 def test_marks_stand_exactly_around_the_trained_tokens(tmp_path: Path) -> None:
@@ -190,26 +184,23 @@ def test_marks_stand_exactly_around_the_trained_tokens(tmp_path: Path) -> None:
     two = Conversation("two", "c", "s", text, [(3, 6), (11, 13)])
     make_store(tmp_path / "store", [two], [0.5])
     assert "\n<bos>Hi⟦yes⟧more?⟦no⟧\n" in printed(tmp_path / "store")
-    colored = printed(tmp_path / "store", colour=True)
-    assert "Hi\x1b[32m⟦yes⟧\x1b[0mmore?\x1b[32m⟦no⟧\x1b[0m" in colored
 
 
 def test_no_text_is_taken_for_markup_or_moves_the_cursor(tmp_path: Path) -> None:
     odd = "[bold]a[/] [/red] :smile: \\[x] \x1b[2J\r\x9b1m" + "wide " * 21 + "end"
     row = said("a\nb", odd, category="[/] [bold]", id="[red]")
     make_folder(tmp_path, [row])
-    for colour in (False, True):
-        text = printed(tmp_path, colour)
-        assert "[bold]a[/] [/red] :smile: \\[x] ␛[2J␍\ufffd1m" in text
-        assert "[/] [bold]" in text.partition("[red]: [/] [bold], ")[0], "in the table of counts"
-        assert "\x1b[2J" not in text
-        assert "wide " * 21 + "end" in text, "a text is not folded"
+    text = printed(tmp_path)
+    assert "[bold]a[/] [/red] :smile: \\[x] ␛[2J␍\ufffd1m" in text
+    assert "[/] [bold]" in text.partition("[red]: [/] [bold], ")[0], "in the table of counts"
+    assert "\x1b[2J" not in text
+    assert "wide " * 21 + "end" in text, "a text is not folded"
     assert "<bos>a↵\nb⟦[bold]a" in printed(tmp_path)
 
 
 def test_a_long_text_is_cut_within_its_pieces(tmp_path: Path) -> None:
     make_folder(tmp_path, [said("a" * 1000, "b" * 1000)])
-    ((asked, answer),) = texts_of(inspect_conversations(tmp_path, 1)[0])
+    ((asked, answer),) = texts_of(inspect_conversations(tmp_path, 1))
     assert asked == ("<bos>" + "a" * 74 + " … 851 tokens … " + "a" * 75, False)
     assert answer == ("b" * 75 + " … 851 tokens … " + "b" * 74 + "<eos>", True)
 
@@ -219,7 +210,7 @@ def test_without_the_tokenizer_token_ids_are_shown(wrong: str, tmp_path: Path) -
     make_folder(tmp_path, [said("a", "b")], **{wrong: str(tmp_path / "moved")})
     text = printed(tmp_path)
     assert f"\n2 {ids('a')[0]} ⟦{ids('b')[0]} 1 ⟧\n" in text
-    assert "Examples show token ids" in text
+    assert "token ids in place of text" in text
     with pytest.raises(ValueError, match="nowhere/at/all"):
         printed(tmp_path, tokenizer_of="nowhere/at/all")
     if wrong == "target":
@@ -229,8 +220,7 @@ def test_without_the_tokenizer_token_ids_are_shown(wrong: str, tmp_path: Path) -
 def test_the_teachers_mass_is_given_by_mean_low_percentile_and_minimum(tmp_path: Path) -> None:
     masses = [0.99] * 38 + [0.5, 0.25]
     make_store(tmp_path, [said("a", "b")] * 40, masses)
-    assert inspect_store(tmp_path, 0)[0].masses == masses
-    mean = f"{sum(masses) / 40:.2%} of the probability, mean over documents"
+    mean = f"{sum(masses) / 40:.2%} of the teacher's mass, mean over documents"
     assert f"{mean} (5th percentile 50.00%, minimum 25.00%)" in printed(tmp_path)
 
 
@@ -250,7 +240,7 @@ def test_damage_is_found_in_small_stores_and_large_ones_are_not_verified(
         printed(tmp_path)
     (tmp_path / "index.json").write_text(index)
     monkeypatch.setattr("headstart.data.inspection.VERIFIED_BELOW", 1)
-    assert "not verified" in inspect_store(tmp_path, 0)[0].facts["checksums"]
+    assert "not verified" in inspect_store(tmp_path, 0).facts["checksums"]
     path.unlink()
     with pytest.raises(ValueError, match=r"shard-00000\.safetensors is missing"):
         printed(tmp_path)
@@ -271,30 +261,20 @@ def prompt_file(folder: Path) -> Path:
     return path
 
 
-def test_rows_of_prompts_are_counted_in_words_by_layout_and_bad_ones_by_reason(
-    tmp_path: Path,
+def test_rows_of_prompts_are_counted_in_words_and_bad_ones_by_reason(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = prompt_file(tmp_path)
     summary = source_summary(path)
     assert summary.unit == "words"
     assert summary.groups["all"][""] == [4, 7 + 3 + 4 + 6, 4 + 0 + 4 + 2]
-    assert summary.groups["layout"] == {
-        "prompt": [2, 10, 4],
-        "text": [1, 4, 4],
-        "messages": [1, 6, 2],
-    }
     assert summary.groups["category"]["chat"][0] == 2
-    assert summary.repeats == {"whole": 0, "prompt": 1}
-    assert summary.notes[:2] == [
-        "4 of 8 rows are unusable; data.max_bad_rows=0.01 allows 0",
-        f"2 unusable: empty prompt, first {path}:5",
-    ]
-    assert f"1 unusable: unknown role 'nobody', first {path}:7" in summary.notes
-    assert summary.notes[2].startswith("1 unusable: ")
-    assert any(note.endswith("in double quotes at column 2") for note in summary.notes)
+    assert summary.facts["repeats"].endswith(" 1 have the prompt of one")
+    skipped = capsys.readouterr().err
+    assert f"4 rows, 4 skipped (2 empty prompt, first {path}:5; " in skipped
+    assert f"1 unknown role 'nobody', first {path}:7" in skipped
     text = printed(path)
     assert "user: How are you?↵\n⟦Very well, thank you.⟧" in text or "⟦Once upon a time⟧" in text
-    assert "empty prompt" in text
 
 
 def test_with_a_tokenizer_rows_are_counted_in_tokens(tmp_path: Path) -> None:

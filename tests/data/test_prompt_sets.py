@@ -225,4 +225,4 @@ def test_every_set_is_in_the_documentation() -> None:
     page = (Path(__file__).resolve().parents[2] / "docs" / "data.md").read_text()
     for name, chosen in SETS.items():
         [line] = [line for line in page.splitlines() if line.startswith(f"| `{name}` |")]
-        assert chosen.hub is None or f"`{chosen.hub}`" in line
+        assert f"`{chosen.source.get('path', name)}`" in line

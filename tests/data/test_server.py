@@ -16,12 +16,13 @@ import torch
 
 from headstart.data import server
 from headstart.data.prompts import load_prompts
-from headstart.data.server import Answer, AnswerServer, read_answer, server_ids
+from headstart.data.server import AnswerServer, read_answer, server_ids
 from headstart.data.templates import encode_prompt, shortened
 from headstart.heads.loading import byte_tokenizer, load_target
 from headstart.heads.tokens import Sampling
 from tests.helpers.servers import JsonHandler, LlamaServer, real_gguf, serving
 
+Answer = tuple[list[int], bool]
 GREEDY, WARM = Sampling(0.0), Sampling(0.7)
 TOKENIZER = byte_tokenizer()
 EOS = [1, 3]
@@ -96,14 +97,14 @@ def fake() -> Iterator[Fake]:
 
 def answers(
     url: str, count: int = 1, model: str | None = None, sampling: Sampling = WARM
-) -> tuple[list[Answer], list[str]]:
-    """`count` answers at once, and the notes."""
+) -> tuple[list[list[int]], int]:
+    """`count` answers at once, and how many of them came as text alone."""
 
-    async def run() -> tuple[list[Answer], list[str]]:
+    async def run() -> tuple[list[list[int]], int]:
         async with AnswerServer(url, model, 2, TOKENIZER, EOS) as client:
             await client.check()
             jobs = [client.answer(PROMPT, sampling, seed, len(IDS)) for seed in range(count)]
-            return await asyncio.gather(*jobs), client.notes
+            return await asyncio.gather(*jobs), client.retokenised
 
     return asyncio.run(run())
 
@@ -118,25 +119,25 @@ OLD_VLLM = body({"logprobs": {"tokens": [f"token_id:{i}" for i in IDS]}}, len(ID
 
 @pytest.mark.parametrize("response", [VLLM, LLAMA_CPP, OLD_LLAMA_CPP, OLD_VLLM])
 def test_ids_are_taken_as_each_server_gives_them(response: dict[str, Any]) -> None:
-    assert read_answer(response, TOKENIZER, EOS, 64) == Answer(IDS, "length", False)
+    assert read_answer(response, TOKENIZER, EOS, 64) == (IDS, False)
 
 
 @pytest.mark.parametrize(
     ("choice", "written", "expected"),
     [
         # The end token is there.
-        ({"token_ids": [40, 1]}, 2, Answer([40, 1], "stop", False)),
-        ({"token_ids": [40, 3], "stop_reason": 3}, 2, Answer([40, 3], "stop", False)),
+        ({"token_ids": [40, 1]}, 2, ([40, 1], False)),
+        ({"token_ids": [40, 3], "stop_reason": 3}, 2, ([40, 3], False)),
         # Counted, but left out.
-        ({"token_ids": [40]}, 2, Answer([40, 1], "stop", False)),
-        ({"token_ids": [40], "matched_stop": 3}, 2, Answer([40, 3], "stop", False)),
-        ({"token_ids": [40], "stop_reason": None}, None, Answer([40, 1], "stop", False)),
+        ({"token_ids": [40]}, 2, ([40, 1], False)),
+        ({"token_ids": [40], "matched_stop": 3}, 2, ([40, 3], False)),
+        ({"token_ids": [40], "stop_reason": None}, None, ([40, 1], False)),
         # Text alone never has it.
-        ({"text": "é"}, None, Answer([131, 106, 1], "stop", True)),
-        ({"text": "", "matched_stop": 3}, 1, Answer([3], "stop", True)),
+        ({"text": "é"}, None, ([131, 106, 1], True)),
+        ({"text": "", "matched_stop": 3}, 1, ([3], True)),
         # Stopped, but not by an end token of the target's.
-        ({"token_ids": [40, 50], "stop_reason": 50}, 2, Answer([40, 50], "length", False)),
-        ({"text": "A", "stop_reason": "word"}, 2, Answer([36], "length", True)),
+        ({"token_ids": [40, 50], "stop_reason": 50}, 2, ([40, 50], False)),
+        ({"text": "A", "stop_reason": "word"}, 2, ([36], True)),
     ],
 )
 def test_ids_end_with_an_end_token_exactly_when_the_answer_stopped(
@@ -148,13 +149,13 @@ def test_ids_end_with_an_end_token_exactly_when_the_answer_stopped(
 
 def test_nothing_follows_an_end_token_that_the_server_does_not_know() -> None:
     response = body({"token_ids": [40, 3, 41]}, 3)
-    assert read_answer(response, TOKENIZER, EOS, 64) == Answer([40, 3], "stop", False)
+    assert read_answer(response, TOKENIZER, EOS, 64) == ([40, 3], False)
 
 
 def test_ids_that_are_not_all_there_are_not_used() -> None:
     """As llama.cpp's log-probabilities of a text that ends inside a character."""
     assert server_ids(body({"token_ids": IDS[:-1]}, len(IDS))) is None
-    assert read_answer(body({"token_ids": IDS[:-1]}, len(IDS)), TOKENIZER, EOS, 64).retokenised
+    assert read_answer(body({"token_ids": IDS[:-1]}, len(IDS)), TOKENIZER, EOS, 64)[1]
 
 
 def test_ids_outside_the_vocabulary_are_another_models() -> None:
@@ -170,7 +171,7 @@ def test_an_answer_broken_off_is_no_answer() -> None:
 def test_prompts_go_out_as_ids_and_sampling_is_plain(fake: Fake) -> None:
     fake.reply = lambda _: (200, VLLM)
     fake.tokens = TOKENIZER(server.PROBE, add_special_tokens=False)["input_ids"]
-    assert answers(fake.url) == ([Answer(IDS, "length", False)], [])
+    assert answers(fake.url) == ([IDS], 0)
     request = fake.asked[-1]
     assert request["prompt"] == PROMPT
     assert (request["model"], request["temperature"], request["seed"]) == ("gemma", 0.7, 0)
@@ -189,27 +190,31 @@ def test_the_targets_own_top_k_and_top_p_go_out_with_the_request(fake: Fake) -> 
 
 def test_log_probabilities_are_asked_for_only_where_nothing_else_brings_ids(fake: Fake) -> None:
     fake.reply = lambda request: (200, OLD_VLLM if "logprobs" in request else body({}, len(IDS)))
-    assert answers(fake.url) == ([Answer(IDS, "length", False)], [])
+    assert answers(fake.url) == ([IDS], 0)
     assert ["logprobs" in request for request in fake.asked] == [False, True, True]
 
 
-def test_a_server_that_refuses_unknown_fields_is_asked_without_them(fake: Fake) -> None:
-    def strict(request: dict[str, Any]) -> Reply:
-        return refuse(422, "extra fields") if "top_k" in request else (200, body({}, len(IDS)))
-
-    fake.reply = strict
-    found, notes = answers(fake.url, 3)
-    assert found == [Answer(IDS, "length", True)] * 3
-    assert ["top_k" in request for request in fake.asked] == [True, True] + [False] * 4
-    assert [n.split(",")[0] for n in notes] == [
-        "the server gives text alone", "it refuses settings",
-    ]  # fmt: skip
+def test_a_server_that_refuses_the_sampling_of_the_target_is_refused(fake: Fake) -> None:
+    fake.reply = lambda _: refuse(422, "extra fields")
+    with pytest.raises(ValueError, match="refuses with HTTP 422: extra fields"):
+        answers(fake.url)
+    assert len(fake.asked) == 1
 
 
-def test_text_alone_is_tokenised_again_and_says_so(fake: Fake) -> None:
-    found, notes = answers(fake.url)
-    assert found == [Answer(IDS, "length", True)]
-    assert notes == ["the server gives text alone, which is tokenised again"]
+def test_a_server_that_refuses_log_probabilities_alone_is_asked_without_them(fake: Fake) -> None:
+    def reply(request: dict[str, Any]) -> Reply:
+        return refuse(400, "no logprobs") if "logprobs" in request else (200, body({}, len(IDS)))
+
+    fake.reply = reply
+    assert answers(fake.url) == ([IDS], 1)
+    assert ["logprobs" in request for request in fake.asked] == [False, True, False]
+
+
+def test_text_alone_is_tokenised_again_and_says_so(
+    fake: Fake, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert answers(fake.url) == ([IDS], 1)
+    assert capsys.readouterr().out == "the server gives text alone, which is tokenised again\n"
     assert "top_k" in fake.asked[-1]
 
 
@@ -218,7 +223,7 @@ def test_a_server_that_is_still_loading_is_waited_for(fake: Fake) -> None:
         return (200, VLLM) if len(fake.asked) % 3 == 0 else refuse(503, "Loading model")
 
     fake.reply = loading
-    assert answers(fake.url)[0] == [Answer(IDS, "length", False)]
+    assert answers(fake.url)[0] == [IDS]
     assert len(fake.asked) == 6
 
 
@@ -262,7 +267,7 @@ def test_without_a_server_the_command_ends_at_once(fake: Fake) -> None:
 
 def test_the_model_is_the_one_that_is_served(fake: Fake) -> None:
     fake.reply = lambda _: (200, VLLM)
-    assert answers(f"{fake.url}/v1", model="gemma")[0] == [Answer(IDS, "length", False)]
+    assert answers(f"{fake.url}/v1", model="gemma")[0] == [IDS]
     with pytest.raises(ValueError, match=r"does not serve 'gamma'; it lists gemma"):
         answers(fake.url, model="gamma")
     fake.models = ["gemma", "lora"]
@@ -308,7 +313,7 @@ def test_llama_cpp_answers_as_the_target_does(
 
     monkeypatch.setattr(server, "read_answer", spy)
 
-    async def run(url: str) -> list[list[Answer]]:
+    async def run(url: str) -> list[list[list[int]]]:
         async with AnswerServer(url, None, 3, target.tokenizer, [1]) as client:
             await client.check()
             bodies.clear()
@@ -316,12 +321,13 @@ def test_llama_cpp_answers_as_the_target_does(
             greedy = await asyncio.gather(*(client.answer(x, GREEDY, 0, 16) for x in prompts))
             sampled = [await client.answer(prompts[0], plain, seed, 8) for seed in (5, 5, 6)]
             client._extras = client._extras | {"logit_bias": [[1, 100]]}
-            assert not client.notes
-            return [greedy, sampled, [await client.answer(prompts[0], GREEDY, 0, 8)]]
+            ended = await client.answer(prompts[0], GREEDY, 0, 8)
+            assert not client.retokenised
+            return [greedy, sampled, [ended]]
 
     with LlamaServer(gguf, tmp_path / "log") as llama:
         greedy, sampled, ended = asyncio.run(run(llama.url))
-    assert ended == [Answer([1], "stop", False)]
+    assert ended == [[1]]
     assert sampled[0] == sampled[1] != sampled[2]
     for response in bodies:
         ids = server_ids(response)
@@ -329,14 +335,12 @@ def test_llama_cpp_answers_as_the_target_does(
         text = target.tokenizer.decode(ids, skip_special_tokens=True)
         assert text == response["choices"][0]["text"]
     agree = total = 0
-    for prompt, answer in zip(prompts, greedy, strict=True):
-        assert not answer.retokenised
-        assert (answer.ids[-1] == 1) == (answer.finish_reason == "stop")
-        assert len(answer.ids) == 16 or answer.finish_reason == "stop"
-        whole = torch.tensor([prompt + answer.ids])
+    for prompt, ids in zip(prompts, greedy, strict=True):
+        assert len(ids) == 16 or ids[-1] == 1
+        whole = torch.tensor([prompt + ids])
         hidden = target.activations(whole).hidden[0, len(prompt) - 1 : -1]
         agree += int((target.logits(hidden).argmax(-1) == whole[0, len(prompt) :]).sum())
-        total += len(answer.ids)
+        total += len(ids)
     # Each token, after the server's own text so far. Both run the same weights, llama.cpp with
     # activations rounded to 8 bits.
     assert agree >= 0.9 * total
@@ -353,7 +357,7 @@ def test_answers_survive_a_server_that_is_killed_and_started_again(
     tokenizer = AutoTokenizer.from_pretrained(gemma3_270m_dir())
     prompts = [tokenizer(p.text)["input_ids"][:64] for p in load_prompts(PROMPTS)[:6]]
 
-    async def run(llama: LlamaServer) -> list[Answer]:
+    async def run(llama: LlamaServer) -> tuple[list[list[int]], int]:
         async with AnswerServer(llama.url, None, 6, tokenizer, [1]) as client:
             await client.check()
             jobs = [asyncio.create_task(client.answer(ids, GREEDY, 0, 50)) for ids in prompts]
@@ -362,9 +366,9 @@ def test_answers_survive_a_server_that_is_killed_and_started_again(
             llama.kill()
             await asyncio.sleep(0.5)
             llama.start()  # the client comes back while it loads its weights
-            return await asyncio.gather(*jobs)
+            return await asyncio.gather(*jobs), client.retokenised
 
     with LlamaServer(gguf, tmp_path / "log", slots=2) as llama:
-        found = asyncio.run(run(llama))
-    assert all(len(a.ids) == 50 or a.finish_reason == "stop" for a in found)
-    assert not any(a.retokenised for a in found)
+        found, retokenised = asyncio.run(run(llama))
+    assert all(len(ids) == 50 or ids[-1] == 1 for ids in found)
+    assert not retokenised

@@ -79,6 +79,12 @@ def test_a_json_file_may_be_one_array_of_rows(tmp_path: Path) -> None:
     assert "not an object" in str(rows_of(tmp_path / "a.json")[2][1])
 
 
+def test_a_row_of_an_array_that_is_not_utf_8_fails_no_other_row(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_bytes(b'[{"prompt": "\xff"}, {"prompt": "one"}]')
+    rows = [row for _, row in rows_of(tmp_path / "a.json")]
+    assert rows == ["half a surrogate pair", {"prompt": "one"}]
+
+
 @pytest.mark.parametrize("kind", ["parquet", "arrow", "saved", "saved splits"])
 def test_columns_that_arrow_fills_with_nulls_leave_no_trace_in_the_turns(
     kind: str, tmp_path: Path

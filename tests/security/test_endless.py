@@ -174,7 +174,7 @@ def test_words_joined_are_the_text(tmp_path: Path) -> None:
     from headstart.data.inspection import _words
 
     text = "\n\n  one\ttwo \u2003 three\n"
-    words, _ = _words(chat("a", text), "messages")
+    words, _ = _words(chat("a", text))
     assert words[-3:] == ["\n\n  one\t", "two \u2003 ", "three\n"]
 
 
@@ -212,7 +212,7 @@ def test_a_manifest_of_a_billion_parts(manifest: Callable[..., Path]) -> None:
     with soon(10), pytest.raises(ValueError, match="unfinished"):
         finished_parts(folder)
     with soon(10):
-        assert "2 of 1000000000 parts" in inspect_conversations(folder, 0)[0].notes[0]
+        assert "2 of 1000000000 parts" in inspect_conversations(folder, 0).facts["conversations"]
 
 
 @pytest.mark.parametrize("parts", ["2", 2.0, -1, None, True])

@@ -14,7 +14,7 @@ from rich.progress import Progress
 from headstart.cli.main import main
 from headstart.common.console import in_markdown, phase, plain_console, progress_bar, say
 from headstart.data.inspection import inspect_path
-from headstart.data.prompts import report_refused
+from headstart.data.prompts import Prompt, encode_usable
 from headstart.eval.check import Finding, print_findings
 from headstart.eval.page import markdown, print_report
 from headstart.train.adapt_report import adaptation_markdown
@@ -55,7 +55,11 @@ def test_names_among_findings_titles_and_lines_do_not_act(
     print_findings([Finding("prompts", name, "noted", [f"category {name}"])])
     plain_console().print(name)
     say(name)
-    report_refused([(name, name)], 9, 1.0)
+
+    def refuse(prompt: Prompt) -> None:
+        raise ValueError(prompt.id)
+
+    encode_usable([Prompt(name, "", "", [], raw=True)], refuse, 1.0)
     shown = "".join(capsys.readouterr())
     assert not ACTING.search(shown)
     assert shown.count(name.replace("\x1b", "\u241b")[:3]) >= 4
