@@ -60,10 +60,11 @@ SPARE = re.compile(rf"^masked_embedding\.|\brotary_emb\.|\brope_freqs\.|{TOWERS.
 WITHOUT_ROW = "<image_soft_token>"
 
 
-# What libraries raise over the files of strangers: a number where a text should be, half a header.
+# What libraries raise over the files of strangers: a number where a text should be, half a header;
+# or warn of, where a warning is made an error.
 FAULTS = (
     OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError,
-    RuntimeError, ImportError, MemoryError, SafetensorError, StrictDataclassError,
+    RuntimeError, ImportError, MemoryError, SafetensorError, StrictDataclassError, UserWarning,
 )  # fmt: skip
 WEIGHTS_A_BYTE = 16  # at most: fewer bits than any format has, and tied or calculated ones
 LAYERS = 1000  # more than any model has; a library would build them one by one before it refused
