@@ -278,7 +278,7 @@ def _check_arrival(model: PreTrainedModel, name: str, info: dict[str, Any]) -> N
             f"{name}: not all weights of {type(model).__name__} come from its files, the rest "
             f"would be random: {'; '.join(said)}. Copy all of its files from one place, or save it "
             "again with save_pretrained() of the plain class that config.json names: an adapter "
-            "after merge_and_unload() (or apart from its base, as --adapter), a table of other rows "
+            "after merge_and_unload() (or apart from its base, as --adapter), a resized table "
             "with their number as vocab_size and the tokenizer of that training"
         )
     if spare:

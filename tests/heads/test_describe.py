@@ -120,8 +120,8 @@ def test_c_is_a_ratio_of_bytes_in_one_dtype(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"hidden_size": 64}, "backbone_hidden_size is 48, the target's hidden_size is 64"),
-        ({"vocab_size": 512}, "vocab_size is 320, the target's vocab_size is 512"),
+        ({"hidden_size": 64}, "backbone_hidden_size is 48, and the target has 64"),
+        ({"vocab_size": 512}, "vocab_size is 320, and the target has 512"),
     ],
 )
 def test_a_target_of_another_shape_is_refused_with_both_values(
