@@ -2,16 +2,11 @@
 of its weights: `headstart heads describe`; and the shapes of Gemma 4 and its assistants as Google
 published them, so that a plan needs no network.
 
-Read in public sources, never in the weights: transformers' conversion scripts
-(`models/gemma4/convert_gemma4_weights.py`, and for 12B
-`models/gemma4_unified/convert_gemma4_unified_weights.py`) hold all fields below, and MaxText's
-`configs/models/gemma4-*.yml` agree; google-deepmind/gemma (`gm/nn/gemma4/_gemma4.py`) agrees for
-all but 12B, which it lacks. Defaults of transformers 5.22 that match no checkpoint are spelled out.
-Sources part in one field, which changes no weight that a plan counts: for 12B the script has
-`vocab_size_per_layer_input` 0 and the published config.json 262,144; there are no per-layer inputs.
-
-The assistants' shapes are those of the same scripts in their later versions; the published
-config.json was seen quoted for E2B (whole) and 12B (in part), for the others it was not.
+The shapes were read in public sources, never in the weights: transformers' conversion scripts
+(`convert_gemma4_weights.py`, and for 12B `convert_gemma4_unified_weights.py`), with which MaxText
+and google-deepmind/gemma agree. Defaults of transformers 5.22 that match no checkpoint are spelled
+out. Of 12B the published config.json has another `vocab_size_per_layer_input`, which nothing reads
+there. Of the assistants the published config.json was seen for E2B, and for 12B in part.
 
 Letters: D target width, H head width, V vocabulary.
 """
