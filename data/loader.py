@@ -22,8 +22,6 @@ class Batch:
     """[B] of each row."""
     rows: torch.Tensor
     """[B, R] index of the KV row of t."""
-    seen: torch.Tensor
-    """[B, R] index of the last KV row that the row sees: t, as in the decoder."""
     starts: torch.Tensor
     """[B, R] index of the first KV row of the same conversation; t is `rows - starts`."""
     later: torch.Tensor
@@ -114,7 +112,6 @@ def gather_rows(
     ids = [torch.cat([documents[i].ids for i in members]) for members in packs]
     return Batch(
         document_ids=[[documents[i].id for i in members] for members in packs],
-        seen=stacked["rows"],
         text_hidden=torch.nn.utils.rnn.pad_sequence(texts, batch_first=True),
         ids=torch.nn.utils.rnn.pad_sequence(ids, batch_first=True),
         shared_kv=shared_kv,

@@ -12,8 +12,6 @@ Letters: B batch, T positions, R rows of a sequence, S of them in rounds above t
 D target width, H head width.
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import nn
 
@@ -25,7 +23,7 @@ from headstart.heads.target import SharedKV
 
 
 def row_masks(
-    seen: torch.Tensor, starts: torch.Tensor, kv_len: int, sliding_window: int
+    rows: torch.Tensor, starts: torch.Tensor, kv_len: int, sliding_window: int
 ) -> dict[str, torch.Tensor]:
     """Which KV rows each training row sees, per layer type.
 
@@ -33,7 +31,7 @@ def row_masks(
     newest row), so it shows one row more than a Gemma decoder layer: `t - window <= j <= t`.
 
     Args:
-        seen: [B, R] index of the last KV row that is seen, that of t.
+        rows: [B, R] index of the KV row of t, the last that is seen.
         starts: [B, R] index of the first KV row of the same text: others may be packed before it.
         kv_len: T, KV rows.
         sliding_window: of the configuration.
@@ -41,8 +39,8 @@ def row_masks(
     Returns:
         Layer type -> bool [B, 1, R, T], True where visible.
     """
-    t = seen[:, None, :, None]
-    j = torch.arange(kv_len, device=seen.device)
+    t = rows[:, None, :, None]
+    j = torch.arange(kv_len, device=rows.device)
     full = (j <= t) & (j >= starts[:, None, :, None])
     return {"full_attention": full, "sliding_attention": full & (j >= t - sliding_window)}
 
@@ -94,8 +92,6 @@ class DraftHead(nn.Module):
         shared_kv: SharedKV,
         starts: torch.Tensor | None = None,
         later: torch.Tensor | None = None,
-        seen: torch.Tensor | None = None,
-        embeds_of: Callable[[torch.Tensor], torch.Tensor] | None = None,
         ahead: torch.Tensor | int = 1,
     ) -> list[torch.Tensor]:
         """Run K rounds over the same rows.
@@ -107,9 +103,6 @@ class DraftHead(nn.Module):
             shared_kv: layer type -> (keys, values), each [B, kv heads, T, head_dim].
             starts: [B, R] index of the first KV row of the same text; None: 0, nothing is packed.
             later: [B, S] which of the R rows go on beyond the first round; None: all.
-            seen: [B, R] index of the last KV row that each row sees; None: `rows`, as the decoder.
-            embeds_of: the states of a round, as returned, [B, R or S, ...] -> what the next round
-                reads, [B, R or S, D]; None: `token_embeds`.
             ahead: [B, R] or of all rows: how far behind t the drafts stand (RoPE). 1: at the newest
                 token, as in transformers and llama.cpp; 0: one earlier, as in vLLM.
 
@@ -118,21 +111,17 @@ class DraftHead(nn.Module):
             loaded: their product with `draft_table` is the draft's logits.
         """
         starts = torch.zeros_like(rows) if starts is None else starts
-        seen = rows if seen is None else seen
         kv_len = next(iter(shared_kv.values()))[0].shape[2]
         window = self.assistant.config.text_config.sliding_window
-        masks = row_masks(seen, starts, kv_len, window)
+        masks = row_masks(rows, starts, kv_len, window)
         positions = rows - starts + ahead
         states: list[torch.Tensor] = []
         for k in range(token_embeds.shape[2]):
             if k == 1 and later is not None:
                 hidden, token_embeds = select(hidden, later), select(token_embeds, later)
-                starts, seen, positions = (select(one, later) for one in (starts, seen, positions))
-                masks = row_masks(seen, starts, kv_len, window)
-            read = token_embeds[:, :, k]
-            if k and embeds_of is not None:
-                read = embeds_of(states[-1] if k > 1 or later is None else select(states[0], later))
-            inputs = torch.cat([read, hidden], dim=-1)
+                rows, starts, positions = (select(one, later) for one in (rows, starts, positions))
+                masks = row_masks(rows, starts, kv_len, window)
+            inputs = torch.cat([token_embeds[:, :, k], hidden], dim=-1)
             state = self.assistant.model(
                 inputs_embeds=self.assistant.pre_projection(inputs),
                 attention_mask=masks,

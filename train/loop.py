@@ -52,7 +52,6 @@ from headstart.train.run_folder import (
 from headstart.train.start import build_head, likely_tokens, taught_rows
 from headstart.train.step import batch_sums, diverged, learning_rate, loss_weight, step_candidates
 from headstart.train.tracking import check_settings, finish_trackers, start_trackers
-from headstart.train.traps import uncapped, with_top_clusters
 
 
 def train(config: Config, resume: bool = False) -> None:
@@ -91,8 +90,6 @@ def _train(config: Config, resume: bool, accelerator: Accelerator) -> None:
     c, run, seed = config.train, config.run.dir, config.run.seed
     set_seed(seed)
     target = open_target(config.target, accelerator.device)
-    if c.trap == "no_soft_cap":
-        uncapped(target)  # refuses a target that has none, before anything is generated
     held_out = config.eval.prompts if config.eval else None
     training, validation = prepare_documents(target, config.data, seed, held_out)
 
@@ -100,8 +97,6 @@ def _train(config: Config, resume: bool, accelerator: Accelerator) -> None:
     with phase("Starting the head"):
         taught = taught_rows(training, target.device)
         head = build_head(target, config, taught, validation, resumed=bool(saved))
-        if c.trap == "top_clusters":
-            head.assistant = with_top_clusters(head.assistant, target, taught, config.head)
         likely = likely_tokens(target, taught, c)
         del taught
     optimizer = torch.optim.AdamW(_parameter_groups(head, c.weight_decay), lr=c.learning_rate)

@@ -3,8 +3,6 @@
 Letters: D target width, H head width, V vocabulary, N tokens.
 """
 
-from typing import Literal
-
 import torch
 
 from headstart.common.console import say
@@ -49,25 +47,6 @@ def low_rank_start(
     root, inverse = (vectors * r @ vectors.T for r in (roots, 1 / roots))
     leading = torch.linalg.eigh(root @ covariance @ root)[1].flip(-1)[:, :rank]
     return root @ leading, leading.T @ inverse
-
-
-def plain_svd_start(
-    table: torch.Tensor, hidden: torch.Tensor, rank: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The start from the table alone: its leading right singular vectors, to compare with.
-
-    Args:
-        table: [V, D] the target's table.
-        hidden: [N, D] states, of which the scale is taken and nothing else, so that both starts
-            begin with logits of the right size.
-        rank: H.
-
-    Returns:
-        P [D, H] and Q [H, D] as of `low_rank_start`.
-    """
-    vectors = torch.linalg.eigh(table.float().T @ table.float())[1].flip(-1)[:, :rank]
-    scale = (hidden.float() @ vectors).square().mean(0).sqrt()
-    return vectors * scale, (vectors / scale).T
 
 
 @torch.no_grad()
@@ -127,7 +106,7 @@ def build_head(
         if resumed:
             projection = torch.zeros(target.config.hidden_size, width)
         else:
-            projection = _start_tie(target, config, taught, validation, width)
+            projection = _start_tie(target, taught, validation, width)
     return train_only(DraftHead(assistant, projection).to(target.device), h.trains)
 
 
@@ -146,27 +125,17 @@ def train_only(head: DraftHead, parts: list[str]) -> DraftHead:
     return head
 
 
-def _start_tie(
-    target: Target, config: Config, taught: Taught, validation: Documents, width: int
-) -> torch.Tensor:
-    start = tie_start(target, config.head.tie_start, taught, width)
+def _start_tie(target: Target, taught: Taught, validation: Documents, width: int) -> torch.Tensor:
+    """[D, H] the projection that a low-rank tie starts from."""
+    weights = taught.token_weights(len(target.table)) + 1e-9
+    start = low_rank_start(target.table, taught.hidden, weights, width)
     unseen = taught_rows(validation, target.device, AGREEMENT_ROWS).hidden
     agreement = low_rank_agreement(target.table, start, unseen)
     say(
-        f"Low-rank tie of width {width}, start from {config.head.tie_start}: it keeps the target's "
-        f"best token on {agreement:.1%} of held-out rows"
+        f"Low-rank tie of width {width}: its start keeps the target's best token on "
+        f"{agreement:.1%} of held-out rows"
     )
     return start[0]
-
-
-def tie_start(
-    target: Target, kind: Literal["data", "svd"], taught: Taught, width: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """P [D, H] and Q [H, D] of a low-rank tie's start; `low_rank_start` says what they are."""
-    if kind == "svd":
-        return plain_svd_start(target.table, taught.hidden, width)
-    weights = taught.token_weights(len(target.table)) + 1e-9
-    return low_rank_start(target.table, taught.hidden, weights, width)
 
 
 def likely_tokens(target: Target, taught: Taught, c: TrainConfig) -> torch.Tensor:

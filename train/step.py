@@ -7,7 +7,6 @@ Letters: B conversations, R anchors of each, S of them beyond the first round, K
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,7 +18,6 @@ from headstart.heads.target import Target
 from headstart.heads.unroll import ahead_of, select
 from headstart.train.checkpoints import checkpoints
 from headstart.train.losses import (
-    EXACT_ROWS,
     OBJECTIVES,
     Candidates,
     Teacher,
@@ -27,7 +25,6 @@ from headstart.train.losses import (
     exact_losses,
     sparse_losses,
 )
-from headstart.train.traps import in_top_clusters, trapped, uncapped
 
 
 @dataclass(frozen=True)
@@ -49,7 +46,6 @@ def draft_batch(
     batch: Batch,
     dtype: torch.dtype,
     position: RopePosition,
-    embeds_of: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> Drafts:
     """Run the head over a batch and pair what it says with what the target says.
 
@@ -59,14 +55,13 @@ def draft_batch(
         batch: B conversations, R anchors of each, K rounds.
         dtype: of the shared KV; with bfloat16 under autocast, the weights staying float32.
         position: where the drafts stand.
-        embeds_of: of `DraftHead.forward`.
     """
     shared_kv = {t: (k.to(dtype), v.to(dtype)) for t, (k, v) in batch.shared_kv.items()}
     with torch.autocast(batch.rows.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
         embeds = target.embed(batch.tokens).float()
         states = model(
             batch.hidden.float(), embeds, batch.rows, shared_kv, batch.starts, batch.later,
-            batch.seen, embeds_of, ahead_of(position, batch.rows, batch.starts),
+            ahead_of(position, batch.rows, batch.starts),
         )  # fmt: skip
     b, r, rounds = batch.weights.shape
     anchors = torch.arange(b * r, device=batch.rows.device).view(b, r)
@@ -137,7 +132,7 @@ def batch_sums(
         model: a `DraftHead`, wrapped or not.
         target: for its embeddings and table.
         batch: B conversations, R anchors of each, K rounds.
-        c: objective, temperature, unroll, weights of the rounds, precision, trap.
+        c: objective, temperature, unroll, weights of the rounds, precision.
         candidates: that the softmax runs over, from `step_candidates`; None: the whole vocabulary.
 
     Returns:
@@ -146,49 +141,19 @@ def batch_sums(
         round; `rows`, all anchors.
     """
     dtype = torch.bfloat16 if c.precision == "bfloat16" else torch.float32
-    if c.trap is not None:
-        batch = trapped(c.trap, batch, target)
-    head = extract_model_from_parallel(model)
-    table = head.draft_table(target.table)
-    embeds_of = None
-    if c.unroll == "own_tokens":
-        embeds_of = partial(_own_embeds, target=target, table=table, candidates=candidates)
-    drafts = draft_batch(model, target, batch, dtype, c.rope_position, embeds_of)
+    table = extract_model_from_parallel(model).draft_table(target.table)
+    drafts = draft_batch(model, target, batch, dtype, c.rope_position)
     teacher, objective = drafts.teacher, OBJECTIVES[c.objective]
     common = (objective, c.temperature, dtype, table)
     if candidates is None:
-        found = exact_losses(drafts.states, _taught_by(target, c), teacher, *common)
+        found = exact_losses(drafts.states, target, teacher, *common)
     else:
-        read = None
-        if c.trap == "top_clusters":
-            read = in_top_clusters(head.assistant, candidates.ids)
-        found = sparse_losses(
-            drafts.states, _taught_by(target, c), teacher, candidates, *common, read
-        )
+        found = sparse_losses(drafts.states, target, teacher, candidates, *common)
     weights = (c.round_decay**drafts.round).float()
     if c.unroll == "reached":
         weights = weights * _reached(found.drafts, drafts, batch)
     losses = {"loss_sum": (found.losses * weights).sum()}
     return losses | _accepted_in_a_row(found.drafts == teacher.ids[:, 0], drafts, batch)
-
-
-def _taught_by(target: Target, c: TrainConfig) -> Target:
-    return uncapped(target) if c.trap == "no_soft_cap" else target
-
-
-@torch.no_grad()
-def _own_embeds(
-    states: torch.Tensor, target: Target, table: torch.Tensor, candidates: Candidates | None
-) -> torch.Tensor:
-    """Embeddings [B, S, D] of the head's best tokens, from its states [B, S, width]; of the
-    candidates alone, where there are some."""
-    if candidates is not None:
-        table = table[candidates.ids]
-    rows = states.flatten(0, 1).to(table.dtype).split(EXACT_ROWS)
-    best = torch.cat([(part @ table.T).argmax(-1) for part in rows])
-    if candidates is not None:
-        best = candidates.ids[best]
-    return target.embed(best.view(states.shape[:2])).float()
 
 
 def _reached(ids: torch.Tensor, drafts: Drafts, batch: Batch) -> torch.Tensor:

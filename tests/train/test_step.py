@@ -68,18 +68,6 @@ def test_a_draft_is_reached_where_all_before_it_are_the_texts_tokens(target: Tar
 
 
 @torch.no_grad()
-def test_own_tokens_are_fed_whatever_the_text_goes_on_with(target: Target) -> None:
-    """They are those of the text where it goes on with the head's own drafts, and else are not."""
-    head, batch = noisy_head(target), batch_of(target)
-    forced = loss_of(head, target, batch, "teacher_forced")
-    own = loss_of(head, target, batch, "own_tokens")
-    assert own != pytest.approx(forced, rel=1e-3)
-    for _ in range(K):  # one round more is the head's own each time
-        fed_as_text(batch, by_anchor(head, target, batch)[1])
-    assert loss_of(head, target, batch, "teacher_forced") == pytest.approx(own, rel=1e-5)
-
-
-@torch.no_grad()
 def test_hits_after_a_miss_are_not_accepted(target: Target) -> None:
     """The teacher agrees with every draft but the second, of every other anchor the first too."""
     head, batch = noisy_head(target), batch_of(target)
