@@ -11,10 +11,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import send_to_device
 from rich.table import Table
 from transformers import PreTrainedModel
 
@@ -22,7 +23,8 @@ from headstart.common.console import progress_bar, say
 from headstart.common.files import write_atomically
 from headstart.common.machine import environment
 from headstart.common.processes import in_step
-from headstart.data.loader import Batch, candidate_rows, gather_rows
+from headstart.configs.schema import RopePosition
+from headstart.data.loader import candidate_rows, gather_rows
 from headstart.data.store import ActivationStore, Documents
 from headstart.eval.acceptance import (
     AcceptanceCounts,
@@ -62,7 +64,7 @@ def simulate_acceptance(
     stored: Documents,
     rounds: int,
     which: Iterable[int],
-    ahead: int = 1,
+    position: RopePosition = "newest",
 ) -> Simulated:
     """Acceptance counts of `head` on the documents `which`, by walking rounds.
 
@@ -72,7 +74,7 @@ def simulate_acceptance(
         stored: activations of greedy conversations.
         rounds: K.
         which: their indices (a process passes its share).
-        ahead: where drafts stand (`DraftHead.forward`).
+        position: where drafts stand.
     """
     drafted, dense, recall = zero_counts(rounds), zero_counts(rounds), zero_recall()
     cluster_of = head.cluster_of
@@ -83,8 +85,8 @@ def simulate_acceptance(
         if not documents:
             continue
         rows = [candidate_rows(d) for d in documents]
-        batch = gather_rows(documents, rows, rounds).to(target.device)
-        wanted = torch.zeros_like(batch.tokens)
+        batch = send_to_device(gather_rows(documents, rows, rounds), target.device)
+        wanted = torch.zeros_like(batch.rows.tokens)
         judged = batch.weights.bool()
         for b, (document, r) in enumerate(zip(documents, rows, strict=True)):
             following, last = r[:, None] + torch.arange(2, rounds + 2), len(document.ids) - 1
@@ -92,7 +94,9 @@ def simulate_acceptance(
             # The last token before a text is cut is the target's own: nobody drafts it.
             if int(document.ids[last]) not in target.eos_ids:
                 judged[b, : len(r)] &= (following != last).to(judged.device)
-        states = _unrolled(head, target, batch, ahead)
+        states = torch.stack(
+            head(batch.texts.computed_in(head.dtype), batch.rows, target.embed, position), dim=2
+        )  # [B, R, K, width of `draft_table`]
         matches = _matches(head, target, states, wanted, judged)
         if cluster_of is not None:
             met = judged.clone()
@@ -112,20 +116,6 @@ def _answers(rows: torch.Tensor) -> list[slice]:
     breaks = ((rows[1:] - rows[:-1]) != 1).nonzero()[:, 0] + 1
     edges = [0, *breaks.tolist(), len(rows)]
     return [slice(a, b) for a, b in pairwise(edges) if a < b]
-
-
-def _unrolled(head: DraftHead, target: Target, batch: Batch, ahead: int) -> torch.Tensor:
-    """States [B, R, K, width of `draft_table`]."""
-    dtype = head.assistant.pre_projection.weight.dtype
-    states = head(
-        batch.hidden.to(dtype),
-        target.embed(batch.tokens).to(dtype),
-        batch.rows,
-        {t: (k.to(dtype), v.to(dtype)) for t, (k, v) in batch.shared_kv.items()},
-        batch.starts,
-        ahead=ahead,
-    )
-    return torch.stack(states, dim=2)
 
 
 def _matches(
@@ -206,7 +196,7 @@ def walk_texts(
     stores: dict[str, ActivationStore],
     k: int,
     doing: str,
-    ahead: Mapping[str, int] | None = None,
+    positions: Mapping[str, RopePosition] | None = None,
     greedy: bool = False,
 ) -> dict[str, list[Walked]]:
     """Walk rounds over every text of some stores.
@@ -217,7 +207,7 @@ def walk_texts(
         stores: name -> texts.
         k: K.
         doing: label of the progress bar.
-        ahead: name -> where drafts stand there (`DraftHead.forward`); None: as in transformers.
+        positions: name -> where drafts stand there; None: as in transformers.
         greedy: leave out the texts that were sampled.
 
     Returns:
@@ -235,7 +225,7 @@ def walk_texts(
             found[name] = []
             for i in which[name]:
                 entry = store.entries[i]
-                at = 1 if ahead is None else ahead[name]
+                at: RopePosition = "newest" if positions is None else positions[name]
                 counts = simulate_acceptance(head, target, store, k, [i], at).acceptance
                 if counts.rounds:
                     [text] = store.read([i])
@@ -291,7 +281,7 @@ def run_estimate(
     store: Path,
     num_assistant_tokens: Sequence[int],
     out: Path,
-    position: Literal["newest", "one_earlier"] = "newest",
+    position: RopePosition = "newest",
 ) -> dict[str, Any]:
     """Walk rounds over the greedy texts of a store; print a table and write `out/estimate.json`.
 
@@ -317,10 +307,10 @@ def run_estimate(
     first: dict[int, list[Walked]] = {}
     for name, assistant in heads.items():
         for k in num_assistant_tokens:
-            doing, ahead = f"Walking {name}, K = {k}", {"texts": int(position == "newest")}
             walked = walk_texts(
-                DraftHead(assistant), target, {"texts": stored}, k, doing, ahead, greedy=True
-            )["texts"]
+                DraftHead(assistant), target, {"texts": stored}, k,
+                f"Walking {name}, K = {k}", {"texts": position}, greedy=True,
+            )["texts"]  # fmt: skip
             if not walked:
                 raise ValueError(
                     f"{store} holds no greedy text of the target: make one with `headstart "

@@ -52,7 +52,7 @@ from headstart.train.adapt_report import (
     plot_adaptation,
     speedups,
 )
-from headstart.train.loop import train
+from headstart.train.run import train
 
 DEFAULTS = [
     "head.earlier_clusters=keep",  # minutes that steps use better

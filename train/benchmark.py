@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from rich.table import Table
 
 from headstart.common.children import temporary_folder
@@ -256,10 +257,11 @@ def bench_train(
     batch = AnchorLoader(
         documents, prompts, c.anchors, c.rounds, config.run.seed, later_anchors=c.later_anchors
     ).batch(0)
+    batch = send_to_device(batch, target.device)
     likely = likely_tokens(target, taught, c)
     settings = {"head": config.head.model_dump()}
     settings |= c.model_dump(include={"precision", "rounds", "likely_tokens", "negatives"})
-    return settings, bench_step(target, head, batch.to(target.device), texts, config, likely)
+    return settings, bench_step(target, head, batch, texts, config, likely)
 
 
 def conversations_of_text(target: Target, config: Config, count: int) -> list[Conversation]:

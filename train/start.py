@@ -3,9 +3,12 @@
 Letters: D target width, H head width, V vocabulary, N tokens.
 """
 
-import torch
+from typing import Any
 
-from headstart.common.console import say
+import torch
+from accelerate import Accelerator
+
+from headstart.common.console import phase, say
 from headstart.configs.schema import Config, TrainConfig
 from headstart.data.store import Documents
 from headstart.heads.assistant import build_assistant, warm_assistant
@@ -13,6 +16,13 @@ from headstart.heads.ordered import Taught, cluster_count, token_usage
 from headstart.heads.saving import add_lora
 from headstart.heads.target import Target
 from headstart.heads.unroll import DraftHead
+from headstart.train.checkpoints import (
+    Average,
+    Progress,
+    RunState,
+    checkpoints,
+    load_checkpoint,
+)
 
 LOGIT_ROWS = 128  # rows of V logits held at once
 
@@ -70,6 +80,59 @@ def low_rank_agreement(
 
 START_ROWS = 1 << 16  # rows of the training text that starts are drawn up from
 AGREEMENT_ROWS = 2048  # held-out rows on which a low-rank tie is judged
+
+
+def start_run(
+    config: Config,
+    target: Target,
+    training: Documents,
+    validation: Documents,
+    accelerator: Accelerator,
+    resume: bool,
+) -> tuple[RunState, torch.Tensor]:
+    """The state of a run at step 0, or as its newest checkpoint has it.
+
+    Args:
+        config: the whole run.
+        target: frozen.
+        training, validation: read for what a head starts from.
+        accelerator: of the launch; it wraps head and optimizer.
+        resume: go on from the newest checkpoint where there is one.
+
+    Returns:
+        The state, and `likely_tokens`.
+
+    Raises:
+        ValueError: the head cannot be built, or the checkpoint is damaged or of another run.
+    """
+    c, run = config.train, config.run.dir
+    saved = checkpoints(run / "checkpoints") if resume else []
+    with phase("Starting the head"):
+        taught = taught_rows(training, target.device)
+        head = build_head(target, config, taught, validation, resumed=bool(saved))
+        likely = likely_tokens(target, taught, c)
+    optimizer = torch.optim.AdamW(parameter_groups(head, c.weight_decay), lr=c.learning_rate)
+    if c.activation_checkpointing:
+        head.assistant.model.gradient_checkpointing_enable({"use_reentrant": False})
+    if c.compile:
+        for layer in head.assistant.model.layers:
+            layer.compile(dynamic=True)
+    model, optimizer = accelerator.prepare(head, optimizer)
+    average = Average(head.trainable(), c.ema_decay)
+    state = RunState(head, model, optimizer, average, Progress())
+    if saved:
+        load_checkpoint(state, saved[-1], target)
+        say(f"Resuming {run} after step {state.progress.step}")
+    return state, likely
+
+
+def parameter_groups(head: DraftHead, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices decay, norms do not."""
+    parameters = head.trainable().values()
+    return [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0},
+    ]
 
 
 def build_head(

@@ -8,7 +8,7 @@ from headstart.configs.schema import HeadConfig
 from headstart.heads.assistant import build_assistant, check_pair
 from headstart.heads.saving import load_assistant, save_assistant
 from headstart.heads.target import Target
-from headstart.heads.unroll import DraftHead
+from headstart.heads.unroll import DraftHead, Texts, all_rows
 from headstart.train.start import low_rank_agreement, low_rank_start
 from tests.helpers.models import make_target
 
@@ -40,14 +40,16 @@ def test_a_narrow_heads_saved_table_gives_the_logits_that_were_trained(tmp_path:
     assistant = build_assistant(target, HeadConfig(hidden_size=32))
     head = DraftHead(assistant, torch.randn(48, 32))
     ids = torch.randint(4, 260, (1, 12))
-    seen, rows = target.activations(ids), torch.arange(11)[None]
-    state = head(seen.hidden[:, :-1], target.embed(ids[:, 1:, None]), rows, seen.shared_kv)[0]
+    seen = target.activations(ids)
+    texts, rows = (
+        Texts(seen.hidden, seen.shared_kv),
+        all_rows(torch.arange(11)[None], ids[:, 1:, None]),
+    )
+    state = head(texts, rows, target.embed, "newest")[0]
     save_assistant(assistant, head.table(target.table), tmp_path / "head", 4, torch.float32)
     saved = load_assistant(tmp_path / "head", torch.float32)
     assert saved.lm_head.weight.shape == (320, 32)
-    narrow = DraftHead(saved)(
-        seen.hidden[:, :-1], target.embed(ids[:, 1:, None]), rows, seen.shared_kv
-    )[0]
+    narrow = DraftHead(saved)(texts, rows, target.embed, "newest")[0]
     torch.testing.assert_close(
         narrow @ saved.lm_head.weight.T, state @ target.table.T, atol=1e-4, rtol=1e-4
     )

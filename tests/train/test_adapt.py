@@ -17,7 +17,7 @@ from headstart.heads.saving import load_assistant, load_assistant_config, made_f
 from headstart.train import adapt as module
 from headstart.train.adapt import adapt
 from headstart.train.adapt_report import advice, compare_stages, headline, outcome
-from headstart.train.loop import train
+from headstart.train.run import train
 from tests.helpers.checkpoints import make_adapter
 from tests.helpers.reports import texts
 from tests.helpers.runs import ROOT, tiny_config

@@ -1,0 +1,59 @@
+"""A head, a store, a checkpoint and a report as commit e034597 wrote them, with transformers 5.22.2:
+each loads with the figures of then, or is refused by name.
+
+They are of configs/tiny.yaml, smaller still: six conversations of 24 tokens, 12 steps.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from headstart.configs.loader import load_saved
+from headstart.data.store import ActivationStore
+from headstart.eval.compare import read_report
+from headstart.eval.replay import simulate_acceptance
+from headstart.heads.loading import load_target
+from headstart.heads.saving import load_assistant, load_assistant_config, rope_position
+from headstart.heads.unroll import DraftHead
+from headstart.train.run import train
+from tests.helpers.runs import metrics
+
+FILES = Path(__file__).parent / "e034597"
+
+
+def test_a_head_is_accepted_on_a_store_as_it_was() -> None:
+    target = load_target("tiny-gemma4", "float32")
+    head = DraftHead(load_assistant(FILES / "run" / "head", torch.float32))
+    store = ActivationStore(FILES / "store", target)
+    greedy = [i for i, entry in enumerate(store.entries) if not entry.temperature]
+    found = simulate_acceptance(head, target, store, 3, greedy).acceptance
+    told = json.loads((FILES / "estimate.json").read_text())["results"][0]
+    assert found.rounds == told["rounds"]
+    assert list(found.accepted) == told["accepted"]
+    assert rope_position(load_assistant_config(FILES / "run" / "head")) == "both"
+
+
+def test_a_run_goes_on_from_a_checkpoint_with_the_losses_that_it_had(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = tmp_path / "work"
+    shutil.copytree(FILES, work)
+    monkeypatch.chdir(work)
+    told = metrics(FILES / "run")
+    train(load_saved(Path("run/config.yaml")), resume=True)
+    found = metrics(Path("run"))
+    assert [row["step"] for row in found] == [row["step"] for row in told] == list(range(1, 13))
+    for before, now in zip(told[6:], found[6:], strict=True):
+        assert now == pytest.approx(before, rel=1e-4)
+
+
+def test_a_report_is_refused_by_its_schema_or_says_what_it_said() -> None:
+    try:
+        report = read_report(FILES / "report.json")
+    except ValueError as error:
+        assert "report.json has schema 2" in str(error)
+    else:
+        assert report["results"][0]["acceptance_length"] >= 1
