@@ -61,7 +61,7 @@ def _run_describe(args: argparse.Namespace) -> None:
     from headstart.heads.loading import load_target_config
 
     target = None if args.target is None else load_target_config(args.target)
-    print_description(describe(args.head, target))
+    print_description(args.head, describe(args.head, target))
 
 
 def _run_order(args: argparse.Namespace) -> None:

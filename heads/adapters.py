@@ -8,8 +8,7 @@ Letters: r rank, V vocabulary.
 import json
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from transformers import PreTrainedModel
 from headstart.common.children import temporary_folder
 from headstart.common.console import say
 from headstart.common.signals import time_limit
-from headstart.heads.admission import FAULTS, MULTIMODAL, TOWERS, WRAPPERS, check_files, renamed
+from headstart.heads.admission import MULTIMODAL, TOWERS, WRAPPERS, check_files, reading, renamed
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -58,10 +57,9 @@ def fit_adapter(adapter: str, model: PreTrainedModel, merge: bool, work: Path) -
         work: a folder that is not there yet.
 
     Raises:
-        ValueError: it is none, of a kind that no head can follow, of another model, or without
-            effect.
+        ValueError: it is none, of a kind that no head can follow, or of another model.
     """
-    with _naming(adapter, model):
+    with reading(_place(adapter, model)):
         folder = adapter_folder(adapter)
         config = _config(folder, merge)
         _check_patterns(config, [path for path, _ in model.named_modules()])
@@ -72,7 +70,6 @@ def fit_adapter(adapter: str, model: PreTrainedModel, merge: bool, work: Path) -
         left_out = [key for key in keys if key not in kept]
         rows = model.config.get_text_config().vocab_size
         _check_tables(folder / WEIGHTS, kept, config, rows, merge)
-        _check_trained(folder / WEIGHTS, kept)
         changed = [key for key, place in kept.items() if key != place]
         if changed:
             names = f"{changed[0]} as {kept[changed[0]]}"
@@ -84,6 +81,10 @@ def fit_adapter(adapter: str, model: PreTrainedModel, merge: bool, work: Path) -
             return folder
         _write(folder, work, config, kept, model)
         return work
+
+
+def _place(adapter: str, model: PreTrainedModel) -> str:
+    return f"{adapter} does not go onto {type(model).__name__} as a PEFT adapter"
 
 
 def _config(folder: Path, merge: bool) -> dict[str, Any]:
@@ -236,20 +237,6 @@ def _check_tables(
         raise ValueError("its tables are not tied: let it be merged, without --keep-adapters")
 
 
-def _check_trained(path: Path, kept: Mapping[str, str]) -> None:
-    """Raise `ValueError` where low-rank products B A [out, in] are all there is, and are zero."""
-    with safe_open(path, framework="pt") as file:
-        for key in kept:
-            if not re.search(r"\.lora_(embedding_)?[AB](\.weight)?$", key):
-                return  # another kind of weight: what it does is seen on the model
-            if re.search(r"lora_(embedding_)?B", key) and bool(file.get_tensor(key).any()):
-                return
-    raise ValueError(
-        "all its B matrices are zero, so that it changes nothing: it was saved before its training "
-        "began, or by a process that did not train"
-    )
-
-
 def _write(
     folder: Path, work: Path, config: dict[str, Any], kept: Mapping[str, str], model: nn.Module
 ) -> None:
@@ -342,7 +329,11 @@ def add_adapters(model: PreTrainedModel, adapters: Sequence[str], merge: bool) -
         folders = [fit_adapter(a, model, merge, work / str(n)) for n, a in enumerate(adapters)]
         before = _outcome(model)
         for number, (name, folder) in enumerate(zip(names, folders, strict=True)):
-            with _naming(adapters[number], model), _peft_warnings():
+            with reading(_place(adapters[number], model)), warnings.catch_warnings():
+                # peft would leave weights that an adapter lacks for its layers random.
+                warnings.filterwarnings("error", "Found missing adapter keys", UserWarning)
+                # What transformers 5.24 finds old-fashioned in peft.
+                warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
                 if merge or wrapper is None:
                     wrapper = PeftModel.from_pretrained(model, folder, name, **dtype)
                 elif missing := wrapper.load_adapter(folder, name, **dtype).missing_keys:
@@ -361,28 +352,6 @@ def add_adapters(model: PreTrainedModel, adapters: Sequence[str], merge: bool) -
                     )
                 before = after
     return model
-
-
-@contextmanager
-def _naming(adapter: str, model: PreTrainedModel) -> Iterator[None]:
-    """Within, what is wrong with an adapter is a `ValueError` that names it and the class."""
-    try:
-        yield
-    except (*FAULTS, UserWarning) as error:
-        reason = " ".join(str(error).split())[:400]
-        raise ValueError(
-            f"{adapter} does not go onto {type(model).__name__} as a PEFT adapter: {reason}"
-        ) from error
-
-
-@contextmanager
-def _peft_warnings() -> Iterator[None]:
-    """Within, an adapter that lacks weights for its layers, which peft would leave random, is an
-    error; and what transformers 5.24 finds old-fashioned in peft is left unsaid."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", "Found missing adapter keys", UserWarning)
-        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
-        yield
 
 
 def adapter_folder(adapter: str) -> Path:

@@ -60,10 +60,11 @@ SPARE = re.compile(rf"^masked_embedding\.|\brotary_emb\.|\brope_freqs\.|{TOWERS.
 WITHOUT_ROW = "<image_soft_token>"
 
 
-# What libraries raise over the files of strangers: a number where a text should be, half a header.
+# What libraries raise over the files of strangers: a number where a text should be, half a header;
+# or warn of, where a warning is made an error.
 FAULTS = (
     OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError,
-    RuntimeError, ImportError, MemoryError, SafetensorError, StrictDataclassError,
+    RuntimeError, ImportError, MemoryError, SafetensorError, StrictDataclassError, UserWarning,
 )  # fmt: skip
 WEIGHTS_A_BYTE = 16  # at most: fewer bits than any format has, and tied or calculated ones
 LAYERS = 1000  # more than any model has; a library would build them one by one before it refused
@@ -212,10 +213,11 @@ def load_whole(cls: Any, name: str, path: str | Path, **arguments: Any) -> Any:
         if not folder.is_dir():  # of the Hub: in the cache
             config_file = cached_file(str(path), "config.json", revision=arguments.get("revision"))
             folder = Path(str(config_file)).parent
-        dtypes = weight_dtypes(folder)
         own = None if "quantization_config" in arguments else model.config.to_dict()
-        check_codes(name, dtypes, own and own.get("quantization_config"))
-        check_read(model, name, dtypes, info["unexpected_keys"])
+        check_codes(
+            name, weight_dtypes(folder), own and own.get("quantization_config"), model.state_dict(),
+            info["unexpected_keys"],
+        )  # fmt: skip
     _check_arrival(model, name, info)
     if changed:
         old, new = next(iter(changed.items()))
@@ -274,7 +276,10 @@ def _check_arrival(model: PreTrainedModel, name: str, info: dict[str, Any]) -> N
     if said:
         raise ValueError(
             f"{name}: not all weights of {type(model).__name__} come from its files, the rest "
-            f"would be random: {'; '.join(said)}. {_fix(unexpected, mismatched)}"
+            f"would be random: {'; '.join(said)}. Copy all of its files from one place, or save it "
+            "again with save_pretrained() of the plain class that config.json names: an adapter "
+            "after merge_and_unload() (or apart from its base, as --adapter), a resized table "
+            "with their number as vocab_size and the tokenizer of that training"
         )
     if spare:
         say(f"{name}: {len(spare)} weights of its files are not needed ({_some(spare)})")
@@ -282,23 +287,6 @@ def _check_arrival(model: PreTrainedModel, name: str, info: dict[str, Any]) -> N
 
 def _some(keys: Sequence[str]) -> str:
     return ", ".join(keys[:3]) + (", ..." if len(keys) > 3 else "")
-
-
-def _fix(unexpected: list[str], mismatched: list[str]) -> str:
-    if any(".lora_" in key or ".base_layer." in key for key in unexpected):
-        return (
-            "It holds an adapter that was not merged: save it after merge_and_unload(), or give "
-            "the base as the target and the adapter as --adapter"
-        )
-    if any("embed_tokens" in key for key in mismatched):
-        return (
-            "Tokens were added, or taken away, after config.json was written: set vocab_size there "
-            "to the rows of the table, and copy the tokenizer that was saved with it"
-        )
-    return (
-        "Copy all of its files from one place, or save it again with save_pretrained() of the "
-        "plain class that config.json names (architectures and model_type)"
-    )
 
 
 def tie_equal_tables(model: PreTrainedModel, name: str) -> None:
@@ -428,24 +416,34 @@ def weight_dtypes(folder: Path) -> dict[str, str]:
     return dtypes
 
 
-def check_codes(name: str, dtypes: Mapping[str, str], quantization: Any = None) -> None:
-    """Raise `ValueError` where weights are codes with nothing beside them by which they would be
-    numbers, or where config.json names a quantization of weights that are none of it, as after
-    adapters were merged into the weights before they were quantized.
+def check_codes(
+    name: str,
+    dtypes: Mapping[str, str],
+    quantization: Any,
+    state: Mapping[str, torch.Tensor] | None = None,
+    unread: Collection[str] = (),
+) -> None:
+    """Raise `ValueError` where weights are codes with nothing by which they would be numbers, or
+    where config.json names a quantization of weights that are none of it, as after adapters were
+    merged into the weights before they were quantized.
 
     Args:
         name: of the checkpoint.
         dtypes: of its tensors, `weight_dtypes`.
         quantization: `quantization_config` of its config.json; None: there is none.
+        state: of the model that was loaded from them; None: none was yet.
+        unread: the tensors that no layer of it has read.
     """
-    bare = [key for key in _codes(dtypes) if not _scales(key, dtypes)]
-    if bare:
-        raise ValueError(
-            f"{name}: {len(bare)} of its weights are {dtypes[bare[0]]} and have no scale beside "
-            f"them (first: {bare[0]}): they are codes of a quantization, and no numbers. Save it "
-            "again in bfloat16 after its quantization was undone, or copy all of its files; if it "
-            "was only cast, cast it back"
-        )
+    for key, dtype in dtypes.items():
+        if not key.endswith(WEIGHTS) or dtype in NUMBERS:
+            continue
+        loaded_as_number = state is not None and key in state and state[key].is_floating_point()
+        if not _scales(key, dtypes) or (loaded_as_number and _scales(key, unread)):
+            raise ValueError(
+                f"{name}: its weight {key} is {dtype}, a code of a quantization, and no number: no "
+                "scale beside it is read. Save it again in bfloat16 after its quantization was "
+                "undone, or copy all of its files from one place; if it was only cast, cast it back"
+            )
     if quantization is not None and dtypes and set(dtypes.values()) <= set(NUMBERS):
         raise ValueError(
             f"{name}: its config.json has a quantization_config, and its weights are plain numbers "
@@ -454,28 +452,7 @@ def check_codes(name: str, dtypes: Mapping[str, str], quantization: Any = None) 
         )
 
 
-def check_read(
-    model: PreTrainedModel, name: str, dtypes: Mapping[str, str], unread: Collection[str]
-) -> None:
-    """Raise `ValueError` where codes were loaded as numbers, since nobody has read their scales,
-    which are among the tensors `unread` of no layer."""
-    state = model.state_dict()
-    for key in _codes(dtypes):
-        scales = _scales(key, unread)
-        if scales and key in state and state[key].is_floating_point():
-            raise ValueError(
-                f"{name}: its weight {key} is {dtypes[key]}, and {scales[0]} beside it is of no "
-                "quantization_config that config.json names and transformers reads: copy "
-                "config.json from where the weights are from, or save it again in bfloat16 after "
-                "its quantization was undone"
-            )
-
-
-def _codes(dtypes: Mapping[str, str]) -> list[str]:
-    return [key for key in dtypes if key.endswith(WEIGHTS) and dtypes[key] not in NUMBERS]
-
-
-def _scales(key: str, others: Iterable[str]) -> list[str]:
-    """The tensors that say how the codes in `key` are meant."""
+def _scales(key: str, others: Iterable[str]) -> bool:
+    """Whether a tensor among the others says how the codes in `key` are meant."""
     prefix = key.removesuffix("weight")
-    return [k for k in others if k.startswith(prefix) and SCALES.search(k.removeprefix(prefix))]
+    return any(k.startswith(prefix) and SCALES.search(k.removeprefix(prefix)) for k in others)

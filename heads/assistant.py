@@ -194,39 +194,30 @@ def check_shapes(source: Any, head: Any, name: str) -> None:
     the target."""
     text, layers = head.text_config, source_layers(source)
     pairs = [
-        ("backbone_hidden_size", head.backbone_hidden_size, "hidden_size", source.hidden_size),
-        ("vocab_size", text.vocab_size, "vocab_size", source.vocab_size),
-        ("sliding_window", text.sliding_window, "sliding_window", source.sliding_window),
+        ("backbone_hidden_size", head.backbone_hidden_size, source.hidden_size),
+        ("vocab_size", text.vocab_size, source.vocab_size),
+        ("sliding_window", text.sliding_window, source.sliding_window),
     ]
     for i, layer_type in enumerate(text.layer_types):
-        mine = text.per_layer_config[i]
-        its = source.per_layer_config[layers[layer_type]]
+        of_layers = f"of its {layer_type} layers"
+        mine, its = text.per_layer_config[i], source.per_layer_config[layers[layer_type]]
         for key in ("head_dim", "num_key_value_heads"):
-            what = f"{key} of its {layer_type} layers"
-            pairs.append((what, getattr(mine, key), what, getattr(its, key)))
-    for head_key, head_value, target_key, target_value in pairs:
-        if head_value != target_value:
-            raise ValueError(
-                f"this head does not fit {name}: the head's {head_key} is {head_value}, "
-                f"the target's {target_key} is {target_value}"
-            )
-    for layer_type in dict.fromkeys(text.layer_types):
+            pairs.append((f"{key} {of_layers}", getattr(mine, key), getattr(its, key)))
         # Its queries meet keys that the target has rotated.
-        mine, its = (_rotation(c.rope_parameters[layer_type]) for c in (text, source))
-        if mine != its:
+        mine, its = (_rotation(config.rope_parameters[layer_type]) for config in (text, source))
+        pairs.append((f"rope_parameters {of_layers}", mine, its))
+    for key, value, of_target in pairs:
+        if value != of_target:
             raise ValueError(
-                f"this head does not fit {name}: the head's rope_parameters of its {layer_type} "
-                f"layers are {mine}, the target's {its}. If it is of this target before that was "
-                "changed, put the target's into text_config of the head's config.json, and train "
-                "it on (headstart adapt)"
+                f"this head does not fit {name}: its {key} is {value}, and the target has "
+                f"{of_target} there"
             )
 
 
 def _rotation(rope: dict[str, Any]) -> dict[str, Any]:
     """Rope parameters with what stands for nothing left out, so that equal ones rotate alike."""
-    given = {key: value for key, value in rope.items() if value is not None}
-    whole = given.get("partial_rotary_factor") == 1
-    return {k: v for k, v in given.items() if not (whole and k == "partial_rotary_factor")}
+    nothing = {"partial_rotary_factor": (None, 1)}
+    return {k: v for k, v in rope.items() if v not in nothing.get(k, (None,))}
 
 
 def other_target(target: Target, assistant: PreTrainedModel) -> str | None:

@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from math import prod
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
 from transformers import (
@@ -48,40 +48,21 @@ PRIOR = 4.0  # drafts that a rate is assumed to have seen
 FORGETTING = 0.98  # a draft's weight beside the next one's
 
 
-class DraftLength(Protocol):
-    """A rule that ends drafts."""
+@dataclass
+class Constant:
+    """A rule that ends drafts: after K tokens always, as the stock decoder does."""
 
-    reads_confidence: ClassVar[bool]
-    """Whether `goes_on` has to be asked after each draft."""
+    num_assistant_tokens: int
+    goes_on: ClassVar[None] = None
+    """Asked, after each draft, with the confidences so far: whether to draft another; None: up to
+    the limit."""
 
     def limit(self) -> int:
         """Draft tokens of this round at most; 0: none, the target decodes one step plainly."""
-        ...
-
-    def goes_on(self, confidences: list[float]) -> bool:
-        """Whether to draft another token, after those with these confidences."""
-        ...
+        return self.num_assistant_tokens
 
     def learn(self, confidences: list[float], drafted: int, accepted: int) -> None:
         """What became of a round's drafts."""
-        ...
-
-
-@dataclass
-class Constant:
-    """Always K, as the stock decoder does."""
-
-    num_assistant_tokens: int
-    reads_confidence: ClassVar[bool] = False
-
-    def limit(self) -> int:
-        return self.num_assistant_tokens
-
-    def goes_on(self, confidences: list[float]) -> bool:
-        return True
-
-    def learn(self, confidences: list[float], drafted: int, accepted: int) -> None:
-        pass
 
 
 @dataclass
@@ -138,7 +119,6 @@ class CostRule:
     """A draft step, in target steps."""
     v: Sequence[float]
     """v(0) = 1, v(1) .. v(K): verification of so many draft tokens, in target steps."""
-    reads_confidence: ClassVar[bool] = True
     tokens: float = field(default=1.0, init=False)
     cost: float = field(default=1.0, init=False)
 
@@ -188,6 +168,8 @@ class CostRule:
     def _of(self, confidence: float) -> Rate:
         return self.of_confidence[min(BINS - 1, int(confidence * BINS))]
 
+
+DraftLength: TypeAlias = Constant | CostRule
 
 # What shapes a distribution whatever the text is. Any distribution may be drawn from, so that the
 # call's other processors act on the target's logits alone.
@@ -340,12 +322,10 @@ class ExactCandidateGenerator(CandidateGenerator):
         limit = min(self.length.limit(), budget)
         if limit <= 0:
             return "none", Drafts([], [])
-        goes_on = self.length.goes_on if self.length.reads_confidence else None
-        token = input_ids[:, -1:]
-        drafts = self.drafter.draft(
-            token, hidden, self.kv, limit, self.stops_after, goes_on, self.warpers
-        )
-        return "head", drafts
+        return "head", self.drafter.draft(
+            input_ids[:, -1:], hidden, self.kv, limit, self.stops_after, self.length.goes_on,
+            self.warpers,
+        )  # fmt: skip
 
     def update_candidate_strategy(
         self, input_ids: torch.Tensor, scores: torch.Tensor, num_matches: int

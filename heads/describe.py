@@ -2,30 +2,24 @@
 of its weights: `headstart heads describe`; and the shapes of Gemma 4 and its assistants as Google
 published them, so that a plan needs no network.
 
-Read in public sources, never in the weights: transformers' conversion scripts
-(`models/gemma4/convert_gemma4_weights.py`, and for 12B
-`models/gemma4_unified/convert_gemma4_unified_weights.py`) hold all fields below, and MaxText's
-`configs/models/gemma4-*.yml` agree; google-deepmind/gemma (`gm/nn/gemma4/_gemma4.py`) agrees for
-all but 12B, which it lacks. Defaults of transformers 5.22 that match no checkpoint are spelled out.
-Sources part in one field, which changes no weight that a plan counts: for 12B the script has
-`vocab_size_per_layer_input` 0 and the published config.json 262,144; there are no per-layer inputs.
+The shapes were read in public sources, never in the weights: transformers' conversion scripts
+(`convert_gemma4_weights.py`, and for 12B `convert_gemma4_unified_weights.py`), with which MaxText
+and google-deepmind/gemma agree. Defaults of transformers 5.22 that match no checkpoint are spelled
+out. Of 12B the published config.json has another `vocab_size_per_layer_input`, which nothing reads
+there. Of the assistants the published config.json was seen for E2B, and for 12B in part.
 
-The assistants' shapes are those of the same scripts in their later versions; the published
-config.json was seen quoted for E2B (whole) and 12B (in part), for the others it was not.
-
-Letters: D target width, H head width, V vocabulary, C clusters of M tokens.
+Letters: D target width, H head width, V vocabulary.
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from rich.filesize import decimal
 from rich.table import Table
 from safetensors import safe_open
 from torch import nn
@@ -35,6 +29,7 @@ from transformers.utils import cached_file
 from headstart.common.console import plain_console
 from headstart.configs.schema import HeadConfig
 from headstart.heads.admission import reading
+from headstart.heads.assistant import check_shapes
 from headstart.heads.saving import load_assistant_config
 from headstart.heads.target import SUPPORTED
 
@@ -52,32 +47,17 @@ PARTS = {
 """Beginning of a tensor's name -> the part of the head that it belongs to; the first that fits."""
 
 
-@dataclass(frozen=True)
-class _Tensor:
+class _Tensor(NamedTuple):
     """One entry of a safetensors header."""
 
     name: str
-    shape: tuple[int, ...]
     dtype: str
+    size: int
+    bytes: int
 
     @property
     def part(self) -> str:
         return next(part for start, part in PARTS.items() if self.name.startswith(start))
-
-    @property
-    def size(self) -> int:
-        return prod(self.shape)
-
-    @property
-    def bits(self) -> int:
-        """Of one value: `BF16` -> 16, `F8_E4M3` -> 8."""
-        found = re.search(r"\d+", self.dtype)
-        assert found is not None, f"a head holds no tensor of type {self.dtype}"
-        return int(found[0])
-
-    @property
-    def bytes(self) -> int:
-        return self.size * self.bits // 8
 
 
 def describe(path: str | Path, target_config: Any | None = None) -> dict[str, Any]:
@@ -95,8 +75,7 @@ def describe(path: str | Path, target_config: Any | None = None) -> dict[str, An
         Sizes in parameters and bytes. `parameters_trained`: without the table, but with the
         projection P [D, H] of a low-rank tie, whose product with the target's table the file holds.
         `bytes_by_part`: part -> dtype -> bytes. `draft_step` and, in the dtype of the head's table,
-        `target_step`: bytes of weights read and multiply-adds. `c`: bytes of a draft step / bytes
-        of a target step.
+        `target_step`: bytes of weights read. `c`: bytes of a draft step / of a target step.
 
     Raises:
         ValueError: no head at `path`, a damaged file, or one that does not fit the target.
@@ -108,17 +87,15 @@ def describe(path: str | Path, target_config: Any | None = None) -> dict[str, An
         width, vocab_size = text.hidden_size, text.vocab_size
         tied, table = width == target_width, vocab_size * width
         counted = sum(t.size for t in tensors if not t.name.endswith(BUFFERS))
-        bytes_by_part: dict[str, dict[str, int]] = {}
+        parts: dict[str, Counter[str]] = {}
         for t in tensors:
-            dtypes = bytes_by_part.setdefault(t.part, {})
-            dtypes[t.dtype] = dtypes.get(t.dtype, 0) + t.bytes
+            parts.setdefault(t.part, Counter())[t.dtype] += t.bytes
         num_assistant_tokens = None
         with suppress(OSError):  # there need not be a generation_config.json
             num_assistant_tokens = GenerationConfig.from_pretrained(path).num_assistant_tokens
         figures: dict[str, Any] = {
-            "head": str(path),
             "architecture": config.architectures[0],
-            "layer_types": list(text.layer_types),
+            "layer_types": ", ".join(text.layer_types),
             "hidden_size": width,
             "target_hidden_size": target_width,
             "vocab_size": vocab_size,
@@ -128,9 +105,8 @@ def describe(path: str | Path, target_config: Any | None = None) -> dict[str, An
             "parameters_shared": table if tied else 0,
             "parameters_materialised": 0 if tied else table,
             "bytes_on_disk": file.stat().st_size,
-            "bytes_by_part": bytes_by_part,
+            "bytes_by_part": parts,
             "num_assistant_tokens": num_assistant_tokens,
-            "ordered_embeddings": None,
         }
         if config.use_ordered_embeddings:
             figures["ordered_embeddings"] = {
@@ -138,109 +114,68 @@ def describe(path: str | Path, target_config: Any | None = None) -> dict[str, An
                 "tokens_per_centroid": vocab_size // config.num_centroids,
                 "centroid_intermediate_top_k": config.centroid_intermediate_top_k,
             }
-        figures["draft_step"] = _draft_step(figures, tensors)
-        if target_config is not None:
-            figures |= _beside_target(figures, tensors, target_config.get_text_config())
-    return figures
+        return figures | _cost(config, tensors, target_config)
+
+
+def _cost(config: Any, tensors: list[_Tensor], target_config: Any | None) -> dict[str, Any]:
+    """`draft_step`, `target_step` and `c`."""
+    text = config.text_config
+    of_table = next(t for t in tensors if t.part == "table")
+    # One dtype for head and target: the decoder loads the head in that of the target.
+    value = of_table.bytes / of_table.size
+    draft = {
+        "trunk": sum(t.bytes for t in tensors if t.part in ("layers", "projections")),
+        "lm_head_dense": of_table.bytes,
+    }
+    if config.use_ordered_embeddings:
+        chosen = config.centroid_intermediate_top_k * (text.vocab_size // config.num_centroids)
+        draft["lm_head_ordered"] = round((config.num_centroids + chosen) * text.hidden_size * value)
+    if target_config is None:
+        return {"draft_step": draft}
+    source = target_config.get_text_config()
+    check_shapes(source, config, "the target")
+    target = round(target_step_weights(source) * value)
+    kinds = [kind for kind in ("dense", "ordered") if f"lm_head_{kind}" in draft]
+    c = {kind: (draft["trunk"] + draft[f"lm_head_{kind}"]) / target for kind in kinds}
+    return {"draft_step": draft, "target_step": target, "c": c}
 
 
 def _header(path: str | Path) -> tuple[Path, list[_Tensor]]:
     """The file of weights and what its header lists."""
     with reading(f"no readable {WEIGHTS} at {path}"):
-        file = Path(cached_file(path, WEIGHTS))
+        file, tensors = Path(cached_file(path, WEIGHTS)), []
         with safe_open(file, framework="pt") as weights:
-            slices = {name: weights.get_slice(name) for name in weights.keys()}  # noqa: SIM118
-            return file, [
-                _Tensor(name, tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()
-            ]
+            for name in weights.keys():  # noqa: SIM118
+                entry = weights.get_slice(name)
+                dtype, size = entry.get_dtype(), prod(entry.get_shape())
+                found = re.search(r"\d+", dtype)  # of bits: `BF16`, `F8_E4M3`
+                assert found is not None, f"a head holds no tensor of type {dtype}"
+                tensors.append(_Tensor(name, dtype, size, size * int(found[0]) // 8))
+        return file, tensors
 
 
-def _draft_step(figures: dict[str, Any], tensors: list[_Tensor]) -> dict[str, dict[str, int]]:
-    """Bytes of weights read and multiply-adds of one draft, part by part."""
-    trunk = [t for t in tensors if t.part in ("layers", "projections")]
-    bits, dense = _table_bits(tensors), figures["vocab_size"] * figures["hidden_size"]
-    step = {
-        "trunk": {
-            "bytes": sum(t.bytes for t in trunk),
-            # A vector scales or norms: its products are lost beside those of the matrices.
-            "multiply_adds": sum(t.size for t in trunk if len(t.shape) == 2),
-        },
-        "lm_head_dense": {"bytes": dense * bits // 8, "multiply_adds": dense},
-    }
-    if (ordered := figures["ordered_embeddings"]) is not None:
-        chosen = ordered["centroid_intermediate_top_k"] * ordered["tokens_per_centroid"]
-        read = (ordered["num_centroids"] + chosen) * figures["hidden_size"]
-        step["lm_head_ordered"] = {"bytes": read * bits // 8, "multiply_adds": read}
-    return step
-
-
-def _table_bits(tensors: list[_Tensor]) -> int:
-    return next(t.bits for t in tensors if t.part == "table")
-
-
-def _beside_target(
-    figures: dict[str, Any], tensors: list[_Tensor], target_text_config: Any
-) -> dict[str, Any]:
-    for head_key, key in (("vocab_size", "vocab_size"), ("target_hidden_size", "hidden_size")):
-        if (mine := figures[head_key]) != (its := getattr(target_text_config, key)):
-            raise ValueError(
-                f"this head does not fit the target: its {key} is {its}, the head is made for "
-                f"{mine}"
-            )
-    weights, products = target_step_weights(target_text_config)
-    # One dtype for both: the decoder loads the head in that of the target.
-    target_bytes = weights * _table_bits(tensors) // 8
-    draft = figures["draft_step"]
-    return {
-        "target_step": {"bytes": target_bytes, "multiply_adds": products},
-        "c": {
-            kind: (draft["trunk"]["bytes"] + draft[f"lm_head_{kind}"]["bytes"]) / target_bytes
-            for kind in ("dense", "ordered")
-            if f"lm_head_{kind}" in draft
-        },
-    }
-
-
-def print_description(figures: dict[str, Any]) -> None:
-    """Print what `describe` returns as one table."""
+def print_description(head: str, figures: dict[str, Any]) -> None:
+    """Print what `describe` returns of the folder or Hub id `head` as one table."""
     table = Table(
-        title=f"Draft head {figures['head']}",
+        title=f"Draft head {head}",
         show_header=False,
-        caption="A step counts each weight once, at batch 1; rows of the KV cache, activations and "
-        "Python are left out. `headstart bench draft` measures it.",
+        caption="A step reads these bytes of weights, each once, at batch 1; rows of the KV cache, "
+        "activations and Python are left out. `headstart bench draft` measures it.",
     )
     for name, value in _rows(figures):
         table.add_row(name, value)
     plain_console().print(table)
 
 
-def _rows(figures: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    types, ordered = figures["layer_types"], figures["ordered_embeddings"]
-    yield "architecture", figures["architecture"]
-    yield "layers", f"{len(types)} ({', '.join(types)})"
-    yield "width", f"{figures['hidden_size']:,} (target: {figures['target_hidden_size']:,})"
-    yield "vocabulary", f"{figures['vocab_size']:,} tokens"
-    yield "tie to the target's table", figures["tie"]
-    if ordered is not None:
-        yield (
-            "ordered embeddings",
-            f"{ordered['num_centroids']:,} clusters of {ordered['tokens_per_centroid']:,} tokens, "
-            f"the best {ordered['centroid_intermediate_top_k']:,} read a draft",
-        )
-    yield "num_assistant_tokens", str(figures["num_assistant_tokens"] or "not set")
-    for kind in ("trained", "shared", "materialised"):
-        yield f"parameters {kind}", f"{figures[f'parameters_{kind}']:,}"
-    yield "on disk", decimal(figures["bytes_on_disk"])
-    for part, dtypes in figures["bytes_by_part"].items():
-        yield f"  {part}", ", ".join(f"{decimal(n)} {dtype}" for dtype, n in dtypes.items())
-    steps = {f"draft step: {part}": cost for part, cost in figures["draft_step"].items()}
-    if "target_step" in figures:
-        steps["target step"] = figures["target_step"]
-    for name, cost in steps.items():
-        products = cost["multiply_adds"] / 1e6
-        yield name, f"{decimal(cost['bytes'])} read, {products:,.2f} M multiply-adds"
-    for kind, ratio in figures.get("c", {}).items():
-        yield f"c by bytes, {kind}", f"{ratio:.3f}"
+def _rows(figures: dict[str, Any], before: str = "") -> Iterator[tuple[str, str]]:
+    for key, value in figures.items():
+        name = before + key.replace("_", " ")
+        if isinstance(value, dict):
+            yield from _rows(value, f"{name}: ")
+        elif isinstance(value, float):
+            yield name, f"{value:.3f}"
+        else:
+            yield name, f"{value:,}" if isinstance(value, int) else str(value)
 
 
 _ALL: dict[str, Any] = {
@@ -323,27 +258,22 @@ def published_config(name: str) -> Gemma4TextConfig | Gemma4UnifiedTextConfig | 
     return Gemma4UnifiedTextConfig(**unified)
 
 
-def target_step_weights(config: Any) -> tuple[int, int]:
-    """What decoding one token takes of a target, counted without its weights.
+def target_step_weights(config: Any) -> int:
+    """How many weights decoding one token reads of a target, counted without them: all but the
+    embedding lookups, of the experts of a mixture those that one token is sent to, and the LM head
+    V x D once.
 
     Args:
         config: the target's text configuration.
-
-    Returns:
-        Weights read, and multiply-adds: all but the embedding lookups, of the experts of a mixture
-        those that one token is sent to, and the LM head V x D once.
     """
     with torch.device("meta"):  # shapes alone: no memory for weights
         model = SUPPORTED[config.model_type](config)
     tables = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
     left_out = {id(p) for p in [*tables, model.get_output_embeddings().weight]}
-    weights = products = config.vocab_size * config.hidden_size
+    weights = config.vocab_size * config.hidden_size
     for parameter in model.parameters():
-        if id(parameter) in left_out:
-            continue
-        used = parameter.numel()
-        if parameter.ndim == 3:  # [experts, out, in]
-            used = used * config.top_k_experts // config.num_experts
-        weights += used
-        products += used if parameter.ndim > 1 else 0
-    return weights, products
+        if id(parameter) not in left_out:
+            of_experts = parameter.ndim == 3  # [experts, out, in]
+            share = config.top_k_experts / config.num_experts if of_experts else 1
+            weights += round(parameter.numel() * share)
+    return int(weights)

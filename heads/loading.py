@@ -2,7 +2,7 @@
 
 import difflib
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -94,16 +94,7 @@ def _say_trusted(name: str) -> None:
 
 
 def load_target(
-    name: str,
-    dtype: str = "auto",
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    device: torch.device | str = "cpu",
-    adapters: Sequence[str] = (),
-    merge_adapters: bool = True,
-    quantization: Quantization | None = None,
-    eos_token_ids: Sequence[int] | None = None,
-    chat_template: Path | None = None,
+    name: str, dtype: str = "auto", device: torch.device | str = "cpu", **settings: Any
 ) -> Target:
     """Load a frozen target as it will be served: its weights, then its adapters, then fewer bits.
 
@@ -111,47 +102,45 @@ def load_target(
         name: `gemma3-270m`, `tiny-gemma4`, `tiny-gemma3`, a local folder, a Hub id or a GGUF file.
         dtype: `bfloat16`, `float32` or `auto`, the one that pays on this machine.
         device: where the weights go.
-        revision, trust_remote_code, adapters, merge_adapters, quantization, eos_token_ids,
-            chat_template: as in `TargetConfig`.
+        settings: further fields of `TargetConfig`, such as `revision` or `adapters`.
 
     Raises:
         RuntimeError: the installed transformers is outside the tested range.
         ValueError: nothing loadable at `name`, an unsupported architecture, an adapter that is none
             or does not fit, or a quantisation that this machine cannot have.
     """
+    return _load(TargetConfig.model_validate({"name": name, "dtype": dtype, **settings}), device)
+
+
+def _load(t: TargetConfig, device: torch.device | str) -> Target:
     check_transformers()
-    config = load_target_config(name, revision, trust_remote_code)
-    torch_dtype = getattr(torch, machine.natural_dtype() if dtype == "auto" else dtype)
-    bits = _quantization_arguments(quantization, device)
-    whole_name = served_name(name, adapters, quantization)
-    tokenizer = _load_tokenizer(name, revision, trust_remote_code, adapters, config)
-    complete_tokenizer(tokenizer, config, whole_name, chat_template)
-    commit = None
-    if name in TINY_TARGETS:
+    config, tokenizer, name, commit = _described(t)
+    dtype = getattr(torch, machine.natural_dtype() if t.dtype == "auto" else t.dtype)
+    bits = _quantization_arguments(t.quantization, device)
+    if t.name in TINY_TARGETS:
         if bits:
-            raise ValueError(f"{quantization} is of weights that are read; {name} has none to read")
-        model: PreTrainedModel = tiny_target(name).to(device, torch_dtype)
+            raise ValueError(f"{t.quantization} is of weights in files; {t.name} has none to read")
+        model: PreTrainedModel = tiny_target(t.name).to(device, dtype)
     else:
-        path, options = _where(name)
+        path, options = _where(t.name)
         if options and bits:
-            raise ValueError(f"{quantization} is not done to a GGUF file: leave it out")
+            raise ValueError(f"{t.quantization} is not done to a GGUF file: leave it out")
         if options:
             bits = {"quantization_config": GgufConfig(dequantize=True)}
-        settings = checkpoint_settings(path, revision, config)
+        settings = checkpoint_settings(path, t.revision, config)
         model = load_whole(
-            SUPPORTED[config.model_type], name, path, dtype=torch_dtype, revision=revision,
-            trust_remote_code=trust_remote_code, **options, **bits,
+            SUPPORTED[config.model_type], t.name, path, dtype=dtype, revision=t.revision,
+            trust_remote_code=t.trust_remote_code, **options, **bits,
         )  # fmt: skip
         model.generation_config = settings
-        commit = getattr(config, "_commit_hash", None) or revision  # None: a folder
         if "device_map" not in bits:
             model = model.to(device)
-    model = add_adapters(model, adapters, merge_adapters)
-    check_weights(model, served_name(name, adapters, None))
-    if quantization == "torchao-int8":
+    model = add_adapters(model, t.adapters, t.merge_adapters)
+    check_weights(model, name)
+    if t.quantization == "torchao-int8":
         quantise(model)
-    with reading(whole_name, "does not run"):
-        target = Target(model, tokenizer, whole_name, commit, eos_token_ids)
+    with reading(name, "does not run"):
+        target = Target(model, tokenizer, name, commit, t.eos_token_ids)
         check_logits(target)
     return target
 
@@ -167,26 +156,28 @@ def _where(name: str) -> tuple[str | Path, dict[str, Any]]:
     return name, {}
 
 
-def _load_tokenizer(
-    name: str, revision: str | None, trust_remote_code: bool, adapters: Sequence[str], config: Any
-) -> PreTrainedTokenizerBase:
-    """The tokenizer of a target, each of whose tokens has a row in the table of `config`."""
-    where: str | Path = name
-    if (own := tokenizer_folder(adapters)) is not None:
+def _described(t: TargetConfig) -> tuple[Any, PreTrainedTokenizerBase, str, str | None]:
+    """The configuration of a target, its tokenizer, each of whose tokens has a row in the table,
+    what reports call it, and its commit on the Hub; None: it lies in a folder."""
+    config = load_target_config(t.name, t.revision, t.trust_remote_code)
+    where: str | Path = t.name
+    if (own := tokenizer_folder(t.adapters)) is not None:
         where = own
         # The setting is of the target, which somebody else may have made than the adapter.
         tokenizer = _read_tokenizer(own, trust_remote_code=False)
-    elif name in TINY_TARGETS:
+    elif t.name in TINY_TARGETS:
         tokenizer = byte_tokenizer()
     else:
-        path, options = _where(name)
+        path, options = _where(t.name)
         if options and (Path(path) / "tokenizer.json").is_file():
             options = {}
         tokenizer = _read_tokenizer(
-            path, revision=revision, trust_remote_code=trust_remote_code, **options
+            path, revision=t.revision, trust_remote_code=t.trust_remote_code, **options
         )
     check_vocabulary(tokenizer, config.get_text_config().vocab_size, str(where))
-    return tokenizer
+    name = served_name(t)
+    complete_tokenizer(tokenizer, config, name, t.chat_template)
+    return config, tokenizer, name, getattr(config, "_commit_hash", None) or t.revision
 
 
 def _read_tokenizer(path: str | Path, **arguments: Any) -> PreTrainedTokenizerBase:
@@ -201,12 +192,9 @@ def _read_tokenizer(path: str | Path, **arguments: Any) -> PreTrainedTokenizerBa
 
 
 def load_served(t: TargetConfig, device: torch.device | str = "cpu") -> Target:
-    """`load_target` of a run configuration, shown while it takes its time."""
+    """The target of a run configuration, shown while it takes its time."""
     with phase(f"Loading {t.name}"):
-        return load_target(
-            t.name, t.dtype, t.revision, t.trust_remote_code, device, t.adapters, t.merge_adapters,
-            t.quantization, t.eos_token_ids, t.chat_template,
-        )  # fmt: skip
+        return _load(t, device)
 
 
 def open_target(t: TargetConfig, device: torch.device | str = "cpu") -> Target:
@@ -239,15 +227,10 @@ def check_target(t: TargetConfig) -> None:
 
 def load_target_tokens(t: TargetConfig) -> TargetTokens:
     """The tokenizer of a supported target and how its texts end, or `ValueError`."""
-    config = load_target_config(t.name, t.revision, t.trust_remote_code)
-    tokenizer = _load_tokenizer(t.name, t.revision, t.trust_remote_code, t.adapters, config)
-    name = served_name(t.name, t.adapters, t.quantization)
-    complete_tokenizer(tokenizer, config, name, t.chat_template)
-    settings, commit = GenerationConfig(), None
+    config, tokenizer, name, commit = _described(t)
+    settings = GenerationConfig()
     if t.name not in TINY_TARGETS:
-        path, _ = _where(t.name)
-        settings = checkpoint_settings(path, t.revision, config)
-        commit = getattr(config, "_commit_hash", None) or t.revision
+        settings = checkpoint_settings(_where(t.name)[0], t.revision, config)
     return TargetTokens(tokenizer, name, commit, settings, t.eos_token_ids)
 
 
@@ -308,10 +291,10 @@ def _convert(gguf: Path, out: Path) -> None:
     tokenizer.save_pretrained(out)
 
 
-def served_name(name: str, adapters: Sequence[str], quantization: Quantization | None) -> str:
+def served_name(t: TargetConfig) -> str:
     """What reports call a target: `NAME + ADAPTER (QUANTISATION)`."""
-    whole = " + ".join([name, *adapters])
-    return whole if quantization is None else f"{whole} ({quantization})"
+    whole = " + ".join([t.name, *t.adapters])
+    return whole if t.quantization is None else f"{whole} ({t.quantization})"
 
 
 def served_config(name: str, revision: str | None = None) -> TargetConfig:

@@ -130,10 +130,12 @@ def _eos_ids(tokens: TargetTokens, given: Sequence[int] | None) -> list[int]:
         )
     # Gemma's tokenizers hold newlines among the added tokens too.
     added = {token for text, token in t.get_added_vocab().items() if text.strip()}
-    letters = set(ids) - added - unwritten - {t.eos_token_id}
-    for what, odd in (("no end of a text", unwritten), ("ordinary text", letters)):
-        if found := [token for token in ids if token in odd]:
-            say(f"{name}: {_listed(t, found)} among its end tokens is {what}; if not meant, {mend}")
+    known_ends = (added | {t.eos_token_id}) - unwritten
+    if odd := [token for token in ids if token not in known_ends]:
+        say(
+            f"{name}: {_listed(t, odd)} among its end tokens is no end of a text (padding, a "
+            f"beginning, ordinary text); if not meant, {mend}"
+        )
     return ids
 
 

@@ -283,7 +283,7 @@ def _where_it_is(what: Publication, config: Config, report: dict[str, Any]) -> T
     found = load_served(now.model_copy(update={"dtype": env["dtype"]})).fingerprint
     if found != env["target_fingerprint"]:
         raise ValueError(
-            f"{served_name(now.name, now.adapters, now.quantization)} ({found[:12]}) is not the "
+            f"{served_name(now)} ({found[:12]}) is not the "
             f"target of the report ({env['target_fingerprint'][:12]}): name the one that was "
             "evaluated, --target DIR, and --adapter DIR for each adapter of it"
         )
@@ -346,8 +346,7 @@ def _public_names(
     if t.name in names or Path(t.name).exists():
         names[t.name] = served.name
     if names.keys() & {t.name, *t.adapters}:
-        whole = served_name(t.name, t.adapters, t.quantization)
-        names[whole] = served_name(served.name, served.adapters, t.quantization)
+        names[served_name(t)] = served_name(served)
     return names | {evaluated.name: what.repo_id}
 
 

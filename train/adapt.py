@@ -469,7 +469,7 @@ def _write(
         "commands": [shlex.join(command)],
         "target": {
             **a.target.model_dump(mode="json"),
-            "name": served_name(a.target.name, a.target.adapters, a.target.quantization),
+            "name": served_name(a.target),
         },
         "head": a.head,
         "num_assistant_tokens": a.num_assistant_tokens,

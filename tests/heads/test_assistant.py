@@ -89,9 +89,9 @@ def test_query_norms_start_at_the_targets_scale(family: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "values"),
     [
-        ({"backbone_hidden_size": 64}, ("backbone_hidden_size is 64", "hidden_size is 48")),
-        ({"vocab_size": 640}, ("vocab_size is 640", "vocab_size is 320")),
-        ({"sliding_window": 16}, ("sliding_window is 16", "sliding_window is 8")),
+        ({"backbone_hidden_size": 64}, ("backbone_hidden_size is 64", "the target has 48")),
+        ({"vocab_size": 640}, ("vocab_size is 640", "the target has 320")),
+        ({"sliding_window": 16}, ("sliding_window is 16", "the target has 8")),
     ],
 )
 def test_a_head_of_another_target_is_refused_with_both_values(

@@ -99,9 +99,11 @@ def test_each_way_to_serve_has_a_fingerprint_and_a_name(tmp_path: Path) -> None:
 
 
 def test_names_are_read_back() -> None:
-    name = served_name("ORG/my (v2)", ["a/b@main", "c"], "bnb-nf4")
+    kept: dict[str, Any] = {"adapters": ["a/b@main", "c"], "merge_adapters": False}
+    name = served_name(TargetConfig(name="ORG/my (v2)", quantization="bnb-nf4", **kept))
     assert name == "ORG/my (v2) + a/b@main + c (bnb-nf4)"
-    assert served_name("ORG/my (v2)", [], None) == served_config("ORG/my (v2)").name
+    assert served_name(TargetConfig(name="ORG/my (v2)")) == "ORG/my (v2)"
+    assert served_config("ORG/my (v2)").name == "ORG/my (v2)"
     found = served_config(name)
     assert (found.name, found.adapters) == ("ORG/my (v2)", ["a/b@main", "c"])
     assert split_revision("a/b@main") == ("a/b", "main")
