@@ -114,7 +114,7 @@ def add_eval_commands(commands: Any) -> None:
 
 def _run_eval(args: argparse.Namespace) -> None:
     from headstart.configs.schema import EvalConfig
-    from headstart.eval.measurements import asked_by_heads
+    from headstart.eval.asked import asked_by_heads
     from headstart.eval.replay import run_estimate
     from headstart.eval.report import run_evaluation
     from headstart.heads.loading import load_served, load_target

@@ -17,8 +17,8 @@ from headstart.common.machine import environment
 from headstart.data.prompts import Prompt
 from headstart.data.templates import encode_prompts
 from headstart.eval.acceptance import AcceptanceCounts, zero_counts
+from headstart.eval.asked import asked_by_heads
 from headstart.eval.decoding import Decoded, decode, parting
-from headstart.eval.measurements import asked_by_heads
 from headstart.heads.assistant import check_pair
 from headstart.heads.decoder import ExactDecoding
 from headstart.heads.saving import (

@@ -8,7 +8,7 @@ import torch
 from accelerate import PartialState
 
 from headstart.configs.schema import Config, EvalConfig
-from headstart.eval.measurements import asked_by_run
+from headstart.eval.asked import asked_by_run
 from headstart.eval.report import run_evaluation
 from headstart.heads.loading import load_served
 from headstart.heads.saving import load_assistant
