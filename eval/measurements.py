@@ -3,8 +3,9 @@
 import json
 import os
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from itertools import count, islice
 from pathlib import Path
 from typing import Any
@@ -99,7 +100,6 @@ class Measurements:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.settings = settings
         self._write()
-        self.done = {line["id"] for line in self.lines}
 
     def _write(self) -> None:
         # Written anew: the last line may have been cut short by a kill.
@@ -115,7 +115,6 @@ class Measurements:
     def add(self, line: dict[str, Any]) -> None:
         """Keep what all sides made of a prompt."""
         self.lines.append(line)
-        self.done.add(line["id"])
         with open_own(self.path, "a") as file:
             file.write(json.dumps(line) + "\n")
 
@@ -188,7 +187,8 @@ def measure_prompts(
     """
     dtype = str(target.table.dtype).removeprefix("torch.")
     order = random.Random(0).sample(range(len(prompts)), len(prompts))
-    todo = [place for place in order if prompts[place].id not in kept.done]
+    done = {line["id"] for line in kept.lines}
+    todo = [place for place in order if prompts[place].id not in done]
     with progress_bar() as bar:
         if todo:
             warm = asked.encode(prompts[todo[0]], target.tokenizer)
@@ -197,73 +197,59 @@ def measure_prompts(
             for side in one_of_each:
                 _decode(side, target, warm, min(max_new_tokens, WARM_UP_TOKENS), GREEDY, 0)
                 bar.update(task, advance=1)
-        done = len(prompts) - len(todo)
-        doing = f"Decoding ({dtype})"
-        task = bar.add_task(doing, total=len(prompts), completed=done, status="")
+        task = bar.add_task(
+            f"Decoding ({dtype})", total=len(prompts), completed=len(prompts) - len(todo), status=""
+        )
         for place in todo:
-            prompt, again = prompts[place], place % AGAIN_EVERY == 0
-            line: dict[str, Any] = {"id": prompt.id, "category": prompt.category, "turns": []}
+            prompt, turns = prompts[place], list[dict[str, Any]]()
             for sampling, own in sides.items():
-                line["turns"] += _converse(
-                    target, prompt, own, sampling, place, max_new_tokens, again, asked
-                )
-            kept.add(line)
+                measure = partial(_measure_turn, target, own, sampling, place, max_new_tokens)
+                turns += _converse(target, prompt, asked, measure)
+            kept.add({"id": prompt.id, "category": prompt.category, "turns": turns})
             bar.update(task, advance=1)
 
 
 def _converse(
-    target: Target,
-    prompt: Prompt,
-    sides: Sequence[Side],
-    sampling: Sampling,
-    seed: int,
-    max_new_tokens: int,
-    again: bool,
-    asked: Asked,
+    target: Target, prompt: Prompt, asked: Asked, measure: Callable[[list[int]], dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """All turns of a prompt, one after another."""
-    turns = []
-    messages = list(prompt.question)
-    for number in range(1 + len(prompt.later_turns)):
+    """What `measure` gives of all turns of a prompt, one after another."""
+    turns, messages = list[dict[str, Any]](), list(prompt.question)
+    for number, following in enumerate([*prompt.later_turns, None]):
         ids = asked.encode(replace(prompt, messages=messages), target.tokenizer)
-        turn = _measure_turn(target, ids, sides, sampling, seed, max_new_tokens, again)
-        turns.append({"turn": number, "temperature": sampling.temperature} | turn)
-        if number < len(prompt.later_turns):
+        turns.append({"turn": number} | measure(ids))
+        if following is not None:
             # The end of its turn, which not every tokenizer counts among its special tokens.
-            said = [i for i in turn["plain"]["tokens"] if i not in target.eos_ids]
+            said = [i for i in turns[-1]["plain"]["tokens"] if i not in target.eos_ids]
             answer = target.tokenizer.decode(said, skip_special_tokens=True)
             messages += [
                 {"role": "assistant", "content": answer},
-                {"role": "user", "content": prompt.later_turns[number]},
+                {"role": "user", "content": following},
             ]
     return turns
 
 
 def _measure_turn(
     target: Target,
-    ids: list[int],
     sides: Sequence[Side],
     sampling: Sampling,
-    seed: int,
+    place: int,
     max_new_tokens: int,
-    again: bool,
+    ids: list[int],
 ) -> dict[str, Any]:
+    again = place % AGAIN_EVERY == 0
     order: list[Side | None] = [None, *sides, *([None] if again else [])]
-    random.Random(f"{sampling} {seed} {len(ids)}").shuffle(order)
-    texts = [(side, _decode(side, target, ids, max_new_tokens, sampling, seed)) for side in order]
+    random.Random(f"{sampling} {place} {len(ids)}").shuffle(order)
+    texts = [(side, _decode(side, target, ids, max_new_tokens, sampling, place)) for side in order]
     plain, *repeated = [decoded for side, decoded in texts if side is None]
     found = []
     for side in sides:
-        decoded = next(decoded for other, decoded in texts if other is side)
-        why = None
+        decoded, why = next(decoded for other, decoded in texts if other is side), None
         if not sampling.temperature:
             why = explain_parting(target, ids, plain.tokens, decoded.tokens)
-        found.append({
-            "side": side.key,
-            "decoded": asdict(decoded),
-            "parting": None if why is None else asdict(why),
-        })  # fmt: skip
+        parted = None if why is None else asdict(why)
+        found.append({"side": side.key, "decoded": asdict(decoded), "parting": parted})
     return {
+        "temperature": sampling.temperature,
         "prompt_len": len(ids),
         "plain": asdict(plain),
         "again_seconds": repeated[0].seconds if repeated else None,
