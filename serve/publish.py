@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -167,17 +166,19 @@ def build_folder(what: Publication, out: Path) -> list[Path]:
 
 
 def _write(run: _Run, p: Published, tokenizer: Any, names: dict[str, str], work: Path) -> None:
+    of_the_hub: dict[str, str | None] = {}
     if p.base_head is not None:
         _copy(run.head / ADAPTER, work, ADAPTER_FILES)
         base, revision = split_revision(p.base_head)
         of_the_hub = {"base_model_name_or_path": base, "revision": revision}
-        _edit(work / "adapter_config.json", lambda content: content | of_the_hub)
     else:
         _copy(run.head, work, HEAD_FILES)
         tokenizer.save_pretrained(work)
     # A head's notes its target, a tokenizer's whatever its trainer put there.
     for path in work.glob("*config.json"):
-        _edit(path, lambda content: without_paths(content, names))
+        own = of_the_hub if path.name == "adapter_config.json" else {}
+        content = without_paths(json.loads(path.read_text(encoding="utf-8")) | own, names)
+        path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     save_config(p.config, work / SETTINGS)
     evaluation = work / EVALUATION
     evaluation.mkdir()
@@ -249,21 +250,20 @@ def _evaluated(report: dict[str, Any], head: Path) -> _Evaluated:
 
 def _on_the_hub(what: Publication, config: Config) -> TargetConfig:
     """The target by the names that others load it by."""
+    t = config.target
     for name in what.base_models:
         check_hub_id(name, "--base-model", "give --base-model ORG/NAME")
     if what.base_models:
         name, revision = split_revision(what.base_models[0])
-        named: dict[str, Any] = {"name": name, "revision": revision, "adapters": []}
-        return config.target.model_copy(update=named)
-    t = config.target
-    names = [DEMO.get(t.name, t.name), *t.adapters]
-    for name in names:
+        return t.model_copy(update={"name": name, "revision": revision, "adapters": []})
+    named = t.model_copy(update={"name": DEMO.get(t.name, t.name)})
+    for name in (named.name, *named.adapters):
         check_hub_id(
             name, "the target",
             "a card has to name one, give --base-model ORG/NAME, that of the target or of what it "
             "was tuned from",
         )  # fmt: skip
-    return t.model_copy(update={"name": names[0]})
+    return named
 
 
 def _where_it_is(what: Publication, config: Config, report: dict[str, Any]) -> TargetConfig:
@@ -387,16 +387,11 @@ def left_out(run: Path) -> list[str]:
     return found
 
 
-def _edit(path: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
-    content = change(json.loads(path.read_text(encoding="utf-8")))
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
 def _check(work: Path, base_head: str | None, evaluated: _Evaluated) -> None:
     """Read the folder back, an adapter onto its base as the Hub has it: what was evaluated has to
     come out, and the card has to be one."""
-    path = f"{base_head}+{work}" if base_head is not None else work
     try:
+        path = f"{base_head}+{work}" if base_head is not None else work
         assistant = load_assistant(path, evaluated.dtype)
     except ValueError as error:
         raise ValueError(
@@ -408,8 +403,7 @@ def _check(work: Path, base_head: str | None, evaluated: _Evaluated) -> None:
             f"what was written reads back as another head ({found[:12]}) than the one evaluated "
             f"({evaluated.fingerprint[:12]}): nothing was published"
         )
-    card = ModelCard.load(work / "README.md")
-    if card.data.eval_results is None:
+    if ModelCard.load(work / "README.md").data.eval_results is None:
         raise ValueError("the model card holds no figures: nothing was published")
 
 
