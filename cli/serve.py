@@ -199,4 +199,3 @@ def _run_check(args: argparse.Namespace) -> None:
         args.engine, args.head, args.num_assistant_tokens, args.max_new_tokens, args.dense
     )
     print_serve_check(serve_check(target, config, check, prompts, args.out))
-    print(f"Written: {args.out / 'serve-check.json'}")

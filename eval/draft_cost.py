@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.table import Table
+from rich.table import Column, Table
 from transformers import DynamicCache, PreTrainedModel
 
 from headstart.common.console import plain_console, progress_bar
@@ -344,8 +344,9 @@ def print_draft_cost(content: dict[str, Any]) -> None:
     where, seconds, ratios = content["environment"], content["seconds"], content["ratios"]
     kinds = [kind for kind in KINDS if f"c_{kind}" in ratios]
     console = plain_console()
+    names = ["K", "v(K)", "v(K), exact decoder", *(f"K*c + v(K), {KINDS[k]}" for k in kinds)]
     table = Table(
-        "K", "v(K)", "v(K), exact decoder", *(f"K*c + v(K), {KINDS[kind]}" for kind in kinds),
+        *(Column(name, justify="right") for name in names),
         title=f"draft: {where['head']} for {where['target']}, {where['dtype']}, "
         f"{where['context']} tokens of context, {where['threads']} threads of "
         f"{where['accelerator'] or where['processor']}",
@@ -355,8 +356,6 @@ def print_draft_cost(content: dict[str, Any]) -> None:
     columns = [ratios[name] for name in ("v", "v_exact", *(f"break_even_{k}" for k in kinds))]
     for k, row in enumerate(zip(*columns, strict=True), start=1):
         table.add_row(str(k), *(f"{value:.2f}" for value in row))
-    for column in table.columns:
-        column.justify = "right"
     console.print(table)
     console.print(f"target step: {seconds['target_step'] * 1000:.2f} ms")
     for kind in kinds:

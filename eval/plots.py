@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from headstart.eval.statistics import OWN_LENGTH, POSITIONS
+from headstart.eval.statistics import NO_HEAD, OWN_LENGTH, POSITIONS
 
 Result = dict[str, Any]  # one of the report's
 INK = "#777679"  # text and axes: a page puts the colour of its own text in its place
@@ -33,7 +33,6 @@ PARTS = {
 MARKERS = ["o", "s", "D", "^", "v", "P"]
 LINES = ["-", "--", "-.", ":"]
 SIDE = ("decoder", "head", "num_assistant_tokens")
-NO_HEAD = ("lookup", "draft-model")
 SHOWN = 8  # sides at most where each has a colour or a panel
 WIDTH = 9.0  # inches
 STYLE: dict[str, Any] = {

@@ -22,7 +22,7 @@ from headstart.eval.decoding import Decoded, Side, make_sides
 from headstart.eval.draft_cost import Costs, measure_costs
 from headstart.eval.measurements import Asked, Measurements, Text, measure_prompts
 from headstart.eval.page import print_report, write_report
-from headstart.eval.statistics import POSITIONS, interval, resampled, verdict
+from headstart.eval.statistics import NO_HEAD, POSITIONS, interval, resampled, verdict
 from headstart.heads.assistant import check_pair, other_target
 from headstart.heads.target import Target, model_fingerprint
 from headstart.heads.tokens import Sampling
@@ -132,7 +132,7 @@ def _check_models(
     draft_models: Mapping[str, PreTrainedModel],
     chosen: EvalConfig,
 ) -> None:
-    needing = [name for name in chosen.decoders if name not in ("lookup", "draft-model")]
+    needing = [name for name in chosen.decoders if name not in NO_HEAD]
     if needing and not heads:
         raise ValueError(f"the decoder {needing[0]} needs a head: name one or more")
     for head in heads.values():

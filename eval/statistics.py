@@ -55,7 +55,8 @@ LOSSY = (
     "The stock decoder, sampling, does not keep to the target's distribution with a head: its "
     "figures are no advice. "
 )
-OWN_LENGTH = ("heuristic", "cost", "hybrid")
+OWN_LENGTH = ("heuristic", "cost", "hybrid")  # decoders that choose K themselves
+NO_HEAD = ("lookup", "draft-model")
 
 
 def verdict(results: list[dict[str, Any]]) -> str:
