@@ -33,6 +33,7 @@ PARTS = {
 MARKERS = ["o", "s", "D", "^", "v", "P"]
 LINES = ["-", "--", "-.", ":"]
 SIDE = ("decoder", "head", "num_assistant_tokens")
+HOLLOW: dict[str, Any] = {"linestyle": ":", "markerfacecolor": "none"}  # what was predicted
 SHOWN = 8  # sides at most where each has a colour or a panel
 WIDTH = 9.0  # inches
 STYLE: dict[str, Any] = {
@@ -103,8 +104,7 @@ def speedup(whole: Sequence[Result], noise: dict[str, Any] | None) -> Figure:
             axes.set_title(_short(head), loc="left")
     handles = panels[0].get_legend_handles_labels()[0]
     if any(r["predicted_decode_speedup"] is not None for r in whole):
-        hollow: dict[str, Any] = {"linestyle": ":", "markerfacecolor": "none"}
-        told = Line2D([], [], color=INK, marker="o", label="predicted, without prefill", **hollow)
+        told = Line2D([], [], color=INK, marker="o", label="predicted, without prefill", **HOLLOW)
         handles.append(told)
     figure.legend(handles=handles, loc="outside lower center", ncols=4)
     return figure
@@ -116,20 +116,19 @@ def _speedup_panel(axes: Axes, results: Sequence[Result], ticks: Sequence[str]) 
         series.setdefault((r["decoder"], r["head"]), []).append(r)
     fixed = [side for side in series if side[0] not in OWN_LENGTH]
     for (decoder, head), found in series.items():
-        own, colour = decoder in OWN_LENGTH, COLOURS[decoder]
+        own = decoder in OWN_LENGTH
         dodge = 0 if own else 0.1 * (fixed.index((decoder, head)) - (len(fixed) - 1) / 2)
         x = [ticks.index(decoder if own else f"K = {_k(r)}") + dodge for r in found]
         name = f"{decoder} ({_short(head)})" if decoder == "draft-model" and head else decoder
         models = [other for of, other in series if of == decoder]
-        marker = MARKERS[models.index(head) % len(MARKERS)]
-        look: dict[str, Any] = {"marker": marker, "color": colour}
+        look = {"marker": MARKERS[models.index(head) % len(MARKERS)], "color": COLOURS[decoder]}
         axes.plot(x, [r["speedup"] for r in found], label=name, **look)
-        low, high = zip(*(r["speedup_interval"] for r in found), strict=True)
-        axes.vlines(x, low, high, color=colour)
+        intervals = [r["speedup_interval"] for r in found]
+        axes.vlines(x, *zip(*intervals, strict=True), color=COLOURS[decoder])
         told = [(p, r["predicted_decode_speedup"]) for p, r in zip(x, found, strict=True)]
         told = [(p + 0.04, predicted) for p, predicted in told if predicted is not None]
         if told:
-            axes.plot(*zip(*told, strict=True), linestyle=":", markerfacecolor="none", **look)
+            axes.plot(*zip(*told, strict=True), **HOLLOW, **look)
 
 
 def acceptance(whole: Sequence[Result]) -> Figure | None:
@@ -181,8 +180,8 @@ def categories(results: Sequence[Result]) -> Figure | None:
         y = [names.index(_group(r)) + dodge for r in found]
         for axes, key in zip(panels, ("speedup", "acceptance_length"), strict=True):
             axes.plot([r[key] for r in found], y, linestyle="", markersize=5, **look)
-            low, high = zip(*(r[f"{key}_interval"] for r in found), strict=True)
-            axes.hlines(y, low, high, color=look["color"])
+            intervals = [r[f"{key}_interval"] for r in found]
+            axes.hlines(y, *zip(*intervals, strict=True), color=look["color"])
     panels[0].axvline(1, color=INK, linewidth=1)
     panels[0].set_yticks(range(len(names)), names)
     panels[0].set(xlabel="speedup (95%)", ylim=(len(names) - 0.5, -0.5))

@@ -175,8 +175,8 @@ class EngineServer:
                     "--no-enable-prefix-caching",
                 ]  # fmt: skip
                 if head is not None:
-                    mtp = {"method": "mtp", "model": drafts[0]}
-                    mtp |= {"num_speculative_tokens": num_assistant_tokens}
+                    mtp: dict[str, Any] = {"method": "mtp", "model": drafts[0]}
+                    mtp["num_speculative_tokens"] = num_assistant_tokens
                     arguments += ["--speculative-config", json.dumps(mtp)]
         self.command = python_command(python, *arguments)
 

@@ -46,7 +46,7 @@ def licence_of(target_config: Any, served: TargetConfig) -> dict[str, str]:
     """
     if target_config.model_type.startswith("gemma3"):
         return GEMMA_TERMS
-    name, said = served.name, {}
+    name, said = served.name, dict[str, Any]()
     why = f"the card of {name} names no licence"
     try:
         info = HfApi().model_info(name, revision=served.revision, timeout=SECONDS)
