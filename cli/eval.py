@@ -136,7 +136,9 @@ def _run_eval(args: argparse.Namespace) -> None:
         return
     of_target = str(dtype).removeprefix("torch.")
     models = {name: load_target(name, of_target, device=device).model for name in args.draft_model}
-    run_evaluation(target, heads, chosen, args.out, args.resume, models, asked)
+    run_evaluation(
+        target, heads, chosen, args.out, resume=args.resume, draft_models=models, asked=asked
+    )
 
 
 def _run_compare(args: argparse.Namespace) -> None:

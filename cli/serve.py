@@ -167,8 +167,8 @@ def _run_export(args: argparse.Namespace) -> None:
     config = load_target_config(args.target, args.revision)
     tokens = load_target_tokens(TargetConfig(name=args.target, revision=args.revision))
     remarks = export_for_engine(
-        args.head, args.to, config, tokens.tokenizer, args.out, args.dense,
-        getattr(torch, args.dtype),
+        args.head, args.to, config, tokens.tokenizer, args.out, dense=args.dense,
+        dtype=getattr(torch, args.dtype),
     )  # fmt: skip
     for remark in remarks:
         say(remark)

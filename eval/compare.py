@@ -39,17 +39,12 @@ class Change:
     """Whether both reports measured these texts; else each was drawn by itself."""
 
     @property
-    def significant(self) -> bool:
-        """Whether the interval leaves out 0; of fewer than `ENOUGH` texts it says nothing."""
-        outside = self.interval[0] > 0 or self.interval[1] < 0
-        return outside and self.texts >= ENOUGH
-
-    @property
     def says(self) -> str:
-        """The same in words."""
+        """Whether the interval leaves out 0; of fewer than `ENOUGH` texts it says nothing."""
         if self.texts < ENOUGH:
             return "too few texts"
-        return "significant" if self.significant else "within chance"
+        low, high = self.interval
+        return "significant" if low > 0 or high < 0 else "within chance"
 
 
 def read_report(path: Path) -> dict[str, Any]:
@@ -144,10 +139,10 @@ def _changes(
     found = []
     for measure, of in MEASURES.items():
         old, new = of(sums[0]), of(sums[1])
-        apart = interval(new - old)
-        found.append(
-            Change(side, category, measure, float(old[0]), float(new[0]), apart, len(after), paired)
-        )
+        found.append(Change(
+            side, category, measure, float(old[0]), float(new[0]), interval(new - old),
+            texts=len(after), paired=paired,
+        ))  # fmt: skip
     return found
 
 
@@ -166,9 +161,7 @@ def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
 
 
 def print_changes(
-    before: dict[str, Any],
-    after: dict[str, Any],
-    decoders: tuple[str, str] | None = None,
+    before: dict[str, Any], after: dict[str, Any], decoders: tuple[str, str] | None
 ) -> None:
     """Print what changed as a table, what else is not the same, and how to read it."""
     console = wide_console()
@@ -178,11 +171,9 @@ def print_changes(
         table.add_column(name, justify="right" if name in ("before", "after", "texts") else "left")
     for c in changes:
         low, high = c.interval
-        table.add_row(
-            c.side, c.category, str(c.texts), c.measure, f"{c.before:.3f}", f"{c.after:.3f}",
-            f"{c.after - c.before:+.3f} ({low:+.3f} to {high:+.3f})",
-            c.says,
-        )  # fmt: skip
+        change = f"{c.after - c.before:+.3f} ({low:+.3f} to {high:+.3f})"
+        figures = str(c.texts), c.measure, f"{c.before:.3f}", f"{c.after:.3f}"
+        table.add_row(c.side, c.category, *figures, change, c.says)
     console.print(table)
     for line in differences(before, after):
         console.print(one_line(f"Not the same: {line}"))

@@ -214,8 +214,10 @@ class Side:
         seed: int,
     ) -> Decoded:
         """One text."""
-        k, how = self.num_assistant_tokens, self.how
-        return decode(target, prompt_ids, max_new_tokens, self.assistant, k, how, sampling, seed)
+        return decode(
+            target, prompt_ids, max_new_tokens, self.assistant, self.num_assistant_tokens,
+            how=self.how, sampling=sampling, seed=seed,
+        )  # fmt: skip
 
 
 def make_sides(

@@ -127,10 +127,11 @@ class Measurements:
                     continue
                 one = next(s for s in turn["sides"] if s["side"] == side.key)
                 found.append(Text(
-                    line["id"], turn["turn"], line["category"], turn["prompt_len"],
-                    Decoded(**turn["plain"]), Decoded(**one["decoded"]),
-                    None if one["parting"] is None else Parting(**one["parting"]),
-                    turn["again_seconds"], temperature == 0,
+                    id=line["id"], turn=turn["turn"], category=line["category"],
+                    prompt_len=turn["prompt_len"], plain=Decoded(**turn["plain"]),
+                    assisted=Decoded(**one["decoded"]),
+                    parting=None if one["parting"] is None else Parting(**one["parting"]),
+                    again_seconds=turn["again_seconds"], greedy=temperature == 0,
                 ))  # fmt: skip
         return found
 

@@ -121,7 +121,8 @@ def _speedup_panel(axes: Axes, results: Sequence[Result], ticks: Sequence[str]) 
         x = [ticks.index(decoder if own else f"K = {_k(r)}") + dodge for r in found]
         name = f"{decoder} ({_short(head)})" if decoder == "draft-model" and head else decoder
         models = [other for of, other in series if of == decoder]
-        look = {"marker": MARKERS[models.index(head) % len(MARKERS)], "color": COLOURS[decoder]}
+        marker = MARKERS[models.index(head) % len(MARKERS)]
+        look: dict[str, Any] = {"marker": marker, "color": COLOURS[decoder]}
         axes.plot(x, [r["speedup"] for r in found], label=name, **look)
         intervals = [r["speedup_interval"] for r in found]
         axes.vlines(x, *zip(*intervals, strict=True), color=COLOURS[decoder])

@@ -318,7 +318,8 @@ def run_estimate(
     for name, assistant in heads.items():
         for k in num_assistant_tokens:
             head, doing = DraftHead(assistant), f"Walking {name}, K = {k}"
-            walked = walk_texts(head, target, {"texts": stored}, k, doing, at, True)["texts"]
+            stores = {"texts": stored}
+            walked = walk_texts(head, target, stores, k, doing, ahead=at, greedy=True)["texts"]
             if not walked:
                 raise ValueError(
                     f"{store} holds no greedy text of the target: make one with `headstart "

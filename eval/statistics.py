@@ -78,7 +78,9 @@ def verdict(results: list[dict[str, Any]]) -> str:
 
 
 def _advice(results: list[dict[str, Any]]) -> str:
-    whole = [r for r in results if r["looping_texts"] == "with"]
+    whole, straight = (
+        [r for r in results if r["looping_texts"] == texts] for texts in ("with", "without")
+    )
     best = max(whole, key=lambda r: r["speedup"])
     low, high = best["speedup_interval"]
     several = len({r["head"] for r in whole} - {None}) > 1
@@ -97,15 +99,12 @@ def _advice(results: list[dict[str, Any]]) -> str:
     if not best["loops"]:
         return text
     text += f" {best['loops']} of the texts end in loops, which flatters every draft"
-    straight = [r for r in results if r["looping_texts"] == "without"]
-    if not straight:
-        return text + "."
-    rival = max(straight, key=lambda r: r["speedup"])
-    low, high = rival["speedup_interval"]
-    return (
-        f"{text}; without them the quickest is {_name(rival, several)}, {rival['speedup']:.2f} "
-        f"({low:.2f} to {high:.2f})."
-    )
+    if straight:
+        rival = max(straight, key=lambda r: r["speedup"])
+        low, high = rival["speedup_interval"]
+        text += f"; without them the quickest is {_name(rival, several)}, {rival['speedup']:.2f} "
+        text += f"({low:.2f} to {high:.2f})"
+    return text + "."
 
 
 def _name(result: dict[str, Any], several: bool) -> str:

@@ -324,11 +324,10 @@ def serve_check(
         dtype = str(target.identity["dtype"])
         sides: dict[str, tuple[list[Answer], Counts]] = {}
         for name, served in (("plain", None), ("assisted", served_head)):
-            server = EngineServer(
-                check.engine, served_target, served, k, context, target.eos_ids,
-                out / f"{name}.log", dtype, torch.get_num_threads(),
-            )  # fmt: skip
-            with server:
+            with EngineServer(
+                check.engine, served_target, served, k, context, stop_ids=target.eos_ids,
+                log=out / f"{name}.log", dtype=dtype, threads=torch.get_num_threads(),
+            ) as server:  # fmt: skip
                 sides[name] = _ask(server, ids, check.max_new_tokens, f"{check.engine}, {name}")
     content = {
         "schema": SCHEMA,
@@ -358,7 +357,9 @@ def _written(
     ordered = load_assistant_config(check.head).use_ordered_embeddings
     if check.engine == "vllm" and ordered and not check.dense:  # its build for the CPU is installed
         raise ValueError("vLLM's CPU backend cannot read ordered embeddings: check with --dense")
-    export_for_engine(check.head, check.engine, config, target.tokenizer, head, check.dense, dtype)
+    export_for_engine(
+        check.head, check.engine, config, target.tokenizer, head, dense=check.dense, dtype=dtype
+    )
     target.model.save_pretrained(model)
     target.tokenizer.save_pretrained(model)
     drop_remote_code(model)
