@@ -305,13 +305,8 @@ def parting(plain: list[int], assisted: list[int]) -> int | None:
 def explain_parting(
     target: Target, prompt_ids: list[int], plain: list[int], assisted: list[int]
 ) -> Parting | None:
-    """Where and why two greedy texts part; None: they are equal.
-
-    Args:
-        target: in the dtype that they were decoded in.
-        prompt_ids: of both.
-        plain, assisted: the new tokens of each.
-    """
+    """Where and why two greedy texts part, of which these are the new tokens; None: they are equal.
+    The target is in the dtype that they were decoded in."""
     if (at := parting(plain, assisted)) is None:
         return None
     ids = prompt_ids + plain[:at]

@@ -58,12 +58,8 @@ STYLE: dict[str, Any] = {
 
 
 def figures(content: dict[str, Any], temperature: float | None = None) -> dict[str, Figure]:
-    """Name -> figure; without those for which the report has nothing.
-
-    Args:
-        content: of report.json.
-        temperature: whose results to draw. None: the first one's.
-    """
+    """Name -> figure, of the results of one temperature (None: that of the first); without those
+    for which the report has nothing."""
     if temperature is None:
         temperature = content["results"][0]["temperature"]
     results = [r for r in content["results"] if r["temperature"] == temperature]
@@ -168,17 +164,17 @@ def acceptance(whole: Sequence[Result]) -> Figure | None:
 def categories(results: Sequence[Result]) -> Figure | None:
     """Speedup and acceptance length by category, of the best K of each decoder and head."""
     rows = [r for r in results if r["looping_texts"] == "with" or r["category"] == "all"]
-    names = _names(map(_group, rows))
+    names = _names(map(group_name, rows))
     if len(names) < 2:
         return None
-    sides = _best([r for r in rows if _group(r) == "all"])
+    sides = _best([r for r in rows if group_name(r) == "all"])
     height = 1 + 0.25 * -(-len(sides) // 3) + len(names) * (0.12 + 0.11 * len(sides))
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     for i, (side, look) in enumerate(zip(sides, _looks(sides), strict=True)):
         found = [r for r in rows if all(r[key] == side[key] for key in SIDE)]
         dodge = 0.8 * (i - (len(sides) - 1) / 2) / len(sides)
-        y = [names.index(_group(r)) + dodge for r in found]
+        y = [names.index(group_name(r)) + dodge for r in found]
         for axes, key in zip(panels, ("speedup", "acceptance_length"), strict=True):
             axes.plot([r[key] for r in found], y, linestyle="", markersize=5, **look)
             intervals = [r[f"{key}_interval"] for r in found]
@@ -279,7 +275,8 @@ def _k(result: Result) -> int:
     return int(result["num_assistant_tokens"])
 
 
-def _group(result: Result) -> str:
+def group_name(result: Result) -> str:
+    """The category, and whether texts that loop are left out."""
     return result["category"] + ("" if result["looping_texts"] == "with" else ", no loops")
 
 

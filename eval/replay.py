@@ -74,7 +74,6 @@ def simulate_acceptance(
         ahead: where drafts stand (`DraftHead.forward`).
     """
     drafted, dense, recall = zero_counts(rounds), zero_counts(rounds), zero_recall()
-    cluster_of = head.cluster_of
     chosen = [i for i in which if stored.entries[i].trained >= 2]
     chunks = (chosen[start : start + DOCUMENTS] for start in range(0, len(chosen), DOCUMENTS))
     for chunk in in_step(chunks, target.sharded):
@@ -93,38 +92,27 @@ def simulate_acceptance(
                 judged[b, : len(r)] &= (following != last).to(judged.device)
         states = _unrolled(head, target, batch, ahead)
         matches = _matches(head, target, states, wanted, judged)
-        if cluster_of is not None:
+        if head.cluster_of is not None:
             met = judged.clone()
             met[..., 1:] &= matches[0][..., :-1].long().cumprod(-1).bool()
             scores = head.assistant.masked_embedding.centroids(states[met])
-            clusters = cluster_of[batch.teacher_ids[met]]
+            clusters = head.cluster_of[batch.teacher_ids[met]]
             recall += RecallCounts.of(scores, clusters, batch.teacher_logprobs[met])
         for b, r in enumerate(rows):
-            for answer in _answers(r):
-                drafted += walk_rounds(matches[0][b, answer], judged[b, answer])
-                dense += walk_rounds(matches[1][b, answer], judged[b, answer])
+            # Each answer of a conversation, where rows follow one another, is walked by itself.
+            breaks = ((r[1:] - r[:-1]) != 1).nonzero()[:, 0] + 1
+            for start, end in pairwise([0, *breaks.tolist(), len(r)]):
+                drafted += walk_rounds(matches[0][b, start:end], judged[b, start:end])
+                dense += walk_rounds(matches[1][b, start:end], judged[b, start:end])
     return Simulated(drafted, dense, recall)
-
-
-def _answers(rows: torch.Tensor) -> list[slice]:
-    """Where rows follow one another: each answer of a conversation is walked by itself."""
-    breaks = ((rows[1:] - rows[:-1]) != 1).nonzero()[:, 0] + 1
-    edges = [0, *breaks.tolist(), len(rows)]
-    return [slice(a, b) for a, b in pairwise(edges) if a < b]
 
 
 def _unrolled(head: DraftHead, target: Target, batch: Batch, ahead: int) -> torch.Tensor:
     """States [B, R, K, width of `draft_table`]."""
     dtype = head.assistant.pre_projection.weight.dtype
-    states = head(
-        batch.hidden.to(dtype),
-        target.embed(batch.tokens).to(dtype),
-        batch.rows,
-        {t: (k.to(dtype), v.to(dtype)) for t, (k, v) in batch.shared_kv.items()},
-        batch.starts,
-        ahead=ahead,
-    )
-    return torch.stack(states, dim=2)
+    kv = {t: (k.to(dtype), v.to(dtype)) for t, (k, v) in batch.shared_kv.items()}
+    hidden, tokens = batch.hidden.to(dtype), target.embed(batch.tokens).to(dtype)
+    return torch.stack(head(hidden, tokens, batch.rows, kv, batch.starts, ahead=ahead), dim=2)
 
 
 def _matches(
@@ -208,7 +196,8 @@ def walk_texts(
     ahead: Mapping[str, int] | None = None,
     greedy: bool = False,
 ) -> dict[str, list[Walked]]:
-    """Walk rounds over every text of some stores.
+    """Walk rounds over every text of some stores; returns, by the name of a store, its texts in
+    which there was a round.
 
     Args:
         head: in any mode.
@@ -218,9 +207,6 @@ def walk_texts(
         doing: label of the progress bar.
         ahead: name -> where drafts stand there (`DraftHead.forward`); None: as in transformers.
         greedy: leave out the texts that were sampled.
-
-    Returns:
-        Name -> the texts in which there was a round.
     """
     found: dict[str, list[Walked]] = {name: [] for name in stores}
     texts = [
@@ -292,7 +278,8 @@ def run_estimate(
     out: Path,
     position: Literal["newest", "one_earlier"] = "newest",
 ) -> dict[str, Any]:
-    """Walk rounds over the greedy texts of a store; print a table and write `out/estimate.json`.
+    """Walk rounds over the greedy texts of a store; print a table, write `out/estimate.json` and
+    return what it holds.
 
     Args:
         target: that of the store, for its embeddings and table; it runs over no text.
@@ -302,9 +289,6 @@ def run_estimate(
         out: folder.
         position: RoPE position of the drafts: `newest`, where transformers puts them, or
             `one_earlier`, where vLLM does.
-
-    Returns:
-        What the file holds.
 
     Raises:
         ValueError: a head or the store does not fit the target, or no text of it is greedy.

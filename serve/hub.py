@@ -89,14 +89,8 @@ def is_hub_id(name: str) -> bool:
 
 
 def check_hub_id(name: str, what: str, fix: str) -> None:
-    """Raise `ValueError` unless a name can only be meant for a repository of the Hub: a folder of
-    this machine may have one of the same form.
-
-    Args:
-        name: that is to stand on a card.
-        what: it names, in the message.
-        fix: what to do, in the message.
-    """
+    """Raise `ValueError`, which says what the name stands for and the fix, unless it can only be
+    meant for a repository of the Hub: a folder of this machine may have one of the same form."""
     here = Path(name).exists()
     if here or not is_hub_id(name):
         why = "a path of this machine" if here else "not of the form ORG/NAME"
