@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import ModelCard
+from transformers import PreTrainedTokenizerBase
 
 from headstart.common.console import say
 from headstart.common.files import (
@@ -132,7 +133,7 @@ def build_folder(what: Publication, out: Path) -> list[Path]:
     served = _on_the_hub(what, config)
     report = read_report(what.report or run.folder / "eval")
     evaluated = _evaluated(report, run.head)
-    target_config, tokenizer = _load_target(_where_it_is(what, config, report))
+    target_config, tokenizer = _load_target(what, config.target, report["environment"])
     names = _public_names(what, config, served, report, evaluated)
     report = without_paths(report if what.texts else report | {"examples": []}, names)
     config = Config.model_validate(without_paths(config.model_dump(mode="json"), names))
@@ -266,32 +267,26 @@ def _on_the_hub(what: Publication, config: Config) -> TargetConfig:
     return named
 
 
-def _where_it_is(what: Publication, config: Config, report: dict[str, Any]) -> TargetConfig:
-    """The target of a run where it lies now.
+def _load_target(
+    what: Publication, t: TargetConfig, env: dict[str, Any]
+) -> tuple[Any, PreTrainedTokenizerBase]:
+    """The configuration and the tokenizer of a run's target, from where it lies now.
 
     Raises:
-        ValueError: what is named is another target than the one that was evaluated.
+        ValueError: it is not there, or another target than the one that was evaluated.
     """
-    t = config.target
-    if what.target is None and not what.adapters:
-        return t
-    env = report["environment"]
-    moved: dict[str, Any] = {"adapters": list(what.adapters) or t.adapters}
-    if what.target is not None:
-        moved |= {"name": what.target, "revision": None}
-    now = t.model_copy(update=moved)
-    found = load_served(now.model_copy(update={"dtype": env["dtype"]})).fingerprint
-    if found != env["target_fingerprint"]:
-        raise ValueError(
-            f"{served_name(now.name, now.adapters, now.quantization)} ({found[:12]}) is not the "
-            f"target of the report ({env['target_fingerprint'][:12]}): name the one that was "
-            "evaluated, --target DIR, and --adapter DIR for each adapter of it"
-        )
-    return now
-
-
-def _load_target(t: TargetConfig) -> tuple[Any, Any]:
-    """The configuration and the tokenizer of a target."""
+    if what.target is not None or what.adapters:
+        moved: dict[str, Any] = {"adapters": list(what.adapters) or t.adapters}
+        if what.target is not None:
+            moved |= {"name": what.target, "revision": None}
+        t = t.model_copy(update=moved)
+        found = load_served(t.model_copy(update={"dtype": env["dtype"]})).fingerprint
+        if found != env["target_fingerprint"]:
+            raise ValueError(
+                f"{served_name(t.name, t.adapters, t.quantization)} ({found[:12]}) is not the "
+                f"target of the report ({env['target_fingerprint'][:12]}): name the one that was "
+                "evaluated, --target DIR, and --adapter DIR for each adapter of it"
+            )
     try:
         tokenizer = load_target_tokens(t).tokenizer
         _check_tokenizer_files(tokenizer)
@@ -303,7 +298,7 @@ def _load_target(t: TargetConfig) -> tuple[Any, Any]:
         ) from error
 
 
-def _check_tokenizer_files(tokenizer: Any) -> None:
+def _check_tokenizer_files(tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise `ValueError` where a tokenizer's folder has a link that leads out of it: a chat
     template, which is published, may be any file of the user's then."""
     if not tokenizer.name_or_path:  # a built-in one
@@ -372,21 +367,6 @@ def _own(path: Path) -> Path:
     return path
 
 
-def left_out(run: Path) -> list[str]:
-    """What lies in a run folder and is not published."""
-    where = _Run(run)
-    taken = {*where.pictures, where.folder / "adapt.md", where.training}
-    wanted = {where.head: HEAD_FILES, where.head / ADAPTER: ADAPTER_FILES}
-    found = []
-    for folder in dict.fromkeys([where.folder, where.training, *wanted]):
-        for path in sorted(folder.iterdir()) if folder.is_dir() else []:
-            known = folder in wanted and wanted[folder].fullmatch(path.name)
-            if not (known or path in taken or path in wanted):
-                name = str(path.relative_to(run)) + ("/" if path.is_dir() else "")
-                found.append(name if name.isprintable() else ascii(name))
-    return found
-
-
 def _check(work: Path, base_head: str | None, evaluated: _Evaluated) -> None:
     """Read the folder back, an adapter onto its base as the Hub has it: what was evaluated has to
     come out, and the card has to be one."""
@@ -408,7 +388,17 @@ def _check(work: Path, base_head: str | None, evaluated: _Evaluated) -> None:
 
 
 def print_folder(files: list[Path], out: Path, run: Path) -> None:
-    """Every file with its size, and what was left out of the run folder."""
+    """Every file with its size, and what lies in the run folder and was left out."""
     for path in files:
         print(f"{path.stat().st_size:>13,}  {path.relative_to(out)}")
-    say(f"Left out of {run}: {', '.join(left_out(run)) or 'nothing'}")
+    where = _Run(run)
+    taken = {*where.pictures, where.folder / "adapt.md", where.training}
+    wanted = {where.head: HEAD_FILES, where.head / ADAPTER: ADAPTER_FILES}
+    left = []
+    for folder in dict.fromkeys([where.folder, where.training, *wanted]):
+        for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+            known = folder in wanted and wanted[folder].fullmatch(path.name)
+            if not (known or path in taken or path in wanted):
+                left.append(str(path.relative_to(run)) + ("/" if path.is_dir() else ""))
+    names = [name if name.isprintable() else ascii(name) for name in left]
+    say(f"Left out of {run}: {', '.join(names) or 'nothing'}")
