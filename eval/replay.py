@@ -23,13 +23,7 @@ from headstart.common.machine import environment
 from headstart.common.processes import in_step
 from headstart.data.loader import Batch, candidate_rows, gather_rows
 from headstart.data.store import ActivationStore, Documents
-from headstart.eval.acceptance import (
-    AcceptanceCounts,
-    RecallCounts,
-    walk_rounds,
-    zero_counts,
-    zero_recall,
-)
+from headstart.eval.acceptance import AcceptanceCounts, RecallCounts, walk_rounds, zero_counts
 from headstart.eval.decoding import ends_in_loop
 from headstart.eval.page import wide_console
 from headstart.eval.statistics import interval, resampled
@@ -73,7 +67,7 @@ def simulate_acceptance(
         which: their indices (a process passes its share).
         ahead: where drafts stand (`DraftHead.forward`).
     """
-    drafted, dense, recall = zero_counts(rounds), zero_counts(rounds), zero_recall()
+    drafted, dense, recall = zero_counts(rounds), zero_counts(rounds), RecallCounts()
     chosen = [i for i in which if stored.entries[i].trained >= 2]
     chunks = (chosen[start : start + DOCUMENTS] for start in range(0, len(chosen), DOCUMENTS))
     for chunk in in_step(chunks, target.sharded):
