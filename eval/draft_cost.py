@@ -22,7 +22,7 @@ import torch
 from rich.table import Column, Table
 from transformers import DynamicCache, PreTrainedModel
 
-from headstart.common.console import plain_console, progress_bar
+from headstart.common.console import counted, plain_console
 from headstart.common.files import write_figures
 from headstart.common.machine import environment, synchronize
 from headstart.common.versions import CACHE
@@ -190,17 +190,13 @@ def measure(
     """
     model, sides = moment.target.model, _sides(moment, assistant)
     seconds: dict[str, list[float]] = {name: [] for name in sides}
-    turns = WARM_UP + (turns or TURNS)
-    with progress_bar() as bar:
-        task = bar.add_task("Measuring (turns)", total=turns, status="")
-        for turn in range(turns):
-            for name in list(sides) if turn % 2 == 0 else reversed(sides):
-                with quick_few_rows(model) if "exact" in name else nullcontext():
-                    taken = _timed(moment.target, sides[name])
-                moment.restore()
-                if turn >= WARM_UP:
-                    seconds[name].append(taken)
-            bar.update(task, advance=1)
+    for turn in counted(range(WARM_UP + (turns or TURNS)), "Measuring (turns)"):
+        for name in list(sides) if turn % 2 == 0 else reversed(sides):
+            with quick_few_rows(model) if "exact" in name else nullcontext():
+                taken = _timed(moment.target, sides[name])
+            moment.restore()
+            if turn >= WARM_UP:
+                seconds[name].append(taken)
     found = {name: middle(values) for name, values in seconds.items()}
     return {
         "target_step": found["target_step"],

@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from headstart.common.console import progress_bar, say
+from headstart.common.console import counted, say
 from headstart.common.files import open_own, write_atomically
 from headstart.data.prompts import Prompt
 from headstart.data.templates import encode_prompt
@@ -190,24 +190,16 @@ def measure_prompts(
     order = random.Random(0).sample(range(len(prompts)), len(prompts))
     done = {line["id"] for line in kept.lines}
     todo = [place for place in order if prompts[place].id not in done]
-    with progress_bar() as bar:
-        if todo:
-            warm = asked.encode(prompts[todo[0]], target.tokenizer)
-            one_of_each = [None, *next(iter(sides.values()))]
-            task = bar.add_task("Warming up", total=len(one_of_each), status="")
-            for side in one_of_each:
-                _decode(side, target, warm, min(max_new_tokens, WARM_UP_TOKENS), GREEDY, 0)
-                bar.update(task, advance=1)
-        task = bar.add_task(
-            f"Decoding ({dtype})", total=len(prompts), completed=len(prompts) - len(todo), status=""
-        )
-        for place in todo:
-            prompt, turns = prompts[place], list[dict[str, Any]]()
-            for sampling, own in sides.items():
-                measure = partial(_measure_turn, target, own, sampling, place, max_new_tokens)
-                turns += _converse(target, prompt, asked, measure)
-            kept.add({"id": prompt.id, "category": prompt.category, "turns": turns})
-            bar.update(task, advance=1)
+    if todo:
+        warm = asked.encode(prompts[todo[0]], target.tokenizer)
+        for side in counted([None, *next(iter(sides.values()))], "Warming up"):
+            _decode(side, target, warm, min(max_new_tokens, WARM_UP_TOKENS), GREEDY, 0)
+    for place in counted(todo, f"Decoding ({dtype})", done=len(prompts) - len(todo)):
+        prompt, turns = prompts[place], list[dict[str, Any]]()
+        for sampling, own in sides.items():
+            measure = partial(_measure_turn, target, own, sampling, place, max_new_tokens)
+            turns += _converse(target, prompt, asked, measure)
+        kept.add({"id": prompt.id, "category": prompt.category, "turns": turns})
 
 
 def _converse(

@@ -17,7 +17,7 @@ import torch
 from rich.table import Table
 from transformers import PreTrainedModel
 
-from headstart.common.console import progress_bar
+from headstart.common.console import counted
 from headstart.common.files import write_figures
 from headstart.common.machine import environment
 from headstart.common.processes import in_step
@@ -209,16 +209,13 @@ def walk_texts(
         for i, entry in enumerate(store.entries)
         if not (greedy and entry.temperature)
     ]
-    with progress_bar() as bar:
-        task = bar.add_task(f"{doing} (texts)", total=len(texts), status="")
-        for name, i, entry in texts:
-            at = 1 if ahead is None else ahead[name]
-            counts = simulate_acceptance(head, target, stores[name], k, [i], at).acceptance
-            if counts.rounds:
-                [text] = stores[name].read([i])
-                loops = ends_in_loop(text.ids[text.loss_mask].tolist())
-                found[name].append(Walked(entry.id, entry.category, counts, loops))
-            bar.update(task, advance=1)
+    for name, i, entry in counted(texts, f"{doing} (texts)"):
+        at = 1 if ahead is None else ahead[name]
+        counts = simulate_acceptance(head, target, stores[name], k, [i], at).acceptance
+        if counts.rounds:
+            [text] = stores[name].read([i])
+            loops = ends_in_loop(text.ids[text.loss_mask].tolist())
+            found[name].append(Walked(entry.id, entry.category, counts, loops))
     return found
 
 

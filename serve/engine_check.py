@@ -30,7 +30,7 @@ from headstart.common.children import (
     python_command,
     temporary_folder,
 )
-from headstart.common.console import plain_console, progress_bar, say
+from headstart.common.console import counted, plain_console, say
 from headstart.common.files import drop_remote_code, open_own, write_figures
 from headstart.common.machine import environment
 from headstart.data.prompts import Prompt
@@ -384,16 +384,13 @@ def _by_transformers(
     how, k, n = ExactDecoding(), check.num_assistant_tokens, check.max_new_tokens
     found: dict[str, list[Answer]] = {"plain": [], "assisted": []}
     counts = zero_counts(k)
-    with progress_bar() as bar:
-        task = bar.add_task("transformers (texts)", total=len(ids), status="")
-        for prompt in ids:
-            plain = decode(target, prompt, n)
-            drafted = decode(target, prompt, n, assistant, k, how)
-            for name, text in (("plain", plain), ("assisted", drafted)):
-                found[name].append(Answer.of(text.tokens, target.eos_ids, n, text.seconds))
-            longer = decode(target, prompt, n + k + 1, assistant, k, how)
-            counts += as_engine_counts(longer, len(prompt), n, k, check.engine)
-            bar.update(task, advance=1)
+    for prompt in counted(ids, "transformers (texts)"):
+        plain = decode(target, prompt, n)
+        drafted = decode(target, prompt, n, assistant, k, how)
+        for name, text in (("plain", plain), ("assisted", drafted)):
+            found[name].append(Answer.of(text.tokens, target.eos_ids, n, text.seconds))
+        longer = decode(target, prompt, n + k + 1, assistant, k, how)
+        counts += as_engine_counts(longer, len(prompt), n, k, check.engine)
     return found, counts
 
 
@@ -430,12 +427,7 @@ def _ask(
     """All prompts, one after another, and what the engine counted meanwhile."""
     server.answer(ids[0], WARM_UP)
     before = server.read_counts()
-    with progress_bar() as bar:
-        task = bar.add_task(f"{what} (texts)", total=len(ids), status="")
-        found = []
-        for prompt in ids:
-            found.append(server.answer(prompt, max_new_tokens))
-            bar.update(task, advance=1)
+    found = [server.answer(prompt, max_new_tokens) for prompt in counted(ids, f"{what} (texts)")]
     return found, server.read_counts() - before
 
 
