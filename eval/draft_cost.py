@@ -32,6 +32,7 @@ from headstart.heads.drafting import CleanKV, Drafter
 from headstart.heads.target import SharedKV, Target
 
 MAX_DRAFT_TOKENS = 8  # verifications are measured for K = 1 .. 8
+FOR_DRAFTS = {"output_hidden_states": True, "return_shared_kv_states": True}
 
 
 @dataclass(frozen=True)
@@ -63,10 +64,7 @@ class Moment:
     def verify(self, num_assistant_tokens: int) -> torch.Tensor:
         """Verify K draft tokens as the stock assisted decoder does: the target's own tokens
         [1, K + 1]. It asks for hidden states and shared KV, and compares in float32."""
-        outputs = self._go_on(
-            1 + num_assistant_tokens, output_hidden_states=True, return_shared_kv_states=True
-        )
-        return outputs.logits.float().argmax(dim=-1)
+        return self._go_on(1 + num_assistant_tokens, **FOR_DRAFTS).logits.float().argmax(dim=-1)
 
     def draft(self, assistant: PreTrainedModel, num_assistant_tokens: int) -> torch.Tensor:
         """Draft K tokens after token T + 1: [1, K].
@@ -81,12 +79,9 @@ class Moment:
         drafts = []
         for _ in range(num_assistant_tokens):
             outputs = assistant(
-                inputs_embeds=torch.cat([embed(token), hidden], dim=-1),
-                attention_mask=mask,
-                position_ids=position,
-                shared_kv_states=self.shared_kv,
-                use_cache=False,
-            )
+                inputs_embeds=torch.cat([embed(token), hidden], dim=-1), attention_mask=mask,
+                position_ids=position, shared_kv_states=self.shared_kv, use_cache=False,
+            )  # fmt: skip
             token, hidden = outputs.logits.argmax(dim=-1), outputs.last_hidden_state
             drafts.append(token)
         return torch.cat(drafts, dim=1)
@@ -129,12 +124,11 @@ def prepare(target: Target, context: int) -> Moment:
     ids = torch.randint(size // 4, 3 * size // 4, shape, generator=seeded).to(target.device)
     cache = DynamicCache(config=target.config)
     cache.activate_past_recording()  # as the stock assisted decoder does: sliding layers can be cut
-    wanted = {"output_hidden_states": True, "return_shared_kv_states": True}
-    prefill = _forward(target, cache, ids[:, :context], logits_to_keep=1, **wanted)
+    prefill = _forward(target, cache, ids[:, :context], logits_to_keep=1, **FOR_DRAFTS)
     kv = CleanKV(target.config.sliding_window)
     kv.take(prefill.shared_kv_states, context, context)
     cache.crop(0)
-    outputs = _forward(target, cache, ids[:, : context + 1], **wanted)
+    outputs = _forward(target, cache, ids[:, : context + 1], **FOR_DRAFTS)
     kv.take(outputs.shared_kv_states, 1, 1)
     shared_kv = dict(outputs.shared_kv_states)
     moment = Moment(target, ids, context, cache, outputs.hidden_states[-1], shared_kv, kv)
@@ -297,17 +291,14 @@ def measure_costs(target: Target, assistant: PreTrainedModel) -> dict[str, Costs
 def run_draft_benchmark(
     target: Target, assistant: PreTrainedModel, head_name: str, context: int, out: Path | None
 ) -> dict[str, Any]:
-    """Measure a head beside its target, print the table and write the figures to a JSON file.
+    """Measure a head beside its target, on one device and in one dtype; print the table, write the
+    figures to the JSON file `out` and return them.
 
     Args:
-        target: on the device to measure.
-        assistant: a head in the native format, on the same device and in the same dtype.
+        target, assistant: the head in the native format.
         head_name: what the file calls it.
         context: T, tokens in the target's cache.
-        out: the file; None: none is written.
-
-    Returns:
-        What the file holds.
+        out: None: no file is written.
 
     Raises:
         ValueError: the head does not fit the target.

@@ -44,7 +44,8 @@ def run_evaluation(
     draft_models: Mapping[str, PreTrainedModel] | None = None,
     asked: Asked | None = None,
 ) -> dict[str, Any]:
-    """Evaluate heads on prompts, print a table and write report.json, .md and .html.
+    """Evaluate heads on prompts, print a table, write report.json, .md and .html, and return what
+    report.json holds.
 
     Args:
         target: in the dtype to measure.
@@ -54,9 +55,6 @@ def run_evaluation(
         resume: go on with the prompts that are missing there.
         draft_models: name -> small model of the target's vocabulary.
         asked: how the run of the heads asked its prompts, as these are asked; None: not known.
-
-    Returns:
-        What report.json holds.
 
     Raises:
         ValueError: bad prompts, a head that does not fit the target, measurements of something
@@ -192,13 +190,8 @@ def _results(side: Side, temperature: float, texts: Sequence[Text]) -> list[dict
 
 
 def summarise(texts: Sequence[Text], k: int, costs: Costs | None) -> dict[str, Any]:
-    """The figures of one result of report.json (docs/report.md explains each).
-
-    Args:
-        texts: of one side.
-        k: K, its most drafts in a round.
-        costs: of its drafts and verifications; None: no speedup is predicted.
-    """
+    """The figures of one result of report.json (docs/report.md explains each): of the texts of a
+    side that drafts K in a round at most, at these costs (None: no speedup is predicted)."""
     counts = [text.assisted.counts(text.prompt_len, k) for text in texts]
     total = sum(counts, zero_counts(k))
     parted = [text for text in texts if text.parted_at is not None]
@@ -311,11 +304,8 @@ def _by_position(texts: Sequence[Text]) -> list[dict[str, Any]]:
 
 
 def noise(texts: Sequence[Text]) -> dict[str, Any] | None:
-    """Plain decoding against itself: what a speedup of 1 looks like here. None: never done twice.
-
-    Args:
-        texts: of any one side.
-    """
+    """Plain decoding against itself, in the texts of any one side: what a speedup of 1 looks like
+    here. None: never done twice."""
     twice = [text for text in texts if text.again_seconds is not None]
     if not twice:
         return None

@@ -150,8 +150,7 @@ def upload(folder: Path, repo_id: str, private: bool, branch: str | None, create
 
     Args:
         folder: all of it.
-        repo_id: ORG/NAME, created where it is not there.
-        private: whether none but its owners are to see it.
+        repo_id, private: ORG/NAME, created where it is not there, for its owners alone or for all.
         branch: created where it is not there; None: main.
         create_pr: as a pull request.
 
@@ -180,8 +179,9 @@ def upload(folder: Path, repo_id: str, private: bool, branch: str | None, create
         if (why := _why(error, repo_id)) is None:
             raise
         raise RuntimeError(why) from error
-    say(f"Published: {commit.pr_url or commit.commit_url}")
-    return str(commit.pr_url or commit.commit_url)
+    where = str(commit.pr_url or commit.commit_url)
+    say(f"Published: {where}")
+    return where
 
 
 def _why(error: BaseException, repo_id: str) -> str | None:
