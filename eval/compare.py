@@ -72,14 +72,13 @@ def read_report(path: Path) -> dict[str, Any]:
 def compare(
     before: dict[str, Any], after: dict[str, Any], decoders: tuple[str, str] | None = None
 ) -> list[Change]:
-    """What changed from one report to another, for each side that both have.
+    """What changed from one report to another, or in the same one, for each side that both have.
 
     Sides are the same by decoder, K and temperature; by their head's name too, unless each report
     has one head.
 
     Args:
-        before: of a report.json.
-        after: of another, or the same.
+        before, after: of a report.json.
         decoders: that of `before` and that of `after` to compare, K by K where both keep to one.
 
     Raises:
@@ -87,6 +86,8 @@ def compare(
     """
     changes = []
     for result, other in _pairs(before, after, decoders):
+        names = [f"{decoder_name(r)} K={r['num_assistant_tokens']}" for r in (result, other)]
+        side = " -> ".join(dict.fromkeys(names))
         tables = [_table(before, result), _table(after, other)]
         if shared := tables[0].keys() & tables[1].keys():
             tables = [{key: table[key] for key in sorted(shared)} for table in tables]
@@ -97,7 +98,7 @@ def compare(
                 for table in tables
             ]
             if all(few):
-                changes += _changes(_name(result, other), category, few[0], few[1], bool(shared))
+                changes += _changes(side, category, few[0], few[1], bool(shared))
     if not changes:
         raise ValueError("the reports have no side (decoder, K, temperature, head) in common")
     return changes
@@ -125,11 +126,6 @@ def _table(content: dict[str, Any], result: dict[str, Any]) -> dict[tuple[str, i
     """(prompt id, turn) -> its row of `per_text` by column."""
     rows = [dict(zip(content["per_text_columns"], row, strict=True)) for row in result["per_text"]]
     return {(row["id"], row["turn"]): row for row in rows}
-
-
-def _name(result: dict[str, Any], other: dict[str, Any]) -> str:
-    names = [f"{decoder_name(r)} K={r['num_assistant_tokens']}" for r in (result, other)]
-    return " -> ".join(dict.fromkeys(names))
 
 
 def _changes(
