@@ -59,7 +59,7 @@ def licence_of(target_config: Any, served: TargetConfig) -> dict[str, str]:
     if said.get("license"):
         return {key: said[key] for key in LICENCE if said.get(key)}
     licence = APACHE if name.startswith(GOOGLES) else {"license": "unknown"}
-    say(f"{why}: the card says {licence['license']}; --license NAME says otherwise")
+    say(f"{why}: the head's card says {licence['license']}; --license NAME says otherwise")
     return licence
 
 
