@@ -1,6 +1,7 @@
 """What several commands parse alike."""
 
 import argparse
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
@@ -37,6 +38,16 @@ def natural(text: str) -> int:
 def counts(text: str) -> list[int]:
     """For argparse: `2,4`."""
     return [count(part) for part in text.split(",")]
+
+
+def minutes(text: str) -> float:
+    """For argparse: `15m`, `90s`, `1h30m` or a bare number of minutes."""
+    unit = r"(\d+(?:\.\d+)?)"
+    found = re.fullmatch(rf"{unit}|(?:{unit}h)?(?:{unit}m)?(?:{unit}s)?", text)
+    if not text or found is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no time: write 15m, 1h30m or 90s")
+    bare, hours, whole, seconds = (float(part or 0) for part in found.groups())
+    return bare + 60 * hours + whole + seconds / 60
 
 
 def _one_of(kind: str, but: str | None = None) -> Callable[[str], str]:

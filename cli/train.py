@@ -10,6 +10,7 @@ from headstart.cli.arguments import (
     add_target_arguments,
     count,
     default_device,
+    minutes,
     natural,
     target_config,
 )
@@ -53,7 +54,10 @@ def add_adapt_command(commands: Any) -> None:
         help="the target that the head was trained for, to say what was lost (default: as the head "
         "notes, else the target without its adapters)",
     )  # fmt: skip
-    add("--budget", default="15m", metavar="TIME", help="for all of it: 15m, 1h30m (default 15m)")
+    add(
+        "--budget", type=minutes, default="15m", metavar="TIME",
+        help="for all of it: 15m, 1h30m (default 15m)",
+    )  # fmt: skip
     add(
         "--held-out", type=count, default=48, metavar="N",
         help="prompts of each kind to measure on (default 48)",
@@ -77,7 +81,7 @@ def add_adapt_command(commands: Any) -> None:
 
 
 def _run_adapt(args: argparse.Namespace) -> None:
-    from headstart.configs.adapt import Adaptation, minutes
+    from headstart.configs.schema import Adaptation
     from headstart.train.adapt import adapt
 
     told = {} if args.general_share is None else {"general_share": args.general_share}
@@ -87,7 +91,7 @@ def _run_adapt(args: argparse.Namespace) -> None:
         prompts=args.prompts,
         general=args.general,
         base=args.base,
-        budget_minutes=minutes(args.budget),
+        budget_minutes=args.budget,
         held_out=args.held_out,
         num_assistant_tokens=args.num_assistant_tokens,
         decoded=args.decoded,
@@ -131,30 +135,7 @@ def add_bench_commands(commands: Any) -> None:
         _add_json(kind)
         add_config_arguments(kind)
         kind.set_defaults(command=_run_bench, name=name)
-    _add_tie(kinds)
     _add_draft(kinds)
-
-
-def _add_tie(kinds: Any) -> None:
-    tie = kinds.add_parser(
-        "tie",
-        help="how often low-rank ties of several widths keep the target's best token",
-        description="Draw up low-rank ties of several widths from the training texts, data-aware "
-        "and by the plain SVD of the table, and count on held-out texts how often each keeps the "
-        "target's best token.",
-        epilog="example: headstart bench tie data.store=store --json tie.json",
-    )
-    _add_json(tie)
-    add_config_arguments(tie)
-    tie.set_defaults(command=_run_tie)
-
-
-def _run_tie(args: argparse.Namespace) -> None:
-    from headstart.configs.loader import load_config
-    from headstart.train.benchmark import run_tie_benchmark
-
-    config = load_config(args.config, args.overrides)
-    run_tie_benchmark(config, default_device(), args.json)
 
 
 def _add_json(parser: argparse.ArgumentParser) -> None:
@@ -163,16 +144,10 @@ def _add_json(parser: argparse.ArgumentParser) -> None:
 
 def _run_bench(args: argparse.Namespace) -> None:
     from headstart.configs.loader import load_config
+    from headstart.train.benchmark import run_benchmark
 
     config = load_config(args.config, args.overrides)
-    if args.name == "train":
-        from headstart.train.benchmark import run_train_benchmark
-
-        run_train_benchmark(config, args.prompts, default_device(), args.json)
-    else:
-        from headstart.train.benchmark import run_benchmark
-
-        run_benchmark(args.name, config, args.prompts, default_device(), args.json)
+    run_benchmark(args.name, config, args.prompts, default_device(), args.json)
 
 
 def _add_draft(kinds: Any) -> None:

@@ -34,11 +34,20 @@ def load_config(path: str | Path | None, overrides: Sequence[Override] = ()) -> 
     tree = {"eval": None} if path is None else _read_tree(Path(path))
     for override in overrides:
         _apply(tree, override)
+    return _resolved(tree, path or "the settings")
+
+
+def _resolved(tree: dict[str, Any], name: str | Path) -> Config:
     try:
         config = Config.model_validate(tree)
     except ValidationError as error:
-        raise ValueError(f"{path or 'the settings'}: {explain_all(error, Config)}") from error
+        raise ValueError(f"{name}: {explain_all(error, Config)}") from error
     return _without_auto(config)
+
+
+GONE = {("train", "trap"): None, ("head", "tie_start"): "data"}
+"""Settings that are no more, each with the value at which it changed nothing: runs made while they
+were there spell them out."""
 
 
 def load_saved(path: Path) -> Config:
@@ -51,7 +60,11 @@ def load_saved(path: Path) -> Config:
     missing = [name for name in Config.model_fields if name not in sections]
     if missing or not path.read_bytes().endswith(b"\n"):
         raise ValueError(f"{path} was cut short{f': it has no {missing[0]}' if missing else ''}")
-    return load_config(path)
+    for (section, key), neutral in GONE.items():
+        settings = sections[section]
+        if isinstance(settings, dict) and key in settings and settings[key] == neutral:
+            del settings[key]
+    return _resolved(sections, path)
 
 
 def _without_auto(config: Config) -> Config:

@@ -133,9 +133,6 @@ class HeadConfig(Section):
     """What becomes of the clusters of the head in `start`: they stay as they are, their centroids
     learn on, or the vocabulary is clustered anew. None: they learn on; with `lora` they stay, so
     that its adapter is all that differs."""
-    tie_start: Literal["data", "svd"] = "data"
-    """Start of the projection of a low-rank tie: from what the target says, or from the plain SVD
-    of its table (for comparison: it is far behind)."""
     use_ordered_embeddings: bool = False
     """Draft through a clustered LM head, in transformers' own format: a draft then reads some
     thousand rows of the table in place of all."""
@@ -166,8 +163,6 @@ class HeadConfig(Section):
             raise ValueError("lora trains layers by lora.targets: leave out trains")
         if self.num_centroids is not None and not self.use_ordered_embeddings:
             raise ValueError("num_centroids needs use_ordered_embeddings=true")
-        if self.tie_start == "svd" and self.hidden_size is None:
-            raise ValueError("tie_start is of a low-rank tie: give hidden_size, or leave it out")
         if self.num_centroids is not None and self.num_centroids < self.centroid_intermediate_top_k:
             raise ValueError(
                 f"centroid_intermediate_top_k={self.centroid_intermediate_top_k} is above "
@@ -277,11 +272,7 @@ class DataConfig(Section):
         return self
 
 
-Trap = Literal["same_token", "pre_norm", "own_key", "future_keys", "no_soft_cap", "top_clusters"]
-"""Mistakes of published trainers that can be measured (train/traps.py)."""
-
-
-Unroll = Literal["teacher_forced", "reached", "own_tokens"]
+Unroll = Literal["teacher_forced", "reached"]
 """Ways to go beyond the first round (`TrainConfig.unroll`)."""
 
 
@@ -311,16 +302,15 @@ class TrainConfig(Section):
     round_decay: float = Field(default=0.8, gt=0, le=1)
     """Weight of round k is round_decay ** (k - 1)."""
     unroll: Unroll = "teacher_forced"
-    """What the rounds beyond the first read and count. `teacher_forced`: the text's tokens, all
-    counted; `reached`: the same, but a draft counts only where all before it in its round are the
-    text's tokens, as a decoder would have it; `own_tokens`: the head's own best tokens, as a
-    decoder would feed them, though the teacher goes on from the text's. The loss is divided by the
-    weight of all drafts, whichever count."""
+    """Which drafts count beyond the first round, where the head reads the text's tokens.
+    `teacher_forced`: all; `reached`: only those before which all of their round are the text's
+    tokens, as a decoder would have it. The loss is divided by the weight of all drafts, whichever
+    count."""
     rope_position: RopePosition = "both"
     """RoPE position of the drafts of a round, in which engines differ. `newest`: that of the newest
     token, as in transformers and llama.cpp; `one_earlier`: as in vLLM, SGLang and MLX; `both`:
     every second row of a text either way, which loses nothing at either (docs/recipe.md)."""
-    objective: Literal["forward_kl", "cross_entropy", "total_variation", "lk_hybrid"] = "forward_kl"
+    objective: Literal["forward_kl", "cross_entropy", "lk_hybrid"] = "forward_kl"
     """Loss of a draft. `cross_entropy` looks at the target's best token alone; `lk_hybrid` turns
     from KL to total variation as a row comes to be accepted (arXiv 2602.23881)."""
     temperature: float = Field(default=1.0, gt=0)
@@ -346,8 +336,6 @@ class TrainConfig(Section):
     """AdamW weight decay, on matrices alone."""
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Gradients are scaled down to this global norm."""
-    trap: Trap | None = None
-    """Make this mistake on purpose, to measure what it costs (docs/recipe.md). None: none."""
     precision: Literal["auto", "bfloat16", "float32"] = "auto"
     """Compute precision. Weights of the head stay float32; bfloat16 is autocast. `auto`: as for
     `target.dtype`."""
@@ -373,10 +361,6 @@ class TrainConfig(Section):
             raise ValueError(f"warmup_steps={self.warmup_steps} must be below steps={self.steps}")
         if self.later_anchors is not None and self.later_anchors > self.anchors:
             raise ValueError(f"later_anchors={self.later_anchors} is above anchors={self.anchors}")
-        if self.trap is not None and self.pack_tokens is not None:
-            raise ValueError("trap is measured on unpacked rows: leave out pack_tokens")
-        if self.trap == "top_clusters" and self.vocabulary == "exact":
-            raise ValueError("trap=top_clusters is measured with vocabulary=sparse")
         return self
 
 
@@ -451,9 +435,38 @@ class Config(Section):
     """Evaluation after training. null: none."""
     wandb: WandbConfig = WandbConfig()
 
+
+class Adaptation(Section):
+    """What `headstart adapt` is asked."""
+
+    target: TargetConfig
+    """The tuned target, as it is served."""
+    head: Place
+    """The head to go on from, by folder or Hub id."""
+    prompts: SourceConfig
+    """Prompts of the target's new work."""
+    general: SourceConfig | None = None
+    """Prompts of everything else, to be mixed in, and to see on what the head forgets. None: none,
+    and forgetting is not measured."""
+    general_share: float = Field(default=0.25, ge=0, lt=1)
+    """Share of the training conversations that answer general prompts."""
+    base: Place | None = None
+    """The target that the head was trained for, which tells what was lost. None: the one that the
+    head names; where it names none, the target without its adapters."""
+    budget_minutes: float = Field(default=15, gt=0)
+    """Time for all of it, loading apart."""
+    held_out: PositiveInt = 48
+    """Prompts of each kind that are measured on and not trained on."""
+    num_assistant_tokens: PositiveInt = 4
+    """Draft length K at which the head is measured."""
+    decoded: NonNegativeInt = 8
+    """Held-out prompts of each kind that are decoded in the end, to measure the speedup; fewer
+    where the time does not do. 0: none."""
+    measure_only: bool = False
+    """Say what the head has lost, and stop there."""
+
     @model_validator(mode="after")
-    def _check(self) -> "Config":
-        narrow = self.head.hidden_size is not None or self.head.warm
-        if self.train.trap == "top_clusters" and narrow:
-            raise ValueError("trap=top_clusters is of a new head as wide as its target")
+    def _check(self) -> "Adaptation":
+        if self.general is None and "general_share" in self.model_fields_set and self.general_share:
+            raise ValueError("general_share is of general prompts: name them, --general SET")
         return self

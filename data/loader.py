@@ -6,37 +6,24 @@ positions (padded), D target width, k teacher tokens.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from headstart.data.store import Document, Documents
-from headstart.heads.target import SharedKV
+from headstart.heads.unroll import Rows, Texts
 
 
-@dataclass
-class Batch:
-    """Rows to train, gathered from whole conversations; KV stays whole."""
+class Batch(NamedTuple):
+    """Rows to train, gathered from whole conversations."""
 
     document_ids: list[list[str]]
-    """[B] of each row."""
-    rows: torch.Tensor
-    """[B, R] index of the KV row of t."""
-    seen: torch.Tensor
-    """[B, R] index of the last KV row that the row sees: t, as in the decoder."""
-    starts: torch.Tensor
-    """[B, R] index of the first KV row of the same conversation; t is `rows - starts`."""
-    later: torch.Tensor
-    """[B, S] which of the R anchors go on beyond the first round; -1 fills up."""
-    hidden: torch.Tensor
-    """[B, R, D] the target's h_t."""
-    text_hidden: torch.Tensor
-    """[B, T, D] the target's hidden states of whole conversations, zero-padded: round k of an
-    anchor is taught what the target says at KV row `rows + k`."""
-    ids: torch.Tensor
-    """[B, T] the text's tokens, zero-padded."""
-    tokens: torch.Tensor
-    """[B, R, K] x_{t+1} .. x_{t+K}."""
+    """[B] of each row of keys and values."""
+    texts: Texts
+    """Zero-padded. Round k of an anchor is taught what the target says at row `at + k`."""
+    rows: Rows
+    """The anchors."""
     teacher_ids: torch.Tensor
     """[B, R, K, k] what the target says after x_{<= t+k}."""
     teacher_logprobs: torch.Tensor
@@ -44,20 +31,6 @@ class Batch:
     weights: torch.Tensor
     """[B, R, K] 1 where the predicted token is part of the response and the anchor goes on to
     that round, else 0."""
-    shared_kv: SharedKV
-    """Layer type -> (keys, values), each [B, kv heads, T, head_dim], zero-padded."""
-
-    def to(self, device: torch.device) -> "Batch":
-        """The same batch on another device."""
-        moved = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, torch.Tensor):
-                value = value.to(device, non_blocking=True)
-            elif isinstance(value, dict):
-                value = {t: (k.to(device), v.to(device)) for t, (k, v) in value.items()}
-            moved[field.name] = value
-        return Batch(**moved)
 
 
 def candidate_rows(document: Document) -> torch.Tensor:
@@ -89,7 +62,6 @@ def gather_rows(
         packs = pack(lengths, pack_tokens)
     count = max(1, *(sum(len(rows[i]) for i in members) for members in packs))
     on = max(1, *(sum(len(later[i]) for i in members) for members in packs))
-    longest = max(sum(lengths[i] for i in members) for members in packs)
     gathered = []
     for members in packs:
         parts, going_on, start, before = [], [], 0, 0
@@ -101,23 +73,20 @@ def gather_rows(
         joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         filled = {name: _filled(tensor, count) for name, tensor in joined.items()}
         # Filled with -1: a place of its own, so that no anchor counts twice.
-        gathered.append({**filled, "later": _filled(torch.cat(going_on) + 1, on) - 1})
+        gathered.append({**filled, "multi_step": _filled(torch.cat(going_on) + 1, on) - 1})
     stacked = {name: torch.stack([row[name] for row in gathered]) for name in gathered[0]}
-    shared_kv = {
+    packed = [[documents[i] for i in members] for members in packs]
+    kv = {
         layer_type: (
-            _pad_kv([_joined(documents, members, layer_type, 0) for members in packs], longest),
-            _pad_kv([_joined(documents, members, layer_type, 1) for members in packs], longest),
+            _padded([[d.shared_kv[layer_type][0] for d in row] for row in packed]).transpose(1, 2),
+            _padded([[d.shared_kv[layer_type][1] for d in row] for row in packed]).transpose(1, 2),
         )
         for layer_type in documents[0].shared_kv
     }
-    texts = [torch.cat([documents[i].hidden for i in members]) for members in packs]
-    ids = [torch.cat([documents[i].ids for i in members]) for members in packs]
     return Batch(
-        document_ids=[[documents[i].id for i in members] for members in packs],
-        seen=stacked["rows"],
-        text_hidden=torch.nn.utils.rnn.pad_sequence(texts, batch_first=True),
-        ids=torch.nn.utils.rnn.pad_sequence(ids, batch_first=True),
-        shared_kv=shared_kv,
+        document_ids=[[d.id for d in row] for row in packed],
+        texts=Texts(_padded([[d.hidden for d in row] for row in packed]), kv),
+        rows=Rows(**{name: stacked.pop(name) for name in Rows._fields}),
         **stacked,
     )
 
@@ -135,9 +104,8 @@ def _rows_of(
     written[:, 1:] &= torch.isin(torch.arange(len(chosen)), later)[:, None]
     at = at.clamp_max(last)
     return {
-        "rows": chosen + start,
+        "at": chosen + start,
         "starts": torch.full_like(chosen, start),
-        "hidden": document.hidden[chosen],
         "tokens": document.ids[at],
         "teacher_ids": document.teacher_ids[at].long(),
         "teacher_logprobs": document.teacher_logprobs[at],
@@ -150,26 +118,16 @@ def _filled(tensor: torch.Tensor, count: int) -> torch.Tensor:
     return torch.cat([tensor, tensor.new_zeros(count - len(tensor), *tensor.shape[1:])])
 
 
-def _joined(
-    documents: list[Document], members: list[int], layer_type: str, which: int
-) -> torch.Tensor:
-    """Keys (0) or values (1) of the documents of one row, [T, heads, dim]."""
-    return torch.cat([documents[i].shared_kv[layer_type][which] for i in members])
-
-
-def _pad_kv(tensors: list[torch.Tensor], length: int) -> torch.Tensor:
-    """[T_i, heads, dim] each -> [B, heads, length, dim]."""
-    padded = tensors[0].new_zeros(len(tensors), length, *tensors[0].shape[1:])
-    for i, tensor in enumerate(tensors):
-        padded[i, : len(tensor)] = tensor
-    return padded.transpose(1, 2)
+def _padded(rows: list[list[torch.Tensor]]) -> torch.Tensor:
+    """B lists of [T_i, ...], each list one row -> [B, T, ...], zero-padded."""
+    return pad_sequence([torch.cat(row) for row in rows], batch_first=True)
 
 
 def broken_documents(batch: Batch) -> list[str]:
     """Ids of the documents in rows whose activations are not all finite."""
-    whole = torch.ones(len(batch.rows), dtype=torch.bool, device=batch.rows.device)
-    pairs = [tensor for pair in batch.shared_kv.values() for tensor in pair]
-    for tensor in (batch.text_hidden, batch.teacher_logprobs, *pairs):
+    whole = torch.ones(len(batch.weights), dtype=torch.bool, device=batch.weights.device)
+    pairs = [tensor for pair in batch.texts.kv.values() for tensor in pair]
+    for tensor in (batch.texts.hidden, batch.teacher_logprobs, *pairs):
         whole &= tensor.flatten(1).isfinite().all(1)
     rows = zip(batch.document_ids, whole.tolist(), strict=True)
     return [name for names, fine in rows if not fine for name in names]

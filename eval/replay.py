@@ -10,10 +10,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import send_to_device
 from rich.table import Table
 from transformers import PreTrainedModel
 
@@ -21,7 +22,8 @@ from headstart.common.console import counted
 from headstart.common.files import write_figures
 from headstart.common.machine import environment
 from headstart.common.processes import in_step
-from headstart.data.loader import Batch, candidate_rows, gather_rows
+from headstart.configs.schema import RopePosition
+from headstart.data.loader import candidate_rows, gather_rows
 from headstart.data.store import ActivationStore, Documents
 from headstart.eval.acceptance import AcceptanceCounts, RecallCounts, walk_rounds, zero_counts
 from headstart.eval.decoding import ends_in_loop
@@ -55,7 +57,7 @@ def simulate_acceptance(
     stored: Documents,
     rounds: int,
     which: Iterable[int],
-    ahead: int = 1,
+    position: RopePosition = "newest",
 ) -> Simulated:
     """Acceptance counts of `head` on the documents `which`, by walking rounds.
 
@@ -65,7 +67,7 @@ def simulate_acceptance(
         stored: activations of greedy conversations.
         rounds: K.
         which: their indices (a process passes its share).
-        ahead: where drafts stand (`DraftHead.forward`).
+        position: where drafts stand.
     """
     drafted, dense, recall = zero_counts(rounds), zero_counts(rounds), RecallCounts()
     chosen = [i for i in which if stored.entries[i].trained >= 2]
@@ -75,8 +77,8 @@ def simulate_acceptance(
         if not documents:
             continue
         rows = [candidate_rows(d) for d in documents]
-        batch = gather_rows(documents, rows, rounds).to(target.device)
-        wanted = torch.zeros_like(batch.tokens)
+        batch = send_to_device(gather_rows(documents, rows, rounds), target.device)
+        wanted = torch.zeros_like(batch.rows.tokens)
         judged = batch.weights.bool()
         for b, (document, r) in enumerate(zip(documents, rows, strict=True)):
             following, last = r[:, None] + torch.arange(2, rounds + 2), len(document.ids) - 1
@@ -84,7 +86,9 @@ def simulate_acceptance(
             # The last token before a text is cut is the target's own: nobody drafts it.
             if int(document.ids[last]) not in target.eos_ids:
                 judged[b, : len(r)] &= (following != last).to(judged.device)
-        states = _unrolled(head, target, batch, ahead)
+        states = torch.stack(
+            head(batch.texts.computed_in(head.dtype), batch.rows, target.embed, position), dim=2
+        )  # [B, R, K, width of `draft_table`]
         matches = _matches(head, target, states, wanted, judged)
         if head.cluster_of is not None:
             met = judged.clone()
@@ -99,14 +103,6 @@ def simulate_acceptance(
                 drafted += walk_rounds(matches[0][b, start:end], judged[b, start:end])
                 dense += walk_rounds(matches[1][b, start:end], judged[b, start:end])
     return Simulated(drafted, dense, recall)
-
-
-def _unrolled(head: DraftHead, target: Target, batch: Batch, ahead: int) -> torch.Tensor:
-    """States [B, R, K, width of `draft_table`]."""
-    dtype = head.assistant.pre_projection.weight.dtype
-    kv = {t: (k.to(dtype), v.to(dtype)) for t, (k, v) in batch.shared_kv.items()}
-    hidden, tokens = batch.hidden.to(dtype), target.embed(batch.tokens).to(dtype)
-    return torch.stack(head(hidden, tokens, batch.rows, kv, batch.starts, ahead=ahead), dim=2)
 
 
 def _matches(
@@ -187,7 +183,7 @@ def walk_texts(
     stores: dict[str, ActivationStore],
     k: int,
     doing: str,
-    ahead: Mapping[str, int] | None = None,
+    positions: Mapping[str, RopePosition] | None = None,
     greedy: bool = False,
 ) -> dict[str, list[Walked]]:
     """Walk rounds over every text of some stores; returns, by the name of a store, its texts in
@@ -199,7 +195,7 @@ def walk_texts(
         stores: name -> texts.
         k: K.
         doing: label of the progress bar.
-        ahead: name -> where drafts stand there (`DraftHead.forward`); None: as in transformers.
+        positions: name -> where drafts stand there; None: as in transformers.
         greedy: leave out the texts that were sampled.
     """
     found: dict[str, list[Walked]] = {name: [] for name in stores}
@@ -210,7 +206,7 @@ def walk_texts(
         if not (greedy and entry.temperature)
     ]
     for name, i, entry in counted(texts, f"{doing} (texts)"):
-        at = 1 if ahead is None else ahead[name]
+        at: RopePosition = "newest" if positions is None else positions[name]
         counts = simulate_acceptance(head, target, stores[name], k, [i], at).acceptance
         if counts.rounds:
             [text] = stores[name].read([i])
@@ -267,7 +263,7 @@ def run_estimate(
     store: Path,
     num_assistant_tokens: Sequence[int],
     out: Path,
-    position: Literal["newest", "one_earlier"] = "newest",
+    position: RopePosition = "newest",
 ) -> dict[str, Any]:
     """Walk rounds over the greedy texts of a store; print a table, write `out/estimate.json` and
     return what it holds.
@@ -287,14 +283,14 @@ def run_estimate(
     for head in heads.values():
         check_pair(target, head)
     stored = ActivationStore(store, target)
-    at = {"texts": int(position == "newest")}
+    at = {"texts": position}
     found: list[dict[str, Any]] = []
     first: dict[int, list[Walked]] = {}
     for name, assistant in heads.items():
         for k in num_assistant_tokens:
             head, doing = DraftHead(assistant), f"Walking {name}, K = {k}"
             stores = {"texts": stored}
-            walked = walk_texts(head, target, stores, k, doing, ahead=at, greedy=True)["texts"]
+            walked = walk_texts(head, target, stores, k, doing, positions=at, greedy=True)["texts"]
             if not walked:
                 raise ValueError(
                     f"{store} holds no greedy text of the target: make one with `headstart "

@@ -196,6 +196,7 @@ def _read_tokenizer(path: str | Path, **arguments: Any) -> PreTrainedTokenizerBa
     with reading(str(path), f"has no tokenizer that loads; {fix}"):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, **arguments)
         tokenizer("a")  # a setting of a wrong type shows at the first text
+        assert tokenizer.all_special_ids is not None  # looking up an empty <unk> never ends
     return tokenizer
 
 

@@ -7,6 +7,7 @@ then serves many tuned targets, each with an adapter of some hundred kilobytes.
 Letters: H head width, V vocabulary, r rank.
 """
 
+import copy
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -48,7 +49,7 @@ def save_assistant(
     num_assistant_tokens: int,
     dtype: torch.dtype,
     weights: Mapping[str, torch.Tensor] | None = None,
-    made_for: Mapping[str, str | None] | None = None,
+    notes: Mapping[str, Any] | None = None,
     beside: Callable[[Path], None] | None = None,
 ) -> None:
     """Write a folder that plain transformers loads with `from_pretrained`: beside its place, and
@@ -61,7 +62,7 @@ def save_assistant(
         num_assistant_tokens: K that `generate` reads from the folder.
         dtype: of the saved weights.
         weights: in place of the state dict of `assistant`.
-        made_for: `Target.identity` for config.json; None: what stands there already.
+        notes: further keys of config.json, such as `MADE_FOR`; others keep what stands there.
         beside: writes further files into the folder.
     """
     # The order of the tokens is of integers, and stays so.
@@ -69,14 +70,15 @@ def save_assistant(
     state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in weights.items()}
     # Detached, or `assign` would turn the target's own table into a trainable parameter.
     state["model.embed_tokens.weight"] = state["lm_head.weight"] = table.detach().to(dtype)
+    config = copy.deepcopy(assistant.config)
+    for key, value in (notes or {}).items():
+        setattr(config, key, value)
     with torch.device("meta"):  # no memory for a table that is replaced at once
-        native = type(assistant)(assistant.config)
+        native = type(assistant)(config)
     native.load_state_dict(state, assign=True)
     native.tie_weights()
     native.generation_config = GenerationConfig(num_assistant_tokens=num_assistant_tokens)
     native.config.dtype = dtype
-    if made_for is not None:
-        setattr(native.config, MADE_FOR, dict(made_for))
     with whole_folder(folder) as work:
         native.save_pretrained(work)
         write_global_keys(work / "config.json")
@@ -144,15 +146,24 @@ def rope_position(config: Any) -> RopePosition:
     return position
 
 
-def note_variables(config: Any, variables: Mapping[str, Any]) -> None:
-    """Note in a head's configuration the variables of the chat template with which the texts that
-    it is trained on were asked, so that it says so wherever it goes; none, where none were said."""
+def trained_notes(
+    config: Any, position: RopePosition, variables: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What the config.json of a head says of its training, so that it says so wherever it goes.
+
+    Args:
+        config: of the head.
+        position: of its drafts.
+        variables: of the chat template with which its texts were asked.
+    """
+    notes: dict[str, Any] = {ROPE_POSITION: position}
     if variables or noted_variables(config) is not None:
-        setattr(config, VARIABLES, dict(variables))
+        notes[VARIABLES] = dict(variables)
+    return notes
 
 
 def noted_variables(config: Any) -> dict[str, Any] | None:
-    """What `note_variables` has noted; None: nothing."""
+    """The variables that `trained_notes` has of them; None: none were noted."""
     return getattr(config, VARIABLES, None)
 
 

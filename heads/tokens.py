@@ -224,6 +224,11 @@ def complete_tokenizer(
         if not chat_template.is_file():
             raise ValueError(f"target.chat_template: there is no file {chat_template}")
         tokenizer.chat_template = chat_template.read_text(encoding="utf-8")
+    with reading(name, "has a tokenizer that does not run"):
+        _complete(tokenizer, config, name)
+
+
+def _complete(tokenizer: PreTrainedTokenizerBase, config: Any, name: str) -> None:
     if tokenizer.bos_token is None and (token := _unnamed_bos(tokenizer, config)):
         tokenizer.bos_token = token
     if tokenizer.pad_token_id is None:  # padding is masked: any token will do
@@ -231,9 +236,8 @@ def complete_tokenizer(
     if tokenizer.bos_token_id is None:
         say(f"{name}: its tokenizer has no <bos>: plain text begins without one")
         return
-    with reading(name, "has a tokenizer that does not run"):
-        wanted = [tokenizer.bos_token_id, *tokenizer("a", add_special_tokens=False)["input_ids"]]
-        before = tokenizer("a")["input_ids"]
+    wanted = [tokenizer.bos_token_id, *tokenizer("a", add_special_tokens=False)["input_ids"]]
+    before = tokenizer("a")["input_ids"]
     if before == wanted:
         return
     tokenizer.add_bos_token, tokenizer.add_eos_token = True, False

@@ -8,11 +8,13 @@ of round k - 1; position and KV stay.
 Mirrors `SinglePositionMultiTokenCandidateGenerator.get_candidates` and
 `Gemma4AssistantForCausalLM.create_attention_masks` of transformers 5.20 to 5.24.
 
-Letters: B batch, T positions, R rows of a sequence, S of them in rounds above the first, K rounds,
-D target width, H head width.
+Letters: B rows of keys and values, each of one text or of several that are packed, T positions, R
+rows drafted from in each, S of them in rounds above the first, K rounds, D target width, H head
+width.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import nn
@@ -23,48 +25,84 @@ from headstart.heads.ordered import token_clusters
 from headstart.heads.saving import Assistant
 from headstart.heads.target import SharedKV
 
+Embed: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
+"""Token ids [...] -> their scaled embeddings [..., D]."""
 
-def row_masks(
-    seen: torch.Tensor, starts: torch.Tensor, kv_len: int, sliding_window: int
-) -> dict[str, torch.Tensor]:
+
+class Texts(NamedTuple):
+    """What the target left of B texts, or of several that are packed into a row."""
+
+    hidden: torch.Tensor
+    """[B, T, D] post-norm hidden states."""
+    kv: SharedKV
+    """Layer type -> (keys, values), each [B, kv heads, T, head_dim]."""
+
+    def computed_in(self, dtype: torch.dtype) -> "Texts":
+        """The same with keys and values in another dtype."""
+        return self._replace(kv={t: (k.to(dtype), v.to(dtype)) for t, (k, v) in self.kv.items()})
+
+
+class Rows(NamedTuple):
+    """The rows of them that are drafted from, and what each round reads there."""
+
+    at: torch.Tensor
+    """[B, R] index of the row of t."""
+    starts: torch.Tensor
+    """[B, R] index of the first row of the same text; t is `at - starts`."""
+    tokens: torch.Tensor
+    """[B, R, K] x_{t+1} .. x_{t+K}."""
+    multi_step: torch.Tensor
+    """[B, S] which of the R rows go on beyond the first round; -1 fills up."""
+
+    def going_on(self) -> "Rows":
+        """Those that go on, S in place of R."""
+        at, starts, tokens = (select(one, self.multi_step) for one in self[:3])
+        return Rows(at, starts, tokens, self.multi_step)
+
+
+def all_rows(at: torch.Tensor, tokens: torch.Tensor) -> Rows:
+    """`Rows` at [B, R] of texts that are not packed, all of which read the K `tokens` [B, R, K]."""
+    places = torch.arange(at.shape[1], device=at.device).expand_as(at)
+    return Rows(at, torch.zeros_like(at), tokens, places)
+
+
+def row_masks(rows: Rows, kv_len: int, sliding_window: int) -> dict[str, torch.Tensor]:
     """Which KV rows each training row sees, per layer type.
 
     The sliding mask of the stock assistant is inclusive (`distance <= sliding_window` from the
     newest row), so it shows one row more than a Gemma decoder layer: `t - window <= j <= t`.
 
     Args:
-        seen: [B, R] index of the last KV row that is seen, that of t.
-        starts: [B, R] index of the first KV row of the same text: others may be packed before it.
+        rows: R of each text; others may be packed before it.
         kv_len: T, KV rows.
         sliding_window: of the configuration.
 
     Returns:
         Layer type -> bool [B, 1, R, T], True where visible.
     """
-    t = seen[:, None, :, None]
-    j = torch.arange(kv_len, device=seen.device)
-    full = (j <= t) & (j >= starts[:, None, :, None])
+    t = rows.at[:, None, :, None]
+    j = torch.arange(kv_len, device=rows.at.device)
+    full = (j <= t) & (j >= rows.starts[:, None, :, None])
     return {"full_attention": full, "sliding_attention": full & (j >= t - sliding_window)}
 
 
-def ahead_of(
-    position: RopePosition, rows: torch.Tensor, starts: torch.Tensor
-) -> torch.Tensor | int:
-    """How far behind t drafts stand, of `rows` [B, R] in texts that begin at `starts` [B, R]
-    (`DraftHead.forward`). Of both: every second row of a text either way, however texts are dealt
+def positions_of(rows: Rows, position: RopePosition) -> torch.Tensor:
+    """[B, R] RoPE positions of the drafts: of the newest token as in transformers and llama.cpp, or
+    one earlier as in vLLM. Of both: every second row of a text either way, however texts are dealt
     over batches and processes or packed."""
+    t = rows.at - rows.starts
     match position:
         case "newest":
-            return 1
+            return t + 1
         case "one_earlier":
-            return 0
+            return t
         case "both":
-            return (rows - starts) % 2
+            return t + t % 2
 
 
-def walked_at(position: RopePosition) -> int:
-    """`ahead` of a decoder that serves a head trained so; of both: transformers'."""
-    return 0 if position == "one_earlier" else 1
+def served_position(position: RopePosition) -> RopePosition:
+    """Where a decoder puts the drafts of a head trained so; of both: transformers' place."""
+    return "one_earlier" if position == "one_earlier" else "newest"
 
 
 def select(tensor: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
@@ -87,63 +125,47 @@ class DraftHead(nn.Module):
         self.projection = None if projection is None else nn.Parameter(projection.clone())
 
     def forward(
-        self,
-        hidden: torch.Tensor,
-        token_embeds: torch.Tensor,
-        rows: torch.Tensor,
-        shared_kv: SharedKV,
-        starts: torch.Tensor | None = None,
-        later: torch.Tensor | None = None,
-        seen: torch.Tensor | None = None,
-        embeds_of: Callable[[torch.Tensor], torch.Tensor] | None = None,
-        ahead: torch.Tensor | int = 1,
+        self, texts: Texts, rows: Rows, embed: Embed, position: RopePosition
     ) -> list[torch.Tensor]:
         """Run K rounds over the same rows.
 
         Args:
-            hidden: [B, R, D] the target's h_t.
-            token_embeds: [B, R, K, D] scaled embeddings of x_{t+1} .. x_{t+K}.
-            rows: [B, R] index of the KV row of t.
-            shared_kv: layer type -> (keys, values), each [B, kv heads, T, head_dim].
-            starts: [B, R] index of the first KV row of the same text; None: 0, nothing is packed.
-            later: [B, S] which of the R rows go on beyond the first round; None: all.
-            seen: [B, R] index of the last KV row that each row sees; None: `rows`, as the decoder.
-            embeds_of: the states of a round, as returned, [B, R or S, ...] -> what the next round
-                reads, [B, R or S, D]; None: `token_embeds`.
-            ahead: [B, R] or of all rows: how far behind t the drafts stand (RoPE). 1: at the newest
-                token, as in transformers and llama.cpp; 0: one earlier, as in vLLM.
+            texts: their keys and values in the dtype to compute in.
+            rows: of them.
+            embed: `Target.embed`.
+            position: where drafts stand.
 
         Returns:
             K of [B, R, D], from the second on [B, S, D], or of width H where a narrow head was
             loaded: their product with `draft_table` is the draft's logits.
         """
-        starts = torch.zeros_like(rows) if starts is None else starts
-        seen = rows if seen is None else seen
-        kv_len = next(iter(shared_kv.values()))[0].shape[2]
         window = self.assistant.config.text_config.sliding_window
-        masks = row_masks(seen, starts, kv_len, window)
-        positions = rows - starts + ahead
+        length = next(iter(texts.kv.values()))[0].shape[2]
+        hidden = select(texts.hidden, rows.at).to(self.dtype)
         states: list[torch.Tensor] = []
-        for k in range(token_embeds.shape[2]):
-            if k == 1 and later is not None:
-                hidden, token_embeds = select(hidden, later), select(token_embeds, later)
-                starts, seen, positions = (select(one, later) for one in (starts, seen, positions))
-                masks = row_masks(seen, starts, kv_len, window)
-            read = token_embeds[:, :, k]
-            if k and embeds_of is not None:
-                read = embeds_of(states[-1] if k > 1 or later is None else select(states[0], later))
-            inputs = torch.cat([read, hidden], dim=-1)
+        for k in range(rows.tokens.shape[2]):
+            if k == 1:
+                hidden, rows = select(hidden, rows.multi_step), rows.going_on()
+            if k < 2:  # the rows are the same from the second round on
+                masks, positions = row_masks(rows, length, window), positions_of(rows, position)
+            inputs = torch.cat([embed(rows.tokens[:, :, k]).to(self.dtype), hidden], dim=-1)
             state = self.assistant.model(
                 inputs_embeds=self.assistant.pre_projection(inputs),
                 attention_mask=masks,
                 position_ids=positions,
-                shared_kv_states=shared_kv,
+                shared_kv_states=texts.kv,
                 use_cache=False,
                 **ALL_ROWS,
             ).last_hidden_state
             hidden = self.assistant.post_projection(state)
             states.append(state if self.projection is None else state @ self.projection.T)
         return states
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of its weights."""
+        dtype: torch.dtype = self.assistant.pre_projection.weight.dtype
+        return dtype
 
     @torch.no_grad()
     def table(self, target_table: torch.Tensor) -> torch.Tensor:

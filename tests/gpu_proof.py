@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 
 from headstart.common.machine import environment, synchronize
 from headstart.configs.schema import Config, DataConfig, HeadConfig, TrainConfig
@@ -167,7 +168,7 @@ def _losses(target: Target, steps: int) -> list[float]:
     loader = AnchorLoader(documents, 4, 16, 3, 0)
     losses = []
     for step in range(steps):
-        batch = loader.batch(step).to(target.device)
+        batch = send_to_device(loader.batch(step), target.device)
         candidates = step_candidates([batch], likely, config.train, step, lambda kept: kept)
         sums = batch_sums(head, target, batch, config.train, candidates)
         loss = sums["loss_sum"] / loss_weight(batch, config.train.round_decay)
@@ -341,8 +342,8 @@ def head_step(place: Place) -> dict[str, Any]:
         turns = iter(range(10_000))
         loading = seconds_of(torch.device("cpu"), lambda: loader.batch(next(turns)))
         batch = loader.batch(0)
-    moving = seconds_of(device, lambda: batch.to(device))
-    batch = batch.to(device)
+    moving = seconds_of(device, lambda: send_to_device(batch, device))
+    batch = send_to_device(batch, device)
     likely = likely_tokens(target, taught, train)
     parameters = list(head.trainable().values())
     optimizer = torch.optim.AdamW(parameters, lr=1e-5)

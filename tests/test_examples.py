@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from headstart.configs.loader import load_config
+from headstart.configs.schema import RopePosition
 from headstart.data.prepare import run_regenerate
 from headstart.data.store import ActivationStore
 from headstart.eval.replay import simulate_acceptance
@@ -72,9 +73,10 @@ def test_an_interrupted_sweep_goes_on_and_judges_heads_as_the_simulated_evaluati
     for result in content["results"]:
         folder = tmp_path / "out" / f"{result['run']}-seed0" / "head"
         head = DraftHead(load_assistant(folder, target.table.dtype))
-        for name, ahead in (("a", 1), ("b", 0)):
+        positions: dict[str, RopePosition] = {"a": "newest", "b": "one_earlier"}
+        for name, position in positions.items():
             every = range(len(texts.entries))
-            found = simulate_acceptance(head, target, texts, 3, every, ahead=ahead).acceptance
+            found = simulate_acceptance(head, target, texts, 3, every, position).acceptance
             judged = result["judged_on"][name]
             assert judged["acceptance_length"] == pytest.approx(found.acceptance_length)
     base, slow = (result["judged_on"]["a"] for result in content["results"])

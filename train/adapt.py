@@ -18,9 +18,8 @@ from accelerate import PartialState
 from headstart.common.console import say
 from headstart.common.files import alone_in, write_atomically
 from headstart.common.machine import environment
-from headstart.configs.adapt import DEFAULTS, Adaptation, check_settings
 from headstart.configs.loader import load_config
-from headstart.configs.schema import Config, EvalConfig, TargetConfig
+from headstart.configs.schema import Adaptation, Config, EvalConfig, TargetConfig
 from headstart.data.contamination import remove_contaminated
 from headstart.data.prepare import deal_sampling
 from headstart.data.prompts import Prompt, deal, limit_evenly, load_prompts, split_by_source
@@ -53,7 +52,37 @@ from headstart.train.adapt_report import (
     plot_adaptation,
     speedups,
 )
-from headstart.train.loop import train
+from headstart.train.run import train
+
+DEFAULTS = [
+    "head.earlier_clusters=keep",  # minutes that steps use better
+    "train.steps=20000",  # time ends it
+    "train.batch_size=4",
+    "train.later_anchors=32",
+    "train.learning_rate=5.0e-4",
+    "train.validate_every=100",
+    "train.patience=4",
+    "data.max_new_tokens=96",
+    "data.max_prompt_tokens=256",
+]
+"""Settings of the training, where the command line says nothing else: the reference recipe's, at
+half its learning rate, since the head is finished."""
+
+
+ARGUMENTS = {
+    "target": "--target, --adapter and --dtype", "head.start": "--head", "run.dir": "--out",
+    "data.store": "--out", "data.prompts": "--prompts and --general",
+    "eval": "--held-out, --decoded and --num-assistant-tokens",
+}  # fmt: skip
+"""Settings that an adaptation takes from arguments of its own."""
+
+
+def check_settings(overrides: list[str]) -> None:
+    """Raise `ValueError` where a `section.key=value` would be passed over for an argument."""
+    for key in (override.partition("=")[0] for override in overrides):
+        for name, argument in ARGUMENTS.items():
+            if key == name or key.startswith(f"{name}."):
+                raise ValueError(f"{key} is given to adapt by {argument}, not as a setting")
 
 
 class Notes:

@@ -5,11 +5,12 @@ Letters: N drafts, D target width, V vocabulary.
 
 import resource
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from rich.console import Console
+from accelerate.utils import send_to_device
 from rich.table import Table
 
 from headstart.common.children import temporary_folder
@@ -20,7 +21,7 @@ from headstart.configs.schema import Config, TrainConfig
 from headstart.data.conversations import Conversation, answered, finished_parts, read_part
 from headstart.data.extraction import OnlineActivations, extract, forward_batches
 from headstart.data.loader import AnchorLoader, Batch, candidate_rows
-from headstart.data.prepare import deal_sampling, prepare_documents
+from headstart.data.prepare import deal_sampling
 from headstart.data.prompts import load_prompts
 from headstart.data.regenerate import Job, make_jobs, regenerate
 from headstart.data.store import ActivationStore
@@ -30,14 +31,7 @@ from headstart.eval.draft_cost import in_turns
 from headstart.heads.loading import open_target
 from headstart.heads.target import Target
 from headstart.heads.unroll import DraftHead
-from headstart.train.start import (
-    AGREEMENT_ROWS,
-    build_head,
-    likely_tokens,
-    low_rank_agreement,
-    taught_rows,
-    tie_start,
-)
+from headstart.train.start import build_head, likely_tokens, taught_rows
 from headstart.train.step import batch_sums, draft_batch, loss_weight, step_candidates
 
 SINGLE = 8  # prompts answered one by one, spread over the lengths
@@ -47,10 +41,10 @@ def run_benchmark(name: str, config: Config, prompts: int, device: str, out: Pat
     """Run one benchmark, print its table and write its figures to `out`.
 
     Args:
-        name: `extract` or `regenerate`.
-        config: the target, and how prompts are answered and stored.
-        prompts: answered, from the first source of `config.data`.
-        device: where the target runs.
+        name: `extract`, `regenerate` or `train`.
+        config: the target; how prompts are answered and stored, or head and training settings.
+        prompts: of the first source of `config.data`.
+        device: where it all runs.
         out: a JSON file.
 
     Raises:
@@ -58,24 +52,30 @@ def run_benchmark(name: str, config: Config, prompts: int, device: str, out: Pat
     """
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
-    t = config.target
+    data = config.data
     target = open_target(config.target, device)
-    source = config.data.prompts[0].model_copy(update={"limit": prompts})
-    rows = load_prompts(source, config.data.max_bad_rows)
-    jobs = make_jobs(rows, deal_sampling(config.data, target, rows), target, config.data)
-    measure = bench_extract if name == "extract" else bench_regenerate
-    figures = measure(target, jobs, config)
+    if name == "train":
+        settings, figures = bench_train(target, config, prompts)
+    else:
+        source = data.prompts[0].model_copy(update={"limit": prompts})
+        rows = load_prompts(source, data.max_bad_rows)
+        jobs = make_jobs(rows, deal_sampling(data, target, rows), target, data)
+        prompts = len(jobs)
+        settings = {
+            "max_new_tokens": data.max_new_tokens,
+            "batch_size": data.generation_batch_size,
+            "storage": data.storage,
+        }
+        measure = bench_extract if name == "extract" else bench_regenerate
+        figures = measure(target, jobs, config)
+    what = {
+        "target": config.target.name,
+        "dtype": str(target.table.dtype).removeprefix("torch."),
+        "prompts": prompts,
+    }
     content = {
         "benchmark": name,
-        "environment": environment(target.device)
-        | {
-            "target": t.name,
-            "dtype": t.dtype,
-            "prompts": len(jobs),
-            "max_new_tokens": config.data.max_new_tokens,
-            "batch_size": config.data.generation_batch_size,
-            "storage": config.data.storage,
-        },
+        "environment": environment(target.device) | what | settings,
         **figures,
     }
     print_figures(content)
@@ -212,7 +212,7 @@ def stepwise_difference(
     }
 
 
-def print_figures(content: dict[str, Any], console: Console | None = None) -> None:
+def print_figures(content: dict[str, Any]) -> None:
     """Print ratios, rates and differences as one table."""
     where = content["environment"]
     table = Table(
@@ -220,39 +220,36 @@ def print_figures(content: dict[str, Any], console: Console | None = None) -> No
         f"prompts, {where['threads']} threads of {where['accelerator'] or where['processor']}",
         show_header=False,
     )
-    sections = [("ratios", "{:.2f}"), ("tokens_per_second", "{:,.1f} tokens/s")]
-    sections += [("seconds_per_token", "{:.3g} s/token"), ("peak_bytes_per_token", "{:,.0f} bytes")]
-    sections += [("stepwise", "{:.3g}")]
-    for section, form in sections:
+    forms = {
+        "ratios": "{:.2f}",
+        "tokens_per_second": "{:,.1f} tokens/s",
+        "seconds_per_token": "{:.3g} s/token",
+        "peak_bytes_per_token": "{:,.0f} bytes",
+        "stepwise": "{:.3g}",
+    }
+    for section, form in forms.items():
         for name, value in content.get(section, {}).items():
             table.add_row(name, form.format(value))
         table.add_section()
-    (console or plain_console()).print(table)
+    plain_console().print(table)
 
 
-TIE_SHARES = (0.4, 0.6)  # widths measured, as shares of the target's
 PROMPT_TOKENS = 8  # of each text; the rest stands in for an answer
 
 
-def run_train_benchmark(config: Config, prompts: int, device: str, out: Path | None) -> None:
-    """Measure, print and write what a step of a recipe costs.
+def bench_train(
+    target: Target, config: Config, prompts: int
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a step of a recipe costs, over one batch of so many conversations.
 
-    The texts are the recipe's prompts themselves, all but their beginning taken as answers: what a
-    step costs depends on lengths and on how many tokens the teachers rank high, not on who wrote.
+    The texts are the longest of the recipe's prompts, all but their beginning taken as answers:
+    what a step costs depends on lengths and on how many tokens the teachers rank high, not on who
+    wrote.
 
-    Args:
-        config: target, head and training settings; its batch is `prompts` conversations.
-        prompts: of the first source of `config.data`, the longest of them.
-        device: where it all runs.
-        out: a JSON file.
-
-    Raises:
-        ValueError: bad prompts or target.
+    Returns:
+        The settings that count, and the figures of `bench_step`.
     """
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    t, c = config.target, config.train
-    target = open_target(config.target, device)
+    c = config.train
     texts = conversations_of_text(target, config, prompts)
     documents = OnlineActivations(target, texts, config.data)
     taught = taught_rows(documents, target.device)
@@ -260,32 +257,17 @@ def run_train_benchmark(config: Config, prompts: int, device: str, out: Path | N
     batch = AnchorLoader(
         documents, prompts, c.anchors, c.rounds, config.run.seed, later_anchors=c.later_anchors
     ).batch(0)
+    batch = send_to_device(batch, target.device)
     likely = likely_tokens(target, taught, c)
-    figures = bench_step(target, head, batch.to(target.device), texts, config, likely)
-    content = {
-        "benchmark": "train",
-        "environment": environment(target.device)
-        | {
-            "target": t.name,
-            "dtype": str(target.table.dtype).removeprefix("torch."),
-            "precision": c.precision,
-            "prompts": prompts,
-            "head": config.head.model_dump(),
-            "rounds": c.rounds,
-            "likely_tokens": c.likely_tokens,
-            "negatives": c.negatives,
-        },
-        **figures,
-    }
-    print_figures(content)
-    write_figures(content, out)
+    settings = {"head": config.head.model_dump()}
+    settings |= c.model_dump(include={"precision", "rounds", "likely_tokens", "negatives"})
+    return settings, bench_step(target, head, batch, texts, config, likely)
 
 
 def conversations_of_text(target: Target, config: Config, count: int) -> list[Conversation]:
     """The longest prompts as conversations: some tokens given, all others taken as the answer."""
     prompts = load_prompts(config.data.prompts[0], config.data.max_bad_rows)
-    kwargs = config.data.chat_template_kwargs
-    encoded = encode_prompts(prompts, target.tokenizer, kwargs)
+    encoded = encode_prompts(prompts, target.tokenizer, config.data.chat_template_kwargs)
     longest = sorted(encoded, key=len, reverse=True)[:count]
     length = config.data.max_prompt_tokens
     return [
@@ -311,31 +293,23 @@ def bench_step(
         (the same rows); seconds and peak bytes per token of all three.
     """
     c = config.train
-    parameters = list(head.trainable().values())
-    optimizer = torch.optim.AdamW(parameters, lr=1e-6)
-
-    def stepping(loss_of: Callable[[], torch.Tensor]) -> Callable[[int], None]:
-        def step(turn: int) -> None:
-            (loss_of() / loss_weight(batch, c.round_decay)).backward()
-            torch.nn.utils.clip_grad_norm_(parameters, c.max_grad_norm)
-            optimizer.step()
-            optimizer.zero_grad()
-
-        return step
 
     def sparse() -> torch.Tensor:
         candidates = step_candidates([batch], likely, c, config.run.seed, lambda kept: kept)
         return batch_sums(head, target, batch, c, candidates)["loss_sum"]
 
-    sides = {
+    optimizer = torch.optim.AdamW(head.trainable().values(), lr=1e-6)
+    step = partial(_take_step, head, optimizer, batch, c, sparse)
+    plain = partial(
+        _take_step, head, optimizer, batch, c, lambda: plain_loss(head, target, batch, c)
+    )
+    sides: dict[str, Callable[[int], None]] = {
         "target forward with LM head": lambda turn: bare_forwards(target, texts),
-        "head step": stepping(sparse),
-        "head step, plain full-vocabulary objective": stepping(
-            lambda: plain_loss(head, target, batch, c)
-        ),
+        "head step": step,
+        "head step, plain full-vocabulary objective": plain,
     }
-    stepping(sparse)(0)  # a warm-up, which also makes the optimizer's moments
-    peaks = [peak_memory(target.device, lambda side=side: side(0)) for side in sides.values()]  # type: ignore[misc]
+    step(0)  # a warm-up, which also makes the optimizer's moments
+    peaks = [peak_memory(target.device, partial(side, 0)) for side in sides.values()]
     seconds = in_turns(target, *sides.values())
     tokens, anchors = sum(len(text.ids) for text in texts), int(batch.weights[..., 0].sum())
     per = [tokens, anchors, anchors]
@@ -351,14 +325,28 @@ def bench_step(
         "drafts": int(batch.weights.sum()),
     }
     # None is not known; 0 is of a small call, which fits into memory that the process had freed.
-    known = [peak for peak in peaks if peak]
-    if len(known) == len(peaks):
+    if all(peaks):
+        known = [peak or 0 for peak in peaks]
         ratios["plain_over_step_memory"] = known[2] / known[1]
         figures["peak_bytes"] = dict(zip(sides, known, strict=True))
         figures["peak_bytes_per_token"] = {
             name: peak / n for name, peak, n in zip(sides, known, per, strict=True)
         }
     return figures
+
+
+def _take_step(
+    head: DraftHead,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    c: TrainConfig,
+    loss_of: Callable[[], torch.Tensor],
+    turn: int,
+) -> None:
+    (loss_of() / loss_weight(batch, c.round_decay)).backward()
+    torch.nn.utils.clip_grad_norm_(head.trainable().values(), c.max_grad_norm)
+    optimizer.step()
+    optimizer.zero_grad()
 
 
 def plain_loss(head: DraftHead, target: Target, batch: Batch, c: TrainConfig) -> torch.Tensor:
@@ -371,52 +359,3 @@ def plain_loss(head: DraftHead, target: Target, batch: Batch, c: TrainConfig) ->
         logits.log_softmax(-1), log_p, reduction="none", log_target=True
     ).sum(-1)
     return (losses * c.round_decay**drafts.round).sum()
-
-
-def run_tie_benchmark(config: Config, device: str, out: Path | None) -> None:
-    """How often a low-rank tie keeps the target's best token, by width and start.
-
-    The starts are drawn up from the training documents of `config.data` and judged on its held-out
-    ones.
-
-    Args:
-        config: the target and its texts.
-        device: where it all runs.
-        out: a JSON file.
-
-    Raises:
-        ValueError: bad texts or target.
-    """
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    t = config.target
-    target = open_target(config.target, device)
-    training, validation = prepare_documents(target, config.data, config.run.seed, None)
-    taught = taught_rows(training, target.device)
-    unseen = taught_rows(validation, target.device, AGREEMENT_ROWS).hidden
-    kinds: tuple[Literal["data", "svd"], ...] = ("data", "svd")
-    widths = [round(share * target.config.hidden_size) for share in TIE_SHARES]
-    shares = {
-        kind: {
-            str(width): low_rank_agreement(
-                target.table, tie_start(target, kind, taught, width), unseen
-            )
-            for width in widths
-        }
-        for kind in kinds
-    }
-    content = {
-        "benchmark": "tie",
-        "environment": environment(target.device)
-        | {"target": t.name, "dtype": t.dtype, "prompts": len(validation.entries)},
-        "rows": len(taught.hidden),
-        "held_out_rows": len(unseen),
-        "same_best_token": shares,
-    }
-    table = Table(title=f"tie: {t.name}, best token kept on {len(unseen):,} held-out rows")
-    for name in ("width", *kinds):
-        table.add_column(name, justify="right")
-    for width in shares["data"]:
-        table.add_row(width, *(f"{shares[kind][width]:.1%}" for kind in kinds))
-    plain_console().print(table)
-    write_figures(content, out)

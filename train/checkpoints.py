@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from pydantic import TypeAdapter
 from safetensors.torch import load_file, save_file
 from torch.optim.swa_utils import get_ema_multi_avg_fn
@@ -93,64 +94,68 @@ class Progress:
         )
 
 
-def gather_tensors(
-    head: DraftHead, optimizer: torch.optim.Optimizer, average: Average
-) -> dict[str, dict[str, torch.Tensor]]:
-    """What a checkpoint keeps, by file; all processes must call it.
+@dataclass
+class RunState:
+    """All that changes while a run goes on: what a checkpoint holds."""
 
-    Of the head what is trained and the order of its tokens, not the target's table; the
-    optimizer's moments and the average by parameter name.
-    """
-    moments = {
-        f"{name}.{key}": whole(value)
-        for name, parameter in head.trainable().items()
-        for key, value in optimizer.state[parameter].items()
-    }
-    weights = {name: whole(tensor.detach()) for name, tensor in head.trainable().items()}
-    files = {"head": weights, "optimizer": moments}
-    if average.values:
-        files["average"] = {name: whole(value) for name, value in average.values.items()}
-    return {
-        f"{name}.safetensors": {key: tensor.contiguous() for key, tensor in tensors.items()}
-        for name, tensors in files.items()
-    }
+    head: DraftHead
+    model: torch.nn.Module
+    """The head as accelerate has wrapped it."""
+    optimizer: torch.optim.Optimizer
+    average: Average
+    progress: Progress
+
+    def tensors(self) -> dict[str, dict[str, torch.Tensor]]:
+        """Whole tensors by file; all processes must call it.
+
+        Of the head what is trained, not the target's table; the optimizer's moments and the
+        average by parameter name.
+        """
+        moments = {
+            f"{name}.{key}": whole(value)
+            for name, parameter in self.head.trainable().items()
+            for key, value in self.optimizer.state[parameter].items()
+        }
+        weights = {n: whole(tensor.detach()) for n, tensor in self.head.trainable().items()}
+        files = {"head": weights, "optimizer": moments}
+        if self.average.values:
+            files["average"] = {n: whole(value) for n, value in self.average.values.items()}
+        return {
+            f"{name}.safetensors": {key: tensor.contiguous() for key, tensor in tensors.items()}
+            for name, tensors in files.items()
+        }
 
 
-def save_checkpoint(
-    config: Config,
-    progress: Progress,
-    target: Target,
-    files: dict[str, dict[str, torch.Tensor]],
-    processes: int,
-) -> Path:
+def save_checkpoint(state: RunState, config: Config, target: Target) -> None:
     """Write `checkpoints/step-NNNNNN` of the run and remove all but the newest that are to be kept.
 
+    All processes must call it; the main one writes.
+
     Args:
+        state: of the run.
         config: the resolved configuration, kept beside the weights.
-        progress: how far the run is.
         target: its fingerprint is saved.
-        files: from `gather_tensors`.
-        processes: of the launch.
 
     Raises:
         OSError: the disk is full; earlier checkpoints are kept.
     """
+    files, processes = state.tensors(), PartialState()
+    if not processes.is_main_process:
+        return
     folder = config.run.dir / "checkpoints"
-    path = folder / f"step-{progress.step:06d}"
-    with whole_folder(path) as work:
+    with whole_folder(folder / f"step-{state.progress.step:06d}") as work:
         for name, tensors in files.items():
             save_file(tensors, work / name)
         save_config(config, work / "config.yaml")
-        state: dict[str, Any] = {
-            **asdict(progress),
+        content: dict[str, Any] = {
+            **asdict(state.progress),
             "target": target.fingerprint,
-            "processes": processes,
+            "processes": processes.num_processes,
             "files": {name: file_sha256(work / name) for name in [*files, "config.yaml"]},
         }
-        (work / STATE).write_text(json.dumps(state | {"sha256": content_sha256(state)}))
+        (work / STATE).write_text(json.dumps(content | {"sha256": content_sha256(content)}))
     for old in checkpoints(folder)[: -config.train.keep_checkpoints]:
         shutil.rmtree(old)
-    return path
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -214,52 +219,44 @@ def checkpoint_config(path: Path) -> Config:
 
 
 @torch.no_grad()
-def load_checkpoint(
-    path: Path,
-    head: DraftHead,
-    optimizer: torch.optim.Optimizer,
-    average: Average,
-    target: Target,
-) -> Progress:
-    """Fill the head, the optimizer and the average; returns how far the run was.
+def load_checkpoint(state: RunState, path: Path, target: Target) -> None:
+    """Fill the state of a run from a checkpoint.
 
     Args:
+        state: of a run at step 0; the head's weights may be split over the processes.
         path: of a checkpoint.
-        head: its weights may be split over the processes.
-        optimizer: of `head`, without moments yet.
-        average: of `head`.
         target: that the head is trained for.
 
     Raises:
         ValueError: the checkpoint is damaged, of a head with other parameters or of another target.
     """
-    state = check_checkpoint(path)
-    if state["target"] != target.fingerprint:
+    saved = check_checkpoint(path)
+    if saved["target"] != target.fingerprint:
         raise ValueError(
-            f"{path} was trained for a target with fingerprint {state['target'][:12]}, "
+            f"{path} was trained for a target with fingerprint {saved['target'][:12]}, "
             f"{target.name} now has {target.fingerprint[:12]}: name another folder, run.dir=PATH"
         )
     weights = load_file(path / "head.safetensors")
-    parameters, tensors = head.trainable(), head.trainable()
-    shapes = {k: tuple(tensor.shape) for k, tensor in tensors.items()}
-    found = {k: tuple(p.shape) for k, p in weights.items()}
+    parameters = state.head.trainable()
+    shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     if shapes != found:
         odd = next(k for k in shapes | found if shapes.get(k) != found.get(k))
         raise ValueError(
             f"{path} is of another head: {odd} is {found.get(odd)} there and {shapes.get(odd)} here"
         )
-    for name, tensor in tensors.items():
-        tensor.copy_(placed_like(weights[name], tensor))
+    for name, parameter in parameters.items():
+        parameter.copy_(placed_like(weights[name], parameter))
     for key, value in load_file(path / "optimizer.safetensors").items():
         name, _, moment = key.rpartition(".")
         parameter = parameters[name]
         # The count of steps is no moment: AdamW keeps it on the CPU.
         placed = placed_like(value, parameter) if value.shape == parameter.shape else value
-        optimizer.state[parameter][moment] = placed
-    if average.values:
+        state.optimizer.state[parameter][moment] = placed
+    if values := state.average.values:
         for name, value in load_file(path / "average.safetensors").items():
-            average.values[name].copy_(placed_like(value, average.values[name]))
-    return _progress(state)
+            values[name].copy_(placed_like(value, values[name]))
+    state.progress = _progress(saved)
 
 
 def _progress(state: dict[str, Any]) -> Progress:

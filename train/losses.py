@@ -18,7 +18,7 @@ Objective: TypeAlias = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torc
 Log-probabilities are of the full softmax. A weight says how many tokens of the vocabulary its
 candidate stands for, so that sums over candidates estimate sums over V; all are 1 where C is V.
 """
-ObjectiveName = Literal["forward_kl", "cross_entropy", "total_variation", "lk_hybrid"]
+ObjectiveName = Literal["forward_kl", "cross_entropy", "lk_hybrid"]
 
 
 def forward_kl(log_q: torch.Tensor, log_p: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -39,8 +39,8 @@ def acceptance(log_q: torch.Tensor, log_p: torch.Tensor, weights: torch.Tensor) 
 def total_variation(
     log_q: torch.Tensor, log_p: torch.Tensor, weights: torch.Tensor
 ) -> torch.Tensor:
-    """Half the sum of |p - q|, which is 1 - `acceptance`. Its gradient vanishes where the two
-    share no mass, so that it does not train a head from a random start."""
+    """Half the sum of |p - q|, which is 1 - `acceptance`: no objective alone, since its gradient
+    vanishes where the two share no mass, and it does not train a head from a random start."""
     return 0.5 * (weights * (log_p.exp() - log_q.exp()).abs()).sum(-1)
 
 
@@ -55,7 +55,6 @@ def lk_hybrid(log_q: torch.Tensor, log_p: torch.Tensor, weights: torch.Tensor) -
 OBJECTIVES: dict[ObjectiveName, Objective] = {
     "forward_kl": forward_kl,
     "cross_entropy": cross_entropy,
-    "total_variation": total_variation,
     "lk_hybrid": lk_hybrid,
 }
 
@@ -135,7 +134,6 @@ def sparse_losses(
     temperature: float,
     dtype: torch.dtype,
     draft_table: torch.Tensor,
-    read: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> RowResults:
     """The objective over candidates: exact on each teacher's stored top k, and its gradient that
     of the full softmax in expectation over the negatives.
@@ -149,8 +147,6 @@ def sparse_losses(
         temperature: of both distributions.
         dtype: in which the states meet the table.
         draft_table: [V, width], of `DraftHead.draft_table`; mostly the target's own.
-        read: of states [n, width], which of the C candidates have logits of their own, [n, C];
-            the others get one below all, as in `Gemma4AssistantMaskedEmbedder`. None: all.
     """
     taught = target.table[candidates.ids]
     table, log_weights = draft_table[candidates.ids].to(dtype), candidates.weights.log()
@@ -162,11 +158,6 @@ def sparse_losses(
         log_p = teacher_log_p(said[teacher.at[rows]], slots, stored)
         log_p = tempered(log_p, log_weights, temperature)
         logits = torch.nn.functional.linear(states, table).float() / temperature
-        if read is not None:
-            own = read(states)
-            least = logits.detach().masked_fill(~own, torch.inf).amin(-1, keepdim=True) - 1
-            least = least.nan_to_num(posinf=0.0)  # a row that reads none of the candidates
-            logits = torch.where(own, logits, least)
         log_q = logits - torch.logsumexp(logits + log_weights, dim=-1, keepdim=True)
         return RowResults(
             objective(log_q, log_p, candidates.weights),

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import send_to_device
 
 from headstart.common.console import phase, progress_bar
 from headstart.common.files import check_empty
@@ -29,6 +30,7 @@ from headstart.heads.assistant import check_pair
 from headstart.heads.ordered import Taught, cluster_count, set_order, token_usage, with_clusters
 from headstart.heads.saving import (
     ADAPTER,
+    MADE_FOR,
     Assistant,
     load_assistant,
     load_assistant_config,
@@ -36,7 +38,7 @@ from headstart.heads.saving import (
     save_assistant,
 )
 from headstart.heads.target import Target
-from headstart.heads.unroll import DraftHead, walked_at
+from headstart.heads.unroll import DraftHead, served_position
 from headstart.train.run_folder import summary_text
 from headstart.train.step import draft_batch, learning_rate
 
@@ -75,7 +77,7 @@ def drafts_of(head: DraftHead, target: Target, training: Documents, config: Conf
     with progress_bar() as bar:
         task = bar.add_task("Drafting (drafts)", total=DRAFTS, status="")
         for number in range(batches):
-            batch = loader.batch(number).to(target.device)
+            batch = send_to_device(loader.batch(number), target.device)
             drafts = draft_batch(head, target, batch, torch.float32, c.rope_position)
             teacher = drafts.teacher
             parts.append((drafts.states, teacher.ids.long(), teacher.logprobs))
@@ -262,14 +264,14 @@ def order_head(
 
     def judged(assistant: Assistant) -> dict[str, Any]:
         everything = range(len(validation.entries))
-        head = DraftHead(assistant)
-        ahead = walked_at(config.train.rope_position)
+        position = served_position(config.train.rope_position)
         with phase("Walking held-out texts"):
             return describe_simulated(
                 simulate_acceptance(
-                    head, target, validation, config.train.rounds, everything, ahead
+                    DraftHead(assistant), target, validation, config.train.rounds, everything,
+                    position,
                 )
-            )
+            )  # fmt: skip
 
     found: dict[str, Any] = {"rebuilt": order.rebuild, "steps": order.steps}
     if assistant.config.use_ordered_embeddings:
@@ -337,7 +339,7 @@ def _save(
 
     save_assistant(
         assistant, assistant.lm_head.weight, out, tokens, target.table.dtype,
-        made_for=target.identity, beside=beside,
+        notes={MADE_FOR: target.identity}, beside=beside,
     )  # fmt: skip
 
 

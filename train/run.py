@@ -1,20 +1,33 @@
-"""A whole run: train the head, then measure it."""
+"""The story of a run: target, data, head, training, ordered embeddings, evaluation."""
 
 import gc
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator, PartialState
+from accelerate.utils import set_seed
 
+from headstart.common.console import say
+from headstart.common.processes import join_processes
 from headstart.configs.schema import Config, EvalConfig
+from headstart.data.prepare import prepare_documents
 from headstart.eval.asked import asked_by_run
 from headstart.eval.report import run_evaluation
-from headstart.heads.loading import load_served
+from headstart.heads.loading import load_served, open_target
 from headstart.heads.saving import load_assistant
-from headstart.train.loop import train
-from headstart.train.run_folder import run_folder
-from headstart.train.tracking import log_report
+from headstart.train.loop import train_head
+from headstart.train.ordering import order_best
+from headstart.train.run_folder import (
+    drop_metrics_after,
+    open_run,
+    plot_run,
+    run_folder,
+    summary_text,
+    write_summary,
+)
+from headstart.train.start import start_run
+from headstart.train.tracking import check_settings, finish_trackers, log_report, start_trackers
 
 
 def run(config: Config, resume: bool = False) -> None:
@@ -30,6 +43,73 @@ def run(config: Config, resume: bool = False) -> None:
     if config.eval is not None and PartialState().is_main_process:
         with run_folder(config.run.dir, "evaluating"):
             _evaluate(config, config.eval, PartialState().device)
+
+
+def train(config: Config, resume: bool = False) -> None:
+    """Distill a head for `config.target` into the run folder.
+
+    Writes config.yaml, status.json, metrics.jsonl, checkpoints/, head/ (the best head, native
+    format), summary.json and progress.png.
+
+    Args:
+        config: the whole run.
+        resume: go on from the newest checkpoint where there is one.
+
+    Raises:
+        ValueError: the run folder holds another run, the configuration does not fit, or a
+            checkpoint is damaged.
+        Diverged, Interrupted, OSError: as of `train_head`.
+    """
+    check_settings(config)
+    join_processes()
+    accelerator = Accelerator(
+        mixed_precision="bf16" if config.train.precision == "bfloat16" else "no",
+        log_with=None if config.wandb.mode == "disabled" else "wandb",
+        project_dir=config.run.dir,
+    )
+    if not accelerator.is_main_process:
+        _train(config, resume, accelerator)
+        return
+    with run_folder(config.run.dir, "training"):
+        open_run(config, resume, accelerator.num_processes)
+        _train(config, resume, accelerator)
+
+
+def _train(config: Config, resume: bool, accelerator: Accelerator) -> None:
+    run, seed = config.run.dir, config.run.seed
+    set_seed(seed)
+    target = open_target(config.target, accelerator.device)
+    held_out = config.eval.prompts if config.eval else None
+    training, validation = prepare_documents(target, config.data, seed, held_out)
+    state, likely = start_run(config, target, training, validation, accelerator, resume)
+    if accelerator.is_main_process:
+        drop_metrics_after(run, state.progress.step)
+    start_trackers(accelerator, config)
+    train_head(
+        state,
+        likely,
+        target=target,
+        training=training,
+        validation=validation,
+        config=config,
+        accelerator=accelerator,
+    )
+    ordered = None
+    if config.head.use_ordered_embeddings:
+        ordered = order_best(config, target, training, validation)
+    if accelerator.is_main_process:
+        summary = write_summary(
+            config,
+            target,
+            parameters=sum(p.numel() for p in state.head.trainable().values()),
+            training=training,
+            validation=validation,
+            start=state.progress.start,
+            ordered=ordered,
+        )
+        say(f"Best head, of step {summary['best']['step']}: {summary_text(summary['best'])}")
+        plot_run(run)
+    finish_trackers(accelerator, config)
 
 
 def _evaluate(config: Config, chosen: EvalConfig, device: torch.device) -> None:

@@ -35,7 +35,6 @@ from headstart.configs.schema import Config
 from headstart.data.store import Documents
 from headstart.eval.acceptance import RecallCounts
 from headstart.heads.target import Target
-from headstart.heads.unroll import DraftHead
 from headstart.train.checkpoints import check_checkpoint, checkpoint_config, checkpoints
 
 CONFIG = "config.yaml"
@@ -256,8 +255,8 @@ def drop_metrics_after(run: Path, step: int) -> None:
 
 def write_summary(
     config: Config,
-    head: DraftHead,
     target: Target,
+    parameters: int,
     training: Documents,
     validation: Documents,
     start: float,
@@ -267,8 +266,8 @@ def write_summary(
 
     Args:
         config: the resolved configuration.
-        head: as trained.
-        target: that it was distilled from.
+        target: that the head was distilled from.
+        parameters: that were trained.
         training, validation: what it was trained and validated on.
         start: acceptance length before training, of a head that was finished; 0: there was none.
         ordered: acceptance lengths and recall of its ordered embeddings, where it got some.
@@ -289,7 +288,7 @@ def write_summary(
         "best": best | (ordered or {}),
         "validations": validations,
         "loss": rows[-1]["loss"],
-        "parameters_trained": sum(p.numel() for p in head.trainable().values()),
+        "parameters_trained": parameters,
         "data": {
             "documents": len(training.entries),
             "answer_tokens": sum(entry.trained for entry in training.entries),

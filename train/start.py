@@ -3,11 +3,12 @@
 Letters: D target width, H head width, V vocabulary, N tokens.
 """
 
-from typing import Literal
+from typing import Any
 
 import torch
+from accelerate import Accelerator
 
-from headstart.common.console import say
+from headstart.common.console import phase, say
 from headstart.configs.schema import Config, TrainConfig
 from headstart.data.store import Documents
 from headstart.heads.assistant import build_assistant, warm_assistant
@@ -15,6 +16,13 @@ from headstart.heads.ordered import Taught, cluster_count, token_usage
 from headstart.heads.saving import add_lora
 from headstart.heads.target import Target
 from headstart.heads.unroll import DraftHead
+from headstart.train.checkpoints import (
+    Average,
+    Progress,
+    RunState,
+    checkpoints,
+    load_checkpoint,
+)
 
 LOGIT_ROWS = 128  # rows of V logits held at once
 
@@ -51,25 +59,6 @@ def low_rank_start(
     return root @ leading, leading.T @ inverse
 
 
-def plain_svd_start(
-    table: torch.Tensor, hidden: torch.Tensor, rank: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The start from the table alone: its leading right singular vectors, to compare with.
-
-    Args:
-        table: [V, D] the target's table.
-        hidden: [N, D] states, of which the scale is taken and nothing else, so that both starts
-            begin with logits of the right size.
-        rank: H.
-
-    Returns:
-        P [D, H] and Q [H, D] as of `low_rank_start`.
-    """
-    vectors = torch.linalg.eigh(table.float().T @ table.float())[1].flip(-1)[:, :rank]
-    scale = (hidden.float() @ vectors).square().mean(0).sqrt()
-    return vectors * scale, (vectors / scale).T
-
-
 @torch.no_grad()
 def low_rank_agreement(
     table: torch.Tensor, start: tuple[torch.Tensor, torch.Tensor], hidden: torch.Tensor
@@ -91,6 +80,59 @@ def low_rank_agreement(
 
 START_ROWS = 1 << 16  # rows of the training text that starts are drawn up from
 AGREEMENT_ROWS = 2048  # held-out rows on which a low-rank tie is judged
+
+
+def start_run(
+    config: Config,
+    target: Target,
+    training: Documents,
+    validation: Documents,
+    accelerator: Accelerator,
+    resume: bool,
+) -> tuple[RunState, torch.Tensor]:
+    """The state of a run at step 0, or as its newest checkpoint has it.
+
+    Args:
+        config: the whole run.
+        target: frozen.
+        training, validation: read for what a head starts from.
+        accelerator: of the launch; it wraps head and optimizer.
+        resume: go on from the newest checkpoint where there is one.
+
+    Returns:
+        The state, and `likely_tokens`.
+
+    Raises:
+        ValueError: the head cannot be built, or the checkpoint is damaged or of another run.
+    """
+    c, run = config.train, config.run.dir
+    saved = checkpoints(run / "checkpoints") if resume else []
+    with phase("Starting the head"):
+        taught = taught_rows(training, target.device)
+        head = build_head(target, config, taught, validation, resumed=bool(saved))
+        likely = likely_tokens(target, taught, c)
+    optimizer = torch.optim.AdamW(parameter_groups(head, c.weight_decay), lr=c.learning_rate)
+    if c.activation_checkpointing:
+        head.assistant.model.gradient_checkpointing_enable({"use_reentrant": False})
+    if c.compile:
+        for layer in head.assistant.model.layers:
+            layer.compile(dynamic=True)
+    model, optimizer = accelerator.prepare(head, optimizer)
+    average = Average(head.trainable(), c.ema_decay)
+    state = RunState(head, model, optimizer, average, Progress())
+    if saved:
+        load_checkpoint(state, saved[-1], target)
+        say(f"Resuming {run} after step {state.progress.step}")
+    return state, likely
+
+
+def parameter_groups(head: DraftHead, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices decay, norms do not."""
+    parameters = head.trainable().values()
+    return [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0},
+    ]
 
 
 def build_head(
@@ -127,7 +169,7 @@ def build_head(
         if resumed:
             projection = torch.zeros(target.config.hidden_size, width)
         else:
-            projection = _start_tie(target, config, taught, validation, width)
+            projection = _start_tie(target, taught, validation, width)
     return train_only(DraftHead(assistant, projection).to(target.device), h.trains)
 
 
@@ -146,27 +188,17 @@ def train_only(head: DraftHead, parts: list[str]) -> DraftHead:
     return head
 
 
-def _start_tie(
-    target: Target, config: Config, taught: Taught, validation: Documents, width: int
-) -> torch.Tensor:
-    start = tie_start(target, config.head.tie_start, taught, width)
+def _start_tie(target: Target, taught: Taught, validation: Documents, width: int) -> torch.Tensor:
+    """[D, H] the projection that a low-rank tie starts from."""
+    weights = taught.token_weights(len(target.table)) + 1e-9
+    start = low_rank_start(target.table, taught.hidden, weights, width)
     unseen = taught_rows(validation, target.device, AGREEMENT_ROWS).hidden
     agreement = low_rank_agreement(target.table, start, unseen)
     say(
-        f"Low-rank tie of width {width}, start from {config.head.tie_start}: it keeps the target's "
-        f"best token on {agreement:.1%} of held-out rows"
+        f"Low-rank tie of width {width}: its start keeps the target's best token on "
+        f"{agreement:.1%} of held-out rows"
     )
     return start[0]
-
-
-def tie_start(
-    target: Target, kind: Literal["data", "svd"], taught: Taught, width: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """P [D, H] and Q [H, D] of a low-rank tie's start; `low_rank_start` says what they are."""
-    if kind == "svd":
-        return plain_svd_start(target.table, taught.hidden, width)
-    weights = taught.token_weights(len(target.table)) + 1e-9
-    return low_rank_start(target.table, taught.hidden, weights, width)
 
 
 def likely_tokens(target: Target, taught: Taught, c: TrainConfig) -> torch.Tensor:

@@ -6,20 +6,21 @@ Letters: B conversations, R anchors of each, S of them beyond the first round, K
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import extract_model_from_parallel, gather_object
 
-from headstart.configs.schema import RopePosition, TrainConfig
+from headstart.common.processes import whole
+from headstart.configs.schema import Config, RopePosition, TrainConfig
 from headstart.data.loader import Batch, broken_documents
 from headstart.heads.target import Target
-from headstart.heads.unroll import ahead_of, select
-from headstart.train.checkpoints import checkpoints
+from headstart.heads.unroll import select
+from headstart.train.checkpoints import RunState, checkpoints
 from headstart.train.losses import (
-    EXACT_ROWS,
     OBJECTIVES,
     Candidates,
     Teacher,
@@ -27,7 +28,6 @@ from headstart.train.losses import (
     exact_losses,
     sparse_losses,
 )
-from headstart.train.traps import in_top_clusters, trapped, uncapped
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,6 @@ def draft_batch(
     batch: Batch,
     dtype: torch.dtype,
     position: RopePosition,
-    embeds_of: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> Drafts:
     """Run the head over a batch and pair what it says with what the target says.
 
@@ -59,24 +58,19 @@ def draft_batch(
         batch: B conversations, R anchors of each, K rounds.
         dtype: of the shared KV; with bfloat16 under autocast, the weights staying float32.
         position: where the drafts stand.
-        embeds_of: of `DraftHead.forward`.
     """
-    shared_kv = {t: (k.to(dtype), v.to(dtype)) for t, (k, v) in batch.shared_kv.items()}
-    with torch.autocast(batch.rows.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
-        embeds = target.embed(batch.tokens).float()
-        states = model(
-            batch.hidden.float(), embeds, batch.rows, shared_kv, batch.starts, batch.later,
-            batch.seen, embeds_of, ahead_of(position, batch.rows, batch.starts),
-        )  # fmt: skip
+    texts = batch.texts.computed_in(dtype)
+    with torch.autocast(batch.weights.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+        states = model(texts, batch.rows, target.embed, position)
     b, r, rounds = batch.weights.shape
-    anchors = torch.arange(b * r, device=batch.rows.device).view(b, r)
+    anchors = torch.arange(b * r, device=batch.weights.device).view(b, r)
     counted, of_round, of_anchor = [], [], []
     for k in range(rounds):
         which, kept = anchors, batch.weights[..., k] > 0
         if k:
             # Places that only fill up repeat anchor 0 and do not count.
-            which = select(anchors, batch.later)
-            kept = select(kept, batch.later) & (batch.later >= 0)
+            which = select(anchors, batch.rows.multi_step)
+            kept = select(kept, batch.rows.multi_step) & (batch.rows.multi_step >= 0)
         counted.append(kept)
         of_anchor.append(which[kept])
         of_round.append(torch.full_like(of_anchor[-1], k))
@@ -87,13 +81,13 @@ def draft_batch(
 
 def _teacher(batch: Batch, anchor: torch.Tensor, round_: torch.Tensor) -> Teacher:
     """The target at KV row t + k for round k (from 1) of the anchor at row t."""
-    length = batch.text_hidden.shape[1]
-    conversation = anchor // batch.rows.shape[1]
-    row = batch.rows.flatten()[anchor] + round_ + 1
+    hidden, anchors = batch.texts.hidden, batch.rows.at
+    row = anchors.flatten()[anchor] + round_ + 1
+    conversation, length = anchor // anchors.shape[1], hidden.shape[1]
     positions, at = torch.unique(conversation * length + row, return_inverse=True)
     ids = batch.teacher_ids.flatten(0, 1)[anchor, round_]
     logprobs = batch.teacher_logprobs.flatten(0, 1)[anchor, round_]
-    return Teacher(batch.text_hidden.flatten(0, 1)[positions], at, ids, logprobs)
+    return Teacher(hidden.flatten(0, 1)[positions], at, ids, logprobs)
 
 
 def step_candidates(
@@ -137,7 +131,7 @@ def batch_sums(
         model: a `DraftHead`, wrapped or not.
         target: for its embeddings and table.
         batch: B conversations, R anchors of each, K rounds.
-        c: objective, temperature, unroll, weights of the rounds, precision, trap.
+        c: objective, temperature, unroll, weights of the rounds, precision.
         candidates: that the softmax runs over, from `step_candidates`; None: the whole vocabulary.
 
     Returns:
@@ -146,49 +140,19 @@ def batch_sums(
         round; `rows`, all anchors.
     """
     dtype = torch.bfloat16 if c.precision == "bfloat16" else torch.float32
-    if c.trap is not None:
-        batch = trapped(c.trap, batch, target)
-    head = extract_model_from_parallel(model)
-    table = head.draft_table(target.table)
-    embeds_of = None
-    if c.unroll == "own_tokens":
-        embeds_of = partial(_own_embeds, target=target, table=table, candidates=candidates)
-    drafts = draft_batch(model, target, batch, dtype, c.rope_position, embeds_of)
+    table = extract_model_from_parallel(model).draft_table(target.table)
+    drafts = draft_batch(model, target, batch, dtype, c.rope_position)
     teacher, objective = drafts.teacher, OBJECTIVES[c.objective]
     common = (objective, c.temperature, dtype, table)
     if candidates is None:
-        found = exact_losses(drafts.states, _taught_by(target, c), teacher, *common)
+        found = exact_losses(drafts.states, target, teacher, *common)
     else:
-        read = None
-        if c.trap == "top_clusters":
-            read = in_top_clusters(head.assistant, candidates.ids)
-        found = sparse_losses(
-            drafts.states, _taught_by(target, c), teacher, candidates, *common, read
-        )
+        found = sparse_losses(drafts.states, target, teacher, candidates, *common)
     weights = (c.round_decay**drafts.round).float()
     if c.unroll == "reached":
         weights = weights * _reached(found.drafts, drafts, batch)
     losses = {"loss_sum": (found.losses * weights).sum()}
     return losses | _accepted_in_a_row(found.drafts == teacher.ids[:, 0], drafts, batch)
-
-
-def _taught_by(target: Target, c: TrainConfig) -> Target:
-    return uncapped(target) if c.trap == "no_soft_cap" else target
-
-
-@torch.no_grad()
-def _own_embeds(
-    states: torch.Tensor, target: Target, table: torch.Tensor, candidates: Candidates | None
-) -> torch.Tensor:
-    """Embeddings [B, S, D] of the head's best tokens, from its states [B, S, width]; of the
-    candidates alone, where there are some."""
-    if candidates is not None:
-        table = table[candidates.ids]
-    rows = states.flatten(0, 1).to(table.dtype).split(EXACT_ROWS)
-    best = torch.cat([(part @ table.T).argmax(-1) for part in rows])
-    if candidates is not None:
-        best = candidates.ids[best]
-    return target.embed(best.view(states.shape[:2])).float()
 
 
 def _reached(ids: torch.Tensor, drafts: Drafts, batch: Batch) -> torch.Tensor:
@@ -197,7 +161,7 @@ def _reached(ids: torch.Tensor, drafts: Drafts, batch: Batch) -> torch.Tensor:
     Args:
         ids: [N] tokens drafted.
     """
-    right = _by_anchor(ids, drafts, batch)[:, :-1] == batch.tokens.flatten(0, 1)[:, 1:]
+    right = _by_anchor(ids, drafts, batch)[:, :-1] == batch.rows.tokens.flatten(0, 1)[:, 1:]
     reached = torch.cat([torch.ones_like(right[:, :1]), right.cumprod(-1)], dim=-1)
     return reached[drafts.anchor, drafts.round].float()
 
@@ -218,6 +182,75 @@ def _accepted_in_a_row(hits: torch.Tensor, drafts: Drafts, batch: Batch) -> dict
         "accepted": hit[beyond].cumprod(-1).sum(),
         "beyond": torch.tensor(float(len(beyond)), device=hits.device),
         "rows": (drafts.round == 0).sum().float(),
+    }
+
+
+def optimizer_step(
+    state: RunState,
+    batches: list[Batch],
+    likely: torch.Tensor,
+    target: Target,
+    config: Config,
+    accelerator: Accelerator,
+    stop_requests: int = 0,
+) -> dict[str, float]:
+    """Take the next step over `batches`; all processes must call it.
+
+    Args:
+        state: of the run; its weights, average and count of steps move.
+        batches: of this process.
+        likely: as of `step_candidates`.
+        target: for its embeddings and table.
+        config: of the run.
+        accelerator: that prepared the head.
+        stop_requests: signals that this process got.
+
+    Returns:
+        Over all batches and processes: `loss`, the mean over the drafts, each with the weight of
+        its round; `batch_acceptance_length`, over the rows of the step, drafts compared over its
+        candidates alone, for watching; `learning_rate`; `grad_norm` before it was clipped; `rows`,
+        the anchors; `stop`, the signals.
+
+    Raises:
+        Diverged: a loss or a gradient is not finite; the step is not taken.
+    """
+    c, step = config.train, state.progress.step
+    spent = state.progress.seconds / (60 * c.max_minutes) if c.max_minutes else 0.0
+    rate = learning_rate(step, c.steps, c.warmup_steps, c.learning_rate, spent)
+    for group in state.optimizer.param_groups:
+        group["lr"] = rate
+    # One mean over all rows of the step, whatever batch and process they are in.
+    weight = torch.stack([loss_weight(batch, c.round_decay) for batch in batches]).sum()
+    denominator = accelerator.reduce(weight).clamp_min(1e-6)
+    seed = config.run.seed * 1_000_003 + step
+    candidates = step_candidates(batches, likely, c, seed, accelerator.reduce)
+    totals: dict[str, torch.Tensor] = {}
+    for number, batch in enumerate(batches, start=1):
+        last = number == len(batches)
+        with nullcontext() if last else accelerator.no_sync(state.model):
+            sums = batch_sums(state.model, target, batch, c, candidates)
+            # DDP averages gradients over processes; this makes it the sum.
+            loss = sums["loss_sum"] * accelerator.num_processes / denominator
+            accelerator.backward(loss)
+        for name, value in sums.items():
+            totals[name] = totals.get(name, torch.zeros_like(value)) + value.detach()
+    clipped = accelerator.clip_grad_norm_(state.head.trainable().values(), c.max_grad_norm)
+    norm = float(whole(clipped))
+    totals["stop"] = torch.tensor(float(stop_requests), device=accelerator.device)
+    reduced = {name: float(accelerator.reduce(value)) for name, value in totals.items()}
+    if not all(map(math.isfinite, [norm, *reduced.values()])):
+        raise diverged(step + 1, norm, reduced, batches, config.run.dir)
+    state.optimizer.step()
+    state.optimizer.zero_grad()
+    state.progress.step = step + 1
+    state.average.update(step + 1)
+    return {
+        "loss": reduced["loss_sum"] / float(denominator),
+        "batch_acceptance_length": 1 + reduced["accepted"] / max(reduced["beyond"], 1),
+        "learning_rate": rate,
+        "grad_norm": norm,
+        "rows": reduced["rows"],
+        "stop": reduced["stop"],
     }
 
 

@@ -31,8 +31,8 @@ from headstart.eval.statistics import interval
 from headstart.heads.loading import open_target
 from headstart.heads.saving import load_assistant
 from headstart.heads.target import Target
-from headstart.heads.unroll import DraftHead, walked_at
-from headstart.train.loop import train
+from headstart.heads.unroll import DraftHead
+from headstart.train.run import train
 from headstart.train.run_folder import read_metrics
 
 
@@ -81,8 +81,8 @@ def train_and_judge(config: Config, target: Target, sweep: dict[str, Any]) -> di
     train(config, resume=True)  # refuses a folder that holds a run of other settings
     head = DraftHead(load_assistant(config.run.dir / "head", target.table.dtype, target.device))
     stores = {name: ActivationStore(Path(on["store"]), target) for name, on in judged_on.items()}
-    ahead = {name: walked_at(on["rope_position"]) for name, on in judged_on.items()}
-    texts = walk_texts(head, target, stores, k, "Judging", ahead)
+    positions = {name: on["rope_position"] for name, on in judged_on.items()}
+    texts = walk_texts(head, target, stores, k, "Judging", positions)
     rows = read_metrics(config.run.dir)
     judged = {
         "seed": config.run.seed,

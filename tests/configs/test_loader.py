@@ -5,7 +5,7 @@ import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
-from headstart.configs.loader import dump_config, load_config
+from headstart.configs.loader import dump_config, load_config, load_saved
 from headstart.configs.schema import Config
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -71,3 +71,18 @@ def test_a_section_that_is_off_is_opened_by_an_override() -> None:
 
 def test_one_source_needs_no_list() -> None:
     assert [s.path for s in load_config(None, ["data.prompts=a.jsonl"]).data.prompts] == ["a.jsonl"]
+
+
+def test_a_run_made_while_a_setting_was_there_is_read_where_it_changed_nothing(
+    tmp_path: Path,
+) -> None:
+    config = load_config(CONFIGS / "tiny.yaml")
+    tree = config.model_dump(mode="json")
+    tree["train"]["trap"], tree["head"]["tie_start"] = None, "data"
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(tree), encoding="utf-8")
+    assert load_saved(path) == config
+    tree["train"]["trap"] = "own_key"
+    path.write_text(yaml.safe_dump(tree), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"train\.trap"):
+        load_saved(path)

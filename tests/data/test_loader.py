@@ -34,13 +34,14 @@ def test_rows_pair_each_token_with_the_hidden_state_before_it(
     assert rows.tolist() == list(range(4, 16)), "x_5 is the first token that the target wrote"
     batch = gather_rows([document], [rows], rounds=3)
     for r, t in enumerate(rows.tolist()):
-        assert torch.equal(batch.hidden[0, r], document.hidden[t])
+        assert batch.rows.at[0, r] == t
+        assert torch.equal(batch.texts.hidden[0, t], document.hidden[t])
         for k in (1, 2, 3):
             if t + k + 1 >= 18:
                 assert batch.weights[0, r, k - 1] == 0, "nothing follows to be predicted"
                 continue
             assert batch.weights[0, r, k - 1] == 1
-            assert batch.tokens[0, r, k - 1] == document.ids[t + k]
+            assert batch.rows.tokens[0, r, k - 1] == document.ids[t + k]
             assert torch.equal(batch.teacher_ids[0, r, k - 1], document.teacher_ids[t + k].long())
 
 
@@ -87,9 +88,9 @@ def test_a_batch_depends_on_its_number_alone(documents: OnlineActivations) -> No
     for n in range(3):
         first.batch(n)
     again, other = AnchorLoader(documents, 3, 4, 2, seed=5).batch(3), first.batch(4)
-    assert torch.equal(first.batch(3).rows, again.rows)
-    assert torch.equal(first.batch(3).hidden, again.hidden)
-    assert not torch.equal(other.tokens, again.tokens)
+    assert torch.equal(first.batch(3).rows.at, again.rows.at)
+    assert torch.equal(first.batch(3).texts.hidden, again.texts.hidden)
+    assert not torch.equal(other.rows.tokens, again.rows.tokens)
 
 
 def losses_by_token(
@@ -105,7 +106,8 @@ def losses_by_token(
     found = {}
     for b, r in batch.weights[..., 0].nonzero().tolist():
         kept = batch.weights[b, r].bool()
-        found[tuple(batch.hidden[b, r, :4].tolist())] = losses[b, r][kept].tolist()
+        state = batch.texts.hidden[b, batch.rows.at[b, r], :4]
+        found[tuple(state.tolist())] = losses[b, r][kept].tolist()
     return found
 
 
@@ -119,7 +121,7 @@ def test_packed_and_unpacked_rows_have_the_same_loss(target: Target, capacity: i
     rows = [candidate_rows(d) for d in documents]
     alone = losses_by_token(target, head, gather_rows(documents, rows, 3))
     batch = gather_rows(documents, rows, 3, capacity)
-    assert len(batch.rows) < 9
+    assert len(batch.weights) < 9
     packed = losses_by_token(target, head, batch)
     assert packed.keys() == alone.keys()
     for key, values in alone.items():
@@ -201,9 +203,10 @@ def test_every_draft_is_taught_by_the_target_at_its_own_place(
     assert later < first
     assert later <= 6 * 4
     # And the states are those of the anchors that they are said to be of.
-    inputs = (batch.hidden, target.embed(batch.tokens), batch.rows, batch.shared_kv, batch.starts)
+    b, r, _ = batch.weights.shape
+    everything = batch.rows._replace(multi_step=torch.arange(r).expand(b, r))
     with torch.no_grad():
-        whole = head(*inputs)
+        whole = head(batch.texts, everything, target.embed, "newest")
     for k in range(rounds):
         of_round = drafts.round == k
         torch.testing.assert_close(

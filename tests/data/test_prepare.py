@@ -22,7 +22,7 @@ from headstart.data.prompts import Prompt
 from headstart.data.store import ActivationStore
 from headstart.data.templates import encode_prompt
 from headstart.heads.loading import load_target
-from headstart.train.loop import train
+from headstart.train.run import train
 from tests.helpers.runs import metrics, tiny_config, weights
 
 

@@ -15,7 +15,7 @@ from headstart.eval.decoding import decode
 from headstart.eval.replay import simulate_acceptance
 from headstart.heads.ordered import with_clusters
 from headstart.heads.target import Target
-from headstart.heads.unroll import DraftHead
+from headstart.heads.unroll import DraftHead, Texts, all_rows
 from tests.helpers.heads import greedy_document, half_trained_head, order_by_target
 from tests.helpers.models import make_target
 
@@ -86,7 +86,8 @@ def test_simulated_acceptance_is_that_of_a_decoder_that_recomputes_everything(
         row = torch.tensor([[length - 2]])
         fed, drafts = ids[:, -1:], []
         for _ in range(rounds):
-            said = head(seen.hidden[:, -1:], tiny.embed(fed)[:, None], row, seen.shared_kv)
+            texts, rows = Texts(seen.hidden, seen.shared_kv), all_rows(row, fed[:, None])
+            said = head(texts, rows, tiny.embed, "newest")
             logits = said[-1] @ tiny.table.T
             if (embedder := head.assistant.masked_embedding) is not None:
                 logits = embedder(said[-1], tiny.table)

@@ -260,7 +260,7 @@ def test_an_adapter_of_a_head_is_published_as_a_peft_adapter(
     start = finished(load_target("tiny-gemma4", "float32"), tmp_path / "start", FULL)
     # Each validation is the best so far: the head that is kept is not the one to start from.
     better = itertools.count(1.0)
-    monkeypatch.setattr("headstart.train.loop._validate", lambda *of: next(better))
+    monkeypatch.setattr("headstart.train.loop.validate", lambda *of: next(better))
     folder = tmp_path / "run"
     prompts = ROOT / "data" / "prompts" / "text_eval.jsonl"
     run(tiny_config(

@@ -6,9 +6,8 @@ from typing import Any
 
 import pytest
 
-from headstart.configs.adapt import Adaptation
 from headstart.configs.loader import load_config
-from headstart.configs.schema import TargetConfig
+from headstart.configs.schema import Adaptation, TargetConfig
 from headstart.train.adapt import split_prompts
 from headstart.train.adapt_report import advice, compare_stages, headline, outcome
 from tests.helpers.reports import texts

@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from headstart.configs.adapt import Adaptation
-from headstart.configs.schema import HeadConfig, TargetConfig
+from headstart.configs.schema import Adaptation, HeadConfig, TargetConfig
 from headstart.heads.assistant import build_assistant
 from headstart.heads.loading import (
     byte_tokenizer,

@@ -95,3 +95,19 @@ def test_a_bos_that_nobody_names_is_what_the_tokenizer_begins_with(
     configure(tmp_path, "tokenizer_config.json", bos_token=None)
     found = load_target_tokens(TargetConfig(name=folder))
     assert encode_prompt(TEXT, found.tokenizer) == byte_tokenizer()("abc")["input_ids"]
+
+
+SPECIAL: dict[str, dict[str, str | None]] = {
+    "a blank <bos>": {"bos_token": " ", "add_bos_token": None},
+    "an empty <unk>": {"unk_token": ""},
+}
+
+
+@pytest.mark.parametrize("special", SPECIAL.values(), ids=SPECIAL)
+def test_special_tokens_that_cannot_be_are_refused_by_the_name_of_the_folder(
+    special: dict[str, str | None], tmp_path: Path
+) -> None:
+    folder = saved_target(tmp_path)
+    configure(tmp_path, "tokenizer_config.json", **special)
+    with pytest.raises(ValueError, match=str(tmp_path)):
+        load_target_tokens(TargetConfig(name=folder))

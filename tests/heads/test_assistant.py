@@ -8,8 +8,8 @@ from headstart.configs.schema import HeadConfig
 from headstart.heads.assistant import build_assistant, check_pair
 from headstart.heads.saving import load_assistant, save_assistant
 from headstart.heads.target import Target
-from headstart.heads.unroll import DraftHead
-from headstart.train.start import low_rank_agreement, low_rank_start, plain_svd_start
+from headstart.heads.unroll import DraftHead, Texts, all_rows
+from headstart.train.start import low_rank_agreement, low_rank_start
 from tests.helpers.models import make_target
 
 
@@ -40,14 +40,16 @@ def test_a_narrow_heads_saved_table_gives_the_logits_that_were_trained(tmp_path:
     assistant = build_assistant(target, HeadConfig(hidden_size=32))
     head = DraftHead(assistant, torch.randn(48, 32))
     ids = torch.randint(4, 260, (1, 12))
-    seen, rows = target.activations(ids), torch.arange(11)[None]
-    state = head(seen.hidden[:, :-1], target.embed(ids[:, 1:, None]), rows, seen.shared_kv)[0]
+    seen = target.activations(ids)
+    texts, rows = (
+        Texts(seen.hidden, seen.shared_kv),
+        all_rows(torch.arange(11)[None], ids[:, 1:, None]),
+    )
+    state = head(texts, rows, target.embed, "newest")[0]
     save_assistant(assistant, head.table(target.table), tmp_path / "head", 4, torch.float32)
     saved = load_assistant(tmp_path / "head", torch.float32)
     assert saved.lm_head.weight.shape == (320, 32)
-    narrow = DraftHead(saved)(
-        seen.hidden[:, :-1], target.embed(ids[:, 1:, None]), rows, seen.shared_kv
-    )[0]
+    narrow = DraftHead(saved)(texts, rows, target.embed, "newest")[0]
     torch.testing.assert_close(
         narrow @ saved.lm_head.weight.T, state @ target.table.T, atol=1e-4, rtol=1e-4
     )
@@ -62,7 +64,8 @@ def test_the_data_aware_start_beats_the_plain_svd_on_what_the_target_says() -> N
     counts = torch.bincount(wanted, minlength=500).float() + 1e-3
     unseen = torch.randn(1000, 24) * torch.logspace(0.5, -1.5, 24)
     aware = low_rank_agreement(table, low_rank_start(table, hidden, counts, 8), unseen)
-    assert aware > low_rank_agreement(table, plain_svd_start(table, hidden, 8), unseen) + 0.2
+    vectors = torch.linalg.svd(table, full_matrices=False).Vh[:8]
+    assert aware > low_rank_agreement(table, (vectors.T, vectors), unseen) + 0.2
     assert low_rank_agreement(table, low_rank_start(table, hidden, counts, 24), unseen) == 1
 
 

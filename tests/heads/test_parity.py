@@ -15,7 +15,7 @@ from headstart.configs.schema import RopePosition
 from headstart.heads.assistant import check_pair
 from headstart.heads.saving import load_assistant, save_assistant
 from headstart.heads.target import Target
-from headstart.heads.unroll import ahead_of
+from headstart.heads.unroll import Texts, all_rows
 from tests.helpers.heads import noisy_head
 from tests.helpers.models import make_target
 from tests.helpers.stock import K, prefill, stock_drafts, training_logits
@@ -43,16 +43,6 @@ def test_training_rows_equal_the_stock_generator(target: Target) -> None:
     torch.testing.assert_close(logits, torch.stack(wanted, dim=1), atol=1e-4, rtol=0)
     # A test of random models is worth nothing if all of them say the same.
     assert len(own.unique()) > 10
-
-    # The same when the head is left to find its own drafts, whatever the text goes on with.
-    def own_embeds(states: torch.Tensor) -> torch.Tensor:
-        return target.embed((states @ target.table.T).argmax(-1))
-
-    seen = target.activations(ids)
-    text = target.embed(ids[0, (rows[:, None] + torch.arange(1, K + 1)).clamp_max(TOKENS - 1)])
-    said = head(seen.hidden[:, rows], text[None], rows[None], seen.shared_kv, embeds_of=own_embeds)
-    logits = torch.stack(said)[:, 0] @ target.table.T
-    torch.testing.assert_close(logits, torch.stack(wanted, dim=1), atol=1e-4, rtol=0)
 
 
 @torch.no_grad()
@@ -83,10 +73,8 @@ def test_rows_one_earlier_equal_the_stock_generator_one_position_earlier(family:
         own, wanted = (torch.stack(parts) for parts in zip(*chosen, strict=True))
         fed = torch.cat([ids[0, rows + 1, None], own[:, : K - 1]], dim=1)
         seen = target.activations(ids)
-        states = head(
-            seen.hidden[:, rows], target.embed(fed[None]), rows[None], seen.shared_kv,
-            ahead=ahead_of(position, rows[None], torch.zeros_like(rows[None])),
-        )  # fmt: skip
+        read = all_rows(rows[None], fed[None])
+        states = head(Texts(seen.hidden, seen.shared_kv), read, target.embed, position)
         said[position] = torch.stack(states)[:, 0] @ target.table.T
         torch.testing.assert_close(said[position], wanted.transpose(0, 1), atol=1e-4, rtol=0)
     assert not torch.allclose(said["one_earlier"], said["both"], atol=1e-2)

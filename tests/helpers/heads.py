@@ -87,7 +87,12 @@ def _train_on(target: Target, document: Document, steps: int, rounds: int, shift
     torch.manual_seed(0)
     head = DraftHead(build_assistant(target, HeadConfig()))
     batch = gather_rows([document], [candidate_rows(document)], rounds)
-    batch.hidden = torch.roll(batch.hidden, -shift, dims=1)
+
+    def later(module: Any, args: Any) -> Any:
+        texts, *others = args
+        return texts._replace(hidden=torch.roll(texts.hidden, -shift, dims=1)), *others
+
+    handle = head.register_forward_pre_hook(later)
     c = TrainConfig(
         rounds=rounds, round_decay=1.0, negatives=64, precision="float32", rope_position="newest"
     )
@@ -100,6 +105,7 @@ def _train_on(target: Target, document: Document, steps: int, rounds: int, shift
         torch.nn.utils.clip_grad_norm_(head.trainable().values(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
+    handle.remove()
     return head
 
 

@@ -50,7 +50,7 @@ def take_every_head(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each validation is better than the one before, so that the head of a run is its last: what a
     head of noise comes to is chance."""
     rising = itertools.count(1.0)
-    monkeypatch.setattr(loop, "_validate", lambda *_: next(rising))
+    monkeypatch.setattr(loop, "validate", lambda *_: next(rising))
 
 
 def tiny_config(tmp_path: Path, *overrides: str) -> Config:

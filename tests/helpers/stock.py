@@ -10,7 +10,7 @@ from transformers.generation.candidate_generator import (
 
 from headstart.heads.saving import Assistant
 from headstart.heads.target import Activations, Target
-from headstart.heads.unroll import DraftHead
+from headstart.heads.unroll import DraftHead, Texts, all_rows
 
 K = 3
 
@@ -55,5 +55,6 @@ def training_logits(
     target: Target, head: DraftHead, seen: Activations, rows: torch.Tensor, tokens: torch.Tensor
 ) -> torch.Tensor:
     """[K, R, V] of the parallel forward, for rows [R] and the tokens [R, K] fed to each."""
-    said = head(seen.hidden[:, rows], target.embed(tokens[None]), rows[None], seen.shared_kv)
+    texts, read = Texts(seen.hidden, seen.shared_kv), all_rows(rows[None], tokens[None])
+    said = head(texts, read, target.embed, "newest")
     return torch.stack(said)[:, 0] @ target.table.T

@@ -27,7 +27,7 @@ from transformers import (
 
 from headstart.configs.loader import load_config
 from headstart.heads.loading import gemma4_text_config
-from headstart.train.loop import train
+from headstart.train.run import train
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPTS = ROOT / "data" / "prompts" / "text_train.jsonl"

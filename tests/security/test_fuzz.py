@@ -32,7 +32,7 @@ from headstart.heads.admission import check_files
 from headstart.heads.describe import describe
 from headstart.heads.loading import load_target_config, load_target_tokens
 from headstart.train.checkpoints import check_checkpoint, checkpoint_config, checkpoints
-from headstart.train.loop import train
+from headstart.train.run import train
 from headstart.train.run_folder import print_runs, read_run
 from tests.helpers.checkpoints import saved_target
 from tests.helpers.fuzzing import EACH, SHARES, VALUES, damaged, refused_with, replaced

@@ -11,10 +11,10 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 
 from headstart.cli.main import main
-from headstart.train import loop
+from headstart.train import run as run_module
 
 _init = AcceleratorState.__init__
-_prepare = loop.Accelerator.prepare
+_prepare = run_module.Accelerator.prepare
 
 
 def _fsdp_on_cpu(self: AcceleratorState, *args: Any, fsdp_plugin: Any = None, **kw: Any) -> None:
@@ -38,5 +38,5 @@ def _split(self: Any, *args: Any) -> Any:
 
 if __name__ == "__main__":
     AcceleratorState.__init__ = _fsdp_on_cpu
-    loop.Accelerator.prepare = _split
+    run_module.Accelerator.prepare = _split
     sys.exit(main(["train", *sys.argv[1:]]))

@@ -1,5 +1,6 @@
 """`headstart adapt` on a tiny Gemma 4 with KV-shared layers, an adapter and a clustered head."""
 
+import argparse
 import importlib.util
 import json
 from pathlib import Path
@@ -8,15 +9,15 @@ from typing import Any
 import pytest
 import torch
 
-from headstart.configs.adapt import Adaptation, minutes
-from headstart.configs.schema import TargetConfig
+from headstart.cli.arguments import minutes
+from headstart.configs.schema import Adaptation, TargetConfig
 from headstart.data.prompts import load_prompts
 from headstart.heads.loading import load_served
 from headstart.heads.saving import load_assistant, load_assistant_config, made_for
 from headstart.train import adapt as module
 from headstart.train.adapt import adapt
 from headstart.train.adapt_report import advice, compare_stages, headline, outcome
-from headstart.train.loop import train
+from headstart.train.run import train
 from tests.helpers.checkpoints import make_adapter
 from tests.helpers.reports import texts
 from tests.helpers.runs import ROOT, tiny_config
@@ -192,5 +193,5 @@ def test_times_are_read() -> None:
     read = [minutes(text) for text in ("15m", "90s", "1h30m", "2h", "20", "1.5m")]
     assert read == [15, 1.5, 90, 120, 20, 1.5]
     for odd in ("", "soon", "15 m"):
-        with pytest.raises(ValueError, match="is no time"):
+        with pytest.raises(argparse.ArgumentTypeError, match="is no time"):
             minutes(odd)

@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_file
 
 from headstart.train.checkpoints import Average, checkpoints
-from headstart.train.loop import train
+from headstart.train.run import train
 from tests.helpers.runs import tiny_config, weights
 
 

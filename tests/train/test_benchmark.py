@@ -64,17 +64,6 @@ def test_a_step_that_takes_no_memory_anew_has_no_ratio_of_memory(
     assert "peak_bytes" not in content
 
 
-def test_bench_tie_is_judged_on_texts_that_it_was_not_made_of(tmp_path: Path) -> None:
-    argv = ["bench", "tie", "--config", str(ROOT / "configs" / "tiny.yaml")]
-    argv += ["--json", str(tmp_path / "tie.json"), f"data.prompts=[{PROMPTS}]"]
-    assert main([*argv, f"data.cache_dir={tmp_path}"]) == 0
-    content = json.loads((tmp_path / "tie.json").read_text())
-    shares = content["same_best_token"]
-    assert shares["data"]["29"] > shares["svd"]["29"], "48 is the width of the tiny target"
-    assert shares["data"]["29"] > shares["data"]["19"]
-    assert 0 < content["held_out_rows"] < content["rows"]
-
-
 def test_peak_memory_sees_what_a_call_holds_for_a_while() -> None:
     size = 50 << 20
     peak = peak_memory(torch.device("cpu"), lambda: torch.ones(size, dtype=torch.uint8).sort())

@@ -23,10 +23,12 @@ from headstart.heads.ordered import Taught, set_order, token_usage, with_cluster
 from headstart.heads.saving import load_assistant, save_assistant
 from headstart.heads.target import Target
 from headstart.heads.unroll import DraftHead
-from headstart.train import loop
+from headstart.train import run as run_module
+from headstart.train import step as step_module
 from headstart.train.checkpoints import checkpoints
-from headstart.train.loop import export_head, train
+from headstart.train.loop import export_head
 from headstart.train.ordering import learn_centroids
+from headstart.train.run import train
 from headstart.train.step import batch_sums, draft_batch, learning_rate
 from tests.helpers.heads import candidates_of, greedy_document, overfit
 from tests.helpers.models import make_target
@@ -46,7 +48,7 @@ def acceptance_after_overfitting(
     """Train a head on one text, save it, and decode that text with the stock `generate`."""
     prompt, document = greedy_document(target)
     head = overfit(target, document, steps=500, rounds=K, shift=shift)
-    export_head(head, target, tmp_path / "head", tiny_config(tmp_path, f"train.rounds={K}"))
+    export_head(head, target, tiny_config(tmp_path, f"train.rounds={K}"))
     if top_k is not None:
         order_by_one_text(target, document, tmp_path / "head", top_k)
     assistant = load_assistant(tmp_path / "head", torch.float32)
@@ -125,14 +127,14 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(
     overrides += [f"data.cache_dir={tmp_path / 'cache'}"]
     train(tiny_config(tmp_path / "whole", *overrides))
 
-    step = loop.learning_rate
+    step = step_module.learning_rate
 
     def stop_in_step_7(now: int, *args: Any) -> float:
         if now == 6:
             os.kill(os.getpid(), signal.SIGTERM)
         return step(now, *args)
 
-    monkeypatch.setattr(loop, "learning_rate", stop_in_step_7)
+    monkeypatch.setattr(step_module, "learning_rate", stop_in_step_7)
     cut = tiny_config(tmp_path / "cut", *overrides)
     with pytest.raises(Interrupted, match="stopped after step 7"):
         train(cut)
@@ -183,7 +185,7 @@ def test_a_whole_run_leaves_the_target_bit_identical_and_frozen(
     """Saving the head shares the target's table with it, and must not make it trainable."""
     target = load_target("tiny-gemma4", "float32")
     before = weights_hash(target)
-    monkeypatch.setattr(loop, "open_target", lambda *args: target)
+    monkeypatch.setattr(run_module, "open_target", lambda *args: target)
     train(tiny_config(tmp_path / "run", "train.steps=8", "train.validate_every=2"))
     assert not any(p.requires_grad or p.grad is not None for p in target.model.parameters())
     assert weights_hash(target) == before
@@ -241,7 +243,7 @@ def test_a_run_for_another_target_is_not_resumed(
     other = load_target("tiny-gemma4", "float32")
     with torch.no_grad():
         other.layers[0].mlp.up_proj.weight[0, 0] += 1
-    monkeypatch.setattr(loop, "open_target", lambda *args: other)
+    monkeypatch.setattr(run_module, "open_target", lambda *args: other)
     with pytest.raises(ValueError, match=r"target with fingerprint [0-9a-f]{12}, tiny-gemma4 now"):
         train(config, resume=True)
 

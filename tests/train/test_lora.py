@@ -14,9 +14,9 @@ from headstart.configs.schema import HeadConfig, LoraConfig
 from headstart.heads.assistant import other_target
 from headstart.heads.loading import load_target
 from headstart.heads.saving import load_assistant, load_assistant_config, made_for, rope_position
-from headstart.train import loop
+from headstart.train import step as step_module
 from headstart.train.checkpoints import Progress
-from headstart.train.loop import train
+from headstart.train.run import train
 from headstart.train.step import learning_rate
 from tests.helpers.heads import FULL, NARROW, finished
 from tests.helpers.runs import metrics, take_every_head, tiny_config
@@ -61,7 +61,7 @@ def test_an_adapters_run_goes_on_as_if_never_stopped(
     settings = [f"head.start={start}", "head.lora={}", *SHORT]
     settings += ["head.num_centroids=null", "head.use_ordered_embeddings=false"]
     train(tiny_config(tmp_path / "whole", *settings))
-    rate = loop.learning_rate
+    rate = step_module.learning_rate
 
     def stop_in_step_5(now: int, *args: Any) -> float:
         if now == 4:
@@ -69,7 +69,7 @@ def test_an_adapters_run_goes_on_as_if_never_stopped(
         return rate(now, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "learning_rate", stop_in_step_5)
+        patch.setattr(step_module, "learning_rate", stop_in_step_5)
         with pytest.raises(Interrupted):
             train(tiny_config(tmp_path / "parts", *settings))
     train(tiny_config(tmp_path / "parts", *settings), resume=True)

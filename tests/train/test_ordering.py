@@ -14,8 +14,8 @@ from headstart.heads.loading import load_target
 from headstart.heads.ordered import is_of_clusters
 from headstart.heads.saving import load_assistant, save_assistant
 from headstart.train import ordering
-from headstart.train.loop import train
 from headstart.train.ordering import TEMPERATURE, cluster_mass
+from headstart.train.run import train
 from tests.helpers.runs import ROOT, tiny_config
 
 COMMON = ["target.name=tiny-gemma4", "target.dtype=float32", "data.max_new_tokens=30"]

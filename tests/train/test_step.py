@@ -34,7 +34,7 @@ def loss_of(head: DraftHead, target: Target, batch: Batch, unroll: Unroll) -> fl
 
 def fed_as_text(batch: Batch, drafts: torch.Tensor) -> None:
     """Make drafts [B x R, K] of the first rounds the tokens that the text goes on with."""
-    batch.tokens[..., 1:] = drafts.view(*batch.rows.shape, K)[..., : K - 1]
+    batch.rows.tokens[..., 1:] = drafts.view(*batch.rows.at.shape, K)[..., : K - 1]
 
 
 def by_anchor(head: DraftHead, target: Target, batch: Batch) -> tuple[Any, torch.Tensor]:
@@ -43,7 +43,7 @@ def by_anchor(head: DraftHead, target: Target, batch: Batch) -> tuple[Any, torch
     found = exact_losses(
         drafts.states, target, drafts.teacher, forward_kl, 1.0, torch.float32, target.table
     )
-    tokens = torch.zeros(batch.rows.numel(), K, dtype=torch.long)
+    tokens = torch.zeros(batch.rows.at.numel(), K, dtype=torch.long)
     tokens[drafts.anchor, drafts.round] = found.drafts
     return (drafts, found), tokens
 
@@ -57,7 +57,7 @@ def test_a_draft_is_reached_where_all_before_it_are_the_texts_tokens(target: Tar
     (drafts, found), tokens = by_anchor(head, target, batch)
     wanted, unreached = 0.0, 0
     for loss, anchor, k in zip(found.losses, drafts.anchor, drafts.round, strict=True):
-        text = batch.tokens.flatten(0, 1)[anchor]
+        text = batch.rows.tokens.flatten(0, 1)[anchor]
         if all(int(tokens[anchor, i]) == int(text[i + 1]) for i in range(k)):
             wanted += float(loss) * 0.8 ** int(k)
         else:
@@ -68,18 +68,6 @@ def test_a_draft_is_reached_where_all_before_it_are_the_texts_tokens(target: Tar
 
 
 @torch.no_grad()
-def test_own_tokens_are_fed_whatever_the_text_goes_on_with(target: Target) -> None:
-    """They are those of the text where it goes on with the head's own drafts, and else are not."""
-    head, batch = noisy_head(target), batch_of(target)
-    forced = loss_of(head, target, batch, "teacher_forced")
-    own = loss_of(head, target, batch, "own_tokens")
-    assert own != pytest.approx(forced, rel=1e-3)
-    for _ in range(K):  # one round more is the head's own each time
-        fed_as_text(batch, by_anchor(head, target, batch)[1])
-    assert loss_of(head, target, batch, "teacher_forced") == pytest.approx(own, rel=1e-5)
-
-
-@torch.no_grad()
 def test_hits_after_a_miss_are_not_accepted(target: Target) -> None:
     """The teacher agrees with every draft but the second, of every other anchor the first too."""
     head, batch = noisy_head(target), batch_of(target)
@@ -87,7 +75,7 @@ def test_hits_after_a_miss_are_not_accepted(target: Target) -> None:
     best = tokens.clone()
     best[:, 1] += 1
     best[::2, 0] += 1
-    batch.teacher_ids[..., 0] = best.view(*batch.rows.shape, K)
+    batch.teacher_ids[..., 0] = best.view(*batch.rows.at.shape, K)
     c = TrainConfig(rounds=K, vocabulary="exact", precision="float32")
     sums = batch_sums(head, target, batch, c, None)
     beyond = drafts.anchor[drafts.round == 1]

@@ -22,8 +22,10 @@ from headstart.common.children import HOST
 from headstart.common.signals import Interrupted
 from headstart.configs.schema import Config
 from headstart.train import loop
+from headstart.train import run as run_module
+from headstart.train import step as step_module
 from headstart.train.checkpoints import checkpoints
-from headstart.train.loop import train
+from headstart.train.run import train
 from headstart.train.run_folder import read_status
 from headstart.train.step import Diverged
 from tests.helpers.runs import fill, metrics, tiny_config
@@ -42,14 +44,14 @@ def child(folder: Path, ready: Path) -> None:
     """What is killed; it begins to train when it has told so."""
     torch.set_num_threads(1)
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
-    begin = loop.open_target
+    begin = run_module.open_target
 
     def tell(*args: Any) -> Any:
         target = begin(*args)
         ready.touch()
         return target
 
-    loop.open_target = tell  # type: ignore[assignment]
+    run_module.open_target = tell  # type: ignore[assignment]
     train(config_of(folder), resume=True)
 
 
@@ -127,14 +129,14 @@ def test_kills_at_random_moments_change_nothing_of_what_a_run_comes_to(tmp_path:
 def test_a_request_to_stop_saves_the_step_in_hand(
     kind: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rate = loop.learning_rate
+    rate = step_module.learning_rate
 
     def stop_in_step_6(now: int, *args: Any) -> float:
         if now == 5:
             os.kill(os.getpid(), kind)
         return rate(now, *args)
 
-    monkeypatch.setattr(loop, "learning_rate", stop_in_step_6)
+    monkeypatch.setattr(step_module, "learning_rate", stop_in_step_6)
     with pytest.raises(Interrupted, match="stopped after step 6, saved; go on with --resume"):
         train(config_of(tmp_path / "run"))
     assert checkpoints(tmp_path / "run" / "checkpoints")[-1].name == "step-000006"
@@ -148,14 +150,14 @@ def cut(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of 8 steps with checkpoints of steps 4 and 8, to be gone on with."""
     folder = tmp_path_factory.mktemp("cut") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        rate = loop.learning_rate
+        rate = step_module.learning_rate
 
         def stop_in_step_8(now: int, *args: Any) -> float:
             if now == 7:
                 os.kill(os.getpid(), signal.SIGTERM)
             return rate(now, *args)
 
-        patch.setattr(loop, "learning_rate", stop_in_step_8)
+        patch.setattr(step_module, "learning_rate", stop_in_step_8)
         with pytest.raises(Interrupted):
             train(config_of(folder))
     return folder
@@ -239,7 +241,7 @@ def test_a_nan_in_one_batch_stops_the_run_and_names_its_documents(
         batch = draw(self, number)
         batches.append([name for row in batch.document_ids for name in row])
         if len(batches) == 3:
-            batch.text_hidden[1] = torch.nan
+            batch.texts.hidden[1] = torch.nan
         return batch
 
     monkeypatch.setattr(loop.AnchorLoader, "batch", noted)
@@ -263,13 +265,13 @@ def test_a_nan_in_one_batch_stops_the_run_and_names_its_documents(
 def test_a_loss_that_explodes_stops_the_run_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = loop.batch_sums
+    real = step_module.batch_sums
 
     def exploding(*args: Any) -> dict[str, torch.Tensor]:
         sums = real(*args)
         return {**sums, "loss_sum": sums["loss_sum"] * torch.inf}
 
-    monkeypatch.setattr(loop, "batch_sums", exploding)
+    monkeypatch.setattr(step_module, "batch_sums", exploding)
     with pytest.raises(Diverged, match=r"loss_sum is (inf|nan).*there is no checkpoint yet; lower"):
         train(config_of(tmp_path / "run"))
 

@@ -12,7 +12,7 @@ from headstart.heads.loading import load_target
 from headstart.heads.saving import load_assistant, rope_position
 from headstart.heads.target import Target
 from headstart.heads.unroll import DraftHead
-from headstart.train.loop import train
+from headstart.train.run import train
 from tests.helpers.heads import FULL, NARROW, finished, greedy_document
 from tests.helpers.models import make_target
 from tests.helpers.runs import metrics, take_every_head, tiny_config
@@ -30,10 +30,11 @@ def test_a_warm_head_starts_as_the_head_that_it_is_made_from(
     folder = finished(target, tmp_path / "head", width)
     head, wanted = DraftHead(warm_assistant(target, folder)), load_assistant(folder, torch.float32)
     batch = rows_of(target)
-    embeds = target.embed(batch.tokens)
     with torch.no_grad():
-        states = head(batch.hidden, embeds, batch.rows, batch.shared_kv)[0]
-        theirs = DraftHead(wanted)(batch.hidden, embeds, batch.rows, batch.shared_kv)[0]
+        states, theirs = (
+            one(batch.texts, batch.rows, target.embed, "newest")[0]
+            for one in (head, DraftHead(wanted))
+        )
     logits = states @ head.draft_table(target.table).T
     torch.testing.assert_close(logits, theirs @ wanted.lm_head.weight.T)
     trained = head.trainable()

@@ -17,7 +17,8 @@ from headstart.eval.acceptance import RecallCounts
 from headstart.eval.page import decoder_name
 from headstart.eval.plots import figures
 from headstart.train import loop
-from headstart.train.loop import train
+from headstart.train import step as step_module
+from headstart.train.run import train
 from headstart.train.run_folder import read_run, read_status, run_folder, summary_text
 from headstart.train.tracking import log_report
 from tests.helpers.reports import usual
@@ -33,14 +34,14 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     cache = f"data.cache_dir={folder.parent / 'cache'}"
     train(tiny_config(folder / "good", *SHORT, cache))
     with pytest.MonkeyPatch.context() as patch:
-        rate = loop.learning_rate
+        rate = step_module.learning_rate
 
         def stop_in_step_6(now: int, *args: Any) -> float:
             if now == 5:
                 os.kill(os.getpid(), signal.SIGTERM)
             return rate(now, *args)
 
-        patch.setattr(loop, "learning_rate", stop_in_step_6)
+        patch.setattr(step_module, "learning_rate", stop_in_step_6)
         with pytest.raises(Interrupted):
             train(tiny_config(folder / "stopped", *SHORT, cache))
     with pytest.raises(ValueError, match="no prompt file"):
@@ -168,8 +169,8 @@ def test_summary_and_status_agree_with_the_metrics(root: Path) -> None:
 
 def test_the_bar_and_a_validation_say_the_figures_of_their_row() -> None:
     row = {"loss": 1.25, "batch_acceptance_length": 1.5, "rows": 64}
-    assert loop._status(row, 0.0, None) == "loss 1.250 accept 1.50 0 tok/s"
-    assert loop._status(row, 1.75, 2.5) == "loss 1.250 accept 1.50 held out 1.75 160 tok/s"
+    assert loop.status_text(row, 0.0, None) == "loss 1.250 accept 1.50 0 tok/s"
+    assert loop.status_text(row, 1.75, 2.5) == "loss 1.250 accept 1.50 held out 1.75 160 tok/s"
     tops = RecallCounts.tops()
     recall = {kind: {top: i / 8 for i, top in enumerate(tops)} for kind in ("argmax", "mass")}
     found = {"acceptance_length": 1.5, "dense_acceptance_length": 1.625, "recall": recall}
