@@ -208,6 +208,11 @@ def plain_console(width: int | None = None) -> Console:
     return _PlainConsole(width=width, markup=False, emoji=False)
 
 
+def wide_console() -> Console:
+    """For wide tables: outside a terminal rich assumes 80 columns and would fold every cell."""
+    return plain_console(None if sys.stdout.isatty() else 165)
+
+
 # What could move the cursor, color, rename or fill a terminal is shown, not sent; nor is what turns
 # the order of characters around, so that a name reads as another.
 _CONTROLS = {c: chr(0x2400 + c) for c in range(32) if chr(c) not in "\n\t"} | {127: "\u2421"}

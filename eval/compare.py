@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from headstart.common.console import one_line
-from headstart.eval.page import decoder_name, wide_console
+from headstart.common.console import one_line, wide_console
+from headstart.eval.page import decoder_name
 from headstart.eval.statistics import OWN_LENGTH, interval, resampled
 
 ENOUGH = 5  # texts, below which prompts drawn with replacement tell nothing of others

@@ -342,13 +342,3 @@ def _last_logits(target: Target, ids: list[int], first: int, rows: int) -> torch
                 **{CACHE: cache},
             ).logits[0, -1]
     return logits.float()
-
-
-def ends_in_loop(tokens: list[int]) -> bool:
-    """Whether the second half of a text repeats what stands before it, with a period of up to a
-    quarter of its length."""
-    half = len(tokens) // 2
-    return any(
-        tokens[half:] == tokens[half - period : len(tokens) - period]
-        for period in range(1, len(tokens) // 4 + 1)
-    )

@@ -22,10 +22,10 @@ from headstart.eval.decoding import (
     Parting,
     Side,
     decode,
-    ends_in_loop,
     explain_parting,
     parting,
 )
+from headstart.eval.statistics import ends_in_loop
 from headstart.heads.target import Target
 from headstart.heads.tokens import Sampling
 

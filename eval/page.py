@@ -3,17 +3,15 @@
 import io
 import json
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 from matplotlib import style
 from matplotlib.figure import Figure
-from rich.console import Console
 from rich.table import Table
 
-from headstart.common.console import in_markdown, markdown_row, one_line, plain_console
+from headstart.common.console import in_markdown, markdown_row, one_line, wide_console
 from headstart.common.files import write_atomically
 from headstart.eval.plots import INK, STYLE, figures, group_name
 
@@ -107,11 +105,6 @@ def remarks(content: dict[str, Any]) -> list[str]:
             f"{worst:.3g} apart: {why}"
         )
     return lines
-
-
-def wide_console() -> Console:
-    """For wide tables: outside a terminal rich assumes 80 columns and would fold every cell."""
-    return plain_console(None if sys.stdout.isatty() else 165)
 
 
 def print_report(content: dict[str, Any]) -> None:

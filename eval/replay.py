@@ -18,7 +18,7 @@ from accelerate.utils import send_to_device
 from rich.table import Table
 from transformers import PreTrainedModel
 
-from headstart.common.console import counted
+from headstart.common.console import counted, wide_console
 from headstart.common.files import write_figures
 from headstart.common.machine import environment
 from headstart.common.processes import in_step
@@ -26,9 +26,7 @@ from headstart.configs.schema import RopePosition
 from headstart.data.loader import candidate_rows, gather_rows
 from headstart.data.store import ActivationStore, Documents
 from headstart.eval.acceptance import AcceptanceCounts, RecallCounts, walk_rounds, zero_counts
-from headstart.eval.decoding import ends_in_loop
-from headstart.eval.page import wide_console
-from headstart.eval.statistics import interval, resampled
+from headstart.eval.statistics import ends_in_loop, interval, resampled
 from headstart.heads.assistant import check_pair
 from headstart.heads.target import Target
 from headstart.heads.unroll import DraftHead

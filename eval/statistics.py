@@ -1,4 +1,5 @@
-"""How far sums over texts would differ over other prompts, and in words which decoder to use here.
+"""How far sums over texts would differ over other prompts, which texts loop, and in words which
+decoder to use here.
 
 Letters: K draft tokens, P prompts, S resamples.
 """
@@ -40,6 +41,16 @@ def interval(values: np.ndarray) -> tuple[float, float]:
     are."""
     low, high = np.percentile(values[1:], [2.5, 97.5])
     return float(low), float(high)
+
+
+def ends_in_loop(tokens: list[int]) -> bool:
+    """Whether the second half of a text repeats what stands before it, with a period of up to a
+    quarter of its length."""
+    half = len(tokens) // 2
+    return any(
+        tokens[half:] == tokens[half - period : len(tokens) - period]
+        for period in range(1, len(tokens) // 4 + 1)
+    )
 
 
 NAMES = {

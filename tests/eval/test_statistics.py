@@ -4,11 +4,11 @@ from dataclasses import replace
 
 import pytest
 
-from headstart.eval.decoding import Decoded, ends_in_loop
+from headstart.eval.decoding import Decoded
 from headstart.eval.draft_cost import Costs
 from headstart.eval.measurements import Text
 from headstart.eval.report import noise, summarise
-from headstart.eval.statistics import interval, resampled, verdict
+from headstart.eval.statistics import ends_in_loop, interval, resampled, verdict
 
 
 def test_a_text_that_ends_in_a_loop_is_told_from_one_that_does_not() -> None:
