@@ -7,6 +7,18 @@ from pathlib import Path
 from typing import Any, get_args
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser that has `--debug`, as those of all its commands have."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        # Suppressed, or the default of a command would replace what stands before its name.
+        self.add_argument(
+            "--debug", action="store_true", default=argparse.SUPPRESS,
+            help="show the traceback of a failure",
+        )  # fmt: skip
+
+
 def count(text: str) -> int:
     """For argparse: a whole number, 1 or more."""
     value = int(text)
@@ -74,7 +86,12 @@ def default_device() -> Any:
 
 
 def add_target_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what is done to the target of a command before it is served."""
+    """Add in which dtype a command loads its target, and what is done to that before it is
+    served."""
+    parser.add_argument(
+        "--dtype", choices=("auto", "bfloat16", "float32"), default="auto",
+        help="of the target and of heads (default auto: what pays on this machine)",
+    )  # fmt: skip
     parser.add_argument(
         "--adapter", action="append", default=[], metavar="ADAPTER",
         help="folder or Hub id (ID@REVISION) of a PEFT adapter on the target; may come again, and "
@@ -112,7 +129,7 @@ def target_config(args: argparse.Namespace) -> Any:
 
 
 def add_config_arguments(parser: argparse.ArgumentParser, required: bool = False) -> None:
-    """Add `--config`, `--debug` and the `key=value` settings.
+    """Add `--config` and the `key=value` settings.
 
     Args:
         parser: of a command.
@@ -122,7 +139,6 @@ def add_config_arguments(parser: argparse.ArgumentParser, required: bool = False
     parser.add_argument(
         "--config", required=required, type=Path, metavar="FILE", help=f"run YAML{default}"
     )
-    parser.add_argument("--debug", action="store_true", help="show the traceback of a failure")
     parser.add_argument(
         "overrides",
         nargs="*",

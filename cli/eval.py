@@ -25,7 +25,12 @@ this machine), hybrid (cost, and lookups in the text), lookup (no head), draft-m
 
 
 def add_eval_commands(commands: Any) -> None:
-    """Add them to the subparsers of `headstart`."""
+    """Add `eval` and `compare` to the subparsers of `headstart`."""
+    _add_eval(commands)
+    _add_compare(commands)
+
+
+def _add_eval(commands: Any) -> None:
     evaluate = commands.add_parser(
         "eval",
         help="compare plain and assisted decoding on prompts",
@@ -74,25 +79,18 @@ def add_eval_commands(commands: Any) -> None:
         help="of the sampling; 0 is greedy (default 0)",
     )  # fmt: skip
     add(
-        "--top-p",
-        type=float,
-        default=1.0,
-        metavar="P",
+        "--top-p", type=float, default=1.0, metavar="P",
         help="sample from the likeliest tokens of mass P",
-    )
+    )  # fmt: skip
     add("--top-k", type=count, metavar="N", help="sample from the N likeliest tokens")
     add("--max-new-tokens", type=count, default=64, metavar="N")
     add("--limit", type=count, metavar="M", help="measure M prompts, dealt over the categories")
-    add(
-        "--dtype", choices=("auto", "bfloat16", "float32"), default="auto",
-        help="of target and heads; in float32 texts must equal plain decoding (default auto: what "
-        "pays on this machine)",
-    )  # fmt: skip
     add("--out", required=True, type=Path, metavar="DIR", help="for the report")
     add("--resume", action="store_true", help="go on with the prompts that DIR does not have yet")
-    add("--debug", action="store_true", help="show the traceback of a failure")
     evaluate.set_defaults(command=_run_eval)
 
+
+def _add_compare(commands: Any) -> None:
     compare = commands.add_parser(
         "compare",
         help="say what changed from one report to another",
@@ -108,13 +106,12 @@ def add_eval_commands(commands: Any) -> None:
     compare.add_argument(
         "--decoders", type=decoders, metavar="X,Y", help="decoder X of A against decoder Y of B"
     )
-    compare.add_argument("--debug", action="store_true", help="show the traceback of a failure")
     compare.set_defaults(command=_run_compare)
 
 
 def _run_eval(args: argparse.Namespace) -> None:
     from headstart.configs.schema import EvalConfig
-    from headstart.eval.measurements import asked_by_heads
+    from headstart.eval.asked import asked_by_heads
     from headstart.eval.replay import run_estimate
     from headstart.eval.report import run_evaluation
     from headstart.heads.loading import load_served, load_target
@@ -122,16 +119,11 @@ def _run_eval(args: argparse.Namespace) -> None:
 
     told = {} if args.prompts is None else {"prompts": args.prompts}
     chosen = EvalConfig(
-        **told,
-        num_assistant_tokens=args.num_assistant_tokens,
-        decoders=args.decoders,
-        draft_models=args.draft_model,
-        temperatures=args.temperature,
-        top_p=args.top_p,
-        top_k=args.top_k,
-        max_new_tokens=args.max_new_tokens,
-        limit=args.limit,
-    )  # before the weights are loaded: wrong settings are told at once
+        **told, num_assistant_tokens=args.num_assistant_tokens, decoders=args.decoders,
+        draft_models=args.draft_model, temperatures=args.temperature, top_p=args.top_p,
+        top_k=args.top_k, max_new_tokens=args.max_new_tokens, limit=args.limit,
+    )  # fmt: skip
+    # Wrong settings are told before the weights are loaded.
     asked = asked_by_heads(args.head)
     device = default_device()
     target = load_served(target_config(args), device)
@@ -144,7 +136,9 @@ def _run_eval(args: argparse.Namespace) -> None:
         return
     of_target = str(dtype).removeprefix("torch.")
     models = {name: load_target(name, of_target, device=device).model for name in args.draft_model}
-    run_evaluation(target, heads, chosen, args.out, args.resume, models, asked)
+    run_evaluation(
+        target, heads, chosen, args.out, resume=args.resume, draft_models=models, asked=asked
+    )
 
 
 def _run_compare(args: argparse.Namespace) -> None:
@@ -176,20 +170,13 @@ def add_check_command(commands: Any) -> None:
     add("target", metavar="TARGET", help="gemma3-270m, a folder, a Hub id or a GGUF file")
     add_target_arguments(check)
     add(
-        "--head",
-        action="append",
-        default=[],
-        metavar="HEAD",
+        "--head", action="append", default=[], metavar="HEAD",
         help="folder (RUN/head) or Hub id of a draft head for the target; may come again",
-    )
+    )  # fmt: skip
     add(
         "--prompts", action="append", default=[], metavar="SET",
         help="prompts or conversations: a file, a folder, a Hub dataset or a benchmark's name; may "
         "come again",
-    )  # fmt: skip
-    add(
-        "--dtype", choices=("auto", "bfloat16", "float32"), default="auto",
-        help="of the weights (default auto: bfloat16 where the machine computes in it)",
     )  # fmt: skip
     add_config_arguments(check)
     check.set_defaults(command=_run_check)

@@ -20,11 +20,9 @@ def add_heads_commands(commands: Any) -> None:
     )
     describe.add_argument("head", metavar="DIR", help="folder or Hub id of a draft head")
     describe.add_argument(
-        "--target",
-        metavar="NAME",
+        "--target", metavar="NAME",
         help="gemma3-270m, a folder or a Hub id: the cost in steps of this target too",
-    )
-    describe.add_argument("--debug", action="store_true", help="show the traceback of a failure")
+    )  # fmt: skip
     describe.set_defaults(command=_run_describe)
 
     order = kinds.add_parser(
@@ -46,12 +44,9 @@ def add_heads_commands(commands: Any) -> None:
         "--top-k", type=count, metavar="N", help="clusters whose tokens a draft is chosen from"
     )
     order.add_argument(
-        "--steps",
-        type=natural,
-        default=500,
-        metavar="N",
+        "--steps", type=natural, default=500, metavar="N",
         help="of learning (default 500); 0 with --rebuild: centroids are the means of the clusters",
-    )
+    )  # fmt: skip
     add_config_arguments(order)
     order.set_defaults(command=_run_order)
 

@@ -12,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from headstart.cli.arguments import add_config_arguments
+from headstart.cli.arguments import Parser, add_config_arguments
 from headstart.cli.data import add_data_commands
 from headstart.cli.eval import add_check_command, add_eval_commands
 from headstart.cli.heads import add_heads_commands
@@ -110,10 +110,11 @@ def _one_line(error: Exception) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="headstart",
         description="Give any Gemma model its own multi-token-prediction (MTP) draft head.",
     )
+    parser.set_defaults(debug=False)
     parser.add_argument("--version", action="version", version=f"headstart {version('headstart')}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 

@@ -57,7 +57,6 @@ def add_publish_command(commands: Any) -> None:
     add("--public", action="store_true", help="a repository that all can see (default: private)")
     add("--branch", metavar="NAME", help="of the repository (default: main)")
     add("--pr", action="store_true", help="open a pull request")
-    add("--debug", action="store_true", help="show the traceback of a failure")
     publish.set_defaults(command=_run_publish)
 
 
@@ -109,7 +108,6 @@ def add_serving_commands(commands: Any) -> None:
     add("--out", required=True, type=Path, metavar="DIR")
     _add_dense(export)
     add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="(default bfloat16)")
-    add("--debug", action="store_true", help="show the traceback of a failure")
     export.set_defaults(command=_run_export)
 
     engines = commands.add_parser("engines", help="serving engines in environments of their own")
@@ -122,7 +120,6 @@ def add_serving_commands(commands: Any) -> None:
         epilog="example: headstart engines install llama.cpp",
     )
     install.add_argument("engine", type=installed_engine, metavar="ENGINE", help=INSTALLABLE)
-    install.add_argument("--debug", action="store_true", help="show the traceback of a failure")
     install.set_defaults(command=_run_install)
 
     check = commands.add_parser(
@@ -148,12 +145,7 @@ def add_serving_commands(commands: Any) -> None:
     add("--num-assistant-tokens", type=count, default=4, metavar="K", help="(default 4)")
     add("--max-new-tokens", type=count, default=64, metavar="N", help="(default 64)")
     _add_dense(check)
-    add(
-        "--dtype", choices=("auto", "bfloat16", "float32"), default="auto",
-        help="of target and head (default auto: what pays on this machine)",
-    )  # fmt: skip
     add("--out", required=True, type=Path, metavar="DIR")
-    add("--debug", action="store_true", help="show the traceback of a failure")
     check.set_defaults(command=_run_check)
 
 
@@ -175,8 +167,8 @@ def _run_export(args: argparse.Namespace) -> None:
     config = load_target_config(args.target, args.revision)
     tokens = load_target_tokens(TargetConfig(name=args.target, revision=args.revision))
     remarks = export_for_engine(
-        args.head, args.to, config, tokens.tokenizer, args.out, args.dense,
-        getattr(torch, args.dtype),
+        args.head, args.to, config, tokens.tokenizer, args.out, dense=args.dense,
+        dtype=getattr(torch, args.dtype),
     )  # fmt: skip
     for remark in remarks:
         say(remark)
@@ -207,4 +199,3 @@ def _run_check(args: argparse.Namespace) -> None:
         args.engine, args.head, args.num_assistant_tokens, args.max_new_tokens, args.dense
     )
     print_serve_check(serve_check(target, config, check, prompts, args.out))
-    print(f"Written: {args.out / 'serve-check.json'}")

@@ -33,10 +33,6 @@ def add_adapt_command(commands: Any) -> None:
     add("--target", required=True, help="the tuned target: a folder, a Hub id or a GGUF file")
     add_target_arguments(adapt)
     add(
-        "--dtype", choices=("auto", "bfloat16", "float32"), default="auto",
-        help="of the target (default auto: what pays on this machine)",
-    )  # fmt: skip
-    add(
         "--head", required=True, metavar="HEAD",
         help="folder or Hub id of the head to go on from: of the target before it was tuned",
     )  # fmt: skip
@@ -77,7 +73,6 @@ def add_adapt_command(commands: Any) -> None:
     )  # fmt: skip
     add("--measure-only", action="store_true", help="say what was lost, and stop there")
     add("--out", required=True, type=Path, metavar="DIR", help="for the report and the head")
-    add("--debug", action="store_true", help="show the traceback of a failure")
     add(
         "overrides", nargs="*", metavar="key=value",
         help="settings of the training, such as head.lora={rank: 16} or data.max_new_tokens=256",
@@ -185,7 +180,6 @@ def _add_draft(kinds: Any) -> None:
         help="tokens in the target's cache (default 128)",
     )
     _add_json(draft)
-    draft.add_argument("--debug", action="store_true", help="show the traceback of a failure")
     draft.set_defaults(command=_run_draft)
 
 
@@ -221,8 +215,6 @@ def add_runs_commands(commands: Any) -> None:
     )
     show.add_argument("run", type=Path, metavar="RUN")
     show.set_defaults(command=_run_show)
-    for parser in (listing, show):
-        parser.add_argument("--debug", action="store_true", help="show the traceback of a failure")
 
 
 def _run_list(args: argparse.Namespace) -> None:

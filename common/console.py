@@ -5,10 +5,10 @@ import os
 import re
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeVar
 
 from rich.console import Console
 from rich.progress import (
@@ -23,6 +23,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
+T = TypeVar("T")
 LOG_SECONDS = "HEADSTART_LOG_SECONDS"  # in the environment: between two lines in a log
 SPEED_PERIOD = 300.0  # seconds that a rate is taken over: a batch may take a minute
 
@@ -144,6 +145,15 @@ def _duration(seconds: float | None) -> str:
     return str(timedelta(seconds=round(seconds or 0)))
 
 
+def counted(items: Sequence[T], description: str, done: int = 0) -> Iterator[T]:
+    """The items, under a bar of how many are done of them and of those that were `done` before."""
+    with progress_bar() as bar:
+        task = bar.add_task(description, total=done + len(items), completed=done, status="")
+        for item in items:
+            yield item
+            bar.update(task, advance=1)
+
+
 @contextmanager
 def phase(description: str) -> Iterator[None]:
     """Show that something of unknown length is under way, such as weights that are loaded."""
@@ -196,6 +206,11 @@ def plain_console(width: int | None = None) -> Console:
         width: in characters; None: that of the terminal.
     """
     return _PlainConsole(width=width, markup=False, emoji=False)
+
+
+def wide_console() -> Console:
+    """For wide tables: outside a terminal rich assumes 80 columns and would fold every cell."""
+    return plain_console(None if sys.stdout.isatty() else 165)
 
 
 # What could move the cursor, color, rename or fill a terminal is shown, not sent; nor is what turns

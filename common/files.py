@@ -67,7 +67,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     except BaseException as error:
         shutil.rmtree(work, ignore_errors=True)
         if isinstance(error, OSError | SafetensorError):
-            raise OSError(_unwritten(folder, error)) from error
+            raise _unwritten(folder, error) from error
         raise
 
 
@@ -123,8 +123,7 @@ def refuse_link(path: Path) -> None:
 def plain_name(name: object, told_by: Path) -> str:
     """A file's name that another file tells of; it stays within the folder of that one, or raises
     `ValueError`."""
-    plain = isinstance(name, str) and name == Path(name).name and name not in ("", "..")
-    if not isinstance(name, str) or not plain or "\0" in name:
+    if not isinstance(name, str) or name != Path(name).name or name in ("", "..") or "\0" in name:
         raise ValueError(f"{told_by} names {name!r}, which is no file of its folder")
     return name
 
@@ -140,8 +139,8 @@ def _opener(name: str | Path, flags: int) -> int:
 
 
 def open_own(path: Path, mode: str) -> IO[Any]:
-    """`path.open(mode)` to write to a file that we made or are to make; `ValueError`: it is a link
-    or a pipe."""
+    """`path.open(mode)` of a file that we made or are to make; `ValueError`: it is a link or a
+    pipe."""
     return open(path, mode, encoding=None if "b" in mode else "utf-8", opener=_opener)
 
 
@@ -160,8 +159,8 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _unwritten(path: Path, error: Exception) -> str:
-    return (
+def _unwritten(path: Path, error: Exception) -> OSError:
+    return OSError(
         f"{path} could not be written ({error}); finished files are kept: make room, then run the "
         "same command again"
     )
@@ -199,24 +198,15 @@ def whole_file(path: Path) -> Iterator[Path]:
         _sync(path.parent)
     except (OSError, SafetensorError) as error:
         work.unlink(missing_ok=True)
-        raise OSError(_unwritten(path, error)) from error
+        raise _unwritten(path, error) from error
     finally:
         with suppress(OSError):  # it holds another file that is being written
             work.parent.rmdir()
 
 
-LOCK = ".lock"  # held by the process that works in a folder; it goes with the process
-
-
-@contextmanager
-def _opened(folder: Path, flags: int) -> Iterator[int]:
-    """The descriptor of a folder's lock. It is never written to: a folder of a stranger's may have
-    a hard link to a file of the user's."""
-    descriptor = _opener(folder / LOCK, flags)
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
+# Held by the process that works in a folder; it goes with the process. Nothing is ever written to
+# it: a folder of a stranger's may have a hard link to a file of the user's.
+LOCK = ".lock"
 
 
 @contextmanager
@@ -234,15 +224,14 @@ def alone_in(folder: Path, other: str | None = None) -> Iterator[None]:
         ValueError: the lock is a link, or no file; or another process works there, with `other`.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with _opened(folder, os.O_RDWR | os.O_CREAT) as lock:
+    with open_own(folder / LOCK, "ab") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             busy = f"another process works in {folder}"
             if other is not None:
-                raise ValueError(
-                    f"{busy}: wait for its end, or name another folder, {other}"
-                ) from error
+                fix = f"wait for its end, or name another folder, {other}"
+                raise ValueError(f"{busy}: {fix}") from error
             print(one_line(f"{busy}, waiting for it"), file=sys.stderr)
             fcntl.flock(lock, fcntl.LOCK_EX)
         remove_left_behind(folder, WORK)
@@ -257,7 +246,7 @@ def is_held(folder: Path) -> bool:
     """
     if not os.path.lexists(folder / LOCK):
         return False
-    with _opened(folder, os.O_RDONLY) as lock:
+    with open_own(folder / LOCK, "rb") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -8,6 +8,7 @@ Letters: K draft tokens a round, N drafts, C clusters, k teacher tokens.
 
 from dataclasses import dataclass
 from itertools import pairwise
+from operator import add
 from typing import Any
 
 import torch
@@ -108,13 +109,13 @@ TOP = (8, 16, 32, 64)
 class RecallCounts:
     """Sums over drafts; divided once, at the end."""
 
-    drafts: float
+    drafts: float = 0.0
     """Drafts counted."""
-    argmax: tuple[float, ...]
+    argmax: tuple[float, ...] = (0.0,) * len(TOP)
     """For each of `TOP`: drafts whose teacher's best token is in that many best clusters."""
-    mass: tuple[float, ...]
+    mass: tuple[float, ...] = (0.0,) * len(TOP)
     """For each of `TOP`: the teacher's probability in them, over its stored top tokens."""
-    all_mass: float
+    all_mass: float = 0.0
     """That of all its stored top tokens."""
 
     @classmethod
@@ -141,17 +142,12 @@ class RecallCounts:
         )
 
     def __add__(self, other: "RecallCounts") -> "RecallCounts":
-        return RecallCounts.of_sums([a + b for a, b in zip(self.sums(), other.sums(), strict=True)])
-
-    def sums(self) -> list[float]:
-        """All counts in one list, to be added up over processes."""
-        return [self.drafts, self.all_mass, *self.argmax, *self.mass]
-
-    @classmethod
-    def of_sums(cls, sums: list[float]) -> "RecallCounts":
-        """The inverse of `sums`."""
-        drafts, all_mass, *rest = sums
-        return cls(drafts, tuple(rest[: len(TOP)]), tuple(rest[len(TOP) :]), all_mass)
+        return RecallCounts(
+            self.drafts + other.drafts,
+            tuple(map(add, self.argmax, other.argmax)),
+            tuple(map(add, self.mass, other.mass)),
+            self.all_mass + other.all_mass,
+        )
 
     @staticmethod
     def tops() -> list[str]:
@@ -160,16 +156,8 @@ class RecallCounts:
 
     def describe(self) -> dict[str, Any]:
         """`argmax` and `mass`, each number of clusters -> share."""
+        drafts, all_mass = max(self.drafts, 1), max(self.all_mass, 1e-9)
         return {
-            "argmax": {
-                str(n): a / max(self.drafts, 1) for n, a in zip(TOP, self.argmax, strict=True)
-            },
-            "mass": {
-                str(n): m / max(self.all_mass, 1e-9) for n, m in zip(TOP, self.mass, strict=True)
-            },
+            "argmax": dict(zip(self.tops(), [n / drafts for n in self.argmax], strict=True)),
+            "mass": dict(zip(self.tops(), [mass / all_mass for mass in self.mass], strict=True)),
         }
-
-
-def zero_recall() -> RecallCounts:
-    """The neutral element of the sum."""
-    return RecallCounts.of_sums([0.0] * (2 + 2 * len(TOP)))

@@ -1,6 +1,5 @@
 """Whether a target, its adapters, heads and prompts are whole and fit together, without a run."""
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass, field
@@ -36,20 +35,11 @@ class Finding:
 
 
 def check_inputs(
-    t: TargetConfig,
-    data: DataConfig,
-    heads: Sequence[str],
-    prompt_sets: Sequence[str],
-    device: Any,
+    t: TargetConfig, data: DataConfig, heads: Sequence[str], prompt_sets: Sequence[str], device: Any
 ) -> list[Finding]:
     """Admit a target with its adapters, heads and prompts, as a run does; nothing is trained.
 
-    Args:
-        t: the target.
-        data: how prompts are read and asked; those in its own `prompts` as it says there.
-        heads: folders or Hub ids.
-        prompt_sets: what `load_prompt_set` takes.
-        device: where the models go.
+    `data` says how prompts are read and asked; those in its own `prompts` as it says there.
     """
     found: list[Finding] = []
     target = _admit(found, Finding("target", t.name), partial(load_served, t, device), _described)
@@ -68,11 +58,11 @@ def check_inputs(
         rest += [("head", name) for name in heads] + [("prompts", name) for name in prompt_sets]
         return found + [Finding(kind, name, "not checked", why) for kind, name in rest]
     found += [Finding("adapter", adapter) for adapter in t.adapters]
-    found.append(Finding("tokenizer", target.name, lines=_reading(target)))
+    found.append(Finding("tokenizer", target.name, lines=[_reading(target)]))
     for name in heads:
-        _admit(found, Finding("head", name), partial(_head, name, target), _shape)
+        _admit(found, Finding("head", name), partial(_head, name, target), str)
     for name in prompt_sets:
-        _admit(found, Finding("prompts", name), partial(_prompts, name, target, data), _counts)
+        _admit(found, Finding("prompts", name), partial(_prompts, name, target, data), str)
     return found
 
 
@@ -80,7 +70,7 @@ def _admit(
     found: list[Finding],
     finding: Finding,
     load: Callable[[], Any],
-    describe: Callable[[Any], list[str]] = lambda loaded: [],
+    describe: Callable[[Any], str] = lambda loaded: "",
 ) -> Any:
     """What `load` gives, None where it refuses; the finding says which, in `found`."""
     found.append(finding)
@@ -91,46 +81,42 @@ def _admit(
             finding.result, finding.lines = "refused", [" ".join(str(error).split())]
             finding.error = error
             return None
-    finding.lines = [*describe(loaded), *lines]
+    finding.lines = [*filter(None, [describe(loaded)]), *lines]
     finding.result = "noted" if lines else "good"
     return loaded
 
 
-def _described(target: Target) -> list[str]:
+def _described(target: Target) -> str:
     weights = sum(weight.numel() for weight in target.model.parameters())
     dtype = str(target.table.dtype).removeprefix("torch.")
-    return [
+    return (
         f"{type(target.model).__name__}, {weights:,} weights in {dtype}, "
         f"{target.config.num_hidden_layers} layers, fingerprint {target.fingerprint[:12]}"
-    ]
+    )
 
 
-def _reading(target: Target) -> list[str]:
+def _reading(target: Target) -> str:
     ends = [repr(target.tokenizer.convert_ids_to_tokens(token)) for token in target.eos_ids]
     has = "has a chat template" if target.tokenizer.chat_template else "has no chat template"
-    return [f"{len(target.tokenizer):,} tokens, {has}; texts end with {' or '.join(ends)}"]
+    return f"{len(target.tokenizer):,} tokens, {has}; texts end with {' or '.join(ends)}"
 
 
-def _head(name: str, target: Target) -> Any:
-    head = load_assistant(name, target.table.dtype, target.device)
+def _head(name: str, target: Target) -> str:
+    """Load a head, hold it against the target, and describe it."""
+    head: Any = load_assistant(name, target.table.dtype, target.device)
     check_pair(target, head)
     if warning := other_target(target, head):
         say(warning)
-    return head
-
-
-def _shape(head: Any) -> list[str]:
     text = head.config.text_config
     weights = sum(weight.numel() for weight in head.parameters())
     lm_head = "ordered embeddings" if head.config.use_ordered_embeddings else "a full LM head"
-    return [
-        f"{weights:,} weights, {text.num_hidden_layers} layers of width {text.hidden_size}, "
-        f"{lm_head}"
-    ]
+    layers = f"{text.num_hidden_layers} layers of width {text.hidden_size}"
+    return f"{weights:,} weights, {layers}, {lm_head}"
 
 
-def _prompts(name: str, target: Target, data: DataConfig) -> Counter[str]:
-    """How many prompts have answers, and how many the target's template refuses and why."""
+def _prompts(name: str, target: Target, data: DataConfig) -> str:
+    """How many prompts there are and how many have answers; `ValueError` where the target's
+    template refuses one."""
     if name.partition("=")[0] in SETS:
         prompts = load_prompt_set(name)
     else:  # as training does: bad rows are counted, and a few are skipped
@@ -140,17 +126,15 @@ def _prompts(name: str, target: Target, data: DataConfig) -> Counter[str]:
         for line in counted.getvalue().splitlines():
             say(line)
     check_template(prompts, target)
-    counts: Counter[str] = Counter()
+    answers, refused = 0, []
     for prompt in prompts:
-        counts["prompts"] += 1
         try:
-            counts["answers"] += _encoded(prompt, target, data.chat_template_kwargs)
+            answers += _encoded(prompt, target, data.chat_template_kwargs)
         except ValueError as error:
-            counts[f"{prompt.id}: {error}"] += 1
-    if refused := counts.keys() - {"prompts", "answers"}:
-        first = next(reason for reason in counts if reason in refused)
-        raise ValueError(f"{len(refused)} of {counts['prompts']} are refused, first {first}")
-    return counts
+            refused.append(f"{prompt.id}: {error}")
+    if refused:
+        raise ValueError(f"{len(refused)} of {len(prompts)} are refused, first {refused[0]}")
+    return f"prompts: {len(prompts):,}, of them with an answer: {answers:,}"
 
 
 def _encoded(prompt: Prompt, target: Target, variables: dict[str, Any]) -> bool:
@@ -162,20 +146,14 @@ def _encoded(prompt: Prompt, target: Target, variables: dict[str, Any]) -> bool:
     return answered
 
 
-def _counts(counts: Counter[str]) -> list[str]:
-    return [f"prompts: {counts['prompts']:,}, of them with an answer: {counts['answers']:,}"]
-
-
 def print_findings(found: Sequence[Finding]) -> None:
     """Print one table.
 
     Raises:
         ValueError: something was refused.
     """
-    table = Table(
-        "input", Column("name", overflow="fold"), "result", Column("what", overflow="fold")
-    )
-    table.show_lines = True
+    name, what = (Column(header, overflow="fold") for header in ("name", "what"))
+    table = Table("input", name, "result", what, show_lines=True)
     for finding in found:
         lines = "\n".join(f"- {line}" if len(finding.lines) > 1 else line for line in finding.lines)
         table.add_row(finding.kind, finding.name, finding.result, lines)

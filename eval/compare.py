@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from headstart.common.console import one_line
-from headstart.eval.page import decoder_name, wide_console
+from headstart.common.console import one_line, wide_console
+from headstart.eval.page import decoder_name
 from headstart.eval.statistics import OWN_LENGTH, interval, resampled
 
 ENOUGH = 5  # texts, below which prompts drawn with replacement tell nothing of others
@@ -39,17 +39,12 @@ class Change:
     """Whether both reports measured these texts; else each was drawn by itself."""
 
     @property
-    def significant(self) -> bool:
-        """Whether the interval leaves out 0; of fewer than `ENOUGH` texts it says nothing."""
-        outside = self.interval[0] > 0 or self.interval[1] < 0
-        return outside and self.texts >= ENOUGH
-
-    @property
     def says(self) -> str:
-        """The same in words."""
+        """Whether the interval leaves out 0; of fewer than `ENOUGH` texts it says nothing."""
         if self.texts < ENOUGH:
             return "too few texts"
-        return "significant" if self.significant else "within chance"
+        low, high = self.interval
+        return "significant" if low > 0 or high < 0 else "within chance"
 
 
 def read_report(path: Path) -> dict[str, Any]:
@@ -77,14 +72,13 @@ def read_report(path: Path) -> dict[str, Any]:
 def compare(
     before: dict[str, Any], after: dict[str, Any], decoders: tuple[str, str] | None = None
 ) -> list[Change]:
-    """What changed from one report to another, for each side that both have.
+    """What changed from one report to another, or in the same one, for each side that both have.
 
     Sides are the same by decoder, K and temperature; by their head's name too, unless each report
     has one head.
 
     Args:
-        before: of a report.json.
-        after: of another, or the same.
+        before, after: of a report.json.
         decoders: that of `before` and that of `after` to compare, K by K where both keep to one.
 
     Raises:
@@ -92,6 +86,8 @@ def compare(
     """
     changes = []
     for result, other in _pairs(before, after, decoders):
+        names = [f"{decoder_name(r)} K={r['num_assistant_tokens']}" for r in (result, other)]
+        side = " -> ".join(dict.fromkeys(names))
         tables = [_table(before, result), _table(after, other)]
         if shared := tables[0].keys() & tables[1].keys():
             tables = [{key: table[key] for key in sorted(shared)} for table in tables]
@@ -102,7 +98,7 @@ def compare(
                 for table in tables
             ]
             if all(few):
-                changes += _changes(_name(result, other), category, few[0], few[1], bool(shared))
+                changes += _changes(side, category, few[0], few[1], bool(shared))
     if not changes:
         raise ValueError("the reports have no side (decoder, K, temperature, head) in common")
     return changes
@@ -132,11 +128,6 @@ def _table(content: dict[str, Any], result: dict[str, Any]) -> dict[tuple[str, i
     return {(row["id"], row["turn"]): row for row in rows}
 
 
-def _name(result: dict[str, Any], other: dict[str, Any]) -> str:
-    names = [f"{decoder_name(r)} K={r['num_assistant_tokens']}" for r in (result, other)]
-    return " -> ".join(dict.fromkeys(names))
-
-
 def _changes(
     side: str, category: str, before: list[Any], after: list[Any], paired: bool
 ) -> list[Change]:
@@ -144,10 +135,10 @@ def _changes(
     found = []
     for measure, of in MEASURES.items():
         old, new = of(sums[0]), of(sums[1])
-        apart = interval(new - old)
-        found.append(
-            Change(side, category, measure, float(old[0]), float(new[0]), apart, len(after), paired)
-        )
+        found.append(Change(
+            side, category, measure, float(old[0]), float(new[0]), interval(new - old),
+            texts=len(after), paired=paired,
+        ))  # fmt: skip
     return found
 
 
@@ -166,9 +157,7 @@ def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
 
 
 def print_changes(
-    before: dict[str, Any],
-    after: dict[str, Any],
-    decoders: tuple[str, str] | None = None,
+    before: dict[str, Any], after: dict[str, Any], decoders: tuple[str, str] | None
 ) -> None:
     """Print what changed as a table, what else is not the same, and how to read it."""
     console = wide_console()
@@ -178,11 +167,9 @@ def print_changes(
         table.add_column(name, justify="right" if name in ("before", "after", "texts") else "left")
     for c in changes:
         low, high = c.interval
-        table.add_row(
-            c.side, c.category, str(c.texts), c.measure, f"{c.before:.3f}", f"{c.after:.3f}",
-            f"{c.after - c.before:+.3f} ({low:+.3f} to {high:+.3f})",
-            c.says,
-        )  # fmt: skip
+        change = f"{c.after - c.before:+.3f} ({low:+.3f} to {high:+.3f})"
+        figures = str(c.texts), c.measure, f"{c.before:.3f}", f"{c.after:.3f}"
+        table.add_row(c.side, c.category, *figures, change, c.says)
     console.print(table)
     for line in differences(before, after):
         console.print(one_line(f"Not the same: {line}"))

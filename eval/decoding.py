@@ -21,14 +21,9 @@ from headstart.common.versions import CACHE
 from headstart.configs.schema import Decoder
 from headstart.eval.acceptance import AcceptanceCounts
 from headstart.eval.draft_cost import MAX_DRAFT_TOKENS, Costs
+from headstart.eval.statistics import NO_HEAD, OWN_LENGTH
 from headstart.heads.cpu_kernels import plain_strides
-from headstart.heads.decoder import (
-    CostRule,
-    ExactDecoding,
-    Heuristic,
-    Lookup,
-    exact_decoding,
-)
+from headstart.heads.decoder import CostRule, ExactDecoding, Heuristic, Lookup, exact_decoding
 from headstart.heads.target import Target
 from headstart.heads.tokens import Sampling
 
@@ -142,14 +137,10 @@ def decode(
 def _generation_config(
     target: Target, max_new_tokens: int, sampling: Sampling, lookup: int | None
 ) -> GenerationConfig:
-    chosen: dict[str, Any] = {"do_sample": False}
+    chosen: dict[str, Any] = {"do_sample": sampling.temperature > 0}
     if sampling.temperature:
-        chosen = {
-            "do_sample": True,
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "top_k": sampling.top_k or 0,  # unset, transformers takes 50
-        }
+        chosen |= {"temperature": sampling.temperature, "top_p": sampling.top_p}
+        chosen |= {"top_k": sampling.top_k or 0}  # unset, transformers takes 50
     return GenerationConfig(
         max_new_tokens=max_new_tokens,
         eos_token_id=target.eos_ids,
@@ -223,8 +214,10 @@ class Side:
         seed: int,
     ) -> Decoded:
         """One text."""
-        k, how = self.num_assistant_tokens, self.how
-        return decode(target, prompt_ids, max_new_tokens, self.assistant, k, how, sampling, seed)
+        return decode(
+            target, prompt_ids, max_new_tokens, self.assistant, self.num_assistant_tokens,
+            how=self.how, sampling=sampling, seed=seed,
+        )  # fmt: skip
 
 
 def make_sides(
@@ -243,35 +236,31 @@ def make_sides(
         draft_models: name -> small model.
         costs: head -> what `measure_costs` found.
     """
-    sides, ks = list[Side](), num_assistant_tokens
+    sides = list[Side]()
     for decoder in decoders:
-        if decoder == "lookup":
-            known = next(iter(costs.values()), None)
-            free = None if known is None else Costs(0.0, known["transformers"].v)
-            sides += [Side(decoder, None, k, None, None, free) for k in ks]
-        elif decoder == "draft-model":
-            models = draft_models.items()
-            sides += [
-                Side(decoder, name, k, model, None, None) for name, model in models for k in ks
-            ]
-        else:
-            for name, head in heads.items():
-                stock, exact = costs[name]["transformers"], costs[name]["exact"]
-                match decoder:
-                    case "transformers":
-                        sides += [Side(decoder, name, k, head, None, stock) for k in ks]
-                    case "exact":
-                        sides += [Side(decoder, name, k, head, ExactDecoding(), exact) for k in ks]
-                    case _:
-                        how = _choosing(decoder, exact)
-                        sides.append(Side(decoder, name, MAX_DRAFT_TOKENS, head, how, exact))
+        ks = [MAX_DRAFT_TOKENS] if decoder in OWN_LENGTH else num_assistant_tokens
+        models: Mapping[Any, Any] = heads
+        if decoder in NO_HEAD:
+            models = {None: None} if decoder == "lookup" else draft_models
+        for name, model in models.items():
+            cost: Costs | None = None
+            if decoder not in NO_HEAD:
+                cost = costs[name]["transformers" if decoder == "transformers" else "exact"]
+            elif decoder == "lookup" and costs:
+                cost = Costs(0.0, next(iter(costs.values()))["transformers"].v)
+            sides += [Side(decoder, name, k, model, _drafting(decoder, cost), cost) for k in ks]
     return sides
 
 
-def _choosing(decoder: Decoder, costs: Costs) -> ExactDecoding:
-    """The exact decoder with a rule that chooses K."""
+def _drafting(decoder: Decoder, costs: Costs | None) -> ExactDecoding | None:
+    """How the exact decoder drafts; None: the stock one does."""
+    if decoder == "exact":
+        return ExactDecoding()
     if decoder == "heuristic":
         return ExactDecoding(Heuristic(START, MAX_DRAFT_TOKENS))
+    if decoder not in OWN_LENGTH:
+        return None
+    assert costs is not None
     rule = CostRule(costs.c, costs.v)
     return ExactDecoding(rule, Lookup(rule) if decoder == "hybrid" else None)
 
@@ -316,15 +305,9 @@ def parting(plain: list[int], assisted: list[int]) -> int | None:
 def explain_parting(
     target: Target, prompt_ids: list[int], plain: list[int], assisted: list[int]
 ) -> Parting | None:
-    """Where and why two greedy texts part; None: they are equal.
-
-    Args:
-        target: in the dtype that they were decoded in.
-        prompt_ids: of both.
-        plain, assisted: the new tokens of each.
-    """
-    at = parting(plain, assisted)
-    if at is None:
+    """Where and why two greedy texts part, of which these are the new tokens; None: they are equal.
+    The target is in the dtype that they were decoded in."""
+    if (at := parting(plain, assisted)) is None:
         return None
     ids = prompt_ids + plain[:at]
     logits = _last_logits(target, ids, len(ids), len(ids))
@@ -359,13 +342,3 @@ def _last_logits(target: Target, ids: list[int], first: int, rows: int) -> torch
                 **{CACHE: cache},
             ).logits[0, -1]
     return logits.float()
-
-
-def ends_in_loop(tokens: list[int]) -> bool:
-    """Whether the second half of a text repeats what stands before it, with a period of up to a
-    quarter of its length."""
-    half = len(tokens) // 2
-    return any(
-        tokens[half:] == tokens[half - period : len(tokens) - period]
-        for period in range(1, len(tokens) // 4 + 1)
-    )

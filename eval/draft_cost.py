@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.table import Table
+from rich.table import Column, Table
 from transformers import DynamicCache, PreTrainedModel
 
-from headstart.common.console import plain_console, progress_bar
+from headstart.common.console import counted, plain_console
 from headstart.common.files import write_figures
 from headstart.common.machine import environment, synchronize
 from headstart.common.versions import CACHE
@@ -32,6 +32,7 @@ from headstart.heads.drafting import CleanKV, Drafter
 from headstart.heads.target import SharedKV, Target
 
 MAX_DRAFT_TOKENS = 8  # verifications are measured for K = 1 .. 8
+FOR_DRAFTS = {"output_hidden_states": True, "return_shared_kv_states": True}
 
 
 @dataclass(frozen=True)
@@ -63,10 +64,7 @@ class Moment:
     def verify(self, num_assistant_tokens: int) -> torch.Tensor:
         """Verify K draft tokens as the stock assisted decoder does: the target's own tokens
         [1, K + 1]. It asks for hidden states and shared KV, and compares in float32."""
-        outputs = self._go_on(
-            1 + num_assistant_tokens, output_hidden_states=True, return_shared_kv_states=True
-        )
-        return outputs.logits.float().argmax(dim=-1)
+        return self._go_on(1 + num_assistant_tokens, **FOR_DRAFTS).logits.float().argmax(dim=-1)
 
     def draft(self, assistant: PreTrainedModel, num_assistant_tokens: int) -> torch.Tensor:
         """Draft K tokens after token T + 1: [1, K].
@@ -81,23 +79,17 @@ class Moment:
         drafts = []
         for _ in range(num_assistant_tokens):
             outputs = assistant(
-                inputs_embeds=torch.cat([embed(token), hidden], dim=-1),
-                attention_mask=mask,
-                position_ids=position,
-                shared_kv_states=self.shared_kv,
-                use_cache=False,
-            )
+                inputs_embeds=torch.cat([embed(token), hidden], dim=-1), attention_mask=mask,
+                position_ids=position, shared_kv_states=self.shared_kv, use_cache=False,
+            )  # fmt: skip
             token, hidden = outputs.logits.argmax(dim=-1), outputs.last_hidden_state
             drafts.append(token)
         return torch.cat(drafts, dim=1)
 
     def draft_exact(self, drafter: Drafter, num_assistant_tokens: int) -> list[int]:
         """Draft K tokens after token T + 1 as the exact decoder does."""
-        token = self.ids[:, self.context + 1 : self.context + 2]
-        drafts = drafter.draft(
-            token, self.hidden, self.kv, num_assistant_tokens, frozenset(), goes_on=None
-        )
-        return drafts.tokens
+        token, k = self.ids[:, self.context + 1 : self.context + 2], num_assistant_tokens
+        return drafter.draft(token, self.hidden, self.kv, k, frozenset(), goes_on=None).tokens
 
     def restore(self) -> None:
         """Take the rows after the context out of the cache again."""
@@ -127,21 +119,16 @@ def prepare(target: Target, context: int) -> Moment:
     does not depend on their values, but in a mixture of experts, where chance decides how many of
     them a verification reads.
     """
-    vocab_size = target.config.vocab_size
-    ids = torch.randint(
-        vocab_size // 4,
-        3 * vocab_size // 4,
-        (1, context + MAX_DRAFT_TOKENS + 1),
-        generator=torch.Generator().manual_seed(0),
-    ).to(target.device)
+    size, shape = target.config.vocab_size, (1, context + MAX_DRAFT_TOKENS + 1)
+    seeded = torch.Generator().manual_seed(0)
+    ids = torch.randint(size // 4, 3 * size // 4, shape, generator=seeded).to(target.device)
     cache = DynamicCache(config=target.config)
     cache.activate_past_recording()  # as the stock assisted decoder does: sliding layers can be cut
-    wanted = {"output_hidden_states": True, "return_shared_kv_states": True}
-    prefill = _forward(target, cache, ids[:, :context], logits_to_keep=1, **wanted)
+    prefill = _forward(target, cache, ids[:, :context], logits_to_keep=1, **FOR_DRAFTS)
     kv = CleanKV(target.config.sliding_window)
     kv.take(prefill.shared_kv_states, context, context)
     cache.crop(0)
-    outputs = _forward(target, cache, ids[:, : context + 1], **wanted)
+    outputs = _forward(target, cache, ids[:, : context + 1], **FOR_DRAFTS)
     kv.take(outputs.shared_kv_states, 1, 1)
     shared_kv = dict(outputs.shared_kv_states)
     moment = Moment(target, ids, context, cache, outputs.hidden_states[-1], shared_kv, kv)
@@ -171,6 +158,7 @@ KINDS = {
     "exact_ordered": "exact decoder, ordered",
 }
 """Draft steps that are measured: through the stock draft loop, or the exact decoder's."""
+VERIFIED = range(1, MAX_DRAFT_TOKENS + 1)
 
 
 @torch.inference_mode()
@@ -194,52 +182,55 @@ def measure(
         `draft_step_dense` and `draft_step_exact_dense` and, for a head with ordered embeddings,
         `draft_step_ordered` and `draft_step_exact_ordered`.
     """
+    model, sides = moment.target.model, _sides(moment, assistant)
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for turn in counted(range(WARM_UP + (turns or TURNS)), "Measuring (turns)"):
+        for name in list(sides) if turn % 2 == 0 else reversed(sides):
+            with quick_few_rows(model) if "exact" in name else nullcontext():
+                taken = _timed(moment.target, sides[name])
+            moment.restore()
+            if turn >= WARM_UP:
+                seconds[name].append(taken)
+    found = {name: middle(values) for name, values in seconds.items()}
+    return {
+        "target_step": found["target_step"],
+        "verification": [found[f"verification of {k}"] for k in VERIFIED],
+        "verification_exact": [found[f"verification_exact of {k}"] for k in VERIFIED],
+        **{name: taken / DRAFTS for name, taken in found.items() if name.startswith("draft_step")},
+    }
+
+
+def _sides(moment: Moment, assistant: PreTrainedModel) -> dict[str, Callable[[], object]]:
+    """What is measured, by name."""
+    embed = moment.target.model.get_input_embeddings()
+    with dense_lm_head(assistant):
+        dense = Drafter(assistant, embed)
 
     def draft_dense() -> None:
         with dense_lm_head(assistant):
             moment.draft(assistant, DRAFTS)
 
-    model = moment.target.model
-    embed = model.get_input_embeddings()
-    with dense_lm_head(assistant):
-        dense = Drafter(assistant, embed)
-    counts = range(1, MAX_DRAFT_TOKENS + 1)
     sides: dict[str, Callable[[], object]] = {
         "target_step": moment.step,
         "draft_step_dense": draft_dense,
         "draft_step_exact_dense": partial(moment.draft_exact, dense, DRAFTS),
     }
     for name in ("verification", "verification_exact"):
-        sides |= {f"{name} of {k}": partial(moment.verify, k) for k in counts}
+        sides |= {f"{name} of {k}": partial(moment.verify, k) for k in VERIFIED}
     if assistant.config.use_ordered_embeddings:
         ordered = Drafter(assistant, embed)
         sides["draft_step_ordered"] = partial(moment.draft, assistant, DRAFTS)
         sides["draft_step_exact_ordered"] = partial(moment.draft_exact, ordered, DRAFTS)
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
-    device, turns = moment.target.device, WARM_UP + (turns or TURNS)
-    with progress_bar() as bar:
-        task = bar.add_task("Measuring (turns)", total=turns, status="")
-        for turn in range(turns):
-            for name in list(sides) if turn % 2 == 0 else reversed(sides):
-                lean = quick_few_rows(model) if "exact" in name else nullcontext()
-                with lean:
-                    synchronize(device)
-                    start = time.perf_counter()
-                    sides[name]()
-                    synchronize(device)
-                    taken = time.perf_counter() - start
-                moment.restore()
-                if turn >= WARM_UP:
-                    seconds[name].append(taken)
-            bar.update(task, advance=1)
-    found = {name: middle(values) for name, values in seconds.items()}
-    drafts = {name: found[name] / DRAFTS for name in sides if name.startswith("draft_step")}
-    return {
-        "target_step": found["target_step"],
-        "verification": [found[f"verification of {k}"] for k in counts],
-        "verification_exact": [found[f"verification_exact of {k}"] for k in counts],
-        **drafts,
-    }
+    return sides
+
+
+def _timed(target: Target, call: Callable[[], object]) -> float:
+    """Seconds of a call."""
+    synchronize(target.device)
+    start = time.perf_counter()
+    call()
+    synchronize(target.device)
+    return time.perf_counter() - start
 
 
 def cost_ratios(seconds: dict[str, Any]) -> dict[str, Any]:
@@ -254,18 +245,15 @@ def cost_ratios(seconds: dict[str, Any]) -> dict[str, Any]:
         `ordered` in their name only for a head with ordered embeddings.
     """
     step = seconds["target_step"]
-    v = {
-        loop: [taken / step for taken in seconds[f"verification{loop}"]] for loop in ("", "_exact")
-    }
-    kinds = [kind for kind in KINDS if f"draft_step_{kind}" in seconds]
-    c = {kind: seconds[f"draft_step_{kind}"] / step for kind in kinds}
+    c = {k: seconds[f"draft_step_{k}"] / step for k in KINDS if f"draft_step_{k}" in seconds}
     ratios: dict[str, Any] = {f"c_{kind}": value for kind, value in c.items()}
     for loop in ("", "exact_"):
         if f"{loop}ordered" in c:
             ratios[f"{loop}ordered_over_{loop}dense"] = c[f"{loop}ordered"] / c[f"{loop}dense"]
-    ratios |= {f"v{loop}": costs for loop, costs in v.items()}
+    for loop in ("", "_exact"):
+        ratios[f"v{loop}"] = [taken / step for taken in seconds[f"verification{loop}"]]
     for kind in c:
-        costs = v["_exact" if kind.startswith("exact") else ""]
+        costs = ratios["v_exact" if kind.startswith("exact") else "v"]
         ratios[f"break_even_{kind}"] = [k * c[kind] + cost for k, cost in enumerate(costs, start=1)]
     return ratios
 
@@ -301,23 +289,16 @@ def measure_costs(target: Target, assistant: PreTrainedModel) -> dict[str, Costs
 
 
 def run_draft_benchmark(
-    target: Target,
-    assistant: PreTrainedModel,
-    head_name: str,
-    context: int,
-    out: Path | None,
+    target: Target, assistant: PreTrainedModel, head_name: str, context: int, out: Path | None
 ) -> dict[str, Any]:
-    """Measure a head beside its target, print the table and write the figures to `out`.
+    """Measure a head beside its target, on one device and in one dtype; print the table, write the
+    figures to the JSON file `out` and return them.
 
     Args:
-        target: on the device to measure.
-        assistant: a head in the native format, on the same device and in the same dtype.
+        target, assistant: the head in the native format.
         head_name: what the file calls it.
         context: T, tokens in the target's cache.
-        out: a JSON file; None: none is written.
-
-    Returns:
-        What the file holds.
+        out: None: no file is written.
 
     Raises:
         ValueError: the head does not fit the target.
@@ -326,15 +307,15 @@ def run_draft_benchmark(
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
     seconds = measure(prepare(target, context), assistant)
+    what = {
+        "target": target.name,
+        "dtype": str(target.table.dtype).removeprefix("torch."),
+        "head": head_name,
+        "context": context,
+    }
     content = {
         "benchmark": "draft",
-        "environment": environment(target.device)
-        | {
-            "target": target.name,
-            "dtype": str(target.table.dtype).removeprefix("torch."),
-            "head": head_name,
-            "context": context,
-        },
+        "environment": environment(target.device) | what,
         "repeats": TURNS,
         "drafts_a_repeat": DRAFTS,
         "seconds": seconds,
@@ -350,30 +331,25 @@ def print_draft_cost(content: dict[str, Any]) -> None:
     where, seconds, ratios = content["environment"], content["seconds"], content["ratios"]
     kinds = [kind for kind in KINDS if f"c_{kind}" in ratios]
     console = plain_console()
+    names = ["K", "v(K)", "v(K), exact decoder", *(f"K*c + v(K), {KINDS[k]}" for k in kinds)]
     table = Table(
+        *(Column(name, justify="right") for name in names),
         title=f"draft: {where['head']} for {where['target']}, {where['dtype']}, "
         f"{where['context']} tokens of context, {where['threads']} threads of "
         f"{where['accelerator'] or where['processor']}",
         caption=f"Medians of {content['repeats']} turns. The head pays from an acceptance length "
         "of K*c + v(K) on.",
-    )
-    for name in (
-        "K",
-        "v(K)",
-        "v(K), exact decoder",
-        *(f"K*c + v(K), {KINDS[kind]}" for kind in kinds),
-    ):
-        table.add_column(name, justify="right")
-    for i, v in enumerate(ratios["v"]):
-        ends = [f"{ratios[f'break_even_{kind}'][i]:.2f}" for kind in kinds]
-        table.add_row(str(i + 1), f"{v:.2f}", f"{ratios['v_exact'][i]:.2f}", *ends)
+    )  # fmt: skip
+    columns = [ratios[name] for name in ("v", "v_exact", *(f"break_even_{k}" for k in kinds))]
+    for k, row in enumerate(zip(*columns, strict=True), start=1):
+        table.add_row(str(k), *(f"{value:.2f}" for value in row))
     console.print(table)
     console.print(f"target step: {seconds['target_step'] * 1000:.2f} ms")
     for kind in kinds:
         step = seconds[f"draft_step_{kind}"] * 1000
         console.print(f"draft step, {KINDS[kind]}: {step:.2f} ms, c = {ratios[f'c_{kind}']:.3f}")
-    for loop in ("", "exact_"):
-        if (name := f"{loop}ordered_over_{loop}dense") in ratios:
+    for name in ratios:
+        if "_over_" in name:
             console.print(f"{name.replace('_', ' ')}: {ratios[name]:.2f}")
 
 
@@ -386,9 +362,5 @@ def in_turns(target: Target, *sides: Callable[[int], None]) -> list[float]:
     for turn in range(BENCH_TURNS):
         order = range(len(sides))
         for side in order if turn % 2 == 0 else reversed(order):
-            synchronize(target.device)
-            start = time.perf_counter()
-            sides[side](turn)
-            synchronize(target.device)
-            seconds[side].append(time.perf_counter() - start)
+            seconds[side].append(_timed(target, partial(sides[side], turn)))
     return [min(turns) for turns in seconds]

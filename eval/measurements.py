@@ -1,23 +1,19 @@
-"""Decoding runs: asked as the run of the heads asked its own, and kept prompt by prompt, so that a
-kill loses one prompt at most.
-"""
+"""Decoding runs, kept prompt by prompt, so that a kill loses one prompt at most."""
 
 import json
 import os
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from headstart.common.console import progress_bar, say
-from headstart.common.files import open_own, put_back, write_atomically
-from headstart.configs.loader import load_saved
-from headstart.configs.schema import DataConfig
-from headstart.data.conversations import template_variables
+from headstart.common.console import counted, say
+from headstart.common.files import open_own, write_atomically
 from headstart.data.prompts import Prompt
 from headstart.data.templates import encode_prompt
 from headstart.eval.decoding import (
@@ -26,11 +22,10 @@ from headstart.eval.decoding import (
     Parting,
     Side,
     decode,
-    ends_in_loop,
     explain_parting,
     parting,
 )
-from headstart.heads.saving import load_assistant_config, noted_variables, split_pair
+from headstart.eval.statistics import ends_in_loop
 from headstart.heads.target import Target
 from headstart.heads.tokens import Sampling
 
@@ -48,81 +43,6 @@ class Asked:
     def encode(self, prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> list[int]:
         """Token ids of a prompt; `encode_prompt` says what it raises."""
         return encode_prompt(prompt, tokenizer, self.chat_template_kwargs)
-
-
-def asked_by_run(data: DataConfig) -> Asked:
-    """How the run with these settings asked.
-
-    Raises:
-        ValueError: it reads texts that were asked with other variables than it names.
-    """
-    return Asked(template_variables(data), data.max_prompt_tokens)
-
-
-def asked_by_heads(heads: Sequence[str]) -> Asked:
-    """How the runs asked that heads came from, with a line that says so: as a head notes itself,
-    else as the configuration of its run says; where there is neither, nothing is known.
-
-    Args:
-        heads: RUN/head or a folder of `headstart publish`, HEAD+ADAPTER, or any other name.
-
-    Raises:
-        ValueError: two runs asked with different variables, the configuration of one is damaged, or
-            there is no head.
-    """
-    known = {head: asked for head in heads if (asked := _asked(head))}
-    if not known:
-        return Asked()
-    (name, first), *others = known.items()
-    for other, its in others:
-        if its.chat_template_kwargs != first.chat_template_kwargs:
-            raise ValueError(
-                f"the run of {name} asked with data.chat_template_kwargs="
-                f"{first.chat_template_kwargs}, that of {other} with {its.chat_template_kwargs}: "
-                "evaluate them one by one"
-            )
-    if first.chat_template_kwargs:
-        say(f"Prompts are asked as in the run of {name}: {first.chat_template_kwargs}")
-    lengths = [its.max_prompt_tokens for its in known.values() if its.max_prompt_tokens]
-    return Asked(first.chat_template_kwargs, min(lengths, default=None))
-
-
-def _asked(head: str) -> Asked | None:
-    folder = Path(split_pair(head)[0])
-    put_back(folder)
-    path = _config(head)
-    noted = None
-    if path is None or (folder / "config.json").is_file():
-        noted = noted_variables(load_assistant_config(head))
-    if path is None:
-        return None if noted is None else Asked(noted)
-    data = load_saved(path).data
-    # A run says nothing of what its store was asked with, once that is gone.
-    return asked_by_run(data) if noted is None else Asked(noted, data.max_prompt_tokens)
-
-
-def _config(head: str) -> Path | None:
-    """The configuration of the run that made a head, or the adapter of HEAD+ADAPTER."""
-    whole, adapter = split_pair(head)
-    folders = [Path(whole)]
-    if adapter is not None:  # of RUN/head/adapter
-        folders = [Path(adapter), Path(adapter).parent, *folders]
-    for folder in folders:
-        if (published := folder / "training_config.yaml").is_file():
-            return published
-        if folder.name == "head" and (saved := folder.parent / "config.yaml").is_file():
-            return saved
-    return None
-
-
-def as_the_head_was(data: DataConfig, head: str) -> DataConfig:
-    """Settings for texts that a head is to be trained on or judged by, with the variables of the
-    chat template with which its own run asked, where none are given."""
-    if "chat_template_kwargs" in data.model_fields_set or not (
-        variables := asked_by_heads([head]).chat_template_kwargs
-    ):
-        return data
-    return data.model_copy(update={"chat_template_kwargs": variables})
 
 
 WARM_UP_TOKENS = 16
@@ -180,7 +100,6 @@ class Measurements:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.settings = settings
         self._write()
-        self.done = {line["id"] for line in self.lines}
 
     def _write(self) -> None:
         # Written anew: the last line may have been cut short by a kill.
@@ -196,7 +115,6 @@ class Measurements:
     def add(self, line: dict[str, Any]) -> None:
         """Keep what all sides made of a prompt."""
         self.lines.append(line)
-        self.done.add(line["id"])
         with open_own(self.path, "a") as file:
             file.write(json.dumps(line) + "\n")
 
@@ -209,10 +127,11 @@ class Measurements:
                     continue
                 one = next(s for s in turn["sides"] if s["side"] == side.key)
                 found.append(Text(
-                    line["id"], turn["turn"], line["category"], turn["prompt_len"],
-                    Decoded(**turn["plain"]), Decoded(**one["decoded"]),
-                    None if one["parting"] is None else Parting(**one["parting"]),
-                    turn["again_seconds"], temperature == 0,
+                    id=line["id"], turn=turn["turn"], category=line["category"],
+                    prompt_len=turn["prompt_len"], plain=Decoded(**turn["plain"]),
+                    assisted=Decoded(**one["decoded"]),
+                    parting=None if one["parting"] is None else Parting(**one["parting"]),
+                    again_seconds=turn["again_seconds"], greedy=temperature == 0,
                 ))  # fmt: skip
         return found
 
@@ -269,82 +188,61 @@ def measure_prompts(
     """
     dtype = str(target.table.dtype).removeprefix("torch.")
     order = random.Random(0).sample(range(len(prompts)), len(prompts))
-    todo = [place for place in order if prompts[place].id not in kept.done]
-    with progress_bar() as bar:
-        if todo:
-            warm = asked.encode(prompts[todo[0]], target.tokenizer)
-            one_of_each = [None, *next(iter(sides.values()))]
-            task = bar.add_task("Warming up", total=len(one_of_each), status="")
-            for side in one_of_each:
-                _decode(side, target, warm, min(max_new_tokens, WARM_UP_TOKENS), GREEDY, 0)
-                bar.update(task, advance=1)
-        done = len(prompts) - len(todo)
-        doing = f"Decoding ({dtype})"
-        task = bar.add_task(doing, total=len(prompts), completed=done, status="")
-        for place in todo:
-            prompt, again = prompts[place], place % AGAIN_EVERY == 0
-            line: dict[str, Any] = {"id": prompt.id, "category": prompt.category, "turns": []}
-            for sampling, own in sides.items():
-                line["turns"] += _converse(
-                    target, prompt, own, sampling, place, max_new_tokens, again, asked
-                )
-            kept.add(line)
-            bar.update(task, advance=1)
+    done = {line["id"] for line in kept.lines}
+    todo = [place for place in order if prompts[place].id not in done]
+    if todo:
+        warm = asked.encode(prompts[todo[0]], target.tokenizer)
+        for side in counted([None, *next(iter(sides.values()))], "Warming up"):
+            _decode(side, target, warm, min(max_new_tokens, WARM_UP_TOKENS), GREEDY, 0)
+    for place in counted(todo, f"Decoding ({dtype})", done=len(prompts) - len(todo)):
+        prompt, turns = prompts[place], list[dict[str, Any]]()
+        for sampling, own in sides.items():
+            measure = partial(_measure_turn, target, own, sampling, place, max_new_tokens)
+            turns += _converse(target, prompt, asked, measure)
+        kept.add({"id": prompt.id, "category": prompt.category, "turns": turns})
 
 
 def _converse(
-    target: Target,
-    prompt: Prompt,
-    sides: Sequence[Side],
-    sampling: Sampling,
-    seed: int,
-    max_new_tokens: int,
-    again: bool,
-    asked: Asked,
+    target: Target, prompt: Prompt, asked: Asked, measure: Callable[[list[int]], dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """All turns of a prompt, one after another."""
-    turns = []
-    messages = list(prompt.question)
-    for number in range(1 + len(prompt.later_turns)):
+    """What `measure` gives of all turns of a prompt, one after another."""
+    turns, messages = list[dict[str, Any]](), list(prompt.question)
+    for number, following in enumerate([*prompt.later_turns, None]):
         ids = asked.encode(replace(prompt, messages=messages), target.tokenizer)
-        turn = _measure_turn(target, ids, sides, sampling, seed, max_new_tokens, again)
-        turns.append({"turn": number, "temperature": sampling.temperature} | turn)
-        if number < len(prompt.later_turns):
+        turns.append({"turn": number} | measure(ids))
+        if following is not None:
             # The end of its turn, which not every tokenizer counts among its special tokens.
-            said = [i for i in turn["plain"]["tokens"] if i not in target.eos_ids]
+            said = [i for i in turns[-1]["plain"]["tokens"] if i not in target.eos_ids]
             answer = target.tokenizer.decode(said, skip_special_tokens=True)
             messages += [
                 {"role": "assistant", "content": answer},
-                {"role": "user", "content": prompt.later_turns[number]},
+                {"role": "user", "content": following},
             ]
     return turns
 
 
 def _measure_turn(
     target: Target,
-    ids: list[int],
     sides: Sequence[Side],
     sampling: Sampling,
-    seed: int,
+    place: int,
     max_new_tokens: int,
-    again: bool,
+    ids: list[int],
 ) -> dict[str, Any]:
+    again = place % AGAIN_EVERY == 0
     order: list[Side | None] = [None, *sides, *([None] if again else [])]
-    random.Random(f"{sampling} {seed} {len(ids)}").shuffle(order)
-    texts = [(side, _decode(side, target, ids, max_new_tokens, sampling, seed)) for side in order]
+    random.Random(f"{sampling} {place} {len(ids)}").shuffle(order)
+    texts = [(side, _decode(side, target, ids, max_new_tokens, sampling, place)) for side in order]
     plain, *repeated = [decoded for side, decoded in texts if side is None]
     found = []
     for side in sides:
-        decoded = next(decoded for other, decoded in texts if other is side)
-        why = None
+        decoded, why = next(decoded for other, decoded in texts if other is side), None
         if not sampling.temperature:
             why = explain_parting(target, ids, plain.tokens, decoded.tokens)
-        found.append({
-            "side": side.key,
-            "decoded": asdict(decoded),
-            "parting": None if why is None else asdict(why),
-        })  # fmt: skip
+        parted = None if why is None else asdict(why)
+        found.append({"side": side.key, "decoded": asdict(decoded), "parting": parted})
     return {
+        "temperature": sampling.temperature,
         "prompt_len": len(ids),
         "plain": asdict(plain),
         "again_seconds": repeated[0].seconds if repeated else None,

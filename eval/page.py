@@ -3,19 +3,17 @@
 import io
 import json
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 from matplotlib import style
 from matplotlib.figure import Figure
-from rich.console import Console
 from rich.table import Table
 
-from headstart.common.console import in_markdown, markdown_row, one_line, plain_console
+from headstart.common.console import in_markdown, markdown_row, one_line, wide_console
 from headstart.common.files import write_atomically
-from headstart.eval.plots import INK, STYLE, figures
+from headstart.eval.plots import INK, STYLE, figures, group_name
 
 COLUMNS = [
     "decoder", "K", "category", "texts", "acceptance length (95%)", "a_1 .. a_4", "speedup (95%)",
@@ -31,11 +29,10 @@ def cells(result: dict[str, Any]) -> list[str]:
     shortest, longest = result["acceptance_length_interval"]
     of_rounds = result["decode_speedup"], result["predicted_decode_speedup"]
     equal = {None: "", True: "yes"}.get(result["equal_to_plain"])
-    category = result["category"]
     return [
         decoder_name(result),
         str(result["num_assistant_tokens"]),
-        category if result["looping_texts"] == "with" else f"{category}, no loops",
+        group_name(result),
         str(result["texts"]),
         f"{result['acceptance_length']:.2f} ({shortest:.2f} to {longest:.2f})",
         ", ".join(f"{a:.2f}" for a in result["conditional_acceptance_rate"][:4]),
@@ -98,25 +95,16 @@ def remarks(content: dict[str, Any]) -> list[str]:
                 f"Costs in target steps, {name}, {decoder}: a draft {cost['c']:.3f}; "
                 f"verifying 1 to {len(cost['v']) - 1} drafts {v}."
             )
-    parted = [p for r in content["results"] for p in r["parted"]]
-    if parted:
+    if parted := [p for r in content["results"] for p in r["parted"]]:
         worst = max(p["top2_logit_gap"] for p in parted)
-        fine = all(p["within_rounding"] for p in parted)
+        why = "more than rounding explains in some: a fault."
+        if all(p["within_rounding"] for p in parted):
+            why = "what rounding may turn around."
         lines.append(
             "Where texts part from plain decoding, the target's two best logits are at most "
-            f"{worst:.3g} apart: "
-            + (
-                "what rounding may turn around."
-                if fine
-                else "more than rounding explains in some: a fault."
-            )
+            f"{worst:.3g} apart: {why}"
         )
     return lines
-
-
-def wide_console() -> Console:
-    """For wide tables: outside a terminal rich assumes 80 columns and would fold every cell."""
-    return plain_console(None if sys.stdout.isatty() else 165)
 
 
 def print_report(content: dict[str, Any]) -> None:
@@ -143,16 +131,11 @@ def markdown(content: dict[str, Any]) -> str:
         lines += [f"## {in_markdown(name)}", ""]
         lines += [markdown_row(COLUMNS), f"| {' | '.join(aligned)} |"]
         lines += [*(markdown_row(cells(result)) for result in found), ""]
-    lines += ["report.json has every figure; report.html shows them."]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "report.json has every figure; report.html shows them.", ""])
 
 
 def page(content: dict[str, Any]) -> str:
-    """report.html, one file that fetches nothing; the same for the same content.
-
-    Args:
-        content: of report.json (docs/report.md).
-    """
+    """report.html, one file that fetches nothing; the same for the same content."""
     template = Environment(
         autoescape=True, undefined=StrictUndefined, keep_trailing_newline=True, trim_blocks=True,
         lstrip_blocks=True,
@@ -179,12 +162,8 @@ def page(content: dict[str, Any]) -> str:
 
 
 def _svg(figure: Figure, prefix: str) -> tuple[str, str]:
-    """The `viewBox` of a figure and all that follows its `<svg ...>`, in the color of the page.
-
-    Args:
-        figure: of `figures`.
-        prefix: of the ids in it, which no other picture of the page has.
-    """
+    """The `viewBox` of a figure and all that follows its `<svg ...>`, in the color of the page;
+    with a prefix of the ids in it, which no other picture of the page has."""
     text = io.StringIO()
     nothing = dict.fromkeys(["Date", "Creator", "Format", "Type"])
     with style.context(["default", STYLE, {"svg.hashsalt": prefix}]):

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from headstart.eval.statistics import OWN_LENGTH, POSITIONS
+from headstart.eval.statistics import NO_HEAD, OWN_LENGTH, POSITIONS
 
 Result = dict[str, Any]  # one of the report's
 INK = "#777679"  # text and axes: a page puts the colour of its own text in its place
@@ -33,7 +33,7 @@ PARTS = {
 MARKERS = ["o", "s", "D", "^", "v", "P"]
 LINES = ["-", "--", "-.", ":"]
 SIDE = ("decoder", "head", "num_assistant_tokens")
-NO_HEAD = ("lookup", "draft-model")
+HOLLOW: dict[str, Any] = {"linestyle": ":", "markerfacecolor": "none"}  # what was predicted
 SHOWN = 8  # sides at most where each has a colour or a panel
 WIDTH = 9.0  # inches
 STYLE: dict[str, Any] = {
@@ -58,12 +58,8 @@ STYLE: dict[str, Any] = {
 
 
 def figures(content: dict[str, Any], temperature: float | None = None) -> dict[str, Figure]:
-    """Name -> figure; without those for which the report has nothing.
-
-    Args:
-        content: of report.json.
-        temperature: whose results to draw. None: the first one's.
-    """
+    """Name -> figure, of the results of one temperature (None: that of the first); without those
+    for which the report has nothing."""
     if temperature is None:
         temperature = content["results"][0]["temperature"]
     results = [r for r in content["results"] if r["temperature"] == temperature]
@@ -104,8 +100,7 @@ def speedup(whole: Sequence[Result], noise: dict[str, Any] | None) -> Figure:
             axes.set_title(_short(head), loc="left")
     handles = panels[0].get_legend_handles_labels()[0]
     if any(r["predicted_decode_speedup"] is not None for r in whole):
-        hollow: dict[str, Any] = {"linestyle": ":", "markerfacecolor": "none"}
-        told = Line2D([], [], color=INK, marker="o", label="predicted, without prefill", **hollow)
+        told = Line2D([], [], color=INK, marker="o", label="predicted, without prefill", **HOLLOW)
         handles.append(told)
     figure.legend(handles=handles, loc="outside lower center", ncols=4)
     return figure
@@ -117,20 +112,20 @@ def _speedup_panel(axes: Axes, results: Sequence[Result], ticks: Sequence[str]) 
         series.setdefault((r["decoder"], r["head"]), []).append(r)
     fixed = [side for side in series if side[0] not in OWN_LENGTH]
     for (decoder, head), found in series.items():
-        own, colour = decoder in OWN_LENGTH, COLOURS[decoder]
+        own = decoder in OWN_LENGTH
         dodge = 0 if own else 0.1 * (fixed.index((decoder, head)) - (len(fixed) - 1) / 2)
         x = [ticks.index(decoder if own else f"K = {_k(r)}") + dodge for r in found]
         name = f"{decoder} ({_short(head)})" if decoder == "draft-model" and head else decoder
         models = [other for of, other in series if of == decoder]
         marker = MARKERS[models.index(head) % len(MARKERS)]
-        look: dict[str, Any] = {"marker": marker, "color": colour}
+        look: dict[str, Any] = {"marker": marker, "color": COLOURS[decoder]}
         axes.plot(x, [r["speedup"] for r in found], label=name, **look)
-        low, high = zip(*(r["speedup_interval"] for r in found), strict=True)
-        axes.vlines(x, low, high, color=colour)
+        intervals = [r["speedup_interval"] for r in found]
+        axes.vlines(x, *zip(*intervals, strict=True), color=COLOURS[decoder])
         told = [(p, r["predicted_decode_speedup"]) for p, r in zip(x, found, strict=True)]
         told = [(p + 0.04, predicted) for p, predicted in told if predicted is not None]
         if told:
-            axes.plot(*zip(*told, strict=True), linestyle=":", markerfacecolor="none", **look)
+            axes.plot(*zip(*told, strict=True), **HOLLOW, **look)
 
 
 def acceptance(whole: Sequence[Result]) -> Figure | None:
@@ -169,21 +164,21 @@ def acceptance(whole: Sequence[Result]) -> Figure | None:
 def categories(results: Sequence[Result]) -> Figure | None:
     """Speedup and acceptance length by category, of the best K of each decoder and head."""
     rows = [r for r in results if r["looping_texts"] == "with" or r["category"] == "all"]
-    names = _names(map(_group, rows))
+    names = _names(map(group_name, rows))
     if len(names) < 2:
         return None
-    sides = _best([r for r in rows if _group(r) == "all"])
+    sides = _best([r for r in rows if group_name(r) == "all"])
     height = 1 + 0.25 * -(-len(sides) // 3) + len(names) * (0.12 + 0.11 * len(sides))
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     for i, (side, look) in enumerate(zip(sides, _looks(sides), strict=True)):
         found = [r for r in rows if all(r[key] == side[key] for key in SIDE)]
         dodge = 0.8 * (i - (len(sides) - 1) / 2) / len(sides)
-        y = [names.index(_group(r)) + dodge for r in found]
+        y = [names.index(group_name(r)) + dodge for r in found]
         for axes, key in zip(panels, ("speedup", "acceptance_length"), strict=True):
             axes.plot([r[key] for r in found], y, linestyle="", markersize=5, **look)
-            low, high = zip(*(r[f"{key}_interval"] for r in found), strict=True)
-            axes.hlines(y, low, high, color=look["color"])
+            intervals = [r[f"{key}_interval"] for r in found]
+            axes.hlines(y, *zip(*intervals, strict=True), color=look["color"])
     panels[0].axvline(1, color=INK, linewidth=1)
     panels[0].set_yticks(range(len(names)), names)
     panels[0].set(xlabel="speedup (95%)", ylim=(len(names) - 0.5, -0.5))
@@ -280,7 +275,8 @@ def _k(result: Result) -> int:
     return int(result["num_assistant_tokens"])
 
 
-def _group(result: Result) -> str:
+def group_name(result: Result) -> str:
+    """The category, and whether texts that loop are left out."""
     return result["category"] + ("" if result["looping_texts"] == "with" else ", no loops")
 
 

@@ -6,7 +6,6 @@ k counts only when drafts 1..k-1 were right, so that the tokens fed to it are th
 Letters: B documents, R rows of each, K rounds, S resamples, N drafts, C clusters, V vocabulary.
 """
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -19,23 +18,15 @@ from accelerate.utils import send_to_device
 from rich.table import Table
 from transformers import PreTrainedModel
 
-from headstart.common.console import progress_bar, say
-from headstart.common.files import write_atomically
+from headstart.common.console import counted, wide_console
+from headstart.common.files import write_figures
 from headstart.common.machine import environment
 from headstart.common.processes import in_step
 from headstart.configs.schema import RopePosition
 from headstart.data.loader import candidate_rows, gather_rows
 from headstart.data.store import ActivationStore, Documents
-from headstart.eval.acceptance import (
-    AcceptanceCounts,
-    RecallCounts,
-    walk_rounds,
-    zero_counts,
-    zero_recall,
-)
-from headstart.eval.decoding import ends_in_loop
-from headstart.eval.page import wide_console
-from headstart.eval.statistics import interval, resampled
+from headstart.eval.acceptance import AcceptanceCounts, RecallCounts, walk_rounds, zero_counts
+from headstart.eval.statistics import ends_in_loop, interval, resampled
 from headstart.heads.assistant import check_pair
 from headstart.heads.target import Target
 from headstart.heads.unroll import DraftHead
@@ -76,8 +67,7 @@ def simulate_acceptance(
         which: their indices (a process passes its share).
         position: where drafts stand.
     """
-    drafted, dense, recall = zero_counts(rounds), zero_counts(rounds), zero_recall()
-    cluster_of = head.cluster_of
+    drafted, dense, recall = zero_counts(rounds), zero_counts(rounds), RecallCounts()
     chosen = [i for i in which if stored.entries[i].trained >= 2]
     chunks = (chosen[start : start + DOCUMENTS] for start in range(0, len(chosen), DOCUMENTS))
     for chunk in in_step(chunks, target.sharded):
@@ -98,24 +88,19 @@ def simulate_acceptance(
             head(batch.texts.computed_in(head.dtype), batch.rows, target.embed, position), dim=2
         )  # [B, R, K, width of `draft_table`]
         matches = _matches(head, target, states, wanted, judged)
-        if cluster_of is not None:
+        if head.cluster_of is not None:
             met = judged.clone()
             met[..., 1:] &= matches[0][..., :-1].long().cumprod(-1).bool()
             scores = head.assistant.masked_embedding.centroids(states[met])
-            clusters = cluster_of[batch.teacher_ids[met]]
+            clusters = head.cluster_of[batch.teacher_ids[met]]
             recall += RecallCounts.of(scores, clusters, batch.teacher_logprobs[met])
         for b, r in enumerate(rows):
-            for answer in _answers(r):
-                drafted += walk_rounds(matches[0][b, answer], judged[b, answer])
-                dense += walk_rounds(matches[1][b, answer], judged[b, answer])
+            # Each answer of a conversation, where rows follow one another, is walked by itself.
+            breaks = ((r[1:] - r[:-1]) != 1).nonzero()[:, 0] + 1
+            for start, end in pairwise([0, *breaks.tolist(), len(r)]):
+                drafted += walk_rounds(matches[0][b, start:end], judged[b, start:end])
+                dense += walk_rounds(matches[1][b, start:end], judged[b, start:end])
     return Simulated(drafted, dense, recall)
-
-
-def _answers(rows: torch.Tensor) -> list[slice]:
-    """Where rows follow one another: each answer of a conversation is walked by itself."""
-    breaks = ((rows[1:] - rows[:-1]) != 1).nonzero()[:, 0] + 1
-    edges = [0, *breaks.tolist(), len(rows)]
-    return [slice(a, b) for a, b in pairwise(edges) if a < b]
 
 
 def _matches(
@@ -199,7 +184,8 @@ def walk_texts(
     positions: Mapping[str, RopePosition] | None = None,
     greedy: bool = False,
 ) -> dict[str, list[Walked]]:
-    """Walk rounds over every text of some stores.
+    """Walk rounds over every text of some stores; returns, by the name of a store, its texts in
+    which there was a round.
 
     Args:
         head: in any mode.
@@ -209,38 +195,29 @@ def walk_texts(
         doing: label of the progress bar.
         positions: name -> where drafts stand there; None: as in transformers.
         greedy: leave out the texts that were sampled.
-
-    Returns:
-        Name -> the texts in which there was a round.
     """
-    found: dict[str, list[Walked]] = {}
-    which = {
-        name: [i for i, entry in enumerate(store.entries) if not (greedy and entry.temperature)]
+    found: dict[str, list[Walked]] = {name: [] for name in stores}
+    texts = [
+        (name, i, entry)
         for name, store in stores.items()
-    }
-    with progress_bar() as bar:
-        total = sum(map(len, which.values()))
-        task = bar.add_task(f"{doing} (texts)", total=total, status="")
-        for name, store in stores.items():
-            found[name] = []
-            for i in which[name]:
-                entry = store.entries[i]
-                at: RopePosition = "newest" if positions is None else positions[name]
-                counts = simulate_acceptance(head, target, store, k, [i], at).acceptance
-                if counts.rounds:
-                    [text] = store.read([i])
-                    loops = ends_in_loop(text.ids[text.loss_mask].tolist())
-                    found[name].append(Walked(entry.id, entry.category, counts, loops))
-                bar.update(task, advance=1)
+        for i, entry in enumerate(store.entries)
+        if not (greedy and entry.temperature)
+    ]
+    for name, i, entry in counted(texts, f"{doing} (texts)"):
+        at: RopePosition = "newest" if positions is None else positions[name]
+        counts = simulate_acceptance(head, target, stores[name], k, [i], at).acceptance
+        if counts.rounds:
+            [text] = stores[name].read([i])
+            loops = ends_in_loop(text.ids[text.loss_mask].tolist())
+            found[name].append(Walked(entry.id, entry.category, counts, loops))
     return found
 
 
 def length_draws(texts: Sequence[Walked]) -> np.ndarray:
     """[1 + S] acceptance length: as it is, then over texts drawn anew; texts with the same ids in
     the same order are drawn alike."""
-    ids = [text.id for text in texts]
-    values = [[text.counts.rounds, sum(text.counts.accepted)] for text in texts]
-    sums = resampled(ids, values)
+    counts = [[text.counts.rounds, sum(text.counts.accepted)] for text in texts]
+    sums = resampled([text.id for text in texts], counts)
     lengths: np.ndarray = 1 + sums[:, 1] / np.maximum(sums[:, 0], 1)
     return lengths
 
@@ -251,26 +228,29 @@ def total_counts(texts: Sequence[Walked]) -> AcceptanceCounts:
     return sum((text.counts for text in texts), zero_counts(k))
 
 
+def by_category(texts: Sequence[Walked]) -> dict[str, list[Walked]]:
+    """The texts of each category, by name."""
+    categories = sorted({text.category for text in texts})
+    return {name: [text for text in texts if text.category == name] for name in categories}
+
+
 def describe_walked(texts: Sequence[Walked]) -> dict[str, Any]:
     """Acceptance length with its 95% interval, without looping texts (None: all loop), conditional
     acceptance, and each category's."""
     straight = [text for text in texts if not text.loops]
-    categories = sorted({text.category for text in texts})
-    of_category = {c: [text for text in texts if text.category == c] for c in categories}
-    draws = length_draws(texts)
+    total, draws = total_counts(texts), length_draws(texts)
+    without = total_counts(straight).acceptance_length if straight else None
     return {
         "acceptance_length": float(draws[0]),
         "acceptance_length_interval": interval(draws),
         "looping_share": 1 - len(straight) / len(texts),
-        "acceptance_length_without_loops": total_counts(straight).acceptance_length
-        if straight
-        else None,
-        "conditional_acceptance_rate": total_counts(texts).conditional_acceptance_rate,
+        "acceptance_length_without_loops": without,
+        "conditional_acceptance_rate": total.conditional_acceptance_rate,
         "texts": len(texts),
-        "rounds": total_counts(texts).rounds,
+        "rounds": total.rounds,
         "categories": {
-            c: {"acceptance_length": total_counts(own).acceptance_length, "texts": len(own)}
-            for c, own in of_category.items()
+            name: {"acceptance_length": total_counts(own).acceptance_length, "texts": len(own)}
+            for name, own in by_category(texts).items()
         },
     }
 
@@ -283,7 +263,8 @@ def run_estimate(
     out: Path,
     position: RopePosition = "newest",
 ) -> dict[str, Any]:
-    """Walk rounds over the greedy texts of a store; print a table and write `out/estimate.json`.
+    """Walk rounds over the greedy texts of a store; print a table, write `out/estimate.json` and
+    return what it holds.
 
     Args:
         target: that of the store, for its embeddings and table; it runs over no text.
@@ -294,60 +275,48 @@ def run_estimate(
         position: RoPE position of the drafts: `newest`, where transformers puts them, or
             `one_earlier`, where vLLM does.
 
-    Returns:
-        What the file holds.
-
     Raises:
         ValueError: a head or the store does not fit the target, or no text of it is greedy.
     """
     for head in heads.values():
         check_pair(target, head)
     stored = ActivationStore(store, target)
+    at = {"texts": position}
     found: list[dict[str, Any]] = []
     first: dict[int, list[Walked]] = {}
     for name, assistant in heads.items():
         for k in num_assistant_tokens:
-            walked = walk_texts(
-                DraftHead(assistant), target, {"texts": stored}, k,
-                f"Walking {name}, K = {k}", {"texts": position}, greedy=True,
-            )["texts"]  # fmt: skip
+            head, doing = DraftHead(assistant), f"Walking {name}, K = {k}"
+            stores = {"texts": stored}
+            walked = walk_texts(head, target, stores, k, doing, positions=at, greedy=True)["texts"]
             if not walked:
                 raise ValueError(
                     f"{store} holds no greedy text of the target: make one with `headstart "
                     "regenerate --extract 'data.temperatures=[0.0]'`"
                 )
             beside = first.setdefault(k, walked)
-            found.append(_result(name, k, "all", walked, None if beside is walked else beside))
-            for category in sorted({text.category for text in walked}):
-                own = [text for text in walked if text.category == category]
-                found.append(_result(name, k, category, own, None))
+            for category, texts in {"all": walked, **by_category(walked)}.items():
+                result = {"head": name, "num_assistant_tokens": k, "category": category}
+                compared = beside if category == "all" and beside is not walked else None
+                found.append(result | _result(texts, compared))
+    where = {
+        "target": target.name, "store": str(store), "texts": len(walked), "rope_position": position,
+    }  # fmt: skip
     content = {
         "estimate": 1,
-        "environment": environment(target.device)
-        | {
-            "target": target.name,
-            "store": str(store),
-            "texts": len(walked),
-            "rope_position": position,
-        },
+        "environment": environment(target.device) | where,
         "results": found,
     }
     out.mkdir(parents=True, exist_ok=True)
-    write_atomically(out / "estimate.json", json.dumps(content, indent=2) + "\n")
     print_estimate(content)
-    say(f"Written: {out / 'estimate.json'}")
+    write_figures(content, out / "estimate.json")
     return content
 
 
-def _result(
-    head: str, k: int, category: str, texts: list[Walked], beside: list[Walked] | None
-) -> dict[str, Any]:
+def _result(texts: list[Walked], beside: list[Walked] | None) -> dict[str, Any]:
     """Of some texts; beside those of the first head, with the interval of the difference."""
     counts, draws = total_counts(texts), length_draws(texts)
     result: dict[str, Any] = {
-        "head": head,
-        "num_assistant_tokens": k,
-        "category": category,
         "acceptance_length": counts.acceptance_length,
         "acceptance_length_interval": list(interval(draws)),
         "acceptance_rate": counts.acceptance_rate,
@@ -369,10 +338,11 @@ def _result(
 def print_estimate(content: dict[str, Any]) -> None:
     """Print the results as a table."""
     where = content["environment"]
-    table = Table(title=f"{where['texts']} greedy texts of {where['target']}, rounds walked")
-    names = ["head", "K", "category", "rounds", "acceptance length (95%)", "a_1 .. a_K"]
-    for name in [*names, "beside the first head (95%)"]:
-        table.add_column(name)
+    table = Table(
+        "head", "K", "category", "rounds", "acceptance length (95%)", "a_1 .. a_K",
+        "beside the first head (95%)",
+        title=f"{where['texts']} greedy texts of {where['target']}, rounds walked",
+    )  # fmt: skip
     for r in content["results"]:
         rates = ", ".join(f"{a:.2f}" for a in r["conditional_acceptance_rate"])
         cells = [r["head"], str(r["num_assistant_tokens"]), r["category"], str(r["rounds"])]

@@ -1,11 +1,13 @@
 """The evaluation: plain against assisted decoding, interleaved, and its report."""
 
 import resource
+from bisect import bisect
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from transformers import PreTrainedModel
 
 from headstart.common.console import say
@@ -15,11 +17,12 @@ from headstart.common.versions import skips_prefill
 from headstart.configs.schema import EvalConfig
 from headstart.data.prompts import Prompt, limit_evenly, load_prompt_set
 from headstart.data.templates import check_template, encode_prompts
-from headstart.eval.decoding import Side, make_sides
+from headstart.eval.acceptance import AcceptanceCounts, zero_counts
+from headstart.eval.decoding import Decoded, Side, make_sides
 from headstart.eval.draft_cost import Costs, measure_costs
 from headstart.eval.measurements import Asked, Measurements, Text, measure_prompts
 from headstart.eval.page import print_report, write_report
-from headstart.eval.statistics import noise, summarise, verdict
+from headstart.eval.statistics import NO_HEAD, POSITIONS, interval, resampled, verdict
 from headstart.heads.assistant import check_pair, other_target
 from headstart.heads.target import Target, model_fingerprint
 from headstart.heads.tokens import Sampling
@@ -41,7 +44,8 @@ def run_evaluation(
     draft_models: Mapping[str, PreTrainedModel] | None = None,
     asked: Asked | None = None,
 ) -> dict[str, Any]:
-    """Evaluate heads on prompts, print a table and write report.json, .md and .html.
+    """Evaluate heads on prompts, print a table, write report.json, .md and .html, and return what
+    report.json holds.
 
     Args:
         target: in the dtype to measure.
@@ -52,15 +56,12 @@ def run_evaluation(
         draft_models: name -> small model of the target's vocabulary.
         asked: how the run of the heads asked its prompts, as these are asked; None: not known.
 
-    Returns:
-        What report.json holds.
-
     Raises:
         ValueError: bad prompts, a head that does not fit the target, measurements of something
             else to go on with, or another process at work in `out`.
     """
-    asked = asked or Asked()
-    _check_models(target, heads, draft_models or {}, chosen)
+    asked, draft_models = asked or Asked(), draft_models or {}
+    _check_models(target, heads, draft_models, chosen)
     warnings = {n: w for n, head in heads.items() if (w := other_target(target, head))}
     for name, warning in warnings.items():
         say(f"{name}: {warning}")
@@ -77,10 +78,9 @@ def run_evaluation(
         **chosen.model_dump(mode="json", exclude={"exact_limit"}),
         "chat_template_kwargs": asked.chat_template_kwargs or None,  # as if earlier files had it
     }
-    samplings = [Sampling(t, chosen.top_k, chosen.top_p) for t in chosen.temperatures]
     with alone_in(out, "--out DIR"):
         kept = Measurements(out / "measurements.jsonl", settings, resume)
-        sides = _prepare(target, heads, draft_models or {}, chosen, samplings, kept)
+        sides = _prepare(target, heads, draft_models, chosen, kept)
         measure_prompts(target, prompts, sides, chosen.max_new_tokens, kept, asked)
         content = _content(target, prompts, sides, settings, kept, asked) | {"warnings": warnings}
         write_report(content, out)
@@ -105,13 +105,15 @@ def _content(
             texts = kept.texts(side, sampling.temperature)
             measured[(*side.key, sampling.temperature)] = texts
             found += _results(side, sampling.temperature, texts)
-    first = next(iter(measured.values()))
+    first, most = next(iter(measured.values())), asked.max_prompt_tokens
+    # Prompts that training would have cut; None: not known.
+    longer = None if most is None else len({t.id for t in first if t.prompt_len > most})
     return {
         "schema": SCHEMA,
         "environment": environment(target.device)
         | settings
         | {"prefill_skips_layers": skips_prefill(target.config)}
-        | {"longer_than_trained": _longer(first, asked.max_prompt_tokens)}
+        | {"longer_than_trained": longer}
         | {"peak_process_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024},
         "costs": kept.found.get("costs", {}),
         "noise": noise(first),
@@ -122,18 +124,13 @@ def _content(
     }
 
 
-def _longer(texts: Sequence[Text], most: int | None) -> int | None:
-    """Prompts that training would have cut; None: not known."""
-    return None if most is None else len({t.id for t in texts if t.prompt_len > most})
-
-
 def _check_models(
     target: Target,
     heads: Mapping[str, PreTrainedModel],
     draft_models: Mapping[str, PreTrainedModel],
     chosen: EvalConfig,
 ) -> None:
-    needing = [name for name in chosen.decoders if name not in ("lookup", "draft-model")]
+    needing = [name for name in chosen.decoders if name not in NO_HEAD]
     if needing and not heads:
         raise ValueError(f"the decoder {needing[0]} needs a head: name one or more")
     for head in heads.values():
@@ -152,7 +149,6 @@ def _prepare(
     heads: Mapping[str, PreTrainedModel],
     draft_models: Mapping[str, PreTrainedModel],
     chosen: EvalConfig,
-    samplings: Sequence[Sampling],
     kept: Measurements,
 ) -> dict[Sampling, list[Side]]:
     """Measure what drafts cost, once for a report, and make the sides: for each sampling its
@@ -162,10 +158,10 @@ def _prepare(
         kept.find("costs", {n: {d: asdict(c) for d, c in m.items()} for n, m in measured.items()})
     costs = {n: {d: Costs(**c) for d, c in m.items()} for n, m in kept.found["costs"].items()}
     return {
-        sampling: make_sides(
+        Sampling(temperature, chosen.top_k, chosen.top_p): make_sides(
             chosen.decoders, chosen.num_assistant_tokens, heads, draft_models, costs
         )
-        for sampling in samplings
+        for temperature in chosen.temperatures
     }
 
 
@@ -191,6 +187,132 @@ def _results(side: Side, temperature: float, texts: Sequence[Text]) -> list[dict
                 result["per_text"] = [_row(text, side.num_assistant_tokens) for text in few]
             found.append(result)
     return found
+
+
+def summarise(texts: Sequence[Text], k: int, costs: Costs | None) -> dict[str, Any]:
+    """The figures of one result of report.json (docs/report.md explains each): of the texts of a
+    side that drafts K in a round at most, at these costs (None: no speedup is predicted)."""
+    counts = [text.assisted.counts(text.prompt_len, k) for text in texts]
+    total = sum(counts, zero_counts(k))
+    parted = [text for text in texts if text.parted_at is not None]
+    greedy = all(text.greedy for text in texts)
+    return {
+        "prompts": len({text.id for text in texts}),
+        "texts": len(texts),
+        "loops": sum(text.loops for text in texts),
+        **_acceptance([text.id for text in texts], counts, total),
+        **_speed(texts),
+        "predicted_decode_speedup": None if costs is None else _predicted_speedup(texts, costs),
+        "equal_to_plain": not parted if greedy else None,
+        "parted_share": len(parted) / len(texts) if greedy else None,
+        "parted": [
+            {"id": t.id, "turn": t.turn, "token": t.parted_at}
+            | asdict(t.parting)
+            | {"within_rounding": t.parting.within_rounding}
+            for t in parted
+            if t.parting is not None
+        ],
+        "new_tokens": sum(len(text.assisted.tokens) for text in texts),
+        "target_forwards": sum(len(text.assisted.forwards) for text in texts),
+        "baseline_target_forwards": sum(len(text.plain.forwards) for text in texts),
+        "rounds": total.rounds,
+        "drafted": total.drafted,
+        "reached": list(total.reached),
+        "accepted": list(total.accepted),
+        "accepted_histogram": total.accepted_histogram,
+        "by_position": _by_position(texts),
+    }
+
+
+def _acceptance(
+    ids: Sequence[str], counts: Sequence[AcceptanceCounts], total: AcceptanceCounts
+) -> dict[str, Any]:
+    rounds = np.maximum(resampled(ids, [c.rounds for c in counts]), 1)
+    reached = np.maximum(resampled(ids, [c.reached for c in counts]), 1)
+    accepted = resampled(ids, [c.accepted for c in counts])
+    intervals = np.percentile((accepted / reached)[1:], [2.5, 97.5], axis=0).T
+    return {
+        "acceptance_length": total.acceptance_length,
+        "acceptance_length_interval": interval(1 + accepted.sum(axis=1) / rounds),
+        "acceptance_rate": total.acceptance_rate,
+        "conditional_acceptance_rate": total.conditional_acceptance_rate,
+        "conditional_acceptance_rate_interval": intervals.tolist(),
+        "cumulative_acceptance_rate": total.cumulative_acceptance_rate,
+    }
+
+
+def _speed(texts: Sequence[Text]) -> dict[str, Any]:
+    assisted, plain = [t.assisted for t in texts], [t.plain for t in texts]
+    ids = [text.id for text in texts]
+    # [1 + S] seconds and tokens of both.
+    (seconds, tokens), (plain_seconds, plain_tokens) = (
+        (resampled(ids, [t.seconds for t in own]), resampled(ids, [len(t.tokens) for t in own]))
+        for own in (assisted, plain)
+    )
+    speedup = (plain_seconds / plain_tokens) / (seconds / tokens)
+    rate, plain_rate = _decode_rate(assisted), _decode_rate(plain)
+    prefill = sum(t.first_token_seconds for t in assisted)
+    drafting = sum(t.drafting_seconds or 0.0 for t in assisted)
+    peaks = [t.peak_memory_bytes for t in assisted if t.peak_memory_bytes is not None]
+    return {
+        "tokens_per_second": float(tokens[0] / seconds[0]),
+        "baseline_tokens_per_second": float(plain_tokens[0] / plain_seconds[0]),
+        "speedup": float(speedup[0]),
+        "speedup_interval": interval(speedup),
+        "time_to_first_token": prefill / len(texts),
+        "baseline_time_to_first_token": sum(t.first_token_seconds for t in plain) / len(texts),
+        "prefill_tokens_per_second": sum(t.prompt_len for t in texts) / prefill,
+        "decode_tokens_per_second": rate,
+        "baseline_decode_tokens_per_second": plain_rate,
+        "decode_speedup": rate / plain_rate if rate and plain_rate else None,
+        "target_forwards_per_token": sum(len(t.forwards) for t in assisted)
+        / sum(len(t.tokens) for t in assisted),
+        "drafting_share": drafting / sum(t.seconds for t in assisted) if drafting else None,
+        "peak_memory_bytes": max(peaks, default=None),
+    }
+
+
+def _decode_rate(texts: Sequence[Decoded]) -> float | None:
+    """Tokens a second after the first one; None: there are none."""
+    seconds = sum(text.seconds - text.first_token_seconds for text in texts)
+    tokens = sum(len(text.tokens) - 1 for text in texts)
+    return tokens / seconds if tokens and seconds > 0 else None
+
+
+def _predicted_speedup(texts: Sequence[Text], costs: Costs) -> float | None:
+    """Of the rounds, from their drafts and what those cost, to lay beside `decode_speedup`."""
+    rounds = [pair for text in texts for pair in text.assisted.rounds(text.prompt_len)]
+    cost = sum(costs.of_round(proposed) for proposed, _ in rounds)
+    cost -= costs.c * sum(text.assisted.looked_up for text in texts)  # nobody drafted those
+    return sum(1 + accepted for _, accepted in rounds) / cost if cost else None
+
+
+def _by_position(texts: Sequence[Text]) -> list[dict[str, Any]]:
+    """Acceptance of the rounds that begin after so many new tokens."""
+    rounds, accepted = [0] * len(POSITIONS), [0] * len(POSITIONS)
+    for text in texts:
+        pairs = text.assisted.rounds(text.prompt_len)
+        for (cached, _), (_, n) in zip(text.assisted.forwards[1:], pairs, strict=True):
+            group = bisect(POSITIONS, cached - text.prompt_len + 1) - 1
+            rounds[group] += 1
+            accepted[group] += n
+    return [
+        {"from": edge, "rounds": r, "acceptance_length": 1 + n / r}
+        for edge, r, n in zip(POSITIONS, rounds, accepted, strict=True)
+        if r
+    ]
+
+
+def noise(texts: Sequence[Text]) -> dict[str, Any] | None:
+    """Plain decoding against itself, in the texts of any one side: what a speedup of 1 looks like
+    here. None: never done twice."""
+    twice = [text for text in texts if text.again_seconds is not None]
+    if not twice:
+        return None
+    ids = [text.id for text in twice]
+    ratio = resampled(ids, [text.plain.seconds for text in twice])
+    ratio /= resampled(ids, [text.again_seconds for text in twice])
+    return {"texts": len(twice), "speedup": float(ratio[0]), "speedup_interval": interval(ratio)}
 
 
 def _row(text: Text, k: int) -> list[Any]:

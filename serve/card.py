@@ -54,7 +54,10 @@ def model_card(p: Published) -> str:
     Raises:
         ValueError: the report has no figures of this head.
     """
-    results = _results(p)
+    env, head = p.report["environment"], p.head_name
+    results = [r for r in p.report["results"] if r["head"] == head and r["category"] == "all"]
+    if not results:
+        raise ValueError(f"the report has no results of {head}")
     template = Environment(
         undefined=StrictUndefined, keep_trailing_newline=True, trim_blocks=True, lstrip_blocks=True
     )
@@ -64,7 +67,7 @@ def model_card(p: Published) -> str:
         p=p,
         metadata=_metadata(p, results).to_yaml(),
         served=p.served,
-        env=p.report["environment"],
+        env=env,
         setting=title(p.report),
         architecture=p.head_config.architectures[0],
         k=p.config.train.rounds,
@@ -73,7 +76,7 @@ def model_card(p: Published) -> str:
         base_head=base_head,
         base_revision=base_revision,
         rows=[markdown_row(_row(result)) for result in results],
-        verdict=verdict([r for r in p.report["results"] if r["head"] in (p.head_name, None)]),
+        verdict=verdict([r for r in p.report["results"] if r["head"] in (head, None)]),
         gemma=p.target_config.model_type[:6],
         engines={
             engine: (
@@ -86,14 +89,6 @@ def model_card(p: Published) -> str:
     )  # fmt: skip
 
 
-def _results(p: Published) -> list[dict[str, Any]]:
-    """The report's results of this head over all prompts, with looping texts and without."""
-    found = [r for r in p.report["results"] if r["head"] == p.head_name and r["category"] == "all"]
-    if not found:
-        raise ValueError(f"the report has no results of {p.head_name}")
-    return found
-
-
 def _row(result: dict[str, Any]) -> list[str]:
     decoder, k, _, texts, length, _, speedup, *_ = cells(result)
     loops = {"with": "all", "without": "no loops"}[result["looping_texts"]]
@@ -103,18 +98,15 @@ def _row(result: dict[str, Any]) -> list[str]:
 def _load_target(p: Published) -> str:
     """The call of `headstart.heads.loading.load_target` that loads the target as it is served."""
     # The built-in Gemma 3 270M has other weights than the Hub's: they were quantised.
-    t = p.config.target
-    same = t.name in BUILT_IN and len(t.adapters) == len(p.served.adapters)
-    call = f'load_target("{t.name if same else p.served.name}"'
-    if p.served.revision:
-        call += f", revision={json.dumps(p.served.revision)}"
-    if p.served.adapters:
-        call += f", adapters={json.dumps(p.served.adapters)}"
-    if not p.served.merge_adapters:
-        call += ", merge_adapters=False"
-    if p.served.quantization:
-        call += f', quantization="{p.served.quantization}"'
-    return call + ")"
+    t, served = p.config.target, p.served
+    same = t.name in BUILT_IN and len(t.adapters) == len(served.adapters)
+    arguments = [json.dumps(t.name if same else served.name)]
+    for name in ("revision", "adapters", "quantization"):
+        if value := getattr(served, name):
+            arguments.append(f"{name}={json.dumps(value)}")
+    if not served.merge_adapters:
+        arguments.append("merge_adapters=False")
+    return f"load_target({', '.join(arguments)})"
 
 
 def _metadata(p: Published, results: list[dict[str, Any]]) -> ModelCardData:

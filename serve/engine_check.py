@@ -1,24 +1,44 @@
 """A real engine against transformers: equal greedy texts, equal acceptance, and what the head is
-worth there (`headstart serve-check`)."""
+worth there (`headstart serve-check`).
 
+The engine runs on loopback, with a head and without: it is started, asked, and stopped by process
+id. All speak HTTP, and count rounds and accepted drafts by position for all requests together
+(`/metrics`). llama.cpp and mlx-vlm are served by programs beside this file.
+"""
+
+import http.client
 import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.table import Table
+from rich.table import Column, Table
 
-from headstart.common.children import temporary_folder
-from headstart.common.console import plain_console, progress_bar, say
-from headstart.common.files import drop_remote_code, write_atomically
+from headstart.common.children import (
+    child_environment,
+    home_of,
+    python_command,
+    temporary_folder,
+)
+from headstart.common.console import counted, plain_console, say
+from headstart.common.files import drop_remote_code, open_own, write_figures
 from headstart.common.machine import environment
 from headstart.data.prompts import Prompt
+from headstart.data.server import PLAIN_SAMPLING
 from headstart.data.templates import encode_prompts
 from headstart.eval.acceptance import AcceptanceCounts, zero_counts
+from headstart.eval.asked import asked_by_heads
 from headstart.eval.decoding import Decoded, decode, parting
-from headstart.eval.measurements import asked_by_heads
 from headstart.heads.assistant import check_pair
 from headstart.heads.decoder import ExactDecoding
 from headstart.heads.saving import (
@@ -28,16 +48,232 @@ from headstart.heads.saving import (
     write_global_keys,
 )
 from headstart.heads.target import Gemma3ForAssistedDecoding, Target
-from headstart.serve.engine_servers import Answer, Counts, EngineServer
 from headstart.serve.engines import (
     GGUF,
     GGUF_TYPES,
     ROPE_POSITIONS,
     Engine,
     convert_to_gguf,
+    engine_python,
     engine_version,
     export_for_engine,
 )
+
+FOLDER = Path(__file__).parent.absolute()  # of the programs that serve llama.cpp and mlx-vlm
+# Between this process and an engine: when the pipe between them ends, because this process ended in
+# whatever way, SIGKILL included, so does the engine with all processes of its session.
+WATCH = """
+import os, signal, subprocess, sys, threading, time
+signal.signal(signal.SIGTERM, lambda *_: None)
+engine = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL)
+def watch():
+    os.read(0, 1)  # nothing is ever written: it is the pipe's end
+    os.killpg(0, signal.SIGTERM)
+    time.sleep(10)
+    os.killpg(0, signal.SIGKILL)
+threading.Thread(target=watch, daemon=True).start()
+sys.exit(engine.wait())
+"""
+STARTING = 1800.0  # seconds that an engine may take to load and answer
+# No proxy stands before loopback.
+OWN = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What an engine says of its drafts."""
+
+    rounds: int = 0
+    """With drafts: a last token that is not worth any is none."""
+    by_position: list[int] = field(default_factory=list)
+    """Accepted tokens at draft 1 .. K."""
+
+    def __sub__(self, earlier: "Counts") -> "Counts":
+        """What came after an earlier reading."""
+        before = earlier.by_position or [0] * len(self.by_position)
+        by_position = [a - b for a, b in zip(self.by_position, before, strict=True)]
+        return Counts(self.rounds - earlier.rounds, by_position)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One greedy text."""
+
+    tokens: list[int]
+    """Without the token that ends a text: engines differ in whether they hand it out."""
+    ended: bool
+    """Whether it ended before there were as many as asked for."""
+    seconds: float
+    """Wall time of the request."""
+
+    @classmethod
+    def of(cls, tokens: list[int], stop_ids: Sequence[int], asked: int, seconds: float) -> "Answer":
+        """From the tokens as they came, with the one that ends the text or without."""
+        kept = tokens[:-1] if tokens and tokens[-1] in stop_ids else tokens
+        return cls(kept, len(kept) < asked, seconds)
+
+    @property
+    def written(self) -> int:
+        """Tokens that the target said, that which ends the text included."""
+        return len(self.tokens) + self.ended
+
+
+class EngineServer:
+    """An engine with a target, and with a head where there is one; up within `with`.
+
+    Args:
+        engine: installed by `headstart engines install`.
+        target, head: folders, for llama.cpp GGUF files. head None: plain decoding.
+        num_assistant_tokens: K.
+        context: tokens of the longest prompt and its answer together.
+        stop_ids: tokens that end a text.
+        log: file that keeps what the engine says.
+        dtype: of vLLM's weights.
+        threads: of the processor.
+
+    Raises:
+        RuntimeError: (on entering) it did not come up; the message has the end of its log.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        target: Path,
+        head: Path | None,
+        num_assistant_tokens: int,
+        context: int,
+        stop_ids: Sequence[int],
+        log: Path,
+        dtype: str,
+        threads: int,
+    ):
+        self.engine, self.log, self.stop_ids = engine, log, list(stop_ids)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port: int = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}"
+        # Without keys: an engine runs on local files, and asks nobody.
+        self.environment = child_environment()
+        self.environment |= {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
+        python = engine_python(engine)
+        self.folder = home_of(python)
+        """Where it runs: the current folder may hold anything."""
+        model = str(target.absolute())
+        drafts = [] if head is None else [str(head.absolute()), str(num_assistant_tokens)]
+        match engine:
+            case "llama.cpp":
+                program = str(FOLDER / "llama_server.py")
+                arguments = [program, model, str(port), str(context), str(threads), *drafts]
+            case "mlx":
+                arguments = [str(FOLDER / "mlx_server.py"), model, str(port), *drafts]
+            case _:
+                self.environment |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
+                arguments = [
+                    "-m", "vllm.entrypoints.openai.api_server", "--model", model,
+                    "--served-model-name", "target", "--host", "127.0.0.1", "--port", str(port),
+                    "--dtype", dtype, "--max-model-len", str(context), "--max-num-seqs", "1",
+                    "--no-enable-prefix-caching",
+                ]  # fmt: skip
+                if head is not None:
+                    mtp: dict[str, Any] = {"method": "mtp", "model": drafts[0]}
+                    mtp["num_speculative_tokens"] = num_assistant_tokens
+                    arguments += ["--speculative-config", json.dumps(mtp)]
+        self.command = python_command(python, *arguments)
+
+    def __enter__(self) -> "EngineServer":
+        with open_own(self.log, "wb") as log:
+            # A session of its own, so that the engine's own processes can be stopped with it.
+            self.process = subprocess.Popen(
+                [sys.executable, "-I", "-c", WATCH, *self.command], stdin=subprocess.PIPE,
+                stdout=log, stderr=subprocess.STDOUT, env=self.environment, cwd=self.folder,
+                start_new_session=True,
+            )  # fmt: skip
+        try:
+            deadline = time.monotonic() + STARTING
+            while self.process.poll() is None and time.monotonic() < deadline:
+                if self._is_up():
+                    return self
+                time.sleep(0.2)
+            raise RuntimeError(
+                f"{self.engine} did not come up: ... {self._end_of_log()} (all of it: {self.log})"
+            )
+        except BaseException:  # Ctrl-C too: the engine does not get it
+            self.stop()
+            raise
+
+    def _is_up(self) -> bool:
+        try:
+            OWN.open(f"{self.url}/health", timeout=5).close()
+        except (OSError, http.client.HTTPException):
+            return False
+        return True
+
+    def __exit__(self, *error: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """End the engine and its processes."""
+        for wanted in (signal.SIGTERM, signal.SIGKILL):
+            try:
+                os.killpg(self.process.pid, wanted)
+                self.process.wait(timeout=10)
+            except (ProcessLookupError, subprocess.TimeoutExpired):
+                continue
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+
+    def _end_of_log(self) -> str:
+        lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
+        telling = [line for line in lines if re.search(r"rror|assert|fail", line)] or lines
+        return " ".join(" ".join(telling[-4:]).split())[-700:]
+
+    def answer(self, prompt: Sequence[int], max_new_tokens: int) -> Answer:
+        """The greedy continuation of a prompt's ids."""
+        asked = PLAIN_SAMPLING | {"prompt": list(prompt), "temperature": 0.0}
+        if self.engine == "vllm":
+            asked |= {"model": "target", "max_tokens": max_new_tokens, "return_token_ids": True}
+            content, seconds = self._post("/v1/completions", asked)
+            tokens = content["choices"][0]["token_ids"]
+        else:
+            asked |= {"n_predict": max_new_tokens, "return_tokens": True, "stop_ids": self.stop_ids}
+            content, seconds = self._post("/completion", asked)
+            tokens = content["tokens"]
+        return Answer.of(tokens, self.stop_ids, max_new_tokens, seconds)
+
+    def read_counts(self) -> Counts:
+        """Of all answers since the start."""
+        with OWN.open(f"{self.url}/metrics", timeout=30) as response:
+            return counts_of_metrics(response.read().decode())
+
+    def _post(self, path: str, content: dict[str, Any]) -> tuple[dict[str, Any], float]:
+        request = urllib.request.Request(
+            self.url + path, json.dumps(content).encode(), {"Content-Type": "application/json"}
+        )
+        start = time.perf_counter()
+        try:
+            with OWN.open(request, timeout=600) as response:
+                found = json.loads(response.read())
+        except urllib.error.HTTPError as error:
+            raise RuntimeError(
+                f"{self.engine} refuses a prompt ({error.code}): {error.read().decode()[:700]}"
+            ) from error
+        except (OSError, http.client.HTTPException) as error:
+            raise RuntimeError(
+                f"{self.engine} stopped answering: ... {self._end_of_log()} (all of it: {self.log})"
+            ) from error
+        return found, time.perf_counter() - start
+
+
+def counts_of_metrics(metrics: str) -> Counts:
+    """Of `/metrics`, in Prometheus' text format."""
+    name = r"^(?:vllm|llamacpp|mlx):spec_decode_num_"
+    rounds = re.findall(name + r"drafts_total(?:{[^}]*})? (\S+)$", metrics, re.M)
+    accepted = re.findall(
+        name + r'accepted_tokens_per_pos_total{[^}]*position="(\d+)"[^}]*} (\S+)$', metrics, re.M
+    )
+    by_position = {int(position): int(float(value)) for position, value in accepted}
+    return Counts(int(sum(map(float, rounds))), [by_position[k] for k in sorted(by_position)])
+
 
 SCHEMA = 1
 SPARE = 16  # tokens of the context beside K drafts beyond the end of the longest text
@@ -88,11 +324,10 @@ def serve_check(
         dtype = str(target.identity["dtype"])
         sides: dict[str, tuple[list[Answer], Counts]] = {}
         for name, served in (("plain", None), ("assisted", served_head)):
-            server = EngineServer(
-                check.engine, served_target, served, k, context, target.eos_ids,
-                out / f"{name}.log", dtype, torch.get_num_threads(),
-            )  # fmt: skip
-            with server:
+            with EngineServer(
+                check.engine, served_target, served, k, context, stop_ids=target.eos_ids,
+                log=out / f"{name}.log", dtype=dtype, threads=torch.get_num_threads(),
+            ) as server:  # fmt: skip
                 sides[name] = _ask(server, ids, check.max_new_tokens, f"{check.engine}, {name}")
     content = {
         "schema": SCHEMA,
@@ -108,7 +343,7 @@ def serve_check(
         },
         **_compared(ours, counts, sides),
     }  # fmt: skip
-    write_atomically(out / "serve-check.json", json.dumps(content, indent=2) + "\n")
+    write_figures(content, out / "serve-check.json")
     return content
 
 
@@ -122,18 +357,18 @@ def _written(
     ordered = load_assistant_config(check.head).use_ordered_embeddings
     if check.engine == "vllm" and ordered and not check.dense:  # its build for the CPU is installed
         raise ValueError("vLLM's CPU backend cannot read ordered embeddings: check with --dense")
-    export_for_engine(check.head, check.engine, config, target.tokenizer, head, check.dense, dtype)
+    export_for_engine(
+        check.head, check.engine, config, target.tokenizer, head, dense=check.dense, dtype=dtype
+    )
     target.model.save_pretrained(model)
     target.tokenizer.save_pretrained(model)
     drop_remote_code(model)
-    content = json.loads((model / "config.json").read_text(encoding="utf-8"))
     # Ours is a class of the same weights, whose name no engine knows.
-    if content["architectures"] == [Gemma3ForAssistedDecoding.__name__]:
-        content["architectures"] = ["Gemma3ForCausalLM"]
-        text = json.dumps(content, indent=2) + "\n"
-        (model / "config.json").write_text(text, encoding="utf-8")
+    path = model / "config.json"
+    text, ours = path.read_text(encoding="utf-8"), f'"{Gemma3ForAssistedDecoding.__name__}"'
+    path.write_text(text.replace(ours, '"Gemma3ForCausalLM"'), encoding="utf-8")
     if config.model_type.startswith("gemma4"):
-        write_global_keys(model / "config.json")
+        write_global_keys(path)
     if check.engine != "llama.cpp":
         return head, model, head
     convert_to_gguf(model, gguf, GGUF_TYPES[dtype])
@@ -149,16 +384,13 @@ def _by_transformers(
     how, k, n = ExactDecoding(), check.num_assistant_tokens, check.max_new_tokens
     found: dict[str, list[Answer]] = {"plain": [], "assisted": []}
     counts = zero_counts(k)
-    with progress_bar() as bar:
-        task = bar.add_task("transformers (texts)", total=len(ids), status="")
-        for prompt in ids:
-            plain = decode(target, prompt, n)
-            drafted = decode(target, prompt, n, assistant, k, how)
-            for name, text in (("plain", plain), ("assisted", drafted)):
-                found[name].append(Answer.of(text.tokens, target.eos_ids, n, text.seconds))
-            longer = decode(target, prompt, n + k + 1, assistant, k, how)
-            counts += as_engine_counts(longer, len(prompt), n, k, check.engine)
-            bar.update(task, advance=1)
+    for prompt in counted(ids, "transformers (texts)"):
+        plain = decode(target, prompt, n)
+        drafted = decode(target, prompt, n, assistant, k, how)
+        for name, text in (("plain", plain), ("assisted", drafted)):
+            found[name].append(Answer.of(text.tokens, target.eos_ids, n, text.seconds))
+        longer = decode(target, prompt, n + k + 1, assistant, k, how)
+        counts += as_engine_counts(longer, len(prompt), n, k, check.engine)
     return found, counts
 
 
@@ -195,12 +427,7 @@ def _ask(
     """All prompts, one after another, and what the engine counted meanwhile."""
     server.answer(ids[0], WARM_UP)
     before = server.read_counts()
-    with progress_bar() as bar:
-        task = bar.add_task(f"{what} (texts)", total=len(ids), status="")
-        found = []
-        for prompt in ids:
-            found.append(server.answer(prompt, max_new_tokens))
-            bar.update(task, advance=1)
+    found = [server.answer(prompt, max_new_tokens) for prompt in counted(ids, f"{what} (texts)")]
     return found, server.read_counts() - before
 
 
@@ -211,10 +438,8 @@ def _compared(
 ) -> dict[str, Any]:
     plain, (assisted, told) = sides["plain"][0], sides["assisted"]
     rates = [accepted / max(told.rounds, 1) for accepted in told.by_position]
-    speeds = {
-        **{f"transformers_{name}": _speed(texts) for name, texts in ours.items()},
-        **{f"engine_{name}": _speed(texts) for name, (texts, _) in sides.items()},
-    }
+    speeds = {f"transformers_{name}": _speed(texts) for name, texts in ours.items()}
+    speeds |= {f"engine_{name}": _speed(texts) for name, (texts, _) in sides.items()}
     return {
         "acceptance_length": {"transformers": counts.acceptance_length, "engine": 1 + sum(rates)},
         "cumulative_acceptance_rate": {
@@ -248,21 +473,15 @@ def _equal(texts: Sequence[Answer], others: Sequence[Answer]) -> float:
 def print_serve_check(content: dict[str, Any]) -> None:
     """The comparison, for a terminal."""
     env, speed = content["environment"], content["tokens_per_second"]
+    columns = ["acceptance length", "accepted at draft 1 ..", "tokens/s plain", "with head"]
     table = Table(
-        title=f"{env['head']} for {env['target']}, {env['dtype']}, {env['prompts']} prompts"
-    )
-    columns = ["", "acceptance length", "accepted at draft 1 ..", "tokens/s plain", "with head"]
-    for column in columns:
-        table.add_column(column, justify="left" if not column else "right")
+        "", *(Column(name, justify="right") for name in columns),
+        title=f"{env['head']} for {env['target']}, {env['dtype']}, {env['prompts']} prompts",
+    )  # fmt: skip
     for name, label in (("transformers", "transformers, exact"), ("engine", env["engine"])):
-        rates = content["cumulative_acceptance_rate"][name]
-        table.add_row(
-            label,
-            f"{content['acceptance_length'][name]:.3f}",
-            ", ".join(f"{rate:.3f}" for rate in rates),
-            f"{speed[f'{name}_plain']:.1f}",
-            f"{speed[f'{name}_assisted']:.1f}",
-        )
+        rates = ", ".join(f"{rate:.3f}" for rate in content["cumulative_acceptance_rate"][name])
+        speeds = [f"{speed[f'{name}_{side}']:.1f}" for side in ("plain", "assisted")]
+        table.add_row(label, f"{content['acceptance_length'][name]:.3f}", rates, *speeds)
     plain_console().print(table)
     for name, share in content["equal_texts"].items():
         print(f"equal texts, {name.replace('_', ' ')}: {share:.0%}")

@@ -112,18 +112,13 @@ def engine_folder(engine: Engine) -> Path:
     return cache_dir() / "engines" / engine
 
 
-def is_installed(engine: Engine) -> bool:
-    """Whether its environment is whole."""
-    return (engine_folder(engine) / READY).is_file()
-
-
 def engine_python(engine: Engine) -> Path:
     """The Python of an engine's environment.
 
     Raises:
         ValueError: it is not installed.
     """
-    if not is_installed(engine):
+    if not (engine_folder(engine) / READY).is_file():
         raise ValueError(f"{engine} is not installed: headstart engines install {engine}")
     return engine_folder(engine) / "bin" / "python"
 
@@ -143,7 +138,7 @@ def install_engine(engine: Engine) -> Path:
         RuntimeError: Python or pip failed, with the end of what it said.
     """
     folder = engine_folder(engine)
-    if is_installed(engine):
+    if (folder / READY).is_file():
         return folder
     # A virtual environment knows its own place: it is made there, and counts once it is whole.
     made = run_python(sys.executable, "-m", "venv", "--clear", str(folder.absolute()))

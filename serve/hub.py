@@ -1,7 +1,6 @@
 """The Hub: the license that binds a head, public names of what it was made of, the upload."""
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,16 @@ APACHE = {
     "license": "apache-2.0",
     "license_link": "https://ai.google.dev/gemma/docs/gemma_4_license",
 }
+LICENCE = ("license", "license_name", "license_link")  # fields of a card
+REFUSALS = (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled)
+SECONDS = 10.0  # that the Hub may take to tell a licence
+FIXES = {
+    401: "run `hf auth login` with a token that may write there",
+    403: "your token may not write there: make one that may, or ask its owner",
+    409: "somebody else changed it at the same time: run the command again",
+    412: "somebody else changed it at the same time: run the command again",
+}
+"""What to do where the Hub refuses an upload, by its status."""
 
 
 def licence_of(target_config: Any, served: TargetConfig) -> dict[str, str]:
@@ -37,17 +46,21 @@ def licence_of(target_config: Any, served: TargetConfig) -> dict[str, str]:
     """
     if target_config.model_type.startswith("gemma3"):
         return GEMMA_TERMS
-    found = declared_licence(served.name, served.revision)
-    if isinstance(found, dict):
-        return found
-    if served.name.startswith(GOOGLES):
-        say(
-            f"{found}: the card says Apache 2.0, as those of Google's own Gemma 4; --license NAME "
-            "says otherwise"
-        )
-        return APACHE
-    say(f"{found}: the card says that its licence is unknown; --license NAME says what it is")
-    return {"license": "unknown"}
+    name, said = served.name, dict[str, Any]()
+    why = f"the card of {name} names no licence"
+    try:
+        info = HfApi().model_info(name, revision=served.revision, timeout=SECONDS)
+        said = {} if info.card_data is None else info.card_data.to_dict()
+    except Exception as error:
+        if not (isinstance(error, REFUSALS) or _is_of_the_network(error)):
+            raise
+        status = f"HTTP {error.response.status_code}" if isinstance(error, HfHubHTTPError) else None
+        why = f"the Hub does not tell the licence of {name} ({status or type(error).__name__})"
+    if said.get("license"):
+        return {key: said[key] for key in LICENCE if said.get(key)}
+    licence = APACHE if name.startswith(GOOGLES) else {"license": "unknown"}
+    say(f"{why}: the head's card says {licence['license']}; --license NAME says otherwise")
+    return licence
 
 
 def notice(licence: dict[str, str], target: str) -> str | None:
@@ -76,14 +89,8 @@ def is_hub_id(name: str) -> bool:
 
 
 def check_hub_id(name: str, what: str, fix: str) -> None:
-    """Raise `ValueError` unless a name can only be meant for a repository of the Hub: a folder of
-    this machine may have one of the same form.
-
-    Args:
-        name: that is to stand on a card.
-        what: it names, in the message.
-        fix: what to do, in the message.
-    """
+    """Raise `ValueError`, which says what the name stands for and the fix, unless it can only be
+    meant for a repository of the Hub: a folder of this machine may have one of the same form."""
     here = Path(name).exists()
     if here or not is_hub_id(name):
         why = "a path of this machine" if here else "not of the form ORG/NAME"
@@ -132,32 +139,6 @@ def _without_paths(text: str, names: dict[str, str]) -> str:
     return text.replace(f"{Path.cwd()}/", "").replace(f"{Path.home()}/", "~/")
 
 
-LICENCE = ("license", "license_name", "license_link")  # fields of a card
-SECONDS = 10.0  # that the Hub may take to tell a licence
-
-
-def declared_licence(name: str, revision: str | None) -> dict[str, str] | str:
-    """What a model's card says of its licence, as fields of a card; a text: why none is known."""
-    try:
-        card = HfApi().model_info(name, revision=revision, timeout=SECONDS).card_data
-    except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled) as error:
-        return f"the Hub does not tell the licence of {name} ({_short(error)})"
-    except Exception as error:
-        if not _is_of_the_network(error):
-            raise
-        return f"the Hub could not be asked for the licence of {name} ({_short(error)})"
-    said = card.to_dict() if card is not None else {}
-    if not said.get("license"):
-        return f"the card of {name} names no licence"
-    return {key: said[key] for key in LICENCE if said.get(key)}
-
-
-def _short(error: Exception) -> str:
-    if isinstance(error, HfHubHTTPError):
-        return f"HTTP {error.response.status_code}"
-    return type(error).__name__
-
-
 def _is_of_the_network(error: BaseException) -> bool:
     # huggingface_hub 1 speaks through httpx, 2 through httpx2.
     return type(error).__module__.startswith(("httpx", "httpcore"))
@@ -169,8 +150,7 @@ def upload(folder: Path, repo_id: str, private: bool, branch: str | None, create
 
     Args:
         folder: all of it.
-        repo_id: ORG/NAME, created where it is not there.
-        private: whether none but its owners are to see it.
+        repo_id, private: ORG/NAME, created where it is not there, for its owners alone or for all.
         branch: created where it is not there; None: main.
         create_pr: as a pull request.
 
@@ -199,57 +179,32 @@ def upload(folder: Path, repo_id: str, private: bool, branch: str | None, create
         if (why := _why(error, repo_id)) is None:
             raise
         raise RuntimeError(why) from error
-    say(f"Published: {commit.pr_url or commit.commit_url}")
-    return str(commit.pr_url or commit.commit_url)
+    where = str(commit.pr_url or commit.commit_url)
+    say(f"Published: {where}")
+    return where
 
 
-def _why(error: Exception, repo_id: str) -> str | None:
+def _why(error: BaseException, repo_id: str) -> str | None:
     """What to do after an upload failed; None: it did not fail for the Hub or the way there."""
-    for cause in _causes(error):
+    causes = [error]
+    while (cause := causes[-1].__cause__) is not None:
+        causes.append(cause)
+    for cause in causes:
         if isinstance(cause, OfflineModeIsEnabled):
             return "HF_HUB_OFFLINE is set: unset it to publish"
         if isinstance(cause, LocalTokenNotFoundError):
             return "the Hub wants a token: run `hf auth login`, or set HF_TOKEN"
         if isinstance(cause, HfHubHTTPError):
-            return _refusal(cause, repo_id)
-    *_, innermost = _causes(error)
+            unknown = isinstance(cause, RepositoryNotFoundError)
+            status = 401 if unknown else cause.response.status_code
+            fix = FIXES.get(status) if status < 500 else "run the command again later"
+            said = f"the Hub says: {cause.server_message}" if cause.server_message else None
+            return "; ".join(filter(None, [f"the Hub refused {repo_id} ({status})", fix, said]))
     # hf_xet makes a RuntimeError of everything that happens to large files.
-    cut = isinstance(innermost, ConnectionError | TimeoutError | RuntimeError)
-    if not (cut or _is_of_the_network(innermost)):
+    cut = isinstance(causes[-1], ConnectionError | TimeoutError | RuntimeError)
+    if not (cut or _is_of_the_network(causes[-1])):
         return None
     return (
-        f"the connection to the Hub was cut ({type(innermost).__name__}): run the same command "
+        f"the connection to the Hub was cut ({type(causes[-1]).__name__}): run the same command "
         "again, large files that arrived are not sent again"
     )
-
-
-def _causes(error: BaseException) -> Iterator[BaseException]:
-    """An error, and what it came from."""
-    found: BaseException | None = error
-    while found is not None:
-        yield found
-        found = found.__cause__
-
-
-def _refusal(error: HfHubHTTPError, repo_id: str) -> str:
-    status = error.response.status_code
-    said = f"; the Hub says: {error.server_message}" if error.server_message else ""
-    if status == 401 or isinstance(error, RepositoryNotFoundError):
-        return (
-            f"the Hub does not know you, or {repo_id} is not yours to see (401): run `hf auth "
-            f"login` with a token that may write{said}"
-        )
-    match status:
-        case 403:
-            return (
-                f"your token may not write to {repo_id} (403): make one that may, or ask its "
-                f"owner{said}"
-            )
-        case 409 | 412:
-            return (
-                f"somebody else changed {repo_id} at the same time ({status}): run the command "
-                f"again{said}"
-            )
-        case _ if status >= 500:
-            return f"the Hub fails at the moment ({status}): run the command again later{said}"
-    return f"the Hub refused {repo_id} ({status}){said}"

@@ -3,13 +3,13 @@
 import json
 import re
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import ModelCard
+from transformers import PreTrainedTokenizerBase
 
 from headstart.common.console import say
 from headstart.common.files import (
@@ -133,7 +133,7 @@ def build_folder(what: Publication, out: Path) -> list[Path]:
     served = _on_the_hub(what, config)
     report = read_report(what.report or run.folder / "eval")
     evaluated = _evaluated(report, run.head)
-    target_config, tokenizer = _load_target(_where_it_is(what, config, report))
+    target_config, tokenizer = _load_target(what, config.target, report["environment"])
     names = _public_names(what, config, served, report, evaluated)
     report = without_paths(report if what.texts else report | {"examples": []}, names)
     config = Config.model_validate(without_paths(config.model_dump(mode="json"), names))
@@ -167,17 +167,19 @@ def build_folder(what: Publication, out: Path) -> list[Path]:
 
 
 def _write(run: _Run, p: Published, tokenizer: Any, names: dict[str, str], work: Path) -> None:
+    of_the_hub: dict[str, str | None] = {}
     if p.base_head is not None:
         _copy(run.head / ADAPTER, work, ADAPTER_FILES)
         base, revision = split_revision(p.base_head)
         of_the_hub = {"base_model_name_or_path": base, "revision": revision}
-        _edit(work / "adapter_config.json", lambda content: content | of_the_hub)
     else:
         _copy(run.head, work, HEAD_FILES)
         tokenizer.save_pretrained(work)
     # A head's notes its target, a tokenizer's whatever its trainer put there.
     for path in work.glob("*config.json"):
-        _edit(path, lambda content: without_paths(content, names))
+        own = of_the_hub if path.name == "adapter_config.json" else {}
+        content = without_paths(json.loads(path.read_text(encoding="utf-8")) | own, names)
+        path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     save_config(p.config, work / SETTINGS)
     evaluation = work / EVALUATION
     evaluation.mkdir()
@@ -249,49 +251,42 @@ def _evaluated(report: dict[str, Any], head: Path) -> _Evaluated:
 
 def _on_the_hub(what: Publication, config: Config) -> TargetConfig:
     """The target by the names that others load it by."""
+    t = config.target
     for name in what.base_models:
         check_hub_id(name, "--base-model", "give --base-model ORG/NAME")
     if what.base_models:
         name, revision = split_revision(what.base_models[0])
-        named: dict[str, Any] = {"name": name, "revision": revision, "adapters": []}
-        return config.target.model_copy(update=named)
-    t = config.target
-    names = [DEMO.get(t.name, t.name), *t.adapters]
-    for name in names:
+        return t.model_copy(update={"name": name, "revision": revision, "adapters": []})
+    named = t.model_copy(update={"name": DEMO.get(t.name, t.name)})
+    for name in (named.name, *named.adapters):
         check_hub_id(
             name, "the target",
             "a card has to name one, give --base-model ORG/NAME, that of the target or of what it "
             "was tuned from",
         )  # fmt: skip
-    return t.model_copy(update={"name": names[0]})
+    return named
 
 
-def _where_it_is(what: Publication, config: Config, report: dict[str, Any]) -> TargetConfig:
-    """The target of a run where it lies now.
+def _load_target(
+    what: Publication, t: TargetConfig, env: dict[str, Any]
+) -> tuple[Any, PreTrainedTokenizerBase]:
+    """The configuration and the tokenizer of a run's target, from where it lies now.
 
     Raises:
-        ValueError: what is named is another target than the one that was evaluated.
+        ValueError: it is not there, or another target than the one that was evaluated.
     """
-    t = config.target
-    if what.target is None and not what.adapters:
-        return t
-    env = report["environment"]
-    moved: dict[str, Any] = {"adapters": list(what.adapters) or t.adapters}
-    if what.target is not None:
-        moved |= {"name": what.target, "revision": None}
-    now = t.model_copy(update=moved)
-    found = load_served(now.model_copy(update={"dtype": env["dtype"]})).fingerprint
-    if found != env["target_fingerprint"]:
-        raise ValueError(
-            f"{served_name(now)} ({found[:12]}) is not the "
-            f"target of the report ({env['target_fingerprint'][:12]}): name the one that was "
-            "evaluated, --target DIR, and --adapter DIR for each adapter of it"
-        )
-    return now
-
-
-def _load_target(t: TargetConfig) -> tuple[Any, Any]:
-    """The configuration and the tokenizer of a target."""
+    if what.target is not None or what.adapters:
+        moved: dict[str, Any] = {"adapters": list(what.adapters) or t.adapters}
+        if what.target is not None:
+            moved |= {"name": what.target, "revision": None}
+        t = t.model_copy(update=moved)
+        found = load_served(t.model_copy(update={"dtype": env["dtype"]})).fingerprint
+        if found != env["target_fingerprint"]:
+            raise ValueError(
+                f"{served_name(t)} ({found[:12]}) is not the "
+                f"target of the report ({env['target_fingerprint'][:12]}): name the one that was "
+                "evaluated, --target DIR, and --adapter DIR for each adapter of it"
+            )
     try:
         tokenizer = load_target_tokens(t).tokenizer
         _check_tokenizer_files(tokenizer)
@@ -303,7 +298,7 @@ def _load_target(t: TargetConfig) -> tuple[Any, Any]:
         ) from error
 
 
-def _check_tokenizer_files(tokenizer: Any) -> None:
+def _check_tokenizer_files(tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise `ValueError` where a tokenizer's folder has a link that leads out of it: a chat
     template, which is published, may be any file of the user's then."""
     if not tokenizer.name_or_path:  # a built-in one
@@ -371,31 +366,11 @@ def _own(path: Path) -> Path:
     return path
 
 
-def left_out(run: Path) -> list[str]:
-    """What lies in a run folder and is not published."""
-    where = _Run(run)
-    taken = {*where.pictures, where.folder / "adapt.md", where.training}
-    wanted = {where.head: HEAD_FILES, where.head / ADAPTER: ADAPTER_FILES}
-    found = []
-    for folder in dict.fromkeys([where.folder, where.training, *wanted]):
-        for path in sorted(folder.iterdir()) if folder.is_dir() else []:
-            known = folder in wanted and wanted[folder].fullmatch(path.name)
-            if not (known or path in taken or path in wanted):
-                name = str(path.relative_to(run)) + ("/" if path.is_dir() else "")
-                found.append(name if name.isprintable() else ascii(name))
-    return found
-
-
-def _edit(path: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
-    content = change(json.loads(path.read_text(encoding="utf-8")))
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
 def _check(work: Path, base_head: str | None, evaluated: _Evaluated) -> None:
     """Read the folder back, an adapter onto its base as the Hub has it: what was evaluated has to
     come out, and the card has to be one."""
-    path = f"{base_head}+{work}" if base_head is not None else work
     try:
+        path = f"{base_head}+{work}" if base_head is not None else work
         assistant = load_assistant(path, evaluated.dtype)
     except ValueError as error:
         raise ValueError(
@@ -407,13 +382,22 @@ def _check(work: Path, base_head: str | None, evaluated: _Evaluated) -> None:
             f"what was written reads back as another head ({found[:12]}) than the one evaluated "
             f"({evaluated.fingerprint[:12]}): nothing was published"
         )
-    card = ModelCard.load(work / "README.md")
-    if card.data.eval_results is None:
+    if ModelCard.load(work / "README.md").data.eval_results is None:
         raise ValueError("the model card holds no figures: nothing was published")
 
 
 def print_folder(files: list[Path], out: Path, run: Path) -> None:
-    """Every file with its size, and what was left out of the run folder."""
+    """Every file with its size, and what lies in the run folder and was left out."""
     for path in files:
         print(f"{path.stat().st_size:>13,}  {path.relative_to(out)}")
-    say(f"Left out of {run}: {', '.join(left_out(run)) or 'nothing'}")
+    where = _Run(run)
+    taken = {*where.pictures, where.folder / "adapt.md", where.training}
+    wanted = {where.head: HEAD_FILES, where.head / ADAPTER: ADAPTER_FILES}
+    left = []
+    for folder in dict.fromkeys([where.folder, where.training, *wanted]):
+        for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+            known = folder in wanted and wanted[folder].fullmatch(path.name)
+            if not (known or path in taken or path in wanted):
+                left.append(str(path.relative_to(run)) + ("/" if path.is_dir() else ""))
+    names = [name if name.isprintable() else ascii(name) for name in left]
+    say(f"Left out of {run}: {', '.join(names) or 'nothing'}")

@@ -25,8 +25,8 @@ from headstart.data.prepare import deal_sampling
 from headstart.data.prompts import Prompt, deal, limit_evenly, load_prompts, split_by_source
 from headstart.data.regenerate import make_jobs, regenerate
 from headstart.data.store import ActivationStore
+from headstart.eval.asked import as_the_head_was, asked_by_run
 from headstart.eval.decoding import decode
-from headstart.eval.measurements import as_the_head_was, asked_by_run
 from headstart.eval.page import as_json
 from headstart.eval.replay import Walked, walk_texts
 from headstart.eval.report import run_evaluation

@@ -24,7 +24,7 @@ from headstart.data.loader import AnchorLoader
 from headstart.data.prepare import prepare_documents
 from headstart.data.store import Documents
 from headstart.eval.acceptance import RecallCounts
-from headstart.eval.measurements import as_the_head_was
+from headstart.eval.asked import as_the_head_was
 from headstart.eval.replay import Simulated, simulate_acceptance
 from headstart.heads.assistant import check_pair
 from headstart.heads.ordered import Taught, cluster_count, set_order, token_usage, with_clusters

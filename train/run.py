@@ -12,7 +12,7 @@ from headstart.common.console import say
 from headstart.common.processes import join_processes
 from headstart.configs.schema import Config, EvalConfig
 from headstart.data.prepare import prepare_documents
-from headstart.eval.measurements import asked_by_run
+from headstart.eval.asked import asked_by_run
 from headstart.eval.report import run_evaluation
 from headstart.heads.loading import load_served, open_target
 from headstart.heads.saving import load_assistant

@@ -35,6 +35,18 @@ def test_version_from_the_console_command_and_the_module() -> None:
         assert result.stdout.startswith("headstart 0.")
 
 
+@pytest.mark.parametrize("debug", [True, False])
+def test_debug_shows_the_traceback_before_and_after_the_name_of_a_command(
+    debug: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command, flag = ["compare", str(tmp_path), str(tmp_path)], ["--debug"] if debug else []
+    for argv in ([*flag, *command], [*command, *flag]):
+        assert main(argv) == 1
+        err = capsys.readouterr().err
+        assert "no report at" in err
+        assert ("Traceback" in err) == debug
+
+
 ANSWER_WITHOUT_TORCH = """
 import argparse, contextlib, io, sys
 from headstart.cli.main import _parser, main

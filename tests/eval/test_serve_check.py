@@ -8,9 +8,15 @@ import pytest
 
 from headstart.eval.acceptance import AcceptanceCounts
 from headstart.eval.decoding import Decoded
-from headstart.serve import engine_servers
-from headstart.serve.engine_check import _compared, as_engine_counts
-from headstart.serve.engine_servers import Answer, Counts, EngineServer, counts_of_metrics
+from headstart.serve import engine_check
+from headstart.serve.engine_check import (
+    Answer,
+    Counts,
+    EngineServer,
+    _compared,
+    as_engine_counts,
+    counts_of_metrics,
+)
 from headstart.serve.engines import Engine
 
 # Lines of vLLM 0.32's /metrics.
@@ -66,7 +72,7 @@ def test_an_engine_that_dies_says_why_and_keeps_its_log(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # This Python has no vLLM, so that the engine ends at once with an error of its own.
-    monkeypatch.setattr(engine_servers, "engine_python", lambda engine: Path(sys.executable))
+    monkeypatch.setattr(engine_check, "engine_python", lambda engine: Path(sys.executable))
     log = tmp_path / "vllm.log"
     server = EngineServer("vllm", tmp_path, None, 4, 64, [1], log, "float32", 2)
     with pytest.raises(RuntimeError, match=r"did not come up: .*vllm.*vllm\.log"), server:
@@ -78,8 +84,8 @@ def test_an_engine_that_dies_says_why_and_keeps_its_log(
 def test_what_an_engine_started_is_stopped_with_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine_servers, "engine_python", lambda engine: Path(sys.executable))
-    monkeypatch.setattr(engine_servers, "STARTING", 3.0)
+    monkeypatch.setattr(engine_check, "engine_python", lambda engine: Path(sys.executable))
+    monkeypatch.setattr(engine_check, "STARTING", 3.0)
     server = EngineServer("vllm", tmp_path, None, 4, 64, [1], tmp_path / "log", "float32", 2)
     child = "import subprocess, sys, time; p = subprocess.Popen(['sleep', '60']); print(p.pid)"
     server.command = [sys.executable, "-u", "-c", f"{child}; time.sleep(60)"]
@@ -96,7 +102,7 @@ def test_what_an_engine_started_is_stopped_with_it(
 def test_an_engine_does_not_outlive_a_start_that_was_stopped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: type[BaseException]
 ) -> None:
-    monkeypatch.setattr(engine_servers, "engine_python", lambda engine: Path(sys.executable))
+    monkeypatch.setattr(engine_check, "engine_python", lambda engine: Path(sys.executable))
     server = EngineServer("vllm", tmp_path, None, 4, 64, [1], tmp_path / "log", "float32", 2)
     server.command = [sys.executable, "-c", "import time; time.sleep(60)"]
 
@@ -113,7 +119,7 @@ def test_what_an_engine_says_of_a_prompt_it_refuses_is_passed_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And a proxy of the environment does not stand before it."""
-    monkeypatch.setattr(engine_servers, "engine_python", lambda engine: Path(sys.executable))
+    monkeypatch.setattr(engine_check, "engine_python", lambda engine: Path(sys.executable))
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     server = EngineServer("vllm", tmp_path, None, 4, 64, [1], tmp_path / "log", "float32", 2)
     refusing = (

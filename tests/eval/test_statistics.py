@@ -4,10 +4,11 @@ from dataclasses import replace
 
 import pytest
 
-from headstart.eval.decoding import Decoded, ends_in_loop
+from headstart.eval.decoding import Decoded
 from headstart.eval.draft_cost import Costs
 from headstart.eval.measurements import Text
-from headstart.eval.statistics import interval, noise, resampled_sums, summarise, verdict
+from headstart.eval.report import noise, summarise
+from headstart.eval.statistics import ends_in_loop, interval, resampled, verdict
 
 
 def test_a_text_that_ends_in_a_loop_is_told_from_one_that_does_not() -> None:
@@ -102,10 +103,8 @@ def test_a_round_beyond_the_measured_costs_goes_on_as_they_did_last() -> None:
 
 def test_the_turns_of_a_prompt_are_drawn_together() -> None:
     """Twenty turns of one prompt are one draw: the interval is that of one prompt, no width."""
-    turns = [text("a", [(1, i % 2)], 2.0, 1.0 + i % 2) for i in range(20)]
-    sums = resampled_sums(turns, {"seconds": lambda t: t.assisted.seconds, "one": lambda t: 1})
-    assert interval(sums["seconds"] / sums["one"]) == (1.5, 1.5)
-    apart = [text(str(i), [(1, i % 2)], 2.0, 1.0 + i % 2) for i in range(20)]
-    sums = resampled_sums(apart, {"seconds": lambda t: t.assisted.seconds, "one": lambda t: 1})
-    low, high = interval(sums["seconds"] / sums["one"])
+    seconds = [1.0 + i % 2 for i in range(20)]
+    one, apart = ["a"] * 20, [str(i) for i in range(20)]
+    assert interval(resampled(one, seconds) / resampled(one, [1] * 20)) == (1.5, 1.5)
+    low, high = interval(resampled(apart, seconds) / resampled(apart, [1] * 20))
     assert 1.2 < low < 1.4 < 1.6 < high < 1.8

@@ -15,7 +15,7 @@ from headstart.data.prepare import run_extract, run_regenerate
 from headstart.data.prompts import load_prompts
 from headstart.data.store import ActivationStore, read_index, write_index
 from headstart.data.templates import encode_prompt
-from headstart.eval.measurements import asked_by_heads, asked_by_run
+from headstart.eval.asked import asked_by_heads, asked_by_run
 from headstart.heads.loading import load_target, load_target_config
 from headstart.serve import engine_check as serving
 from headstart.serve.engine_check import ServeCheck, serve_check

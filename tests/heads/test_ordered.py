@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headstart.configs.schema import HeadConfig
-from headstart.eval.acceptance import RecallCounts, zero_recall
+from headstart.eval.acceptance import RecallCounts
 from headstart.eval.decoding import decode
 from headstart.heads.assistant import assistant_config
 from headstart.heads.ordered import (
@@ -95,7 +95,7 @@ def test_recall_counts_what_a_sort_would() -> None:
     scores = torch.randn(30, 100, generator=generator)
     clusters = torch.randint(100, (30, 4), generator=generator)
     logprobs = torch.randn(30, 4, generator=generator).log_softmax(-1) - 0.5
-    counts = RecallCounts.of(scores, clusters, logprobs) + zero_recall()
+    counts = RecallCounts.of(scores, clusters, logprobs) + RecallCounts()
     shares = counts.describe()
     place = scores.argsort(1, descending=True).argsort(1).gather(1, clusters)
     for n in (8, 16, 32, 64):

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from headstart.common.console import LOG_SECONDS, LogProgress, phase, progress_bar
+from headstart.common.console import LOG_SECONDS, LogProgress, counted, phase, progress_bar
 
 
 def test_a_log_says_what_is_done_how_fast_and_what_is_left(
@@ -49,6 +49,22 @@ def test_work_done_before_is_no_speed_and_a_total_may_grow(
         "Decoding: started, 3 of 3", "Decoding: ended after 0:00:00, 3 of 3", "Counting: started",
         "Counting: ended after 0:00:00, 5 of 5", "Counting: ended after 0:00:00, 7 of 7",
     ]  # fmt: skip
+
+
+def test_items_are_counted_beside_those_done_before_and_a_failure_ends_their_line(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert list(counted("ab", "Reading", done=1)) == ["a", "b"]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == ["Reading: started, 1 of 3", "Reading: ended after 0:00:00, 3 of 3"]
+
+    def fail() -> None:
+        for letter in counted("ab", "Reading"):
+            raise KeyError(letter)
+
+    with pytest.raises(KeyError):
+        fail()
+    assert "stopped after" in capsys.readouterr().out
 
 
 def test_colors_that_are_forced_make_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from headstart.common.children import HOST
 from headstart.common.files import whole_file, whole_folder
 from headstart.configs.loader import save_config
 from headstart.configs.schema import HeadConfig
-from headstart.eval.measurements import asked_by_heads
+from headstart.eval.asked import asked_by_heads
 from headstart.heads.assistant import build_assistant
 from headstart.heads.loading import byte_tokenizer, load_target, tiny_target
 from headstart.heads.saving import load_assistant, save_assistant
