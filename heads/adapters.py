@@ -70,6 +70,7 @@ def fit_adapter(adapter: str, model: PreTrainedModel, merge: bool, work: Path) -
         left_out = [key for key in keys if key not in kept]
         rows = model.config.get_text_config().vocab_size
         _check_tables(folder / WEIGHTS, kept, config, rows, merge)
+        _check_trained(folder / WEIGHTS, kept)
         changed = [key for key, place in kept.items() if key != place]
         if changed:
             names = f"{changed[0]} as {kept[changed[0]]}"
@@ -235,6 +236,20 @@ def _check_tables(
         )
     if not merge and config.get("modules_to_save"):
         raise ValueError("its tables are not tied: let it be merged, without --keep-adapters")
+
+
+def _check_trained(path: Path, kept: Mapping[str, str]) -> None:
+    """Raise `ValueError` where low-rank products B A [out, in] are all there is, and are zero."""
+    with safe_open(path, framework="pt") as file:
+        for key in kept:
+            if not re.search(r"\.lora_(embedding_)?[AB](\.weight)?$", key):
+                return  # another kind of weight: what it does is seen on the model
+            if re.search(r"lora_(embedding_)?B", key) and bool(file.get_tensor(key).any()):
+                return
+    raise ValueError(
+        "all its B matrices are zero, so that it changes nothing: it was saved before its training "
+        "began, or by a process that did not train"
+    )
 
 
 def _write(

@@ -161,6 +161,15 @@ def test_a_config_that_keeps_an_adapter_from_its_effect_is_refused(
         served("tiny-gemma4", own, merge=merge)
 
 
+def test_an_untrained_adapter_is_refused_before_a_weight_of_its_target_is_loaded(
+    tmp_path: Path,
+) -> None:
+    own, _ = adapter(tmp_path / "own", tiny_target("tiny-gemma4"))
+    rewrite(own, lambda w: {k: v * (".lora_A." in k) for k, v in w.items()})
+    with pytest.raises(ValueError, match=r"own .* changes nothing"):
+        check_target(TargetConfig(name="tiny-gemma4", adapters=[own]))
+
+
 def test_an_effect_that_merging_rounds_away_is_refused(tmp_path: Path) -> None:
     own, _ = adapter(tmp_path / "own", tiny_target("tiny-gemma4"))
     rewrite(own, lambda w: {k: v * (1e-12 if ".lora_B." in k else 1) for k, v in w.items()})
