@@ -92,8 +92,9 @@ def _run_regenerate(args: argparse.Namespace) -> None:
 
     config = load_config(args.config, args.overrides)
     run_regenerate(
-        config, args.out, args.extract, default_device(), args.server, args.model,
-        args.concurrency, args.api_key_env,
+        config, args.out, args.extract, default_device(),
+        url=args.server, model=args.model, concurrency=args.concurrency,
+        key_variable=args.api_key_env,
     )  # fmt: skip
 
 

@@ -159,19 +159,19 @@ def _add_dense(parser: argparse.ArgumentParser) -> None:
 def _run_export(args: argparse.Namespace) -> None:
     import torch
 
-    from headstart.common.console import say
+    from headstart.common.console import print_once
     from headstart.configs.schema import TargetConfig
     from headstart.heads.loading import load_target_config, load_target_tokens
     from headstart.serve.engines import export_for_engine
 
     config = load_target_config(args.target, args.revision)
     tokens = load_target_tokens(TargetConfig(name=args.target, revision=args.revision))
-    remarks = export_for_engine(
+    engine_warnings = export_for_engine(
         args.head, args.to, config, tokens.tokenizer, args.out, dense=args.dense,
         dtype=getattr(torch, args.dtype),
     )  # fmt: skip
-    for remark in remarks:
-        say(remark)
+    for remark in engine_warnings:
+        print_once(remark)
     for path in sorted(args.out.iterdir()):
         print(f"{path.stat().st_size:>13,}  {path}")
 

@@ -114,7 +114,7 @@ def add_bench_commands(commands: Any) -> None:
         "bench",
         help="measure speed ratios on this machine",
         description="Measure what a step costs against what it cannot do without, in one run, the "
-        "sides taking turns; print the ratios.",
+        "variants taking turns; print the ratios.",
     )
     kinds = bench.add_subparsers(required=True, metavar="COMMAND")
     for name, about in ABOUT.items():

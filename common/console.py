@@ -172,7 +172,7 @@ def _is_main_process() -> bool:
     return bool(PartialState().is_main_process)
 
 
-def say(line: str) -> None:
+def print_once(line: str) -> None:
     """Print a line, once for all processes of a run, without the control characters of names or
     texts in it."""
     line = one_line(line)

@@ -21,7 +21,7 @@ from typing import IO, Any
 from safetensors import SafetensorError
 
 from headstart.common.children import made_here, own_name, remove_left_behind
-from headstart.common.console import one_line, say
+from headstart.common.console import one_line, print_once
 
 PART = ".part"  # ends the name of a folder that is not yet whole
 WORK = ".writing"  # ends that of a folder of files that are not yet whole
@@ -37,12 +37,12 @@ def expand_home(text: str) -> str:
 
 def write_atomically(path: Path, text: str) -> None:
     """Write a text file: a reader, or a crash, finds the earlier content or the new one."""
-    with whole_file(path) as work:
+    with atomic_file(path) as work:
         work.write_text(text, encoding="utf-8")
 
 
 @contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
+def atomic_folder(folder: Path) -> Iterator[Path]:
     """Gives a folder to write into, which then takes the place of `folder`.
 
     No file system replaces a folder that is not empty in one step: a crash between the two
@@ -108,7 +108,7 @@ def put_back(folder: Path) -> None:
     if left:
         newest = max(left, key=lambda path: path.stat().st_mtime)
         newest.rename(folder)
-        say(f"{folder}: a crash left it as {newest.name}; it is put back")
+        print_once(f"{folder}: a crash left it as {newest.name}; it is put back")
 
 
 def refuse_link(path: Path) -> None:
@@ -182,7 +182,7 @@ def content_sha256(content: dict[str, Any]) -> str:
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
+def atomic_file(path: Path) -> Iterator[Path]:
     """Gives a place to write to; what was written there then appears at `path` in one step.
 
     Raises:
@@ -210,7 +210,7 @@ LOCK = ".lock"
 
 
 @contextmanager
-def alone_in(folder: Path, other: str | None = None) -> Iterator[None]:
+def lock_folder(folder: Path, other: str | None = None) -> Iterator[None]:
     """Work in a folder, made where it is missing, while other processes that would do so wait.
 
     What a killed process left half-written there is cleared away. The lock goes with the process
@@ -238,8 +238,8 @@ def alone_in(folder: Path, other: str | None = None) -> Iterator[None]:
         yield
 
 
-def is_held(folder: Path) -> bool:
-    """Whether a process works in a folder, by `alone_in`.
+def is_locked(folder: Path) -> bool:
+    """Whether a process works in a folder, by `lock_folder`.
 
     Raises:
         ValueError: the lock is a link, or no file.
@@ -264,4 +264,4 @@ def write_figures(content: dict[str, Any], out: Path | None) -> None:
     """Write the figures of a benchmark as JSON, where `out` names a file."""
     if out is not None:
         write_atomically(out, json.dumps(content, indent=2) + "\n")
-        say(f"Written: {out}")
+        print_once(f"Written: {out}")

@@ -17,7 +17,7 @@ from accelerate.utils import parse_flag_from_env, reduce
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from headstart.common.files import alone_in
+from headstart.common.files import lock_folder
 
 PATIENCE = timedelta(days=2)  # one process may generate for hours while the others wait
 T = TypeVar("T")
@@ -62,7 +62,7 @@ def processes_in(folder: Path) -> Iterator[None]:
     done. One that fails ends the launch: its launcher stops the others.
     """
     state = PartialState()
-    with alone_in(folder) if state.is_main_process else nullcontext():
+    with lock_folder(folder) if state.is_main_process else nullcontext():
         state.wait_for_everyone()
         yield
         state.wait_for_everyone()
@@ -93,7 +93,7 @@ def split_layers(layers: Iterable[torch.nn.Module]) -> None:
         fully_shard(layer, reshard_after_forward=True)
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
+def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """All of a tensor of which each process may hold a part; all processes must call it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
@@ -107,7 +107,7 @@ def placed_like(values: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
 
 
 @contextmanager
-def whole_weights(model: torch.nn.Module) -> Iterator[None]:
+def full_weights(model: torch.nn.Module) -> Iterator[None]:
     """Within, each process has all weights of `model`, so that it can run it or save it alone."""
     split = [module for module in model.modules() if isinstance(module, FSDPModule)]
     try:

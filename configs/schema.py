@@ -55,7 +55,7 @@ Quantization = Literal["torchao-int8", "bnb-int8", "bnb-nf4"]
 class TargetConfig(Section):
     name: Place = "gemma3-270m"
     """Built-in name (`gemma3-270m`, `tiny-gemma4`, `tiny-gemma3`), local folder, Hub id, or a GGUF
-    file, whose weights are taken out of their quantisation."""
+    file, whose weights are taken out of their quantization."""
     revision: str | None = None
     """Hub revision (branch, tag or commit). None: the default branch."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
@@ -91,7 +91,7 @@ class TargetConfig(Section):
                 f"{self.quantization} weights cannot take adapters in: set merge_adapters=false"
             )
         if bits and self.sharded:
-            raise ValueError("a quantised target is not split: leave out sharded or quantization")
+            raise ValueError("a quantized target is not split: leave out sharded or quantization")
         return self
 
 
@@ -186,7 +186,7 @@ class SourceConfig(Section):
     streaming: bool = False
     """Read a Hub dataset over the network row by row; nothing is downloaded whole."""
     columns: dict[str, str] = {}
-    """Our names -> the source's, where it is not recognised: `messages`, `prompt`, `response`,
+    """Our names -> the source's, where it is not recognized: `messages`, `prompt`, `response`,
     `text`, `id`, `category`, `source`, `tools`, `raw`."""
     weight: float | None = Field(default=None, gt=0)
     """Share of the conversations, relative to the other sources. None for all: by size."""

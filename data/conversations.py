@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from transformers import PreTrainedTokenizerBase
 
-from headstart.common.files import whole_file, write_atomically
+from headstart.common.files import atomic_file, write_atomically
 from headstart.configs.schema import DataConfig
 from headstart.data.store import read_index, refusal
 
@@ -87,7 +87,8 @@ def claim_folder(folder: Path, settings: dict[str, Any], parts: int) -> None:
         there = read_manifest(folder)
         # A fingerprint says more than a name, which may change with the folder.
         names = {"target", "revision"} if settings["fingerprint"] else set()
-        names.add("chat_template_kwargs")  # of which `prompts` has what the template made
+        # `target` and `prompts` have what these come to.
+        names |= {"config", "chat_template_kwargs"}
         for key in [key for key in settings if key not in names]:
             if there.get(key) != settings[key]:
                 raise ValueError(
@@ -188,7 +189,7 @@ def write_part(
             }
         )
     schema = SCHEMA.with_metadata({DIGEST: _digest(rows)})
-    with whole_file(path) as work:
+    with atomic_file(path) as work:
         pq.write_table(pa.Table.from_pylist(rows, schema=schema), work, compression="zstd")
 
 

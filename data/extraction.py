@@ -46,8 +46,8 @@ def top_logprobs(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tens
     best = logits.topk(k)
     # Row by row a CPU keeps the V values in its cache: a third of the time of all rows at once.
     rows = logits.split(1) if logits.device.type == "cpu" else (logits,)
-    normaliser = torch.cat([row.float().logsumexp(-1, keepdim=True) for row in rows])
-    return best.indices, best.values.float() - normaliser
+    normalizer = torch.cat([row.float().logsumexp(-1, keepdim=True) for row in rows])
+    return best.indices, best.values.float() - normalizer
 
 
 class Recorder(LogitsProcessor):
@@ -273,7 +273,10 @@ def entries_of(conversations: list[Conversation], tensors: dict[str, torch.Tenso
 
 
 def _entry(c: Conversation, top_k_mass: float | None) -> Entry:
-    return Entry(c.id, c.category, c.source, len(c.ids), c.trained, c.temperature, top_k_mass)
+    return Entry(
+        c.id, c.category, c.source,
+        length=len(c.ids), trained=c.trained, temperature=c.temperature, top_k_mass=top_k_mass,
+    )  # fmt: skip
 
 
 @torch.no_grad()  # a split target keeps buffers of its first forward: no inference tensors

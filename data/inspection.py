@@ -18,7 +18,7 @@ import torch
 from rich.table import Table
 
 from headstart.common.console import plain_console, progress_bar, visible
-from headstart.configs.schema import DataConfig, SourceConfig
+from headstart.configs.schema import DataConfig, SourceConfig, TargetConfig
 from headstart.data.conversations import (
     MANIFEST,
     Conversation,
@@ -30,7 +30,7 @@ from headstart.data.prompts import Prompt, encode_usable, load_prompts
 from headstart.data.rows import turn_text
 from headstart.data.store import ActivationStore, Shard, shard_paths
 from headstart.data.templates import NoAnswer, Spans, encode_conversation, encode_prompt
-from headstart.heads.loading import load_target_tokens, served_config
+from headstart.heads.loading import load_target_tokens, noted_target
 from headstart.heads.tokens import TargetTokens
 
 EXAMPLE_LENGTH = 300  # tokens or words shown of an example, about
@@ -189,7 +189,7 @@ def inspect_path(
         ValueError: nothing that can be inspected, a damaged file, or an unknown `tokenizer_of`.
     """
     folder, config = Path(path), config or DataConfig()
-    tokens = load_target_tokens(served_config(tokenizer_of)) if tokenizer_of else None
+    tokens = load_target_tokens(TargetConfig(name=tokenizer_of)) if tokenizer_of else None
     regenerated = (folder / MANIFEST).is_file()
     if regenerated:
         print_summary(inspect_conversations(folder, examples, tokens))
@@ -293,7 +293,7 @@ def _summary_of(
     if not examples:
         return summary
     try:
-        tokens = tokens or load_target_tokens(served_config(made["target"], made.get("revision")))
+        tokens = tokens or load_target_tokens(noted_target(made, "target"))
         if tokens.tokenizer_hash != made["tokenizer"]:
             raise ValueError(f"the tokenizer of {tokens.name} is another than they were made with")
         summary.decode = tokens.tokenizer.decode

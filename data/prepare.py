@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from headstart.common.console import one_line, say
+from headstart.common.console import one_line, print_once
 from headstart.common.files import cache_dir
 from headstart.configs.schema import Config, DataConfig
 from headstart.data.contamination import remove_contaminated
@@ -101,7 +101,9 @@ def _prepare_stored(
         held = [i for i, e in enumerate(entries) if e.source in sources and e.temperature == 0]
         repeated = [asked[i] for i in held]
     else:
-        say("No greedy text of this target there to validate on: data.prompts are answered for it")
+        print_once(
+            "No greedy text of this target there to validate on: data.prompts are answered for it"
+        )
         prompts = [prompt for group, _ in load_sources(data, held_out) for prompt in group]
         _, validation = split_by_source(prompts, data.validation_conversations, seed)
         sources = {prompt.source for prompt in validation}
@@ -119,7 +121,7 @@ def _open_stored(target: Target, data: DataConfig) -> ActivationStore | OnlineAc
     """`data.store`, or the activations of `data.conversations`."""
     if data.store is not None:
         store = ActivationStore(data.store, target)
-        say(
+        print_once(
             f"{data.store}: {len(store):,} documents; of data.* only validation_conversations and "
             "only_* apply to them"
         )
@@ -172,7 +174,7 @@ def load_sources(
     """
     sources = [(load_prompts(s, data.max_bad_rows), s.weight) for s in data.prompts]
     if held_out is None:
-        say(NOT_CHECKED)
+        print_once(NOT_CHECKED)
         return sources
     evaluation = load_prompt_set(held_out)
     if tokens is not None:
@@ -180,7 +182,7 @@ def load_sources(
     cleaned = []
     for (prompts, weight), source in zip(sources, data.prompts, strict=True):
         kept, found = remove_contaminated(prompts, evaluation)
-        say(f"{source.path} against {held_out}: {found.describe()}")
+        print_once(f"{source.path} against {held_out}: {found.describe()}")
         cleaned.append((kept, weight))
     return cleaned
 
@@ -218,7 +220,7 @@ def _without_copies(prompts: list[Prompt], held_out: list[Prompt]) -> list[Promp
     stay: of stored ones they would be all that share a long system prompt."""
     kept, found = remove_contaminated(prompts, held_out, near=False)
     if found.pairs:
-        say(f"Held out for validation: {found.describe('held-out')}")
+        print_once(f"Held out for validation: {found.describe('held-out')}")
     return kept
 
 
@@ -232,7 +234,13 @@ def _answered(
     settings = conversation_settings(jobs, target, data, seed, extracted)
     folder = _cache(data) / "conversations" / stable_hash(settings)
     regenerate(
-        target, jobs, data, seed, folder, extracted, "  held out" if greedy else "Generating"
+        target,
+        jobs,
+        data,
+        seed,
+        folder,
+        extracted,
+        description="  held out" if greedy else "Generating",
     )
     if extracted:
         return ActivationStore(folder, target)
@@ -249,11 +257,11 @@ def without_contaminated(
     """The documents whose prompt, of those `asked`, is no copy of an evaluation prompt; prints how
     many are."""
     if held_out is None:
-        say(NOT_CHECKED)
+        print_once(NOT_CHECKED)
         return Chosen(stored, range(len(stored.entries)))
     evaluation = _also_rendered(load_prompt_set(held_out), target, data)
     kept, found = remove_contaminated(asked, evaluation)
-    say(f"Conversations against {held_out}: {found.describe()}")
+    print_once(f"Conversations against {held_out}: {found.describe()}")
     left = set(map(id, kept))
     return Chosen(stored, [i for i, prompt in enumerate(asked) if id(prompt) in left])
 
@@ -298,12 +306,12 @@ def stream_folder(folder: Path, tokens: TargetTokens) -> Iterator[Conversation]:
     Those of another model lose their temperature: they are not this target's greedy text.
 
     Raises:
-        ValueError: the folder is unfinished, damaged, or tokenised for another vocabulary.
+        ValueError: the folder is unfinished, damaged, or tokenized for another vocabulary.
     """
     manifest = read_manifest(folder)
     if manifest["tokenizer"] != tokens.tokenizer_hash:
         raise ValueError(
-            f"{folder} was tokenised for {manifest['target']} ({manifest['tokenizer'][:12]}), and "
+            f"{folder} was tokenized for {manifest['target']} ({manifest['tokenizer'][:12]}), and "
             f"{tokens.name} has another tokenizer ({tokens.tokenizer_hash[:12]}): regenerate it"
         )
     if manifest["fingerprint"] is None:  # a server wrote it, which shows no weights
@@ -311,7 +319,7 @@ def stream_folder(folder: Path, tokens: TargetTokens) -> Iterator[Conversation]:
     else:
         same = manifest["fingerprint"] == tokens.fingerprint
     if not same:
-        say(f"{folder} was written by {manifest['target']}, which is not this {tokens.name}")
+        print_once(f"{folder} was written by {manifest['target']}, which is not this {tokens.name}")
     for conversation in read_folder(folder):
         yield conversation if same else replace(conversation, temperature=None)
 
@@ -364,9 +372,9 @@ def run_regenerate(
             url, model, concurrency, tokens.tokenizer, tokens.eos_ids, key_variable
         )
         regenerate_by_server(server, tokens, jobs, d, config.run.seed, out)
-    say(f"Written: {out} ({len(jobs):,} conversations)")
+    print_once(f"Written: {out} ({len(jobs):,} conversations)")
     if extracting:
-        say(describe_store(ActivationStore(out)))
+        print_once(describe_store(ActivationStore(out)))
 
 
 def describe_store(store: ActivationStore) -> str:
@@ -399,8 +407,8 @@ def run_extract(config: Config, conversations: str, out: Path, device: Any) -> N
         rows = encode_source(conversations, target, config)
         tokens = tokens_when_cut(rows, d.max_tokens)
         store = extract(target, rows, tokens, d, out, variables=d.chat_template_kwargs)
-    say(f"Written: {out}")
-    say(describe_store(store))
+    print_once(f"Written: {out}")
+    print_once(describe_store(store))
 
 
 def encode_source(path: str, tokens: TargetTokens, config: Config) -> list[Conversation]:

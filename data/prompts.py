@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from headstart.common.console import one_line, say
+from headstart.common.console import one_line, print_once
 from headstart.configs.schema import SourceConfig
 from headstart.data.rows import (
     COLUMNS,
@@ -123,7 +123,7 @@ def load_prompts(
             break
     _check(source, len(prompts), skipped, seen, max_bad_rows)
     if unused:
-        say(f"{source.path}: Columns not used: {', '.join(sorted(unused))}")
+        print_once(f"{source.path}: Columns not used: {', '.join(sorted(unused))}")
     # Later stages key on ids.
     ids = unique_ids([prompt.id for prompt in prompts], "~")
     return [replace(prompt, id=unique) for prompt, unique in zip(prompts, ids, strict=True)]

@@ -12,7 +12,7 @@ import torch
 from accelerate import PartialState
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from headstart.common.console import progress_bar, say
+from headstart.common.console import print_once, progress_bar
 from headstart.common.processes import in_step, is_mine, processes_in
 from headstart.configs.schema import DataConfig
 from headstart.data.conversations import (
@@ -34,7 +34,7 @@ from headstart.data.store import (
     write_shard,
 )
 from headstart.data.templates import check_template, encode_prompt, shortened
-from headstart.heads.cpu_kernels import plain_strides, quick_single_queries
+from headstart.heads.cpu_kernels import fast_grouped_query_attention, plain_strides
 from headstart.heads.target import Target
 from headstart.heads.tokens import Sampling, TargetTokens
 
@@ -70,7 +70,7 @@ def make_jobs(
         if prompt_ids is not None
     ]
     if cut_short := sum(len(prompt_ids or []) > most for prompt_ids in encoded):
-        say(
+        print_once(
             f"{cut_short} of {len(prompts)} prompts are longer than data.max_prompt_tokens={most} "
             "and keep their last tokens"
         )
@@ -88,6 +88,7 @@ def conversation_settings(
         **({"chat_template_kwargs": kwargs} if kwargs else {}),
         "target": tokens.name,
         "revision": tokens.revision,
+        "config": tokens.settings,
         "fingerprint": tokens.fingerprint,
         "tokenizer": tokens.tokenizer_hash,
         "eos_ids": tokens.eos_ids,
@@ -303,7 +304,7 @@ def answer(
     )
     # The recorder is to see the logits as the target emits them.
     processors = [mixture] if recorder is None else [recorder, mixture]
-    quick = quick_single_queries(target.config)
+    quick = fast_grouped_query_attention(target.config)
     with plain_strides(target.model), quick, recorder or nullcontext():
         output = target.model.generate(
             **inputs,

@@ -1,4 +1,4 @@
-"""Rows recognised: the layouts of common data sets, brought into chat turns.
+"""Rows recognized: the layouts of common data sets, brought into chat turns.
 
 A row that cannot be used raises `BadRow` with a reason that can be counted.
 """
@@ -8,7 +8,7 @@ import re
 from typing import Any
 
 LAYOUTS = ("messages", "conversations", "prompt", "instruction", "text", "turns")
-"""Columns that a row is recognised by; the first one present decides."""
+"""Columns that a row is recognized by; the first one present decides."""
 COLUMNS = ("messages", "prompt", "response", "text", "id", "category", "source", "tools", "raw")
 """What the `columns` of a source can map."""
 IDS = ("id", "question_id", "prompt_id", "task_id")
@@ -82,7 +82,7 @@ def layout_of(row: dict[str, Any]) -> str:
         if row.get(name) is not None:
             return name
     if row.keys().isdisjoint(LAYOUTS):
-        raise BadRow(f"no recognised column (columns: {', '.join(sorted(row))})")
+        raise BadRow(f"no recognized column (columns: {', '.join(sorted(row))})")
     raise BadRow("empty prompt")
 
 

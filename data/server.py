@@ -36,8 +36,8 @@ from openai import (
 )
 from transformers import PreTrainedTokenizerBase
 
-from headstart.common.console import progress_bar, say
-from headstart.common.files import alone_in
+from headstart.common.console import print_once, progress_bar
+from headstart.common.files import lock_folder
 from headstart.configs.schema import DataConfig
 from headstart.data.conversations import claim_folder, part_path, write_part
 from headstart.data.regenerate import (
@@ -199,7 +199,7 @@ class AnswerServer:
             raise ValueError(f"--api-key-env {key_variable}: there is no such variable, or no key")
         self.model, self.concurrency = model, concurrency
         self.tokenizer, self.eos_ids = tokenizer, eos_ids
-        self.retokenised = 0
+        self.retokenized = 0
         """Answers so far that came as text alone."""
         self._extras = WITH_IDS
         self._slots = asyncio.Semaphore(concurrency)
@@ -226,7 +226,7 @@ class AnswerServer:
 
         Raises:
             ValueError: nothing answers at the URL (within seconds); no such model, or several; the
-                server refuses a short request, adds tokens to it, or tokenises otherwise than the
+                server refuses a short request, adds tokens to it, or tokenizes otherwise than the
                 target.
             RuntimeError: a server is there, but did not come up in five minutes.
         """
@@ -256,8 +256,8 @@ class AnswerServer:
         async with self._slots:
             with self._explained():
                 body = await self._complete(prompt_ids, sampling, seed, max_new_tokens)
-        ids, retokenised = read_answer(body, self.tokenizer, self.eos_ids, max_new_tokens)
-        self.retokenised += retokenised
+        ids, retokenized = read_answer(body, self.tokenizer, self.eos_ids, max_new_tokens)
+        self.retokenized += retokenized
         return ids
 
     async def _complete(
@@ -329,7 +329,7 @@ class AnswerServer:
             if server_ids(body) is not None:
                 return
         self._extras = WITH_IDS
-        say("the server gives text alone, which is tokenised again")
+        print_once("the server gives text alone, which is tokenized again")
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
@@ -427,12 +427,12 @@ def regenerate_by_server(
         for error in filter(None, ends):
             raise error
 
-    with alone_in(folder), progress_bar() as bar:
+    with lock_folder(folder), progress_bar() as bar:
         settings = conversation_settings(jobs, tokens, config, seed, extract=False)
         claim_folder(folder, settings, len(batches))
         missing = [i for i in range(len(batches)) if not is_done(folder, i, extract=False)]
         there = len(jobs) - sum(len(batches[number]) for number in missing)
         task = bar.add_task("Generating", total=len(jobs), completed=there, status="")
         asyncio.run(write_all())
-    if server.retokenised:
-        say(f"{server.retokenised} answers came as text alone and were tokenised again")
+    if server.retokenized:
+        print_once(f"{server.retokenized} answers came as text alone and were tokenized again")

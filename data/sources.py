@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, TextIO
 
-from headstart.common.console import say
+from headstart.common.console import print_once
 from headstart.common.files import cache_dir
 from headstart.configs.schema import SourceConfig
 
@@ -137,7 +137,9 @@ def _without_stray(folder: Path, files: list[Path]) -> list[Path]:
 
     passed = [file for file in files if stray(file)]
     if passed:
-        say(f"{folder}: {len(passed)} hidden or metadata files passed over, first {passed[0]}")
+        print_once(
+            f"{folder}: {len(passed)} hidden or metadata files passed over, first {passed[0]}"
+        )
     return [file for file in files if not stray(file)]
 
 
@@ -245,7 +247,7 @@ def _delimiter(path: Path, file: TextIO) -> str:
     if counts[delimiter] < 2:
         return usual
     if delimiter != usual:
-        say(f"{path}: columns are separated by {delimiter!r}")
+        print_once(f"{path}: columns are separated by {delimiter!r}")
     return delimiter
 
 

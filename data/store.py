@@ -22,8 +22,8 @@ from pydantic import TypeAdapter
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from headstart.common.console import say
-from headstart.common.files import content_sha256, plain_name, whole_file, write_atomically
+from headstart.common.console import print_once
+from headstart.common.files import atomic_file, content_sha256, plain_name, write_atomically
 from headstart.configs.schema import DataConfig
 from headstart.heads.admission import is_finite, reading
 from headstart.heads.target import SharedKV, Target, source_layers
@@ -109,7 +109,7 @@ def shard_settings(target: Target, top_k: int, storage: Storage) -> dict[str, An
     }
 
 
-def quantise(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def to_int8(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Symmetric int8 with a scale for each last-axis row.
 
     Args:
@@ -150,7 +150,7 @@ def write_shard(
     stored = {}
     for name, tensor in tensors.items():
         if settings["storage"] == "int8" and name not in PLAIN:
-            stored[name], stored[f"{name}.scale"] = quantise(tensor)
+            stored[name], stored[f"{name}.scale"] = to_int8(tensor)
         else:
             stored[name] = tensor
         if not is_finite(tensor):
@@ -160,7 +160,7 @@ def write_shard(
             )
     stored = {name: tensor.contiguous() for name, tensor in stored.items()}
     header = json.dumps({"settings": settings, "documents": [asdict(e) for e in entries]})
-    with whole_file(path) as work:
+    with atomic_file(path) as work:
         # One entry alone: safetensors writes several in an order that changes from run to run.
         save_file(stored, work, metadata={"headstart": f"{_digest(stored, header)} {header}"})
 
@@ -291,7 +291,9 @@ def check_space(folder: Path, needed: int, at_least: int | None = None) -> None:
     """
     free = shutil.disk_usage(folder).free
     if needed > SAID_ABOVE:
-        say(f"{folder}: up to {needed / 2**20:,.0f} MiB to write, {free / 2**20:,.0f} MiB free")
+        print_once(
+            f"{folder}: up to {needed / 2**20:,.0f} MiB to write, {free / 2**20:,.0f} MiB free"
+        )
     if (needed if at_least is None else at_least) > free:
         raise ValueError(
             f"{folder} needs up to {needed / 2**20:,.0f} MiB and its disk has "

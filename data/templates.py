@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from headstart.common.console import say
+from headstart.common.console import print_once
 from headstart.data.marks import left_open, refuse_marks, spoken, thought_in, without_beginning
 from headstart.data.prompts import Prompt
 from headstart.data.rows import turn_text
@@ -107,7 +107,7 @@ def encode_conversation(
 
     A span begins after the generation prompt and ends with the control token by which the
     assistant ends its turn or waits for a tool. What a tool returned is in none, nor is the
-    newline that a template adds after a turn. Each span is tokenised by itself, as it is when the
+    newline that a template adds after a turn. Each span is tokenized by itself, as it is when the
     target decodes: Gemma's tokenizer would merge a newline of the template with those of the text.
 
     Before the last turn stands the whole generation prompt, as when the target writes that turn:
@@ -332,7 +332,7 @@ def check_template(prompts: Sequence[Prompt], tokens: TargetTokens) -> None:
             f"{tokens.name} is a chat model and its tokenizer has no chat template, which {turns} "
             f"of {len(prompts)} prompts need: {cure}"
         )
-    say(
+    print_once(
         f"{tokens.name} has no chat template: {turns} of {len(prompts)} prompts are read as plain "
         f"text, as is right for a base model; for a chat model {cure}"
     )

@@ -80,8 +80,8 @@ def zero_counts(num_assistant_tokens: int) -> AcceptanceCounts:
     return AcceptanceCounts.of_rounds([], num_assistant_tokens)
 
 
-def walk_rounds(matches: torch.Tensor, judged: torch.Tensor) -> AcceptanceCounts:
-    """Walk one text as the decoder would: start, accept n drafts, jump n + 1 rows.
+def replay_rounds(matches: torch.Tensor, judged: torch.Tensor) -> AcceptanceCounts:
+    """Replay one text as the decoder would: start, accept n drafts, jump n + 1 rows.
 
     Averaging over all rows instead overstates acceptance: rounds begin where drafts failed.
 
@@ -90,7 +90,7 @@ def walk_rounds(matches: torch.Tensor, judged: torch.Tensor) -> AcceptanceCounts
         judged: [R, K] bool, False where the text ends before draft k.
 
     Returns:
-        Counts over the rounds walked.
+        Counts over the rounds replayed.
     """
     leading = (matches & judged).long().cumprod(dim=1).sum(dim=1).tolist()
     proposed = judged.sum(dim=1).tolist()

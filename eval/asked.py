@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from headstart.common.console import say
+from headstart.common.console import print_once
 from headstart.common.files import put_back
 from headstart.configs.loader import load_saved
 from headstart.configs.schema import DataConfig
@@ -44,7 +44,7 @@ def asked_by_heads(heads: Sequence[str]) -> Asked:
                 "evaluate them one by one"
             )
     if first.chat_template_kwargs:
-        say(f"Prompts are asked as in the run of {name}: {first.chat_template_kwargs}")
+        print_once(f"Prompts are asked as in the run of {name}: {first.chat_template_kwargs}")
     lengths = [its.max_prompt_tokens for its in known.values() if its.max_prompt_tokens]
     return Asked(first.chat_template_kwargs, min(lengths, default=None))
 

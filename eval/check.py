@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from rich.table import Column, Table
 
-from headstart.common.console import kept_lines, plain_console, say
+from headstart.common.console import kept_lines, plain_console, print_once
 from headstart.configs.schema import DataConfig, TargetConfig
 from headstart.data.prompts import SETS, Prompt, load_prompt_set, load_prompts
 from headstart.data.templates import check_template, encode_conversation, encode_prompt
@@ -106,7 +106,7 @@ def _head(name: str, target: Target) -> str:
     head: Any = load_assistant(name, target.table.dtype, target.device)
     check_pair(target, head)
     if warning := other_target(target, head):
-        say(warning)
+        print_once(warning)
     text = head.config.text_config
     weights = sum(weight.numel() for weight in head.parameters())
     lm_head = "ordered embeddings" if head.config.use_ordered_embeddings else "a full LM head"
@@ -124,7 +124,7 @@ def _prompts(name: str, target: Target, data: DataConfig) -> str:
             source = next((source for source in data.prompts if source.path == name), name)
             prompts = load_prompts(source, data.max_bad_rows)
         for line in counted.getvalue().splitlines():
-            say(line)
+            print_once(line)
     check_template(prompts, target)
     answers, refused = 0, []
     for prompt in prompts:

@@ -11,7 +11,7 @@ import numpy as np
 from rich.table import Table
 
 from headstart.common.console import one_line, wide_console
-from headstart.eval.page import decoder_name
+from headstart.eval.page import SCHEMA, decoder_name
 from headstart.eval.statistics import OWN_LENGTH, interval, resampled
 
 ENOUGH = 5  # texts, below which prompts drawn with replacement tell nothing of others
@@ -25,9 +25,9 @@ MEASURES = {
 
 @dataclass(frozen=True)
 class Change:
-    """One measure of one side and category in both reports."""
+    """One measure of one variant and category in both reports."""
 
-    side: str
+    variant: str
     category: str
     measure: str
     before: float
@@ -62,9 +62,10 @@ def read_report(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is damaged: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} is damaged: it holds no report")
-    if content.get("schema") != 2:
+    if content.get("schema") != SCHEMA:
         raise ValueError(
-            f"{path} has schema {content.get('schema')}, not 2: measure again with this version"
+            f"{path} has schema {content.get('schema')}, not {SCHEMA}: measure again with this "
+            "version"
         )
     return content
 
@@ -72,7 +73,7 @@ def read_report(path: Path) -> dict[str, Any]:
 def compare(
     before: dict[str, Any], after: dict[str, Any], decoders: tuple[str, str] | None = None
 ) -> list[Change]:
-    """What changed from one report to another, or in the same one, for each side that both have.
+    """What changed from one report to another, or in the same one, for each variant that both have.
 
     Sides are the same by decoder, K and temperature; by their head's name too, unless each report
     has one head.
@@ -82,12 +83,12 @@ def compare(
         decoders: that of `before` and that of `after` to compare, K by K where both keep to one.
 
     Raises:
-        ValueError: they have no side in common.
+        ValueError: they have no variant in common.
     """
     changes = []
     for result, other in _pairs(before, after, decoders):
         names = [f"{decoder_name(r)} K={r['num_assistant_tokens']}" for r in (result, other)]
-        side = " -> ".join(dict.fromkeys(names))
+        variant = " -> ".join(dict.fromkeys(names))
         tables = [_table(before, result), _table(after, other)]
         if shared := tables[0].keys() & tables[1].keys():
             tables = [{key: table[key] for key in sorted(shared)} for table in tables]
@@ -98,9 +99,9 @@ def compare(
                 for table in tables
             ]
             if all(few):
-                changes += _changes(side, category, few[0], few[1], bool(shared))
+                changes += _changes(variant, category, few[0], few[1], bool(shared))
     if not changes:
-        raise ValueError("the reports have no side (decoder, K, temperature, head) in common")
+        raise ValueError("the reports have no variant (decoder, K, temperature, head) in common")
     return changes
 
 
@@ -129,14 +130,14 @@ def _table(content: dict[str, Any], result: dict[str, Any]) -> dict[tuple[str, i
 
 
 def _changes(
-    side: str, category: str, before: list[Any], after: list[Any], paired: bool
+    variant: str, category: str, before: list[Any], after: list[Any], paired: bool
 ) -> list[Change]:
     sums = _sums(before, 0), _sums(after, 0 if paired else 1)
     found = []
     for measure, of in MEASURES.items():
         old, new = of(sums[0]), of(sums[1])
         found.append(Change(
-            side, category, measure, float(old[0]), float(new[0]), interval(new - old),
+            variant, category, measure, float(old[0]), float(new[0]), interval(new - old),
             texts=len(after), paired=paired,
         ))  # fmt: skip
     return found
@@ -163,13 +164,13 @@ def print_changes(
     console = wide_console()
     changes = compare(before, after, decoders)
     table = Table(title="What changed")
-    for name in ("side", "category", "texts", "measure", "before", "after", "change (95%)", ""):
+    for name in ("variant", "category", "texts", "measure", "before", "after", "change (95%)", ""):
         table.add_column(name, justify="right" if name in ("before", "after", "texts") else "left")
     for c in changes:
         low, high = c.interval
         change = f"{c.after - c.before:+.3f} ({low:+.3f} to {high:+.3f})"
         figures = str(c.texts), c.measure, f"{c.before:.3f}", f"{c.after:.3f}"
-        table.add_row(c.side, c.category, *figures, change, c.says)
+        table.add_row(c.variant, c.category, *figures, change, c.says)
     console.print(table)
     for line in differences(before, after):
         console.print(one_line(f"Not the same: {line}"))

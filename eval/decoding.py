@@ -6,10 +6,11 @@ Target forwards are counted where they happen, by a hook on the target.
 Letters: V vocabulary.
 """
 
+import copy
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
@@ -23,7 +24,15 @@ from headstart.eval.acceptance import AcceptanceCounts
 from headstart.eval.draft_cost import MAX_DRAFT_TOKENS, Costs
 from headstart.eval.statistics import NO_HEAD, OWN_LENGTH
 from headstart.heads.cpu_kernels import plain_strides
-from headstart.heads.decoder import CostRule, ExactDecoding, Heuristic, Lookup, exact_decoding
+from headstart.heads.decoder import (
+    Constant,
+    CostRule,
+    ExactDecoding,
+    Heuristic,
+    Lookup,
+    Round,
+    exact_decoding,
+)
 from headstart.heads.target import Target
 from headstart.heads.tokens import Sampling
 
@@ -76,7 +85,7 @@ def decode(
     max_new_tokens: int,
     assistant: PreTrainedModel | None = None,
     num_assistant_tokens: int | None = None,
-    how: ExactDecoding | None = None,
+    decoding_config: ExactDecoding | None = None,
     sampling: Sampling = GREEDY,
     seed: int = 0,
 ) -> Decoded:
@@ -88,30 +97,30 @@ def decode(
         prompt_ids: the prompt.
         max_new_tokens: at most so many tokens are generated.
         assistant: a head in the native format or a small model, on the target's device.
-        num_assistant_tokens: K. The stock decoder reads it from the assistant's
-            `generation_config` and nowhere else, so it is set there; a small model is told to
-            keep to it.
-        how: drafts of the exact decoder; None: of the stock candidate generator.
+        num_assistant_tokens: K, where `decoding_config` has no length of its own.
+        decoding_config: drafts of the exact decoder; None: of the stock candidate generator.
         sampling: greedy, or from the target's distribution.
         seed: of the draws.
     """
-    extra = {}
-    if assistant is not None:
-        own = assistant.generation_config
-        own.num_assistant_tokens = num_assistant_tokens
-        own.num_assistant_tokens_schedule, own.assistant_confidence_threshold = "constant", 0.0
-        extra["assistant_model"] = assistant
+    extra = {} if assistant is None else {"assistant_model": assistant}
     lookup = None if assistant is not None else num_assistant_tokens
     config = _generation_config(target, max_new_tokens, sampling, lookup)
     ids = torch.tensor([prompt_ids], device=target.device)
-    drafting = exact_decoding(target.model, how) if how is not None else nullcontext()
-    if how is not None:
-        how.rounds.clear()
+    rounds: list[Round] | None = None
+    drafting: AbstractContextManager[None] = nullcontext()
+    if decoding_config is not None:
+        length, rounds = decoding_config.length, decoding_config.rounds
+        if length is None and num_assistant_tokens is not None:
+            decoding_config = replace(decoding_config, length=Constant(num_assistant_tokens))
+        rounds.clear()
+        drafting = exact_decoding(target.model, decoding_config)
+    elif assistant is not None:
+        drafting = _stock_drafts(assistant, num_assistant_tokens)
     torch.manual_seed(seed)
     on_cuda = target.device.type == "cuda"
     if on_cuda:
         torch.cuda.reset_peak_memory_stats(target.device)
-    # Plain strides on all sides, plain decoding too: the half second that a CPU otherwise takes
+    # Plain strides on all variants, plain decoding too: the half second that a CPU otherwise takes
     # for the first token in bfloat16 is nobody's merit.
     lean = plain_strides(target.model)
     with drafting, lean, _watch(target.model) as seen, torch.inference_mode():
@@ -126,12 +135,27 @@ def decode(
         tokens=output[0, len(prompt_ids) :].tolist(),
         seconds=seconds,
         first_token_seconds=seen.first_end - start,
-        drafting_seconds=None if how is None else sum(r.seconds for r in how.rounds),
+        drafting_seconds=None if rounds is None else sum(r.seconds for r in rounds),
         forwards=[(cached, ids.shape[1]) for cached, ids in seen.given],
         drafts=[ids[0, 1:].tolist() for _, ids in seen.given[1:]],
-        looked_up=0 if how is None else sum(r.looked_up for r in how.rounds),
+        looked_up=sum(r.looked_up for r in rounds or ()),
         peak_memory_bytes=torch.cuda.max_memory_allocated(target.device) if on_cuda else None,
     )
+
+
+@contextmanager
+def _stock_drafts(assistant: PreTrainedModel, num_assistant_tokens: int | None) -> Iterator[None]:
+    """Within, the stock decoder drafts K tokens in each round: it reads K from the
+    `generation_config` of the assistant and nowhere else."""
+    before = assistant.generation_config
+    own = assistant.generation_config = copy.deepcopy(before)
+    own.num_assistant_tokens = num_assistant_tokens
+    # A small model keeps to K too.
+    own.num_assistant_tokens_schedule, own.assistant_confidence_threshold = "constant", 0.0
+    try:
+        yield
+    finally:
+        assistant.generation_config = before
 
 
 def _generation_config(
@@ -186,7 +210,7 @@ START = 4  # draft tokens with which `heuristic` begins
 
 
 @dataclass(frozen=True)
-class Side:
+class DecoderVariant:
     """One way to decode that is compared with plain decoding."""
 
     decoder: Decoder
@@ -195,7 +219,7 @@ class Side:
     num_assistant_tokens: int
     """K, the most drafts of a round."""
     assistant: PreTrainedModel | None
-    how: ExactDecoding | None
+    decoding_config: ExactDecoding | None
     """Of the exact decoder; learns from prompt to prompt."""
     costs: Costs | None
     """What its drafts and verifications cost; None: not measured."""
@@ -216,17 +240,17 @@ class Side:
         """One text."""
         return decode(
             target, prompt_ids, max_new_tokens, self.assistant, self.num_assistant_tokens,
-            how=self.how, sampling=sampling, seed=seed,
+            decoding_config=self.decoding_config, sampling=sampling, seed=seed,
         )  # fmt: skip
 
 
-def make_sides(
+def make_variants(
     decoders: Sequence[Decoder],
     num_assistant_tokens: Sequence[int],
     heads: Mapping[str, PreTrainedModel],
     draft_models: Mapping[str, PreTrainedModel],
     costs: Mapping[str, dict[str, Costs]],
-) -> list[Side]:
+) -> list[DecoderVariant]:
     """Each decoder with each head and each K; those that choose K themselves once for each head.
 
     Args:
@@ -236,7 +260,7 @@ def make_sides(
         draft_models: name -> small model.
         costs: head -> what `measure_costs` found.
     """
-    sides = list[Side]()
+    variants = list[DecoderVariant]()
     for decoder in decoders:
         ks = [MAX_DRAFT_TOKENS] if decoder in OWN_LENGTH else num_assistant_tokens
         models: Mapping[Any, Any] = heads
@@ -248,8 +272,10 @@ def make_sides(
                 cost = costs[name]["transformers" if decoder == "transformers" else "exact"]
             elif decoder == "lookup" and costs:
                 cost = Costs(0.0, next(iter(costs.values()))["transformers"].v)
-            sides += [Side(decoder, name, k, model, _drafting(decoder, cost), cost) for k in ks]
-    return sides
+            variants += [
+                DecoderVariant(decoder, name, k, model, _drafting(decoder, cost), cost) for k in ks
+            ]
+    return variants
 
 
 def _drafting(decoder: Decoder, costs: Costs | None) -> ExactDecoding | None:
@@ -272,7 +298,7 @@ AT_A_TIME = (1, 5)  # rows of the forwards that plain decoding and a verificatio
 
 
 @dataclass(frozen=True)
-class Parting:
+class Divergence:
     """What the target thinks where two texts part."""
 
     top2_logit_gap: float
@@ -292,7 +318,7 @@ class Parting:
         return self.rounding is None or self.token_logit_gap <= 2 * self.rounding
 
 
-def parting(plain: list[int], assisted: list[int]) -> int | None:
+def divergence(plain: list[int], assisted: list[int]) -> int | None:
     """Index of the first token that differs; None: equal."""
     if plain == assisted:
         return None
@@ -302,28 +328,28 @@ def parting(plain: list[int], assisted: list[int]) -> int | None:
 
 
 @torch.no_grad()
-def explain_parting(
+def explain_divergence(
     target: Target, prompt_ids: list[int], plain: list[int], assisted: list[int]
-) -> Parting | None:
+) -> Divergence | None:
     """Where and why two greedy texts part, of which these are the new tokens; None: they are equal.
     The target is in the dtype that they were decoded in."""
-    if (at := parting(plain, assisted)) is None:
+    if (at := divergence(plain, assisted)) is None:
         return None
     ids = prompt_ids + plain[:at]
     logits = _last_logits(target, ids, len(ids), len(ids))
     best = logits.topk(2).values
     top2 = float(best[0] - best[1])
     if at >= min(len(plain), len(assisted)):
-        return Parting(top2, None, None)
+        return Divergence(top2, None, None)
 
     def gap(logits: torch.Tensor) -> float:
         return float(logits[plain[at]] - logits[assisted[at]])
 
     gaps = [gap(logits)]
     if abs(gaps[0]) <= ROUNDING[str(target.table.dtype).removeprefix("torch.")]:
-        return Parting(top2, abs(gaps[0]), None)
+        return Divergence(top2, abs(gaps[0]), None)
     gaps += [gap(_last_logits(target, ids, len(prompt_ids), rows)) for rows in AT_A_TIME]
-    return Parting(top2, abs(gaps[0]), max(gaps) - min(gaps))
+    return Divergence(top2, abs(gaps[0]), max(gaps) - min(gaps))
 
 
 def _last_logits(target: Target, ids: list[int], first: int, rows: int) -> torch.Tensor:

@@ -27,7 +27,7 @@ from headstart.common.files import write_figures
 from headstart.common.machine import environment, synchronize
 from headstart.common.versions import CACHE
 from headstart.heads.assistant import check_pair
-from headstart.heads.cpu_kernels import quick_few_rows
+from headstart.heads.cpu_kernels import fast_small_batch_linear
 from headstart.heads.drafting import CleanKV, Drafter
 from headstart.heads.target import SharedKV, Target
 
@@ -36,7 +36,7 @@ FOR_DRAFTS = {"output_hidden_states": True, "return_shared_kv_states": True}
 
 
 @dataclass(frozen=True)
-class Moment:
+class DecodeState:
     """A target that has run on `context` tokens, and what a draft after its next step starts from.
 
     Each step, verification and draft starts from here again; `restore` takes back what a step
@@ -111,7 +111,7 @@ def _forward(target: Target, cache: DynamicCache, ids: torch.Tensor, **kwargs: A
 
 
 @torch.inference_mode()
-def prepare(target: Target, context: int) -> Moment:
+def prepare(target: Target, context: int) -> DecodeState:
     """Run the target on a context of `context` tokens.
 
     The tokens are a seeded random draw of ordinary ids, those of the second and third quarter of
@@ -131,9 +131,12 @@ def prepare(target: Target, context: int) -> Moment:
     outputs = _forward(target, cache, ids[:, : context + 1], **FOR_DRAFTS)
     kv.take(outputs.shared_kv_states, 1, 1)
     shared_kv = dict(outputs.shared_kv_states)
-    moment = Moment(target, ids, context, cache, outputs.hidden_states[-1], shared_kv, kv)
-    moment.restore()
-    return moment
+    state = DecodeState(
+        target, ids, context, cache,
+        hidden=outputs.hidden_states[-1], shared_kv=shared_kv, kv=kv,
+    )  # fmt: skip
+    state.restore()
+    return state
 
 
 @contextmanager
@@ -148,7 +151,7 @@ def dense_lm_head(assistant: PreTrainedModel) -> Iterator[None]:
 
 
 DRAFTS = 4  # a draft step is timed as a part of a round: its first draft finds other weights cached
-TURNS = 40  # of each side; the median counts
+TURNS = 40  # of each variant; the median counts
 WARM_UP = 2  # turns thrown away
 COST_CONTEXT, COST_TURNS = 128, 10  # of `measure_costs`
 KINDS = {
@@ -163,18 +166,18 @@ VERIFIED = range(1, MAX_DRAFT_TOKENS + 1)
 
 @torch.inference_mode()
 def measure(
-    moment: Moment,
+    state: DecodeState,
     assistant: PreTrainedModel,
     turns: int | None = None,
     middle: Callable[[list[float]], float] = statistics.median,
 ) -> dict[str, Any]:
-    """Seconds of each side, the sides taking turns, every other turn in reverse order.
+    """Seconds of each variant, the variants taking turns, every other turn in reverse order.
 
     Args:
         moment: from `prepare`.
         assistant: a head that fits its target, on the same device.
-        turns: of each side. None: `TURNS`.
-        middle: of a side's seconds, one a turn.
+        turns: of each variant. None: `TURNS`.
+        middle: of a variant's seconds, one a turn.
 
     Returns:
         The `middle` of the turns: `target_step`, `verification` and `verification_exact` (the exact
@@ -182,13 +185,13 @@ def measure(
         `draft_step_dense` and `draft_step_exact_dense` and, for a head with ordered embeddings,
         `draft_step_ordered` and `draft_step_exact_ordered`.
     """
-    model, sides = moment.target.model, _sides(moment, assistant)
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    model, variants = state.target.model, _variants(state, assistant)
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
     for turn in counted(range(WARM_UP + (turns or TURNS)), "Measuring (turns)"):
-        for name in list(sides) if turn % 2 == 0 else reversed(sides):
-            with quick_few_rows(model) if "exact" in name else nullcontext():
-                taken = _timed(moment.target, sides[name])
-            moment.restore()
+        for name in list(variants) if turn % 2 == 0 else reversed(variants):
+            with fast_small_batch_linear(model) if "exact" in name else nullcontext():
+                taken = _timed(state.target, variants[name])
+            state.restore()
             if turn >= WARM_UP:
                 seconds[name].append(taken)
     found = {name: middle(values) for name, values in seconds.items()}
@@ -200,28 +203,28 @@ def measure(
     }
 
 
-def _sides(moment: Moment, assistant: PreTrainedModel) -> dict[str, Callable[[], object]]:
+def _variants(state: DecodeState, assistant: PreTrainedModel) -> dict[str, Callable[[], object]]:
     """What is measured, by name."""
-    embed = moment.target.model.get_input_embeddings()
+    embed = state.target.model.get_input_embeddings()
     with dense_lm_head(assistant):
         dense = Drafter(assistant, embed)
 
     def draft_dense() -> None:
         with dense_lm_head(assistant):
-            moment.draft(assistant, DRAFTS)
+            state.draft(assistant, DRAFTS)
 
-    sides: dict[str, Callable[[], object]] = {
-        "target_step": moment.step,
+    variants: dict[str, Callable[[], object]] = {
+        "target_step": state.step,
         "draft_step_dense": draft_dense,
-        "draft_step_exact_dense": partial(moment.draft_exact, dense, DRAFTS),
+        "draft_step_exact_dense": partial(state.draft_exact, dense, DRAFTS),
     }
     for name in ("verification", "verification_exact"):
-        sides |= {f"{name} of {k}": partial(moment.verify, k) for k in VERIFIED}
+        variants |= {f"{name} of {k}": partial(state.verify, k) for k in VERIFIED}
     if assistant.config.use_ordered_embeddings:
         ordered = Drafter(assistant, embed)
-        sides["draft_step_ordered"] = partial(moment.draft, assistant, DRAFTS)
-        sides["draft_step_exact_ordered"] = partial(moment.draft_exact, ordered, DRAFTS)
-    return sides
+        variants["draft_step_ordered"] = partial(state.draft, assistant, DRAFTS)
+        variants["draft_step_exact_ordered"] = partial(state.draft_exact, ordered, DRAFTS)
+    return variants
 
 
 def _timed(target: Target, call: Callable[[], object]) -> float:
@@ -353,14 +356,16 @@ def print_draft_cost(content: dict[str, Any]) -> None:
             console.print(f"{name.replace('_', ' ')}: {ratios[name]:.2f}")
 
 
-BENCH_TURNS = 2  # of each side; the quicker one counts, since what disturbs a machine only slows it
+BENCH_TURNS = (
+    2  # of each variant; the quicker one counts, since what disturbs a machine only slows it
+)
 
 
-def in_turns(target: Target, *sides: Callable[[int], None]) -> list[float]:
-    """Seconds of the quickest of `BENCH_TURNS` turns of each side: first to last, then back."""
-    seconds: list[list[float]] = [[] for _ in sides]
+def in_turns(target: Target, *variants: Callable[[int], None]) -> list[float]:
+    """Seconds of the quickest of `BENCH_TURNS` turns of each variant: first to last, then back."""
+    seconds: list[list[float]] = [[] for _ in variants]
     for turn in range(BENCH_TURNS):
-        order = range(len(sides))
-        for side in order if turn % 2 == 0 else reversed(order):
-            seconds[side].append(_timed(target, partial(sides[side], turn)))
+        order = range(len(variants))
+        for variant in order if turn % 2 == 0 else reversed(order):
+            seconds[variant].append(_timed(target, partial(variants[variant], turn)))
     return [min(turns) for turns in seconds]

@@ -12,18 +12,18 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from headstart.common.console import counted, say
+from headstart.common.console import counted, print_once
 from headstart.common.files import open_own, write_atomically
 from headstart.data.prompts import Prompt
 from headstart.data.templates import encode_prompt
 from headstart.eval.decoding import (
     GREEDY,
     Decoded,
-    Parting,
-    Side,
+    DecoderVariant,
+    Divergence,
     decode,
-    explain_parting,
-    parting,
+    divergence,
+    explain_divergence,
 )
 from headstart.eval.statistics import ends_in_loop
 from headstart.heads.target import Target
@@ -46,13 +46,13 @@ class Asked:
 
 
 WARM_UP_TOKENS = 16
-VERSION = 3  # of the file; it rises when a field changes
+VERSION = 4  # of the file; it rises when a field changes
 AGAIN_EVERY = 4  # plain decoding is measured twice on each fourth prompt: the noise
 
 
 @dataclass(frozen=True)
 class Text:
-    """One text decoded plainly and by one side."""
+    """One text decoded plainly and by one variant."""
 
     id: str
     """Of the prompt."""
@@ -62,7 +62,7 @@ class Text:
     prompt_len: int
     plain: Decoded
     assisted: Decoded
-    parting: Parting | None
+    divergence: Divergence | None
     """Where greedy texts part: what the target thinks there."""
     again_seconds: float | None
     """Wall time of a second plain decoding, where there was one."""
@@ -74,13 +74,13 @@ class Text:
         return ends_in_loop(self.plain.tokens)
 
     @property
-    def parted_at(self) -> int | None:
+    def diverged_at(self) -> int | None:
         """Index of the first token that differs from plain greedy decoding; None: equal."""
-        return parting(self.plain.tokens, self.assisted.tokens) if self.greedy else None
+        return divergence(self.plain.tokens, self.assisted.tokens) if self.greedy else None
 
 
 class Measurements:
-    """A file of one line for the settings and one for each prompt that was decoded by every side.
+    """A file of one line for the settings and one for each prompt that every variant decoded.
 
     Args:
         path: measurements.jsonl of a report's folder.
@@ -113,24 +113,25 @@ class Measurements:
         self._write()
 
     def add(self, line: dict[str, Any]) -> None:
-        """Keep what all sides made of a prompt."""
+        """Keep what all variants made of a prompt."""
         self.lines.append(line)
         with open_own(self.path, "a") as file:
             file.write(json.dumps(line) + "\n")
 
-    def texts(self, side: Side, temperature: float) -> list[Text]:
-        """What a side made of all prompts at a temperature."""
+    def texts(self, variant: DecoderVariant, temperature: float) -> list[Text]:
+        """What a variant made of all prompts at a temperature."""
         found = []
         for line in self.lines:
             for turn in line["turns"]:
                 if turn["temperature"] != temperature:
                     continue
-                one = next(s for s in turn["sides"] if s["side"] == side.key)
+                one = next(s for s in turn["variants"] if s["variant"] == variant.key)
+                why = one["divergence"]
                 found.append(Text(
                     id=line["id"], turn=turn["turn"], category=line["category"],
                     prompt_len=turn["prompt_len"], plain=Decoded(**turn["plain"]),
                     assisted=Decoded(**one["decoded"]),
-                    parting=None if one["parting"] is None else Parting(**one["parting"]),
+                    divergence=None if why is None else Divergence(**why),
                     again_seconds=turn["again_seconds"], greedy=temperature == 0,
                 ))  # fmt: skip
         return found
@@ -144,7 +145,7 @@ def _move_aside(path: Path) -> None:
     numbers = (f".{number}" for number in count(1))
     aside = next(p for n in numbers if not os.path.lexists(p := path.with_suffix(n + path.suffix)))
     path.rename(aside)
-    say(f"{path} held measurements: they are {aside} now (--resume goes on with them)")
+    print_once(f"{path} held measurements: they are {aside} now (--resume goes on with them)")
 
 
 def _read(path: Path, settings: dict[str, Any]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
@@ -175,16 +176,16 @@ def _read(path: Path, settings: dict[str, Any]) -> tuple[list[dict[str, Any]], d
 def measure_prompts(
     target: Target,
     prompts: Sequence[Prompt],
-    sides: Mapping[Sampling, Sequence[Side]],
+    variants: Mapping[Sampling, Sequence[DecoderVariant]],
     max_new_tokens: int,
     kept: Measurements,
     asked: Asked,
 ) -> None:
-    """Decode every prompt plainly and by each side, in an order drawn anew for each text, after a
-    warm-up that is thrown away. The prompts come in a drawn order too.
+    """Decode every prompt plainly and by each variant, in an order drawn anew for each text, after
+    a warm-up that is thrown away. The prompts come in a drawn order too.
 
     Each turn of a conversation is given its whole text, with plain decoding's own answers, so that
-    all sides answer the same question.
+    all variants answer the same question.
     """
     dtype = str(target.table.dtype).removeprefix("torch.")
     order = random.Random(0).sample(range(len(prompts)), len(prompts))
@@ -192,11 +193,11 @@ def measure_prompts(
     todo = [place for place in order if prompts[place].id not in done]
     if todo:
         warm = asked.encode(prompts[todo[0]], target.tokenizer)
-        for side in counted([None, *next(iter(sides.values()))], "Warming up"):
-            _decode(side, target, warm, min(max_new_tokens, WARM_UP_TOKENS), GREEDY, 0)
+        for variant in counted([None, *next(iter(variants.values()))], "Warming up"):
+            _decode(variant, target, warm, min(max_new_tokens, WARM_UP_TOKENS), GREEDY, 0)
     for place in counted(todo, f"Decoding ({dtype})", done=len(prompts) - len(todo)):
         prompt, turns = prompts[place], list[dict[str, Any]]()
-        for sampling, own in sides.items():
+        for sampling, own in variants.items():
             measure = partial(_measure_turn, target, own, sampling, place, max_new_tokens)
             turns += _converse(target, prompt, asked, measure)
         kept.add({"id": prompt.id, "category": prompt.category, "turns": turns})
@@ -223,41 +224,44 @@ def _converse(
 
 def _measure_turn(
     target: Target,
-    sides: Sequence[Side],
+    variants: Sequence[DecoderVariant],
     sampling: Sampling,
     place: int,
     max_new_tokens: int,
     ids: list[int],
 ) -> dict[str, Any]:
     again = place % AGAIN_EVERY == 0
-    order: list[Side | None] = [None, *sides, *([None] if again else [])]
+    order: list[DecoderVariant | None] = [None, *variants, *([None] if again else [])]
     random.Random(f"{sampling} {place} {len(ids)}").shuffle(order)
-    texts = [(side, _decode(side, target, ids, max_new_tokens, sampling, place)) for side in order]
-    plain, *repeated = [decoded for side, decoded in texts if side is None]
+    texts = [
+        (variant, _decode(variant, target, ids, max_new_tokens, sampling, place))
+        for variant in order
+    ]
+    plain, *repeated = [decoded for variant, decoded in texts if variant is None]
     found = []
-    for side in sides:
-        decoded, why = next(decoded for other, decoded in texts if other is side), None
+    for variant in variants:
+        decoded, why = next(decoded for other, decoded in texts if other is variant), None
         if not sampling.temperature:
-            why = explain_parting(target, ids, plain.tokens, decoded.tokens)
-        parted = None if why is None else asdict(why)
-        found.append({"side": side.key, "decoded": asdict(decoded), "parting": parted})
+            why = explain_divergence(target, ids, plain.tokens, decoded.tokens)
+        diverged = None if why is None else asdict(why)
+        found.append({"variant": variant.key, "decoded": asdict(decoded), "divergence": diverged})
     return {
         "temperature": sampling.temperature,
         "prompt_len": len(ids),
         "plain": asdict(plain),
         "again_seconds": repeated[0].seconds if repeated else None,
-        "sides": found,
+        "variants": found,
     }
 
 
 def _decode(
-    side: Side | None,
+    variant: DecoderVariant | None,
     target: Target,
     ids: list[int],
     max_new_tokens: int,
     sampling: Sampling,
     seed: int,
 ) -> Decoded:
-    if side is None:
+    if variant is None:
         return decode(target, ids, max_new_tokens, sampling=sampling, seed=seed)
-    return side.decode(target, ids, max_new_tokens, sampling, seed)
+    return variant.decode(target, ids, max_new_tokens, sampling, seed)

@@ -20,6 +20,7 @@ COLUMNS = [
     "without prefill", "predicted", "tok/s", "equal",
 ]  # fmt: skip
 LEFT = ("decoder", "category")
+SCHEMA = 3  # of report.json; it rises when a key changes
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
 
 
@@ -39,7 +40,7 @@ def cells(result: dict[str, Any]) -> list[str]:
         f"{result['speedup']:.2f} ({low:.2f} to {high:.2f})",
         *("" if speedup is None else f"{speedup:.2f}" for speedup in of_rounds),
         f"{result['tokens_per_second']:.1f}",
-        f"{result['parted_share']:.0%} part" if equal is None else equal,
+        f"{result['diverged_share']:.0%} diverge" if equal is None else equal,
     ]
 
 
@@ -68,7 +69,7 @@ def by_head(content: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
-def remarks(content: dict[str, Any]) -> list[str]:
+def report_warnings(content: dict[str, Any]) -> list[str]:
     """What it takes to read the tables, a sentence or two each."""
     lines = [content["verdict"]]
     if (noise := content["noise"]) is not None:
@@ -95,13 +96,13 @@ def remarks(content: dict[str, Any]) -> list[str]:
                 f"Costs in target steps, {name}, {decoder}: a draft {cost['c']:.3f}; "
                 f"verifying 1 to {len(cost['v']) - 1} drafts {v}."
             )
-    if parted := [p for r in content["results"] for p in r["parted"]]:
-        worst = max(p["top2_logit_gap"] for p in parted)
+    if diverged := [p for r in content["results"] for p in r["diverged"]]:
+        worst = max(p["top2_logit_gap"] for p in diverged)
         why = "more than rounding explains in some: a fault."
-        if all(p["within_rounding"] for p in parted):
+        if all(p["within_rounding"] for p in diverged):
             why = "what rounding may turn around."
         lines.append(
-            "Where texts part from plain decoding, the target's two best logits are at most "
+            "Where texts diverge from plain decoding, the target's two best logits are at most "
             f"{worst:.3g} apart: {why}"
         )
     return lines
@@ -117,14 +118,14 @@ def print_report(content: dict[str, Any]) -> None:
         for result in found:
             table.add_row(*cells(result))
         console.print(table)
-    for line in remarks(content):
+    for line in report_warnings(content):
         console.print(one_line(line))
 
 
 def markdown(content: dict[str, Any]) -> str:
     """report.md: the same tables."""
     lines = ["# Evaluation", "", in_markdown(title(content)) + ".", ""]
-    for line in remarks(content):
+    for line in report_warnings(content):
         lines += [in_markdown(line), ""]
     for name, found in by_head(content).items():
         aligned = ["---" if column in LEFT else "---:" for column in COLUMNS]
@@ -149,7 +150,7 @@ def page(content: dict[str, Any]) -> str:
     return template.render(
         environment=content["environment"],
         title=title(content),
-        remarks=remarks(content),
+        report_warnings=report_warnings(content),
         drawings=drawings,
         columns=COLUMNS,
         left=LEFT,

@@ -12,10 +12,10 @@ from matplotlib.lines import Line2D
 from headstart.eval.statistics import NO_HEAD, OWN_LENGTH, POSITIONS
 
 Result = dict[str, Any]  # one of the report's
-INK = "#777679"  # text and axes: a page puts the colour of its own text in its place
-# Okabe and Ito's colours, those darkened that are too light for white paper: on white and on a
+INK = "#777679"  # text and axes: a page puts the color of its own text in its place
+# Okabe and Ito's colors, those darkened that are too light for white paper: on white and on a
 # dark page each has a contrast of 3 or more.
-COLOURS = {
+COLORS = {
     "transformers": "#0072B2",
     "exact": "#D55E00",
     "heuristic": "#3A95CC",
@@ -32,9 +32,9 @@ PARTS = {
 }
 MARKERS = ["o", "s", "D", "^", "v", "P"]
 LINES = ["-", "--", "-.", ":"]
-SIDE = ("decoder", "head", "num_assistant_tokens")
+VARIANT = ("decoder", "head", "num_assistant_tokens")
 HOLLOW: dict[str, Any] = {"linestyle": ":", "markerfacecolor": "none"}  # what was predicted
-SHOWN = 8  # sides at most where each has a colour or a panel
+SHOWN = 8  # variants at most where each has a color or a panel
 WIDTH = 9.0  # inches
 STYLE: dict[str, Any] = {
     "font.size": 9,
@@ -110,7 +110,7 @@ def _speedup_panel(axes: Axes, results: Sequence[Result], ticks: Sequence[str]) 
     series: dict[tuple[str, str | None], list[Result]] = {}
     for r in sorted(results, key=_k):
         series.setdefault((r["decoder"], r["head"]), []).append(r)
-    fixed = [side for side in series if side[0] not in OWN_LENGTH]
+    fixed = [variant for variant in series if variant[0] not in OWN_LENGTH]
     for (decoder, head), found in series.items():
         own = decoder in OWN_LENGTH
         dodge = 0 if own else 0.1 * (fixed.index((decoder, head)) - (len(fixed) - 1) / 2)
@@ -118,10 +118,10 @@ def _speedup_panel(axes: Axes, results: Sequence[Result], ticks: Sequence[str]) 
         name = f"{decoder} ({_short(head)})" if decoder == "draft-model" and head else decoder
         models = [other for of, other in series if of == decoder]
         marker = MARKERS[models.index(head) % len(MARKERS)]
-        look: dict[str, Any] = {"marker": marker, "color": COLOURS[decoder]}
+        look: dict[str, Any] = {"marker": marker, "color": COLORS[decoder]}
         axes.plot(x, [r["speedup"] for r in found], label=name, **look)
         intervals = [r["speedup_interval"] for r in found]
-        axes.vlines(x, *zip(*intervals, strict=True), color=COLOURS[decoder])
+        axes.vlines(x, *zip(*intervals, strict=True), color=COLORS[decoder])
         told = [(p, r["predicted_decode_speedup"]) for p, r in zip(x, found, strict=True)]
         told = [(p + 0.04, predicted) for p, predicted in told if predicted is not None]
         if told:
@@ -142,16 +142,16 @@ def acceptance(whole: Sequence[Result]) -> Figure | None:
     top = 1.05 + 0.13 * -(-max(map(len, panels.values())) // 2)  # room for the legends
     for axes, ((name, head), found) in zip(grid, panels.items(), strict=True):
         for i, r in enumerate(found):
-            own, colour = r["decoder"] in OWN_LENGTH, COLOURS[r["decoder"]]
+            own, color = r["decoder"] in OWN_LENGTH, COLORS[r["decoder"]]
             ks = [k for k, reached in enumerate(r["reached"]) if reached]
             x = [k + 1 + 0.12 * (i - (len(found) - 1) / 2) for k in ks]
             axes.plot(
                 x, [r["conditional_acceptance_rate"][k] for k in ks], LINES[i % len(LINES)],
-                marker=MARKERS[i % len(MARKERS)], markersize=4, linewidth=1, color=colour,
+                marker=MARKERS[i % len(MARKERS)], markersize=4, linewidth=1, color=color,
                 label=r["decoder"] if own else f"K = {_k(r)}",
             )  # fmt: skip
             intervals = [r["conditional_acceptance_rate_interval"][k] for k in ks]
-            axes.vlines(x, *zip(*intervals, strict=True), color=colour, linewidth=1)
+            axes.vlines(x, *zip(*intervals, strict=True), color=color, linewidth=1)
         title = f"{name}\n{_short(head)}" if several and head is not None else name
         axes.set(title=title, xlabel="draft k", ylim=(-0.03, top))
         longest = max(len(r["reached"]) for r in found)
@@ -167,13 +167,13 @@ def categories(results: Sequence[Result]) -> Figure | None:
     names = _names(map(group_name, rows))
     if len(names) < 2:
         return None
-    sides = _best([r for r in rows if group_name(r) == "all"])
-    height = 1 + 0.25 * -(-len(sides) // 3) + len(names) * (0.12 + 0.11 * len(sides))
+    variants = _best([r for r in rows if group_name(r) == "all"])
+    height = 1 + 0.25 * -(-len(variants) // 3) + len(names) * (0.12 + 0.11 * len(variants))
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
-    for i, (side, look) in enumerate(zip(sides, _looks(sides), strict=True)):
-        found = [r for r in rows if all(r[key] == side[key] for key in SIDE)]
-        dodge = 0.8 * (i - (len(sides) - 1) / 2) / len(sides)
+    for i, (variant, look) in enumerate(zip(variants, _looks(variants), strict=True)):
+        found = [r for r in rows if all(r[key] == variant[key] for key in VARIANT)]
+        dodge = 0.8 * (i - (len(variants) - 1) / 2) / len(variants)
         y = [names.index(group_name(r)) + dodge for r in found]
         for axes, key in zip(panels, ("speedup", "acceptance_length"), strict=True):
             axes.plot([r[key] for r in found], y, linestyle="", markersize=5, **look)
@@ -194,13 +194,13 @@ def categories(results: Sequence[Result]) -> Figure | None:
 
 def accepted(whole: Sequence[Result]) -> Figure | None:
     """Share of the rounds that accepted 0 .. K drafts, for the best K of each decoder and head."""
-    sides = [r for r in _best(whole) if r["rounds"]]
-    if not sides:
+    variants = [r for r in _best(whole) if r["rounds"]]
+    if not variants:
         return None
-    figure, grid = _grid(len(sides), columns=4, height=1.9)
-    for axes, side, look in zip(grid, sides, _looks(sides), strict=True):
-        counts = side["accepted_histogram"]
-        shares = [n / side["rounds"] for n in counts]
+    figure, grid = _grid(len(variants), columns=4, height=1.9)
+    for axes, variant, look in zip(grid, variants, _looks(variants), strict=True):
+        counts = variant["accepted_histogram"]
+        shares = [n / variant["rounds"] for n in counts]
         axes.bar(range(len(counts)), shares, color=look["color"])
         axes.set(title=look["label"].replace(" (", "\n("), xticks=range(len(counts)))
         axes.grid(visible=False, axis="x")
@@ -210,7 +210,7 @@ def accepted(whole: Sequence[Result]) -> Figure | None:
 
 
 def time(whole: Sequence[Result]) -> Figure:
-    """Milliseconds a token, by what they were spent on, of each side and of plain decoding."""
+    """Milliseconds a token, by what they were spent on, of each variant and of plain decoding."""
     first = whole[0]
     tokens = first["baseline_target_forwards"]  # one forward a token
     prefill = first["baseline_time_to_first_token"] * first["texts"] / tokens
@@ -225,10 +225,10 @@ def time(whole: Sequence[Result]) -> Figure:
     figure = Figure(figsize=(WIDTH, 1.1 + 0.24 * len(rows)), layout="constrained")
     axes = figure.subplots()
     left = [0.0] * len(rows)
-    for part, (name, colour) in enumerate(PARTS.items()):
+    for part, (name, color) in enumerate(PARTS.items()):
         widths = [1000 * parts[part] for _, parts in rows]
         if any(widths):
-            axes.barh(range(len(rows)), widths, left=left, height=0.7, color=colour, label=name)
+            axes.barh(range(len(rows)), widths, left=left, height=0.7, color=color, label=name)
         left = [a + b for a, b in zip(left, widths, strict=True)]
     for y, total in enumerate(left):
         place = (total, y)
@@ -243,15 +243,15 @@ def time(whole: Sequence[Result]) -> Figure:
 
 def positions(whole: Sequence[Result]) -> Figure | None:
     """Acceptance length of the rounds that begin after so many new tokens."""
-    sides = _best(whole)
-    edges = sorted({group["from"] for r in sides for group in r["by_position"]})
+    variants = _best(whole)
+    edges = sorted({group["from"] for r in variants for group in r["by_position"]})
     if len(edges) < 2:
         return None
     figure = Figure(figsize=(WIDTH, 3.6), layout="constrained")
     axes = figure.subplots()
-    for side, look in zip(sides, _looks(sides), strict=True):
-        x = [edges.index(group["from"]) for group in side["by_position"]]
-        lengths = [group["acceptance_length"] for group in side["by_position"]]
+    for variant, look in zip(variants, _looks(variants), strict=True):
+        x = [edges.index(group["from"]) for group in variant["by_position"]]
+        lengths = [group["acceptance_length"] for group in variant["by_position"]]
         axes.plot(x, lengths, markersize=5, **look)
     ends = dict(pairwise(POSITIONS))
     names = [f"{edge} to {ends[edge] - 1}" if edge in ends else f"from {edge}" for edge in edges]
@@ -289,17 +289,17 @@ def _best(whole: Sequence[Result]) -> list[Result]:
     return [r for r in whole if r in shown]
 
 
-def _looks(sides: Sequence[Result]) -> list[dict[str, Any]]:
-    """How each is drawn: colours tell decoders apart, markers heads."""
-    heads = _names(r["head"] for r in sides)
+def _looks(variants: Sequence[Result]) -> list[dict[str, Any]]:
+    """How each is drawn: colors tell decoders apart, markers heads."""
+    heads = _names(r["head"] for r in variants)
     several = len(set(heads) - {None}) > 1
     looks = []
-    for r in sides:
+    for r in variants:
         label = r["decoder"] if r["decoder"] in OWN_LENGTH else f"{r['decoder']}, K = {_k(r)}"
         if several and r["head"] is not None:
             label += f" ({_short(r['head'])})"
         marker = MARKERS[heads.index(r["head"]) % len(MARKERS)]
-        looks.append({"label": label, "marker": marker, "color": COLOURS[r["decoder"]]})
+        looks.append({"label": label, "marker": marker, "color": COLORS[r["decoder"]]})
     return looks
 
 

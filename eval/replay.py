@@ -25,7 +25,7 @@ from headstart.common.processes import in_step
 from headstart.configs.schema import RopePosition
 from headstart.data.loader import candidate_rows, gather_rows
 from headstart.data.store import ActivationStore, Documents
-from headstart.eval.acceptance import AcceptanceCounts, RecallCounts, walk_rounds, zero_counts
+from headstart.eval.acceptance import AcceptanceCounts, RecallCounts, replay_rounds, zero_counts
 from headstart.eval.statistics import ends_in_loop, interval, resampled
 from headstart.heads.assistant import check_pair
 from headstart.heads.target import Target
@@ -37,7 +37,7 @@ DOCUMENTS = 8  # run through the head together
 
 @dataclass(frozen=True)
 class Simulated:
-    """What a walk over held-out documents found."""
+    """What replaying held-out documents found."""
 
     acceptance: AcceptanceCounts
     """Of the head as it drafts: through its clusters where it has ordered embeddings."""
@@ -57,7 +57,7 @@ def simulate_acceptance(
     which: Iterable[int],
     position: RopePosition = "newest",
 ) -> Simulated:
-    """Acceptance counts of `head` on the documents `which`, by walking rounds.
+    """Acceptance counts of `head` on the documents `which`, by replaying rounds.
 
     Args:
         head: in any mode.
@@ -95,11 +95,11 @@ def simulate_acceptance(
             clusters = head.cluster_of[batch.teacher_ids[met]]
             recall += RecallCounts.of(scores, clusters, batch.teacher_logprobs[met])
         for b, r in enumerate(rows):
-            # Each answer of a conversation, where rows follow one another, is walked by itself.
+            # Each answer of a conversation, where rows follow one another, is replayed by itself.
             breaks = ((r[1:] - r[:-1]) != 1).nonzero()[:, 0] + 1
             for start, end in pairwise([0, *breaks.tolist(), len(r)]):
-                drafted += walk_rounds(matches[0][b, start:end], judged[b, start:end])
-                dense += walk_rounds(matches[1][b, start:end], judged[b, start:end])
+                drafted += replay_rounds(matches[0][b, start:end], judged[b, start:end])
+                dense += replay_rounds(matches[1][b, start:end], judged[b, start:end])
     return Simulated(drafted, dense, recall)
 
 
@@ -152,7 +152,7 @@ def _drafts(
 
 
 @dataclass(frozen=True)
-class Walked:
+class ReplayedText:
     """One text."""
 
     id: str
@@ -160,10 +160,10 @@ class Walked:
     counts: AcceptanceCounts
     loops: bool | None
     """Whether what the target wrote ends in a loop, which flatters drafts of any kind. None: not
-    known, of a text that an earlier version walked."""
+    known, of a text that an earlier version replayed."""
 
     @classmethod
-    def read(cls, row: dict[str, Any]) -> "Walked":
+    def read(cls, row: dict[str, Any]) -> "ReplayedText":
         """Of what `row` gave."""
         reached, accepted = tuple(row["reached"]), tuple(row["accepted"])
         counts = AcceptanceCounts(row["rounds"], row["drafted"], reached, accepted)
@@ -175,7 +175,7 @@ class Walked:
         return own | asdict(self.counts)
 
 
-def walk_texts(
+def replay_texts(
     head: DraftHead,
     target: Target,
     stores: dict[str, ActivationStore],
@@ -183,8 +183,8 @@ def walk_texts(
     doing: str,
     positions: Mapping[str, RopePosition] | None = None,
     greedy: bool = False,
-) -> dict[str, list[Walked]]:
-    """Walk rounds over every text of some stores; returns, by the name of a store, its texts in
+) -> dict[str, list[ReplayedText]]:
+    """Replay rounds over every text of some stores; returns, by the name of a store, its texts in
     which there was a round.
 
     Args:
@@ -196,7 +196,7 @@ def walk_texts(
         positions: name -> where drafts stand there; None: as in transformers.
         greedy: leave out the texts that were sampled.
     """
-    found: dict[str, list[Walked]] = {name: [] for name in stores}
+    found: dict[str, list[ReplayedText]] = {name: [] for name in stores}
     texts = [
         (name, i, entry)
         for name, store in stores.items()
@@ -209,11 +209,11 @@ def walk_texts(
         if counts.rounds:
             [text] = stores[name].read([i])
             loops = ends_in_loop(text.ids[text.loss_mask].tolist())
-            found[name].append(Walked(entry.id, entry.category, counts, loops))
+            found[name].append(ReplayedText(entry.id, entry.category, counts, loops))
     return found
 
 
-def length_draws(texts: Sequence[Walked]) -> np.ndarray:
+def length_draws(texts: Sequence[ReplayedText]) -> np.ndarray:
     """[1 + S] acceptance length: as it is, then over texts drawn anew; texts with the same ids in
     the same order are drawn alike."""
     counts = [[text.counts.rounds, sum(text.counts.accepted)] for text in texts]
@@ -222,19 +222,19 @@ def length_draws(texts: Sequence[Walked]) -> np.ndarray:
     return lengths
 
 
-def total_counts(texts: Sequence[Walked]) -> AcceptanceCounts:
+def total_counts(texts: Sequence[ReplayedText]) -> AcceptanceCounts:
     """Of all texts together."""
     k = len(texts[0].counts.accepted)
     return sum((text.counts for text in texts), zero_counts(k))
 
 
-def by_category(texts: Sequence[Walked]) -> dict[str, list[Walked]]:
+def by_category(texts: Sequence[ReplayedText]) -> dict[str, list[ReplayedText]]:
     """The texts of each category, by name."""
     categories = sorted({text.category for text in texts})
     return {name: [text for text in texts if text.category == name] for name in categories}
 
 
-def describe_walked(texts: Sequence[Walked]) -> dict[str, Any]:
+def describe_replayed(texts: Sequence[ReplayedText]) -> dict[str, Any]:
     """Acceptance length with its 95% interval, without looping texts (None: all loop), conditional
     acceptance, and each category's."""
     straight = [text for text in texts if not text.loops]
@@ -263,7 +263,7 @@ def run_estimate(
     out: Path,
     position: RopePosition = "newest",
 ) -> dict[str, Any]:
-    """Walk rounds over the greedy texts of a store; print a table, write `out/estimate.json` and
+    """Replay rounds over the greedy texts of a store; print a table, write `out/estimate.json` and
     return what it holds.
 
     Args:
@@ -283,24 +283,27 @@ def run_estimate(
     stored = ActivationStore(store, target)
     at = {"texts": position}
     found: list[dict[str, Any]] = []
-    first: dict[int, list[Walked]] = {}
+    first: dict[int, list[ReplayedText]] = {}
     for name, assistant in heads.items():
         for k in num_assistant_tokens:
-            head, doing = DraftHead(assistant), f"Walking {name}, K = {k}"
+            head, doing = DraftHead(assistant), f"Replaying {name}, K = {k}"
             stores = {"texts": stored}
-            walked = walk_texts(head, target, stores, k, doing, positions=at, greedy=True)["texts"]
-            if not walked:
+            replayed = replay_texts(head, target, stores, k, doing, positions=at, greedy=True)[
+                "texts"
+            ]
+            if not replayed:
                 raise ValueError(
                     f"{store} holds no greedy text of the target: make one with `headstart "
                     "regenerate --extract 'data.temperatures=[0.0]'`"
                 )
-            beside = first.setdefault(k, walked)
-            for category, texts in {"all": walked, **by_category(walked)}.items():
+            beside = first.setdefault(k, replayed)
+            for category, texts in {"all": replayed, **by_category(replayed)}.items():
                 result = {"head": name, "num_assistant_tokens": k, "category": category}
-                compared = beside if category == "all" and beside is not walked else None
+                compared = beside if category == "all" and beside is not replayed else None
                 found.append(result | _result(texts, compared))
     where = {
-        "target": target.name, "store": str(store), "texts": len(walked), "rope_position": position,
+        "target": target.name, "store": str(store), "texts": len(replayed),
+        "rope_position": position,
     }  # fmt: skip
     content = {
         "estimate": 1,
@@ -313,7 +316,7 @@ def run_estimate(
     return content
 
 
-def _result(texts: list[Walked], beside: list[Walked] | None) -> dict[str, Any]:
+def _result(texts: list[ReplayedText], beside: list[ReplayedText] | None) -> dict[str, Any]:
     """Of some texts; beside those of the first head, with the interval of the difference."""
     counts, draws = total_counts(texts), length_draws(texts)
     result: dict[str, Any] = {
@@ -341,7 +344,7 @@ def print_estimate(content: dict[str, Any]) -> None:
     table = Table(
         "head", "K", "category", "rounds", "acceptance length (95%)", "a_1 .. a_K",
         "beside the first head (95%)",
-        title=f"{where['texts']} greedy texts of {where['target']}, rounds walked",
+        title=f"{where['texts']} greedy texts of {where['target']}, simulated",
     )  # fmt: skip
     for r in content["results"]:
         rates = ", ".join(f"{a:.2f}" for a in r["conditional_acceptance_rate"])

@@ -10,24 +10,23 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel
 
-from headstart.common.console import say
-from headstart.common.files import alone_in
+from headstart.common.console import print_once
+from headstart.common.files import lock_folder
 from headstart.common.machine import environment
 from headstart.common.versions import skips_prefill
 from headstart.configs.schema import EvalConfig
 from headstart.data.prompts import Prompt, limit_evenly, load_prompt_set
 from headstart.data.templates import check_template, encode_prompts
 from headstart.eval.acceptance import AcceptanceCounts, zero_counts
-from headstart.eval.decoding import Decoded, Side, make_sides
+from headstart.eval.decoding import Decoded, DecoderVariant, make_variants
 from headstart.eval.draft_cost import Costs, measure_costs
 from headstart.eval.measurements import Asked, Measurements, Text, measure_prompts
-from headstart.eval.page import print_report, write_report
+from headstart.eval.page import SCHEMA, print_report, write_report
 from headstart.eval.statistics import NO_HEAD, POSITIONS, interval, resampled, verdict
 from headstart.heads.assistant import check_pair, other_target
 from headstart.heads.target import Target, model_fingerprint
 from headstart.heads.tokens import Sampling
 
-SCHEMA = 2
 EXAMPLES = 6  # texts that are shown token by token
 PER_TEXT = [
     "id", "turn", "category", "prompt_tokens", "plain_seconds", "plain_tokens", "seconds",
@@ -64,7 +63,7 @@ def run_evaluation(
     _check_models(target, heads, draft_models, chosen)
     warnings = {n: w for n, head in heads.items() if (w := other_target(target, head))}
     for name, warning in warnings.items():
-        say(f"{name}: {warning}")
+        print_once(f"{name}: {warning}")
     prompts = limit_evenly(load_prompt_set(chosen.prompts), chosen.limit)
     check_template(prompts, target)
     # One that cannot be used is named before all work.
@@ -78,21 +77,23 @@ def run_evaluation(
         **chosen.model_dump(mode="json", exclude={"exact_limit"}),
         "chat_template_kwargs": asked.chat_template_kwargs or None,  # as if earlier files had it
     }
-    with alone_in(out, "--out DIR"):
+    with lock_folder(out, "--out DIR"):
         kept = Measurements(out / "measurements.jsonl", settings, resume)
-        sides = _prepare(target, heads, draft_models, chosen, kept)
-        measure_prompts(target, prompts, sides, chosen.max_new_tokens, kept, asked)
-        content = _content(target, prompts, sides, settings, kept, asked) | {"warnings": warnings}
+        variants = _prepare(target, heads, draft_models, chosen, kept)
+        measure_prompts(target, prompts, variants, chosen.max_new_tokens, kept, asked)
+        content = _content(target, prompts, variants, settings, kept, asked) | {
+            "warnings": warnings
+        }
         write_report(content, out)
     print_report(content)
-    say(f"Written: {out / 'report.json'}, report.md, report.html")
+    print_once(f"Written: {out / 'report.json'}, report.md, report.html")
     return content
 
 
 def _content(
     target: Target,
     prompts: Sequence[Prompt],
-    sides: Mapping[Sampling, Sequence[Side]],
+    variants: Mapping[Sampling, Sequence[DecoderVariant]],
     settings: dict[str, Any],
     kept: Measurements,
     asked: Asked,
@@ -100,11 +101,11 @@ def _content(
     """Of report.json."""
     measured: dict[tuple[Any, ...], list[Text]] = {}
     found = []
-    for sampling, own in sides.items():
-        for side in own:
-            texts = kept.texts(side, sampling.temperature)
-            measured[(*side.key, sampling.temperature)] = texts
-            found += _results(side, sampling.temperature, texts)
+    for sampling, own in variants.items():
+        for variant in own:
+            texts = kept.texts(variant, sampling.temperature)
+            measured[(*variant.key, sampling.temperature)] = texts
+            found += _results(variant, sampling.temperature, texts)
     first, most = next(iter(measured.values())), asked.max_prompt_tokens
     # Prompts that training would have cut; None: not known.
     longer = None if most is None else len({t.id for t in first if t.prompt_len > most})
@@ -150,23 +151,25 @@ def _prepare(
     draft_models: Mapping[str, PreTrainedModel],
     chosen: EvalConfig,
     kept: Measurements,
-) -> dict[Sampling, list[Side]]:
-    """Measure what drafts cost, once for a report, and make the sides: for each sampling its
+) -> dict[Sampling, list[DecoderVariant]]:
+    """Measure what drafts cost, once for a report, and make the variants: for each sampling its
     own, since they learn."""
     if "costs" not in kept.found:
         measured = {name: measure_costs(target, head) for name, head in heads.items()}
         kept.find("costs", {n: {d: asdict(c) for d, c in m.items()} for n, m in measured.items()})
     costs = {n: {d: Costs(**c) for d, c in m.items()} for n, m in kept.found["costs"].items()}
     return {
-        Sampling(temperature, chosen.top_k, chosen.top_p): make_sides(
+        Sampling(temperature, chosen.top_k, chosen.top_p): make_variants(
             chosen.decoders, chosen.num_assistant_tokens, heads, draft_models, costs
         )
         for temperature in chosen.temperatures
     }
 
 
-def _results(side: Side, temperature: float, texts: Sequence[Text]) -> list[dict[str, Any]]:
-    """The results of one side: all prompts and each category, with and without looping texts."""
+def _results(
+    variant: DecoderVariant, temperature: float, texts: Sequence[Text]
+) -> list[dict[str, Any]]:
+    """The results of one variant: all prompts and each category, with and without looping texts."""
     groups = {"all": list(texts)}
     categories = sorted({text.category for text in texts})
     if len(categories) > 1:
@@ -178,23 +181,23 @@ def _results(side: Side, temperature: float, texts: Sequence[Text]) -> list[dict
             if not few or (loops == "without" and len(few) == len(group)):
                 continue
             what = {
-                "head": side.head, "decoder": side.decoder, "temperature": temperature,
-                "num_assistant_tokens": side.num_assistant_tokens, "category": category,
+                "head": variant.head, "decoder": variant.decoder, "temperature": temperature,
+                "num_assistant_tokens": variant.num_assistant_tokens, "category": category,
                 "looping_texts": loops,
             }  # fmt: skip
-            result = what | summarise(few, side.num_assistant_tokens, side.costs)
+            result = what | summarize(few, variant.num_assistant_tokens, variant.costs)
             if category == "all" and loops == "with":
-                result["per_text"] = [_row(text, side.num_assistant_tokens) for text in few]
+                result["per_text"] = [_row(text, variant.num_assistant_tokens) for text in few]
             found.append(result)
     return found
 
 
-def summarise(texts: Sequence[Text], k: int, costs: Costs | None) -> dict[str, Any]:
+def summarize(texts: Sequence[Text], k: int, costs: Costs | None) -> dict[str, Any]:
     """The figures of one result of report.json (docs/report.md explains each): of the texts of a
-    side that drafts K in a round at most, at these costs (None: no speedup is predicted)."""
+    variant that drafts K in a round at most, at these costs (None: no speedup is predicted)."""
     counts = [text.assisted.counts(text.prompt_len, k) for text in texts]
     total = sum(counts, zero_counts(k))
-    parted = [text for text in texts if text.parted_at is not None]
+    diverged = [text for text in texts if text.diverged_at is not None]
     greedy = all(text.greedy for text in texts)
     return {
         "prompts": len({text.id for text in texts}),
@@ -203,14 +206,14 @@ def summarise(texts: Sequence[Text], k: int, costs: Costs | None) -> dict[str, A
         **_acceptance([text.id for text in texts], counts, total),
         **_speed(texts),
         "predicted_decode_speedup": None if costs is None else _predicted_speedup(texts, costs),
-        "equal_to_plain": not parted if greedy else None,
-        "parted_share": len(parted) / len(texts) if greedy else None,
-        "parted": [
-            {"id": t.id, "turn": t.turn, "token": t.parted_at}
-            | asdict(t.parting)
-            | {"within_rounding": t.parting.within_rounding}
-            for t in parted
-            if t.parting is not None
+        "equal_to_plain": not diverged if greedy else None,
+        "diverged_share": len(diverged) / len(texts) if greedy else None,
+        "diverged": [
+            {"id": t.id, "turn": t.turn, "token": t.diverged_at}
+            | asdict(t.divergence)
+            | {"within_rounding": t.divergence.within_rounding}
+            for t in diverged
+            if t.divergence is not None
         ],
         "new_tokens": sum(len(text.assisted.tokens) for text in texts),
         "target_forwards": sum(len(text.assisted.forwards) for text in texts),
@@ -304,8 +307,8 @@ def _by_position(texts: Sequence[Text]) -> list[dict[str, Any]]:
 
 
 def noise(texts: Sequence[Text]) -> dict[str, Any] | None:
-    """Plain decoding against itself, in the texts of any one side: what a speedup of 1 looks like
-    here. None: never done twice."""
+    """Plain decoding against itself, in the texts of any one variant: what a speedup of 1 looks
+    like here. None: never done twice."""
     twice = [text for text in texts if text.again_seconds is not None]
     if not twice:
         return None
@@ -330,18 +333,18 @@ def _examples(
     measured: Mapping[tuple[Any, ...], Sequence[Text]],
     found: Sequence[dict[str, Any]],
 ) -> list[dict[str, Any]]:
-    """Some texts of the quickest side, token by token: accepted, bonus or rejected."""
+    """Some texts of the quickest variant, token by token: accepted, bonus or rejected."""
     whole = [r for r in found if r["category"] == "all" and r["looping_texts"] == "with"]
     best = max(whole, key=lambda r: r["speedup"])
     names = ("decoder", "head", "num_assistant_tokens", "temperature")  # as in `Side.key`
-    side = {name: best[name] for name in names}
-    of_prompt = {text.id: text for text in reversed(measured[tuple(side.values())])}
+    variant = {name: best[name] for name in names}
+    of_prompt = {text.id: text for text in reversed(measured[tuple(variant.values())])}
     shown = []
     for prompt in limit_evenly(list(prompts), EXAMPLES):
         text = of_prompt[prompt.id]
         tokens = [[target.tokenizer.decode([token]), kind] for token, kind in _kinds(text)]
         asked = prompt.text[-400:]
-        shown.append({"id": prompt.id, "category": prompt.category, "prompt": asked} | side)
+        shown.append({"id": prompt.id, "category": prompt.category, "prompt": asked} | variant)
         shown[-1]["tokens"] = tokens
     return shown
 

@@ -20,7 +20,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from headstart.common.children import temporary_folder
-from headstart.common.console import say
+from headstart.common.console import print_once
 from headstart.common.signals import time_limit
 from headstart.heads.admission import MULTIMODAL, TOWERS, WRAPPERS, check_files, reading, renamed
 
@@ -74,10 +74,12 @@ def fit_adapter(adapter: str, model: PreTrainedModel, merge: bool, work: Path) -
         changed = [key for key, place in kept.items() if key != place]
         if changed:
             names = f"{changed[0]} as {kept[changed[0]]}"
-            say(f"{adapter}: {len(changed)} weights are read under other names: {names}, ...")
+            print_once(
+                f"{adapter}: {len(changed)} weights are read under other names: {names}, ..."
+            )
         if left_out:
             what = f"weights of images and sound are left out, as {left_out[0]}"
-            say(f"{adapter}: {len(left_out)} {what}")
+            print_once(f"{adapter}: {len(left_out)} {what}")
         if not changed and not left_out:
             return folder
         _write(folder, work, config, kept, model)

@@ -24,7 +24,7 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file, find_adapter_config_file
 
-from headstart.common.console import say
+from headstart.common.console import print_once
 from headstart.common.files import plain_name, put_back
 
 READ = (
@@ -145,7 +145,7 @@ def _check_depth(config: dict[str, Any]) -> None:
             raise ValueError(f"num_hidden_layers is {layers}")
 
 
-def load_config(
+def load_model_config(
     name: str, path: str | Path, revision: str | None, trust_remote_code: bool, **options: Any
 ) -> Any:
     """The configuration of a checkpoint, with `options` for AutoConfig.
@@ -221,7 +221,9 @@ def load_whole(cls: Any, name: str, path: str | Path, **arguments: Any) -> Any:
     _check_arrival(model, name, info)
     if changed:
         old, new = next(iter(changed.items()))
-        say(f"{name}: {len(changed)} weights are read under other names: {old} as {new}, ...")
+        print_once(
+            f"{name}: {len(changed)} weights are read under other names: {old} as {new}, ..."
+        )
     return model
 
 
@@ -282,7 +284,7 @@ def _check_arrival(model: PreTrainedModel, name: str, info: dict[str, Any]) -> N
             "with their number as vocab_size and the tokenizer of that training"
         )
     if spare:
-        say(f"{name}: {len(spare)} weights of its files are not needed ({_some(spare)})")
+        print_once(f"{name}: {len(spare)} weights of its files are not needed ({_some(spare)})")
 
 
 def _some(keys: Sequence[str]) -> str:
@@ -299,7 +301,7 @@ def tie_equal_tables(model: PreTrainedModel, name: str) -> None:
     out.weight = into.weight
     for config in (model.config, model.config.get_text_config()):
         config.tie_word_embeddings = True
-    say(f"{name}: its LM head equals its embedding table, and is tied to it")
+    print_once(f"{name}: its LM head equals its embedding table, and is tied to it")
 
 
 def check_tied_files(folder: Path, name: str) -> None:

@@ -18,7 +18,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from headstart.common.console import say
+from headstart.common.console import print_once
 from headstart.configs.schema import HeadConfig
 from headstart.heads.ordered import cluster_count
 from headstart.heads.saving import Assistant, load_assistant, made_for
@@ -89,7 +89,7 @@ def build_assistant(target: Target, head: HeadConfig) -> Assistant:
 
     A full-width head holds the target's own table as parameter (frozen, not copied). A narrower
     one holds an empty table: `DraftHead` goes through its projection, and only `save_assistant`
-    materialises the product.
+    materializes the product.
     """
     config = assistant_config(target.config, head)
     unified = isinstance(config, Gemma4UnifiedAssistantConfig)
@@ -100,7 +100,7 @@ def build_assistant(target: Target, head: HeadConfig) -> Assistant:
     # Empty rather than meta: accelerate can move an empty tensor, but no meta tensor.
     empty = nn.Parameter(torch.empty(0, width, device=target.device), requires_grad=False)
     set_table(assistant, target.table if full_width else empty)
-    with torch.no_grad(), target.whole_source_layers():
+    with torch.no_grad(), target.full_source_layers():
         _start(assistant, target, whole=head.start == "target" and full_width)
     return assistant
 
@@ -137,7 +137,7 @@ def _scale(norm: nn.Module) -> torch.Tensor:
 
 
 def _weight(linear: Any, dtype: torch.dtype) -> torch.Tensor:
-    """[out, in] of a linear layer, with its adapters and out of its quantisation: what it makes of
+    """[out, in] of a linear layer, with its adapters and out of its quantization: what it makes of
     the unit vectors."""
     if type(linear) is nn.Linear and type(linear.weight) is nn.Parameter:
         return linear.weight
@@ -183,7 +183,7 @@ def check_pair(target: Target, assistant: PreTrainedModel) -> None:
     check_shapes(target.config, assistant.config, target.name)
     kinds = [config.model_type for config in (target.config, assistant.config)]
     if len({kind.startswith("gemma4_unified") for kind in kinds}) > 1:
-        say(
+        print_once(
             f"this head is a {kinds[1]}, and {target.name} a {kinds[0]}: it drafts the same here, "
             "but other engines choose their code by the class; see that it is of this target"
         )

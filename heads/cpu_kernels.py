@@ -34,7 +34,9 @@ TRIAL_ROWS, TRIAL_TURNS = 4, 5
 WORTH = 0.8  # share of the time that it has to take at most, or the stock order stays
 
 
-def weights_first(weight: torch.Tensor, bias: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
+def linear_weights_first(
+    weight: torch.Tensor, bias: torch.Tensor | None, x: torch.Tensor
+) -> torch.Tensor:
     """`F.linear(x, weight, bias)`, x [..., in] and weight [out, in]; over a few rows by way of
     `weight @ x.T`. Returns [..., out], contiguous."""
     rows = x.numel() // x.shape[-1]
@@ -49,17 +51,17 @@ def weights_first(weight: torch.Tensor, bias: torch.Tensor | None, x: torch.Tens
 def is_quicker(dtype: torch.dtype) -> bool:
     """Whether this machine's CPU is quicker that way; tried once, in a tenth of a second."""
     weight, x = torch.ones(TRIAL, dtype=dtype), torch.ones(TRIAL_ROWS, TRIAL[1], dtype=dtype)
-    sides = (lambda: F.linear(x, weight), lambda: weights_first(weight, None, x))
+    sides = (lambda: F.linear(x, weight), lambda: linear_weights_first(weight, None, x))
     stock, ours = (min(timeit.repeat(side, number=1, repeat=TRIAL_TURNS)) for side in sides)
     return ours < WORTH * stock
 
 
 @contextmanager
-def quick_few_rows(model: nn.Module) -> Iterator[None]:
+def fast_small_batch_linear(model: nn.Module) -> Iterator[None]:
     """Within, the linear layers of a model on a CPU take a few rows the quicker way.
 
     The values are those of `nn.Linear` up to the rounding of another order of sums. Layers of other
-    classes, such as quantised ones, and layers whose forward somebody replaced stay as they are.
+    classes, such as quantized ones, and layers whose forward somebody replaced stay as they are.
     """
     layers = [
         module
@@ -71,7 +73,7 @@ def quick_few_rows(model: nn.Module) -> Iterator[None]:
         and is_quicker(module.weight.dtype)
     ]
     for layer in layers:
-        layer.forward = partial(weights_first, layer.weight, layer.bias)  # type: ignore[method-assign]
+        layer.forward = partial(linear_weights_first, layer.weight, layer.bias)  # type: ignore[method-assign]
     try:
         yield
     finally:
@@ -100,7 +102,7 @@ def plain_strides(model: PreTrainedModel) -> Iterator[None]:
 NAME = "headstart_single_query"
 
 
-def single_query_attention(
+def grouped_query_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -127,12 +129,12 @@ def single_query_attention(
     return seen.reshape(b, 1, heads, width), None
 
 
-AttentionInterface.register(NAME, single_query_attention)
+AttentionInterface.register(NAME, grouped_query_attention)
 AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
 @contextmanager
-def quick_single_queries(config: Any) -> Iterator[None]:
+def fast_grouped_query_attention(config: Any) -> Iterator[None]:
     """Within, a model whose layers read this text configuration attends that way.
 
     Models that run another attention than transformers' `sdpa` are left alone.

@@ -39,11 +39,11 @@ from transformers.generation.candidate_generator import (
     PromptLookupCandidateGenerator,
 )
 
-from headstart.heads.cpu_kernels import plain_strides, quick_few_rows
+from headstart.heads.cpu_kernels import fast_small_batch_linear, plain_strides
 from headstart.heads.drafting import CleanKV, Drafter, Drafts
 
 BINS = 8  # of confidence, each with an acceptance rate of its own
-HOPED = 0.8  # acceptance rate of a place not tried yet: high, so that it is tried
+OPTIMISTIC_PRIOR = 0.8  # acceptance rate of a place not tried yet: high, so that it is tried
 PRIOR = 4.0  # drafts that a rate is assumed to have seen
 FORGETTING = 0.98  # a draft's weight beside the next one's
 
@@ -61,7 +61,7 @@ class Constant:
         """Draft tokens of this round at most; 0: none, the target decodes one step plainly."""
         return self.num_assistant_tokens
 
-    def learn(self, confidences: list[float], drafted: int, accepted: int) -> None:
+    def update(self, confidences: list[float], drafted: int, accepted: int) -> None:
         """What became of a round's drafts."""
 
 
@@ -76,7 +76,7 @@ class Heuristic(Constant):
     most: int | None = None
     """Drafts of a round that are never exceeded."""
 
-    def learn(self, confidences: list[float], drafted: int, accepted: int) -> None:
+    def update(self, confidences: list[float], drafted: int, accepted: int) -> None:
         change = 2 if accepted == drafted else -1
         self.num_assistant_tokens = max(1, self.num_assistant_tokens + change)
         if self.most is not None:
@@ -126,7 +126,7 @@ class CostRule:
         if len(self.v) < 2 or self.v[0] != 1:
             raise ValueError(f"v has to begin with v(0) = 1 and go on, not {list(self.v)}")
         self.of_confidence = [Rate((i + 0.5) / BINS) for i in range(BINS)]
-        self.of_place = [Rate(HOPED) for _ in self.v[1:]]
+        self.of_place = [Rate(OPTIMISTIC_PRIOR) for _ in self.v[1:]]
 
     @property
     def rate(self) -> float:
@@ -146,7 +146,7 @@ class CostRule:
                 return True
         return False
 
-    def promise(self) -> float:
+    def expected_tokens(self) -> float:
         """Tokens a target step that the best length promises before a round; plain decoding: 1."""
         best, reached, tokens = 1.0, 1.0, 1.0
         for k in range(1, len(self.v)):
@@ -155,7 +155,7 @@ class CostRule:
             best = max(best, tokens / (k * self.c + self.v[k]))
         return best
 
-    def learn(self, confidences: list[float], drafted: int, accepted: int) -> None:
+    def update(self, confidences: list[float], drafted: int, accepted: int) -> None:
         if not drafted:
             for rate in self.of_place:
                 rate.fade()
@@ -234,7 +234,7 @@ class Lookup:
 
     def best(self) -> list[int]:
         """The found tokens that are worth verifying; empty where the head promises more."""
-        promised, best = self.costs.promise(), 0
+        promised, best = self.costs.expected_tokens(), 0
         reached, expected = 1.0, 1.0
         for k in range(1, len(self.found) + 1):
             reached *= self.right.value
@@ -243,7 +243,7 @@ class Lookup:
                 promised, best = expected / self.costs.v[k], k
         return self.found[:best]
 
-    def learn(self, said: Sequence[int]) -> None:
+    def update(self, said: Sequence[int]) -> None:
         """Compare with the tokens that the round brought."""
         for found, token in zip(self.found, said, strict=False):
             self.right.count(found == token)
@@ -264,13 +264,13 @@ class ExactCandidateGenerator(CandidateGenerator):
     def __init__(
         self,
         drafter: Drafter,
-        how: ExactDecoding,
+        decoding_config: ExactDecoding,
         length: DraftLength,
         padding: int,
         generation_config: GenerationConfig,
         processors: LogitsProcessorList,
     ):
-        self.drafter, self.how, self.length = drafter, how, length
+        self.drafter, self.decoding_config, self.length = drafter, decoding_config, length
         window = drafter.assistant.config.text_config.sliding_window
         self.kv = CleanKV(window, padding)
         self.max_length = generation_config.max_length
@@ -307,7 +307,7 @@ class ExactCandidateGenerator(CandidateGenerator):
         drafts = replace(drafts, logits=None)  # megabytes, which the rounds would keep
         self.round = Round(source, drafts, time.perf_counter() - start)
         self.text_length = input_ids.shape[1]
-        self.how.rounds.append(self.round)
+        self.decoding_config.rounds.append(self.round)
         drafted = torch.tensor([drafts.tokens], dtype=input_ids.dtype, device=input_ids.device)
         candidates = torch.cat([input_ids, drafted], dim=1)
         return candidates, None if drawn_from is None else drawn_from[None]
@@ -315,7 +315,7 @@ class ExactCandidateGenerator(CandidateGenerator):
     def _draft(
         self, input_ids: torch.Tensor, hidden: torch.Tensor, budget: int
     ) -> tuple[Literal["head", "lookup", "none"], Drafts]:
-        if (lookup := self.how.lookup) is not None:
+        if (lookup := self.decoding_config.lookup) is not None:
             lookup.find(input_ids, self.max_length, budget)
             if found := lookup.best():
                 return "lookup", Drafts(found, [])
@@ -323,9 +323,14 @@ class ExactCandidateGenerator(CandidateGenerator):
         if limit <= 0:
             return "none", Drafts([], [])
         return "head", self.drafter.draft(
-            input_ids[:, -1:], hidden, self.kv, limit, self.stops_after, self.length.goes_on,
-            self.warpers,
-        )  # fmt: skip
+            input_ids[:, -1:],
+            hidden,
+            self.kv,
+            limit=limit,
+            stops_after=self.stops_after,
+            goes_on=self.length.goes_on,
+            warpers=self.warpers,
+        )
 
     def update_candidate_strategy(
         self, input_ids: torch.Tensor, scores: torch.Tensor, num_matches: int
@@ -334,23 +339,26 @@ class ExactCandidateGenerator(CandidateGenerator):
         if self.round is None:
             return
         self.round.accepted = int(num_matches)
-        if self.how.lookup is not None:
-            self.how.lookup.learn(input_ids[0, self.text_length :].tolist())
+        if self.decoding_config.lookup is not None:
+            self.decoding_config.lookup.update(input_ids[0, self.text_length :].tolist())
         if self.round.source != "lookup":
             drafts = self.round.drafts
-            self.length.learn(drafts.confidences, len(drafts.tokens), self.round.accepted)
+            self.length.update(drafts.confidences, len(drafts.tokens), self.round.accepted)
 
 
 @contextmanager
-def exact_decoding(target: PreTrainedModel, how: ExactDecoding | None = None) -> Iterator[None]:
+def exact_decoding(
+    target: PreTrainedModel, decoding_config: ExactDecoding | None = None
+) -> Iterator[None]:
     """Within, `target.generate(..., assistant_model=head)` drafts as said here.
 
     Args:
         target: of a class that hands out shared KV, such as `load_target(...).model`.
-        how: what ends a draft, and whether the text is looked up too. None: K drafts of the head,
-            as its `generation_config` says; where it does not, `generate` raises `ValueError`.
+        decoding_config: what ends a draft, and whether the text is looked up too. None: K drafts of
+            the head, as its `generation_config` says; where it does not, `generate` raises
+            `ValueError`.
     """
-    how = how or ExactDecoding()
+    decoding_config = decoding_config or ExactDecoding()
     outer = target.__dict__.get("_get_candidate_generator")  # of an exact_decoding around this one
     stock = target._get_candidate_generator
     drafters: dict[int, Drafter] = {}
@@ -363,7 +371,7 @@ def exact_decoding(target: PreTrainedModel, how: ExactDecoding | None = None) ->
             drafters[id(assistant)] = Drafter(assistant, target.get_input_embeddings())
         mask = kwargs["model_kwargs"].get("attention_mask")
         padding = 0 if mask is None else int((mask == 0).sum())
-        length = how.length
+        length = decoding_config.length
         if length is None:
             tokens = assistant.generation_config.num_assistant_tokens
             if not tokens:
@@ -373,13 +381,13 @@ def exact_decoding(target: PreTrainedModel, how: ExactDecoding | None = None) ->
                 )
             length = Constant(tokens)
         return ExactCandidateGenerator(
-            drafters[id(assistant)], how, length, padding, kwargs["generation_config"],
+            drafters[id(assistant)], decoding_config, length, padding, kwargs["generation_config"],
             kwargs["logits_processor"],
         )  # fmt: skip
 
     target._get_candidate_generator = generator
     try:
-        with quick_few_rows(target), plain_strides(target):
+        with fast_small_batch_linear(target), plain_strides(target):
             yield
     finally:
         del target._get_candidate_generator

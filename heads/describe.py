@@ -103,7 +103,7 @@ def describe(path: str | Path, target_config: Any | None = None) -> dict[str, An
             "parameters": counted,
             "parameters_trained": counted - table + (0 if tied else target_width * width),
             "parameters_shared": table if tied else 0,
-            "parameters_materialised": 0 if tied else table,
+            "parameters_materialized": 0 if tied else table,
             "bytes_on_disk": file.stat().st_size,
             "bytes_by_part": parts,
             "num_assistant_tokens": num_assistant_tokens,

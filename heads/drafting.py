@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers import LogitsProcessor
 
-from headstart.heads.cpu_kernels import quick_single_queries
+from headstart.heads.cpu_kernels import fast_grouped_query_attention
 from headstart.heads.saving import Assistant
 from headstart.heads.target import SharedKV
 
@@ -127,7 +127,7 @@ class Drafter:
         while True:
             embedded = self.embed(token.to(source)).to(device, dtype)
             state = assistant.pre_projection(torch.cat([embedded, hidden], dim=-1))
-            with quick_single_queries(assistant.config.text_config):
+            with fast_grouped_query_attention(assistant.config.text_config):
                 for layer_type, layer in self.layers:
                     state = layer(
                         state, shared_kv_states=shared, position_embeddings=rotary[layer_type],

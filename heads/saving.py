@@ -23,7 +23,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from headstart.common.files import drop_remote_code, whole_folder
+from headstart.common.files import atomic_folder, drop_remote_code
 from headstart.configs.schema import LoraConfig, RopePosition
 from headstart.heads.adapters import PREFIX, WEIGHTS, add_adapters, split_revision
 from headstart.heads.admission import (
@@ -31,13 +31,14 @@ from headstart.heads.admission import (
     check_files,
     check_values,
     check_weights,
-    load_config,
+    load_model_config,
     load_whole,
     reading,
 )
 
 MADE_FOR = "headstart_target"  # in config.json, where other readers leave it alone
 ROPE_POSITION = "headstart_rope_position"  # there too: `TrainConfig.rope_position`
+OF_OTHERS: RopePosition = "newest"  # where transformers and Google's heads put drafts
 VARIABLES = "headstart_chat_template_kwargs"  # there too: of the texts that it was trained on
 Assistant: TypeAlias = Gemma4AssistantForCausalLM | Gemma4UnifiedAssistantForCausalLM
 
@@ -53,11 +54,11 @@ def save_assistant(
     beside: Callable[[Path], None] | None = None,
 ) -> None:
     """Write a folder that plain transformers loads with `from_pretrained`: beside its place, and
-    then put there (`whole_folder`).
+    then put there (`atomic_folder`).
 
     Args:
         assistant: the head; its own table is ignored.
-        table: [V, H] the table to save, materialised where the tie is low-rank.
+        table: [V, H] the table to save, materialized where the tie is low-rank.
         folder: where to.
         num_assistant_tokens: K that `generate` reads from the folder.
         dtype: of the saved weights.
@@ -79,7 +80,7 @@ def save_assistant(
     native.tie_weights()
     native.generation_config = GenerationConfig(num_assistant_tokens=num_assistant_tokens)
     native.config.dtype = dtype
-    with whole_folder(folder) as work:
+    with atomic_folder(folder) as work:
         native.save_pretrained(work)
         write_global_keys(work / "config.json")
         if beside is not None:
@@ -133,16 +134,25 @@ def load_assistant(
     return model.to(device, dtype).eval()
 
 
-def made_for(config: Any) -> dict[str, str | None] | None:
+def made_for(config: Any) -> dict[str, Any] | None:
     """The `Target.identity` that a head was trained for, of its configuration; None: it does not
     say, as heads of other makers."""
     return getattr(config, MADE_FOR, None)
 
 
 def rope_position(config: Any) -> RopePosition:
-    """Where the drafts of a head stood in training; heads that do not say are Google's, or of
-    Headstart before it could be chosen: at the newest token, where transformers puts them."""
-    position: RopePosition = getattr(config, ROPE_POSITION, "newest")
+    """Where the drafts of a head stood in training; of heads of other makers, which do not say,
+    `OF_OTHERS`.
+
+    Raises:
+        ValueError: it is a head of Headstart, and does not say.
+    """
+    if made_for(config) is not None and not hasattr(config, ROPE_POSITION):
+        raise ValueError(
+            f"the config.json of this head has {MADE_FOR} and no {ROPE_POSITION}: add where its "
+            'drafts stood in training, "newest" unless train.rope_position said otherwise'
+        )
+    position: RopePosition = getattr(config, ROPE_POSITION, OF_OTHERS)
     return position
 
 
@@ -178,7 +188,7 @@ def load_assistant_config(path: str | Path) -> Any:
     name, revision = split_revision(path)
     with reading(f"no draft head at {path}"):
         check_files(name)
-        config = load_config(str(path), name, revision, trust_remote_code=False)
+        config = load_model_config(str(path), name, revision, trust_remote_code=False)
     if "assistant" not in config.model_type:
         raise ValueError(f"{path} is a {config.model_type} model, not a Gemma 4 assistant")
     with reading(path, "cannot be a head"):

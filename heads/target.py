@@ -42,7 +42,7 @@ from transformers.generation.candidate_generator import (
 )
 from transformers.utils import cached_file
 
-from headstart.common.console import say
+from headstart.common.console import print_once
 from headstart.common.processes import split_layers
 from headstart.common.versions import CACHE, INSTALLED, check_rows, skips_prefill
 from headstart.heads.admission import reading, tie_equal_tables
@@ -150,7 +150,7 @@ def neutralize(
     ]
     if dropped:
         listed = ", ".join(dropped)
-        say(f"{name}: generation settings of the checkpoint that are left out: {listed}")
+        print_once(f"{name}: generation settings of the checkpoint that are left out: {listed}")
     model.generation_config = GenerationConfig(
         use_cache=True, num_beams=1, do_sample=False, eos_token_id=list(eos_ids),
         pad_token_id=pad_id,
@@ -220,7 +220,7 @@ class Target(TargetTokens):
         self.sharded = True
 
     @contextmanager
-    def whole_source_layers(self) -> Iterator[None]:
+    def full_source_layers(self) -> Iterator[None]:
         """Within, the weights of the layers that a head may start from are whole everywhere."""
         layers = [self.layers[i] for i in self.source_layers.values()] if self.sharded else []
         try:
@@ -266,13 +266,15 @@ class Target(TargetTokens):
         return model_fingerprint(self.model, self.config)
 
     @property
-    def identity(self) -> dict[str, str | None]:
-        """What a head and a report note of the target: name, revision, dtype, fingerprint."""
+    def identity(self) -> dict[str, Any]:
+        """What a head notes of the target: name, revision, dtype, fingerprint; and its `config`,
+        which loads it again."""
         return {
             "name": self.name,
             "revision": self.revision,
             "dtype": str(self.table.dtype).removeprefix("torch."),
             "fingerprint": self.fingerprint,
+            "config": self.settings,
         }
 
     @torch.no_grad()
@@ -362,7 +364,7 @@ def model_fingerprint(model: nn.Module, config: Any) -> str:
 
 
 def raw_bytes(tensor: torch.Tensor) -> Iterator[Any]:
-    """The bytes of a tensor, or of the plain ones that a quantised tensor is made of."""
+    """The bytes of a tensor, or of the plain ones that a quantized tensor is made of."""
     if hasattr(tensor, "__tensor_flatten__"):
         names, _ = tensor.__tensor_flatten__()
         for name in names:

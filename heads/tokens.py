@@ -15,7 +15,7 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from headstart.common.console import say
+from headstart.common.console import print_once
 from headstart.common.signals import time_limit
 from headstart.heads.admission import reading
 
@@ -50,6 +50,9 @@ class TargetTokens:
     """
 
     fingerprint: str | None = None
+    settings: dict[str, Any] | None = None
+    """The `TargetConfig` that it was loaded by, as JSON: of it what others need to load it again.
+    None: it was built otherwise."""
 
     def __init__(
         self,
@@ -132,7 +135,7 @@ def _eos_ids(tokens: TargetTokens, given: Sequence[int] | None) -> list[int]:
     added = {token for text, token in t.get_added_vocab().items() if text.strip()}
     known_ends = (added | {t.eos_token_id}) - unwritten
     if odd := [token for token in ids if token not in known_ends]:
-        say(
+        print_once(
             f"{name}: {_listed(t, odd)} among its end tokens is no end of a text (padding, a "
             f"beginning, ordinary text); if not meant, {mend}"
         )
@@ -156,7 +159,7 @@ def _with_turn_end(tokens: TargetTokens, ids: list[int], given: bool) -> list[in
         template = tokens.tokenizer.get_chat_template()
         end = turn_format(tokens.tokenizer, template, "{}", tuple(ids), with_tools=False).end
     except ValueError as error:
-        say(
+        print_once(
             f"{tokens.name}: how an assistant's turn ends cannot be read from its chat template "
             f"({error}); its texts end with the tokens {ids}, or with target.eos_token_ids"
         )
@@ -168,7 +171,9 @@ def _with_turn_end(tokens: TargetTokens, ids: list[int], given: bool) -> list[in
     lacks = f"its chat template ends a turn with {end} ({token}), which is not among {ids}"
     if given:
         raise ValueError(f"target.eos_token_ids of {tokens.name}: {lacks}: add it")
-    say(f"{tokens.name}: {lacks}: its texts end with it too; add it to its generation_config.json")
+    print_once(
+        f"{tokens.name}: {lacks}: its texts end with it too; add it to its generation_config.json"
+    )
     return [*ids, token]
 
 
@@ -186,7 +191,7 @@ def _tell_beginning(tokens: TargetTokens) -> None:
     while text.startswith(bos, count * len(bos)):
         count += 1
     if count != 1:
-        say(
+        print_once(
             f"{tokens.name}: its chat template begins with {count} {bos}, where a Gemma expects "
             "one; chats are asked so here, as a server asks them. Unless the target was tuned so, "
             "give one that is right in target.chat_template"
@@ -236,7 +241,7 @@ def _complete(tokenizer: PreTrainedTokenizerBase, config: Any, name: str) -> Non
     if tokenizer.pad_token_id is None:  # padding is masked: any token will do
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.bos_token
     if tokenizer.bos_token_id is None:
-        say(f"{name}: its tokenizer has no <bos>: plain text begins without one")
+        print_once(f"{name}: its tokenizer has no <bos>: plain text begins without one")
         return
     wanted = [tokenizer.bos_token_id, *tokenizer("a", add_special_tokens=False)["input_ids"]]
     before = tokenizer("a")["input_ids"]
@@ -248,7 +253,9 @@ def _complete(tokenizer: PreTrainedTokenizerBase, config: Any, name: str) -> Non
             f"the tokenizer of {name} reads plain text as {before} where <bos> and the text are "
             f"{wanted}: mend the post-processor in its tokenizer.json"
         )
-    say(f"{name}: its tokenizer read plain text as {before}; from here on as {wanted}, after <bos>")
+    print_once(
+        f"{name}: its tokenizer read plain text as {before}; from here on as {wanted}, after <bos>"
+    )
 
 
 RENDERED_IN = 30.0  # seconds, of one conversation; templates take a thousandth of that

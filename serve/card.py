@@ -17,7 +17,7 @@ from headstart.eval.statistics import verdict
 from headstart.heads.adapters import split_revision
 from headstart.heads.loading import BUILT_IN
 from headstart.heads.saving import rope_position
-from headstart.serve.engines import ENGINES, obstacles, remarks
+from headstart.serve.engines import ENGINES, engine_warnings, incompatibilities
 
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
 
@@ -80,7 +80,8 @@ def model_card(p: Published) -> str:
         gemma=p.target_config.model_type[:6],
         engines={
             engine: (
-                obstacles(engine, p.head_config, p.target_config), remarks(engine, p.head_config)
+                incompatibilities(engine, p.head_config, p.target_config),
+                engine_warnings(engine, p.head_config),
             )
             for engine in ENGINES if engine != "transformers"
         },
@@ -97,7 +98,7 @@ def _row(result: dict[str, Any]) -> list[str]:
 
 def _load_target(p: Published) -> str:
     """The call of `headstart.heads.loading.load_target` that loads the target as it is served."""
-    # The built-in Gemma 3 270M has other weights than the Hub's: they were quantised.
+    # The built-in Gemma 3 270M has other weights than the Hub's: they were quantized.
     t, served = p.config.target, p.served
     same = t.name in BUILT_IN and len(t.adapters) == len(served.adapters)
     arguments = [json.dumps(t.name if same else served.name)]

@@ -30,7 +30,7 @@ from headstart.common.children import (
     python_command,
     temporary_folder,
 )
-from headstart.common.console import counted, plain_console, say
+from headstart.common.console import counted, plain_console, print_once
 from headstart.common.files import drop_remote_code, open_own, write_figures
 from headstart.common.machine import environment
 from headstart.data.prompts import Prompt
@@ -38,7 +38,7 @@ from headstart.data.server import PLAIN_SAMPLING
 from headstart.data.templates import encode_prompts
 from headstart.eval.acceptance import AcceptanceCounts, zero_counts
 from headstart.eval.asked import asked_by_heads
-from headstart.eval.decoding import Decoded, decode, parting
+from headstart.eval.decoding import Decoded, decode, divergence
 from headstart.heads.assistant import check_pair
 from headstart.heads.decoder import ExactDecoding
 from headstart.heads.saving import (
@@ -322,13 +322,13 @@ def serve_check(
         context = max(map(len, ids)) + check.max_new_tokens + k + SPARE
         ours, counts = _by_transformers(target, head, check, ids)
         dtype = str(target.identity["dtype"])
-        sides: dict[str, tuple[list[Answer], Counts]] = {}
+        variants: dict[str, tuple[list[Answer], Counts]] = {}
         for name, served in (("plain", None), ("assisted", served_head)):
             with EngineServer(
                 check.engine, served_target, served, k, context, stop_ids=target.eos_ids,
                 log=out / f"{name}.log", dtype=dtype, threads=torch.get_num_threads(),
             ) as server:  # fmt: skip
-                sides[name] = _ask(server, ids, check.max_new_tokens, f"{check.engine}, {name}")
+                variants[name] = _ask(server, ids, check.max_new_tokens, f"{check.engine}, {name}")
     content = {
         "schema": SCHEMA,
         "environment": environment(target.device)
@@ -341,7 +341,7 @@ def serve_check(
             "dense": check.dense, "max_new_tokens": check.max_new_tokens,
             "chat_template_kwargs": asked.chat_template_kwargs,
         },
-        **_compared(ours, counts, sides),
+        **_compared(ours, counts, variants),
     }  # fmt: skip
     write_figures(content, out / "serve-check.json")
     return content
@@ -381,15 +381,15 @@ def _by_transformers(
     """Plain and exact decoding of each prompt, in turn, and the acceptance of the latter."""
     assistant = load_assistant(head, target.table.dtype, target.device)
     check_pair(target, assistant)
-    how, k, n = ExactDecoding(), check.num_assistant_tokens, check.max_new_tokens
+    decoding_config, k, n = ExactDecoding(), check.num_assistant_tokens, check.max_new_tokens
     found: dict[str, list[Answer]] = {"plain": [], "assisted": []}
     counts = zero_counts(k)
     for prompt in counted(ids, "transformers (texts)"):
         plain = decode(target, prompt, n)
-        drafted = decode(target, prompt, n, assistant, k, how)
+        drafted = decode(target, prompt, n, assistant, k, decoding_config)
         for name, text in (("plain", plain), ("assisted", drafted)):
             found[name].append(Answer.of(text.tokens, target.eos_ids, n, text.seconds))
-        longer = decode(target, prompt, n + k + 1, assistant, k, how)
+        longer = decode(target, prompt, n + k + 1, assistant, k, decoding_config)
         counts += as_engine_counts(longer, len(prompt), n, k, check.engine)
     return found, counts
 
@@ -434,12 +434,12 @@ def _ask(
 def _compared(
     ours: dict[str, list[Answer]],
     counts: AcceptanceCounts,
-    sides: dict[str, tuple[list[Answer], Counts]],
+    variants: dict[str, tuple[list[Answer], Counts]],
 ) -> dict[str, Any]:
-    plain, (assisted, told) = sides["plain"][0], sides["assisted"]
+    plain, (assisted, told) = variants["plain"][0], variants["assisted"]
     rates = [accepted / max(told.rounds, 1) for accepted in told.by_position]
     speeds = {f"transformers_{name}": _speed(texts) for name, texts in ours.items()}
-    speeds |= {f"engine_{name}": _speed(texts) for name, (texts, _) in sides.items()}
+    speeds |= {f"engine_{name}": _speed(texts) for name, (texts, _) in variants.items()}
     return {
         "acceptance_length": {"transformers": counts.acceptance_length, "engine": 1 + sum(rates)},
         "cumulative_acceptance_rate": {
@@ -454,7 +454,7 @@ def _compared(
             "engine_assisted_to_transformers_plain": _equal(assisted, ours["plain"]),
         },
         "first_parting": [
-            parting(a.tokens, b.tokens) for a, b in zip(ours["plain"], assisted, strict=True)
+            divergence(a.tokens, b.tokens) for a, b in zip(ours["plain"], assisted, strict=True)
         ],
         "tokens_per_second": speeds,
         "speedup": speeds["engine_assisted"] / speeds["engine_plain"],
@@ -480,9 +480,9 @@ def print_serve_check(content: dict[str, Any]) -> None:
     )  # fmt: skip
     for name, label in (("transformers", "transformers, exact"), ("engine", env["engine"])):
         rates = ", ".join(f"{rate:.3f}" for rate in content["cumulative_acceptance_rate"][name])
-        speeds = [f"{speed[f'{name}_{side}']:.1f}" for side in ("plain", "assisted")]
+        speeds = [f"{speed[f'{name}_{variant}']:.1f}" for variant in ("plain", "assisted")]
         table.add_row(label, f"{content['acceptance_length'][name]:.3f}", rates, *speeds)
     plain_console().print(table)
     for name, share in content["equal_texts"].items():
         print(f"equal texts, {name.replace('_', ' ')}: {share:.0%}")
-    say(f"speedup of {env['engine']} by the head: {content['speedup']:.2f}")
+    print_once(f"speedup of {env['engine']} by the head: {content['speedup']:.2f}")

@@ -27,7 +27,7 @@ ROPE_POSITIONS: dict[Engine, Literal["newest", "one_earlier"]] = {
 """Where each puts the drafts of a round (`TrainConfig.rope_position`)."""
 
 
-def obstacles(engine: Engine, head: Any, target: Any) -> list[str]:
+def incompatibilities(engine: Engine, head: Any, target: Any) -> list[str]:
     """Why an engine would refuse a head, one line each, with the cure; empty: it takes it.
 
     Args:
@@ -74,7 +74,7 @@ def obstacles(engine: Engine, head: Any, target: Any) -> list[str]:
     return found
 
 
-def remarks(engine: Engine, head: Any) -> list[str]:
+def engine_warnings(engine: Engine, head: Any) -> list[str]:
     """What an engine does with a head that it takes, where its user should know: a line each."""
     found, trained = [], rope_position(head)
     if trained not in ("both", ROPE_POSITIONS[engine]):
@@ -197,7 +197,7 @@ def export_for_engine(
         dtype: of the weights.
 
     Returns:
-        `remarks` of the engine on the head as it was written.
+        `engine_warnings` of the engine on the head as it was written.
 
     Raises:
         ValueError: the engine would refuse it, with the cure; it does not fit the target; `out`
@@ -211,7 +211,7 @@ def export_for_engine(
     check_shapes(target.get_text_config(), assistant.config, "the target")
     if dense:
         assistant.config.use_ordered_embeddings, assistant.masked_embedding = False, None
-    if found := obstacles(engine, assistant.config, target):
+    if found := incompatibilities(engine, assistant.config, target):
         raise ValueError(f"{engine} would refuse {path}: {'; '.join(found)}")
 
     def beside(work: Path) -> None:
@@ -221,7 +221,7 @@ def export_for_engine(
 
     tokens = assistant.generation_config.num_assistant_tokens or DRAFTS
     save_assistant(assistant, assistant.lm_head.weight, out, tokens, dtype, beside=beside)
-    return remarks(engine, assistant.config)
+    return engine_warnings(engine, assistant.config)
 
 
 def convert_to_gguf(folder: Path, out: Path, dtype: str) -> None:

@@ -14,7 +14,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id
 
-from headstart.common.console import say
+from headstart.common.console import print_once
 from headstart.configs.schema import TargetConfig
 from headstart.data.sources import is_hub_dataset
 
@@ -24,9 +24,9 @@ APACHE = {
     "license": "apache-2.0",
     "license_link": "https://ai.google.dev/gemma/docs/gemma_4_license",
 }
-LICENCE = ("license", "license_name", "license_link")  # fields of a card
+LICENSE = ("license", "license_name", "license_link")  # fields of a card
 REFUSALS = (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled)
-SECONDS = 10.0  # that the Hub may take to tell a licence
+SECONDS = 10.0  # that the Hub may take to tell a license
 FIXES = {
     401: "run `hf auth login` with a token that may write there",
     403: "your token may not write there: make one that may, or ask its owner",
@@ -36,8 +36,8 @@ FIXES = {
 """What to do where the Hub refuses an upload, by its status."""
 
 
-def licence_of(target_config: Any, served: TargetConfig) -> dict[str, str]:
-    """The licence of a target's weights, as fields of a model card.
+def license_of(target_config: Any, served: TargetConfig) -> dict[str, str]:
+    """The license of a target's weights, as fields of a model card.
 
     Gemma 3's terms go with whatever is made from it (https://ai.google.dev/gemma/terms, 3.1). Of a
     Gemma 4 that which its card names; where there is none to be read, that of Google's own
@@ -47,7 +47,7 @@ def licence_of(target_config: Any, served: TargetConfig) -> dict[str, str]:
     if target_config.model_type.startswith("gemma3"):
         return GEMMA_TERMS
     name, said = served.name, dict[str, Any]()
-    why = f"the card of {name} names no licence"
+    why = f"the card of {name} names no license"
     try:
         info = HfApi().model_info(name, revision=served.revision, timeout=SECONDS)
         said = {} if info.card_data is None else info.card_data.to_dict()
@@ -55,17 +55,17 @@ def licence_of(target_config: Any, served: TargetConfig) -> dict[str, str]:
         if not (isinstance(error, REFUSALS) or _is_of_the_network(error)):
             raise
         status = f"HTTP {error.response.status_code}" if isinstance(error, HfHubHTTPError) else None
-        why = f"the Hub does not tell the licence of {name} ({status or type(error).__name__})"
+        why = f"the Hub does not tell the license of {name} ({status or type(error).__name__})"
     if said.get("license"):
-        return {key: said[key] for key in LICENCE if said.get(key)}
-    licence = APACHE if name.startswith(GOOGLES) else {"license": "unknown"}
-    say(f"{why}: the head's card says {licence['license']}; --license NAME says otherwise")
-    return licence
+        return {key: said[key] for key in LICENSE if said.get(key)}
+    license = APACHE if name.startswith(GOOGLES) else {"license": "unknown"}
+    print_once(f"{why}: the head's card says {license['license']}; --license NAME says otherwise")
+    return license
 
 
-def notice(licence: dict[str, str], target: str) -> str | None:
-    """The file that a licence wants beside the weights: the Gemma Terms of Use, 3.1, theirs."""
-    if licence["license"] != GEMMA_TERMS["license"]:
+def notice(license: dict[str, str], target: str) -> str | None:
+    """The file that a license wants beside the weights: the Gemma Terms of Use, 3.1, theirs."""
+    if license["license"] != GEMMA_TERMS["license"]:
         return None
     return (
         "Gemma is provided under and subject to the Gemma Terms of Use found at "
@@ -180,7 +180,7 @@ def upload(folder: Path, repo_id: str, private: bool, branch: str | None, create
             raise
         raise RuntimeError(why) from error
     where = str(commit.pr_url or commit.commit_url)
-    say(f"Published: {where}")
+    print_once(f"Published: {where}")
     return where
 
 

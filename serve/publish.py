@@ -11,13 +11,13 @@ import torch
 from huggingface_hub import ModelCard
 from transformers import PreTrainedTokenizerBase
 
-from headstart.common.console import say
+from headstart.common.console import print_once
 from headstart.common.files import (
+    atomic_folder,
     check_empty,
     drop_remote_code,
     put_back,
     refuse_link,
-    whole_folder,
 )
 from headstart.configs.loader import load_saved, save_config
 from headstart.configs.schema import Config, TargetConfig
@@ -28,7 +28,7 @@ from headstart.heads.loading import load_served, load_target_config, load_target
 from headstart.heads.saving import ADAPTER, load_assistant, load_assistant_config
 from headstart.heads.target import model_fingerprint
 from headstart.serve.card import Published, model_card
-from headstart.serve.hub import check_hub_id, is_hub_id, is_local, licence_of, notice, without_paths
+from headstart.serve.hub import check_hub_id, is_hub_id, is_local, license_of, notice, without_paths
 
 DEMO = {"gemma3-270m": "google/gemma-3-270m"}  # built-in name -> what it is on the Hub
 # What readers of heads and of adapters want, and all that is taken of their folders.
@@ -140,7 +140,7 @@ def build_folder(what: Publication, out: Path) -> list[Path]:
     # Whoever trains by these settings decides for himself whose code may run.
     distrustful = config.target.model_copy(update={"trust_remote_code": False})
     config = config.model_copy(update={"target": distrustful})
-    terms = {"license": what.license} if what.license else licence_of(target_config, served)
+    terms = {"license": what.license} if what.license else license_of(target_config, served)
     published = Published(
         repo_id=what.repo_id,
         # The last is what the head was trained for, and comes first.
@@ -160,7 +160,7 @@ def build_folder(what: Publication, out: Path) -> list[Path]:
         license=terms,
         languages=list(what.languages),
     )
-    with whole_folder(out) as work:
+    with atomic_folder(out) as work:
         _write(run, published, tokenizer, names, work)
         _check(work, base_head, evaluated)
     return sorted(path for path in out.rglob("*") if path.is_file())
@@ -400,4 +400,4 @@ def print_folder(files: list[Path], out: Path, run: Path) -> None:
             if not (known or path in taken or path in wanted):
                 left.append(str(path.relative_to(run)) + ("/" if path.is_dir() else ""))
     names = [name if name.isprintable() else ascii(name) for name in left]
-    say(f"Left out of {run}: {', '.join(names) or 'nothing'}")
+    print_once(f"Left out of {run}: {', '.join(names) or 'nothing'}")

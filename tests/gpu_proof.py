@@ -32,13 +32,13 @@ from headstart.data.loader import AnchorLoader
 from headstart.data.prompts import Prompt
 from headstart.data.regenerate import Job, answer
 from headstart.eval.decoding import decode
-from headstart.eval.draft_cost import Moment, cost_ratios, measure, prepare
+from headstart.eval.draft_cost import DecodeState, cost_ratios, measure, prepare
 from headstart.heads.assistant import build_assistant, set_table
 from headstart.heads.decoder import ExactDecoding
 from headstart.heads.target import Target
 from headstart.heads.tokens import Sampling
 from headstart.train import losses
-from headstart.train.start import build_head, likely_tokens, taught_rows
+from headstart.train.start import build_head, likely_tokens, sample_teacher_rows
 from headstart.train.step import batch_sums, loss_weight, step_candidates
 from tests.helpers.gpu import (
     Place,
@@ -161,9 +161,9 @@ def _losses(target: Target, steps: int) -> list[float]:
     config = _train_config()
     torch.manual_seed(0)
     documents = OnlineActivations(target, conversations(8, 5), config.data)
-    taught = taught_rows(documents, target.device)
-    head = build_head(target, config, taught, documents, resumed=False)
-    likely = likely_tokens(target, taught, config.train)
+    samples = sample_teacher_rows(documents, target.device)
+    head = build_head(target, config, samples, documents, resumed=False)
+    likely = likely_tokens(target, samples, config.train)
     optimizer = torch.optim.AdamW(head.trainable().values(), lr=1e-3)
     loader = AnchorLoader(documents, 4, 16, 3, 0)
     losses = []
@@ -243,18 +243,18 @@ def draft_cost(place: Place) -> dict[str, Any]:
         set_table(assistant, torch.nn.Parameter(torch.randn(len(target.table), width)))
         assistant = assistant.to(place.device, place.dtype).eval()
         assistant.masked_embedding.token_ordering.copy_(torch.randperm(len(target.table)))
-        moment = prepare(target, place.scaled(1024, 32))
-        seconds = measure(moment, assistant, place.scaled(12, 2))
+        state = prepare(target, place.scaled(1024, 32))
+        seconds = measure(state, assistant, place.scaled(12, 2))
         found[f"{layers} layers"] = {"seconds": seconds, "ratios": cost_ratios(seconds)}
         if place.real and layers == 2:
 
-            def step(moment: Moment = moment) -> None:
-                moment.step()
-                moment.restore()
+            def step(state: DecodeState = state) -> None:
+                state.step()
+                state.restore()
 
-            def verify(moment: Moment = moment) -> None:
-                moment.verify(4)
-                moment.restore()
+            def verify(state: DecodeState = state) -> None:
+                state.verify(4)
+                state.restore()
 
             found["one step"] = kernels(step) | {"bytes": weights(target)}
             found["verification of 4"] = kernels(verify)
@@ -334,8 +334,8 @@ def head_step(place: Place) -> dict[str, Any]:
         began = time.perf_counter()
         store = extract(target, texts, sum(len(t.ids) for t in texts), data, Path(folder) / "store")
         found["seconds to extract and write the store"] = time.perf_counter() - began
-        taught = taught_rows(store, device)
-        head = build_head(target, config, taught, store, resumed=False)
+        samples = sample_teacher_rows(store, device)
+        head = build_head(target, config, samples, store, resumed=False)
         loader = AnchorLoader(
             store, train.batch_size, train.anchors, 4, 0, 4096, later_anchors=train.later_anchors
         )
@@ -344,7 +344,7 @@ def head_step(place: Place) -> dict[str, Any]:
         batch = loader.batch(0)
     moving = seconds_of(device, lambda: send_to_device(batch, device))
     batch = send_to_device(batch, device)
-    likely = likely_tokens(target, taught, train)
+    likely = likely_tokens(target, samples, train)
     parameters = list(head.trainable().values())
     optimizer = torch.optim.AdamW(parameters, lr=1e-5)
     precise = torch.autocast(device.type, torch.bfloat16, enabled=place.real)

@@ -46,7 +46,7 @@ def test_an_interrupted_sweep_goes_on_and_judges_heads_as_the_simulated_evaluati
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump({
         "config": str(ROOT / "configs" / "tiny.yaml"),
         "overrides": overrides,
-        "judged_on": {"a": str(store), "b": {"store": str(store), "rope_position": "one_earlier"}},
+        "eval_sets": {"a": str(store), "b": {"store": str(store), "rope_position": "one_earlier"}},
         "num_assistant_tokens": 3,
         "runs": {"base": [], "slow": ["train.learning_rate=1e-6"]},
     }))  # fmt: skip
@@ -77,9 +77,9 @@ def test_an_interrupted_sweep_goes_on_and_judges_heads_as_the_simulated_evaluati
         for name, position in positions.items():
             every = range(len(texts.entries))
             found = simulate_acceptance(head, target, texts, 3, every, position).acceptance
-            judged = result["judged_on"][name]
+            judged = result["eval_sets"][name]
             assert judged["acceptance_length"] == pytest.approx(found.acceptance_length)
-    base, slow = (result["judged_on"]["a"] for result in content["results"])
+    base, slow = (result["eval_sets"]["a"] for result in content["results"])
     assert base["difference_interval"] == [0, 0]
     difference = slow["acceptance_length"] - base["acceptance_length"]
     assert slow["difference"] == pytest.approx(difference)

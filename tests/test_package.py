@@ -54,7 +54,7 @@ def test_wheel_leaves_the_namespace_open(wheel: zipfile.ZipFile) -> None:
     assert "headstart/__init__.py" not in wheel.namelist()
 
 
-def test_wheel_brings_the_command_and_the_licence(wheel: zipfile.ZipFile) -> None:
+def test_wheel_brings_the_command_and_the_license(wheel: zipfile.ZipFile) -> None:
     (info,) = {n.partition("/")[0] for n in wheel.namelist() if ".dist-info/" in n}
     entry_points = wheel.read(f"{info}/entry_points.txt").decode()
     assert "headstart = headstart.cli.main:main" in entry_points

@@ -20,7 +20,7 @@ def side(r: dict[str, Any]) -> list[str]:
 
 def row(r: dict[str, Any]) -> str:
     rates = ", ".join(f"{a:.2f}" for a in r["conditional_acceptance_rate"])
-    equal = "yes" if r["equal_to_plain"] else f"{r['parted_share']:.0%} part"
+    equal = "yes" if r["equal_to_plain"] else f"{r['diverged_share']:.0%} diverge"
     speedups = [speedup(r), f"{r['decode_speedup']:.2f}"]
     cells = [*side(r), f"{r['acceptance_length']:.2f}", rates, *speedups, equal]
     return f"| {' | '.join(cells)} |"
@@ -186,14 +186,14 @@ def test_the_figures_of_the_recipe_page_are_those_of_the_result_files() -> None:
         exact = whole(results(f"eval-64{name}.json"))[1]
         assert told.format(exact["acceptance_length"]) in page
     run = results("reference.json")
-    walked = ", ".join(f"{v['acceptance_length']:.2f}" for v in run["validations"])
-    assert walked in page
+    replayed = ", ".join(f"{v['acceptance_length']:.2f}" for v in run["validations"])
+    assert replayed in page
     assert f"through the clusters\n{run['best']['acceptance_length']:.2f} ([reference.json]" in page
     for name in ("sweep-traps.json", "sweep-traps-clusters.json", "sweep-soft-cap.json"):
         for trap in results(name)["results"]:
             assert f"| {trap['loss'][0]:.2f} | {beside_the_first(trap)} |" in page
     base, *others = results("sweep-recipe.json")["results"]
-    greedy, sampled = (f"{one['acceptance_length']:.3f}" for one in base["judged_on"].values())
+    greedy, sampled = (f"{one['acceptance_length']:.3f}" for one in base["eval_sets"].values())
     assert f"| {greedy} | | {sampled} | |" in page
     for run in others:
         assert f"| `{run['run']}` |" in page
@@ -201,7 +201,7 @@ def test_the_figures_of_the_recipe_page_are_those_of_the_result_files() -> None:
     for run in results("sweep-rope.json")["results"]:
         assert f"| `{run['run']}` | {beside_the_first(run)} |" in page
     _, own = results("sweep-prose.json")["results"]
-    one = own["judged_on"]["greedy"]
+    one = own["eval_sets"]["greedy"]
     low, high = one["difference_interval"]
     assert f"{one['difference']:+.3f} ({low:+.3f} to {high:+.3f}) greedy" in page
     mean, learned = (results(f"ordered-{kind}.json")["after"] for kind in ("mean", "learned"))
@@ -216,7 +216,7 @@ def test_the_figures_of_the_recipe_page_are_those_of_the_result_files() -> None:
 
 def beside_the_first(run: dict[str, Any]) -> str:
     cells = []
-    for one in run["judged_on"].values():
+    for one in run["eval_sets"].values():
         low, high = one["difference_interval"]
         cells += [f"{one['acceptance_length']:.3f}"]
         cells += [f"{one['difference']:+.3f} ({low:+.3f} to {high:+.3f})"]
@@ -242,7 +242,7 @@ def test_the_figures_of_the_page_on_serving_are_those_of_the_result_files() -> N
 def adapted_row(name: str, r: dict[str, Any]) -> str:
     found = r["acceptance"]["domain"]
     cells = [f"[{name}](results/adapt-{name}.json)"]
-    for stage in ("reference", "stale", "adapted"):
+    for stage in ("reference", "unadapted", "adapted"):
         whole, straight = (
             found[stage][f"acceptance_length{end}"] for end in ("", "_without_loops")
         )
@@ -252,7 +252,7 @@ def adapted_row(name: str, r: dict[str, Any]) -> str:
     change = r["general_change_share"]
     cells.append("" if change is None else f"{change:+.0%}")
     speeds = r["speedup"]["domain"]
-    cells += [f"{speeds[s]['speedup']:.2f}" for s in ("stale", "adapted")]
+    cells += [f"{speeds[s]['speedup']:.2f}" for s in ("unadapted", "adapted")]
     return f"| {' | '.join(cells)} |"
 
 
@@ -261,7 +261,9 @@ def test_the_figures_of_the_page_on_tuned_targets_are_those_of_the_result_files(
     files = sorted((ROOT / "docs" / "results").glob("adapt-*.json"))
     assert files
     sums = results("adapt-math-100.json")
-    lengths = [sums[f"{stage}_acceptance_length"] for stage in ("reference", "stale", "adapted")]
+    lengths = [
+        sums[f"{stage}_acceptance_length"] for stage in ("reference", "unadapted", "adapted")
+    ]
     told = (
         "from {:.2f} tokens a round to {:.2f}; a quarter of an hour on two CPU cores brought it to "
     )
@@ -271,7 +273,7 @@ def test_the_figures_of_the_page_on_tuned_targets_are_those_of_the_result_files(
     for path in files:
         name, r = path.stem.removeprefix("adapt-"), json.loads(path.read_text(encoding="utf-8"))
         if r["adapted_acceptance_length"] is None:
-            lost = [r[f"{s}_acceptance_length"] for s in ("reference", "stale")]
+            lost = [r[f"{s}_acceptance_length"] for s in ("reference", "unadapted")]
             wanted = "{:.2f} | {:.2f} |".format(*lost)
         else:
             wanted = adapted_row(name, r)

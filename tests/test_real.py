@@ -16,7 +16,7 @@ from headstart.eval.decoding import decode
 from headstart.heads.assistant import build_assistant, check_pair
 from headstart.heads.loading import GGUF_SHA256, check_sha256, gemma3_270m_dir, load_target
 from headstart.heads.ordered import (
-    Taught,
+    TeacherSamples,
     mean_centroids,
     set_order,
     token_clusters,
@@ -150,13 +150,13 @@ def test_what_decoding_step_by_step_changes_in_bfloat16_is_bounded(tmp_path: Pat
         assert 0 < error < 0.05, name
 
 
-def said_after(gemma: Target, prompts: list[Prompt]) -> Taught:
+def said_after(gemma: Target, prompts: list[Prompt]) -> TeacherSamples:
     """What the target says after each token of some texts but their first."""
     texts = [encode_prompt(prompt, gemma.tokenizer)[:200] for prompt in prompts]
     hidden = torch.cat([gemma.activations(torch.tensor([ids])).hidden[0, 4:] for ids in texts])
     best = [gemma.logits(rows).log_softmax(-1).topk(32) for rows in hidden.split(128)]
     logprobs, ids = (torch.cat(parts) for parts in zip(*best, strict=True))
-    return Taught(hidden, ids, logprobs)
+    return TeacherSamples(hidden, ids, logprobs)
 
 
 @torch.no_grad()

@@ -1,1 +1,1 @@
-"""The training loop, objectives, optimiser, checkpoints and logging."""
+"""The training loop, objectives, optimizer, checkpoints and logging."""

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
-from headstart.common.console import say
-from headstart.common.files import alone_in, write_atomically
+from headstart.common.console import print_once
+from headstart.common.files import lock_folder, write_atomically
 from headstart.common.machine import environment
 from headstart.configs.loader import load_config
 from headstart.configs.schema import Adaptation, Config, EvalConfig, TargetConfig
@@ -28,14 +28,14 @@ from headstart.data.store import ActivationStore
 from headstart.eval.asked import as_the_head_was, asked_by_run
 from headstart.eval.decoding import decode
 from headstart.eval.page import as_json
-from headstart.eval.replay import Walked, walk_texts
+from headstart.eval.replay import ReplayedText, replay_texts
 from headstart.eval.report import run_evaluation
 from headstart.heads.assistant import check_pair, check_shapes
 from headstart.heads.loading import (
     check_target,
     load_target_config,
+    noted_target,
     open_target,
-    served_config,
     served_name,
 )
 from headstart.heads.saving import load_assistant, load_assistant_config, made_for, rope_position
@@ -43,7 +43,7 @@ from headstart.heads.target import Target
 from headstart.heads.tokens import Sampling
 from headstart.heads.unroll import DraftHead
 from headstart.train.adapt_report import (
-    Texts,
+    TextsOfKinds,
     adaptation_markdown,
     advice,
     compare_stages,
@@ -77,7 +77,7 @@ ARGUMENTS = {
 """Settings that an adaptation takes from arguments of its own."""
 
 
-def check_settings(overrides: list[str]) -> None:
+def check_overrides(overrides: list[str]) -> None:
     """Raise `ValueError` where a `section.key=value` would be passed over for an argument."""
     for key in (override.partition("=")[0] for override in overrides):
         for name, argument in ARGUMENTS.items():
@@ -85,7 +85,7 @@ def check_settings(overrides: list[str]) -> None:
                 raise ValueError(f"{key} is given to adapt by {argument}, not as a setting")
 
 
-class Notes:
+class StageCache:
     """Findings by stage in a JSON file, with the seconds that each stage took.
 
     Args:
@@ -109,7 +109,7 @@ class Notes:
                     f"{settings.get(key)}: give it back, or name another folder, --out DIR"
                 )
 
-    def once(self, stage: str, work: Callable[[], Any]) -> Any:
+    def run_once(self, stage: str, work: Callable[[], Any]) -> Any:
         """What `work` returns (it must go into JSON); the first time it is done and noted."""
         if stage not in self.found:
             began = time.monotonic()
@@ -132,10 +132,10 @@ DECODING = 0.12  # share of the budget that the decoding in the end may take
 def _base(a: Adaptation) -> TargetConfig | None:
     """The target that the head was trained for, in the dtype of the tuned one."""
     t, made = a.target, made_for(load_assistant_config(a.head))
-    name = a.base or (made["name"] if made else None)
-    if name is not None:
-        revision = made["revision"] if made and not a.base else None
-        return served_config(str(name), revision).model_copy(update={"dtype": t.dtype})
+    if a.base is not None:
+        return TargetConfig(name=a.base, dtype=t.dtype)
+    if made is not None:
+        return noted_target(made).model_copy(update={"dtype": t.dtype})
     if t.adapters or t.quantization:
         return t.model_copy(update={"adapters": [], "quantization": None})
     return None
@@ -147,7 +147,7 @@ def check_before(a: Adaptation) -> None:
     What only loaded weights of a target show, and those of the Hub, is known when it is opened.
     """
     head = load_assistant(a.head, torch.float32)
-    for stage, served in (("reference", _base(a)), ("stale", a.target)):
+    for stage, served in (("reference", _base(a)), ("unadapted", a.target)):
         if served is not None:
             with _telling(stage):
                 check_target(served)
@@ -155,27 +155,27 @@ def check_before(a: Adaptation) -> None:
                 check_shapes(config.get_text_config(), head.config, served.name)
 
 
-def measure_before(
-    a: Adaptation, config: Config, prompts: Any, out: Path, notes: Notes, device: Any
-) -> dict[str, Texts]:
-    """Walk the head over what its own target says to the held-out prompts, and the tuned one.
+def evaluate_baseline(
+    a: Adaptation, config: Config, prompts: Any, out: Path, notes: StageCache, device: Any
+) -> dict[str, TextsOfKinds]:
+    """Replay the head over what its own target says to the held-out prompts, and the tuned one.
 
     Args:
         a: what is asked.
         config: of the run, for lengths and batches of the answers.
         prompts: kind -> prompts to train on, and held out.
-        out: folder; the answers are stored in `out`/reference and `out`/stale.
+        out: folder; the answers are stored in `out`/reference and `out`/unadapted.
         notes: where both stages are kept.
         device: where target and head run.
 
     Returns:
-        `stale`, and `reference` where that target is known.
+        `unadapted`, and `reference` where that target is known.
 
     Raises:
         ValueError: a target that does not load, or that the head does not fit.
     """
     stages = {}
-    for stage, served in (("reference", _base(a)), ("stale", a.target)):
+    for stage, served in (("reference", _base(a)), ("unadapted", a.target)):
         if served is None:
             continue
 
@@ -186,10 +186,10 @@ def measure_before(
             held_out = {kind: own for kind, (_, own) in prompts.items()}
             stores = _answers(target, held_out, config, out / stage)
             answering = time.monotonic() - began
-            texts = _walked(target, a.head, stores, a, f"Walking ({stage})")
+            texts = _replayed(target, a.head, stores, a, f"Replaying ({stage})")
             return {"texts": texts, "answering": answering}
 
-        stages[stage] = read_texts(notes.once(stage, measure)["texts"])
+        stages[stage] = read_texts(notes.run_once(stage, measure)["texts"])
     return stages
 
 
@@ -199,7 +199,7 @@ def _telling(stage: str) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        if stage == "stale":
+        if stage == "unadapted":
             raise
         raise ValueError(
             f"{error}. It was taken for the target that the head was trained for: name that one, "
@@ -215,44 +215,52 @@ def _answers(
     for kind, own in held_out.items():
         jobs = make_jobs(own, [Sampling(0.0)] * len(own), target, config.data)
         name = f"Answering ({kind}, held out)"
-        regenerate(target, jobs, config.data, config.run.seed, folder / kind, True, name)
+        regenerate(
+            target,
+            jobs,
+            config.data,
+            config.run.seed,
+            folder / kind,
+            extract=True,
+            description=name,
+        )
         stores[kind] = ActivationStore(folder / kind, target)
     return stores
 
 
-def _walked(
+def _replayed(
     target: Target, head: str, stores: dict[str, ActivationStore], a: Adaptation, doing: str
 ) -> dict[str, Any]:
     assistant = load_assistant(head, target.table.dtype, target.device)
     check_pair(target, assistant)
-    found = walk_texts(DraftHead(assistant), target, stores, a.num_assistant_tokens, doing)
+    found = replay_texts(DraftHead(assistant), target, stores, a.num_assistant_tokens, doing)
     return {kind: [text.row() for text in texts] for kind, texts in found.items()}
 
 
-def read_texts(found: dict[str, Any]) -> Texts:
+def read_texts(found: dict[str, Any]) -> TextsOfKinds:
     """Of what a stage noted."""
-    return {kind: [Walked.read(row) for row in rows] for kind, rows in found.items()}
+    return {kind: [ReplayedText.read(row) for row in rows] for kind, rows in found.items()}
 
 
-def measure_again(
-    a: Adaptation, config: Config, prompts: Any, out: Path, notes: Notes, device: Any
+def evaluate_adapted(
+    a: Adaptation, config: Config, prompts: Any, out: Path, notes: StageCache, device: Any
 ) -> None:
-    """Walk the trained head over the answers of the tuned target, and decode some of the prompts
+    """Replay the trained head over the answers of the tuned target, and decode some of the prompts
     plainly, with the old head and with the new one; both stages are noted.
 
-    Args: as for `measure_before`.
+    Args: as for `evaluate_baseline`.
     """
     head = str(config.run.dir / "head")
     target = open_target(a.target, device)
 
-    def walk() -> dict[str, Any]:
-        stores = {kind: ActivationStore(out / "stale" / kind, target) for kind in prompts}
-        return _walked(target, head, stores, a, "Walking (adapted)")
+    def replay() -> dict[str, Any]:
+        stores = {kind: ActivationStore(out / "unadapted" / kind, target) for kind in prompts}
+        return _replayed(target, head, stores, a, "Replaying (adapted)")
 
     def compare_speeds() -> dict[str, Any] | None:
         if not a.decoded:
             return None
-        names = {"stale": a.head, "adapted": head}
+        names = {"unadapted": a.head, "adapted": head}
         chosen = EvalConfig(
             prompts=str(_decodable(a, config, prompts, target, out)),
             num_assistant_tokens=[a.num_assistant_tokens],
@@ -267,8 +275,8 @@ def measure_again(
         )
         return speedups(report, names)
 
-    notes.once("adapted", walk)
-    notes.once("decoding", compare_speeds)
+    notes.run_once("adapted", replay)
+    notes.run_once("decoding", compare_speeds)
 
 
 def write_held_out(prompts: dict[str, list[Prompt]], path: Path) -> None:
@@ -300,7 +308,7 @@ def _decodable(a: Adaptation, config: Config, prompts: Any, target: Target, out:
     return path
 
 
-SCHEMA = 2
+SCHEMA = 3
 ANSWERING = 0.5  # share of the time between both measurements in which the target answers
 
 
@@ -330,7 +338,7 @@ def adapt(
             "adapt runs in one process; with several use `headstart regenerate --extract`, then "
             "train with head.start=HEAD, which both take them all"
         )
-    check_settings(overrides)
+    check_overrides(overrides)
     start = load_assistant_config(a.head)
     config = load_config(None, [
         *DEFAULTS, ("head.start", a.head),
@@ -343,31 +351,31 @@ def adapt(
     a = a.model_copy(update={"target": config.target})  # in the dtype of this machine
     if not (out / "notes.json").is_file():  # it would have been refused when it began
         check_before(a)
-    with alone_in(out):
+    with lock_folder(out):
         settings = a.model_dump(mode="json", exclude={"measure_only"})
         settings |= {"overrides": overrides, "adaptation": SCHEMA}
-        notes = Notes(out / "notes.json", settings)
+        notes = StageCache(out / "notes.json", settings)
         prompts = split_prompts(a, config)
         write_held_out({kind: own for kind, (_, own) in prompts.items()}, out / "held_out.jsonl")
         held_out = EvalConfig(
             prompts=str(out / "held_out.jsonl")
         )  # of which training keeps no copy
         config = config.model_copy(update={"eval": held_out})
-        stages = measure_before(a, config, prompts, out, notes, device)
+        stages = evaluate_baseline(a, config, prompts, out, notes, device)
         told = advice(compare_stages(stages))
-        say(told)
+        print_once(told)
         content = {"advice": told}
         if not a.measure_only:
             # Each opens the target for itself, so that training never holds a second one.
-            notes.once("conversations", lambda: _conversations(a, config, prompts, notes))
-            notes.once("answering", lambda: _answer(a, config, prompts, out, notes, device))
-            minutes = notes.once("minutes", lambda: max(1.0, _left(a, notes) / 60))
-            notes.once("training", lambda: _train(config, minutes))
+            notes.run_once("conversations", lambda: _conversations(a, config, prompts, notes))
+            notes.run_once("answering", lambda: _answer(a, config, prompts, out, notes, device))
+            minutes = notes.run_once("minutes", lambda: max(1.0, _left(a, notes) / 60))
+            notes.run_once("training", lambda: _train(config, minutes))
             if {"adapted", "decoding"} - set(notes.found):
-                measure_again(a, config, prompts, out, notes, device)
+                evaluate_adapted(a, config, prompts, out, notes, device)
             stages["adapted"] = read_texts(notes.found["adapted"])
             content["speedup"] = notes.found["decoding"]
-        return _write(a, config, stages, content, out, notes, command)
+        return _write(a, config, stages, content, out, notes=notes, command=command)
 
 
 def split_prompts(a: Adaptation, config: Config) -> dict[str, tuple[list[Prompt], list[Prompt]]]:
@@ -388,7 +396,9 @@ def split_prompts(a: Adaptation, config: Config) -> dict[str, tuple[list[Prompt]
     found = {}
     for kind, (training, own) in parts.items():
         kept, copies = remove_contaminated(training, held_out)
-        say(f"{kind}: {len(own)} prompts held out, {len(kept):,} to train on; {copies.describe()}")
+        print_once(
+            f"{kind}: {len(own)} prompts held out, {len(kept):,} to train on; {copies.describe()}"
+        )
         if not (kept or a.measure_only) and (kind == "domain" or a.general_share):
             raise ValueError(
                 f"{sources[kind].path}: no prompt is left to train on, since all are copies of "
@@ -398,7 +408,7 @@ def split_prompts(a: Adaptation, config: Config) -> dict[str, tuple[list[Prompt]
     return found
 
 
-def _conversations(a: Adaptation, config: Config, prompts: Any, notes: Notes) -> int:
+def _conversations(a: Adaptation, config: Config, prompts: Any, notes: StageCache) -> int:
     """How many there is time for, whole batches, where the settings say nothing.
 
     Raises:
@@ -408,7 +418,7 @@ def _conversations(a: Adaptation, config: Config, prompts: Any, notes: Notes) ->
     if d.num_conversations is not None:
         return d.num_conversations
     # After a stop in that stage, answering took less time than it would have.
-    answering = max(notes.found["stale"]["answering"], notes.seconds["stale"] / 2)
+    answering = max(notes.found["unadapted"]["answering"], notes.seconds["unadapted"] / 2)
     each = answering / sum(len(own) for _, own in prompts.values())
     left = _left(a, notes)
     if left < 60:
@@ -422,7 +432,7 @@ def _conversations(a: Adaptation, config: Config, prompts: Any, notes: Notes) ->
 
 
 def _answer(
-    a: Adaptation, config: Config, prompts: Any, out: Path, notes: Notes, device: Any
+    a: Adaptation, config: Config, prompts: Any, out: Path, notes: StageCache, device: Any
 ) -> int:
     """Let the tuned target answer the prompts of the mixture; returns how many."""
     d, seed = config.data, config.run.seed
@@ -432,7 +442,7 @@ def _answer(
     dealt = deal(sources, notes.found["conversations"], seed)
     target = open_target(a.target, device)
     jobs = make_jobs(dealt, deal_sampling(d, target, dealt), target, d)
-    regenerate(target, jobs, d, seed, out / "answers", True, "Answering")
+    regenerate(target, jobs, d, seed, out / "answers", extract=True, description="Answering")
     return len(jobs)
 
 
@@ -445,21 +455,21 @@ def _train(config: Config, minutes: float) -> dict[str, Any]:
     return {key: summary[key] for key in ("best", "validations", "parameters_trained", "data")}
 
 
-def _left(a: Adaptation, notes: Notes) -> float:
+def _left(a: Adaptation, notes: StageCache) -> float:
     """Seconds of the budget that are not spent, and not needed to load and validate around the
     training or to measure after it."""
-    walking = 1.5 * notes.seconds["stale"]
+    replaying = 1.5 * notes.seconds["unadapted"]
     decoding = DECODING * 60 * a.budget_minutes * bool(a.decoded)
-    return 60 * a.budget_minutes - sum(notes.seconds.values()) - walking - decoding
+    return 60 * a.budget_minutes - sum(notes.seconds.values()) - replaying - decoding
 
 
 def _write(
     a: Adaptation,
     config: Config,
-    stages: dict[str, Texts],
+    stages: dict[str, TextsOfKinds],
     content: dict[str, Any],
     out: Path,
-    notes: Notes,
+    notes: StageCache,
     command: list[str],
 ) -> dict[str, Any]:
     compared = compare_stages(stages)
@@ -485,6 +495,6 @@ def _write(
     write_atomically(out / "adapt.json", as_json(content))
     write_atomically(out / "adapt.md", adaptation_markdown(content))
     plot_adaptation(content, out / "adapt.png")
-    say(content["verdict"])
-    say(f"Written: {out / 'adapt.json'}, adapt.md, adapt.png")
+    print_once(content["verdict"])
+    print_once(f"Written: {out / 'adapt.json'}, adapt.md, adapt.png")
     return content

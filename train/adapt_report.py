@@ -9,43 +9,44 @@ from matplotlib import style
 from matplotlib.figure import Figure
 
 from headstart.common.console import in_markdown, markdown_row
-from headstart.common.files import whole_file
+from headstart.common.files import atomic_file
 from headstart.eval.plots import STYLE
-from headstart.eval.replay import Walked, describe_walked, length_draws
+from headstart.eval.replay import ReplayedText, describe_replayed, length_draws
 from headstart.eval.statistics import interval, resampled
 
-Texts = dict[str, list[Walked]]  # kind (`domain`, `general`) -> texts
+TextsOfKinds = dict[str, list[ReplayedText]]  # kind (`domain`, `general`) -> texts
 STAGES = {
     "reference": "the head on the target that it was trained for",
-    "stale": "the same head on the tuned target",
+    "unadapted": "the same head on the tuned target",
     "adapted": "the adapted head on the tuned target",
 }
-COLOURS = {"reference": "#948A00", "stale": "#0072B2", "adapted": "#D55E00"}
+COLORS = {"reference": "#948A00", "unadapted": "#0072B2", "adapted": "#D55E00"}
 
 
-def compare_stages(stages: dict[str, Texts]) -> dict[str, Any]:
+def compare_stages(stages: dict[str, TextsOfKinds]) -> dict[str, Any]:
     """Acceptance of each stage on each kind of prompt, and what lies between them.
 
     Args:
-        stages: `stale`, and `reference` and `adapted` where they are there.
+        stages: `unadapted`, and `reference` and `adapted` where they are there.
 
     Returns:
-        Kind -> stage -> `describe_walked`, with `lost` (stale from reference) and `gained` (adapted
-        from stale) as differences in acceptance length with 95% intervals over prompts.
+        Kind -> stage -> `describe_replayed`, with `lost` (unadapted from reference) and `gained`
+        (adapted from unadapted) as differences in acceptance length with 95% intervals over
+        prompts.
     """
     found: dict[str, Any] = {}
-    for kind in stages["stale"]:
+    for kind in stages["unadapted"]:
         own = {stage: texts[kind] for stage, texts in stages.items()}
-        found[kind] = {stage: describe_walked(texts) for stage, texts in own.items()}
+        found[kind] = {stage: describe_replayed(texts) for stage, texts in own.items()}
         for name, before, after in (
-            ("lost", "reference", "stale"), ("gained", "stale", "adapted"),
+            ("lost", "reference", "unadapted"), ("gained", "unadapted", "adapted"),
         ):  # fmt: skip
             if before in own and after in own:
                 found[kind][name] = _difference(own[before], own[after])
     return found
 
 
-def _difference(before: Sequence[Walked], after: Sequence[Walked]) -> dict[str, Any]:
+def _difference(before: Sequence[ReplayedText], after: Sequence[ReplayedText]) -> dict[str, Any]:
     """Over the prompts that have a round in both."""
     shared = {text.id for text in before} & {text.id for text in after}
     one, two = (
@@ -75,9 +76,10 @@ def headline(compared: dict[str, Any]) -> dict[str, Any]:
     change = None
     if "general" in compared and "adapted" in compared["general"]:
         before, after = (
-            compared["general"][stage]["acceptance_length"] - 1 for stage in ("stale", "adapted")
+            compared["general"][stage]["acceptance_length"] - 1
+            for stage in ("unadapted", "adapted")
         )
-        least, _ = compared["general"]["stale"]["acceptance_length_interval"]
+        least, _ = compared["general"]["unadapted"]["acceptance_length_interval"]
         change = after / before - 1 if before > 0 and least > 1 else None
     return lengths | {
         "recovered_share": _recovered(domain, "acceptance_length"),
@@ -88,12 +90,12 @@ def headline(compared: dict[str, Any]) -> dict[str, Any]:
 
 def _recovered(domain: dict[str, Any], name: str) -> float | None:
     """None: a stage is missing, or nothing was lost but by chance."""
-    reference, stale, adapted = (domain[s].get(name) if s in domain else None for s in STAGES)
-    if reference is None or stale is None or adapted is None or reference <= stale:
+    reference, unadapted, adapted = (domain[s].get(name) if s in domain else None for s in STAGES)
+    if reference is None or unadapted is None or adapted is None or reference <= unadapted:
         return None
     if _lost_by_chance(domain):
         return None
-    recovered: float = (adapted - stale) / (reference - stale)
+    recovered: float = (adapted - unadapted) / (reference - unadapted)
     return recovered
 
 
@@ -105,7 +107,7 @@ def _lost_by_chance(domain: dict[str, Any]) -> bool:
 def advice(compared: dict[str, Any]) -> str:
     """Whether adapting is worth it, from what was measured before it."""
     domain = compared["domain"]
-    now = f"The head is accepted at {_length(domain['stale'])} tokens a round here"
+    now = f"The head is accepted at {_length(domain['unadapted'])} tokens a round here"
     if "lost" not in domain:
         return f"{now}. What it had on the target that it was trained for is not known (--base)."
     lost, (low, high) = domain["lost"]["difference"], domain["lost"]["difference_interval"]
@@ -125,13 +127,13 @@ def advice(compared: dict[str, Any]) -> str:
 
 def _loops(domain: dict[str, Any]) -> str:
     """What to say where the plain target's texts loop more than the tuned one's."""
-    reference, stale = domain["reference"], domain["stale"]
-    if reference["looping_share"] - stale["looping_share"] < 0.1:
+    reference, unadapted = domain["reference"], domain["unadapted"]
+    if reference["looping_share"] - unadapted["looping_share"] < 0.1:
         return ""
     without = reference["acceptance_length_without_loops"]
     return (
         f" But {reference['looping_share']:.0%} of that target's texts end in a loop, which "
-        f"flatters drafts ({stale['looping_share']:.0%} here)"
+        f"flatters drafts ({unadapted['looping_share']:.0%} here)"
         + (f"; without them it had {without:.2f}." if without else ".")
     )
 
@@ -141,7 +143,8 @@ def outcome(content: dict[str, Any]) -> str:
     domain = content["acceptance"]["domain"]
     gained, (low, high) = domain["gained"]["difference"], domain["gained"]["difference_interval"]
     text = (
-        f"Adapted: {_length(domain['stale'])} to {_length(domain['adapted'])} accepted tokens a "
+        f"Adapted: {_length(domain['unadapted'])} to {_length(domain['adapted'])} accepted "
+        "tokens a "
         f"round on the target's new work ({gained:+.2f}, {low:+.2f} to {high:+.2f})"
     )
     if content["recovered_share"] is not None:
@@ -160,7 +163,7 @@ def outcome(content: dict[str, Any]) -> str:
         told = [
             f"{speeds[s]['speedup']:.2f} ({speeds[s]['interval'][0]:.2f} to "
             f"{speeds[s]['interval'][1]:.2f})"
-            for s in ("stale", "adapted")
+            for s in ("unadapted", "adapted")
         ]
         text += f". Speedup over plain decoding {told[0]} before, {told[1]} after"
     return text + "."
@@ -204,7 +207,7 @@ def adaptation_markdown(content: dict[str, Any]) -> str:
         lines += [f"All prompts are asked with {in_markdown(asked)}.", ""]
     stages = [stage for stage in STAGES if stage in content["acceptance"]["domain"]]
     lines += [
-        f"Acceptance length at K = {content['num_assistant_tokens']}, walked over the target's "
+        f"Acceptance length at K = {content['num_assistant_tokens']}, simulated over the target's "
         "greedy answers to prompts that nothing was trained on (95% over prompts):", "",
         "| prompts | " + " | ".join(stages) + " |", "| --- |" + " --- |" * len(stages),
     ]  # fmt: skip
@@ -214,7 +217,7 @@ def adaptation_markdown(content: dict[str, Any]) -> str:
             low, high = found[stage]["acceptance_length_interval"]
             cells.append(f"{_length(found[stage])} ({low:.2f} to {high:.2f})")
         lines.append(markdown_row([kind, *cells]))
-        for category in found["stale"]["categories"]:
+        for category in found["unadapted"]["categories"]:
             lengths = [
                 _length(one) if (one := found[stage]["categories"].get(category)) else ""
                 for stage in stages
@@ -222,14 +225,14 @@ def adaptation_markdown(content: dict[str, Any]) -> str:
             lines.append(markdown_row([f"{kind}: {category}", *lengths]))
     lines += ["", *[f"- {name}: {what}" for name, what in STAGES.items() if name in stages], ""]
     if content.get("speedup"):
-        lines += ["| speedup over plain decoding | stale | adapted |", "| --- | --- | --- |"]
+        lines += ["| speedup over plain decoding | unadapted | adapted |", "| --- | --- | --- |"]
         for kind, one in content["speedup"].items():
             cells = [
                 f"{one[s]['speedup']:.2f} ({one[s]['interval'][0]:.2f} to "
                 f"{one[s]['interval'][1]:.2f})"
-                for s in ("stale", "adapted")
+                for s in ("unadapted", "adapted")
             ]
-            lines.append(markdown_row([f"{kind}, {one['stale']['prompts']} prompts", *cells]))
+            lines.append(markdown_row([f"{kind}, {one['unadapted']['prompts']} prompts", *cells]))
         lines.append("")
     took = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in content["seconds"].items())
     lines += [f"Time: {took}.", "", "```sh", *content["commands"], "```", ""]
@@ -243,7 +246,7 @@ def plot_adaptation(content: dict[str, Any], path: Path) -> None:
     groups = []
     for kind, found in acceptance.items():
         groups.append((kind, {s: found[s] for s in stages}))
-        for category in found["stale"]["categories"]:
+        for category in found["unadapted"]["categories"]:
             own = {s: found[s]["categories"].get(category) for s in stages}
             groups.append((f"{kind}: {category}", {s: one for s, one in own.items() if one}))
     white = {"figure.facecolor": "white", "axes.facecolor": "white"}
@@ -262,7 +265,7 @@ def plot_adaptation(content: dict[str, Any], path: Path) -> None:
                     values.append(value)
                     errors.append((value - low, high - value))
             axes.barh(
-                places, [v - 1 for v in values], height, left=1, color=COLOURS[stage], label=stage,
+                places, [v - 1 for v in values], height, left=1, color=COLORS[stage], label=stage,
                 xerr=np.array(errors).T, error_kw={"elinewidth": 0.8, "ecolor": "#777679"},
             )  # fmt: skip
         axes.set_yticks(range(len(groups)), [name for name, _ in groups])
@@ -271,5 +274,5 @@ def plot_adaptation(content: dict[str, Any], path: Path) -> None:
             xlabel=f"acceptance length at K = {content['num_assistant_tokens']}", xlim=(1, None)
         )
         axes.legend(loc="lower right")
-        with whole_file(path) as work:
+        with atomic_file(path) as work:
             figure.savefig(work, dpi=120)

@@ -1,4 +1,4 @@
-"""Speed as ratios that one run measures, the sides taking turns: `headstart bench`.
+"""Speed as ratios that one run measures, the variants taking turns: `headstart bench`.
 
 Letters: N drafts, D target width, V vocabulary.
 """
@@ -31,7 +31,7 @@ from headstart.eval.draft_cost import in_turns
 from headstart.heads.loading import open_target
 from headstart.heads.target import Target
 from headstart.heads.unroll import DraftHead
-from headstart.train.start import build_head, likely_tokens, taught_rows
+from headstart.train.start import build_head, likely_tokens, sample_teacher_rows
 from headstart.train.step import batch_sums, draft_batch, loss_weight, step_candidates
 
 SINGLE = 8  # prompts answered one by one, spread over the lengths
@@ -97,7 +97,10 @@ def bench_extract(target: Target, jobs: list[Job], config: Config) -> dict[str, 
         def generating(extracting: bool) -> Callable[[int], None]:
             def run(turn: int) -> None:
                 folder = work / f"{extracting}-{turn}"
-                regenerate(target, jobs, data, seed, folder, extracting, "  answering")
+                regenerate(
+                    target, jobs, data, seed, folder,
+                    extract=extracting, description="  answering",
+                )  # fmt: skip
 
             return run
 
@@ -144,7 +147,10 @@ def bench_regenerate(target: Target, jobs: list[Job], config: Config) -> dict[st
 
         def batched(turn: int) -> None:
             folder = work / str(turn)
-            regenerate(target, jobs, config.data, config.run.seed, folder, False, "  batched")
+            regenerate(
+                target, jobs, config.data, config.run.seed, folder,
+                extract=False, description="  batched",
+            )  # fmt: skip
 
         def one_by_one(turn: int) -> None:
             singles.clear()
@@ -251,13 +257,13 @@ def bench_train(
     c = config.train
     texts = conversations_of_text(target, config, prompts)
     documents = OnlineActivations(target, texts, config.data)
-    taught = taught_rows(documents, target.device)
-    head = build_head(target, config, taught, documents, resumed=False)
+    samples = sample_teacher_rows(documents, target.device)
+    head = build_head(target, config, samples, documents, resumed=False)
     batch = AnchorLoader(
         documents, prompts, c.anchors, c.rounds, config.run.seed, later_anchors=c.later_anchors
     ).batch(0)
     batch = send_to_device(batch, target.device)
-    likely = likely_tokens(target, taught, c)
+    likely = likely_tokens(target, samples, c)
     settings = {"head": config.head.model_dump()}
     settings |= c.model_dump(include={"precision", "rounds", "likely_tokens", "negatives"})
     return settings, bench_step(target, head, batch, texts, config, likely)
@@ -302,14 +308,14 @@ def bench_step(
     plain = partial(
         _take_step, head, optimizer, batch, c, lambda: plain_loss(head, target, batch, c)
     )
-    sides: dict[str, Callable[[int], None]] = {
+    variants: dict[str, Callable[[int], None]] = {
         "target forward with LM head": lambda turn: bare_forwards(target, texts),
         "head step": step,
         "head step, plain full-vocabulary objective": plain,
     }
     step(0)  # a warm-up, which also makes the optimizer's moments
-    peaks = [peak_memory(target.device, partial(side, 0)) for side in sides.values()]
-    seconds = in_turns(target, *sides.values())
+    peaks = [peak_memory(target.device, partial(variant, 0)) for variant in variants.values()]
+    seconds = in_turns(target, *variants.values())
     tokens, anchors = sum(len(text.ids) for text in texts), int(batch.weights[..., 0].sum())
     per = [tokens, anchors, anchors]
     ratios = {
@@ -318,7 +324,9 @@ def bench_step(
     }
     figures: dict[str, Any] = {
         "ratios": ratios,
-        "seconds_per_token": {name: s / n for name, s, n in zip(sides, seconds, per, strict=True)},
+        "seconds_per_token": {
+            name: s / n for name, s, n in zip(variants, seconds, per, strict=True)
+        },
         "tokens": tokens,
         "anchors": anchors,
         "drafts": int(batch.weights.sum()),
@@ -327,9 +335,9 @@ def bench_step(
     if all(peaks):
         known = [peak or 0 for peak in peaks]
         ratios["plain_over_step_memory"] = known[2] / known[1]
-        figures["peak_bytes"] = dict(zip(sides, known, strict=True))
+        figures["peak_bytes"] = dict(zip(variants, known, strict=True))
         figures["peak_bytes_per_token"] = {
-            name: peak / n for name, peak, n in zip(sides, known, per, strict=True)
+            name: peak / n for name, peak, n in zip(variants, known, per, strict=True)
         }
     return figures
 

@@ -16,8 +16,8 @@ from pydantic import TypeAdapter
 from safetensors.torch import load_file, save_file
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from headstart.common.files import content_sha256, file_sha256, plain_name, whole_folder
-from headstart.common.processes import placed_like, whole
+from headstart.common.files import atomic_folder, content_sha256, file_sha256, plain_name
+from headstart.common.processes import full_tensor, placed_like
 from headstart.configs.loader import load_saved, save_config
 from headstart.configs.schema import Config, TrainConfig
 from headstart.heads.admission import reading
@@ -80,7 +80,7 @@ class Progress:
     """The best acceptance length so far; 0 before the first validation."""
     start: float = 0.0
     """That of a finished head, before it was trained on; 0: the run began with none."""
-    stale: int = 0
+    evals_since_best: int = 0
     """Validations since the best one."""
     seconds: float = 0.0
     """Time spent in steps and validations."""
@@ -90,7 +90,7 @@ class Progress:
         return (
             self.step >= c.steps
             or (c.max_minutes is not None and self.seconds >= 60 * c.max_minutes)
-            or (c.patience is not None and self.stale >= c.patience)
+            or (c.patience is not None and self.evals_since_best >= c.patience)
         )
 
 
@@ -112,14 +112,14 @@ class RunState:
         average by parameter name.
         """
         moments = {
-            f"{name}.{key}": whole(value)
+            f"{name}.{key}": full_tensor(value)
             for name, parameter in self.head.trainable().items()
             for key, value in self.optimizer.state[parameter].items()
         }
-        weights = {n: whole(tensor.detach()) for n, tensor in self.head.trainable().items()}
+        weights = {n: full_tensor(tensor.detach()) for n, tensor in self.head.trainable().items()}
         files = {"head": weights, "optimizer": moments}
         if self.average.values:
-            files["average"] = {n: whole(value) for n, value in self.average.values.items()}
+            files["average"] = {n: full_tensor(value) for n, value in self.average.values.items()}
         return {
             f"{name}.safetensors": {key: tensor.contiguous() for key, tensor in tensors.items()}
             for name, tensors in files.items()
@@ -143,7 +143,7 @@ def save_checkpoint(state: RunState, config: Config, target: Target) -> None:
     if not processes.is_main_process:
         return
     folder = config.run.dir / "checkpoints"
-    with whole_folder(folder / f"step-{state.progress.step:06d}") as work:
+    with atomic_folder(folder / f"step-{state.progress.step:06d}") as work:
         for name, tensors in files.items():
             save_file(tensors, work / name)
         save_config(config, work / "config.yaml")
@@ -260,5 +260,7 @@ def load_checkpoint(state: RunState, path: Path, target: Target) -> None:
 
 
 def _progress(state: dict[str, Any]) -> Progress:
+    # Checkpoints of before 2026-11-28 call it otherwise.
+    state = {"evals_since_best": state.get("stale"), **state}
     values = {field.name: state[field.name] for field in fields(Progress)}
     return TypeAdapter(Progress).validate_python(values)

@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
 
-from headstart.common.console import progress_bar, say
+from headstart.common.console import print_once, progress_bar
 from headstart.common.signals import Interrupted, stop_signals
 from headstart.configs.schema import Config
 from headstart.data.loader import AnchorLoader
@@ -59,7 +59,7 @@ def train_head(
     keep = partial(keep_if_better, state, target, validation, config, accelerator)
     if config.head.warm and not progress.step:  # what finds nothing better ends with what it had
         progress.start = keep()
-        say(f"Held-out acceptance length before training: {progress.start:.3f}")
+        print_once(f"Held-out acceptance length before training: {progress.start:.3f}")
 
     with progress_bar() as bar, stop_signals() as stop_requests:
         task = bar.add_task("Training", total=c.steps, completed=progress.step, status="")

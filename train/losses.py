@@ -148,10 +148,10 @@ def sparse_losses(
         dtype: in which the states meet the table.
         draft_table: [V, width], of `DraftHead.draft_table`; mostly the target's own.
     """
-    taught = target.table[candidates.ids]
+    target_rows = target.table[candidates.ids]
     table, log_weights = draft_table[candidates.ids].to(dtype), candidates.weights.log()
-    # Once a position, not once a row: the rounds of neighbouring anchors are taught at the same.
-    said = target.logits(teacher.hidden, taught)  # [P, C]
+    # Once a position, not once a row: the rounds of neighboring anchors are taught at the same.
+    said = target.logits(teacher.hidden, target_rows)  # [P, C]
 
     def loss_of(states: torch.Tensor, rows: slice) -> RowResults:
         slots, stored = candidates.slot_of[teacher.ids[rows]], teacher.logprobs[rows]
@@ -172,7 +172,7 @@ def teacher_log_p(
 ) -> torch.Tensor:
     """Log-probabilities of the full softmax for candidates, from logits of the candidates alone.
 
-    The normaliser over V follows from the stored top tokens, which came from it; they are put in
+    The normalizer over V follows from the stored top tokens, which came from it; they are put in
     as they are.
 
     Args:
@@ -180,8 +180,8 @@ def teacher_log_p(
         slots: [n, k] where the stored tokens stand among them.
         logprobs: [n, k] stored.
     """
-    normaliser = (logits.gather(-1, slots) - logprobs).mean(-1, keepdim=True)
-    return (logits - normaliser).scatter(-1, slots, logprobs)
+    normalizer = (logits.gather(-1, slots) - logprobs).mean(-1, keepdim=True)
+    return (logits - normalizer).scatter(-1, slots, logprobs)
 
 
 def tempered(log_p: torch.Tensor, log_weights: torch.Tensor, temperature: float) -> torch.Tensor:

@@ -27,7 +27,13 @@ from headstart.eval.acceptance import RecallCounts
 from headstart.eval.asked import as_the_head_was
 from headstart.eval.replay import Simulated, simulate_acceptance
 from headstart.heads.assistant import check_pair
-from headstart.heads.ordered import Taught, cluster_count, set_order, token_usage, with_clusters
+from headstart.heads.ordered import (
+    TeacherSamples,
+    cluster_count,
+    set_order,
+    token_usage,
+    with_clusters,
+)
 from headstart.heads.saving import (
     ADAPTER,
     MADE_FOR,
@@ -53,7 +59,9 @@ LEAST_MASS = 1e-7  # so that no cluster is ruled out because these drafts never 
 
 
 @torch.no_grad()
-def drafts_of(head: DraftHead, target: Target, training: Documents, config: Config) -> Taught:
+def drafts_of(
+    head: DraftHead, target: Target, training: Documents, config: Config
+) -> TeacherSamples:
     """States of the head at up to `DRAFTS` drafts of the training text, all rounds, and what the
     target said there.
 
@@ -86,12 +94,12 @@ def drafts_of(head: DraftHead, target: Target, training: Documents, config: Conf
             bar.update(task, completed=min(count, DRAFTS), total=expected)
             if count >= DRAFTS:
                 break
-    return Taught(*(torch.cat(part)[:DRAFTS] for part in zip(*parts, strict=True)))
+    return TeacherSamples(*(torch.cat(part)[:DRAFTS] for part in zip(*parts, strict=True)))
 
 
 def learn_centroids(
     head: DraftHead,
-    drafted: Taught,
+    drafted: TeacherSamples,
     usage: torch.Tensor,
     table: torch.Tensor,
     steps: int,
@@ -117,7 +125,7 @@ def learn_centroids(
     assert cluster_of is not None
     centroids = embedder.centroids.weight.requires_grad_()
     likely = usage.topk(min(LIKELY_TOKENS, len(usage))).indices
-    likely = likely[torch.argsort(cluster_of[likely])]  # neighbours are added up faster
+    likely = likely[torch.argsort(cluster_of[likely])]  # neighbors are added up faster
     rows, clusters = table[likely], cluster_of[likely]
     optimizer = torch.optim.AdamW([centroids], lr=LEARNING_RATE, weight_decay=0.0)
     generator = torch.Generator().manual_seed(seed)
@@ -259,13 +267,13 @@ def order_head(
 
     Returns:
         The head; and `before` (where it had clusters) and `after`: acceptance length through the
-        clusters and dense, by walking rounds over held-out texts, and the recall of the clusters.
+        clusters and dense, by replaying rounds over held-out texts, and the recall of the clusters.
     """
 
     def judged(assistant: Assistant) -> dict[str, Any]:
         everything = range(len(validation.entries))
         position = served_position(config.train.rope_position)
-        with phase("Walking held-out texts"):
+        with phase("Replaying held-out texts"):
             return describe_simulated(
                 simulate_acceptance(
                     DraftHead(assistant), target, validation, config.train.rounds, everything,

@@ -74,7 +74,7 @@ def plan(config: Config) -> dict[str, str]:
         if text.hidden_size == source.hidden_size
         else "none: a table of its own, frozen"
         if config.head.warm
-        else "none: low-rank tie, materialised when saved",
+        else "none: low-rank tie, materialized when saved",
         **_plan_clusters(head),
         **_plan_memory(whole, width, trained * TRAINING_BYTES + frozen * 4),
         **_plan_data(d, token),

@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import set_seed
 
-from headstart.common.console import say
+from headstart.common.console import print_once
 from headstart.common.processes import join_processes
 from headstart.configs.schema import Config, EvalConfig
 from headstart.data.prepare import prepare_documents
@@ -27,7 +27,12 @@ from headstart.train.run_folder import (
     write_summary,
 )
 from headstart.train.start import start_run
-from headstart.train.tracking import check_settings, finish_trackers, log_report, start_trackers
+from headstart.train.tracking import (
+    check_wandb_settings,
+    finish_trackers,
+    log_report,
+    start_trackers,
+)
 
 
 def run(config: Config, resume: bool = False) -> None:
@@ -60,7 +65,7 @@ def train(config: Config, resume: bool = False) -> None:
             checkpoint is damaged.
         Diverged, Interrupted, OSError: as of `train_head`.
     """
-    check_settings(config)
+    check_wandb_settings(config)
     join_processes()
     accelerator = Accelerator(
         mixed_precision="bf16" if config.train.precision == "bfloat16" else "no",
@@ -107,7 +112,7 @@ def _train(config: Config, resume: bool, accelerator: Accelerator) -> None:
             start=state.progress.start,
             ordered=ordered,
         )
-        say(f"Best head, of step {summary['best']['step']}: {summary_text(summary['best'])}")
+        print_once(f"Best head, of step {summary['best']['step']}: {summary_text(summary['best'])}")
         plot_run(run)
     finish_trackers(accelerator, config)
 
@@ -142,10 +147,10 @@ def _measure(
 
 
 def _check_lossless(content: dict[str, Any], out: Path) -> None:
-    """Raise `RuntimeError` where a text of a float32 evaluation parts from plain decoding."""
-    parted = [p for r in content["results"] for p in r["parted"] if not p["within_rounding"]]
-    if parted:
-        gap = max(p["top2_logit_gap"] for p in parted)
+    """Raise `RuntimeError` where a text of a float32 evaluation diverges from plain decoding."""
+    diverged = [p for r in content["results"] for p in r["diverged"] if not p["within_rounding"]]
+    if diverged:
+        gap = max(p["top2_logit_gap"] for p in diverged)
         raise RuntimeError(
             f"assisted decoding gave other text than plain decoding in float32, at a logit gap "
             f"of {gap:.3g}: this is a fault, see {out / 'report.json'}"

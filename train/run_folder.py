@@ -22,11 +22,11 @@ from headstart.common.children import remove_left_behind
 from headstart.common.console import plain_console
 from headstart.common.files import (
     PART,
-    alone_in,
-    is_held,
+    atomic_file,
+    is_locked,
+    lock_folder,
     open_own,
     refuse_link,
-    whole_file,
     write_atomically,
 )
 from headstart.common.machine import environment
@@ -64,7 +64,7 @@ def run_folder(run: Path, doing: str) -> Iterator[None]:
     Raises:
         ValueError: another process works there.
     """
-    with alone_in(run, "run.dir=PATH"):
+    with lock_folder(run, "run.dir=PATH"):
         note = {"doing": doing, "started": _now(), "host": platform.node(), "pid": os.getpid()}
         there = (run / STATUS).read_text(encoding="utf-8") if (run / STATUS).is_file() else None
         _write_status(run, {**note, "state": "running"})
@@ -106,7 +106,7 @@ def read_status(run: Path) -> dict[str, Any]:
             raise TypeError("state, doing and started are to be texts")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({_reason(error)})") from error
-    if status["state"] == "running" and not is_held(run):
+    if status["state"] == "running" and not is_locked(run):
         status |= {"state": "killed", "why": "its process is gone and noted no end"}
     return status
 
@@ -458,7 +458,7 @@ def plot_run(folder: Path) -> Path:
     validated = [row for row in view.metrics if "acceptance_length" in row]
     if validated:
         points = [row["step"] for row in validated], [row["acceptance_length"] for row in validated]
-        acceptance.plot(*points, marker="o", label="held out, walked")
+        acceptance.plot(*points, marker="o", label="held out, simulated")
     if best := view.best:
         acceptance.annotate(
             f"{best['acceptance_length']:.3f}",
@@ -472,6 +472,6 @@ def plot_run(folder: Path) -> Path:
         axes.grid(alpha=0.3)
         axes.legend()
     path = folder / PLOT
-    with whole_file(path) as work:
+    with atomic_file(path) as work:
         figure.savefig(work, dpi=120)
     return path

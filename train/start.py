@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from headstart.common.console import phase, say
+from headstart.common.console import phase, print_once
 from headstart.configs.schema import Config, TrainConfig
 from headstart.data.store import Documents
 from headstart.heads.assistant import build_assistant, warm_assistant
-from headstart.heads.ordered import Taught, cluster_count, token_usage
+from headstart.heads.ordered import TeacherSamples, cluster_count, token_usage
 from headstart.heads.saving import add_lora
 from headstart.heads.target import Target
 from headstart.heads.unroll import DraftHead
@@ -32,7 +32,7 @@ def low_rank_start(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Data-aware start of the projection P of a low-rank tie `table @ P`.
 
-    Minimises E ||(table - mean) h - (table - mean) P Q h||^2 over tokens weighted by their
+    Minimizes E ||(table - mean) h - (table - mean) P Q h||^2 over tokens weighted by their
     probability and hidden states h with the measured second moment: with S that moment and G the
     weighted covariance of the table, P = S^(1/2) U and Q = U' S^(-1/2), where U are the leading
     eigenvectors of S^(1/2) G S^(1/2).
@@ -48,8 +48,8 @@ def low_rank_start(
     """
     weights = (token_weights / token_weights.sum()).float()
     mean = weights @ table.float()
-    centred = table.float() - mean
-    covariance = centred.T @ (weights[:, None] * centred)
+    centered = table.float() - mean
+    covariance = centered.T @ (weights[:, None] * centered)
     moment = hidden.float().T @ hidden.float() / len(hidden)
     values, vectors = torch.linalg.eigh(moment)
     # Directions that the target never takes are left out of the inverse.
@@ -108,9 +108,9 @@ def start_run(
     c, run = config.train, config.run.dir
     saved = checkpoints(run / "checkpoints") if resume else []
     with phase("Starting the head"):
-        taught = taught_rows(training, target.device)
-        head = build_head(target, config, taught, validation, resumed=bool(saved))
-        likely = likely_tokens(target, taught, c)
+        samples = sample_teacher_rows(training, target.device)
+        head = build_head(target, config, samples, validation, resumed=bool(saved))
+        likely = likely_tokens(target, samples, c)
     optimizer = torch.optim.AdamW(parameter_groups(head, c.weight_decay), lr=c.learning_rate)
     if c.activation_checkpointing:
         head.assistant.model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -122,7 +122,7 @@ def start_run(
     state = RunState(head, model, optimizer, average, Progress())
     if saved:
         load_checkpoint(state, saved[-1], target)
-        say(f"Resuming {run} after step {state.progress.step}")
+        print_once(f"Resuming {run} after step {state.progress.step}")
     return state, likely
 
 
@@ -136,7 +136,7 @@ def parameter_groups(head: DraftHead, weight_decay: float) -> list[dict[str, Any
 
 
 def build_head(
-    target: Target, config: Config, taught: Taught, validation: Documents, resumed: bool
+    target: Target, config: Config, samples: TeacherSamples, validation: Documents, resumed: bool
 ) -> DraftHead:
     """The head at step 0, with a dense LM head: clusters are made of a head that is trained.
 
@@ -146,7 +146,7 @@ def build_head(
     Args:
         target: frozen.
         config: the whole run.
-        taught: what the target said in the training text, from `taught_rows`.
+        taught: what the target said in the training text, from `sample_teacher_rows`.
         validation: read to say how good the start of a low-rank tie is.
         resumed: a checkpoint is about to fill the head, so that nothing needs a start.
 
@@ -169,7 +169,7 @@ def build_head(
         if resumed:
             projection = torch.zeros(target.config.hidden_size, width)
         else:
-            projection = _start_tie(target, taught, validation, width)
+            projection = _start_tie(target, samples, validation, width)
     return train_only(DraftHead(assistant, projection).to(target.device), h.trains)
 
 
@@ -188,30 +188,34 @@ def train_only(head: DraftHead, parts: list[str]) -> DraftHead:
     return head
 
 
-def _start_tie(target: Target, taught: Taught, validation: Documents, width: int) -> torch.Tensor:
+def _start_tie(
+    target: Target, samples: TeacherSamples, validation: Documents, width: int
+) -> torch.Tensor:
     """[D, H] the projection that a low-rank tie starts from."""
-    weights = taught.token_weights(len(target.table)) + 1e-9
-    start = low_rank_start(target.table, taught.hidden, weights, width)
-    unseen = taught_rows(validation, target.device, AGREEMENT_ROWS).hidden
+    weights = samples.token_weights(len(target.table)) + 1e-9
+    start = low_rank_start(target.table, samples.hidden, weights, width)
+    unseen = sample_teacher_rows(validation, target.device, AGREEMENT_ROWS).hidden
     agreement = low_rank_agreement(target.table, start, unseen)
-    say(
+    print_once(
         f"Low-rank tie of width {width}: its start keeps the target's best token on "
         f"{agreement:.1%} of held-out rows"
     )
     return start[0]
 
 
-def likely_tokens(target: Target, taught: Taught, c: TrainConfig) -> torch.Tensor:
+def likely_tokens(target: Target, samples: TeacherSamples, c: TrainConfig) -> torch.Tensor:
     """[V] bool: the `c.likely_tokens` that the target finds likeliest in the training text; none
     where the objective runs over all tokens anyway."""
     likely = torch.zeros(len(target.table), dtype=torch.bool, device=target.device)
     if c.vocabulary == "sparse":
-        usage = token_usage(target.logits, taught)
+        usage = token_usage(target.logits, samples)
         likely[usage.topk(min(c.likely_tokens, len(usage))).indices] = True
     return likely
 
 
-def taught_rows(documents: Documents, device: torch.device, limit: int = START_ROWS) -> Taught:
+def sample_teacher_rows(
+    documents: Documents, device: torch.device, limit: int = START_ROWS
+) -> TeacherSamples:
     """What the target said at up to `limit` rows, of documents from anywhere in the collection."""
     hidden, ids, logprobs, count = [], [], [], 0
     shuffled = torch.randperm(len(documents.entries), generator=torch.Generator().manual_seed(0))
@@ -225,4 +229,4 @@ def taught_rows(documents: Documents, device: torch.device, limit: int = START_R
         count += len(rows)
         if count == limit:
             break
-    return Taught(*(torch.cat(parts).to(device) for parts in (hidden, ids, logprobs)))
+    return TeacherSamples(*(torch.cat(parts).to(device) for parts in (hidden, ids, logprobs)))

@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import extract_model_from_parallel, gather_object
 
-from headstart.common.processes import whole
+from headstart.common.processes import full_tensor
 from headstart.configs.schema import Config, RopePosition, TrainConfig
 from headstart.data.loader import Batch, broken_documents
 from headstart.heads.target import Target
@@ -31,7 +31,7 @@ from headstart.train.losses import (
 
 
 @dataclass(frozen=True)
-class Drafts:
+class BatchDrafts:
     """The N drafts of a batch that count, in the order of rounds, conversations and anchors."""
 
     round: torch.Tensor
@@ -49,7 +49,7 @@ def draft_batch(
     batch: Batch,
     dtype: torch.dtype,
     position: RopePosition,
-) -> Drafts:
+) -> BatchDrafts:
     """Run the head over a batch and pair what it says with what the target says.
 
     Args:
@@ -76,7 +76,7 @@ def draft_batch(
         of_round.append(torch.full_like(of_anchor[-1], k))
     anchor, round_ = torch.cat(of_anchor), torch.cat(of_round)
     picked = torch.cat([s[kept] for s, kept in zip(states, counted, strict=True)])
-    return Drafts(round_, anchor, picked, _teacher(batch, anchor, round_))
+    return BatchDrafts(round_, anchor, picked, _teacher(batch, anchor, round_))
 
 
 def _teacher(batch: Batch, anchor: torch.Tensor, round_: torch.Tensor) -> Teacher:
@@ -155,7 +155,7 @@ def batch_sums(
     return losses | _accepted_in_a_row(found.drafts == teacher.ids[:, 0], drafts, batch)
 
 
-def _reached(ids: torch.Tensor, drafts: Drafts, batch: Batch) -> torch.Tensor:
+def _reached(ids: torch.Tensor, drafts: BatchDrafts, batch: Batch) -> torch.Tensor:
     """[N] 1 where all earlier drafts of the round are the text's tokens, else 0.
 
     Args:
@@ -166,7 +166,7 @@ def _reached(ids: torch.Tensor, drafts: Drafts, batch: Batch) -> torch.Tensor:
     return reached[drafts.anchor, drafts.round].float()
 
 
-def _by_anchor(values: torch.Tensor, drafts: Drafts, batch: Batch) -> torch.Tensor:
+def _by_anchor(values: torch.Tensor, drafts: BatchDrafts, batch: Batch) -> torch.Tensor:
     """Values [N] of the drafts as [B x R, K], 0 where there is none."""
     b, r, rounds = batch.weights.shape
     table = values.new_zeros(b * r, rounds)
@@ -174,7 +174,9 @@ def _by_anchor(values: torch.Tensor, drafts: Drafts, batch: Batch) -> torch.Tens
     return table
 
 
-def _accepted_in_a_row(hits: torch.Tensor, drafts: Drafts, batch: Batch) -> dict[str, torch.Tensor]:
+def _accepted_in_a_row(
+    hits: torch.Tensor, drafts: BatchDrafts, batch: Batch
+) -> dict[str, torch.Tensor]:
     """The leading hits of the anchors that go beyond the first round, and how many anchors do."""
     hit = _by_anchor(hits.float(), drafts, batch)
     beyond = drafts.anchor[drafts.round == 1]
@@ -235,7 +237,7 @@ def optimizer_step(
         for name, value in sums.items():
             totals[name] = totals.get(name, torch.zeros_like(value)) + value.detach()
     clipped = accelerator.clip_grad_norm_(state.head.trainable().values(), c.max_grad_norm)
-    norm = float(whole(clipped))
+    norm = float(full_tensor(clipped))
     totals["stop"] = torch.tensor(float(len(stop_requests)), device=accelerator.device)
     reduced = {name: float(accelerator.reduce(value)) for name, value in totals.items()}
     if not all(map(math.isfinite, [norm, *reduced.values()])):

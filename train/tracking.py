@@ -18,7 +18,7 @@ OF_FOLDER = (Path("wandb/settings"), Path(".wandb/settings"))  # that wandb read
 RUN_ID = "wandb-id.txt"  # in the run folder: a resumed run goes on in the same place
 
 
-def check_settings(config: Config) -> None:
+def check_wandb_settings(config: Config) -> None:
     """Raise `ValueError` where the current folder, which somebody else may have made, holds
     settings of wandb: they may say where the user's key and the metrics go."""
     found = [path for path in OF_FOLDER if path.exists()]
@@ -37,7 +37,7 @@ def start_trackers(accelerator: Accelerator, config: Config) -> None:
     """
     if config.wandb.mode == "disabled" or not accelerator.is_main_process:
         return
-    check_settings(config)
+    check_wandb_settings(config)
     accelerator.init_trackers(
         config.wandb.project,
         config.model_dump(mode="json") if "config" in config.wandb.upload else None,
@@ -84,7 +84,7 @@ def log_report(config: Config, content: dict[str, Any]) -> None:
     """
     if config.wandb.mode == "disabled":
         return
-    check_settings(config)
+    check_wandb_settings(config)
     import wandb
 
     run = wandb.init(project=config.wandb.project, **_place(config))

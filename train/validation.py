@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator, PartialState
 
-from headstart.common.processes import whole, whole_weights
+from headstart.common.processes import full_tensor, full_weights
 from headstart.configs.schema import Config
 from headstart.data.conversations import template_variables
 from headstart.data.store import Documents
@@ -32,9 +32,9 @@ def keep_if_better(
     progress = state.progress
     with state.average.applied():
         found = validate(state, target, validation, config, accelerator)
-        progress.stale += 1
+        progress.evals_since_best += 1
         if found > progress.best:
-            progress.best, progress.stale = found, 0
+            progress.best, progress.evals_since_best = found, 0
             export_head(state.head, target, config, trained=progress.step > 0)
     return found
 
@@ -42,10 +42,10 @@ def keep_if_better(
 def validate(
     state: RunState, target: Target, validation: Documents, config: Config, accelerator: Accelerator
 ) -> float:
-    """Acceptance length on the held-out conversations, every process walking its share."""
+    """Acceptance length on the held-out conversations, every process replaying its share."""
     c = config.train
     share = range(accelerator.process_index, len(validation.entries), accelerator.num_processes)
-    with whole_weights(state.model), accelerator.autocast():
+    with full_weights(state.model), accelerator.autocast():
         found = simulate_acceptance(
             state.head, target, validation, c.rounds, share, served_position(c.rope_position)
         )
@@ -62,7 +62,7 @@ def export_head(head: DraftHead, target: Target, config: Config, trained: bool =
     of its training.
     """
     h, dtype, assistant = config.head, target.table.dtype, head.assistant
-    weights = {name: whole(tensor) for name, tensor in assistant.state_dict().items()}
+    weights = {name: full_tensor(tensor) for name, tensor in assistant.state_dict().items()}
     beside = None
     if h.lora is not None:
         weights, adapter = without_lora(weights, scalings_of(assistant), dtype)
@@ -71,7 +71,7 @@ def export_head(head: DraftHead, target: Target, config: Config, trained: bool =
     if trained:
         variables = template_variables(config.data)
         notes |= trained_notes(assistant.config, config.train.rope_position, variables)
-    with whole_weights(head):
+    with full_weights(head):
         if PartialState().is_main_process:
             save_assistant(
                 assistant,

@@ -5,7 +5,7 @@
 Acceptance is computed as `headstart eval --simulate` computes it, without decoding, so that no
 clock is in what is compared. The same command goes on where it stopped. The file has these keys:
 `config`, the recipe that all runs vary; `overrides` of every run; `runs`, name -> overrides, the
-first of which the others are compared with; `judged_on`, name -> an activation store of texts that
+first of which the others are compared with; `eval_sets`, name -> an activation store of texts that
 no run trains on, or `{store: DIR, rope_position: one_earlier}`; and, with the defaults below,
 `seeds` and `num_assistant_tokens`.
 """
@@ -20,13 +20,13 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 from headstart.cli.arguments import default_device
-from headstart.common.console import plain_console, say
+from headstart.common.console import plain_console, print_once
 from headstart.common.files import write_atomically
 from headstart.common.machine import environment
 from headstart.configs.loader import dump_config, load_config
 from headstart.configs.schema import Config
 from headstart.data.store import ActivationStore
-from headstart.eval.replay import Walked, length_draws, total_counts, walk_texts
+from headstart.eval.replay import ReplayedText, length_draws, replay_texts, total_counts
 from headstart.eval.statistics import interval
 from headstart.heads.loading import open_target
 from headstart.heads.saving import load_assistant
@@ -40,12 +40,12 @@ def run_sweep(path: Path, out: Path, overrides: list[str]) -> dict[str, Any]:
     """Train and judge every run, and write `out`/sweep.json and sweep.png after each."""
     sweep: dict[str, Any] = {"overrides": [], "seeds": [0], "num_assistant_tokens": 4}
     given = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if wrong := given.keys() - sweep.keys() ^ {"config", "runs", "judged_on"}:
+    if wrong := given.keys() - sweep.keys() ^ {"config", "runs", "eval_sets"}:
         raise SystemExit(f"{path}: a key is missing or unknown: {', '.join(sorted(wrong))}")
     sweep |= given
-    for name, on in sweep["judged_on"].items():
+    for name, on in sweep["eval_sets"].items():
         on = on if isinstance(on, dict) else {"store": on}
-        sweep["judged_on"][name] = {"rope_position": "newest"} | on
+        sweep["eval_sets"][name] = {"rope_position": "newest"} | on
     runs = [  # all are loaded before anything runs
         (name, load_config(sweep["config"], [
             *sweep["overrides"], *overrides, *own,
@@ -56,11 +56,11 @@ def run_sweep(path: Path, out: Path, overrides: list[str]) -> dict[str, Any]:
     target = open_target(runs[0][1].target, default_device())
     found: list[dict[str, Any]] = []
     for number, (name, config) in enumerate(runs, start=1):
-        say(f"Run {number} of {len(runs)}: {name}, seed {config.run.seed}")
-        judged = train_and_judge(config, target, sweep)
+        print_once(f"Run {number} of {len(runs)}: {name}, seed {config.run.seed}")
+        judged = train_and_evaluate(config, target, sweep)
         found.append({"run": name, "overrides": sweep["runs"][name], **judged})
         machine = environment(target.device) | {"target": target.name}
-        content: dict[str, Any] = {"sweep": 1, "environment": machine, **sweep}
+        content: dict[str, Any] = {"sweep": 2, "environment": machine, **sweep}
         del content["runs"]
         content["results"] = summarize(found)
         write_atomically(out / "sweep.json", json.dumps(content, indent=2) + "\n")
@@ -69,10 +69,10 @@ def run_sweep(path: Path, out: Path, overrides: list[str]) -> dict[str, Any]:
     return content
 
 
-def train_and_judge(config: Config, target: Target, sweep: dict[str, Any]) -> dict[str, Any]:
+def train_and_evaluate(config: Config, target: Target, sweep: dict[str, Any]) -> dict[str, Any]:
     """What judged.json in the run's folder holds: the counts of each text."""
-    judged_on, k = sweep["judged_on"], sweep["num_assistant_tokens"]
-    settings = {"config": dump_config(config), "judged_on": judged_on, "num_assistant_tokens": k}
+    eval_sets, k = sweep["eval_sets"], sweep["num_assistant_tokens"]
+    settings = {"config": dump_config(config), "eval_sets": eval_sets, "num_assistant_tokens": k}
     path = config.run.dir / "judged.json"
     if path.is_file():
         judged: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -80,16 +80,16 @@ def train_and_judge(config: Config, target: Target, sweep: dict[str, Any]) -> di
             return judged
     train(config, resume=True)  # refuses a folder that holds a run of other settings
     head = DraftHead(load_assistant(config.run.dir / "head", target.table.dtype, target.device))
-    stores = {name: ActivationStore(Path(on["store"]), target) for name, on in judged_on.items()}
-    positions = {name: on["rope_position"] for name, on in judged_on.items()}
-    texts = walk_texts(head, target, stores, k, "Judging", positions)
+    stores = {name: ActivationStore(Path(on["store"]), target) for name, on in eval_sets.items()}
+    positions = {name: on["rope_position"] for name, on in eval_sets.items()}
+    texts = replay_texts(head, target, stores, k, "Judging", positions)
     rows = read_metrics(config.run.dir)
     judged = {
         "seed": config.run.seed,
         "steps": config.train.steps,
         "loss": rows[-1]["loss"],
         "held_out": max(row.get("acceptance_length", 0.0) for row in rows),
-        "texts": {name: [text.row() for text in walked] for name, walked in texts.items()},
+        "texts": {name: [text.row() for text in replayed] for name, replayed in texts.items()},
         "settings": settings,
     }
     write_atomically(path, json.dumps(judged) + "\n")
@@ -125,23 +125,23 @@ def summarize(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
         columns = {key: [one[key] for one in runs] for key in ("loss", "held_out")}
         results.append({
             "run": name, "overrides": runs[0]["overrides"], "steps": runs[0]["steps"], **columns,
-            "judged_on": judged,
+            "eval_sets": judged,
         })  # fmt: skip
     return results
 
 
-def texts_of(runs: list[dict[str, Any]], store: str) -> list[Walked]:
-    return [Walked.read(row) for run in runs for row in run["texts"][store]]
+def texts_of(runs: list[dict[str, Any]], store: str) -> list[ReplayedText]:
+    return [ReplayedText.read(row) for run in runs for row in run["texts"][store]]
 
 
 def print_table(results: list[dict[str, Any]]) -> None:
     table = Table("run", title="Acceptance length, and beside the first run (95%)")
-    for store in results[0]["judged_on"]:
+    for store in results[0]["eval_sets"]:
         table.add_column(store, justify="right")
         table.add_column("beside the first", justify="right")
     for result in results:
         cells = [result["run"]]
-        for one in result["judged_on"].values():
+        for one in result["eval_sets"].values():
             (low, high), (least, most) = one["interval"], one["difference_interval"]
             cells.append(f"{one['acceptance_length']:.3f} ({low:.2f} to {high:.2f})")
             cells.append(f"{one['difference']:+.3f} ({least:+.3f} to {most:+.3f})")
@@ -151,12 +151,12 @@ def print_table(results: list[dict[str, Any]]) -> None:
 
 def plot(results: list[dict[str, Any]], path: Path) -> None:
     """Draw the difference of each run from the first with its interval, a panel a store."""
-    stores, names = list(results[0]["judged_on"]), [result["run"] for result in results]
+    stores, names = list(results[0]["eval_sets"]), [result["run"] for result in results]
     figure = Figure(figsize=(5 * len(stores) + 1, 1.2 + 0.32 * len(names)), layout="constrained")
     panels = figure.subplots(1, len(stores), sharey=True, squeeze=False)[0]
     for axes, store in zip(panels, stores, strict=True):
         for place, result in enumerate(results):
-            one = result["judged_on"][store]
+            one = result["eval_sets"][store]
             axes.plot(one["difference_interval"], [place, place], color="C0")
             axes.plot(one["difference"], place, "o", markersize=4, color="C0")
         axes.axvline(0, linewidth=0.8, linestyle=":")

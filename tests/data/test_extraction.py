@@ -15,7 +15,7 @@ from headstart.data.extraction import OnlineActivations, extract
 from headstart.data.loader import AnchorLoader
 from headstart.data.store import ActivationStore, bytes_per_token
 from headstart.heads.target import Target
-from headstart.train.start import build_head, taught_rows
+from headstart.train.start import build_head, sample_teacher_rows
 from headstart.train.step import batch_sums
 from tests.helpers.heads import candidates_of
 from tests.helpers.models import make_target
@@ -135,7 +135,7 @@ def test_the_online_mode_gives_the_loss_of_the_stored_one(target: Target, tmp_pa
     online = OnlineActivations(target, rows, config)
     assert len(stored) == len(online.entries) > 9
     run = tiny_config(tmp_path, "head.start=random")
-    taught = taught_rows(stored, target.device)
+    taught = sample_teacher_rows(stored, target.device)
     head = build_head(target, run, taught, stored, resumed=False)
     loaders = [AnchorLoader(documents, 4, 8, 3, seed=1) for documents in (stored, online)]
     for number in range(4):

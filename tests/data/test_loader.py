@@ -114,7 +114,7 @@ def losses_by_token(
 @torch.no_grad()
 @pytest.mark.parametrize("capacity", [30, 64, 1000])
 def test_packed_and_unpacked_rows_have_the_same_loss(target: Target, capacity: int) -> None:
-    """Documents reach beyond the sliding window of 8; a row that saw its neighbour would differ."""
+    """Documents reach beyond the sliding window of 8; a row that saw its neighbor would differ."""
     documents = OnlineActivations(target, conversations(9), CONFIG).read(range(9))
     torch.manual_seed(0)
     head = DraftHead(build_assistant(target, HeadConfig(start="random")))

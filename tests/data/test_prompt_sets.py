@@ -207,7 +207,7 @@ def test_what_the_hub_does_not_have_is_named_with_its_file(
 @pytest.mark.parametrize(
     ("name", "row", "reason"),
     [
-        ("spec-bench", {"question_id": 1, "category": "qa"}, "no recognised column"),
+        ("spec-bench", {"question_id": 1, "category": "qa"}, "no recognized column"),
         ("humaneval", {"task_id": "a"}, "no column prompt"),
         ("gsm8k", {"prompt": "a"}, "no column question"),
         ("mbpp", {"text": "a", "task_id": 11}, "no task with a test_list"),

@@ -169,7 +169,7 @@ def test_the_text_of_a_prompt_is_its_question(tmp_path: Path) -> None:
     assert (answered.text, answered.question) == (chat.text, chat.messages)
 
 
-def test_mapped_columns_take_the_place_of_those_that_are_recognised(tmp_path: Path) -> None:
+def test_mapped_columns_take_the_place_of_those_that_are_recognized(tmp_path: Path) -> None:
     row = {"messages": "?", "question": "a", "answer": "b", "prompt": "other", "uid": 7}
     columns = {"prompt": "question", "response": "answer", "id": "uid", "source": "uid"}
     [prompt] = load(tmp_path, row, columns=columns)
@@ -196,7 +196,7 @@ def test_a_mapping_that_fits_no_row_names_the_columns_there_are(tmp_path: Path) 
     [
         ('{"prompt": "a"', "not JSON (Expecting"),
         ([1], 'not an object such as {"prompt": ...}'),
-        ({"b": 1, "a": 2}, "no recognised column (columns: a, b)"),
+        ({"b": 1, "a": 2}, "no recognized column (columns: a, b)"),
         ({"prompt": None}, "empty prompt"),
         ({"prompt": " \n"}, "empty prompt"),
         ({"messages": [user("a"), assistant("b"), user("")]}, "empty prompt"),

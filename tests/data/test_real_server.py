@@ -53,7 +53,7 @@ def test_nothing_is_lost_or_doubled_when_server_and_command_are_killed(tmp_path:
         output, error = process.communicate(timeout=300)
         assert process.returncode == 0, error
     assert "Written" in output
-    assert "tokenised again" not in output, "the server gives token ids"
+    assert "tokenized again" not in output, "the server gives token ids"
     assert len(kept) < 20
     for path, before in kept.items():
         assert path.read_bytes() == before, "finished parts stay as they are"

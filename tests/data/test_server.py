@@ -104,7 +104,7 @@ def answers(
         async with AnswerServer(url, model, 2, TOKENIZER, EOS) as client:
             await client.check()
             jobs = [client.answer(PROMPT, sampling, seed, len(IDS)) for seed in range(count)]
-            return await asyncio.gather(*jobs), client.retokenised
+            return await asyncio.gather(*jobs), client.retokenized
 
     return asyncio.run(run())
 
@@ -210,11 +210,11 @@ def test_a_server_that_refuses_log_probabilities_alone_is_asked_without_them(fak
     assert ["logprobs" in request for request in fake.asked] == [False, True, False]
 
 
-def test_text_alone_is_tokenised_again_and_says_so(
+def test_text_alone_is_tokenized_again_and_says_so(
     fake: Fake, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert answers(fake.url) == ([IDS], 1)
-    assert capsys.readouterr().out == "the server gives text alone, which is tokenised again\n"
+    assert capsys.readouterr().out == "the server gives text alone, which is tokenized again\n"
     assert "top_k" in fake.asked[-1]
 
 
@@ -322,7 +322,7 @@ def test_llama_cpp_answers_as_the_target_does(
             sampled = [await client.answer(prompts[0], plain, seed, 8) for seed in (5, 5, 6)]
             client._extras = client._extras | {"logit_bias": [[1, 100]]}
             ended = await client.answer(prompts[0], GREEDY, 0, 8)
-            assert not client.retokenised
+            assert not client.retokenized
             return [greedy, sampled, [ended]]
 
     with LlamaServer(gguf, tmp_path / "log") as llama:
@@ -366,9 +366,9 @@ def test_answers_survive_a_server_that_is_killed_and_started_again(
             llama.kill()
             await asyncio.sleep(0.5)
             llama.start()  # the client comes back while it loads its weights
-            return await asyncio.gather(*jobs), client.retokenised
+            return await asyncio.gather(*jobs), client.retokenized
 
     with LlamaServer(gguf, tmp_path / "log", slots=2) as llama:
-        found, retokenised = asyncio.run(run(llama))
+        found, retokenized = asyncio.run(run(llama))
     assert all(len(ids) == 50 or ids[-1] == 1 for ids in found)
-    assert not retokenised
+    assert not retokenized

@@ -64,7 +64,7 @@ def runs(template: str, conversation: Prompt, **kwargs: Any) -> Runs:
 
 
 def joined(*parts: Runs) -> Runs:
-    """Parts one after the other, with neighbours of the same kind as one."""
+    """Parts one after the other, with neighbors of the same kind as one."""
     result: Runs = [("", False)]
     for text, wrote in (run for part in parts for run in part):
         if wrote == result[-1][1]:
@@ -333,7 +333,7 @@ def test_gemmas_tokenizer_does_not_merge_newlines_of_the_template_with_the_answe
         "\n", "<start_of_turn>", "user", "\n", "Go", *context, *last, "\n",
     ]  # fmt: skip
     assert spans == [(10, 15), (25, 27)]
-    # Tokenised in one, the template's newline would be part of the answer's first token.
+    # Tokenized in one, the template's newline would be part of the answer's first token.
     assert "\n\n\n" in tokenizer.convert_ids_to_tokens(
         tokenizer(tokenizer.decode(ids))["input_ids"]
     )

@@ -3,14 +3,14 @@ from itertools import pairwise
 import pytest
 import torch
 
-from headstart.eval.acceptance import AcceptanceCounts, walk_rounds, zero_counts
+from headstart.eval.acceptance import AcceptanceCounts, replay_rounds, zero_counts
 
 
 def test_rounds_are_walked_and_not_averaged() -> None:
     """By hand: row 0 accepts 1 and jumps to row 2, which accepts 0; row 3 accepts 2 of 2 judged."""
     matches = torch.tensor([[1, 0, 1], [1, 1, 1], [0, 1, 1], [1, 1, 0], [1, 1, 1]]).bool()
     judged = torch.tensor([[1, 1, 1], [1, 1, 1], [1, 1, 1], [1, 1, 0], [1, 0, 0]]).bool()
-    counts = walk_rounds(matches, judged)
+    counts = replay_rounds(matches, judged)
     assert counts == AcceptanceCounts(rounds=3, drafted=8, reached=(3, 2, 0), accepted=(2, 1, 0))
     assert counts.acceptance_length == 1 + 3 / 3
     assert counts.acceptance_rate == 3 / 8

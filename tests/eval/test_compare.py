@@ -98,7 +98,7 @@ def test_two_decoders_of_a_report_are_compared_text_by_text(
     both["results"] += report(texts(30, 0.1, 0.01, seed=5))["results"]
     both["results"].append(both["results"][1] | {"num_assistant_tokens": 2})
     found = compare(both, both, ("transformers", "exact"))
-    assert {c.side for c in found} == {"transformers K=4 -> exact K=4"}
+    assert {c.variant for c in found} == {"transformers K=4 -> exact K=4"}
     change = next(c for c in found if (c.category, c.measure) == ("all", "speedup"))
     assert change.after / change.before == pytest.approx(2, rel=0.02)
     (tmp_path / "report.json").write_text(json.dumps(both))

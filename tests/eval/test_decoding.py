@@ -64,7 +64,7 @@ def test_accepted_drafts_are_those_that_transformers_reports(
 def test_simulated_acceptance_is_that_of_a_decoder_that_recomputes_everything(
     tiny: Target, top_k: int | None
 ) -> None:
-    """Walked rounds on stored activations against a plain loop: no cache, clean KV, own drafts.
+    """Replayed rounds on stored activations against a plain loop: no cache, clean KV, own drafts.
     With clusters the loop drafts through transformers' own masked embedder."""
     rounds = 3
     with torch.enable_grad():
@@ -79,7 +79,7 @@ def test_simulated_acceptance_is_that_of_a_decoder_that_recomputes_everything(
     seen_text = OnlineActivations(tiny, [conversation], DataConfig(teacher_top_k=16))
     simulated = simulate_acceptance(head, tiny, seen_text, rounds, [0])
 
-    accepted, walked, length = [0] * rounds, 0, len(prompt) + 1  # one token from the prefill
+    accepted, replayed, length = [0] * rounds, 0, len(prompt) + 1  # one token from the prefill
     while length < len(text):
         ids = torch.tensor([text[:length]])
         seen = tiny.activations(ids[:, :-1])
@@ -98,9 +98,9 @@ def test_simulated_acceptance_is_that_of_a_decoder_that_recomputes_everything(
         while n < rounds and length + n < len(text) - 1 and drafts[n] == text[length + n]:
             accepted[n] += 1
             n += 1
-        walked, length = walked + 1, length + n + 1
+        replayed, length = replayed + 1, length + n + 1
     assert simulated.acceptance.accepted == tuple(accepted)
-    assert simulated.acceptance.rounds == walked
+    assert simulated.acceptance.rounds == replayed
     dense = simulate_acceptance(DraftHead(assistant), tiny, seen_text, rounds, [0]).acceptance
     assert simulated.dense == dense
     if top_k == 20:
@@ -108,4 +108,4 @@ def test_simulated_acceptance_is_that_of_a_decoder_that_recomputes_everything(
         assert simulated.recall.argmax[2:] == (simulated.recall.drafts,) * 2, "20 is below 32"
     if top_k == 1:
         assert simulated.acceptance != dense, "clusters that cost nothing make this test empty"
-    assert 0 < sum(accepted) < walked * rounds
+    assert 0 < sum(accepted) < replayed * rounds

@@ -14,7 +14,7 @@ from headstart.configs.schema import HeadConfig
 from headstart.eval.draft_cost import (
     MAX_DRAFT_TOKENS,
     WARM_UP,
-    Moment,
+    DecodeState,
     cost_ratios,
     dense_lm_head,
     measure,
@@ -47,23 +47,23 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @torch.inference_mode()
 @pytest.mark.parametrize("context", CONTEXTS)
 def test_the_drafts_measured_are_those_of_the_stock_generator(target: Target, context: int) -> None:
-    moment = prepare(target, context)
+    state = prepare(target, context)
     assistant = noisy_head(target).assistant
-    outputs = prefill(target, moment.ids[:, :context])
+    outputs = prefill(target, state.ids[:, :context])
     outputs.past_key_values.crop(0)
     verified = target.model(
-        input_ids=moment.ids[:, context : context + 1],
+        input_ids=state.ids[:, context : context + 1],
         past_key_values=outputs.past_key_values,
         output_hidden_states=True,
         return_shared_kv_states=True,
     )
-    ids = moment.ids[:, : context + 2]
+    ids = state.ids[:, : context + 2]
     wanted, _ = stock_drafts(target, assistant, ids, verified, is_prefill=False)
-    assert moment.draft(assistant, K).tolist() == [wanted.tolist()]
+    assert state.draft(assistant, K).tolist() == [wanted.tolist()]
     drafter = Drafter(assistant, target.model.get_input_embeddings())
     if context < CONTEXTS[1]:  # beyond the window the stock generator shows one row less
-        assert moment.draft_exact(drafter, K) == wanted.tolist()
-    assert moment.kv.rows == context + 1
+        assert state.draft_exact(drafter, K) == wanted.tolist()
+    assert state.kv.rows == context + 1
 
 
 @torch.inference_mode()
@@ -72,24 +72,24 @@ def test_steps_and_verifications_start_from_the_same_context_each_time(
     target: Target, context: int
 ) -> None:
     """They give the tokens of one clean forward, in any order, since the cache is put back."""
-    moment = prepare(target, context)
-    clean = target.model(input_ids=moment.ids).logits.argmax(dim=-1)
+    state = prepare(target, context)
+    clean = target.model(input_ids=state.ids).logits.argmax(dim=-1)
     for k in (0, 8, 1, 3, 0, 2):
-        found = moment.verify(k) if k else moment.step()
+        found = state.verify(k) if k else state.step()
         assert torch.equal(found, clean[:, context : context + k + 1])
-        moment.restore()
-        assert moment.cache.get_seq_length() == context
+        state.restore()
+        assert state.cache.get_seq_length() == context
 
 
 @torch.inference_mode()
 def test_an_ordered_draft_over_all_clusters_is_the_dense_draft(tiny: Target) -> None:
-    moment = prepare(tiny, 12)
+    state = prepare(tiny, 12)
     drafts = {}
     for top_k in (20, 1):
         assistant = ordered_head(tiny.config, top_k)
-        drafts[top_k] = moment.draft(assistant, 6)
+        drafts[top_k] = state.draft(assistant, 6)
         with dense_lm_head(assistant):
-            drafts[0] = moment.draft(assistant, 6)
+            drafts[0] = state.draft(assistant, 6)
         assert assistant.config.use_ordered_embeddings
     assert torch.equal(drafts[20], drafts[0])
     assert not torch.equal(drafts[1], drafts[0])
@@ -100,15 +100,15 @@ def test_every_side_takes_each_turn_once(tiny: Target, monkeypatch: pytest.Monke
     calls: list[object] = []
 
     def note(name: str) -> None:
-        real: Any = getattr(Moment, name)
+        real: Any = getattr(DecodeState, name)
 
-        def noted(moment: Moment, *args: Any) -> Any:
+        def noted(state: DecodeState, *args: Any) -> Any:
             drafter = args[0] if name == "draft_exact" else assistant
             ordered = name.startswith("draft") and is_ordered(drafter)
             calls.append((name, args[-1] if args else None, ordered))
-            return real(moment, *args)
+            return real(state, *args)
 
-        monkeypatch.setattr(Moment, name, noted)
+        monkeypatch.setattr(DecodeState, name, noted)
 
     def is_ordered(drafter: Any) -> bool:
         if isinstance(drafter, Drafter):
@@ -118,11 +118,11 @@ def test_every_side_takes_each_turn_once(tiny: Target, monkeypatch: pytest.Monke
     for name in ("step", "verify", "draft", "draft_exact"):
         note(name)
     seconds = measure(prepare(tiny, 6), assistant)
-    sides = 1 + 2 * MAX_DRAFT_TOKENS + 4  # verifications by both decoders
-    assert len(calls) == (WARM_UP + 2) * sides
-    turns = [calls[i : i + sides] for i in range(0, len(calls), sides)]
-    assert all(len(turn) == sides for turn in turns)
-    assert all(len(set(turn)) == sides - MAX_DRAFT_TOKENS for turn in turns)
+    variants = 1 + 2 * MAX_DRAFT_TOKENS + 4  # verifications by both decoders
+    assert len(calls) == (WARM_UP + 2) * variants
+    turns = [calls[i : i + variants] for i in range(0, len(calls), variants)]
+    assert all(len(turn) == variants for turn in turns)
+    assert all(len(set(turn)) == variants - MAX_DRAFT_TOKENS for turn in turns)
     assert turns[1] == turns[0][::-1]
     assert len(seconds["verification"]) == MAX_DRAFT_TOKENS
     assert len(seconds["verification_exact"]) == MAX_DRAFT_TOKENS
@@ -133,14 +133,14 @@ def test_the_exact_verifications_multiply_as_the_exact_decoder_does(
 ) -> None:
     monkeypatch.setattr("headstart.heads.cpu_kernels.is_quicker", lambda dtype: True)
     seen: list[bool] = []
-    real = Moment.verify
+    real = DecodeState.verify
 
-    def note(moment: Moment, k: int) -> Any:
+    def note(state: DecodeState, k: int) -> Any:
         layers = [m for m in tiny.model.modules() if type(m) is torch.nn.Linear]
         seen.append(all("forward" in layer.__dict__ for layer in layers))
-        return real(moment, k)
+        return real(state, k)
 
-    monkeypatch.setattr(Moment, "verify", note)
+    monkeypatch.setattr(DecodeState, "verify", note)
     measure(prepare(tiny, 6), ordered_head(tiny.config), turns=1)
     turn = [False] * MAX_DRAFT_TOKENS + [True] * MAX_DRAFT_TOKENS
     assert seen[: len(turn)] == turn

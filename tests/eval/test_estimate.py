@@ -69,6 +69,6 @@ def test_a_store_of_another_target_or_without_greedy_text_is_refused(
     argv = ["eval", "--head", str(tmp_path / "head"), "--simulate", str(store), "--dtype"]
     argv += ["float32", "--out", str(tmp_path / "out"), "--num-assistant-tokens", "2"]
     assert main([*argv, "--target", "tiny-gemma4"]) == 0
-    assert "greedy texts of tiny-gemma4, rounds walked" in capsys.readouterr().out
+    assert "greedy texts of tiny-gemma4, simulated" in capsys.readouterr().out
     assert main([*argv, "--target", "tiny-gemma3"]) == 1
     assert "does not fit" in capsys.readouterr().err

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from headstart.eval.page import cells, page
-from headstart.eval.plots import COLOURS, figures
+from headstart.eval.plots import COLORS, figures
 from headstart.eval.statistics import OWN_LENGTH
 from tests.helpers.reports import HOSTILE, one_result, report, usual
 
@@ -180,7 +180,7 @@ def test_many_sides_and_temperatures_are_all_drawn_apart() -> None:
         one_result(decoder, k, 1 + k / 10, head=head, temperature=t)
         for t in (0.0, 0.7)
         for head in ("a", "b")
-        for decoder in COLOURS
+        for decoder in COLORS
         for k in [8 if decoder in OWN_LENGTH else 2]
     ]
     content = report(results)

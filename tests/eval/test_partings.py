@@ -5,11 +5,11 @@ import torch
 
 from headstart.eval.decoding import (
     ROUNDING,
-    Parting,
+    Divergence,
     _last_logits,
     decode,
-    explain_parting,
-    parting,
+    divergence,
+    explain_divergence,
 )
 from headstart.heads.target import Target
 from tests.helpers.models import make_target
@@ -18,9 +18,9 @@ PROMPT = [5, 9, 7, 200, 31]
 
 
 def test_the_first_token_that_differs_is_where_texts_part() -> None:
-    assert parting([1, 2, 3], [1, 2, 3]) is None
-    assert parting([1, 2, 3], [1, 4, 3]) == 1
-    assert parting([1, 2, 3], [1, 2]) == 2
+    assert divergence([1, 2, 3], [1, 2, 3]) is None
+    assert divergence([1, 2, 3], [1, 4, 3]) == 1
+    assert divergence([1, 2, 3], [1, 2]) == 2
 
 
 @torch.no_grad()
@@ -34,17 +34,17 @@ def test_forwards_of_any_shape_give_the_same_logits_in_float32(target: Target) -
 
 def test_a_token_that_the_target_did_not_mean_is_no_rounding(tiny: Target) -> None:
     plain = decode(tiny, PROMPT, 12).tokens
-    assert explain_parting(tiny, PROMPT, plain, plain) is None
+    assert explain_divergence(tiny, PROMPT, plain, plain) is None
     for at in (0, len(plain) - 2):
         other = [*plain[:at], plain[at] + 1, *plain[at + 1 :]]
-        why = explain_parting(tiny, PROMPT, plain, other)
+        why = explain_divergence(tiny, PROMPT, plain, other)
         assert why is not None
         assert why.token_logit_gap is not None
         assert why.token_logit_gap >= why.top2_logit_gap > ROUNDING["float32"]
         assert why.rounding is not None
         assert why.rounding < ROUNDING["float32"]
         assert not why.within_rounding
-    ended = explain_parting(tiny, PROMPT, plain, plain[:-1])
+    ended = explain_divergence(tiny, PROMPT, plain, plain[:-1])
     assert ended is not None
     assert ended.token_logit_gap is None
     assert not ended.within_rounding
@@ -55,14 +55,14 @@ def test_what_rounding_moves_is_measured_where_the_gap_is_not_small() -> None:
     target = make_target("gemma3", torch.bfloat16)
     plain = decode(target, PROMPT, 16).tokens
     other = [*plain[:12], plain[12] + 1]
-    why = explain_parting(target, PROMPT, plain, other)
+    why = explain_divergence(target, PROMPT, plain, other)
     assert why is not None
     if why.rounding is None:
         assert why.token_logit_gap is not None
         assert why.token_logit_gap <= ROUNDING["bfloat16"]
-    assert Parting(0.3, 0.3, None).within_rounding
-    assert Parting(0.3, 0.7, 0.4).within_rounding
-    assert not Parting(0.3, 0.9, 0.4).within_rounding
+    assert Divergence(0.3, 0.3, None).within_rounding
+    assert Divergence(0.3, 0.7, 0.4).within_rounding
+    assert not Divergence(0.3, 0.9, 0.4).within_rounding
 
 
 @pytest.mark.parametrize("family", ["gemma3", "gemma4-kv-sharing"])

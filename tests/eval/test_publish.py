@@ -155,7 +155,7 @@ def test_a_gemma_3_card_carries_googles_terms_and_a_snippet_that_runs(tmp_path: 
     exec(snippet.replace(f'"{REPO}"', f'"{out}"'), {})
 
 
-def test_the_licence_is_the_targets_own(finished_run: Path, hub: Hub) -> None:
+def test_the_license_is_the_targets_own(finished_run: Path, hub: Hub) -> None:
     hub.repositories["org/tiny"] = Repository("public", license="cc-by-nc-4.0")
     assert publish(finished_run) == 0
     readme = hub.repositories[REPO].files("main")["README.md"].decode()

@@ -98,15 +98,15 @@ def test_texts_that_part_are_counted_with_their_logit_gap(
     content = run_evaluation(tiny, {"h": half_trained_head(tiny)}, chosen, tmp_path / "out")
     whole = content["results"][0]
     assert whole["equal_to_plain"] is False
-    assert whole["parted_share"] == 0.5
-    (parted,) = whole["parted"]
+    assert whole["diverged_share"] == 0.5
+    (diverged,) = whole["diverged"]
     ids = encode_prompt(prompts[0], tiny.tokenizer)
     ids += decode(tiny, ids, 12).tokens[:5]
     logits = tiny.model(torch.tensor([ids])).logits[0, -1]
     best = logits.topk(2).values
     right = decode(tiny, ids, 1).tokens[0]
-    assert parted.pop("rounding") < 1e-3 < parted["token_logit_gap"]
-    assert parted == {
+    assert diverged.pop("rounding") < 1e-3 < diverged["token_logit_gap"]
+    assert diverged == {
         "id": prompts[0].id,
         "turn": 0,
         "token": 5,

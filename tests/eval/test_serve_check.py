@@ -148,8 +148,8 @@ def test_the_figures_of_an_engine_are_those_of_its_texts() -> None:
     plain = [text([1, 2, 3], 0.25), text([5], 0.75)]
     assisted = [text([1, 2, 3], 0.1), text([4], 0.4)]
     told = Counts(10, [5, 2])
-    sides = {"plain": (plain, Counts()), "assisted": (assisted, told)}
-    found = _compared(ours, AcceptanceCounts(10, 20, (10, 6), (6, 3)), sides)
+    variants = {"plain": (plain, Counts()), "assisted": (assisted, told)}
+    found = _compared(ours, AcceptanceCounts(10, 20, (10, 6), (6, 3)), variants)
     assert found["tokens_per_second"] == {
         "transformers_plain": 2, "transformers_assisted": 4,
         "engine_plain": 4, "engine_assisted": pytest.approx(8),

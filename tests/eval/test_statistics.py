@@ -7,7 +7,7 @@ import pytest
 from headstart.eval.decoding import Decoded
 from headstart.eval.draft_cost import Costs
 from headstart.eval.measurements import Text
-from headstart.eval.report import noise, summarise
+from headstart.eval.report import noise, summarize
 from headstart.eval.statistics import ends_in_loop, interval, resampled, verdict
 
 
@@ -75,7 +75,7 @@ def text(name: str, rounds: list[tuple[int, int]], plain: float, seconds: float)
 def test_the_figures_are_sums_over_texts_divided_once() -> None:
     """By hand: 3 and 2 rounds, 4 and 1 drafts accepted, the long text weighing more."""
     texts = [text("a", [(3, 3), (3, 1), (2, 0)], 8.0, 4.0), text("b", [(1, 1), (0, 0)], 4.0, 4.0)]
-    found = summarise(texts, 3, Costs(0.1, [1.0, 1.2, 1.4, 1.5]))
+    found = summarize(texts, 3, Costs(0.1, [1.0, 1.2, 1.4, 1.5]))
     assert found["rounds"] == 5
     assert found["acceptance_length"] == 1 + 5 / 5
     assert found["new_tokens"] == (1 + 7) + (1 + 3)
@@ -85,7 +85,7 @@ def test_the_figures_are_sums_over_texts_divided_once() -> None:
     costs = 2 * (0.3 + 1.5) + (0.2 + 1.4) + (0.1 + 1.2) + 1
     assert found["predicted_decode_speedup"] == pytest.approx(10 / costs)
     copied = replace(texts[0], assisted=replace(texts[0].assisted, looked_up=3))
-    found = summarise([copied, *texts[1:]], 3, Costs(0.1, [1.0, 1.2, 1.4, 1.5]))
+    found = summarize([copied, *texts[1:]], 3, Costs(0.1, [1.0, 1.2, 1.4, 1.5]))
     assert found["predicted_decode_speedup"] == pytest.approx(10 / (costs - 3 * 0.1))
     assert found["decode_speedup"] == pytest.approx((12 - 1) / (8 - 1))
     assert found["accepted_histogram"] == [2, 2, 0, 1]

@@ -52,12 +52,12 @@ Lists = tuple[list[int], list[int], list[int]]
 
 
 def told(domain: Lists, general: Lists | None = None) -> tuple[dict[str, Any], str, str]:
-    """The figures and the words of an adaptation; of each text of `reference`, `stale` and
+    """The figures and the words of an adaptation; of each text of `reference`, `unadapted` and
     `adapted` the rounds of ten in which a draft was accepted."""
     kinds = {"domain": domain} | ({"general": general} if general else {})
     stages = {
         stage: {kind: texts(*of_stage[number]) for kind, of_stage in kinds.items()}
-        for number, stage in enumerate(("reference", "stale", "adapted"))
+        for number, stage in enumerate(("reference", "unadapted", "adapted"))
     }
     compared = compare_stages(stages)
     found = headline(compared)

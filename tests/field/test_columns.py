@@ -141,8 +141,8 @@ def test_a_text_about_images_or_an_empty_column_of_them_is_used(
 @pytest.mark.parametrize(
     ("row", "columns", "unused"),
     [
-        ({"prompt": "hi", "licence": "MIT", "score": 3, "id": "a", "empty": None}, {},
-         "licence, score"),
+        ({"prompt": "hi", "license": "MIT", "score": 3, "id": "a", "empty": None}, {},
+         "license, score"),
         ({"prompt": "hi", "chosen": "yo", "rejected": "no"}, {}, "chosen, rejected"),
         ({"text": "a document", "system": "Be brief."}, {}, "system"),
         ({"messages": [{"role": "user", "content": "hi", "weight": 0}], "prompt": "hi"}, {},

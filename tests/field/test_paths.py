@@ -11,7 +11,7 @@ from headstart.cli import main as cli
 from headstart.configs.loader import load_config
 from headstart.configs.schema import Config
 from headstart.eval import measurements
-from headstart.heads.loading import served_config
+from headstart.heads.loading import noted_target
 from headstart.train import adapt as adapting
 from tests.helpers.runs import ROOT
 
@@ -178,8 +178,8 @@ def test_adapt_passes_no_setting_over(ignored: str, capsys: pytest.CaptureFixtur
 
 
 def test_a_base_whose_folder_has_a_plus_is_that_folder(tmp_path: Path) -> None:
-    """Beside one of a shorter name; reports put adapters behind a plus."""
+    """Beside one of a shorter name, though reports put adapters behind a plus."""
     for name in ("target", "target + v2"):
         (tmp_path / name).mkdir()
-    assert served_config(f"{tmp_path}/target + v2").name == f"{tmp_path}/target + v2"
-    assert served_config(f"{tmp_path}/target + org/lora").adapters == ["org/lora"]
+    note = {"name": f"{tmp_path}/target + v2", "revision": None}
+    assert noted_target(note).name == f"{tmp_path}/target + v2"

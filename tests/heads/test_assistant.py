@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM
 
 from headstart.configs.schema import HeadConfig
 from headstart.heads.assistant import build_assistant, check_pair
-from headstart.heads.saving import load_assistant, save_assistant
+from headstart.heads.saving import load_assistant, rope_position, save_assistant, trained_notes
 from headstart.heads.target import Target
 from headstart.heads.unroll import DraftHead, Texts, all_rows
 from headstart.train.start import low_rank_agreement, low_rank_start
@@ -121,3 +121,16 @@ def test_a_folder_that_is_no_head_is_refused(tmp_path: Path) -> None:
     make_target("gemma4").model.config.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="not a Gemma 4 assistant"):
         load_assistant(tmp_path, torch.float32)
+
+
+def test_a_head_of_another_maker_drafts_where_transformers_puts_it_and_ours_has_to_say() -> None:
+    """A key that is missed in silence would change what a trained head means."""
+    config = build_assistant(make_target("gemma4"), HeadConfig()).config
+    assert rope_position(config) == "newest"
+    for key, value in trained_notes(config, "both", {}).items():
+        setattr(config, key, value)
+    assert rope_position(config) == "both"
+    delattr(config, "headstart_rope_position")
+    config.headstart_target = {"name": "tiny"}
+    with pytest.raises(ValueError, match="headstart_rope_position"):
+        rope_position(config)

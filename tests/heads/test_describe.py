@@ -57,7 +57,7 @@ def test_parameters_trained_are_those_of_the_head_in_training(
     figures = describe(tmp_path / "h", target.config)
     assert figures["parameters_trained"] == sum(p.numel() for p in head.trainable().values())
     assert figures["parameters_shared"] == (320 * 48 if width is None else 0)
-    assert figures["parameters_materialised"] == (0 if width is None else 320 * 32)
+    assert figures["parameters_materialized"] == (0 if width is None else 320 * 32)
     assert figures["tie"] == ("full width" if width is None else "low-rank")
     assert figures["bytes_by_part"]["table"] == {"BF16": 320 * (width or 48) * 2}
 
@@ -170,7 +170,7 @@ def test_heads_describe_prints_and_fails_in_one_line(
     assert f"{figures['parameters_trained']:,}" in printed
     assert "tokens per centroid" in printed
     assert "c: ordered" in printed
-    assert "materialised" in printed
+    assert "materialized" in printed
     assert main(["heads", "describe", str(tmp_path / "absent")]) == 1
     error = capsys.readouterr().err.strip().splitlines()
     assert "no draft head at" in error[-1]

@@ -26,7 +26,7 @@ def play(rule: CostRule, acceptance: float, rounds: int, seed: int = 0) -> tuple
                     break
         k = len(confidences)
         accepted = next((i for i in range(k) if rng.random() > acceptance), k)
-        rule.learn(confidences, k, accepted)
+        rule.update(confidences, k, accepted)
         if number >= rounds // 2:
             tokens, drafts = tokens + 1 + accepted, drafts + k
             cost += k * rule.c + rule.v[k]
@@ -64,7 +64,7 @@ def test_confidence_decides_within_a_round() -> None:
     for _ in range(2000):
         sure = rng.random() < 0.5
         confidences = [0.9 if sure else 0.1]
-        rule.learn(confidences, 1, int(rng.random() < confidences[0]))
+        rule.update(confidences, 1, int(rng.random() < confidences[0]))
     assert rule.goes_on([0.9])
     assert not rule.goes_on([0.1])
 
@@ -77,5 +77,5 @@ def test_costs_have_to_begin_with_a_plain_step() -> None:
 def test_the_heuristic_is_that_of_transformers() -> None:
     rule = Heuristic(2)
     for drafted, accepted, limit in [(2, 2, 4), (4, 1, 3), (3, 0, 2), (2, 0, 1), (1, 0, 1)]:
-        rule.learn([], drafted, accepted)
+        rule.update([], drafted, accepted)
         assert rule.limit() == limit

@@ -14,7 +14,7 @@ from headstart.heads.assistant import assistant_config
 from headstart.heads.loading import load_target
 from headstart.heads.saving import ROPE_POSITION, load_assistant, save_assistant
 from headstart.heads.target import Target
-from headstart.serve.engines import ENGINES, Engine, obstacles, remarks
+from headstart.serve.engines import ENGINES, Engine, engine_warnings, incompatibilities
 from tests.helpers.heads import FULL, NARROW, finished, noisy_head
 from tests.helpers.models import make_target
 
@@ -35,7 +35,7 @@ def test_a_head_that_an_engine_cannot_load_is_refused_by_name(
     engine: Engine, family: str, head: dict[str, Any], says: str
 ) -> None:
     target = make_target(family)
-    found = obstacles(engine, config_of(target, **head), target.model.config)
+    found = incompatibilities(engine, config_of(target, **head), target.model.config)
     assert len(found) == 1
     assert says in found[0]
 
@@ -44,11 +44,11 @@ def test_a_head_that_an_engine_cannot_load_is_refused_by_name(
 def test_a_head_that_no_engine_can_load_is_refused_by_name(engine: Engine) -> None:
     target = make_target("gemma4-multimodal")
     config = config_of(target, hidden_size=24)
-    assert obstacles(engine, config, target.model.config) == []
+    assert incompatibilities(engine, config, target.model.config) == []
     config.text_config.layer_types = ["full_attention"] * 2
     config.text_config.num_kv_shared_layers = 1
     config.tie_word_embeddings = False
-    found = " ".join(obstacles(engine, config, target.model.config))
+    found = " ".join(incompatibilities(engine, config, target.model.config))
     assert all(part in found for part in ("no sliding_attention", "num_kv_shared_layers", "tied"))
 
 
@@ -112,7 +112,9 @@ def test_an_export_that_cannot_be_leaves_everything_as_it_was(
 def test_an_engine_that_puts_drafts_elsewhere_is_told(trained: str, told: set[str]) -> None:
     config = config_of(make_target("gemma4"))
     setattr(config, ROPE_POSITION, trained)
-    found = {engine for engine in ENGINES if any("RoPE" in r for r in remarks(engine, config))}
+    found = {
+        engine for engine in ENGINES if any("RoPE" in r for r in engine_warnings(engine, config))
+    }
     assert found == told
     setattr(config, ROPE_POSITION, "both")
-    assert not any("RoPE" in r for engine in ENGINES for r in remarks(engine, config))
+    assert not any("RoPE" in r for engine in ENGINES for r in engine_warnings(engine, config))

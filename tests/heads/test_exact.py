@@ -30,7 +30,7 @@ FAMILIES = ["gemma3", "gemma4-kv-sharing", "gemma4-multimodal", "gemma4-unified"
 
 
 @pytest.fixture
-def weights_first(monkeypatch: pytest.MonkeyPatch) -> None:
+def linear_weights_first(monkeypatch: pytest.MonkeyPatch) -> None:
     """Verifications multiply the other way, whatever pays on this machine."""
     monkeypatch.setattr("headstart.heads.cpu_kernels.is_quicker", lambda dtype: True)
 

@@ -11,10 +11,10 @@ from torch import nn
 from headstart.common.versions import CUTS_ROWS
 from headstart.heads.cpu_kernels import (
     FEW,
+    fast_small_batch_linear,
     is_quicker,
+    linear_weights_first,
     plain_strides,
-    quick_few_rows,
-    weights_first,
 )
 from headstart.heads.target import Target
 
@@ -31,7 +31,7 @@ def test_the_product_is_that_of_linear(shape: tuple[int, ...], bias: bool) -> No
     torch.manual_seed(0)
     weight, x = torch.randn(33, 17), torch.randn(*shape, 17)
     extra = torch.randn(33) if bias else None
-    found = weights_first(weight, extra, x)
+    found = linear_weights_first(weight, extra, x)
     torch.testing.assert_close(found, F.linear(x, weight, extra))
     assert found.is_contiguous()
 
@@ -53,12 +53,12 @@ def test_layers_take_it_within_and_are_put_back() -> None:
         return layer.__dict__.get("forward")
 
     theirs = replaced(hooked)
-    with suppress(RuntimeError), quick_few_rows(model):
+    with suppress(RuntimeError), fast_small_batch_linear(model):
         assert replaced(plain) is not None
         assert replaced(other) is None
         assert replaced(hooked) is theirs
         torch.testing.assert_close(plain(x), wanted)
-        with quick_few_rows(model):  # one text within another
+        with fast_small_batch_linear(model):  # one text within another
             torch.testing.assert_close(plain(x), wanted)
         assert replaced(plain) is not None
         raise RuntimeError("as when generate fails")

@@ -113,7 +113,7 @@ def test_the_exact_decoder_samples_from_the_target(
     model, assistant = chain()
     own = model.table + 0.5 * torch.randn(TOKENS, TOKENS)
 
-    def draft(self: Drafter, token: torch.Tensor, *args: Any) -> Drafts:
+    def draft(self: Drafter, token: torch.Tensor, *args: Any, **options: Any) -> Drafts:
         tokens: list[int] = [int(token)]
         for _ in range(K):
             p = own[tokens[-1]].softmax(-1)

@@ -166,7 +166,7 @@ def test_second_round_equals_training_unless_a_draft_was_rejected(family: str, p
 def test_heads_of_other_shapes_equal_the_stock_generator_once_saved(
     family: str, shape: dict[str, int], tmp_path: Path
 ) -> None:
-    """Trained form against saved form; a narrow head's table is materialised in between."""
+    """Trained form against saved form; a narrow head's table is materialized in between."""
     target = make_target(family)
     head = noisy_head(target, **shape)
     if "hidden_size" in shape:

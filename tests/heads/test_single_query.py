@@ -8,7 +8,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from headstart.common.versions import INSTALLED
 from headstart.heads import cpu_kernels
-from headstart.heads.cpu_kernels import quick_single_queries, single_query_attention
+from headstart.heads.cpu_kernels import fast_grouped_query_attention, grouped_query_attention
 from headstart.heads.target import Target
 
 
@@ -25,7 +25,7 @@ def test_attention_of_a_single_query_equals_the_stock_attention(rows: int, maske
     if mask is not None:
         mask[..., 0] = True
     wanted, _ = sdpa_attention_forward(layer, query, key, value, mask, scaling=0.3)
-    found, _ = single_query_attention(layer, query, key, value, mask, scaling=0.3)
+    found, _ = grouped_query_attention(layer, query, key, value, mask, scaling=0.3)
     assert found.shape == wanted.shape
     torch.testing.assert_close(found, wanted, atol=1e-6, rtol=1e-5)
 
@@ -54,7 +54,7 @@ def test_a_target_generates_the_same_text_within(
         return output.tolist()
 
     plain, heads = text(), list(calls)
-    with quick_single_queries(target.config):
+    with fast_grouped_query_attention(target.config):
         assert text() == plain
     if padded and INSTALLED.release >= (5, 23):
         return  # transformers does the same

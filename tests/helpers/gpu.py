@@ -123,7 +123,7 @@ def figures_of(report: dict[str, Any]) -> dict[str, Any]:
     names = (
         "decoder", "num_assistant_tokens", "prompts", "acceptance_length",
         "acceptance_length_interval", "tokens_per_second", "baseline_tokens_per_second", "speedup",
-        "speedup_interval", "equal_to_plain", "parted_share",
+        "speedup_interval", "equal_to_plain", "diverged_share",
     )  # fmt: skip
     rows = [r for r in report["results"] if (r["category"], r["looping_texts"]) == ("all", "with")]
     where = report["environment"]

@@ -16,7 +16,7 @@ from headstart.eval.decoding import decode
 from headstart.heads.assistant import assistant_config, build_assistant
 from headstart.heads.loading import VOCAB_SIZE
 from headstart.heads.ordered import (
-    Taught,
+    TeacherSamples,
     set_order,
     token_usage,
     with_clusters,
@@ -121,7 +121,7 @@ def noisy_head(target: Target, **head: Any) -> DraftHead:
 
 
 def ordered_head(target_config: Any, top_k: int = 4, **head: Any) -> Gemma4AssistantForCausalLM:
-    """A tiny random head with 20 clusters of 16 neighbouring tokens."""
+    """A tiny random head with 20 clusters of 16 neighboring tokens."""
     config = assistant_config(target_config, HeadConfig(**head))
     config.use_ordered_embeddings = True
     config.num_centroids, config.centroid_intermediate_top_k = 20, top_k
@@ -140,12 +140,12 @@ def order_by_target(assistant: PreTrainedModel, target: Target, table: torch.Ten
     set_order(assistant.masked_embedding, states, usage, table)
 
 
-def said_by(target: Target) -> Taught:
+def said_by(target: Target) -> TeacherSamples:
     """What a target says after 60 random tokens."""
     ids = torch.randint(4, 260, (1, 60), generator=torch.Generator().manual_seed(3))
     hidden = target.activations(ids).hidden[0]
     best = target.logits(hidden).log_softmax(-1).topk(8)
-    return Taught(hidden, best.indices, best.values)
+    return TeacherSamples(hidden, best.indices, best.values)
 
 
 def half_trained_head(target: Target) -> PreTrainedModel:

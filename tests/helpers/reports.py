@@ -3,7 +3,7 @@
 from typing import Any
 
 from headstart.eval.acceptance import AcceptanceCounts
-from headstart.eval.replay import Walked
+from headstart.eval.replay import ReplayedText
 from headstart.eval.statistics import verdict
 
 HOSTILE = 'a & b </div><script>alert("x")</script>\nthen $x^2'
@@ -38,8 +38,8 @@ def one_result(decoder: str, k: int, speedup: float, **other: Any) -> dict[str, 
         "decode_speedup": speedup + 0.1,
         "predicted_decode_speedup": None if decoder == "lookup" else speedup + 0.05,
         "equal_to_plain": True,
-        "parted_share": 0.0,
-        "parted": [],
+        "diverged_share": 0.0,
+        "diverged": [],
         "new_tokens": 40,
         "baseline_target_forwards": 40,
         "rounds": 20,
@@ -55,7 +55,7 @@ def one_result(decoder: str, k: int, speedup: float, **other: Any) -> dict[str, 
 
 def report(results: list[dict[str, Any]], **other: Any) -> dict[str, Any]:
     """What report.json would hold."""
-    side = {key: results[0][key] for key in ("decoder", "head", "num_assistant_tokens")}
+    variant = {key: results[0][key] for key in ("decoder", "head", "num_assistant_tokens")}
     tokens = [["Yes", "bonus"], ["<b>", "accepted"], ["\n", "accepted"], ["No\n", "rejected"]]
     return {
         "environment": {
@@ -75,7 +75,7 @@ def report(results: list[dict[str, Any]], **other: Any) -> dict[str, Any]:
         "verdict": verdict(results),
         "results": results,
         "examples": [
-            {"id": "p-1", "category": "chat", "prompt": HOSTILE, "temperature": 0.0, **side}
+            {"id": "p-1", "category": "chat", "prompt": HOSTILE, "temperature": 0.0, **variant}
             | {"tokens": tokens}
         ],
     } | other
@@ -93,9 +93,9 @@ def usual() -> dict[str, Any]:
     return report(results)
 
 
-def texts(*accepted: int, looping: int = 0) -> list[Walked]:
+def texts(*accepted: int, looping: int = 0) -> list[ReplayedText]:
     """Texts of ten rounds, of which so many accepted one draft; the first `looping` loop."""
     return [
-        Walked(f"t{i}", "c", AcceptanceCounts(10, 10, (10,), (n,)), i < looping)
+        ReplayedText(f"t{i}", "c", AcceptanceCounts(10, 10, (10,), (n,)), i < looping)
         for i, n in enumerate(accepted)
     ]

@@ -10,7 +10,7 @@ import pytest
 
 from headstart.common import children
 from headstart.common.children import own_name, remove_left_behind
-from headstart.common.files import PART, alone_in, whole_folder
+from headstart.common.files import PART, atomic_folder, lock_folder
 from headstart.configs.schema import EvalConfig
 from headstart.eval.measurements import Measurements
 from headstart.eval.report import run_evaluation
@@ -64,11 +64,11 @@ def test_what_another_machine_or_a_living_process_is_writing_stays(
 def test_two_machines_with_one_process_id_write_beside_each_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with whole_folder(tmp_path / "head") as ours:
+    with atomic_folder(tmp_path / "head") as ours:
         (ours / "a").write_text("ours")
         monkeypatch.setattr(children, "HOST", "other")
         monkeypatch.setattr(children, "TOKEN", "fedcba98")
-        with whole_folder(tmp_path / "head") as theirs:
+        with atomic_folder(tmp_path / "head") as theirs:
             assert ours != theirs
             (theirs / "b").write_text("theirs")
         assert (ours / "a").read_text() == "ours"
@@ -93,7 +93,7 @@ def test_folders_that_only_begin_as_checkpoints_are_none(tmp_path: Path) -> None
 def test_an_earlier_folder_of_somebody_elses_survives_a_new_head(tmp_path: Path) -> None:
     theirs = folder_with(tmp_path / ".head.earlier")
     for text in ("first", "second"):
-        with whole_folder(tmp_path / "head") as work:
+        with atomic_folder(tmp_path / "head") as work:
             (work / "notes.txt").write_text(text)
     assert (theirs / "notes.txt").read_text() == "mine"
     assert (tmp_path / "head" / "notes.txt").read_text() == "second"
@@ -138,7 +138,7 @@ def test_two_evaluations_do_not_mix_their_lines(tiny: Target, tmp_path: Path) ->
     kept = Measurements(path, {}, resume=False)
     kept.add({"id": "of the first"})
     before = path.read_text()
-    with alone_in(path.parent), pytest.raises(ValueError, match="another process works in"):
+    with lock_folder(path.parent), pytest.raises(ValueError, match="another process works in"):
         run_evaluation(tiny, {}, chosen, path.parent)
     assert path.read_text() == before
 
@@ -154,7 +154,7 @@ def test_half_written_files_of_a_living_process_survive_another_at_work(tmp_path
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as writer:
         assert writer.stdout is not None
         assert writer.stdout.readline() == b"ready\n"
-        with alone_in(tmp_path):
+        with lock_folder(tmp_path):
             pass
         writer.communicate(b"")
     assert writer.returncode == 0

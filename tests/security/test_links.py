@@ -9,11 +9,11 @@ import pytest
 from safetensors.torch import load_file
 
 from headstart.common.files import (
-    alone_in,
+    atomic_file,
+    atomic_folder,
     content_sha256,
-    is_held,
-    whole_file,
-    whole_folder,
+    is_locked,
+    lock_folder,
     write_atomically,
 )
 from headstart.data.store import ActivationStore
@@ -47,7 +47,7 @@ def test_a_lock_that_is_a_link_empties_no_file(tmp_path: Path, users: Path) -> N
     run = tmp_path / "run"
     run.mkdir()
     (run / ".lock").symlink_to(users)
-    with pytest.raises(ValueError, match=r"\.lock"), alone_in(run):
+    with pytest.raises(ValueError, match=r"\.lock"), lock_folder(run):
         pass
     assert users.read_text() == KEPT
 
@@ -56,14 +56,14 @@ def test_a_lock_that_is_a_hard_link_empties_no_file(tmp_path: Path, users: Path)
     run = tmp_path / "run"
     run.mkdir()
     os.link(users, run / ".lock")
-    with alone_in(run):
-        assert is_held(run)
+    with lock_folder(run):
+        assert is_locked(run)
     assert users.read_text() == KEPT
 
 
 def test_a_lock_that_is_a_pipe_holds_nobody_up(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / ".lock")
-    with pytest.raises(ValueError, match=r"\.lock"), alone_in(tmp_path):
+    with pytest.raises(ValueError, match=r"\.lock"), lock_folder(tmp_path):
         pass
 
 
@@ -71,7 +71,7 @@ def test_a_lock_that_is_a_dangling_link_makes_no_file(tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
     (run / ".lock").symlink_to(tmp_path / "authorized_keys")
-    with pytest.raises(ValueError, match=r"\.lock"), alone_in(run):
+    with pytest.raises(ValueError, match=r"\.lock"), lock_folder(run):
         pass
     assert not (tmp_path / "authorized_keys").exists()
 
@@ -110,10 +110,10 @@ def test_a_folder_of_the_time_being_cannot_be_laid_out_beforehand(
     (tmp_path / f".writing.{host}.{os.getpid()}").symlink_to(users.parent)
     (tmp_path / f"head.{os.getpid()}.part").symlink_to(users.parent)
     write_atomically(tmp_path / "notes.txt", "new")
-    with whole_file(tmp_path / "more.txt") as work:
+    with atomic_file(tmp_path / "more.txt") as work:
         assert work.resolve().parent != users.parent
         work.write_text("new")
-    with whole_folder(tmp_path / "head") as folder:
+    with atomic_folder(tmp_path / "head") as folder:
         (folder / "notes.txt").write_text("new")
     assert users.read_text() == KEPT
     assert [path.name for path in users.parent.iterdir()] == [users.name]
@@ -123,7 +123,7 @@ def test_a_folder_to_replace_that_is_a_link_keeps_what_it_points_to(
     tmp_path: Path, users: Path
 ) -> None:
     (tmp_path / "head").symlink_to(users.parent)
-    with pytest.raises(ValueError, match="head is a link"), whole_folder(tmp_path / "head"):
+    with pytest.raises(ValueError, match="head is a link"), atomic_folder(tmp_path / "head"):
         pass
     assert users.read_text() == KEPT
 

@@ -9,7 +9,7 @@ import torch
 
 from headstart.common import files
 from headstart.common.children import HOST
-from headstart.common.files import whole_file, whole_folder
+from headstart.common.files import atomic_file, atomic_folder
 from headstart.configs.loader import save_config
 from headstart.configs.schema import HeadConfig
 from headstart.eval.asked import asked_by_heads
@@ -27,7 +27,7 @@ class Crash(BaseException):
 
 
 def write(folder: Path, text: str) -> None:
-    with whole_folder(folder) as work:
+    with atomic_folder(folder) as work:
         (work / "x").write_text(text)
 
 
@@ -74,7 +74,7 @@ def test_the_next_writing_puts_the_earlier_content_back_first(
         crash_at(patch, "head")
         with pytest.raises(Crash):
             write(tmp_path / "head", "second")
-    with pytest.raises(OSError, match="could not be written"), whole_folder(tmp_path / "head"):
+    with pytest.raises(OSError, match="could not be written"), atomic_folder(tmp_path / "head"):
         raise OSError("no space left")
     assert (tmp_path / "head" / "x").read_text() == "first"
 
@@ -127,7 +127,7 @@ def test_the_disk_knows_the_name_of_a_new_file(
     monkeypatch.setattr(
         os, "fsync", lambda d: synced.append(Path(os.readlink(f"/proc/self/fd/{d}")).name)
     )
-    with whole_file(tmp_path / "index.json") as work:
+    with atomic_file(tmp_path / "index.json") as work:
         work.write_text("{}")
     assert synced == ["index.json", tmp_path.name]
 

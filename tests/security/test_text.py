@@ -12,7 +12,7 @@ import pytest
 from rich.progress import Progress
 
 from headstart.cli.main import main
-from headstart.common.console import in_markdown, phase, plain_console, progress_bar, say
+from headstart.common.console import in_markdown, phase, plain_console, print_once, progress_bar
 from headstart.data.inspection import inspect_path
 from headstart.data.prompts import Prompt, encode_usable
 from headstart.eval.check import Finding, print_findings
@@ -54,7 +54,7 @@ def test_names_among_findings_titles_and_lines_do_not_act(
 ) -> None:
     print_findings([Finding("prompts", name, "noted", [f"category {name}"])])
     plain_console().print(name)
-    say(name)
+    print_once(name)
 
     def refuse(prompt: Prompt) -> None:
         raise ValueError(prompt.id)
@@ -66,7 +66,7 @@ def test_names_among_findings_titles_and_lines_do_not_act(
 
 
 def test_a_name_of_two_lines_fakes_no_line(capsys: pytest.CaptureFixture[str]) -> None:
-    say("reading a\nheadstart: all is well")
+    print_once("reading a\nheadstart: all is well")
     with phase("reading b\nheadstart: all is well"):
         pass
     assert not re.search("^headstart", capsys.readouterr().out, re.MULTILINE)
@@ -142,7 +142,7 @@ def test_a_name_that_begins_as_a_block_stays_a_paragraph(start: str) -> None:
 
 def test_a_category_in_adapt_md_makes_no_row_or_element() -> None:
     one = {"acceptance_length": 2.0, "acceptance_length_interval": [1.5, 2.5]}
-    found = {"stale": one | {"categories": {MARKDOWN: one}}}
+    found = {"unadapted": one | {"categories": {MARKDOWN: one}}}
     text = adaptation_markdown({
         "verdict": f"Of {MARKDOWN}.", "advice": MARKDOWN, "target": {"name": MARKDOWN},
         "head": MARKDOWN, "chat_template_kwargs": {"a": MARKDOWN}, "num_assistant_tokens": 4,

@@ -75,8 +75,10 @@ def test_a_head_follows_its_target_and_goes_on_after_a_stop(
     kinds = content["acceptance"]
     assert set(kinds) == {"domain", "general"}
     for found in kinds.values():
-        assert {"reference", "stale", "adapted", "lost", "gained"} <= set(found)
-    assert content["stale_acceptance_length"] == kinds["domain"]["stale"]["acceptance_length"]
+        assert {"reference", "unadapted", "adapted", "lost", "gained"} <= set(found)
+    assert (
+        content["unadapted_acceptance_length"] == kinds["domain"]["unadapted"]["acceptance_length"]
+    )
     assert content["general_change_share"] is not None
     assert content["speedup"]["domain"]["adapted"]["prompts"] >= 2
     assert content["training"]["data"]["documents"] + 4 <= 16
@@ -119,7 +121,7 @@ def test_a_budget_that_measuring_takes_is_refused(
 def test_the_headline_is_shares_of_accepted_tokens() -> None:
     stages = {
         "reference": {"domain": texts(8, 8, 8), "general": texts(8)},
-        "stale": {"domain": texts(4, 4, 4), "general": texts(5)},
+        "unadapted": {"domain": texts(4, 4, 4), "general": texts(5)},
         "adapted": {"domain": texts(7, 7, 7), "general": texts(4)},
     }
     compared = compare_stages(stages)
@@ -137,7 +139,7 @@ def test_the_headline_is_shares_of_accepted_tokens() -> None:
 def test_the_advice_says_how_much_looping_texts_flatter() -> None:
     compared = compare_stages({
         "reference": {"domain": texts(10, 10, 6, looping=2)},
-        "stale": {"domain": texts(4, 4, 4)},
+        "unadapted": {"domain": texts(4, 4, 4)},
         "adapted": {"domain": texts(5, 5, 5)},
     })  # fmt: skip
     found = headline(compared)
@@ -149,11 +151,11 @@ def test_the_advice_says_how_much_looping_texts_flatter() -> None:
 
 
 def test_a_head_that_lost_nothing_is_told_so() -> None:
-    stages = {"reference": {"domain": texts(2, 9, 4)}, "stale": {"domain": texts(9, 2, 4)}}
+    stages = {"reference": {"domain": texts(2, 9, 4)}, "unadapted": {"domain": texts(9, 2, 4)}}
     compared = compare_stages(stages)
     assert "chance explains the difference" in advice(compared)
     assert headline(compared)["recovered_share"] is None
-    alone = compare_stages({"stale": {"domain": texts(3)}})
+    alone = compare_stages({"unadapted": {"domain": texts(3)}})
     assert "is not known (--base)" in advice(alone)
 
 
@@ -177,7 +179,7 @@ def test_the_example_tunes_a_target_and_its_head_follows(
     assert content["target"]["adapters"] == [str(tmp_path / "lora")]
     result = json.loads((tmp_path / f"{tmp_path.name}.json").read_text())
     assert result["tuning"] == {"domain": "math", "steps": 3, "batch": 2, "rate": 3e-4}
-    assert result["stale_acceptance_length"] == content["stale_acceptance_length"]
+    assert result["unadapted_acceptance_length"] == content["unadapted_acceptance_length"]
     assert [line.split()[1] for line in result["commands"]] == ["tune_and_adapt.py", "adapt"]
     tuned, unseen = (
         {json.loads(line)["id"] for line in (tmp_path / name).read_text().splitlines()}

@@ -14,7 +14,7 @@ from headstart.data.loader import AnchorLoader
 from headstart.heads.target import Target
 from headstart.train import benchmark
 from headstart.train.benchmark import plain_loss
-from headstart.train.start import build_head, taught_rows
+from headstart.train.start import build_head, sample_teacher_rows
 from headstart.train.step import batch_sums
 from tests.helpers.prompts import conversations
 from tests.helpers.runs import ROOT, tiny_config
@@ -29,7 +29,7 @@ def test_the_plain_step_has_the_loss_of_the_exact_one(target: Target, tmp_path: 
     head = build_head(
         target,
         tiny_config(tmp_path),
-        taught_rows(documents, target.device),
+        sample_teacher_rows(documents, target.device),
         documents,
         resumed=False,
     )

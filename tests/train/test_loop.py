@@ -19,7 +19,7 @@ from headstart.eval.decoding import decode
 from headstart.eval.replay import simulate_acceptance
 from headstart.heads.assistant import build_assistant
 from headstart.heads.loading import load_target
-from headstart.heads.ordered import Taught, set_order, token_usage, with_clusters
+from headstart.heads.ordered import TeacherSamples, set_order, token_usage, with_clusters
 from headstart.heads.saving import load_assistant, save_assistant
 from headstart.heads.target import Target
 from headstart.heads.unroll import DraftHead
@@ -63,7 +63,7 @@ def order_by_one_text(target: Target, document: Document, folder: Path, top_k: i
     batch = gather_rows([document], [candidate_rows(document)], K)
     with torch.no_grad():
         drafts = draft_batch(DraftHead(assistant), target, batch, torch.float32, "newest")
-    drafted = Taught(drafts.states, drafts.teacher.ids.long(), drafts.teacher.logprobs)
+    drafted = TeacherSamples(drafts.states, drafts.teacher.ids.long(), drafts.teacher.logprobs)
     ordered = with_clusters(assistant, 20, top_k)
     usage = token_usage(lambda states: states @ target.table.T, drafted)
     set_order(ordered.masked_embedding, drafted.hidden, usage, target.table)
@@ -172,11 +172,11 @@ def test_the_head_folder_holds_the_best_head_and_fits_its_target(tmp_path: Path)
     assert config.eval is not None
     _, held_out = prepare_documents(target, config.data, config.run.seed, config.eval.prompts)
     everything = range(len(held_out.entries))
-    walked = simulate_acceptance(
+    replayed = simulate_acceptance(
         DraftHead(assistant), target, held_out, config.train.rounds, everything
     ).dense
-    assert walked.rounds > 10
-    assert max(lengths) == pytest.approx(1 + sum(walked.accepted) / walked.rounds)
+    assert replayed.rounds > 10
+    assert max(lengths) == pytest.approx(1 + sum(replayed.accepted) / replayed.rounds)
 
 
 def test_a_whole_run_leaves_the_target_bit_identical_and_frozen(

@@ -107,7 +107,9 @@ def test_a_run_that_finds_nothing_better_ends_with_the_head_that_it_began_with(
         "train.steps=40", "train.validate_every=3", "train.weight_decay=0",
     )  # fmt: skip
     train(config)
-    assert [row["step"] for row in metrics(tmp_path / "run")][-1] == 6, "two stale validations"
+    assert [row["step"] for row in metrics(tmp_path / "run")][-1] == 6, (
+        "two validations since the best"
+    )
     train(config, resume=True)  # it is at its end
     assert len(metrics(tmp_path / "run")) == 6
     before, after = (load_assistant(f, torch.float32) for f in (start, tmp_path / "run" / "head"))
@@ -135,10 +137,10 @@ def test_training_ends_when_its_time_is_over(tmp_path: Path) -> None:
 def test_the_end_of_a_run() -> None:
     c = tiny_config(Path("unused"), "train.steps=10").train
     timed = c.model_copy(update={"max_minutes": 1.0, "patience": 3})
-    assert not Progress(step=9, stale=5, seconds=100).ended(c)
+    assert not Progress(step=9, evals_since_best=5, seconds=100).ended(c)
     assert Progress(step=10).ended(c)
-    assert not Progress(step=9, stale=2, seconds=59).ended(timed)
-    assert Progress(stale=3).ended(timed)
+    assert not Progress(step=9, evals_since_best=2, seconds=59).ended(timed)
+    assert Progress(evals_since_best=3).ended(timed)
     assert Progress(seconds=60).ended(timed)
 
 

@@ -97,7 +97,7 @@ def test_the_gradient_over_sampled_negatives_is_that_of_the_full_softmax(
 ) -> None:
     """In expectation, to 2%, where 40% of the teacher's mass lies outside the top tokens stored;
     and its variance shrinks with the number of negatives. Total variation turns where p = q, and
-    a sampled normaliser turns with it, so that it is not as exact."""
+    a sampled normalizer turns with it, so that it is not as exact."""
     target = make_target("gemma4")
     states, teacher = case(target, top=4)
     states, teacher = 0.5 * states, Teacher(
@@ -179,7 +179,7 @@ def test_negatives_are_drawn_once_each_from_the_tokens_that_no_teacher_ranks_hig
     assert torch.equal(everything.weights, torch.ones(50))
 
 
-def test_the_normaliser_over_the_vocabulary_follows_from_the_stored_tokens() -> None:
+def test_the_normalizer_over_the_vocabulary_follows_from_the_stored_tokens() -> None:
     """From logits of some tokens: the stored ones as stored, all others at their place."""
     logits = torch.randn(N, V, generator=torch.Generator().manual_seed(0))
     log_p = logits.log_softmax(-1)

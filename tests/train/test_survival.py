@@ -324,7 +324,7 @@ def test_an_error_of_the_disk_at_any_file_of_a_checkpoint_keeps_the_earlier_one(
 
 
 def test_a_second_process_in_the_same_folder_is_refused(damaged: Path) -> None:
-    from headstart.common.files import alone_in
+    from headstart.common.files import lock_folder
 
-    with alone_in(damaged), pytest.raises(ValueError, match="another process works in"):
+    with lock_folder(damaged), pytest.raises(ValueError, match="another process works in"):
         train(config_of(damaged), resume=True)
