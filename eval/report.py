@@ -336,7 +336,7 @@ def _examples(
     """Some texts of the quickest variant, token by token: accepted, bonus or rejected."""
     whole = [r for r in found if r["category"] == "all" and r["looping_texts"] == "with"]
     best = max(whole, key=lambda r: r["speedup"])
-    names = ("decoder", "head", "num_assistant_tokens", "temperature")  # as in `Side.key`
+    names = ("decoder", "head", "num_assistant_tokens", "temperature")  # as in `DecoderVariant.key`
     variant = {name: best[name] for name in names}
     of_prompt = {text.id: text for text in reversed(measured[tuple(variant.values())])}
     shown = []
