@@ -125,6 +125,13 @@ class MachineDtype:
         self.item = item  # before its fixtures, those of its module too
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The file on real weights first: it is the longest, and would keep one process at the end
+    while the others have nothing left to do. All else stays in its random order."""
+    items.sort(key=lambda item: "real" not in item.keywords)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     chosen = MachineDtype(config.getoption("--machine-dtype"))
     machine.natural_dtype = chosen

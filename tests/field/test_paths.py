@@ -10,7 +10,7 @@ import pytest
 from headstart.cli import main as cli
 from headstart.configs.loader import load_config
 from headstart.configs.schema import Config
-from headstart.eval import measurements
+from headstart.eval import asked
 from headstart.heads.loading import noted_target
 from headstart.train import adapt as adapting
 from tests.helpers.runs import ROOT
@@ -137,7 +137,7 @@ def test_adapt_trains_the_head_that_was_named(
 ) -> None:
     """Beside one of a shorter name."""
     head = SimpleNamespace(use_ordered_embeddings=True)
-    for module in (adapting, measurements):
+    for module in (adapting, asked):
         monkeypatch.setattr(module, "load_assistant_config", lambda path: head)
     out = tmp_path / "out: 1 #3"
     found = adapted_config(
