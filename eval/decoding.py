@@ -6,7 +6,6 @@ Target forwards are counted where they happen, by a hook on the target.
 Letters: V vocabulary.
 """
 
-import copy
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -32,6 +31,7 @@ from headstart.heads.decoder import (
     Lookup,
     Round,
     exact_decoding,
+    stock_decoding,
 )
 from headstart.heads.target import Target
 from headstart.heads.tokens import Sampling
@@ -115,7 +115,7 @@ def decode(
         rounds.clear()
         drafting = exact_decoding(target.model, decoding_config)
     elif assistant is not None:
-        drafting = _stock_drafts(assistant, num_assistant_tokens)
+        drafting = stock_decoding(assistant, num_assistant_tokens)
     torch.manual_seed(seed)
     on_cuda = target.device.type == "cuda"
     if on_cuda:
@@ -141,21 +141,6 @@ def decode(
         looked_up=sum(r.looked_up for r in rounds or ()),
         peak_memory_bytes=torch.cuda.max_memory_allocated(target.device) if on_cuda else None,
     )
-
-
-@contextmanager
-def _stock_drafts(assistant: PreTrainedModel, num_assistant_tokens: int | None) -> Iterator[None]:
-    """Within, the stock decoder drafts K tokens in each round: it reads K from the
-    `generation_config` of the assistant and nowhere else."""
-    before = assistant.generation_config
-    own = assistant.generation_config = copy.deepcopy(before)
-    own.num_assistant_tokens = num_assistant_tokens
-    # A small model keeps to K too.
-    own.num_assistant_tokens_schedule, own.assistant_confidence_threshold = "constant", 0.0
-    try:
-        yield
-    finally:
-        assistant.generation_config = before
 
 
 def _generation_config(

@@ -4,7 +4,7 @@ Speedup at K draft tokens is tau / (K*c + v(K)): c is a draft step and v(K) the 
 draft tokens, both in steps of the target. So K*c + v(K) is the acceptance length tau from which on
 a head pays.
 
-All are measured at a moment of decoding that can be repeated: from the same context.
+All are measured from one state of decoding, to which each returns.
 
 Letters: T tokens of context, K draft tokens, D target width.
 """
@@ -20,7 +20,10 @@ from typing import Any
 
 import torch
 from rich.table import Column, Table
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel
+from transformers.generation.candidate_generator import (
+    SinglePositionMultiTokenCandidateGenerator,
+)
 
 from headstart.common.console import counted, plain_console
 from headstart.common.files import write_figures
@@ -28,8 +31,9 @@ from headstart.common.machine import environment, synchronize
 from headstart.common.versions import CACHE
 from headstart.heads.assistant import check_pair
 from headstart.heads.cpu_kernels import fast_small_batch_linear
+from headstart.heads.decoder import stock_decoding
 from headstart.heads.drafting import CleanKV, Drafter
-from headstart.heads.target import SharedKV, Target
+from headstart.heads.target import Target
 
 MAX_DRAFT_TOKENS = 8  # verifications are measured for K = 1 .. 8
 FOR_DRAFTS = {"output_hidden_states": True, "return_shared_kv_states": True}
@@ -49,13 +53,10 @@ class DecodeState:
     context: int
     """T, tokens in the cache."""
     cache: DynamicCache
-    hidden: torch.Tensor
-    """[1, 1, D] the target's last hidden state of token T."""
-    shared_kv: SharedKV
-    """Layer type -> (keys, values), each [1, kv heads, rows, head_dim], as the stock decoder hands
-    them to the head."""
+    outputs: Any
+    """Of the target's forward over token T, as the stock decoder hands them to the head."""
     kv: CleanKV
-    """The same as the exact decoder does."""
+    """Its keys and values as the exact decoder does."""
 
     def step(self) -> torch.Tensor:
         """Decode one token plainly, as `generate` does: the next token, [1, 1]."""
@@ -67,29 +68,27 @@ class DecodeState:
         return self._go_on(1 + num_assistant_tokens, **FOR_DRAFTS).logits.float().argmax(dim=-1)
 
     def draft(self, assistant: PreTrainedModel, num_assistant_tokens: int) -> torch.Tensor:
-        """Draft K tokens after token T + 1: [1, K].
-
-        Mirrors the loop of `SinglePositionMultiTokenCandidateGenerator.get_candidates` of
-        transformers 5.20 to 5.24.
-        """
-        embed = self.target.model.get_input_embeddings()
-        token, hidden = self.ids[:, self.context + 1 : self.context + 2], self.hidden
-        position = torch.tensor([[self.context + 1]], device=self.ids.device)
-        mask = torch.ones_like(self.ids[:, : self.context + 2])
-        drafts = []
-        for _ in range(num_assistant_tokens):
-            outputs = assistant(
-                inputs_embeds=torch.cat([embed(token), hidden], dim=-1), attention_mask=mask,
-                position_ids=position, shared_kv_states=self.shared_kv, use_cache=False,
-            )  # fmt: skip
-            token, hidden = outputs.logits.argmax(dim=-1), outputs.last_hidden_state
-            drafts.append(token)
-        return torch.cat(drafts, dim=1)
+        """Draft K tokens after token T + 1 as the stock decoder does: [1, K]."""
+        ids = self.ids[:, : self.context + 2]
+        settings = GenerationConfig(max_length=ids.shape[1] + num_assistant_tokens + 1)
+        with stock_decoding(assistant, num_assistant_tokens):
+            generator = SinglePositionMultiTokenCandidateGenerator(
+                assistant, self.target.model.get_input_embeddings(), settings
+            )
+        candidates, _ = generator.get_candidates(
+            ids,
+            model_kwargs={"attention_mask": torch.ones_like(ids)},
+            model_outputs=self.outputs,
+            is_first_iteration=False,
+            n_last_matches=0,
+        )
+        return candidates[:, ids.shape[1] :]
 
     def draft_exact(self, drafter: Drafter, num_assistant_tokens: int) -> list[int]:
         """Draft K tokens after token T + 1 as the exact decoder does."""
         token, k = self.ids[:, self.context + 1 : self.context + 2], num_assistant_tokens
-        return drafter.draft(token, self.hidden, self.kv, k, frozenset(), goes_on=None).tokens
+        hidden = self.outputs.hidden_states[-1]
+        return drafter.draft(token, hidden, self.kv, k, frozenset(), goes_on=None).tokens
 
     def restore(self) -> None:
         """Take the rows after the context out of the cache again."""
@@ -130,11 +129,7 @@ def prepare(target: Target, context: int) -> DecodeState:
     cache.crop(0)
     outputs = _forward(target, cache, ids[:, : context + 1], **FOR_DRAFTS)
     kv.take(outputs.shared_kv_states, 1, 1)
-    shared_kv = dict(outputs.shared_kv_states)
-    state = DecodeState(
-        target, ids, context, cache,
-        hidden=outputs.hidden_states[-1], shared_kv=shared_kv, kv=kv,
-    )  # fmt: skip
+    state = DecodeState(target, ids, context, cache, outputs, kv)
     state.restore()
     return state
 
@@ -174,7 +169,7 @@ def measure(
     """Seconds of each variant, the variants taking turns, every other turn in reverse order.
 
     Args:
-        moment: from `prepare`.
+        state: from `prepare`.
         assistant: a head that fits its target, on the same device.
         turns: of each variant. None: `TURNS`.
         middle: of a variant's seconds, one a turn.

@@ -16,6 +16,7 @@ to tau is worth more than what it costs.
 Letters: K draft tokens of a round, k of them drafted so far.
 """
 
+import copy
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -393,3 +394,18 @@ def exact_decoding(
         del target._get_candidate_generator
         if outer is not None:
             target._get_candidate_generator = outer
+
+
+@contextmanager
+def stock_decoding(assistant: PreTrainedModel, num_assistant_tokens: int | None) -> Iterator[None]:
+    """Within, the stock decoder drafts K tokens in each round: it reads K from the
+    `generation_config` of the assistant and nowhere else."""
+    before = assistant.generation_config
+    own = assistant.generation_config = copy.deepcopy(before)
+    own.num_assistant_tokens = num_assistant_tokens
+    # A small model keeps to K too.
+    own.num_assistant_tokens_schedule, own.assistant_confidence_threshold = "constant", 0.0
+    try:
+        yield
+    finally:
+        assistant.generation_config = before

@@ -13,6 +13,7 @@ from headstart.data.conversations import answered
 from headstart.data.extraction import OnlineActivations
 from headstart.eval.decoding import decode
 from headstart.eval.replay import simulate_acceptance
+from headstart.heads.decoder import ExactDecoding
 from headstart.heads.ordered import with_clusters
 from headstart.heads.target import Target
 from headstart.heads.unroll import DraftHead, Texts, all_rows
@@ -34,6 +35,21 @@ def test_assisted_greedy_text_equals_plain_greedy_text_in_float32(family: str) -
         assert len(plain.forwards) == len(plain.tokens)
         accepted += sum(assisted.counts(len(ids), 3).accepted)
     assert accepted > 0, "a head that is never accepted makes this test empty"
+
+
+@pytest.mark.parametrize("decoding_config", [None, ExactDecoding()], ids=["stock", "exact"])
+def test_a_draft_length_is_of_one_call_and_changes_nothing_of_the_head(
+    decoding_config: ExactDecoding | None, tiny: Target
+) -> None:
+    assistant, ids = half_trained_head(tiny), greedy_document(tiny)[0]
+    before = assistant.generation_config.to_dict()
+    longest = {}
+    for k in (1, 3):
+        decoded = decode(tiny, ids, 20, assistant, k, decoding_config)
+        longest[k] = max(len(drafts) for drafts in decoded.drafts)
+    assert longest == {1: 1, 3: 3}
+    assert assistant.generation_config.to_dict() == before
+    assert decoding_config is None or decoding_config.length is None
 
 
 def test_accepted_drafts_are_those_that_transformers_reports(
