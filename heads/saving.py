@@ -156,6 +156,12 @@ def rope_position(config: Any) -> RopePosition:
     return position
 
 
+def kept_notes(config: Any, identity: Mapping[str, Any]) -> dict[str, Any]:
+    """What config.json says of a head that keeps its training: the target that it is saved for
+    (`Target.identity`), and where its drafts stand, which heads of other makers leave out."""
+    return {MADE_FOR: identity, ROPE_POSITION: rope_position(config)}
+
+
 def trained_notes(
     config: Any, position: RopePosition, variables: Mapping[str, Any]
 ) -> dict[str, Any]:

@@ -59,7 +59,7 @@ def test_an_interrupted_sweep_goes_on_and_judges_heads_as_the_simulated_evaluati
         trained.append(config.run.dir.name)
         real(config, resume)
 
-    (tmp_path / "wrong.yaml").write_text("{config: a, runs: {}, judged_on: {}, seed: [1]}")
+    (tmp_path / "wrong.yaml").write_text("{config: a, runs: {}, eval_sets: {}, seed: [1]}")
     with pytest.raises(SystemExit, match="unknown: seed"):
         script.run_sweep(tmp_path / "wrong.yaml", tmp_path / "out", [])
     monkeypatch.setattr(script, "train", stopping)

@@ -36,8 +36,8 @@ from headstart.heads.ordered import (
 )
 from headstart.heads.saving import (
     ADAPTER,
-    MADE_FOR,
     Assistant,
+    kept_notes,
     load_assistant,
     load_assistant_config,
     rope_position,
@@ -347,7 +347,7 @@ def _save(
 
     save_assistant(
         assistant, assistant.lm_head.weight, out, tokens, target.table.dtype,
-        notes={MADE_FOR: target.identity}, beside=beside,
+        notes=kept_notes(assistant.config, target.identity), beside=beside,
     )  # fmt: skip
 
 

@@ -1,7 +1,6 @@
 """Acceptance on held-out conversations, and the best head, which is kept."""
 
 from functools import partial
-from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -12,7 +11,7 @@ from headstart.data.conversations import template_variables
 from headstart.data.store import Documents
 from headstart.eval.replay import simulate_acceptance
 from headstart.heads.saving import (
-    MADE_FOR,
+    kept_notes,
     save_assistant,
     scalings_of,
     trained_notes,
@@ -67,7 +66,7 @@ def export_head(head: DraftHead, target: Target, config: Config, trained: bool =
     if h.lora is not None:
         weights, adapter = without_lora(weights, scalings_of(assistant), dtype)
         beside = partial(write_adapter, adapter=adapter, lora=h.lora, base=h.start)
-    notes: dict[str, Any] = {MADE_FOR: target.identity}
+    notes = kept_notes(assistant.config, target.identity)
     if trained:
         variables = template_variables(config.data)
         notes |= trained_notes(assistant.config, config.train.rope_position, variables)

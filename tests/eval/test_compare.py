@@ -22,7 +22,7 @@ def report(
     }  # fmt: skip
     where = {"target": "t", "threads": 2} | environment
     return {
-        "schema": 2, "environment": where, "per_text_columns": PER_TEXT, "results": [result]
+        "schema": 3, "environment": where, "per_text_columns": PER_TEXT, "results": [result]
     }  # fmt: skip
 
 

@@ -40,7 +40,7 @@ def test_the_report_holds_the_schema_that_others_read(tiny: Target, tmp_path: Pa
     chosen = settings(tmp_path, 5, limit=4, num_assistant_tokens=[2, 3], max_new_tokens=20)
     run_evaluation(tiny, {"heads/x": half_trained_head(tiny)}, chosen, tmp_path / "out")
     content = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert content["schema"] == 2
+    assert content["schema"] == 3
     assert content["environment"]["dtype"] == "float32"
     assert content["verdict"] in (tmp_path / "out" / "report.md").read_text()
     assert content["noise"]["texts"] == 1

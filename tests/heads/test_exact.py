@@ -24,7 +24,7 @@ from tests.helpers.heads import greedy_document, order_by_target, overfit
 from tests.helpers.models import make_target
 from tests.helpers.stock import training_logits
 
-pytestmark = [pytest.mark.contract, pytest.mark.usefixtures("weights_first")]
+pytestmark = [pytest.mark.contract, pytest.mark.usefixtures("linear_weights_first")]
 K = 3
 FAMILIES = ["gemma3", "gemma4-kv-sharing", "gemma4-multimodal", "gemma4-unified"]
 

@@ -145,8 +145,8 @@ def test_two_evaluations_do_not_mix_their_lines(tiny: Target, tmp_path: Path) ->
 
 def test_half_written_files_of_a_living_process_survive_another_at_work(tmp_path: Path) -> None:
     script = (
-        "import sys; from pathlib import Path; from headstart.common.files import whole_file\n"
-        "with whole_file(Path(sys.argv[1])) as work:\n"
+        "import sys; from pathlib import Path; from headstart.common.files import atomic_file\n"
+        "with atomic_file(Path(sys.argv[1])) as work:\n"
         "    work.write_text('whole'); print('ready', flush=True); sys.stdin.read()"
     )
     path = tmp_path / "index.json"
