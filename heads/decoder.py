@@ -18,11 +18,11 @@ Letters: K draft tokens of a round, k of them drafted so far.
 
 import copy
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from math import prod
-from typing import Any, ClassVar, Literal, TypeAlias
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from transformers import (
@@ -49,21 +49,34 @@ PRIOR = 4.0  # drafts that a rate is assumed to have seen
 FORGETTING = 0.98  # a draft's weight beside the next one's
 
 
-@dataclass
-class Constant:
-    """A rule that ends drafts: after K tokens always, as the stock decoder does."""
+class DraftLength(Protocol):
+    """A rule that ends drafts."""
 
-    num_assistant_tokens: int
-    goes_on: ClassVar[None] = None
-    """Asked, after each draft, with the confidences so far: whether to draft another; None: up to
-    the limit."""
+    @property
+    def goes_on(self) -> Callable[[list[float]], bool] | None:
+        """Asked, after each draft, with the confidences so far: whether to draft another; None: up
+        to the limit."""
 
     def limit(self) -> int:
         """Draft tokens of this round at most; 0: none, the target decodes one step plainly."""
-        return self.num_assistant_tokens
+        ...
 
     def update(self, confidences: list[float], drafted: int, accepted: int) -> None:
         """What became of a round's drafts."""
+
+
+@dataclass
+class Constant:
+    """After K tokens always, as the stock decoder does."""
+
+    num_assistant_tokens: int
+    goes_on: ClassVar[None] = None
+
+    def limit(self) -> int:
+        return self.num_assistant_tokens
+
+    def update(self, confidences: list[float], drafted: int, accepted: int) -> None:
+        pass
 
 
 @dataclass
@@ -169,8 +182,6 @@ class CostRule:
     def _of(self, confidence: float) -> Rate:
         return self.of_confidence[min(BINS - 1, int(confidence * BINS))]
 
-
-DraftLength: TypeAlias = Constant | CostRule
 
 # What shapes a distribution whatever the text is. Any distribution may be drawn from, so that the
 # call's other processors act on the target's logits alone.
