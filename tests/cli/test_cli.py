@@ -142,7 +142,7 @@ def test_accelerate_launch_and_the_console_command_run_the_same_code(tmp_path: P
     arguments += ["--num-assistant-tokens", "2,4", "--max-new-tokens", "6", "--dtype", "float32"]
     result = run(BIN / "headstart", "eval", *arguments, "--out", out)
     assert result.returncode == 0, result.stderr
-    assert json.loads((out / "report.json").read_text())["schema"] == 2
+    assert json.loads((out / "report.json").read_text())["schema"] == 3
 
 
 def test_the_pieces_of_the_data_pipeline_from_the_command_line(tmp_path: Path) -> None:
