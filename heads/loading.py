@@ -300,9 +300,13 @@ def served_name(t: TargetConfig) -> str:
     return whole if t.quantization is None else f"{whole} ({t.quantization})"
 
 
+NOTED = {"name", "revision", "adapters", "merge_adapters", "quantization"}
+"""What is noted of a target, and all that is taken of a note: a stranger's may not say whose code
+runs, nor which file is a chat template."""
+
+
 def _settings(t: TargetConfig, commit: str | None) -> dict[str, Any]:
-    kept = {"name", "adapters", "merge_adapters", "quantization"}
-    return t.model_dump(mode="json", include=kept) | {"revision": commit}
+    return t.model_copy(update={"revision": commit}).model_dump(mode="json", include=NOTED)
 
 
 def noted_target(note: Mapping[str, Any], name: str = "name") -> TargetConfig:
@@ -317,6 +321,8 @@ def noted_target(note: Mapping[str, Any], name: str = "name") -> TargetConfig:
         ValueError: it notes what is no target.
     """
     settings = note.get("config") or {"name": note[name], "revision": note.get("revision")}
+    if isinstance(settings, dict):
+        settings = {key: value for key, value in settings.items() if key in NOTED}
     return TargetConfig.model_validate(settings)
 
 

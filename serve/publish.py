@@ -25,7 +25,7 @@ from headstart.eval.compare import read_report
 from headstart.eval.page import write_report
 from headstart.heads.adapters import split_revision
 from headstart.heads.loading import load_served, load_target_config, load_target_tokens, served_name
-from headstart.heads.saving import ADAPTER, load_assistant, load_assistant_config
+from headstart.heads.saving import ADAPTER, MADE_FOR, load_assistant, load_assistant_config
 from headstart.heads.target import model_fingerprint
 from headstart.serve.card import Published, model_card
 from headstart.serve.hub import check_hub_id, is_hub_id, is_local, license_of, notice, without_paths
@@ -178,7 +178,8 @@ def _write(run: _Run, p: Published, tokenizer: Any, names: dict[str, str], work:
     # A head's notes its target, a tokenizer's whatever its trainer put there.
     for path in work.glob("*config.json"):
         own = of_the_hub if path.name == "adapter_config.json" else {}
-        content = without_paths(json.loads(path.read_text(encoding="utf-8")) | own, names)
+        content = json.loads(path.read_text(encoding="utf-8")) | own
+        content = public_config(content, names, p.served)
         path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     save_config(p.config, work / SETTINGS)
     evaluation = work / EVALUATION
@@ -343,6 +344,19 @@ def _public_names(
     if names.keys() & {t.name, *t.adapters}:
         names[served_name(t)] = served_name(served)
     return names | {evaluated.name: what.repo_id}
+
+
+def public_config(
+    content: dict[str, Any], names: dict[str, str], served: TargetConfig
+) -> dict[str, Any]:
+    """A config.json by the names that others know, a head's note of its target too: a --base-model
+    has the adapters of the run in it."""
+    noted = (content.get(MADE_FOR) or {}).get("config")
+    content = without_paths(content, names)
+    if noted and names.keys() & {noted["name"], *noted["adapters"]}:
+        public = {"name", "adapters", "revision"}
+        content[MADE_FOR]["config"] |= served.model_dump(mode="json", include=public)
+    return content
 
 
 def _copy(folder: Path, work: Path, wanted: re.Pattern[str]) -> None:

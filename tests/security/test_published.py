@@ -11,6 +11,9 @@ import yaml
 
 from headstart.cli.main import main
 from headstart.configs.loader import load_config
+from headstart.configs.schema import TargetConfig
+from headstart.heads.loading import noted_target
+from headstart.serve.publish import public_config
 from tests.helpers.runs import PUBLISH, write_tuned_run
 
 CLIENT = "acme-merger"  # a folder whose name is nobody's business
@@ -168,3 +171,18 @@ def test_paths_that_a_tokenizer_notes_are_not_published(
     assert main(["publish", str(folder), *PUBLISH, "--dry-run", "--out", str(out), *where]) == 0
     assert held(out, CLIENT) == []
     assert json.loads((out / path.name).read_text())["how"] == {"by": "train.py"}
+
+
+def test_a_published_head_notes_the_target_that_others_load() -> None:
+    """A --base-model has the adapters of the run in it; their folders are of nobody else's."""
+    tuned, lora = "/home/me/tuned", "/home/me/lora"
+    config = {"name": tuned, "adapters": [lora], "revision": None}
+    note: dict[str, Any] = {"name": f"{tuned} + {lora}", "config": config}
+    names = {tuned: "org/tiny", lora: "lora", f"{tuned} + {lora}": "org/tiny"}
+    served = TargetConfig(name="org/tiny", revision="v1.0")
+    public = public_config({"headstart_target": note, "path": tuned}, names, served)
+    assert noted_target(public["headstart_target"]) == served
+    assert "/home" not in json.dumps(public)
+    known = {"headstart_target": note | {"config": config | {"name": "org/a", "adapters": []}}}
+    assert public_config(known, names, served)["headstart_target"]["config"]["name"] == "org/a"
+    assert public_config({"path": "/home/me/x"}, names, served) == {"path": "x"}

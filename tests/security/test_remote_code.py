@@ -12,7 +12,13 @@ from headstart.cli.main import main
 from headstart.configs.schema import TargetConfig
 from headstart.heads import loading
 from headstart.heads.adapters import add_adapters
-from headstart.heads.loading import byte_tokenizer, check_target, load_target, load_target_config
+from headstart.heads.loading import (
+    byte_tokenizer,
+    check_target,
+    load_target,
+    load_target_config,
+    noted_target,
+)
 from headstart.heads.saving import load_assistant, load_assistant_config
 from headstart.serve.engines import export_for_engine
 from tests.helpers.checkpoints import adapter, checkpoint, configure, family, make_adapter
@@ -151,3 +157,16 @@ def test_an_adapter_that_names_others_brings_none_of_them(tmp_path: Path) -> Non
     model.config.use_cache = False  # as X-LoRA wants it
     with pytest.raises(ValueError, match="mixes other adapters"):
         add_adapters(model, [folder], merge=True)
+
+
+def test_a_head_does_not_say_whose_code_runs(tmp_path: Path, mark: Path) -> None:
+    """Nor do conversations: `headstart adapt` loads the target that a head names."""
+    target = checkpoint(tmp_path / "target", family("gemma4"))
+    auto_map = {"AutoConfig": "evil.EvilConfig"}
+    spoil(target, "config.json", mark, auto_map=auto_map, model_type="evil")
+    trusting = {"name": target, "trust_remote_code": True, "chat_template": "/etc/passwd"}
+    noted = noted_target({"name": target, "config": trusting})
+    assert noted == TargetConfig(name=target)
+    with pytest.raises(ValueError, match="custom code"):
+        check_target(noted)
+    assert not mark.exists()
