@@ -11,13 +11,13 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import chain, pairwise
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 from rich.table import Table
 
-from headstart.common.console import plain_console, progress_bar, visible
+from headstart.common.console import counted, plain_console, visible
 from headstart.configs.schema import DataConfig, SourceConfig, TargetConfig
 from headstart.data.conversations import (
     MANIFEST,
@@ -38,7 +38,6 @@ MOST = 20  # groups listed of one kind
 SHARES = (0.05, 0.25, 0.5, 0.75, 0.95)  # quantiles of lengths
 VERIFIED_BELOW = 2 * 2**30  # bytes: a few seconds of hashing
 
-T = TypeVar("T")
 Seen = tuple[Conversation, float | None]
 """A document and its `Entry.top_k_mass`."""
 
@@ -209,7 +208,7 @@ def inspect_conversations(
     made = read_manifest(folder)
     parts = part_paths(folder, made["parts"])
     summary = _summary_of(f"Conversations in {folder}", made, examples, tokens)
-    read = chain.from_iterable(map(read_part, _counted(parts)))
+    read = chain.from_iterable(map(read_part, counted(parts, "Reading")))
     summary.count(((c, None) for c in read), examples)
     summary.facts |= {
         "conversations": f"{len(summary.lengths['all']):,} of {made['conversations']:,}, in "
@@ -231,7 +230,7 @@ def inspect_store(folder: Path, examples: int, tokens: TargetTokens | None = Non
     summary = _summary_of(f"Activation store in {folder}", made, examples, tokens)
 
     def read() -> Iterator[Seen]:
-        for number, path in enumerate(_counted(paths)):
+        for number, path in enumerate(counted(paths, "Reading")):
             # Those of `store` are verified, against the index too.
             shard = store.shard(number) if store and small else Shard(path, made)
             if small and not store:
@@ -301,13 +300,6 @@ def _summary_of(
         why = textwrap.shorten(str(error), 160)
         summary.facts["examples"] = f"token ids in place of text: {why}"
     return summary
-
-
-def _counted(items: Sequence[T]) -> Iterator[T]:
-    """The items, behind a progress bar."""
-    with progress_bar() as bar:
-        task = bar.add_task("Reading", total=len(items), status="")
-        yield from bar.track(items, total=len(items), task_id=task)
 
 
 def _words(prompt: Prompt) -> tuple[list[Any], Spans]:

@@ -4,6 +4,7 @@ import io
 import json
 import re
 import shutil
+import time
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -144,6 +145,20 @@ def test_the_store_of_the_same_forwards_has_the_same_counts(regenerated: Path) -
     )
     assert store.facts["stored"] == "float32, storage=target, top k 3"
     assert store.facts["checksums"] == "verified"
+
+
+def test_in_a_log_a_reading_of_some_length_ends_and_is_not_stopped(
+    regenerated: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def slowly(path: Path) -> list[Conversation]:
+        time.sleep(0.3)  # longer than one refresh of a bar
+        return read_part(path)
+
+    monkeypatch.setattr("headstart.data.inspection.read_part", slowly)
+    inspect_conversations(regenerated, examples=0)
+    said = capsys.readouterr().out
+    assert "ended" in said
+    assert "stopped" not in said
 
 
 def test_unfinished_folders_are_read_as_far_as_they_go(regenerated: Path, tmp_path: Path) -> None:
