@@ -40,10 +40,12 @@ def add_data_commands(commands: Any) -> None:
         epilog="example: headstart data inspect conversations --examples 2",
     )
     inspect.add_argument(
-        "path", help="folder of `regenerate` or `extract`, or any source of prompts"
+        "path",
+        metavar="PATH",
+        help="folder of `regenerate` or `extract`, or any source of prompts",
     )
     inspect.add_argument(
-        "--examples", type=int, default=3, metavar="N", help="rendered (default 3)"
+        "--examples", type=int, default=3, metavar="N", help="documents to print (default 3)"
     )
     inspect.add_argument(
         "--target", metavar="NAME", help="whose tokenizer counts the tokens of a source of prompts"

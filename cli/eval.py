@@ -83,7 +83,10 @@ def _add_eval(commands: Any) -> None:
         help="sample from the likeliest tokens of mass P",
     )  # fmt: skip
     add("--top-k", type=count, metavar="N", help="sample from the N likeliest tokens")
-    add("--max-new-tokens", type=count, default=64, metavar="N")
+    add(
+        "--max-new-tokens", type=count, default=64, metavar="N",
+        help="tokens to generate for a prompt, at most (default 64)",
+    )  # fmt: skip
     add("--limit", type=count, metavar="M", help="measure M prompts, dealt over the categories")
     add("--out", required=True, type=Path, metavar="DIR", help="for the report")
     add("--resume", action="store_true", help="go on with the prompts that DIR does not have yet")

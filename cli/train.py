@@ -204,7 +204,9 @@ def add_runs_commands(commands: Any) -> None:
         "failed (and why) or was killed, its last step, its best acceptance length and its loss.",
         epilog="example: headstart runs list runs",
     )
-    listing.add_argument("root", nargs="?", type=Path, default=Path("runs"), metavar="DIR")
+    listing.add_argument(
+        "root", nargs="?", type=Path, default=Path("runs"), metavar="DIR", help="(default runs)"
+    )
     listing.set_defaults(command=_run_list)
     show = kinds.add_parser(
         "show",

@@ -184,7 +184,7 @@ def print_once(line: str) -> None:
 
 @contextmanager
 def kept_lines() -> Iterator[list[str]]:
-    """Within, what `say` would print goes into a list instead, for a table or a report."""
+    """Within, what `print_once` would print goes into a list instead, for a table or a report."""
     lines: list[str] = []
     _kept.append(lines)
     try:

@@ -1,8 +1,9 @@
-"""Batches of training rows, each a function of the seed and its number alone.
+"""Batches of anchors, the rows of conversations that drafts begin from in training; each batch is a
+function of the seed and its number alone.
 
 Letters: B rows of keys and values, each of one conversation or of several that are packed,
-R anchors (training rows) in each, S of them drafted from beyond the first round, K rounds, T
-positions (padded), D target width, k teacher tokens.
+R anchors in each, S of them drafted from beyond the first round, K rounds, T positions (padded), k
+teacher tokens.
 """
 
 from collections.abc import Sequence
@@ -16,12 +17,12 @@ from headstart.heads.unroll import Rows, Texts
 
 
 class Batch(NamedTuple):
-    """Rows to train, gathered from whole conversations."""
+    """Anchors to train on, and the whole conversations that they are rows of."""
 
     document_ids: list[list[str]]
-    """[B] of each row of keys and values."""
+    """B lists: the conversations of each row of keys and values."""
     texts: Texts
-    """Zero-padded. Round k of an anchor is taught what the target says at row `at + k`."""
+    """Zero-padded. Round k of an anchor learns what the target says at row `at + k`."""
     rows: Rows
     """The anchors."""
     teacher_ids: torch.Tensor
@@ -45,7 +46,7 @@ def gather_rows(
     pack_tokens: int | None = None,
     later: list[torch.Tensor] | None = None,
 ) -> Batch:
-    """Collate chosen rows of some documents; shorter row lists are filled with weight 0.
+    """Collate chosen rows of some documents, the anchors; what fills shorter lists up has weight 0.
 
     Args:
         documents: any.
@@ -124,7 +125,7 @@ def _padded(rows: list[list[torch.Tensor]]) -> torch.Tensor:
 
 
 def broken_documents(batch: Batch) -> list[str]:
-    """Ids of the documents in rows whose activations are not all finite."""
+    """Ids of the documents in rows of the batch whose activations are not all finite."""
     whole = torch.ones(len(batch.weights), dtype=torch.bool, device=batch.weights.device)
     pairs = [tensor for pair in batch.texts.kv.values() for tensor in pair]
     for tensor in (batch.texts.hidden, batch.teacher_logprobs, *pairs):
@@ -142,12 +143,12 @@ class AnchorLoader:
     Args:
         documents: the conversations' activations.
         batch_size: conversations a batch, of a process.
-        anchors: training rows drawn of each conversation.
+        anchors: drawn of each conversation; fewer where it has fewer rows to draft from.
         rounds: K.
         seed: of the order and the anchors.
         pack_tokens: conversations share rows of so many tokens; None: a row each.
         rank, world_size: each process reads its own share of every global batch.
-        later_anchors: anchors of each conversation that go on beyond the first round; None: all.
+        later_anchors: how many of them go on beyond the first round; None: all.
     """
 
     def __init__(

@@ -50,7 +50,7 @@ class Document:
     teacher_ids: torch.Tensor
     """[T, k] int32: the target's top tokens after position t, best first."""
     teacher_logprobs: torch.Tensor
-    """[T, k] float32 at temperature 1. Rows before which nothing is to be learnt hold zeros: those
+    """[T, k] float32 at temperature 1. Rows from which nothing is to be learned hold zeros: those
     whose next token `loss_mask` leaves out.
 
     Of a text recorded while it was written the last row of all activations holds zeros too: the
@@ -87,8 +87,8 @@ class Entry:
     temperature: float | None
     """At which the target wrote it; 0 greedy, None not known."""
     top_k_mass: float | None
-    """Mean probability that the stored top k tokens hold, over the taught rows; None: not known,
-    or no row is taught."""
+    """Mean probability that the stored top k tokens hold, over the rows whose next token the target
+    wrote; None: not known, or there is no such row."""
 
 
 NOTED = {"target", "chat_template_kwargs"}

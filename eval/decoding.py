@@ -1,5 +1,5 @@
 """Plain and assisted decoding with transformers' `generate`, one prompt at a time: the decoders
-that are compared, and where their texts part.
+that are compared, and where their texts diverge.
 
 Target forwards are counted where they happen, by a hook on the target.
 
@@ -284,7 +284,7 @@ AT_A_TIME = (1, 5)  # rows of the forwards that plain decoding and a verificatio
 
 @dataclass(frozen=True)
 class Divergence:
-    """What the target thinks where two texts part."""
+    """What the target says where two texts diverge."""
 
     top2_logit_gap: float
     """Between its two best tokens, in one forward over the whole text."""
@@ -316,8 +316,8 @@ def divergence(plain: list[int], assisted: list[int]) -> int | None:
 def explain_divergence(
     target: Target, prompt_ids: list[int], plain: list[int], assisted: list[int]
 ) -> Divergence | None:
-    """Where and why two greedy texts part, of which these are the new tokens; None: they are equal.
-    The target is in the dtype that they were decoded in."""
+    """Where and why two greedy texts diverge, of which these are the new tokens; None: they are
+    equal. The target is in the dtype that they were decoded in."""
     if (at := divergence(plain, assisted)) is None:
         return None
     ids = prompt_ids + plain[:at]

@@ -153,7 +153,7 @@ def _drafts(
 
 @dataclass(frozen=True)
 class ReplayedText:
-    """One text."""
+    """One text, and the counts of the rounds replayed over it."""
 
     id: str
     category: str

@@ -2,7 +2,8 @@
 rules for how many tokens to draft in a round.
 
 Loop, caches, logits processors and stopping criteria are those of `generate`; only the drafts come
-from here, and on a CPU the order of the loops by which a verification multiplies (`few_rows`).
+from here, and on a CPU the order of the loops by which a verification multiplies
+(`fast_small_batch_linear`).
 The head sees clean KV (`CleanKV`). Greedy drafts are its argmaxes. Where the target samples the
 head samples too, and hands out what it drew from: what speculative sampling (Leviathan et al. 2023,
 arXiv 2211.17192) asks for to be lossless. Drafts that are no samples, those looked up, go without
@@ -13,7 +14,7 @@ Speedup at K draft tokens is tau / (K*c + v(K)), in steps of the target (c a dra
 the verification of K draft tokens, tau the tokens emitted). A longer draft pays while what it adds
 to tau is worth more than what it costs.
 
-Letters: K draft tokens of a round, k of them drafted so far.
+Letters: K draft tokens of a round, k of them drafted so far, V vocabulary, n tokens of the text.
 """
 
 import copy

@@ -30,7 +30,7 @@ Embed: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Texts(NamedTuple):
-    """What the target left of B texts, or of several that are packed into a row."""
+    """What the target left behind of the texts in B rows: one text in each, or several, packed."""
 
     hidden: torch.Tensor
     """[B, T, D] post-norm hidden states."""
@@ -43,7 +43,7 @@ class Texts(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """The rows of them that are drafted from, and what each round reads there."""
+    """The positions of `Texts` that are drafted from, and what each round reads there."""
 
     at: torch.Tensor
     """[B, R] index of the row of t."""
@@ -52,10 +52,10 @@ class Rows(NamedTuple):
     tokens: torch.Tensor
     """[B, R, K] x_{t+1} .. x_{t+K}."""
     multi_step: torch.Tensor
-    """[B, S] which of the R rows go on beyond the first round; -1 fills up."""
+    """[B, S] which of the R, by number, go on beyond the first round; -1 fills up."""
 
     def going_on(self) -> "Rows":
-        """Those that go on, S in place of R."""
+        """Those that go on beyond the first round, S in place of R."""
         at, starts, tokens = (select(one, self.multi_step) for one in self[:3])
         return Rows(at, starts, tokens, self.multi_step)
 
@@ -88,8 +88,8 @@ def row_masks(rows: Rows, kv_len: int, sliding_window: int) -> dict[str, torch.T
 
 def positions_of(rows: Rows, position: RopePosition) -> torch.Tensor:
     """[B, R] RoPE positions of the drafts: of the newest token as in transformers and llama.cpp, or
-    one earlier as in vLLM. Of both: every second row of a text either way, however texts are dealt
-    over batches and processes or packed."""
+    one earlier as in vLLM. With "both", the rows of a text take turns by whether t is odd, so that
+    it does not matter how texts are dealt over batches and processes, or packed."""
     t = rows.at - rows.starts
     match position:
         case "newest":
@@ -101,7 +101,7 @@ def positions_of(rows: Rows, position: RopePosition) -> torch.Tensor:
 
 
 def served_position(position: RopePosition) -> RopePosition:
-    """Where a decoder puts the drafts of a head trained so; of both: transformers' place."""
+    """Where a decoder puts the drafts of a head trained so; "both": where transformers does."""
     return "one_earlier" if position == "one_earlier" else "newest"
 
 
@@ -116,7 +116,8 @@ class DraftHead(nn.Module):
 
     Args:
         assistant: from `build_assistant`, its table frozen.
-        projection: [D, H] start of the low-rank tie; None for a head as wide as its target.
+        projection: [D, H] start of the low-rank tie; None for a head as wide as its target, or
+            with a table of its own.
     """
 
     def __init__(self, assistant: Assistant, projection: torch.Tensor | None = None):
@@ -130,8 +131,8 @@ class DraftHead(nn.Module):
         """Run K rounds over the same rows.
 
         Args:
-            texts: their keys and values in the dtype to compute in.
-            rows: of them.
+            texts: with keys and values in the dtype to compute in.
+            rows: of these texts.
             embed: `Target.embed`.
             position: where drafts stand.
 

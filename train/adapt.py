@@ -423,9 +423,10 @@ def _conversations(a: Adaptation, config: Config, prompts: Any, notes: StageCach
     left = _left(a, notes)
     if left < 60:
         raise ValueError(
-            f"a budget of {a.budget_minutes:g} minutes is not enough: measuring takes "
-            f"{sum(notes.seconds.values()) / 60:.1f} of them; give more, --budget 15m, or "
-            "hold fewer prompts out, --held-out 16"
+            f"a budget of {a.budget_minutes:g} minutes is not enough: measuring took "
+            f"{sum(notes.seconds.values()) / 60:.1f} of them, and what it takes again after the "
+            "training leaves less than one minute to train; give more than that, such as --budget "
+            f"15m, or hold out fewer prompts than --held-out {a.held_out}"
         )
     size = d.generation_batch_size
     return max(1, round(ANSWERING * left / each / size)) * size

@@ -115,7 +115,7 @@ def advice(compared: dict[str, Any]) -> str:
     if _lost_by_chance(domain):
         return (
             f"{now}, and at {_length(domain['reference'])} on its own target: chance explains the "
-            "difference, so that there may be little to win back, if something to gain."
+            "difference, so that little may have been lost. Training on may still gain something."
         )
     share = -lost / (before - 1)
     return (

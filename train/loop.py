@@ -29,13 +29,14 @@ def train_head(
     config: Config,
     accelerator: Accelerator,
 ) -> None:
-    """Train until the steps, the time or the gains end; the best head is then in head/.
+    """Train until the steps are done, the time is up or validations gain no more; the best head is
+    then in head/.
 
     Args:
         state: of the run; it changes in place.
-        likely: as of `start_run`.
+        likely: [V] bool, tokens that are candidates in every step, from `start_run`.
         target: that the head is trained for.
-        training, validation: its activations.
+        training, validation: its activations over conversations, the latter held out.
         config: of the run.
         accelerator: of the launch.
 

@@ -101,12 +101,12 @@ def draw_candidates(kept: torch.Tensor, negatives: int, generator: torch.Generat
 
 @dataclass(frozen=True)
 class Teacher:
-    """What the target says at N rows."""
+    """What the target says where N drafts are made."""
 
     hidden: torch.Tensor
-    """[P, D] post-norm hidden states; several rows may be taught at one position."""
+    """[P, D] post-norm hidden states; several drafts may learn from one position."""
     at: torch.Tensor
-    """[N] the position of each row."""
+    """[N] which of the P positions each draft learns from."""
     ids: torch.Tensor
     """[N, k] its best tokens there, best first."""
     logprobs: torch.Tensor
@@ -114,7 +114,7 @@ class Teacher:
 
 
 class RowResults(NamedTuple):
-    """What an objective says of N rows."""
+    """What an objective says of N drafts."""
 
     losses: torch.Tensor
     """[N] float32, with a gradient."""
@@ -141,7 +141,7 @@ def sparse_losses(
     Args:
         states: [N, width] whose product with `draft_table` is the draft's logits.
         target: for its table and soft cap.
-        teacher: of the N rows.
+        teacher: of the N drafts.
         candidates: those of the step; `teacher.ids` are among them.
         objective: any of `OBJECTIVES`.
         temperature: of both distributions.
@@ -150,7 +150,7 @@ def sparse_losses(
     """
     target_rows = target.table[candidates.ids]
     table, log_weights = draft_table[candidates.ids].to(dtype), candidates.weights.log()
-    # Once a position, not once a row: the rounds of neighboring anchors are taught at the same.
+    # Once a position, not once a draft: the rounds of neighboring anchors learn from the same.
     said = target.logits(teacher.hidden, target_rows)  # [P, C]
 
     def loss_of(states: torch.Tensor, rows: slice) -> RowResults:

@@ -331,6 +331,8 @@ class RunView:
     steps: int
     """Optimizer steps that the configuration asks for."""
     metrics: list[dict[str, Any]]
+    summarized: dict[str, Any] | None = None
+    """`best` of summary.json, once training has ended."""
 
     @property
     def step(self) -> int:
@@ -339,7 +341,10 @@ class RunView:
 
     @property
     def best(self) -> dict[str, Any] | None:
-        """The validation with the greatest acceptance length."""
+        """The validation of the head in head/. Once training has ended it is that of summary.json,
+        which has its ordered embeddings, and step 0 where no step was better than the start."""
+        if self.summarized is not None:
+            return self.summarized
         validated = [row for row in self.metrics if "acceptance_length" in row]
         return max(validated, key=lambda row: row["acceptance_length"], default=None)
 
@@ -356,7 +361,22 @@ def read_run(folder: Path) -> RunView:
     Raises:
         ValueError: it holds no run, or a file of it is damaged.
     """
-    return RunView(folder, read_status(folder), read_steps(folder), read_metrics(folder))
+    status = read_status(folder)
+    trained = status["state"] == "finished" or status["doing"] == "evaluating"
+    best = _summarized_best(folder) if trained else None
+    return RunView(folder, status, read_steps(folder), read_metrics(folder), best)
+
+
+def _summarized_best(folder: Path) -> dict[str, Any] | None:
+    path = folder / "summary.json"
+    if not path.is_file():
+        return None
+    try:
+        best: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["best"]
+        summary_text(best | {"step": int(best["step"])})
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged ({_reason(error)})") from error
+    return best
 
 
 def find_runs(root: Path) -> tuple[list[RunView], dict[Path, str]]:
@@ -460,9 +480,10 @@ def plot_run(folder: Path) -> Path:
         points = [row["step"] for row in validated], [row["acceptance_length"] for row in validated]
         acceptance.plot(*points, marker="o", label="held out, simulated")
     if best := view.best:
+        drawn = best.get("dense_acceptance_length", best["acceptance_length"])  # as validated
         acceptance.annotate(
-            f"{best['acceptance_length']:.3f}",
-            (best["step"], best["acceptance_length"]),
+            f"{drawn:.3f}",
+            (best["step"], drawn),
             textcoords="offset points",
             xytext=(0, 8),
             ha="center",

@@ -146,7 +146,7 @@ def build_head(
     Args:
         target: frozen.
         config: the whole run.
-        taught: what the target said in the training text, from `sample_teacher_rows`.
+        samples: what the target said in the training text, from `sample_teacher_rows`.
         validation: read to say how good the start of a low-rank tie is.
         resumed: a checkpoint is about to fill the head, so that nothing needs a start.
 

@@ -1,7 +1,9 @@
-"""What one batch adds to the loss and the metrics: sums, divided once after the reduction.
+"""One optimizer step: each batch adds to the loss and the metrics as sums, which are divided once,
+after the reduction over processes; the learning rate; and what is said where a loss is not finite.
 
-Letters: B conversations, R anchors of each, S of them beyond the first round, K rounds, N drafts
-(one anchor in one round each), D target width, H head width, k teacher tokens.
+Letters: B rows of keys and values, each of one conversation or of several that are packed, R
+anchors (places that drafts begin from) in each, K rounds, N drafts (one anchor in one round each),
+V vocabulary.
 """
 
 import math
@@ -39,7 +41,7 @@ class BatchDrafts:
     anchor: torch.Tensor
     """[N] index into the B x R anchors."""
     states: torch.Tensor
-    """[N, D] whose product with the head's `draft_table` is the draft's logits."""
+    """[N, width] whose product with the head's `draft_table` [V, width] is the draft's logits."""
     teacher: Teacher
 
 
@@ -55,7 +57,7 @@ def draft_batch(
     Args:
         model: a `DraftHead`, wrapped or not.
         target: for its embeddings.
-        batch: B conversations, R anchors of each, K rounds.
+        batch: B rows of keys and values, R anchors in each, K rounds.
         dtype: of the shared KV; with bfloat16 under autocast, the weights staying float32.
         position: where the drafts stand.
     """
@@ -80,7 +82,8 @@ def draft_batch(
 
 
 def _teacher(batch: Batch, anchor: torch.Tensor, round_: torch.Tensor) -> Teacher:
-    """The target at KV row t + k for round k (from 1) of the anchor at row t."""
+    """What the target says at row t + k of its texts, of draft k (from 1) of the anchor at row t:
+    `round_` counts from 0."""
     hidden, anchors = batch.texts.hidden, batch.rows.at
     row = anchors.flatten()[anchor] + round_ + 1
     conversation, length = anchor // anchors.shape[1], hidden.shape[1]
@@ -130,7 +133,7 @@ def batch_sums(
     Args:
         model: a `DraftHead`, wrapped or not.
         target: for its embeddings and table.
-        batch: B conversations, R anchors of each, K rounds.
+        batch: B rows of keys and values, R anchors in each, K rounds.
         c: objective, temperature, unroll, weights of the rounds, precision.
         candidates: that the softmax runs over, from `step_candidates`; None: the whole vocabulary.
 
@@ -209,9 +212,9 @@ def optimizer_step(
 
     Returns:
         Over all batches and processes: `loss`, the mean over the drafts, each with the weight of
-        its round; `batch_acceptance_length`, over the rows of the step, drafts compared over its
-        candidates alone, for watching; `learning_rate`; `grad_norm` before it was clipped; `rows`,
-        the anchors; `stop`, the signals.
+        its round; `batch_acceptance_length`, over the anchors of the step that go on beyond the
+        first round, drafts compared over its candidates alone, for watching; `learning_rate`;
+        `grad_norm` before it was clipped; `rows`, the anchors; `stop`, the number of signals.
 
     Raises:
         Diverged: a loss or a gradient is not finite; the step is not taken.
@@ -221,7 +224,7 @@ def optimizer_step(
     rate = learning_rate(step, c.steps, c.warmup_steps, c.learning_rate, spent)
     for group in state.optimizer.param_groups:
         group["lr"] = rate
-    # One mean over all rows of the step, whatever batch and process they are in.
+    # One mean over all drafts of the step, whatever batch and process they are in.
     weight = torch.stack([loss_weight(batch, c.round_decay) for batch in batches]).sum()
     denominator = accelerator.reduce(weight).clamp_min(1e-6)
     seed = config.run.seed * 1_000_003 + step

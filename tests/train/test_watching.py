@@ -3,6 +3,7 @@ Weights & Biases gets of them."""
 
 import json
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -165,6 +166,18 @@ def test_summary_and_status_agree_with_the_metrics(root: Path) -> None:
     assert summary["best"]["step"] == view.best["step"]
     assert view.status["doing"] == "training"
     assert view.status["started"] <= view.status["ended"]
+
+
+def test_the_best_of_a_run_is_the_head_that_is_kept(root: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(root / "good", run)
+    content = json.loads((run / "summary.json").read_text())
+    kept = {"step": 0, "acceptance_length": 3.5}  # a finished head that no step was better than
+    (run / "summary.json").write_text(json.dumps(content | {"best": kept}))
+    assert read_run(run).best == kept
+    (run / "summary.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"summary\.json is damaged"):
+        read_run(run)
 
 
 def test_the_bar_and_a_validation_say_the_figures_of_their_row() -> None:
