@@ -232,7 +232,9 @@ def _answered(
     jobs = make_jobs(prompts, sampling, target, data)
     extracted = not data.online
     settings = conversation_settings(jobs, target, data, seed, extracted)
-    folder = _cache(data) / "conversations" / stable_hash(settings)
+    # What loads the target again is noted, but names no other conversations.
+    named = {key: value for key, value in settings.items() if key != "config"}
+    folder = _cache(data) / "conversations" / stable_hash(named)
     regenerate(
         target,
         jobs,

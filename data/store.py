@@ -91,7 +91,7 @@ class Entry:
     wrote; None: not known, or there is no such row."""
 
 
-NOTED = {"target", "chat_template_kwargs"}
+NOTED = {"target", "config", "chat_template_kwargs"}
 """What a store says of itself and a shard need not: a name may change, its fingerprint not; and the
 tokens are what variables of the template have made of them."""
 
@@ -101,6 +101,7 @@ def shard_settings(target: Target, top_k: int, storage: Storage) -> dict[str, An
     return {
         "format": FORMAT,
         "target": target.name,
+        "config": target.settings,
         "fingerprint": target.fingerprint,
         "tokenizer": target.tokenizer_hash,
         "dtype": str(target.table.dtype).removeprefix("torch."),

@@ -14,9 +14,11 @@ from headstart.data.conversations import Conversation, answered, tokens_when_cut
 from headstart.data.extraction import OnlineActivations, extract
 from headstart.data.loader import AnchorLoader
 from headstart.data.store import ActivationStore, bytes_per_token
+from headstart.heads.loading import load_target, noted_target
 from headstart.heads.target import Target
 from headstart.train.start import build_head, sample_teacher_rows
 from headstart.train.step import batch_sums
+from tests.helpers.checkpoints import make_adapter
 from tests.helpers.heads import candidates_of
 from tests.helpers.models import make_target
 from tests.helpers.prompts import conversations
@@ -60,6 +62,14 @@ def test_what_is_stored_is_what_one_clean_forward_gives(target: Target, tmp_path
         assert torch.equal(document.teacher_ids[taught].long(), best.indices[taught])
         untaught = document.teacher_logprobs[[0, 1, 2, 3, -1]]
         assert not untaught.any(), "the LM head does not run where nothing is to be learnt"
+
+
+def test_a_store_notes_what_loads_its_target_again(tmp_path: Path) -> None:
+    """Its name alone does not tell an adapter from a folder that has a plus in its name."""
+    adapter = make_adapter(tmp_path / "adapter")
+    target = load_target("tiny-gemma4", "float32", adapters=[adapter])
+    store = extract_all(target, conversations(1), tmp_path / "store")
+    assert noted_target(store.settings, "target").adapters == [adapter]
 
 
 def test_the_index_says_what_mass_the_top_k_hold(tiny: Target, tmp_path: Path) -> None:

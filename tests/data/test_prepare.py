@@ -69,6 +69,18 @@ def test_the_online_mode_trains_on_prompts_and_stores_no_activations(tmp_path: P
         assert online["loss"] == pytest.approx(on_disk["loss"], abs=1e-3)
 
 
+def test_answers_are_found_again_whatever_is_noted_of_loading_their_target(tmp_path: Path) -> None:
+    """Those of earlier versions too, which noted nothing: a run that goes on asks nothing again."""
+    target, cache = load_target("tiny-gemma4", "float32"), tmp_path / "cache"
+    few = ["data.num_conversations=4", "data.validation_conversations=1", "data.max_new_tokens=4"]
+    config = small(tmp_path / "none", f"data.cache_dir={cache}", *few)
+    found = []
+    for target.settings in ({"name": "tiny-gemma4"}, None):
+        prepare_documents(target, config.data, config.run.seed, None)
+        found.append(sorted(path.name for path in (cache / "conversations").iterdir()))
+    assert found[0] == found[1] != []
+
+
 def test_packing_changes_no_step(stored: Path, tmp_path: Path) -> None:
     """With the whole vocabulary as candidates nothing depends on the order of the rows."""
     everything = ["train.negatives=20000", f"data.store={stored}"]
