@@ -100,4 +100,4 @@ def status_text(row: dict[str, Any], best: float, steps_per_second: float | None
     """What the progress bar says beside the steps."""
     text = f"loss {row['loss']:.3f} accept {row['batch_acceptance_length']:.2f}"
     held_out = f" held out {best:.2f}" if best else ""
-    return f"{text}{held_out} {row['rows'] * (steps_per_second or 0):.0f} tok/s"
+    return f"{text}{held_out} {row['rows'] * (steps_per_second or 0):.0f} anchors/s"

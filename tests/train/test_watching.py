@@ -182,8 +182,8 @@ def test_the_best_of_a_run_is_the_head_that_is_kept(root: Path, tmp_path: Path) 
 
 def test_the_bar_and_a_validation_say_the_figures_of_their_row() -> None:
     row = {"loss": 1.25, "batch_acceptance_length": 1.5, "rows": 64}
-    assert loop.status_text(row, 0.0, None) == "loss 1.250 accept 1.50 0 tok/s"
-    assert loop.status_text(row, 1.75, 2.5) == "loss 1.250 accept 1.50 held out 1.75 160 tok/s"
+    assert loop.status_text(row, 0.0, None) == "loss 1.250 accept 1.50 0 anchors/s"
+    assert loop.status_text(row, 1.75, 2.5) == "loss 1.250 accept 1.50 held out 1.75 160 anchors/s"
     tops = RecallCounts.tops()
     recall = {kind: {top: i / 8 for i, top in enumerate(tops)} for kind in ("argmax", "mass")}
     found = {"acceptance_length": 1.5, "dense_acceptance_length": 1.625, "recall": recall}
