@@ -34,14 +34,10 @@ def load_config(path: str | Path | None, overrides: Sequence[Override] = ()) -> 
     tree = {"eval": None} if path is None else _read_tree(Path(path))
     for override in overrides:
         _apply(tree, override)
-    return _resolved(tree, path or "the settings")
-
-
-def _resolved(tree: dict[str, Any], name: str | Path) -> Config:
     try:
         config = Config.model_validate(tree)
     except ValidationError as error:
-        raise ValueError(f"{name}: {explain_all(error, Config)}") from error
+        raise ValueError(f"{path or 'the settings'}: {explain_all(error, Config)}") from error
     return _without_auto(config)
 
 
@@ -60,11 +56,7 @@ def load_saved(path: Path) -> Config:
     missing = [name for name in Config.model_fields if name not in sections]
     if missing or not path.read_bytes().endswith(b"\n"):
         raise ValueError(f"{path} was cut short{f': it has no {missing[0]}' if missing else ''}")
-    for (section, key), neutral in GONE.items():
-        settings = sections[section]
-        if isinstance(settings, dict) and key in settings and settings[key] == neutral:
-            del settings[key]
-    return _resolved(sections, path)
+    return load_config(path)
 
 
 def _without_auto(config: Config) -> Config:
@@ -81,6 +73,10 @@ def _without_auto(config: Config) -> Config:
 
 def _read_tree(path: Path) -> dict[str, Any]:
     tree = read_yaml(path, Config)
+    for (section, key), neutral in GONE.items():
+        settings = tree.get(section)
+        if isinstance(settings, dict) and key in settings and settings[key] == neutral:
+            del settings[key]
     run = tree.setdefault("run", {})
     if isinstance(run, dict):
         run.setdefault("dir", f"runs/{path.stem}")

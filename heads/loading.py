@@ -320,10 +320,9 @@ def noted_target(note: Mapping[str, Any], name: str = "name") -> TargetConfig:
     Raises:
         ValueError: it notes what is no target.
     """
-    settings = note.get("config") or {"name": note[name], "revision": note.get("revision")}
-    if isinstance(settings, dict):
-        settings = {key: value for key, value in settings.items() if key in NOTED}
-    return TargetConfig.model_validate(settings)
+    with reading("the note of a target", "is none"):
+        settings = note.get("config") or {"name": note[name], "revision": note.get("revision")}
+        return TargetConfig.model_validate({k: v for k, v in settings.items() if k in NOTED})
 
 
 def _quantization_arguments(

@@ -15,7 +15,7 @@ from headstart.data.prepare import prepare_documents
 from headstart.eval.asked import asked_by_run
 from headstart.eval.report import run_evaluation
 from headstart.heads.loading import load_served, open_target
-from headstart.heads.saving import load_assistant
+from headstart.heads.saving import load_assistant, load_assistant_config, rope_position
 from headstart.train.loop import train_head
 from headstart.train.ordering import order_best
 from headstart.train.run_folder import (
@@ -83,6 +83,8 @@ def train(config: Config, resume: bool = False) -> None:
 def _train(config: Config, resume: bool, accelerator: Accelerator) -> None:
     run, seed = config.run.dir, config.run.seed
     set_seed(seed)
+    if config.head.warm:  # refused before anything is answered
+        rope_position(load_assistant_config(config.head.start))
     target = open_target(config.target, accelerator.device)
     held_out = config.eval.prompts if config.eval else None
     training, validation = prepare_documents(target, config.data, seed, held_out)

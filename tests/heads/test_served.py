@@ -166,3 +166,9 @@ def test_combinations_that_cannot_be_raise() -> None:
         TargetConfig(sharded=True, quantization="torchao-int8")
     with pytest.raises(ValueError, match="has none to read"):
         load_target("tiny-gemma4", "float32", quantization="bnb-nf4")
+
+
+@pytest.mark.parametrize("note", [{}, {"name": 3}, {"name": "x", "config": ["y"]}, "x"])
+def test_a_note_that_is_none_of_a_target_is_refused(note: Any) -> None:
+    with pytest.raises(ValueError, match="note of a target"):
+        noted_target(note)

@@ -1,5 +1,6 @@
 """Training that goes on from a finished head: narrow with clusters, as Google's, or full-width."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -84,3 +85,16 @@ def test_a_head_of_another_target_is_refused(tmp_path: Path) -> None:
 def test_its_shapes_are_its_own() -> None:
     with pytest.raises(ValueError, match="hidden_size is that of the head in start"):
         HeadConfig(start="ORG/head", hidden_size=256)
+
+
+def test_a_head_that_does_not_say_where_its_drafts_stood_is_refused_before_any_answer(
+    tiny: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = finished(tiny, tmp_path / "head", FULL)
+    path = Path(folder) / "config.json"
+    config = json.loads(path.read_text()) | {"headstart_target": {"name": "tiny-gemma4"}}
+    config.pop("headstart_rope_position", None)
+    path.write_text(json.dumps(config))
+    monkeypatch.setattr("headstart.train.run.open_target", None)
+    with pytest.raises(ValueError, match="headstart_rope_position"):
+        train(tiny_config(tmp_path / "run", f"head.start={folder}", "head.num_centroids=null"))
