@@ -41,13 +41,6 @@ def test_a_builtin_set_takes_the_settings_of_any_source() -> None:
     assert len(load_prompts(SourceConfig(path="builtin:chat_train", limit=3))) == 3
 
 
-def test_a_builtin_name_reads_no_file_of_the_current_folder(empty: Path) -> None:
-    (empty / "data" / "prompts").mkdir(parents=True)
-    for path in ("builtin:text_eval", "data/prompts/text_eval.jsonl", "text_eval.jsonl"):
-        (empty / path).write_text('{"prompt": "of a stranger"}\n')
-    assert len(load_prompt_set("builtin:text_eval")) == 80
-
-
 @pytest.mark.parametrize("name", ["builtin:txt_eval", "builtin:", "builtin:../prompts/text_eval"])
 def test_an_unknown_builtin_set_is_refused_with_the_names_of_all(name: str) -> None:
     for load in (load_prompts, load_prompt_set):
