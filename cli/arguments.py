@@ -3,7 +3,6 @@
 import argparse
 import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, get_args
 
 
@@ -137,8 +136,9 @@ def add_config_arguments(parser: argparse.ArgumentParser, required: bool = False
     """
     default = "" if required else " (default: the built-in defaults)"
     parser.add_argument(
-        "--config", required=required, type=Path, metavar="FILE", help=f"run YAML{default}"
-    )
+        "--config", required=required, metavar="NAME|FILE",
+        help=f"a recipe by its name (headstart configs list), or a run YAML{default}",
+    )  # fmt: skip
     parser.add_argument(
         "overrides",
         nargs="*",

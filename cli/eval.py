@@ -37,7 +37,7 @@ def _add_eval(commands: Any) -> None:
         description="Decode prompts with transformers' generate, plainly and with drafts in turn, "
         "and report acceptance, speedup and what to use: report.json, report.md, report.html.",
         epilog="example: headstart eval --target gemma3-270m --head runs/quickstart/head "
-        "--prompts data/prompts/text_eval.jsonl --num-assistant-tokens 2,4 --out report/",
+        "--prompts builtin:text_eval --num-assistant-tokens 2,4 --out report/",
     )
     add = evaluate.add_argument
     add("--target", required=True, help="gemma3-270m, a folder, a Hub id or a GGUF file")
@@ -54,8 +54,9 @@ def _add_eval(commands: Any) -> None:
     texts = evaluate.add_mutually_exclusive_group(required=True)
     texts.add_argument(
         "--prompts", metavar="SET",
-        help="a file, a Hub dataset, or spec-bench, mt-bench, humaneval, gsm8k, mbpp, speed-bench "
-        "(from the Hub; NAME=FILE from the set's own file)",
+        help="a file, a Hub dataset, builtin:text_eval, builtin:chat_eval, or spec-bench, "
+        "mt-bench, humaneval, gsm8k, mbpp, speed-bench (from the Hub; NAME=FILE from the set's own "
+        "file)",
     )  # fmt: skip
     texts.add_argument(
         "--simulate", type=Path, metavar="STORE",
@@ -178,8 +179,8 @@ def add_check_command(commands: Any) -> None:
     )  # fmt: skip
     add(
         "--prompts", action="append", default=[], metavar="SET",
-        help="prompts or conversations: a file, a folder, a Hub dataset or a benchmark's name; may "
-        "come again",
+        help="prompts or conversations: a file, a folder, a Hub dataset, builtin:NAME or a "
+        "benchmark's name; may come again",
     )  # fmt: skip
     add_config_arguments(check)
     check.set_defaults(command=_run_check)

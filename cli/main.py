@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from headstart.cli.arguments import Parser, add_config_arguments
+from headstart.cli.configs import add_configs_commands
 from headstart.cli.data import add_data_commands
 from headstart.cli.eval import add_check_command, add_eval_commands
 from headstart.cli.heads import add_heads_commands
@@ -123,12 +124,12 @@ def _parser() -> argparse.ArgumentParser:
         help="distill a draft head for a target, then measure it",
         description="Distill a draft head for a frozen target into a run folder, then measure it. "
         "`accelerate launch train.py` with the same arguments runs the same code.",
-        epilog="example: headstart train --config configs/quickstart.yaml train.steps=300 "
-        "run.dir=runs/mine",
+        epilog="example: headstart train --config quickstart train.steps=300 run.dir=runs/mine",
     )
     _add_train_arguments(train)
     train.set_defaults(command=_run_train)
 
+    add_configs_commands(commands)
     add_check_command(commands)
     add_data_commands(commands)
     add_heads_commands(commands)

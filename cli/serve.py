@@ -138,8 +138,8 @@ def add_serving_commands(commands: Any) -> None:
     add_target_arguments(check)
     add("--head", required=True, metavar="HEAD", help="folder or Hub id of a draft head")
     add(
-        "--prompts", default="data/prompts/text_eval.jsonl", metavar="SET",
-        help="a set's name, a file or a Hub dataset (default data/prompts/text_eval.jsonl)",
+        "--prompts", default="builtin:text_eval", metavar="SET",
+        help="a set's name, a file or a Hub dataset (default builtin:text_eval)",
     )  # fmt: skip
     add("--limit", type=count, default=16, metavar="M", help="prompts (default 16)")
     add("--num-assistant-tokens", type=count, default=4, metavar="K", help="(default 4)")

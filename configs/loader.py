@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from headstart.common import machine
+from headstart.configs.recipes import find_config
 from headstart.configs.schema import Config
 
 Override: TypeAlias = str | tuple[str, Any]
@@ -23,7 +24,7 @@ def load_config(path: str | Path | None, overrides: Sequence[Override] = ()) -> 
     """Read a run configuration.
 
     Args:
-        path: YAML file; None: defaults, and no evaluation.
+        path: YAML file, or the name of a recipe; None: defaults, and no evaluation.
         overrides: later ones win. Of text, a value is taken as it stands where the setting is a
             text or a path, and read as YAML elsewhere.
 
@@ -31,7 +32,7 @@ def load_config(path: str | Path | None, overrides: Sequence[Override] = ()) -> 
         ValueError: the file is missing or malformed, a key does not exist (the nearest valid key
             is named), a value has the wrong type, or a combination cannot work.
     """
-    tree = {"eval": None} if path is None else _read_tree(Path(path))
+    tree = {"eval": None} if path is None else _read_tree(find_config(path))
     for override in overrides:
         _apply(tree, override)
     try:

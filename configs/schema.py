@@ -175,8 +175,9 @@ class SourceConfig(Section):
     """Where prompts, or whole conversations, come from. A bare string in YAML is its `path`."""
 
     path: Place
-    """A local file (JSONL, Parquet, Arrow, CSV or plain text), a folder or glob of such files, or
-    the id of a Hugging Face dataset."""
+    """A local file (JSONL, Parquet, Arrow, CSV or plain text), a folder or glob of such files, the
+    id of a Hugging Face dataset, or `builtin:NAME` of prompts that come with Headstart:
+    `chat_train`, `chat_eval`, `text_train`, `text_eval`, or a pattern such as `*_eval`."""
     name: str | None = None
     """Configuration of a Hub dataset that has several."""
     split: str = "train"
@@ -200,7 +201,7 @@ class SourceConfig(Section):
 
 
 class DataConfig(Section):
-    prompts: list[SourceConfig] = [SourceConfig(path="data/prompts/text_train.jsonl")]
+    prompts: list[SourceConfig] = [SourceConfig(path="builtin:text_train")]
     """Sources of training prompts, one or a list; the target writes the responses."""
     conversations: Folder | None = None
     """Folder of `headstart regenerate`: its conversations are trained on, none are generated."""
@@ -376,9 +377,9 @@ model of the same vocabulary through the stock generator."""
 
 
 class EvalConfig(Section):
-    prompts: Place = "data/prompts/text_eval.jsonl"
-    """Held-out prompts: a file, a Hub dataset, or a set by its name, such as `spec-bench`
-    (docs/data.md)."""
+    prompts: Place = "builtin:text_eval"
+    """Held-out prompts: a file, a Hub dataset, or a set by its name, such as `builtin:text_eval`
+    or `spec-bench` (docs/data.md)."""
     num_assistant_tokens: list[PositiveInt] = [2, 4]
     """Draft lengths K to measure."""
     decoders: list[Decoder] = ["transformers", "exact"]

@@ -24,7 +24,7 @@ from headstart.data.rows import (
     unused_columns,
     user_turns,
 )
-from headstart.data.sources import HUB_ID, Place, Row, read_rows
+from headstart.data.sources import BUILTIN, HUB_ID, Place, Row, builtin_sets, read_rows
 
 HOPELESS = 1000
 """Bad rows without a single usable one after which nothing more is read."""
@@ -435,8 +435,10 @@ def load_prompt_set(name: str) -> list[Prompt]:
     """
     key, given, path = name.partition("=")
     if key not in SETS:
-        if not _is_there(name) and ("/" not in name or not HUB_ID.fullmatch(name)):
-            raise ValueError(f"no prompt file {name}, and no prompt set: {', '.join(SETS)}")
+        known = name.startswith(BUILTIN) or _is_there(name)
+        if not known and ("/" not in name or not HUB_ID.fullmatch(name)):
+            sets = ", ".join([*SETS, *builtin_sets()])
+            raise ValueError(f"no prompt file {name}, and no prompt set: {sets}")
         return load_prompts(name)
     chosen = SETS[key]
     try:

@@ -1,4 +1,5 @@
-"""Raw rows from any source: local files of several kinds, folders, globs, Hugging Face datasets.
+"""Raw rows from any source: local files of several kinds, folders, globs, Hugging Face datasets,
+and the prompts that come with Headstart.
 
 A row is a dict, or a string: the reason why this row is unusable. One bad row never fails its
 file; a file that cannot be read at all is a `ValueError`. Nothing is held in memory but the row
@@ -7,6 +8,7 @@ in hand (and the row group of a Parquet file).
 
 import codecs
 import csv
+import fnmatch
 import glob
 import gzip
 import io
@@ -15,6 +17,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from typing import IO, Any, TextIO
 
@@ -36,6 +39,11 @@ METADATA = {
 """Files that `datasets` and others write beside the data."""
 DELIMITERS = ",;\t|"
 """Of a CSV file, likelier ones first: where numbers have a decimal comma, Excel writes `;`."""
+
+BUILTIN = "builtin:"
+"""Begins the names of the prompts that come with Headstart: no file of that name is looked for."""
+IN_CHECKOUT = Path("data/prompts")
+"""Where a checkout has them. Runs made before they had names tell of them by these paths."""
 
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
@@ -63,6 +71,7 @@ class Place:
 def read_rows(source: SourceConfig) -> Iterator[tuple[Place, Row]]:
     """The rows of a source, in order, each with its place.
 
+    `builtin:NAME` are prompts that come with Headstart; a name may be a pattern, of several.
     A path that exists is read from disk: a file by its ending, a folder of `save_to_disk`, or the
     files of known endings under a folder or that a glob matches, sorted, without hidden ones and
     `METADATA`, which are counted. Anything else that does not look like a path is the id of a
@@ -72,7 +81,9 @@ def read_rows(source: SourceConfig) -> Iterator[tuple[Place, Row]]:
         ValueError: a source that is missing, of an unknown kind, or that cannot be loaded.
     """
     path = Path(source.path)
-    if _is_saved(path):
+    if source.path.startswith(BUILTIN):
+        yield from _builtin_rows(source.path)
+    elif _is_saved(path):
         yield from _saved_rows(path, source.split)
     elif path.exists() or glob.has_magic(source.path):
         for file in _files(path):
@@ -80,7 +91,37 @@ def read_rows(source: SourceConfig) -> Iterator[tuple[Place, Row]]:
     elif is_hub_dataset(source.path):
         yield from _hub_rows(source)
     else:
-        raise ValueError(f"no prompt file {source.path}")
+        name = builtin_name(source.path)
+        hint = "" if name == source.path else f": {name} comes with Headstart"
+        raise ValueError(f"no prompt file {source.path}{hint}")
+
+
+def builtin_sets() -> list[str]:
+    """The names of the prompts that come with Headstart, such as `builtin:chat_train`."""
+    files = (file.name for file in _shipped_prompts().iterdir())
+    return sorted(BUILTIN + Path(name).stem for name in files if name.endswith(".jsonl"))
+
+
+def builtin_name(path: str) -> str:
+    """The name of prompts that a path in a checkout stands for; any other path as it is."""
+    file = Path(path)
+    name = BUILTIN + file.stem
+    there = file == IN_CHECKOUT / f"{file.stem}.jsonl" and name in builtin_sets()
+    return name if there else path
+
+
+def _shipped_prompts() -> Any:
+    return resources.files("headstart.data") / "prompts"
+
+
+def _builtin_rows(name: str) -> Iterator[tuple[Place, Row]]:
+    chosen = fnmatch.filter(builtin_sets(), name)
+    if not chosen:
+        raise ValueError(f"no built-in prompts {name}: there are {', '.join(builtin_sets())}")
+    for one in chosen:
+        file = _shipped_prompts() / f"{one.removeprefix(BUILTIN)}.jsonl"
+        with resources.as_file(file) as path:
+            yield from _file_rows(path)
 
 
 def is_hub_dataset(path: str) -> bool:

@@ -1,7 +1,7 @@
 """The whole story on two CPU cores: tune Gemma 3 270M with LoRA on one kind of work, then let the
 draft head that fitted it follow.
 
-    headstart train --config configs/gemma3-270m.yaml        # or any head of the plain target
+    headstart train --config gemma3-270m                     # or any head of the plain target
     python examples/tune_and_adapt.py --head runs/gemma3-270m/head --domain math --steps 100
 
 The tuning is the few lines of `tune`; yours comes from wherever you tune. What follows it is one

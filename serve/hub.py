@@ -16,7 +16,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from headstart.common.console import print_once
 from headstart.configs.schema import TargetConfig
-from headstart.data.sources import is_hub_dataset
+from headstart.data.sources import IN_CHECKOUT, is_hub_dataset
 
 GEMMA_TERMS = {"license": "gemma", "license_link": "https://ai.google.dev/gemma/terms"}
 GOOGLES = "google/gemma-4-"  # begins the names of those that APACHE is of
@@ -75,7 +75,6 @@ def notice(license: dict[str, str], target: str) -> str | None:
 
 
 REVISION = re.compile(r"\w[\w./-]*")
-OURS = Path("data/prompts")  # of every checkout: its prompt sets are named so
 
 
 def is_hub_id(name: str) -> bool:
@@ -108,7 +107,8 @@ def is_local(name: str) -> bool:
     if is_private(name):
         return True
     on_the_hub = is_hub_dataset(name.partition("@")[0])  # models are named alike
-    return "/" in name and not on_the_hub and Path(name).parent != OURS
+    # Of every checkout, and `builtin:NAME` of every machine: names that tell nothing.
+    return "/" in name and not on_the_hub and Path(name).parent != IN_CHECKOUT
 
 
 def without_paths(value: Any, names: dict[str, str]) -> Any:

@@ -26,7 +26,7 @@ ABLATIONS = ROOT / "examples" / "ablations"
 def test_every_run_of_every_shipped_sweep_loads(path: Path) -> None:
     sweep = yaml.safe_load(path.read_text(encoding="utf-8"))
     for overrides in sweep["runs"].values():
-        load_config(ROOT / sweep["config"], [*sweep["overrides"], *overrides])
+        load_config(sweep["config"], [*sweep["overrides"], *overrides])
 
 
 def test_an_interrupted_sweep_goes_on_and_judges_heads_as_the_simulated_evaluation_does(

@@ -32,6 +32,7 @@ from headstart.common.files import (
 from headstart.common.machine import environment
 from headstart.configs.loader import dump_config, read_yaml
 from headstart.configs.schema import Config
+from headstart.data.sources import builtin_name
 from headstart.data.store import Documents
 from headstart.eval.acceptance import RecallCounts
 from headstart.heads.target import Target
@@ -205,6 +206,8 @@ def what_differs(earlier: Config, its_processes: int, now: Config, processes: in
 
 def _training_settings(config: Config, processes: int) -> dict[str, Any]:
     tree = config.model_dump(mode="json", exclude={"eval", "wandb"})
+    for source in tree["data"]["prompts"]:  # a set has one name, wherever a run tells of it
+        source["path"] = builtin_name(source["path"])
     settings = {f"{s}.{key}": v for s, section in tree.items() for key, v in section.items()}
     a_step = processes
     for key in _SHARES:

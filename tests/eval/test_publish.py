@@ -17,6 +17,7 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
 from headstart.cli.main import main
+from headstart.configs.loader import load_config
 from headstart.heads.loading import load_target
 from headstart.heads.saving import load_assistant
 from headstart.serve.hub import upload
@@ -141,11 +142,16 @@ def test_the_cards_own_snippet_drafts_without_headstart(finished_run: Path, tmp_
 
 
 def test_a_gemma_3_card_carries_googles_terms_and_a_snippet_that_runs(tmp_path: Path) -> None:
-    folder, prompts = tmp_path / "run", ROOT / "data" / "prompts" / "text_eval.jsonl"
-    run(tiny_config(folder, *SHORT, "target.name=tiny-gemma3", f"eval.prompts={prompts}"))
+    folder, builtin = tmp_path / "run", ["data.prompts=builtin:text_train"]
+    run(tiny_config(folder, *SHORT, "target.name=tiny-gemma3", *builtin))
     out = tmp_path / "folder"
     assert publish(folder, "--dry-run", "--out", out) == 0
     card = ModelCard.load(out / "README.md")
+    assert "prompts from builtin:text_train" in card.text, "a name that is public"
+    published = load_config(out / "training_config.yaml")
+    assert [source.path for source in published.data.prompts] == ["builtin:text_train"]
+    assert published.eval is not None
+    assert published.eval.prompts == "builtin:text_eval"
     assert (card.data.license, card.data["license_link"]) == (
         "gemma", "https://ai.google.dev/gemma/terms",
     )  # fmt: skip

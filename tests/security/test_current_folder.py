@@ -16,6 +16,8 @@ from pathlib import Path
 import pytest
 
 from headstart.cli.main import _parser
+from headstart.configs.loader import load_config
+from headstart.data.prompts import load_prompt_set
 from headstart.serve import engine_check, engines
 from headstart.serve.engine_check import EngineServer
 from headstart.serve.engines import (
@@ -246,3 +248,22 @@ def test_a_matplotlibrc_of_the_current_folder_draws_nothing(
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")
     assert (tmp_path / "run" / "progress.png").is_file()
+
+
+def test_a_builtin_name_reads_no_prompts_of_the_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "data" / "prompts").mkdir(parents=True)
+    for path in ("builtin:text_eval", "data/prompts/text_eval.jsonl", "text_eval.jsonl"):
+        (tmp_path / path).write_text('{"prompt": "of a stranger"}\n')
+    monkeypatch.chdir(tmp_path)
+    assert len(load_prompt_set("builtin:text_eval")) == 80
+
+
+def test_a_file_of_the_current_folder_takes_no_recipes_place_in_silence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "tiny.yaml").write_text("target: {trust_remote_code: true}\n")
+    monkeypatch.chdir(tmp_path)
+    assert load_config("tiny").target.trust_remote_code
+    assert "tiny.yaml of the current folder is read" in capsys.readouterr().out
