@@ -7,7 +7,7 @@ notes.json when it is done, and the same command goes on where it stopped.
 import json
 import shlex
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import torch
 from accelerate import PartialState
 
 from headstart.common.console import print_once
-from headstart.common.files import lock_folder, write_atomically
+from headstart.common.files import StageCache, lock_folder, write_atomically
 from headstart.common.machine import environment
 from headstart.configs.loader import load_config
 from headstart.configs.schema import Adaptation, Config, EvalConfig, TargetConfig
@@ -83,47 +83,6 @@ def check_overrides(overrides: list[str]) -> None:
         for name, argument in ARGUMENTS.items():
             if key == name or key.startswith(f"{name}."):
                 raise ValueError(f"{key} is given to adapt by {argument}, not as a setting")
-
-
-class StageCache:
-    """Findings by stage in a JSON file, with the seconds that each stage took.
-
-    Args:
-        path: of the file.
-        settings: that all of it stands for.
-
-    Raises:
-        ValueError: the file is of other settings.
-    """
-
-    def __init__(self, path: Path, settings: dict[str, Any]):
-        self.path = path
-        self.found: dict[str, Any] = {"settings": settings, "seconds": {}}
-        if path.is_file():
-            self.found = json.loads(path.read_text(encoding="utf-8"))
-        there = self.found["settings"]
-        for key in settings | there:
-            if settings.get(key) != there.get(key):
-                raise ValueError(
-                    f"{path.parent} was begun with {key}={there.get(key)}, now "
-                    f"{settings.get(key)}: give it back, or name another folder, --out DIR"
-                )
-
-    def run_once(self, stage: str, work: Callable[[], Any]) -> Any:
-        """What `work` returns (it must go into JSON); the first time it is done and noted."""
-        if stage not in self.found:
-            began = time.monotonic()
-            found = work()
-            self.found["seconds"][stage] = time.monotonic() - began
-            self.found[stage] = found
-            write_atomically(self.path, json.dumps(self.found) + "\n")
-        return self.found[stage]
-
-    @property
-    def seconds(self) -> dict[str, float]:
-        """Stage -> how long it took."""
-        seconds: dict[str, float] = self.found["seconds"]
-        return seconds
 
 
 DECODING = 0.12  # share of the budget that the decoding in the end may take

@@ -1,6 +1,7 @@
 """The story of a run: target, data, head, training, ordered embeddings, evaluation."""
 
 import gc
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,22 +10,26 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import set_seed
 
 from headstart.common.console import print_once
+from headstart.common.files import write_atomically
+from headstart.common.machine import environment
 from headstart.common.processes import join_processes
 from headstart.configs.schema import Config, EvalConfig
 from headstart.data.prepare import prepare_documents
+from headstart.data.store import Documents
 from headstart.eval.asked import asked_by_run
 from headstart.eval.report import run_evaluation
 from headstart.heads.loading import load_served, open_target
 from headstart.heads.saving import load_assistant, load_assistant_config, rope_position
+from headstart.heads.target import Target
 from headstart.train.loop import train_head
 from headstart.train.ordering import order_best
 from headstart.train.run_folder import (
     drop_metrics_after,
     open_run,
     plot_run,
+    read_metrics,
     run_folder,
     summary_text,
-    write_summary,
 )
 from headstart.train.start import start_run
 from headstart.train.tracking import (
@@ -117,6 +122,55 @@ def _train(config: Config, resume: bool, accelerator: Accelerator) -> None:
         print_once(f"Best head, of step {summary['best']['step']}: {summary_text(summary['best'])}")
         plot_run(run)
     finish_trackers(accelerator, config)
+
+
+def write_summary(
+    config: Config,
+    target: Target,
+    parameters: int,
+    training: Documents,
+    validation: Documents,
+    start: float,
+    ordered: dict[str, Any] | None,
+) -> dict[str, Any]:
+    """Write `summary.json` into the run folder.
+
+    Args:
+        config: the resolved configuration.
+        target: that the head was distilled from.
+        parameters: that were trained.
+        training, validation: what it was trained and validated on.
+        start: acceptance length before training, of a head that was finished; 0: there was none.
+        ordered: acceptance lengths and recall of its ordered embeddings, where it got some.
+
+    Returns:
+        The content: `best`, the validation that the head in `head/` comes from; all `validations`;
+        data, sizes, environment and configuration.
+    """
+    rows = read_metrics(config.run.dir)
+    validations = [{"step": 0, "acceptance_length": start}] if start else []
+    validations += [
+        {key: row[key] for key in ("step", "acceptance_length")}
+        for row in rows
+        if "acceptance_length" in row
+    ]
+    best = max(validations, key=lambda row: row["acceptance_length"])
+    content = {
+        "best": best | (ordered or {}),
+        "validations": validations,
+        "loss": rows[-1]["loss"],
+        "parameters_trained": parameters,
+        "data": {
+            "documents": len(training.entries),
+            "answer_tokens": sum(entry.trained for entry in training.entries),
+            "validation_documents": len(validation.entries),
+            "validation_answer_tokens": sum(entry.trained for entry in validation.entries),
+        },
+        "environment": environment(target.device) | {"target": target.name},
+        "config": config.model_dump(mode="json"),
+    }
+    write_atomically(config.run.dir / "summary.json", json.dumps(content, indent=2) + "\n")
+    return content
 
 
 def _evaluate(config: Config, chosen: EvalConfig, device: torch.device) -> None:

@@ -29,13 +29,10 @@ from headstart.common.files import (
     refuse_link,
     write_atomically,
 )
-from headstart.common.machine import environment
 from headstart.configs.loader import dump_config, read_yaml
 from headstart.configs.schema import Config
 from headstart.data.sources import builtin_name
-from headstart.data.store import Documents
 from headstart.eval.acceptance import RecallCounts
-from headstart.heads.target import Target
 from headstart.train.checkpoints import check_checkpoint, checkpoint_config, checkpoints
 
 CONFIG = "config.yaml"
@@ -254,55 +251,6 @@ def drop_metrics_after(run: Path, step: int) -> None:
     if (run / METRICS).is_file():
         kept = [row for row in read_metrics(run) if row["step"] <= step]
         write_atomically(run / METRICS, "".join(f"{json.dumps(row)}\n" for row in kept))
-
-
-def write_summary(
-    config: Config,
-    target: Target,
-    parameters: int,
-    training: Documents,
-    validation: Documents,
-    start: float,
-    ordered: dict[str, Any] | None,
-) -> dict[str, Any]:
-    """Write `summary.json` into the run folder.
-
-    Args:
-        config: the resolved configuration.
-        target: that the head was distilled from.
-        parameters: that were trained.
-        training, validation: what it was trained and validated on.
-        start: acceptance length before training, of a head that was finished; 0: there was none.
-        ordered: acceptance lengths and recall of its ordered embeddings, where it got some.
-
-    Returns:
-        The content: `best`, the validation that the head in `head/` comes from; all `validations`;
-        data, sizes, environment and configuration.
-    """
-    rows = read_metrics(config.run.dir)
-    validations = [{"step": 0, "acceptance_length": start}] if start else []
-    validations += [
-        {key: row[key] for key in ("step", "acceptance_length")}
-        for row in rows
-        if "acceptance_length" in row
-    ]
-    best = max(validations, key=lambda row: row["acceptance_length"])
-    content = {
-        "best": best | (ordered or {}),
-        "validations": validations,
-        "loss": rows[-1]["loss"],
-        "parameters_trained": parameters,
-        "data": {
-            "documents": len(training.entries),
-            "answer_tokens": sum(entry.trained for entry in training.entries),
-            "validation_documents": len(validation.entries),
-            "validation_answer_tokens": sum(entry.trained for entry in validation.entries),
-        },
-        "environment": environment(target.device) | {"target": target.name},
-        "config": config.model_dump(mode="json"),
-    }
-    write_atomically(config.run.dir / "summary.json", json.dumps(content, indent=2) + "\n")
-    return content
 
 
 def summary_text(row: dict[str, Any]) -> str:
