@@ -103,11 +103,14 @@ def builtin_sets() -> list[str]:
 
 
 def builtin_name(path: str) -> str:
-    """The name of prompts that a path in a checkout stands for; any other path as it is."""
+    """The name of prompts that a path in a checkout stands for; any other path as it is, and that
+    of a file which holds something else there."""
     file = Path(path)
     name = BUILTIN + file.stem
-    there = file == IN_CHECKOUT / f"{file.stem}.jsonl" and name in builtin_sets()
-    return name if there else path
+    if file != IN_CHECKOUT / f"{file.stem}.jsonl" or name not in builtin_sets():
+        return path
+    own = file.is_file() and file.read_bytes() != (_shipped_prompts() / file.name).read_bytes()
+    return path if own else name
 
 
 def _shipped_prompts() -> Any:

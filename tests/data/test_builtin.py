@@ -109,3 +109,15 @@ def test_a_builtin_name_is_published_as_it_is() -> None:
     for name in (*builtin_sets(), "builtin:*_eval"):
         assert not is_local(name)
         assert without_paths({"prompts": name}, {"runs/mine": "mine"}) == {"prompts": name}
+
+
+def test_a_file_of_other_prompts_at_the_path_of_shipped_ones_is_no_built_in_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that began with it may not go on with ours."""
+    monkeypatch.chdir(tmp_path)
+    path = "data/prompts/text_train.jsonl"
+    assert builtin_name(path) == "builtin:text_train"
+    Path("data/prompts").mkdir(parents=True)
+    Path(path).write_text('{"prompt": "mine"}\n', encoding="utf-8")
+    assert builtin_name(path) == path
