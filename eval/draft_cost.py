@@ -351,9 +351,8 @@ def print_draft_cost(content: dict[str, Any]) -> None:
             console.print(f"{name.replace('_', ' ')}: {ratios[name]:.2f}")
 
 
-BENCH_TURNS = (
-    2  # of each variant; the quicker one counts, since what disturbs a machine only slows it
-)
+# Of each variant; the quicker one counts, since what disturbs a machine only slows it.
+BENCH_TURNS = 2
 
 
 def in_turns(target: Target, *variants: Callable[[int], None]) -> list[float]:
