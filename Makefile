@@ -42,7 +42,7 @@ help: ## show this text
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 	@echo
 	@echo "Start with \`make setup\`, then \`make train\`. Settings go through ARGS, as in"
-	@echo "  make train ARGS='train.steps=100'"
+	@echo "  make train ARGS='train.max_steps=100'"
 	@echo "and the recipe through CONFIG (now $(CONFIG)). Another Python: make setup PYTHON=python3.12"
 
 setup: $(STAMP) links ## make .venv with Headstart in it (again only if pyproject.toml changed)

@@ -1,80 +1,212 @@
-"""What several commands parse alike."""
+"""The grammar of all commands: `headstart COMMAND [ARGUMENT ...] [--config NAME|FILE] [key=value
+...]`.
+
+What a command acts on is an argument, what it is told is a setting of the configuration, and a flag
+is for what is neither.
+"""
 
 import argparse
 import re
-from collections.abc import Callable
-from typing import Any, get_args
+import shutil
+import textwrap
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+SETTING = re.compile(r"[a-z_]+(\.[a-z0-9_]+)*=")
+FLAGS = {
+    "--resume": "go on where an earlier call stopped",
+    "--plan": "say what would be done, and stop",
+    "--json": "FILE: write the figures there too",
+}
+"""Those that some commands have, beside `--config`, `--debug` and `--help`."""
 
 
-class Parser(argparse.ArgumentParser):
-    """A parser that has `--debug`, as those of all its commands have."""
+@dataclass(frozen=True)
+class Argument:
+    """What a command acts on."""
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        # Suppressed, or the default of a command would replace what stands before its name.
-        self.add_argument(
-            "--debug", action="store_true", default=argparse.SUPPRESS,
-            help="show the traceback of a failure",
-        )  # fmt: skip
-
-
-def count(text: str) -> int:
-    """For argparse: a whole number, 1 or more."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not 1 or more")
-    return value
+    name: str
+    """In capitals, as --help writes it."""
+    help: str
+    many: Literal["1", "?", "*"] = "1"
+    """How many there may be. A `*` is the last."""
+    choices: tuple[str, ...] = ()
+    """Words that it may be. None: any."""
 
 
-def natural(text: str) -> int:
-    """For argparse: a whole number, 0 or more."""
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{value} is below 0")
-    return value
+@dataclass(frozen=True)
+class Command:
+    """One command, and all that its --help says."""
+
+    name: str
+    summary: str
+    """A line, without a stop at its end."""
+    description: str
+    example: str
+    """A command line, which a test runs."""
+    run: Callable[[argparse.Namespace], None]
+    arguments: tuple[Argument, ...] = ()
+    settings: tuple[str, ...] = ()
+    """Keys that it reads, or `section.*` for all of one. None: it takes no configuration."""
+    defaults: tuple[tuple[str, Any], ...] = ()
+    """Keys whose default is another than the schema's."""
+    required: tuple[str, ...] = ()
+    """Keys that somebody has to name."""
+    flags: tuple[str, ...] = ()
+    """Of `FLAGS`."""
+
+    def usage(self) -> str:
+        """The line that shows how it is called."""
+        shapes = {"1": "{}", "?": "[{}]", "*": "[{} ...]"}
+        parts = [shapes[a.many].format("|".join(a.choices) or a.name) for a in self.arguments]
+        if self.settings:
+            parts += ["[--config NAME|FILE]", "[key=value ...]"]
+        parts += [f"[{flag}{' FILE' if flag == '--json' else ''}]" for flag in self.flags]
+        return f"headstart {self.name} {' '.join(parts)}".rstrip()
 
 
-def counts(text: str) -> list[int]:
-    """For argparse: `2,4`."""
-    return [count(part) for part in text.split(",")]
+def flag_parents() -> dict[str, argparse.ArgumentParser]:
+    """A parent parser for each flag, so that it is declared once."""
+    parents = {}
+    for flag, text in {"--debug": "show the traceback of a failure", **FLAGS}.items():
+        parents[flag] = parent = argparse.ArgumentParser(add_help=False)
+        if flag == "--json":
+            parent.add_argument(flag, metavar="FILE", help=text)
+        else:  # suppressed, or what stands before the command's name would be forgotten
+            parent.add_argument(flag, action="store_true", default=argparse.SUPPRESS, help=text)
+    parents["--config"] = config = argparse.ArgumentParser(add_help=False)
+    config.add_argument(
+        "--config", metavar="NAME|FILE", help="a recipe (headstart configs list), or a YAML file"
+    )
+    return parents
 
 
-def minutes(text: str) -> float:
-    """For argparse: `15m`, `90s`, `1h30m` or a bare number of minutes."""
-    unit = r"(\d+(?:\.\d+)?)"
-    found = re.fullmatch(rf"{unit}|(?:{unit}h)?(?:{unit}m)?(?:{unit}s)?", text)
-    if not text or found is None:
-        raise argparse.ArgumentTypeError(f"{text!r} is no time: write 15m, 1h30m or 90s")
-    bare, hours, whole, seconds = (float(part or 0) for part in found.groups())
-    return bare + 60 * hours + whole + seconds / 60
+class CommandParser(argparse.ArgumentParser):
+    """Parses what follows a command's name; its help has the defaults of the schema."""
+
+    command: Command
+
+    def format_usage(self) -> str:
+        """What stands above an error."""
+        return f"usage: {self.command.usage()}\n"
+
+    def format_help(self) -> str:
+        """The screen of `--help`."""
+        command, width = self.command, min(100, shutil.get_terminal_size().columns)
+        usage = textwrap.wrap(f"usage: {command.usage()}", width, subsequent_indent=" " * 7)
+        parts = [*usage, *textwrap.wrap(command.description, width), ""]
+        if command.arguments:
+            parts += ["arguments:", *_columns([(a.name, a.help) for a in command.arguments], width)]
+        if command.settings:
+            shown = dict(command.defaults) | dict.fromkeys(command.required, "... (to be named)")
+            rows = [setting_row(key, shown) for key in command.settings]
+            parts += ["settings, with their defaults:", *_columns(rows, width)]
+        flags = [(flag, FLAGS[flag]) for flag in command.flags]
+        if command.settings:
+            flags.insert(
+                0, ("--config NAME|FILE", "a recipe by its name, or a YAML file of settings")
+            )
+        flags.append(("--debug, --help", "show the traceback of a failure; show this"))
+        parts += ["flags:", *_columns(flags, width), f"example: {command.example}", ""]
+        return "\n".join(parts)
 
 
-def _one_of(kind: str, but: str | None = None) -> Callable[[str], str]:
-    """For argparse: a name of a `Literal` of the schema (`Quantization`, `Engine`), but for one."""
-
-    def parse(name: str) -> str:
-        from headstart.configs import schema  # here, or it would double the time of --help
-
-        known = [one for one in get_args(getattr(schema, kind)) if one != but]
-        if name not in known:
-            raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(known)}")
-        return name
-
-    return parse
-
-
-quantization, engine = _one_of("Quantization"), _one_of("Engine")
-installed_engine = _one_of("Engine", but="transformers")  # in an environment of its own
+def _columns(rows: Sequence[tuple[str, str]], width: int) -> list[str]:
+    """Two columns; a long name has the line for itself."""
+    indent = min(36, 4 + max(len(name) for name, _ in rows))
+    lines = []
+    for name, text in rows:
+        wrapped = textwrap.wrap(text, width - indent) or [""]
+        if len(name) + 3 > indent:
+            lines.append(f"  {name}")
+        else:
+            wrapped[0] = f"  {name}".ljust(indent) + wrapped[0]
+        first = len(name) + 3 <= indent
+        lines += wrapped[:first] + [" " * indent + line for line in wrapped[first:]]
+    return lines
 
 
-def decoders(text: str) -> list[str]:
-    """For argparse: `transformers,exact`."""
-    return [_one_of("Decoder")(name) for name in text.split(",")]
+def setting_row(key: str, defaults: dict[str, Any]) -> tuple[str, str]:
+    """`key=default` and what it is, in a sentence."""
+    from headstart.configs.loader import describe_setting
+
+    section, _, leaf = key.rpartition(".")
+    if leaf == "*":
+        return key, f"all others of it: headstart configs keys {section}"
+    default, text = describe_setting(key)
+    return f"{key}={defaults.get(key, default)}", text
 
 
-def numbers(text: str) -> list[float]:
-    """For argparse: `0,0.7`."""
-    return [float(part) for part in text.split(",")]
+def split_words(command: Command, words: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """The arguments, by their names in small letters, and the settings.
+
+    Raises:
+        ValueError: one is missing, is none of the choices, or is too much.
+    """
+    settings = [word for word in words if SETTING.match(word)]
+    given = [word for word in words if not SETTING.match(word)]
+    if settings and not command.settings:
+        raise ValueError(f"{settings[0]}: {command.name} has no settings")
+    found: dict[str, Any] = {}
+    for argument in command.arguments:
+        name = argument.name.lower()
+        if argument.many == "*":
+            found[name], given = given, []
+        elif given:
+            found[name] = given.pop(0)
+            if argument.choices and found[name] not in argument.choices:
+                known = ", ".join(argument.choices)
+                raise ValueError(f"{argument.name} {found[name]!r} is none of {known}")
+        elif argument.many == "?":
+            found[name] = None
+        else:
+            raise ValueError(f"{argument.name} is missing: {argument.help}")
+    if given:
+        raise ValueError(f"unrecognized arguments: {' '.join(given)}")
+    for word in settings:
+        key = word.partition("=")[0]
+        if not is_read(key, command.settings):
+            _refuse_unread(key, command)
+    return found, settings
+
+
+def is_read(key: str, keys: Sequence[str]) -> bool:
+    """Whether a command that reads these keys reads this one, or a part or the whole of it."""
+    return any(
+        key == one or key.startswith(f"{one}.") or one.startswith(f"{key}.")
+        or (one.endswith(".*") and key.startswith(one[:-1]))
+        for one in keys
+    )  # fmt: skip
+
+
+def _refuse_unread(key: str, command: Command) -> None:
+    """Raise `ValueError` for a setting that the command would pass over; a key that does not exist,
+    or no more, is left to the configuration, which says so."""
+    from headstart.configs.loader import known_keys
+
+    if key in known_keys():
+        raise ValueError(f"{command.name} does not read {key}: leave it out")
+
+
+def read_settings(args: argparse.Namespace, defaults: Sequence[tuple[str, Any]] = ()) -> Any:
+    """The `Settings` of `--config` and `key=value`.
+
+    Args:
+        args: of the command.
+        defaults: beside those of the command.
+
+    Raises:
+        ValueError: as of `load_settings`, or one that the command needs is not named.
+    """
+    from headstart.configs.loader import load_settings
+
+    command: Command = args.of
+    settings = load_settings(args.config, args.settings, [*command.defaults, *defaults])
+    for key in command.required:
+        if not settings.given([key]):
+            raise ValueError(f"{command.name} needs {key}=VALUE: {setting_row(key, {})[1]}")
+    return settings
 
 
 def default_device() -> Any:
@@ -82,66 +214,3 @@ def default_device() -> Any:
     from headstart.common.processes import join_processes
 
     return join_processes().device
-
-
-def add_target_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add in which dtype a command loads its target, and what is done to that before it is
-    served."""
-    parser.add_argument(
-        "--dtype", choices=("auto", "bfloat16", "float32"), default="auto",
-        help="of the target and of heads (default auto: what pays on this machine)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--adapter", action="append", default=[], metavar="ADAPTER",
-        help="folder or Hub id (ID@REVISION) of a PEFT adapter on the target; may come again, and "
-        "is applied in that order",
-    )  # fmt: skip
-    parser.add_argument(
-        "--keep-adapters", action="store_true",
-        help="keep adapters beside the target's weights, in place of adding them to these",
-    )  # fmt: skip
-    parser.add_argument(
-        "--quantization", type=quantization, metavar="NAME",
-        help="how the target's layers are held when it is served: torchao-int8, bnb-int8 or "
-        "bnb-nf4 (default: as they are)",
-    )  # fmt: skip
-    parser.add_argument("--revision", help="branch, tag or commit of the target on the Hub")
-    parser.add_argument(
-        "--trust-remote-code", action="store_true",
-        help="let the code run that comes with the target's checkpoint",
-    )  # fmt: skip
-
-
-def target_config(args: argparse.Namespace) -> Any:
-    """The `TargetConfig` of `--target` and the arguments beside it."""
-    from headstart.configs.schema import TargetConfig
-
-    return TargetConfig(
-        name=args.target,
-        revision=args.revision,
-        dtype=args.dtype,
-        trust_remote_code=args.trust_remote_code,
-        adapters=args.adapter,
-        merge_adapters=not args.keep_adapters,
-        quantization=args.quantization,
-    )
-
-
-def add_config_arguments(parser: argparse.ArgumentParser, required: bool = False) -> None:
-    """Add `--config` and the `key=value` settings.
-
-    Args:
-        parser: of a command.
-        required: whether the command makes no sense without a run YAML.
-    """
-    default = "" if required else " (default: the built-in defaults)"
-    parser.add_argument(
-        "--config", required=required, metavar="NAME|FILE",
-        help=f"a recipe by its name (headstart configs list), or a run YAML{default}",
-    )  # fmt: skip
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="key=value",
-        help="settings, such as target.name=ORG/my-gemma or train.steps=300",
-    )

@@ -1,71 +1,68 @@
-"""The commands around finished draft heads: heads describe and heads order."""
+"""The commands around finished draft heads: describe and order."""
 
 import argparse
-from pathlib import Path
-from typing import Any
 
-from headstart.cli.arguments import add_config_arguments, count, default_device, natural
+from headstart.cli.arguments import Argument, Command, default_device, read_settings
 
-
-def add_heads_commands(commands: Any) -> None:
-    """Add them to the subparsers of `headstart`."""
-    heads = commands.add_parser("heads", help="look at draft heads")
-    kinds = heads.add_subparsers(required=True, metavar="COMMAND")
-    describe = kinds.add_parser(
-        "describe",
-        help="shapes, parameters, bytes and the estimated cost of a draft",
-        description="Print what a draft head is and what a draft of it should cost, from its "
-        "configuration and the header of its weights; no weights are read.",
-        epilog="example: headstart heads describe runs/quickstart/head --target gemma3-270m",
-    )
-    describe.add_argument("head", metavar="DIR", help="folder or Hub id of a draft head")
-    describe.add_argument(
-        "--target", metavar="NAME",
-        help="gemma3-270m, a folder or a Hub id: the cost in steps of this target too",
-    )  # fmt: skip
-    describe.set_defaults(command=_run_describe)
-
-    order = kinds.add_parser(
-        "order",
-        help="give a head ordered embeddings, or refine those it has",
-        description="Learn the centroids of a head's ordered embeddings on the states that the "
-        "head has now, or cluster the vocabulary anew. Its other weights stay as they are. Prints "
-        "recall and acceptance length before and after.",
-        epilog="example: headstart heads order google/gemma-4-E2B-it-assistant --out ordered "
-        "target.name=ORG/my-gemma data.store=store",
-    )
-    order.add_argument("head", metavar="DIR", help="folder or Hub id of a draft head")
-    order.add_argument("--out", required=True, type=Path, metavar="DIR", help="for the new head")
-    order.add_argument(
-        "--rebuild", action="store_true", help="cluster anew, in place of keeping the clusters"
-    )
-    order.add_argument("--num-centroids", type=count, metavar="N", help="clusters, with --rebuild")
-    order.add_argument(
-        "--top-k", type=count, metavar="N", help="clusters whose tokens a draft is chosen from"
-    )
-    order.add_argument(
-        "--steps", type=natural, default=500, metavar="N",
-        help="of learning (default 500); 0 with --rebuild: centroids are the means of the clusters",
-    )  # fmt: skip
-    add_config_arguments(order)
-    order.set_defaults(command=_run_order)
+HEAD = Argument("HEAD", "folder or Hub id of a draft head")
 
 
-def _run_describe(args: argparse.Namespace) -> None:
+def _describe(args: argparse.Namespace) -> None:
     from headstart.heads.describe import describe, print_description
     from headstart.heads.loading import load_target_config
 
-    target = None if args.target is None else load_target_config(args.target)
+    settings = read_settings(args)
+    t, target = settings.target, None
+    if settings.given(["target.name"]):
+        target = load_target_config(t.name, t.revision, t.trust_remote_code)
     print_description(args.head, describe(args.head, target))
 
 
-def _run_order(args: argparse.Namespace) -> None:
-    from headstart.configs.loader import load_config
+DESCRIBE = Command(
+    "describe",
+    "shapes, parameters, bytes and the estimated cost of a head's draft",
+    "Print what a draft head is and what a draft of it should cost, from its configuration and the "
+    "header of its weights; no weights are read. With target.name the cost is told in steps of "
+    "this target too.",
+    "headstart describe runs/quickstart/head target.name=gemma3-270m",
+    _describe,
+    arguments=(HEAD,),
+    settings=("target.name", "target.revision", "target.trust_remote_code"),
+    defaults=(("target.name", "null"),),
+)
+
+
+def _order(args: argparse.Namespace) -> None:
     from headstart.heads.loading import open_target
     from headstart.train.ordering import Order, print_order, reorder
 
-    config = load_config(args.config, args.overrides)
-    target = open_target(config.target, default_device())
-    order = Order(args.rebuild, args.num_centroids, args.top_k, args.steps)
-    print_order(reorder(args.head, target, config, order, args.out))
-    print(f"Written: {args.out}")
+    made = [("head.init_from", args.head), ("head.use_ordered_embeddings", True)]
+    settings = read_settings(args, [*made, ("eval", None)])
+    h, target = settings.head, open_target(settings.target, default_device())
+    top_k = None
+    if settings.given(["head.centroid_intermediate_top_k"]):
+        top_k = h.centroid_intermediate_top_k
+    rebuild = h.on_existing_clusters == "rebuild"
+    order = Order(rebuild, h.num_centroids, top_k, h.centroid_steps)
+    print_order(reorder(args.head, target, settings.of_run(), order, settings.output_dir))
+    print(f"Written: {settings.output_dir}")
+
+
+ORDER = Command(
+    "order",
+    "give a head ordered embeddings, or refine those it has",
+    "Learn the centroids of a head's ordered embeddings on the states that the head has now, or "
+    "cluster the vocabulary anew (head.on_existing_clusters=rebuild). Its other weights stay as "
+    "they are. Prints recall and acceptance length before and after.",
+    "headstart order google/gemma-4-E2B-it-assistant target.name=ORG/my-gemma data.store=store "
+    "output_dir=ordered",
+    _order,
+    arguments=(HEAD,),
+    settings=(
+        "output_dir", "target.name", "target.*", "data.store", "data.conversations",
+        "data.prompts", "data.*", "head.on_existing_clusters", "head.num_centroids",
+        "head.centroid_intermediate_top_k", "head.centroid_steps", "train.max_anchors",
+        "train.multi_step_anchors", "train.num_speculative_steps", "seed",
+    ),
+    required=("output_dir",),
+)  # fmt: skip

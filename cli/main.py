@@ -9,19 +9,24 @@ import logging
 import sys
 import traceback
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
-from headstart.cli.arguments import Parser, add_config_arguments
-from headstart.cli.configs import add_configs_commands
-from headstart.cli.data import add_data_commands
-from headstart.cli.eval import add_check_command, add_eval_commands
-from headstart.cli.heads import add_heads_commands
-from headstart.cli.serve import add_publish_command, add_serving_commands
-from headstart.cli.train import add_adapt_command, add_bench_commands, add_runs_commands
+from headstart.cli.arguments import Command, CommandParser, flag_parents, split_words
+from headstart.cli.configs import CONFIGS
+from headstart.cli.data import EXTRACT, INSPECT, REGENERATE
+from headstart.cli.eval import CHECK, COMPARE, EVAL, SIMULATE
+from headstart.cli.heads import DESCRIBE, ORDER
+from headstart.cli.retired import renamed_command, renamed_flags
+from headstart.cli.serve import EXPORT, INSTALL, PUBLISH, SERVE_CHECK
+from headstart.cli.train import ADAPT, BENCH, RUNS, TRAIN
 from headstart.common.console import keep_output, one_line, visible
 from headstart.common.files import expand_home
 from headstart.common.signals import Ended, tidy_ends
+
+COMMANDS: tuple[Command, ...] = (
+    TRAIN, ADAPT, EVAL, SIMULATE, COMPARE, CHECK, REGENERATE, EXTRACT, INSPECT, DESCRIBE, ORDER,
+    EXPORT, SERVE_CHECK, INSTALL, PUBLISH, RUNS, CONFIGS, BENCH,
+)  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -43,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
         for handler in logging.getLogger("transformers").handlers:
             handler.setFormatter(_Visible())  # its warnings name what a config.json says
         with tidy_ends():
-            args.command(args)
+            args.of.run(args)
     except KeyboardInterrupt as stop:
         what = (
             one_line(str(stop)) or "interrupted; finished work is kept (train: go on with --resume)"
@@ -72,25 +77,31 @@ class _Visible(logging.Formatter):
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
+    words = sys.argv[1:] if argv is None else argv
     parser = _parser()
-    # argparse takes positionals from one place only; overrides may stand between options too.
-    args, rest = parser.parse_known_args(argv)
-    odd = [part for part in rest if part.startswith("-") or "=" not in part]
-    if odd or (rest and "overrides" not in args):
-        parser.error(f"unrecognized arguments: {' '.join(odd or rest)}")
-    if rest:
-        args.overrides += rest
-    for name, value in vars(args).items():
-        if name != "overrides":  # in which the settings that are paths see to it
-            setattr(args, name, _at_home(value))
+    if (said := renamed_command([w for w in words if not w.startswith("-")])) is not None:
+        parser.error(said)
+    args, rest = parser.parse_known_args(words)  # words may stand between flags too
+    args.words += [word for word in rest if not word.startswith("-")]
+    odd = [word for word in rest if word.startswith("-")]
+    if odd:
+        args.parser.error(
+            "; ".join(renamed_flags(odd)) or f"unrecognized arguments: {' '.join(odd)}"
+        )
+    try:
+        found, args.settings = split_words(args.of, args.words)
+    except ValueError as error:
+        args.parser.error(str(error))
+    found |= {"config": args.config, "json": args.json}
+    vars(args).update({name: _at_home(value) for name, value in found.items()})
     return args
 
 
 def _at_home(value: Any) -> Any:
     """An argument with `~` taken for the home folder, where a shell left it."""
     match value:
-        case str() | Path():
-            return type(value)(expand_home(str(value)))
+        case str():
+            return expand_home(value)
         case list():
             return [_at_home(item) for item in value]
     return value
@@ -111,59 +122,31 @@ def _one_line(error: Exception) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(
+    parents = flag_parents()
+    parser = argparse.ArgumentParser(
         prog="headstart",
         description="Give any Gemma model its own multi-token-prediction (MTP) draft head.",
+        epilog="headstart COMMAND --help says more. What a command acts on is an argument, what it "
+        "is told is a setting, key=value (headstart configs keys).",
+        parents=[parents["--debug"]],
+        allow_abbrev=False,
     )
     parser.set_defaults(debug=False)
     parser.add_argument("--version", action="version", version=f"headstart {version('headstart')}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    train = commands.add_parser(
-        "train",
-        help="distill a draft head for a target, then measure it",
-        description="Distill a draft head for a frozen target into a run folder, then measure it. "
-        "`accelerate launch train.py` with the same arguments runs the same code.",
-        epilog="example: headstart train --config quickstart train.steps=300 run.dir=runs/mine",
+    commands: Any = parser.add_subparsers(
+        required=True, metavar="COMMAND", parser_class=CommandParser, title="commands"
     )
-    _add_train_arguments(train)
-    train.set_defaults(command=_run_train)
-
-    add_configs_commands(commands)
-    add_check_command(commands)
-    add_data_commands(commands)
-    add_heads_commands(commands)
-    add_bench_commands(commands)
-    add_runs_commands(commands)
-
-    add_eval_commands(commands)
-    add_publish_command(commands)
-    add_serving_commands(commands)
-    add_adapt_command(commands)
+    for command in COMMANDS:
+        shared = ["--debug", *command.flags, *(["--config"] if command.settings else [])]
+        child: Any = commands.add_parser(
+            command.name,
+            help=command.summary,
+            parents=[parents[flag] for flag in shared],
+            allow_abbrev=False,
+        )
+        child.command = command
+        child.add_argument("words", nargs="*")
+        child.set_defaults(
+            of=command, parser=child, config=None, json=None, resume=False, plan=False
+        )
     return parser
-
-
-def _add_train_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--resume",
-        action="store_true",
-        help="go on from the newest checkpoint of the run folder, or start where there is none",
-    )
-    parser.add_argument(
-        "--plan",
-        action="store_true",
-        help="print shapes, sizes and token counts, and stop: no data, no training",
-    )
-    add_config_arguments(parser, required=True)
-
-
-def _run_train(args: argparse.Namespace) -> None:
-    from headstart.configs.loader import load_config
-    from headstart.train.plan import print_plan
-    from headstart.train.run import run
-
-    config = load_config(args.config, args.overrides)
-    if args.plan:
-        print_plan(config)
-    else:
-        run(config, resume=args.resume)

@@ -148,7 +148,7 @@ def open_own(path: Path, mode: str) -> IO[Any]:
 def check_empty(folder: Path) -> None:
     """Raise `ValueError` where a folder that is to be written holds something."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} is not empty: name another folder, --out DIR")
+        raise ValueError(f"{folder} is not empty: name another folder, output_dir=DIR")
 
 
 def _sync(path: Path) -> None:
@@ -289,7 +289,7 @@ class StageCache:
             if settings.get(key) != there.get(key):
                 raise ValueError(
                     f"{path.parent} was begun with {key}={there.get(key)}, now "
-                    f"{settings.get(key)}: give it back, or name another folder, --out DIR"
+                    f"{settings.get(key)}: give it back, or name another folder, output_dir=DIR"
                 )
 
     def run_once(self, stage: str, work: Callable[[], Any]) -> Any:

@@ -3,85 +3,114 @@ one.
 """
 
 import difflib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType
-from typing import Annotated, Any, TypeAlias, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeAlias, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from headstart.common import machine
 from headstart.configs.recipes import find_config
+from headstart.configs.renamed import refuse_renamed, with_new_names
 from headstart.configs.schema import Config
+from headstart.configs.settings import Settings
 
 Override: TypeAlias = str | tuple[str, Any]
 """`section.key=value` as a user types it, or a key and the value itself."""
 
 
 def load_config(path: str | Path | None, overrides: Sequence[Override] = ()) -> Config:
-    """Read a run configuration.
+    """Read the configuration of a run, as `load_settings` does; its folder is runs/NAME for a file
+    or recipe NAME that names none, and without a file nothing is evaluated."""
+    stem = None if path is None else find_config(path).stem
+    run = [("eval", None)] if stem is None else [("output_dir", f"runs/{stem}")]
+    return load_settings(path, overrides, defaults=run).of_run()
+
+
+def load_settings(
+    path: str | Path | None,
+    overrides: Sequence[Override] = (),
+    defaults: Sequence[tuple[str, Any]] = (),
+) -> Settings:
+    """Read all settings.
 
     Args:
-        path: YAML file, or the name of a recipe; None: defaults, and no evaluation.
+        path: YAML file, or the name of a recipe; None: the command line alone.
         overrides: later ones win. Of text, a value is taken as it stands where the setting is a
             text or a path, and read as YAML elsewhere.
+        defaults: keys, and the values that they have where neither file nor overrides say.
 
     Raises:
         ValueError: the file is missing or malformed, a key does not exist (the nearest valid key
-            is named), a value has the wrong type, or a combination cannot work.
+            is named) or was renamed, a value has the wrong type, or a combination cannot work.
     """
-    tree = {"eval": None} if path is None else _read_tree(find_config(path))
-    for override in overrides:
-        _apply(tree, override)
+    tree = {} if path is None else read_yaml(find_config(path), Settings)
     try:
-        config = Config.model_validate(tree)
-    except ValidationError as error:
-        raise ValueError(f"{path or 'the settings'}: {explain_all(error, Config)}") from error
-    return _without_auto(config)
-
-
-GONE = {("train", "trap"): None, ("head", "tie_start"): "data"}
-"""Settings that are no more, each with the value at which it changed nothing: runs made while they
-were there spell them out."""
+        refuse_renamed(tree)
+        for override in overrides:
+            _apply(tree, override)
+        refuse_renamed(tree)
+    except ValueError as error:
+        raise ValueError(f"{path or 'the settings'}: {error}") from error
+    return _validated(tree, defaults, path)
 
 
 def load_saved(path: Path) -> Config:
-    """The resolved configuration of a run, as `save_config` wrote it.
+    """The resolved configuration of a run, as `save_config` wrote it, of an earlier version too.
 
     Raises:
-        ValueError: as `load_config`, or the file was cut short.
+        ValueError: as `load_settings`, or the file was cut short.
     """
-    sections = read_yaml(path, Config)
+    sections = read_saved(path)
     missing = [name for name in Config.model_fields if name not in sections]
     if missing or not path.read_bytes().endswith(b"\n"):
         raise ValueError(f"{path} was cut short{f': it has no {missing[0]}' if missing else ''}")
-    return load_config(path)
+    return _validated(sections, [], path).of_run()
 
 
-def _without_auto(config: Config) -> Config:
+def read_saved(path: Path) -> dict[str, Any]:
+    """The sections of a run's configuration as they stand there, under the names of today.
+
+    Raises:
+        ValueError: as `read_yaml`.
+    """
+    return with_new_names(read_yaml(path, Config))
+
+
+def _validated(
+    tree: dict[str, Any], defaults: Sequence[tuple[str, Any]], path: str | Path | None
+) -> Settings:
+    for key, value in defaults:
+        _set_default(tree, key.split("."), value)
+    try:
+        settings = Settings.model_validate(tree)
+    except ValidationError as error:
+        raise ValueError(f"{path or 'the settings'}: {explain_all(error, Settings)}") from error
+    return _without_auto(settings)
+
+
+def _set_default(tree: dict[str, Any], path: list[str], value: Any) -> None:
+    first, *rest = path
+    if not rest:
+        tree.setdefault(first, value)
+    elif isinstance(section := tree.setdefault(first, {}), dict):
+        _set_default(section, rest, value)
+
+
+def _without_auto(settings: Settings) -> Settings:
     """The same with the dtypes of this machine, so that what is saved says what was computed."""
     update: dict[str, Any] = {}
-    if config.target.dtype == "auto":
+    if settings.target.dtype == "auto":
         dtype = machine.natural_dtype()
-        update["target"] = config.target.model_copy(update={"dtype": dtype})
-    if config.train.precision == "auto":
-        precision = machine.natural_dtype()
-        update["train"] = config.train.model_copy(update={"precision": precision})
-    return config.model_copy(update=update)
-
-
-def _read_tree(path: Path) -> dict[str, Any]:
-    tree = read_yaml(path, Config)
-    for (section, key), neutral in GONE.items():
-        settings = tree.get(section)
-        if isinstance(settings, dict) and key in settings and settings[key] == neutral:
-            del settings[key]
-    run = tree.setdefault("run", {})
-    if isinstance(run, dict):
-        run.setdefault("dir", f"runs/{path.stem}")
-    return tree
+        update["target"] = settings.target.model_copy(update={"dtype": dtype})
+    if settings.train.mixed_precision == "auto":
+        precision = "bf16" if machine.natural_dtype() == "bfloat16" else "no"
+        update["train"] = settings.train.model_copy(update={"mixed_precision": precision})
+    return settings.model_copy(update=update)
 
 
 def read_yaml(path: Path, model: type[BaseModel]) -> dict[str, Any]:
@@ -138,13 +167,48 @@ def _apply(tree: dict[str, Any], override: Override) -> None:
 def _annotation_of(key: str) -> Any:
     """The type of the setting with this dotted key; `Any` where there is none, or where it lies
     within a free mapping."""
-    found: Any = Config
+    found: Any = Settings
     for part in key.split("."):
         section = section_in(found)
         if section is None or part not in section.model_fields:
             return get_args(found)[1] if get_origin(found) is dict else Any
         found = section.model_fields[part].annotation
     return found
+
+
+def known_keys(model: type[BaseModel] = Settings, prefix: str = "") -> list[str]:
+    """The dotted keys of all settings, those of sections before what is in them."""
+    found = []
+    for name, field in model.model_fields.items():
+        found.append(f"{prefix}{name}")
+        if (section := section_in(field.annotation)) and not _is_many(field.annotation):
+            found += known_keys(section, f"{prefix}{name}.")
+    return found
+
+
+def _is_many(annotation: Any) -> bool:
+    return _argument(annotation, list, 0) is not Any
+
+
+def describe_setting(key: str) -> tuple[str, str]:
+    """The default of a setting as YAML, and the first sentence of what it is."""
+    *parents, leaf = key.split(".")
+    section: type[BaseModel] = Settings
+    for parent in parents:
+        section = section_in(section.model_fields[parent].annotation) or section
+    field = section.model_fields[leaf]
+    text = " ".join((field.description or "").split())
+    default = field.get_default(call_default_factory=True)
+    match default:
+        case BaseModel():
+            shown = "..."
+        case list():
+            shown = f"[{', '.join(str(getattr(one, 'path', one)) for one in default)}]"
+        case None | bool():
+            shown = str(default).lower().replace("none", "null")
+        case _:
+            shown = str(default)
+    return shown, re.split(r"(?<=\.) ", text, maxsplit=1)[0]
 
 
 def explain_all(error: ValidationError, model: type[BaseModel] = Config) -> str:
@@ -163,6 +227,8 @@ def explain(problem: dict[str, Any], model: type[BaseModel]) -> str:
         return f"{key}: {message}" if key else message
     *parents, leaf = location
     valid = _keys(parents, model)
+    if not parents and (same := [k for k in known_keys(model) if k.endswith(f".{leaf}")]):
+        return f"no key {leaf}: it is {' or '.join(same)}"
     nearest = difflib.get_close_matches(leaf, valid, n=1, cutoff=0.0)
     hint = ".".join([*parents, nearest[0]]) if nearest else ""
     return f"no key {key}; the nearest valid key is {hint} (valid: {', '.join(valid)})"
@@ -266,7 +332,7 @@ def meant(value: Any, annotation: Any) -> Any:
         case Spelled(value=plain, text=text):
             if plain is None and (not text or _may_be_none(annotation)):
                 return None
-            return text if takes_text(annotation) else plain
+            return text if takes_text(annotation) or _takes_names(annotation) else plain
         case dict():
             section, free = section_in(annotation), _argument(annotation, dict, 1)
             kinds = {} if section is None or free is not Any else section.model_fields
@@ -285,13 +351,16 @@ def read_value(text: str, annotation: Any) -> Any:
     """The value of a setting that a user typed as `key=value`.
 
     Text and paths stand as they are: `#`, `: ` and brackets are part of them, and quotes are taken
-    off where they enclose all of it. A list of sources may be a bare path too. Everything else is
-    YAML.
+    off where they enclose all of it. A list may be one of its items; numbers, and names of a few,
+    may stand between commas without brackets. Everything else is YAML.
 
     Raises:
         ValueError: it is to be YAML and is none.
     """
     if not takes_text(annotation):
+        numbers = _argument(annotation, list, 0) is not Any  # or names, none of which has a comma
+        if numbers and text.strip() not in NULLS and not text.lstrip().startswith(("[", "- ")):
+            text = f"[{text}]"
         return meant(load_yaml(text), annotation)
     if text.strip() in NULLS and (_may_be_none(annotation) or not text.strip()):
         return None
@@ -319,6 +388,14 @@ def takes_text(annotation: Any) -> bool:
     if _is_class(annotation) and issubclass(annotation, str | Path | BaseModel):
         return True
     return any(map(takes_text, _alternatives(annotation)))
+
+
+def _takes_names(annotation: Any) -> bool:
+    """Whether a setting is one of several words, or a list of such, among which YAML would take
+    `no` for a truth value."""
+    if get_origin(annotation) is Literal:
+        return all(isinstance(word, str) for word in get_args(annotation))
+    return any(map(_takes_names, _alternatives(annotation)))
 
 
 def section_in(annotation: Any) -> type[BaseModel] | None:

@@ -5,7 +5,7 @@ when the configuration is loaded, not an hour into the run.
 """
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import (
     AfterValidator,
@@ -14,7 +14,6 @@ from pydantic import (
     Field,
     NonNegativeInt,
     PositiveInt,
-    field_validator,
     model_validator,
 )
 
@@ -39,13 +38,22 @@ class Section(BaseModel):
         allow_inf_nan=False,
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _one_of_a_list(cls, values: Any) -> Any:
+        """A list of one may be written as that one."""
+        if not isinstance(values, dict):
+            return values
+        lists = {k for k, field in cls.model_fields.items() if _is_list(field.annotation)}
+        return {k: [v] if k in lists and not _many(v) else v for k, v in values.items()}
 
-class RunConfig(Section):
-    dir: Folder = Path("runs/unnamed")
-    """Folder of the run: config.yaml, metrics.jsonl, checkpoints/, head/, eval/. From a file
-    NAME.yaml it is runs/NAME unless the file or an override says otherwise."""
-    seed: NonNegativeInt = 0
-    """Seed of the data order, the anchors, the negatives and the head's start."""
+
+def _is_list(annotation: Any) -> bool:
+    return get_origin(annotation) is list or any(map(_is_list, get_args(annotation)))
+
+
+def _many(value: Any) -> bool:
+    return value is None or isinstance(value, list | tuple)
 
 
 Quantization = Literal["torchao-int8", "bnb-int8", "bnb-nf4"]
@@ -98,11 +106,11 @@ class TargetConfig(Section):
 class LoraConfig(Section):
     """Training of a few numbers beside a finished head's own (arXiv 2106.09685), through peft."""
 
-    rank: PositiveInt = 8
+    r: PositiveInt = 8
     """Rank of what is added to each weight."""
-    alpha: float | None = Field(default=None, gt=0)
-    """Its scale is alpha / rank. None: twice the rank."""
-    targets: list[str] = [
+    lora_alpha: float | None = Field(default=None, gt=0)
+    """Its scale is lora_alpha / r. None: twice the rank."""
+    target_modules: list[str] = [
         "q_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "pre_projection",
         "post_projection",
     ]  # fmt: skip
@@ -119,20 +127,20 @@ class HeadConfig(Section):
     """MLP width. None: that of the target's source layer for a full-width head, else 4 x width."""
     num_attention_heads: PositiveInt | None = None
     """Query heads. None: the target's number."""
-    start: Place = "target"
+    init_from: Place = "target"
     """Weights at step 0: `target`, its own source layers (full width only); `random`; or a finished
     head, by folder or Hub id, such as google/gemma-4-E4B-it-assistant, whose shapes are kept."""
     lora: LoraConfig | None = None
-    """Train a low-rank adapter of the head in `start` in place of its weights. It is saved beside
-    the head that it makes, `head/adapter/`: some hundred kilobytes that `headstart eval --head
-    START+ADAPTER` reads. `lora: {}` takes the defaults."""
-    trains: list[str] = []
+    """Train a low-rank adapter of the head in `init_from` in place of its weights. It is saved
+    beside the head that it makes, `head/adapter/`: some hundred kilobytes that `headstart eval
+    HEAD+ADAPTER` reads. `lora: {}` takes the defaults."""
+    trainable_modules: list[str] = []
     """Parts of the head that are trained, by a piece of their names, such as `pre_projection` or
     `layers.1.`; the rest stays as it starts. None named: all."""
-    earlier_clusters: Literal["keep", "refine", "rebuild"] | None = None
-    """What becomes of the clusters of the head in `start`: they stay as they are, their centroids
-    learn on, or the vocabulary is clustered anew. None: they learn on; with `lora` they stay, so
-    that its adapter is all that differs."""
+    on_existing_clusters: Literal["keep", "refine", "rebuild"] | None = None
+    """What becomes of the clusters of the head in `init_from`: they stay as they are, their
+    centroids learn on, or the vocabulary is clustered anew. None: they learn on; with
+    `lora` they stay, so that its adapter is all that differs."""
     use_ordered_embeddings: bool = False
     """Draft through a clustered LM head, in transformers' own format: a draft then reads some
     thousand rows of the table in place of all."""
@@ -140,27 +148,34 @@ class HeadConfig(Section):
     """Clusters, equal in size. None: 128 tokens in each, as in Google's heads for E2B and E4B."""
     centroid_intermediate_top_k: PositiveInt = 32
     """Clusters whose tokens a draft is chosen from."""
+    centroid_steps: NonNegativeInt = 500
+    """Steps in which the centroids learn to find the clusters that the head wants. 0: they stay as
+    they are, of new clusters the means."""
 
     @property
     def warm(self) -> bool:
         """Whether training goes on from a finished head."""
-        return self.start not in ("target", "random")
+        return self.init_from not in ("target", "random")
 
     @model_validator(mode="after")
     def _check(self) -> "HeadConfig":
         shapes = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads")
         if self.warm and (given := [key for key in shapes if getattr(self, key) is not None]):
-            raise ValueError(f"{given[0]} is that of the head in start: leave it out")
-        if self.earlier_clusters is not None and not self.warm:
-            raise ValueError("earlier_clusters are those of a finished head: name it in start")
-        if self.earlier_clusters in ("keep", "refine") and self.num_centroids is not None:
+            raise ValueError(f"{given[0]} is that of the head in init_from: leave it out")
+        if self.on_existing_clusters is not None and not self.warm:
             raise ValueError(
-                f"num_centroids makes other clusters: {self.earlier_clusters} has none"
+                "on_existing_clusters are those of a finished head: name it in init_from"
+            )
+        if self.on_existing_clusters in ("keep", "refine") and self.num_centroids is not None:
+            raise ValueError(
+                f"num_centroids makes other clusters: {self.on_existing_clusters} has none"
             )
         if self.lora is not None and not self.warm:
-            raise ValueError("lora is beside a finished head: name it in start")
-        if self.lora is not None and self.trains:
-            raise ValueError("lora trains layers by lora.targets: leave out trains")
+            raise ValueError("lora is beside a finished head: name it in init_from")
+        if self.lora is not None and self.trainable_modules:
+            raise ValueError(
+                "lora trains layers by lora.target_modules: leave out trainable_modules"
+            )
         if self.num_centroids is not None and not self.use_ordered_embeddings:
             raise ValueError("num_centroids needs use_ordered_embeddings=true")
         if self.num_centroids is not None and self.num_centroids < self.centroid_intermediate_top_k:
@@ -200,13 +215,24 @@ class SourceConfig(Section):
         return {"path": str(value)} if isinstance(value, str | Path) else value
 
 
+class FilterConfig(Section):
+    """Which documents of a store, or of conversations that are there, are trained on."""
+
+    temperatures: list[float] | None = None
+    """Those written at these temperatures alone. None: all."""
+    categories: list[str] | None = None
+    """Those of these categories of prompts alone. None: all."""
+    num_conversations: PositiveInt | None = None
+    """So many of what is left, drawn by the seed. None: all."""
+
+
 class DataConfig(Section):
     prompts: list[SourceConfig] = [SourceConfig(path="builtin:text_train")]
     """Sources of training prompts, one or a list; the target writes the responses."""
     conversations: Folder | None = None
     """Folder of `headstart regenerate`: its conversations are trained on, none are generated."""
     store: Folder | None = None
-    """Folder of `headstart extract`, or of `headstart regenerate --extract`: its activations are
+    """Folder of `headstart extract`, whose activations are
     trained on, the target runs over no text."""
     online: bool = False
     """True: the target runs inside the training step and no activations are stored."""
@@ -227,14 +253,8 @@ class DataConfig(Section):
     temperatures: list[float | Literal["model"]] = [0.0, 0.7]
     """Sampling temperatures, dealt round robin over conversations. 0 is greedy; `model` is the
     target's own setting: temperature, top-k and top-p of its generation configuration."""
-    only_temperatures: list[float] | None = None
-    """Of a store or of conversations that are there: train on those written at these temperatures
-    alone. None: on all."""
-    only_categories: list[str] | None = None
-    """The same for categories of prompts. None: all."""
-    only_conversations: PositiveInt | None = None
-    """Of a store or of conversations that are there: train on so many, drawn by the seed. None: on
-    all."""
+    filter: FilterConfig = FilterConfig()
+    """Which of a store or of conversations that are there are trained on."""
     generation_batch_size: PositiveInt = 64
     """Conversations generated at once."""
     teacher_top_k: PositiveInt = 32
@@ -248,11 +268,6 @@ class DataConfig(Section):
     cache_dir: Folder | None = None
     """Where conversations and activations are kept. None: the user's cache folder."""
 
-    @field_validator("prompts", mode="before")
-    @classmethod
-    def _one_source(cls, value: object) -> object:
-        return [value] if isinstance(value, str | dict) else value
-
     @model_validator(mode="after")
     def _check(self) -> "DataConfig":
         if not self.prompts:
@@ -262,10 +277,8 @@ class DataConfig(Section):
         if self.conversations is not None and self.store is not None:
             raise ValueError("name data.conversations or data.store, not both")
         stored = self.conversations is not None or self.store is not None
-        if not stored and (
-            self.only_temperatures or self.only_categories or self.only_conversations
-        ):
-            raise ValueError("data.only_* chooses from data.store or data.conversations: name one")
+        if not stored and self.filter != FilterConfig():
+            raise ValueError("filter chooses from data.store or data.conversations: name one")
         if self.online and (self.store is not None or self.storage != "target"):
             raise ValueError("data.online stores nothing: leave out data.store and data.storage")
         if not self.temperatures or any(t != "model" and t < 0 for t in self.temperatures):
@@ -277,40 +290,40 @@ Unroll = Literal["teacher_forced", "reached"]
 """Ways to go beyond the first round (`TrainConfig.unroll`)."""
 
 
-RopePosition = Literal["newest", "one_earlier", "both"]
-"""Where the drafts of a round stand (`TrainConfig.rope_position`)."""
+DraftPositionOffset = Literal[0, -1, "mixed"]
+"""Where the drafts of a round stand (`TrainConfig.draft_position_offset`)."""
 
 
 class TrainConfig(Section):
-    steps: PositiveInt = 600
+    max_steps: PositiveInt = 600
     """Optimizer steps."""
     batch_size: PositiveInt = 8
     """Conversations a step and process, before gradient accumulation."""
-    pack_tokens: PositiveInt | None = None
+    max_packed_length: PositiveInt | None = None
     """Conversations share rows of so many tokens, which saves padding where lengths differ. None:
     a row each."""
     gradient_accumulation_steps: PositiveInt = 1
     """Batches whose gradients are summed before one optimizer step. A step over twice as many
     batches of half the size, or in twice as many processes, is the same step."""
-    anchors: PositiveInt = 64
+    max_anchors: PositiveInt = 64
     """Rows trained of each conversation in a batch, drawn anew each time (unit: tokens)."""
-    later_anchors: PositiveInt | None = None
+    multi_step_anchors: PositiveInt | None = None
     """How many of them go on beyond the first round, whose drafts weigh most and cost the same; the
     later rounds then weigh as much less in all. None: all."""
-    rounds: int = Field(default=4, ge=2)
+    num_speculative_steps: int = Field(default=4, ge=2)
     """Unroll K: drafts trained from each row. At least 2: from the second on a draft reads the
     head's own hidden state, and one alone would leave `post_projection` untrained."""
-    round_decay: float = Field(default=0.8, gt=0, le=1)
-    """Weight of round k is round_decay ** (k - 1)."""
+    step_loss_decay: float = Field(default=0.8, gt=0, le=1)
+    """Weight of round k is step_loss_decay ** (k - 1)."""
     unroll: Unroll = "teacher_forced"
     """Which drafts count beyond the first round, where the head reads the text's tokens.
     `teacher_forced`: all; `reached`: only those before which all of their round are the text's
     tokens, as a decoder would have it. The loss is divided by the weight of all drafts, whichever
     count."""
-    rope_position: RopePosition = "both"
-    """RoPE position of the drafts of a round, in which engines differ. `newest`: that of the newest
-    token, as in transformers and llama.cpp; `one_earlier`: as in vLLM, SGLang and MLX; `both`:
-    every second row of a text either way, which loses nothing at either (docs/recipe.md)."""
+    draft_position_offset: DraftPositionOffset = "mixed"
+    """RoPE position of the drafts of a round, from that of the newest token on; engines differ in
+    it. 0: as in transformers and llama.cpp; -1: as in vLLM, SGLang and MLX; `mixed`: every second
+    row of a text either way, which loses nothing at either (docs/recipe.md)."""
     objective: Literal["forward_kl", "cross_entropy", "lk_hybrid"] = "forward_kl"
     """Loss of a draft. `cross_entropy` looks at the target's best token alone; `lk_hybrid` turns
     from KL to total variation as a row comes to be accepted (arXiv 2602.23881)."""
@@ -329,17 +342,17 @@ class TrainConfig(Section):
     warmup_steps: NonNegativeInt = 30
     """Steps of linear warm-up; a cosine to a tenth of the peak follows."""
     max_minutes: float | None = Field(default=None, gt=0)
-    """Training ends after so much time, if `steps` are not done before; the learning rate falls
+    """Training ends after so much time, if `max_steps` are not done before; the learning rate falls
     with the time then, so that what a run comes to depends on the machine. None: no limit."""
-    patience: PositiveInt | None = None
+    early_stopping_patience: PositiveInt | None = None
     """Training ends after so many validations in a row without a better head. None: never."""
     weight_decay: float = Field(default=0.01, ge=0)
     """AdamW weight decay, on matrices alone."""
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Gradients are scaled down to this global norm."""
-    precision: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Compute precision. Weights of the head stay float32; bfloat16 is autocast. `auto`: as for
-    `target.dtype`."""
+    mixed_precision: Literal["auto", "no", "bf16"] = "auto"
+    """Weights of the head are float32; `bf16` computes in bfloat16 (autocast), `no` in float32 too.
+    `auto`: as `target.dtype` would be."""
     ema_decay: float | None = Field(default=None, gt=0, lt=1)
     """Decay a step of an exponential moving average of the weights, which is then what is validated
     and saved as the head. None: the weights themselves."""
@@ -349,19 +362,24 @@ class TrainConfig(Section):
     compile: bool = False
     """Compile the head's layers with `torch.compile`: minutes at the start, then faster steps on a
     GPU."""
-    validate_every: PositiveInt = 125
+    eval_steps: PositiveInt = 125
     """Steps between validations; each may make a new best head."""
-    checkpoint_every: PositiveInt = 150
+    save_steps: PositiveInt = 150
     """Steps between checkpoints."""
-    keep_checkpoints: PositiveInt = 2
+    save_total_limit: PositiveInt = 2
     """Newest checkpoints kept. The best head stays beside them, in the run's `head/`."""
 
     @model_validator(mode="after")
     def _check(self) -> "TrainConfig":
-        if self.warmup_steps >= self.steps:
-            raise ValueError(f"warmup_steps={self.warmup_steps} must be below steps={self.steps}")
-        if self.later_anchors is not None and self.later_anchors > self.anchors:
-            raise ValueError(f"later_anchors={self.later_anchors} is above anchors={self.anchors}")
+        if self.warmup_steps >= self.max_steps:
+            raise ValueError(
+                f"warmup_steps={self.warmup_steps} must be below max_steps={self.max_steps}"
+            )
+        if self.multi_step_anchors is not None and self.multi_step_anchors > self.max_anchors:
+            raise ValueError(
+                f"multi_step_anchors={self.multi_step_anchors} is above "
+                f"max_anchors={self.max_anchors}"
+            )
         return self
 
 
@@ -397,7 +415,7 @@ class EvalConfig(Section):
     """Tokens generated a prompt, or a turn of it."""
     limit: PositiveInt | None = None
     """Prompts measured, dealt evenly over the categories. None: all of them."""
-    exact_limit: NonNegativeInt = 4
+    fp32_check_prompts: NonNegativeInt = 4
     """Prompts checked in float32 for equality with plain greedy decoding. 0: no check."""
 
     @model_validator(mode="after")
@@ -427,7 +445,11 @@ class WandbConfig(Section):
 class Config(Section):
     """The whole configuration of one run."""
 
-    run: RunConfig = RunConfig()
+    output_dir: Folder = Path("runs/unnamed")
+    """Folder that is written. A run's holds config.yaml, metrics.jsonl, checkpoints/, head/ and
+    eval/, and is runs/NAME for a recipe NAME unless another is given."""
+    seed: NonNegativeInt = 0
+    """Seed of the data order, the anchors, the negatives and the head's start."""
     target: TargetConfig = TargetConfig()
     head: HeadConfig = HeadConfig()
     data: DataConfig = DataConfig()
@@ -435,39 +457,3 @@ class Config(Section):
     eval: EvalConfig | None = EvalConfig()
     """Evaluation after training. null: none."""
     wandb: WandbConfig = WandbConfig()
-
-
-class Adaptation(Section):
-    """What `headstart adapt` is asked."""
-
-    target: TargetConfig
-    """The tuned target, as it is served."""
-    head: Place
-    """The head to go on from, by folder or Hub id."""
-    prompts: SourceConfig
-    """Prompts of the target's new work."""
-    general: SourceConfig | None = None
-    """Prompts of everything else, to be mixed in, and to see on what the head forgets. None: none,
-    and forgetting is not measured."""
-    general_share: float = Field(default=0.25, ge=0, lt=1)
-    """Share of the training conversations that answer general prompts."""
-    base: Place | None = None
-    """The target that the head was trained for, which tells what was lost. None: the one that the
-    head names; where it names none, the target without its adapters."""
-    budget_minutes: float = Field(default=15, gt=0)
-    """Time for all of it, loading apart."""
-    held_out: PositiveInt = 48
-    """Prompts of each kind that are measured on and not trained on."""
-    num_assistant_tokens: PositiveInt = 4
-    """Draft length K at which the head is measured."""
-    decoded: NonNegativeInt = 8
-    """Held-out prompts of each kind that are decoded in the end, to measure the speedup; fewer
-    where the time does not do. 0: none."""
-    measure_only: bool = False
-    """Say what the head has lost, and stop there."""
-
-    @model_validator(mode="after")
-    def _check(self) -> "Adaptation":
-        if self.general is None and "general_share" in self.model_fields_set and self.general_share:
-            raise ValueError("general_share is of general prompts: name them, --general SET")
-        return self

@@ -43,7 +43,7 @@ def gather_rows(
     documents: list[Document],
     rows: list[torch.Tensor],
     rounds: int,
-    pack_tokens: int | None = None,
+    max_packed_length: int | None = None,
     later: list[torch.Tensor] | None = None,
 ) -> Batch:
     """Collate chosen rows of some documents, the anchors; what fills shorter lists up has weight 0.
@@ -52,15 +52,15 @@ def gather_rows(
         documents: any.
         rows: of each document, from `candidate_rows`.
         rounds: K.
-        pack_tokens: documents share rows of so many tokens, longest first; None: a row each.
+        max_packed_length: documents share rows of so many tokens, longest first; None: a row each.
         later: of each document, which of its chosen rows go on beyond the first round, by their
             place among them, ascending; None: all.
     """
     later = [torch.arange(len(chosen)) for chosen in rows] if later is None else later
     lengths = [len(d.ids) for d in documents]
     packs = [[i] for i in range(len(documents))]
-    if pack_tokens is not None:
-        packs = pack(lengths, pack_tokens)
+    if max_packed_length is not None:
+        packs = pack(lengths, max_packed_length)
     count = max(1, *(sum(len(rows[i]) for i in members) for members in packs))
     on = max(1, *(sum(len(later[i]) for i in members) for members in packs))
     gathered = []
@@ -143,25 +143,25 @@ class AnchorLoader:
     Args:
         documents: the conversations' activations.
         batch_size: conversations a batch, of a process.
-        anchors: drawn of each conversation; fewer where it has fewer rows to draft from.
-        rounds: K.
+        max_anchors: drawn of each conversation; fewer where it has fewer rows to draft from.
+        num_speculative_steps: K, the rounds.
         seed: of the order and the anchors.
-        pack_tokens: conversations share rows of so many tokens; None: a row each.
+        max_packed_length: conversations share rows of so many tokens; None: a row each.
         rank, world_size: each process reads its own share of every global batch.
-        later_anchors: how many of them go on beyond the first round; None: all.
+        multi_step_anchors: how many of them go on beyond the first round; None: all.
     """
 
     def __init__(
         self,
         documents: Documents,
         batch_size: int,
-        anchors: int,
-        rounds: int,
+        max_anchors: int,
+        num_speculative_steps: int,
         seed: int,
-        pack_tokens: int | None = None,
+        max_packed_length: int | None = None,
         rank: int = 0,
         world_size: int = 1,
-        later_anchors: int | None = None,
+        multi_step_anchors: int | None = None,
     ):
         self.documents = documents
         self.usable = [i for i, entry in enumerate(documents.entries) if entry.trained >= 2]
@@ -169,8 +169,9 @@ class AnchorLoader:
             raise ValueError(
                 "no conversation has a response of two tokens or more: nothing to train"
             )
-        self.batch_size, self.anchors, self.rounds = batch_size, anchors, rounds
-        self.pack_tokens, self.later_anchors = pack_tokens, later_anchors
+        self.batch_size, self.max_anchors = batch_size, max_anchors
+        self.num_speculative_steps = num_speculative_steps
+        self.max_packed_length, self.multi_step_anchors = max_packed_length, multi_step_anchors
         self.seed, self.rank, self.world_size = seed, rank, world_size
         self._epoch, self._order_of_epoch = -1, list[int]()
 
@@ -185,11 +186,14 @@ class AnchorLoader:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + position)
             candidates = candidate_rows(document)
             shuffled = torch.randperm(len(candidates), generator=generator)
-            ordered = shuffled[: self.anchors].sort()
+            ordered = shuffled[: self.max_anchors].sort()
             rows.append(candidates[ordered.values])
             # The first of the shuffled ones: as random as the rest.
-            later.append((ordered.indices < (self.later_anchors or self.anchors)).nonzero()[:, 0])
-        return gather_rows(documents, rows, self.rounds, self.pack_tokens, later)
+            goes_on = ordered.indices < (self.multi_step_anchors or self.max_anchors)
+            later.append(goes_on.nonzero()[:, 0])
+        return gather_rows(
+            documents, rows, self.num_speculative_steps, self.max_packed_length, later
+        )
 
     def _order(self, epoch: int) -> Sequence[int]:
         """Document indices in the order of an epoch; the last epoch asked for is remembered."""

@@ -11,6 +11,7 @@ from typing import Any
 from headstart.common.console import one_line, print_once
 from headstart.common.files import cache_dir
 from headstart.configs.schema import Config, DataConfig
+from headstart.configs.settings import ServerConfig
 from headstart.data.contamination import remove_contaminated
 from headstart.data.conversations import (
     MANIFEST,
@@ -123,7 +124,7 @@ def _open_stored(target: Target, data: DataConfig) -> ActivationStore | OnlineAc
         store = ActivationStore(data.store, target)
         print_once(
             f"{data.store}: {len(store):,} documents; of data.* only validation_conversations and "
-            "only_* apply to them"
+            "filter apply to them"
         )
         return store
     assert data.conversations is not None, "the caller knows one of the two"
@@ -139,23 +140,23 @@ def _open_stored(target: Target, data: DataConfig) -> ActivationStore | OnlineAc
 
 
 def _asked_for(training: Documents, data: DataConfig, seed: int) -> Documents:
-    """Of the documents that are there, those at `data.only_temperatures` and of
-    `data.only_categories`, and of them `data.only_conversations` at random.
+    """Of the documents that are there, those at `data.filter.temperatures` and of
+    `data.filter.categories`, and of them `data.filter.num_conversations` at random.
 
     Raises:
         ValueError: there are fewer.
     """
-    heats, categories, count = data.only_temperatures, data.only_categories, data.only_conversations
+    wanted, count = data.filter, data.filter.num_conversations
     kept = [
         i
         for i, e in enumerate(training.entries)
-        if (heats is None or e.temperature in heats)
-        and (categories is None or e.category in categories)
+        if (wanted.temperatures is None or e.temperature in wanted.temperatures)
+        and (wanted.categories is None or e.category in wanted.categories)
     ]
     if not kept or len(kept) < (count or 0):
         raise ValueError(
-            f"{len(kept)} of {len(training.entries)} documents are left by data.only_temperatures "
-            f"and data.only_categories, data.only_conversations asks for {count or 1}"
+            f"{len(kept)} of {len(training.entries)} documents are left by data.filter, whose "
+            f"num_conversations asks for {count or 1}"
         )
     if count is not None:
         kept = sorted(random.Random(seed).sample(kept, count))
@@ -330,50 +331,36 @@ def _cache(data: DataConfig) -> Path:
     return data.cache_dir or cache_dir()
 
 
-def run_regenerate(
-    config: Config,
-    out: Path,
-    extracting: bool,
-    device: Any,
-    url: str | None = None,
-    model: str | None = None,
-    concurrency: int = 16,
-    key_variable: str | None = None,
-) -> None:
-    """Let the target answer the prompts of `config.data` into the folder `out`.
+def run_regenerate(config: Config, server: ServerConfig, extracting: bool, device: Any) -> None:
+    """Let the target answer the prompts of `config.data` into the folder `config.output_dir`.
 
     An interrupted call goes on there; the prompts of the configuration's evaluation are kept out.
     With `extracting` the activation store is written into the same folder, from the same forwards.
-    The target runs on `device`, or in the server at `url`; of a server are `model`, `concurrency`
-    and `key_variable` too, as of `AnswerServer`.
+    The target runs on `device`, or in the server where one is named.
 
     Raises:
         ValueError: bad prompts, a folder of other conversations, or a combination that cannot be.
     """
-    if url is not None and extracting:
+    if server.url is not None and extracting:
         raise ValueError(
-            "a server hands out text, no activations: leave out --extract, and run `headstart "
-            "extract` over what it wrote"
+            "a server hands out text, no activations: leave out server.url, or let `headstart "
+            "regenerate` write conversations and give them to `headstart extract`"
         )
-    if url is None and (model is not None or key_variable is not None):
-        raise ValueError("--model and --api-key-env are about a server: give --server too")
-    d = config.data
+    d, out = config.data, config.output_dir
     held_out = config.eval.prompts if config.eval else None
-    prompts = deal_prompts(load_sources(d, held_out), d, config.run.seed)
-    if url is None:
+    prompts = deal_prompts(load_sources(d, held_out), d, config.seed)
+    if server.url is None:
         target = open_target(config.target, device)
         jobs = make_jobs(prompts, deal_sampling(d, target, prompts), target, d)
-        regenerate(target, jobs, d, config.run.seed, out, extracting)
+        regenerate(target, jobs, d, config.seed, out, extracting)
     else:
         # Its client takes half a second to import, and training reads this file too.
         from headstart.data.server import AnswerServer, regenerate_by_server
 
         tokens = load_target_tokens(config.target)
         jobs = make_jobs(prompts, deal_sampling(d, tokens, prompts), tokens, d)
-        server = AnswerServer(
-            url, model, concurrency, tokens.tokenizer, tokens.eos_ids, key_variable
-        )
-        regenerate_by_server(server, tokens, jobs, d, config.run.seed, out)
+        answers = AnswerServer(server, tokens.tokenizer, tokens.eos_ids)
+        regenerate_by_server(answers, tokens, jobs, d, config.seed, out)
     print_once(f"Written: {out} ({len(jobs):,} conversations)")
     if extracting:
         print_once(describe_store(ActivationStore(out)))
@@ -391,15 +378,15 @@ def describe_store(store: ActivationStore) -> str:
     )
 
 
-def run_extract(config: Config, conversations: str, out: Path, device: Any) -> None:
-    """Run the target of `config` over conversations and write the activation store `out`, where an
-    interrupted call goes on. `conversations` is a folder of `headstart regenerate`, or any source
-    of whole conversations.
+def run_extract(config: Config, conversations: str, device: Any) -> None:
+    """Run the target of `config` over conversations and write the activation store
+    `config.output_dir`, where an interrupted call goes on. `conversations` is a folder of
+    `headstart regenerate`, or any source of whole conversations.
 
     Raises:
         ValueError: bad conversations, a folder of another store, or too small a disk.
     """
-    d = config.data
+    d, out = config.data, config.output_dir
     target = open_target(config.target, device)
     folder = Path(conversations)
     if (folder / MANIFEST).is_file():

@@ -232,7 +232,8 @@ def regenerate(
     if extract and longest > config.max_tokens:
         raise ValueError(
             f"activations of {longest} tokens are longer than data.max_tokens={config.max_tokens}: "
-            "raise it, or leave out --extract and run `headstart extract`, which cuts them"
+            "raise it, or give what `headstart regenerate` writes to `headstart extract`, which "
+            "cuts them"
         )
     batches = batches_of(jobs, config)
     settings = shard_settings(target, config.teacher_top_k, config.storage)

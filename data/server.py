@@ -39,6 +39,7 @@ from transformers import PreTrainedTokenizerBase
 from headstart.common.console import print_once, progress_bar
 from headstart.common.files import lock_folder
 from headstart.configs.schema import DataConfig
+from headstart.configs.settings import ServerConfig
 from headstart.data.conversations import claim_folder, part_path, write_part
 from headstart.data.regenerate import (
     Job,
@@ -169,40 +170,37 @@ class AnswerServer:
     five minutes.
 
     Args:
-        url: of the server, with or without `/v1`.
-        model: its name there; None: the only one that the server lists.
-        concurrency: requests under way at once.
+        server: where it is, with or without `/v1`, the target's name there, and so on.
         tokenizer: the target's.
         eos_ids: the target's end-of-sequence tokens; the first stands for one that the server
             does not name.
-        key_variable: of the environment, with the key; None: `SERVER_KEY`, where there is one.
 
     Raises:
-        ValueError: `key_variable` is not set.
+        ValueError: the variable of the key is not set.
     """
 
     def __init__(
         self,
-        url: str,
-        model: str | None,
-        concurrency: int,
+        server: ServerConfig,
         tokenizer: PreTrainedTokenizerBase,
         eos_ids: list[int],
-        key_variable: str | None = None,
     ):
-        address = url.rstrip("/").removesuffix("/v1")
+        assert server.url is not None, "the caller asks a server that is named"
+        address = server.url.rstrip("/").removesuffix("/v1")
         self.url = re.sub(r"(?<=://)[^/]*@", "", address)
         """As messages name it: without a user and a password."""
-        self.key_variable = key_variable or SERVER_KEY
+        self.key_variable = server.api_key_env or SERVER_KEY
         key = os.environ.get(self.key_variable)
-        if key_variable is not None and not key:
-            raise ValueError(f"--api-key-env {key_variable}: there is no such variable, or no key")
-        self.model, self.concurrency = model, concurrency
+        if server.api_key_env is not None and not key:
+            raise ValueError(
+                f"server.api_key_env={server.api_key_env}: there is no such variable, or no key"
+            )
+        self.model, self.concurrency = server.model, server.concurrency
         self.tokenizer, self.eos_ids = tokenizer, eos_ids
         self.retokenized = 0
         """Answers so far that came as text alone."""
         self._extras = WITH_IDS
-        self._slots = asyncio.Semaphore(concurrency)
+        self._slots = asyncio.Semaphore(server.concurrency)
         self._tokenize = f"{address}/tokenize"
         with _without_openai_settings():
             self._client = AsyncOpenAI(
@@ -345,7 +343,7 @@ class AnswerServer:
                 there = urljoin(f"{self.url}/", location)
                 raise ValueError(
                     f"{self.url} redirects to {there!r}, which is not followed: if you trust it, "
-                    "name it by --server"
+                    "name it in server.url"
                 ) from error
             said = error.body.get("message") if isinstance(error.body, dict) else error.body
             said = self._without_key(str(said or error.__cause__ or error))
@@ -365,7 +363,7 @@ class AnswerServer:
         if os.environ.get(self.key_variable):
             return f"{self.url} refuses the key in {self.key_variable}"
         other = "OPENAI_API_KEY"  # which earlier versions sent to every server
-        known = f" (--api-key-env {other} sends that one)" if os.environ.get(other) else ""
+        known = f" (server.api_key_env={other} sends that one)" if os.environ.get(other) else ""
         return f"{self.url} wants a key: put it into {self.key_variable}{known}"
 
 

@@ -55,7 +55,9 @@ def read_report(path: Path) -> dict[str, Any]:
     """
     path = path / "report.json" if path.is_dir() else path
     if not path.is_file():
-        raise ValueError(f"no report at {path}: `headstart eval --out DIR` writes DIR/report.json")
+        raise ValueError(
+            f"no report at {path}: `headstart eval output_dir=DIR` writes DIR/report.json"
+        )
     try:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:  # no UTF-8 text, or no JSON

@@ -1,4 +1,4 @@
-"""Greedy acceptance from stored activations, without decoding: `headstart eval --simulate`.
+"""Greedy acceptance from stored activations, without decoding: `headstart simulate`.
 
 Exact for greedy drafts on greedy text: a draft is right when it is the text's next token, and draft
 k counts only when drafts 1..k-1 were right, so that the tokens fed to it are the text's own.
@@ -22,7 +22,7 @@ from headstart.common.console import counted, wide_console
 from headstart.common.files import write_figures
 from headstart.common.machine import environment
 from headstart.common.processes import in_step
-from headstart.configs.schema import RopePosition
+from headstart.configs.schema import DraftPositionOffset
 from headstart.data.loader import candidate_rows, gather_rows
 from headstart.data.store import ActivationStore, Documents
 from headstart.eval.acceptance import AcceptanceCounts, RecallCounts, replay_rounds, zero_counts
@@ -55,7 +55,7 @@ def simulate_acceptance(
     stored: Documents,
     rounds: int,
     which: Iterable[int],
-    position: RopePosition = "newest",
+    position: DraftPositionOffset = 0,
 ) -> Simulated:
     """Acceptance counts of `head` on the documents `which`, by replaying rounds.
 
@@ -181,7 +181,7 @@ def replay_texts(
     stores: dict[str, ActivationStore],
     k: int,
     doing: str,
-    positions: Mapping[str, RopePosition] | None = None,
+    positions: Mapping[str, DraftPositionOffset] | None = None,
     greedy: bool = False,
 ) -> dict[str, list[ReplayedText]]:
     """Replay rounds over every text of some stores; returns, by the name of a store, its texts in
@@ -204,7 +204,7 @@ def replay_texts(
         if not (greedy and entry.temperature)
     ]
     for name, i, entry in counted(texts, f"{doing} (texts)"):
-        at: RopePosition = "newest" if positions is None else positions[name]
+        at: DraftPositionOffset = 0 if positions is None else positions[name]
         counts = simulate_acceptance(head, target, stores[name], k, [i], at).acceptance
         if counts.rounds:
             [text] = stores[name].read([i])
@@ -261,7 +261,7 @@ def run_estimate(
     store: Path,
     num_assistant_tokens: Sequence[int],
     out: Path,
-    position: RopePosition = "newest",
+    position: DraftPositionOffset = 0,
 ) -> dict[str, Any]:
     """Replay rounds over the greedy texts of a store; print a table, write `out/estimate.json` and
     return what it holds.
@@ -272,8 +272,8 @@ def run_estimate(
         store: folder of `headstart extract` or `headstart regenerate --extract`.
         num_assistant_tokens: draft lengths K.
         out: folder.
-        position: RoPE position of the drafts: `newest`, where transformers puts them, or
-            `one_earlier`, where vLLM does.
+        position: RoPE position of the drafts: 0, where transformers puts them, or -1, where vLLM
+            does.
 
     Raises:
         ValueError: a head or the store does not fit the target, or no text of it is greedy.
@@ -294,7 +294,7 @@ def run_estimate(
             if not replayed:
                 raise ValueError(
                     f"{store} holds no greedy text of the target: make one with `headstart "
-                    "regenerate --extract 'data.temperatures=[0.0]'`"
+                    "extract data.temperatures=0`"
                 )
             beside = first.setdefault(k, replayed)
             for category, texts in {"all": replayed, **by_category(replayed)}.items():
@@ -303,7 +303,7 @@ def run_estimate(
                 found.append(result | _result(texts, compared))
     where = {
         "target": target.name, "store": str(store), "texts": len(replayed),
-        "rope_position": position,
+        "draft_position_offset": position,
     }  # fmt: skip
     content = {
         "estimate": 1,

@@ -74,10 +74,10 @@ def run_evaluation(
         "heads": list(heads),
         "head_fingerprints": {n: model_fingerprint(h, h.config) for n, h in heads.items()},
         "dtype": target.identity["dtype"],
-        **chosen.model_dump(mode="json", exclude={"exact_limit"}),
+        **chosen.model_dump(mode="json", exclude={"fp32_check_prompts"}),
         "chat_template_kwargs": asked.chat_template_kwargs or None,  # as if earlier files had it
     }
-    with lock_folder(out, "--out DIR"):
+    with lock_folder(out, "output_dir=DIR"):
         kept = Measurements(out / "measurements.jsonl", settings, resume)
         variants = _prepare(target, heads, draft_models, chosen, kept)
         measure_prompts(target, prompts, variants, chosen.max_new_tokens, kept, asked)

@@ -37,7 +37,7 @@ MATCHED_IN = 10.0  # seconds, of all patterns in all names of a model: most take
 OTHER_TRAINING = "both files are of different trainings; copy both from one"
 REFUSED = {
     "lora_bias": "for which the target's layers have no place: keep it beside the weights, "
-    "--keep-adapters (target.merge_adapters: false)",
+    "target.merge_adapters=false",
     "alora_invocation_tokens": "an activated LoRA, which works after certain tokens only: tune "
     "with a plain one",
     "layer_replication": "repeats of layers of its model: merge it, and give the outcome as the "
@@ -218,11 +218,12 @@ def _check_tables(
             if not merge:
                 raise ValueError(
                     "it changes rows of the table, which the head shares: let it be merged, "
-                    "without --keep-adapters (target.merge_adapters: true)"
+                    "with target.merge_adapters=true"
                 )
         elif merge or side == "lm_head":
             # Beside the weights, what comes before the table is the target's own affair.
-            keep = "" if side == "lm_head" else ", or keep it beside the weights, --keep-adapters"
+            keep = ", or keep it beside the weights, target.merge_adapters=false"
+            keep = "" if side == "lm_head" else keep
             raise ValueError(
                 f"it changes {side}, one side of the tied pair: embedding table and LM head are "
                 "one table, which the head shares. Tune without lm_head and embed_tokens in "
@@ -237,7 +238,7 @@ def _check_tables(
             "ensure_weight_tying=True"
         )
     if not merge and config.get("modules_to_save"):
-        raise ValueError("its tables are not tied: let it be merged, without --keep-adapters")
+        raise ValueError("its tables are not tied: let it be merged, target.merge_adapters=true")
 
 
 def _check_trained(path: Path, kept: Mapping[str, str]) -> None:
@@ -365,7 +366,7 @@ def add_adapters(model: PreTrainedModel, adapters: Sequence[str], merge: bool) -
                     raise ValueError(
                         "it changes nothing, in the dtype that the weights have here: it is not "
                         "trained, or merging rounds its effect away (dtype: float32, or "
-                        "--keep-adapters, would keep it)"
+                        "target.merge_adapters=false, would keep it)"
                     )
                 before = after
     return model

@@ -158,8 +158,8 @@ def load_model_config(
     if find_adapter_config_file(str(path), revision=revision) is not None:
         raise ValueError(
             f"{name} holds an adapter (adapter_config.json), which is not told apart from its "
-            "weights: give the base as the target and the adapter's folder as --adapter; or delete "
-            "adapter_config.json, where the adapter was merged into the weights"
+            "weights: give the base as the target and the adapter's folder in target.adapters; or "
+            "delete adapter_config.json, where the adapter was merged into the weights"
         )
     # Not left out: transformers then asks on the terminal whether to run what a stranger wrote.
     config = AutoConfig.from_pretrained(
@@ -280,8 +280,8 @@ def _check_arrival(model: PreTrainedModel, name: str, info: dict[str, Any]) -> N
             f"{name}: not all weights of {type(model).__name__} come from its files, the rest "
             f"would be random: {'; '.join(said)}. Copy all of its files from one place, or save it "
             "again with save_pretrained() of the plain class that config.json names: an adapter "
-            "after merge_and_unload() (or apart from its base, as --adapter), a resized table "
-            "with their number as vocab_size and the tokenizer of that training"
+            "after merge_and_unload() (or apart from its base, in target.adapters), a resized "
+            "table with their number as vocab_size and the tokenizer of that training"
         )
     if spare:
         print_once(f"{name}: {len(spare)} weights of its files are not needed ({_some(spare)})")
@@ -450,7 +450,7 @@ def check_codes(
         raise ValueError(
             f"{name}: its config.json has a quantization_config, and its weights are plain numbers "
             f"({', '.join(sorted(set(dtypes.values())))}): delete it there; how the target is "
-            "served is said by target.quantization (--quantization)"
+            "served is said by target.quantization"
         )
 
 

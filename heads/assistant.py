@@ -101,7 +101,7 @@ def build_assistant(target: Target, head: HeadConfig) -> Assistant:
     empty = nn.Parameter(torch.empty(0, width, device=target.device), requires_grad=False)
     set_table(assistant, target.table if full_width else empty)
     with torch.no_grad(), target.full_source_layers():
-        _start(assistant, target, whole=head.start == "target" and full_width)
+        _start(assistant, target, whole=head.init_from == "target" and full_width)
     return assistant
 
 

@@ -11,7 +11,7 @@ import copy
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, get_args
 
 import torch
 from safetensors.torch import save_file
@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from headstart.common.files import atomic_folder, drop_remote_code
-from headstart.configs.schema import LoraConfig, RopePosition
+from headstart.configs.schema import DraftPositionOffset, LoraConfig
 from headstart.heads.adapters import PREFIX, WEIGHTS, add_adapters, split_revision
 from headstart.heads.admission import (
     check_alive,
@@ -37,8 +37,10 @@ from headstart.heads.admission import (
 )
 
 MADE_FOR = "headstart_target"  # in config.json, where other readers leave it alone
-ROPE_POSITION = "headstart_rope_position"  # there too: `TrainConfig.rope_position`
-OF_OTHERS: RopePosition = "newest"  # where transformers and Google's heads put drafts
+OFFSET = "headstart_draft_position_offset"  # there too: `TrainConfig.draft_position_offset`
+OFFSET_BEFORE = "headstart_rope_position"  # in heads of earlier versions, which are read for ever
+BEFORE: dict[str, DraftPositionOffset] = {"newest": 0, "one_earlier": -1, "both": "mixed"}
+OF_OTHERS: DraftPositionOffset = 0  # where transformers and Google's heads put drafts
 VARIABLES = "headstart_chat_template_kwargs"  # there too: of the texts that it was trained on
 Assistant: TypeAlias = Gemma4AssistantForCausalLM | Gemma4UnifiedAssistantForCausalLM
 
@@ -74,6 +76,8 @@ def save_assistant(
     config = copy.deepcopy(assistant.config)
     for key, value in (notes or {}).items():
         setattr(config, key, value)
+    if hasattr(config, OFFSET) and hasattr(config, OFFSET_BEFORE):  # said once, by today's name
+        delattr(config, OFFSET_BEFORE)
     with torch.device("meta"):  # no memory for a table that is replaced at once
         native = type(assistant)(config)
     native.load_state_dict(state, assign=True)
@@ -140,30 +144,33 @@ def made_for(config: Any) -> dict[str, Any] | None:
     return getattr(config, MADE_FOR, None)
 
 
-def rope_position(config: Any) -> RopePosition:
+def draft_position_offset(config: Any) -> DraftPositionOffset:
     """Where the drafts of a head stood in training; of heads of other makers, which do not say,
     `OF_OTHERS`.
 
     Raises:
         ValueError: it is a head of Headstart, and does not say.
     """
-    if made_for(config) is not None and not hasattr(config, ROPE_POSITION):
+    earlier = BEFORE.get(getattr(config, OFFSET_BEFORE, ""))
+    offset: DraftPositionOffset | None = getattr(config, OFFSET, earlier)
+    if offset not in (None, *get_args(DraftPositionOffset)):
+        raise ValueError(f"{OFFSET}={offset!r} of a head's config.json is none of 0, -1 and mixed")
+    if offset is None and made_for(config) is not None:
         raise ValueError(
-            f"the config.json of this head has {MADE_FOR} and no {ROPE_POSITION}: add where its "
-            'drafts stood in training, "newest" unless train.rope_position said otherwise'
+            f"the config.json of this head has {MADE_FOR} and no {OFFSET}: add where its drafts "
+            "stood in training, 0 unless train.draft_position_offset said otherwise"
         )
-    position: RopePosition = getattr(config, ROPE_POSITION, OF_OTHERS)
-    return position
+    return OF_OTHERS if offset is None else offset
 
 
 def kept_notes(config: Any, identity: Mapping[str, Any]) -> dict[str, Any]:
     """What config.json says of a head that keeps its training: the target that it is saved for
     (`Target.identity`), and where its drafts stand, which heads of other makers leave out."""
-    return {MADE_FOR: identity, ROPE_POSITION: rope_position(config)}
+    return {MADE_FOR: identity, OFFSET: draft_position_offset(config)}
 
 
 def trained_notes(
-    config: Any, position: RopePosition, variables: Mapping[str, Any]
+    config: Any, position: DraftPositionOffset, variables: Mapping[str, Any]
 ) -> dict[str, Any]:
     """What the config.json of a head says of its training, so that it says so wherever it goes.
 
@@ -172,7 +179,7 @@ def trained_notes(
         position: of its drafts.
         variables: of the chat template with which its texts were asked.
     """
-    notes: dict[str, Any] = {ROPE_POSITION: position}
+    notes: dict[str, Any] = {OFFSET: position}
     if variables or noted_variables(config) is not None:
         notes[VARIABLES] = dict(variables)
     return notes
@@ -216,8 +223,10 @@ def add_lora(assistant: Assistant, lora: LoraConfig) -> None:
 def _peft_config(lora: LoraConfig) -> Any:
     from peft import LoraConfig as PeftLora
 
-    alpha: Any = 2 * lora.rank if lora.alpha is None else lora.alpha  # peft takes fractions too
-    return PeftLora(r=lora.rank, lora_alpha=alpha, target_modules=list(lora.targets))
+    alpha: Any = (
+        2 * lora.r if lora.lora_alpha is None else lora.lora_alpha
+    )  # peft takes fractions too
+    return PeftLora(r=lora.r, lora_alpha=alpha, target_modules=list(lora.target_modules))
 
 
 def without_lora(

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from headstart.common.versions import ALL_ROWS
-from headstart.configs.schema import RopePosition
+from headstart.configs.schema import DraftPositionOffset
 from headstart.heads.ordered import token_clusters
 from headstart.heads.saving import Assistant
 from headstart.heads.target import SharedKV
@@ -86,23 +86,23 @@ def row_masks(rows: Rows, kv_len: int, sliding_window: int) -> dict[str, torch.T
     return {"full_attention": full, "sliding_attention": full & (j >= t - sliding_window)}
 
 
-def positions_of(rows: Rows, position: RopePosition) -> torch.Tensor:
+def positions_of(rows: Rows, position: DraftPositionOffset) -> torch.Tensor:
     """[B, R] RoPE positions of the drafts: of the newest token as in transformers and llama.cpp, or
-    one earlier as in vLLM. With "both", the rows of a text take turns by whether t is odd, so that
+    one earlier as in vLLM. With "mixed", the rows of a text take turns by whether t is odd, so that
     it does not matter how texts are dealt over batches and processes, or packed."""
     t = rows.at - rows.starts
     match position:
-        case "newest":
+        case 0:
             return t + 1
-        case "one_earlier":
+        case -1:
             return t
-        case "both":
+        case "mixed":
             return t + t % 2
 
 
-def served_position(position: RopePosition) -> RopePosition:
-    """Where a decoder puts the drafts of a head trained so; "both": where transformers does."""
-    return "one_earlier" if position == "one_earlier" else "newest"
+def served_position(position: DraftPositionOffset) -> DraftPositionOffset:
+    """Where a decoder puts the drafts of a head trained so; "mixed": where transformers does."""
+    return -1 if position == -1 else 0
 
 
 def select(tensor: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
@@ -126,7 +126,7 @@ class DraftHead(nn.Module):
         self.projection = None if projection is None else nn.Parameter(projection.clone())
 
     def forward(
-        self, texts: Texts, rows: Rows, embed: Embed, position: RopePosition
+        self, texts: Texts, rows: Rows, embed: Embed, position: DraftPositionOffset
     ) -> list[torch.Tensor]:
         """Run K rounds over the same rows.
 

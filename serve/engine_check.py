@@ -42,16 +42,16 @@ from headstart.eval.decoding import Decoded, decode, divergence
 from headstart.heads.assistant import check_pair
 from headstart.heads.decoder import ExactDecoding
 from headstart.heads.saving import (
+    draft_position_offset,
     load_assistant,
     load_assistant_config,
-    rope_position,
     write_global_keys,
 )
 from headstart.heads.target import Gemma3ForAssistedDecoding, Target
 from headstart.serve.engines import (
+    DRAFT_POSITION_OFFSETS,
     GGUF,
     GGUF_TYPES,
-    ROPE_POSITIONS,
     Engine,
     convert_to_gguf,
     engine_python,
@@ -335,8 +335,8 @@ def serve_check(
         | {
             "target": target.name, "head": check.head, "engine": check.engine,
             "engine_version": engine_version(check.engine),
-            "engine_puts_drafts": ROPE_POSITIONS[check.engine],
-            "head_trained_for_drafts": rope_position(load_assistant_config(check.head)),
+            "engine_puts_drafts": DRAFT_POSITION_OFFSETS[check.engine],
+            "head_trained_for_drafts": draft_position_offset(load_assistant_config(check.head)),
             "dtype": dtype, "prompts": len(prompts), "num_assistant_tokens": k,
             "dense": check.dense, "max_new_tokens": check.max_new_tokens,
             "chat_template_kwargs": asked.chat_template_kwargs,
@@ -356,7 +356,9 @@ def _written(
     head, model, gguf = folder / "head", folder / "target", folder / "target.gguf"
     ordered = load_assistant_config(check.head).use_ordered_embeddings
     if check.engine == "vllm" and ordered and not check.dense:  # its build for the CPU is installed
-        raise ValueError("vLLM's CPU backend cannot read ordered embeddings: check with --dense")
+        raise ValueError(
+            "vLLM's CPU backend cannot read ordered embeddings: check with export.dense=true"
+        )
     export_for_engine(
         check.head, check.engine, config, target.tokenizer, head, dense=check.dense, dtype=dtype
     )

@@ -18,13 +18,13 @@ from headstart.common.children import run_python
 from headstart.common.files import cache_dir, check_empty, drop_remote_code
 from headstart.configs.schema import Engine
 from headstart.heads.assistant import check_shapes
-from headstart.heads.saving import load_assistant, rope_position, save_assistant
+from headstart.heads.saving import draft_position_offset, load_assistant, save_assistant
 
 ENGINES: tuple[Engine, ...] = get_args(Engine)
-ROPE_POSITIONS: dict[Engine, Literal["newest", "one_earlier"]] = {
-    "transformers": "newest", "llama.cpp": "newest", "vllm": "one_earlier", "mlx": "one_earlier",
+DRAFT_POSITION_OFFSETS: dict[Engine, Literal[0, -1]] = {
+    "transformers": 0, "llama.cpp": 0, "vllm": -1, "mlx": -1,
 }  # fmt: skip
-"""Where each puts the drafts of a round (`TrainConfig.rope_position`)."""
+"""Where each puts the drafts of a round (`TrainConfig.draft_position_offset`)."""
 
 
 def incompatibilities(engine: Engine, head: Any, target: Any) -> list[str]:
@@ -76,18 +76,19 @@ def incompatibilities(engine: Engine, head: Any, target: Any) -> list[str]:
 
 def engine_warnings(engine: Engine, head: Any) -> list[str]:
     """What an engine does with a head that it takes, where its user should know: a line each."""
-    found, trained = [], rope_position(head)
-    if trained not in ("both", ROPE_POSITIONS[engine]):
-        how = {"newest": "at the newest token", "one_earlier": "one before the newest token"}
+    found, trained = [], draft_position_offset(head)
+    if trained not in ("mixed", DRAFT_POSITION_OFFSETS[engine]):
+        how: dict[Any, str] = {0: "at the newest token", -1: "one before the newest token"}
         found.append(
-            f"{engine} puts drafts {how[ROPE_POSITIONS[engine]]} (RoPE), and this head was trained "
-            f"for drafts {how[trained]}: fewer of them are accepted (docs/recipe.md)"
+            f"{engine} puts drafts {how[DRAFT_POSITION_OFFSETS[engine]]} (RoPE), and this head was "
+            f"trained for drafts {how[trained]}: fewer of them are accepted (docs/recipe.md)"
         )
     if head.use_ordered_embeddings and engine == "llama.cpp":
         found.append("llama.cpp ignores ordered embeddings: each draft reads the whole table")
     if head.use_ordered_embeddings and engine == "vllm":
         found.append(
-            "vLLM's CPU backend cannot read ordered embeddings: for a CPU export with --dense"
+            "vLLM's CPU backend cannot read ordered embeddings: for a CPU "
+            "export with export.dense=true"
         )
     return found
 

@@ -16,6 +16,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from headstart.common.console import print_once
 from headstart.configs.schema import TargetConfig
+from headstart.configs.settings import PublishConfig
 from headstart.data.sources import IN_CHECKOUT, is_hub_dataset
 
 GEMMA_TERMS = {"license": "gemma", "license_link": "https://ai.google.dev/gemma/terms"}
@@ -59,7 +60,9 @@ def license_of(target_config: Any, served: TargetConfig) -> dict[str, str]:
     if said.get("license"):
         return {key: said[key] for key in LICENSE if said.get(key)}
     license = APACHE if name.startswith(GOOGLES) else {"license": "unknown"}
-    print_once(f"{why}: the head's card says {license['license']}; --license NAME says otherwise")
+    print_once(
+        f"{why}: the head's card says {license['license']}; publish.license=NAME says otherwise"
+    )
     return license
 
 
@@ -144,15 +147,15 @@ def _is_of_the_network(error: BaseException) -> bool:
     return type(error).__module__.startswith(("httpx", "httpcore"))
 
 
-def upload(folder: Path, repo_id: str, private: bool, branch: str | None, create_pr: bool) -> str:
+def upload(folder: Path, repo_id: str, options: PublishConfig) -> str:
     """Upload a folder in one commit; returns where it is. Large files that an earlier try has
     brought there are not sent again.
 
     Args:
         folder: all of it.
-        repo_id, private: ORG/NAME, created where it is not there, for its owners alone or for all.
-        branch: created where it is not there; None: main.
-        create_pr: as a pull request.
+        repo_id: ORG/NAME, created where it is not there.
+        options: whether for its owners alone; the branch, created where it is not there; whether as
+            a pull request.
 
     Raises:
         ValueError: the repository is there, and can be seen by all where it was to be private.
@@ -161,19 +164,21 @@ def upload(folder: Path, repo_id: str, private: bool, branch: str | None, create
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     api = HfApi(library_name="headstart")
     try:
-        api.create_repo(repo_id, private=private, exist_ok=True)
+        api.create_repo(repo_id, private=options.private, exist_ok=True)
         # One that is there keeps its visibility, whatever was asked for.
-        if private and not api.repo_info(repo_id).private:
-            raise ValueError(f"{repo_id} is there, and public: --public publishes where all see it")
-        if branch is not None:
-            api.create_branch(repo_id, branch=branch, exist_ok=True)
+        if options.private and not api.repo_info(repo_id).private:
+            raise ValueError(
+                f"{repo_id} is there, and public: publish.private=false publishes where all see it"
+            )
+        if options.branch is not None:
+            api.create_branch(repo_id, branch=options.branch, exist_ok=True)
         # Not `upload_folder`, which makes several commits where hf_xet is installed.
         commit = api.create_commit(
             repo_id,
             [CommitOperationAdd(str(path.relative_to(folder)), path) for path in files],
             commit_message="Publish a draft head",
-            revision=branch,
-            create_pr=create_pr,
+            revision=options.branch,
+            create_pr=options.create_pr,
         )
     except Exception as error:
         if (why := _why(error, repo_id)) is None:

@@ -3,7 +3,7 @@
 import json
 import re
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from headstart.common.files import (
 )
 from headstart.configs.loader import load_saved, save_config
 from headstart.configs.schema import Config, TargetConfig
+from headstart.configs.settings import PublishConfig
 from headstart.eval.compare import read_report
 from headstart.eval.page import write_report
 from headstart.heads.adapters import split_revision
@@ -51,25 +52,11 @@ class Publication:
     """A run folder, or that of `headstart adapt`."""
     repo_id: str
     """ORG/NAME."""
-    report: Path | None = None
-    """Folder of the report that the figures come from; None: the run's own."""
-    base_models: tuple[str, ...] = ()
-    """Hub ids: the target, whole, and what else the card is to name as its base; empty: as the run
-    names it."""
-    base_head: str | None = None
-    """Hub id of the head that an adapter of a head goes onto, `ORG/NAME@REVISION` for a revision;
-    None: as the run names it."""
-    merged: bool = False
-    """Publish a head that was trained as an adapter as a whole head."""
-    license: str | None = None
-    """None: the target's own."""
-    languages: tuple[str, ...] = ()
+    options: PublishConfig = field(default_factory=PublishConfig)
     target: str | None = None
     """Where the target lies now; None: where the run has it."""
     adapters: tuple[str, ...] = ()
     """Where its adapters lie now; empty: where the run has them."""
-    texts: bool = True
-    """Whether the report keeps its example texts, which are of the evaluation prompts."""
 
 
 class _Run:
@@ -120,33 +107,40 @@ def build_folder(what: Publication, out: Path) -> list[Path]:
     """
     _check_ours(out)
     if not is_hub_id(what.repo_id) or "@" in what.repo_id:
-        raise ValueError(f"--repo-id {what.repo_id} cannot be: give --repo-id ORG/NAME")
+        raise ValueError(f"{what.repo_id} is no name of a repository: give ORG/NAME")
     run = _Run(what.run)
     config = run.config
-    as_adapter = (run.head / ADAPTER).is_dir() and not what.merged
-    base_head = (what.base_head or config.head.start) if as_adapter else None
+    as_adapter = (run.head / ADAPTER).is_dir() and not what.options.merge_adapter
+    base_head = (what.options.base_head or config.head.init_from) if as_adapter else None
     if base_head is not None:
         check_hub_id(
             base_head, "the head of this adapter,",
-            "publish it and give --base-head ORG/NAME, or publish the whole head with --merged",
+            "publish it and give publish.base_head=ORG/NAME, or publish the whole head with "
+            "publish.merge_adapter=true",
         )  # fmt: skip
     served = _on_the_hub(what, config)
-    report = read_report(what.report or run.folder / "eval")
+    report = read_report(what.options.report or run.folder / "eval")
     evaluated = _evaluated(report, run.head)
     target_config, tokenizer = _load_target(what, config.target, report["environment"])
     names = _public_names(what, config, served, report, evaluated)
-    report = without_paths(report if what.texts else report | {"examples": []}, names)
+    report = without_paths(
+        report if what.options.include_texts else report | {"examples": []}, names
+    )
     config = Config.model_validate(without_paths(config.model_dump(mode="json"), names))
     # Whoever trains by these settings decides for himself whose code may run.
     distrustful = config.target.model_copy(update={"trust_remote_code": False})
     config = config.model_copy(update={"target": distrustful})
-    terms = {"license": what.license} if what.license else license_of(target_config, served)
+    terms = (
+        {"license": what.options.license}
+        if what.options.license
+        else license_of(target_config, served)
+    )
     published = Published(
         repo_id=what.repo_id,
         # The last is what the head was trained for, and comes first.
         base_models=[
             split_revision(name)[0]
-            for name in what.base_models or (*reversed(served.adapters), served.name)
+            for name in what.options.base_models or (*reversed(served.adapters), served.name)
         ],
         base_head=base_head,
         served=served,
@@ -158,7 +152,7 @@ def build_folder(what: Publication, out: Path) -> list[Path]:
         summary=run.summary,
         report=report,
         license=terms,
-        languages=list(what.languages),
+        languages=list(what.options.languages),
     )
     with atomic_folder(out) as work:
         _write(run, published, tokenizer, names, work)
@@ -209,7 +203,7 @@ def _check_ours(out: Path) -> None:
         if path.is_symlink() or not (known or path == out / EVALUATION):
             raise ValueError(
                 f"{out} holds {path.relative_to(out)}, which is not of an earlier publication and "
-                "would be lost: name another folder, --out DIR"
+                "would be lost: name another folder, output_dir=DIR"
             )
 
 
@@ -230,8 +224,8 @@ def _evaluated(report: dict[str, Any], head: Path) -> _Evaluated:
     env = report["environment"]
     known = env.get("head_fingerprints")
     again = (
-        f"evaluate this head: headstart eval --target NAME --head {head} --prompts SET --out DIR, "
-        "then publish with --report DIR"
+        f"evaluate this head: headstart eval {head} target.name=NAME eval.prompts=SET "
+        "output_dir=DIR, then publish with publish.report=DIR"
     )
     if not known:
         raise ValueError(f"the report does not say which weights it is of: {again}")
@@ -253,17 +247,17 @@ def _evaluated(report: dict[str, Any], head: Path) -> _Evaluated:
 def _on_the_hub(what: Publication, config: Config) -> TargetConfig:
     """The target by the names that others load it by."""
     t = config.target
-    for name in what.base_models:
-        check_hub_id(name, "--base-model", "give --base-model ORG/NAME")
-    if what.base_models:
-        name, revision = split_revision(what.base_models[0])
+    for name in what.options.base_models:
+        check_hub_id(name, "publish.base_models", "give publish.base_models=ORG/NAME")
+    if what.options.base_models:
+        name, revision = split_revision(what.options.base_models[0])
         return t.model_copy(update={"name": name, "revision": revision, "adapters": []})
     named = t.model_copy(update={"name": DEMO.get(t.name, t.name)})
     for name in (named.name, *named.adapters):
         check_hub_id(
             name, "the target",
-            "a card has to name one, give --base-model ORG/NAME, that of the target or of what it "
-            "was tuned from",
+            "a card has to name one, give publish.base_models=ORG/NAME, that of the target or of "
+            "what it was tuned from",
         )  # fmt: skip
     return named
 
@@ -286,7 +280,7 @@ def _load_target(
             raise ValueError(
                 f"{served_name(t)} ({found[:12]}) is not the "
                 f"target of the report ({env['target_fingerprint'][:12]}): name the one that was "
-                "evaluated, --target DIR, and --adapter DIR for each adapter of it"
+                "evaluated, target.name=DIR, and target.adapters=[DIR] for its adapters"
             )
     try:
         tokenizer = load_target_tokens(t).tokenizer
@@ -295,7 +289,7 @@ def _load_target(
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{' '.join(str(error).split())}. If the target of the run was moved, say where it is "
-            "now: --target DIR, and --adapter DIR for each adapter"
+            "now: target.name=DIR, and target.adapters=[DIR] for its adapters"
         ) from error
 
 
@@ -326,17 +320,17 @@ def _public_names(
 ) -> dict[str, str]:
     """Path -> what others know it by; names that are public already stand for themselves."""
     t, data, env, evaluation = config.target, config.data, report["environment"], config.eval
-    paths = [config.run.dir, data.conversations, data.store, data.cache_dir, t.chat_template]
+    paths = [config.output_dir, data.conversations, data.store, data.cache_dir, t.chat_template]
     places = [str(path) for path in paths if path is not None]
     # These may be names of the Hub too.
     named = [
-        t.name, *t.adapters, config.head.start, *(source.path for source in data.prompts),
+        t.name, *t.adapters, config.head.init_from, *(source.path for source in data.prompts),
         env["prompts"], *env["heads"], *env.get("draft_models", []),
     ]  # fmt: skip
     if evaluation is not None:
         named += [evaluation.prompts, *evaluation.draft_models]
     places += filter(is_local, named)
-    if what.base_models:  # which say what the target is to others
+    if what.options.base_models:  # which say what the target is to others
         places += [name for name in (t.name, *t.adapters) if "/" in name]
     names = {place: Path(place).name for place in places}
     if t.name in names or Path(t.name).exists():
@@ -349,8 +343,8 @@ def _public_names(
 def public_config(
     content: dict[str, Any], names: dict[str, str], served: TargetConfig
 ) -> dict[str, Any]:
-    """A config.json by the names that others know, a head's note of its target too: a --base-model
-    has the adapters of the run in it."""
+    """A config.json by the names that others know, a head's note of its target too: one of
+    `publish.base_models` has the adapters of the run in it."""
     noted = (content.get(MADE_FOR) or {}).get("config")
     content = without_paths(content, names)
     if noted and names.keys() & {noted["name"], *noted["adapters"]}:

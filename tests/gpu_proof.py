@@ -151,7 +151,12 @@ def norms(place: Place) -> dict[str, Any]:
 
 def _train_config() -> Config:
     train = TrainConfig(
-        batch_size=4, anchors=16, rounds=3, likely_tokens=64, negatives=64, precision="float32"
+        batch_size=4,
+        max_anchors=16,
+        num_speculative_steps=3,
+        likely_tokens=64,
+        negatives=64,
+        mixed_precision="no",
     )
     return Config(train=train, head=HeadConfig(), data=DataConfig(teacher_top_k=16))
 
@@ -171,7 +176,7 @@ def _losses(target: Target, steps: int) -> list[float]:
         batch = send_to_device(loader.batch(step), target.device)
         candidates = step_candidates([batch], likely, config.train, step, lambda kept: kept)
         sums = batch_sums(head, target, batch, config.train, candidates)
-        loss = sums["loss_sum"] / loss_weight(batch, config.train.round_decay)
+        loss = sums["loss_sum"] / loss_weight(batch, config.train.step_loss_decay)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -324,9 +329,9 @@ def head_step(place: Place) -> dict[str, Any]:
     texts = random_texts(target, place.scaled(24, 8), place.scaled(1024, 40))
     data = DataConfig(teacher_top_k=64 if place.real else 16, storage="int8")
     train = TrainConfig(
-        batch_size=place.scaled(8, 4), anchors=64, rounds=4, later_anchors=32, pack_tokens=4096,
+        batch_size=place.scaled(8, 4), anchors=64, rounds=4, multi_step_anchors=32, max_packed_length=4096,
         likely_tokens=place.scaled(8192, 64), negatives=place.scaled(8192, 64),
-        precision="bfloat16" if place.real else "float32",
+        mixed_precision="bf16" if place.real else "no",
     )  # fmt: skip
     config = Config(train=train, head=HeadConfig(), data=data)
     found: dict[str, Any] = {"tokens a batch": train.batch_size * len(texts[0].ids)}
@@ -337,7 +342,13 @@ def head_step(place: Place) -> dict[str, Any]:
         samples = sample_teacher_rows(store, device)
         head = build_head(target, config, samples, store, resumed=False)
         loader = AnchorLoader(
-            store, train.batch_size, train.anchors, 4, 0, 4096, later_anchors=train.later_anchors
+            store,
+            train.batch_size,
+            train.max_anchors,
+            4,
+            0,
+            4096,
+            multi_step_anchors=train.multi_step_anchors,
         )
         turns = iter(range(10_000))
         loading = seconds_of(torch.device("cpu"), lambda: loader.batch(next(turns)))
@@ -353,7 +364,7 @@ def head_step(place: Place) -> dict[str, Any]:
         candidates = step_candidates([batch], likely, train, 0, lambda kept: kept)
         with precise:
             sums = batch_sums(head, target, batch, train, candidates)
-        (sums["loss_sum"] / loss_weight(batch, train.round_decay)).backward()
+        (sums["loss_sum"] / loss_weight(batch, train.step_loss_decay)).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -393,10 +404,10 @@ def tiny_run(place: Place) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         common = [
             "--config", "configs/tiny.yaml", "wandb.mode=disabled",
-            f"data.cache_dir={folder}/cache", "target.dtype=auto", "train.precision=auto",
+            f"data.cache_dir={folder}/cache", "target.dtype=auto", "train.mixed_precision=auto",
         ]  # fmt: skip
         ended = [
-            _run(place, f"tiny_{name}", *common, f"run.dir={folder}/{name}")
+            _run(place, f"tiny_{name}", *common, f"output_dir={folder}/{name}")
             for name in ("run", "again")
         ]
         found: dict[str, Any] = {
@@ -423,7 +434,7 @@ def quickstart(place: Place) -> dict[str, Any]:
         return {"left out": "on a CPU `make train` is this section"}
     run = place.out / "quickstart"
     arguments = [
-        "--config", "configs/quickstart.yaml", "wandb.mode=disabled", f"run.dir={run}",
+        "--config", "configs/quickstart.yaml", "wandb.mode=disabled", f"output_dir={run}",
         "data.generation_batch_size=128", "eval.limit=24",
     ]  # fmt: skip
     code, seconds = _run(place, "quickstart", *arguments)

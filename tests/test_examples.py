@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from headstart.configs.loader import load_config
-from headstart.configs.schema import RopePosition
+from headstart.configs.schema import DraftPositionOffset
 from headstart.data.prepare import run_regenerate
 from headstart.data.store import ActivationStore
 from headstart.eval.replay import simulate_acceptance
@@ -40,13 +40,13 @@ def test_an_interrupted_sweep_goes_on_and_judges_heads_as_the_simulated_evaluati
     store = tmp_path / "store"
     run_regenerate(tiny_config(tmp_path / "none"), store, extracting=True, device="cpu")
     overrides = [
-        f"data.store={store}", "train.steps=6", "train.validate_every=3", "eval=null",
+        f"data.store={store}", "train.max_steps=6", "train.eval_steps=3", "eval=null",
         "head.use_ordered_embeddings=false", "head.num_centroids=null",
     ]  # fmt: skip
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump({
         "config": str(ROOT / "configs" / "tiny.yaml"),
         "overrides": overrides,
-        "eval_sets": {"a": str(store), "b": {"store": str(store), "rope_position": "one_earlier"}},
+        "eval_sets": {"a": str(store), "b": {"store": str(store), "draft_position_offset": "one_earlier"}},
         "num_assistant_tokens": 3,
         "runs": {"base": [], "slow": ["train.learning_rate=1e-6"]},
     }))  # fmt: skip
@@ -56,7 +56,7 @@ def test_an_interrupted_sweep_goes_on_and_judges_heads_as_the_simulated_evaluati
         if len(trained) == 1 and "base" in trained[0]:
             trained.clear()
             raise KeyboardInterrupt
-        trained.append(config.run.dir.name)
+        trained.append(config.output_dir.name)
         real(config, resume)
 
     (tmp_path / "wrong.yaml").write_text("{config: a, runs: {}, eval_sets: {}, seed: [1]}")
@@ -73,7 +73,7 @@ def test_an_interrupted_sweep_goes_on_and_judges_heads_as_the_simulated_evaluati
     for result in content["results"]:
         folder = tmp_path / "out" / f"{result['run']}-seed0" / "head"
         head = DraftHead(load_assistant(folder, target.table.dtype))
-        positions: dict[str, RopePosition] = {"a": "newest", "b": "one_earlier"}
+        positions: dict[str, DraftPositionOffset] = {"a": "newest", "b": "one_earlier"}
         for name, position in positions.items():
             every = range(len(texts.entries))
             found = simulate_acceptance(head, target, texts, 3, every, position).acceptance

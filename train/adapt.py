@@ -7,8 +7,9 @@ notes.json when it is done, and the same command goes on where it stopped.
 import json
 import shlex
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,8 @@ from accelerate import PartialState
 from headstart.common.console import print_once
 from headstart.common.files import StageCache, lock_folder, write_atomically
 from headstart.common.machine import environment
-from headstart.configs.loader import load_config
-from headstart.configs.schema import Adaptation, Config, EvalConfig, TargetConfig
+from headstart.configs.schema import Config, EvalConfig, SourceConfig, TargetConfig
+from headstart.configs.settings import AdaptConfig, Settings
 from headstart.data.contamination import remove_contaminated
 from headstart.data.prepare import deal_sampling
 from headstart.data.prompts import Prompt, deal, limit_evenly, load_prompts, split_by_source
@@ -38,7 +39,12 @@ from headstart.heads.loading import (
     open_target,
     served_name,
 )
-from headstart.heads.saving import load_assistant, load_assistant_config, made_for, rope_position
+from headstart.heads.saving import (
+    draft_position_offset,
+    load_assistant,
+    load_assistant_config,
+    made_for,
+)
 from headstart.heads.target import Target
 from headstart.heads.tokens import Sampling
 from headstart.heads.unroll import DraftHead
@@ -55,44 +61,90 @@ from headstart.train.adapt_report import (
 from headstart.train.run import train
 
 DEFAULTS: list[tuple[str, Any]] = [
-    ("head.earlier_clusters", "keep"),  # minutes that steps use better
-    ("train.steps", 20000),  # time ends it
+    ("head.on_existing_clusters", "keep"),  # minutes that steps use better
+    ("train.max_steps", 20000),  # time ends it
     ("train.batch_size", 4),
-    ("train.later_anchors", 32),
+    ("train.multi_step_anchors", 32),
     ("train.learning_rate", 5e-4),
-    ("train.validate_every", 100),
-    ("train.patience", 4),
+    ("train.eval_steps", 100),
+    ("train.early_stopping_patience", 4),
     ("data.max_new_tokens", 96),
     ("data.max_prompt_tokens", 256),
+    ("eval.num_assistant_tokens", [4]),
 ]
-"""Settings of the training, where the command line says nothing else: the reference recipe's, at
-half its learning rate, since the head is finished."""
+"""Settings where nobody says otherwise: the reference recipe's, at half its learning rate, since
+the head is finished."""
 
 
-ARGUMENTS = {
-    "target": "--target, --adapter and --dtype", "head.start": "--head", "run.dir": "--out",
-    "data.store": "--out", "data.prompts": "--prompts and --general",
-    "eval": "--held-out, --decoded and --num-assistant-tokens",
-}  # fmt: skip
-"""Settings that an adaptation takes from arguments of its own."""
+def adapt_defaults(head: str) -> list[tuple[str, Any]]:
+    """Settings of an adaptation of the head, by folder or Hub id, where nobody says otherwise."""
+    start = load_assistant_config(head)
+    return [
+        *DEFAULTS,
+        ("head.init_from", head),
+        ("head.use_ordered_embeddings", start.use_ordered_embeddings),
+        ("train.draft_position_offset", draft_position_offset(start)),
+    ]
 
 
-def check_overrides(overrides: list[str]) -> None:
-    """Raise `ValueError` where a `section.key=value` would be passed over for an argument."""
-    for key in (override.partition("=")[0] for override in overrides):
-        for name, argument in ARGUMENTS.items():
-            if key == name or key.startswith(f"{name}."):
-                raise ValueError(f"{key} is given to adapt by {argument}, not as a setting")
+@dataclass(frozen=True)
+class Adaptation:
+    """What `headstart adapt` is asked."""
+
+    head: str
+    """The head to go on from, by folder or Hub id."""
+    config: Config
+    """Of the training: `target` is the tuned one, as it is served, and `data.prompts` are of its
+    new work."""
+    options: AdaptConfig
+    """What to measure on, and for how long."""
+    num_assistant_tokens: int
+    """Draft length K at which the head is measured."""
+    out: Path
+    """Folder of the report; the head is in `run/head`."""
 
 
+def read_adaptation(settings: Settings, head: str) -> Adaptation:
+    """What the settings ask, of which `adapt_defaults` are the defaults.
+
+    Raises:
+        ValueError: a setting would be passed over, or there are several K.
+    """
+    given = settings.given(["data.store", "data.conversations", "data.online"])
+    if settings.head.init_from != head:
+        given.append("head.init_from")
+    if given:
+        raise ValueError(f"{given[0]} is what adapt sees to itself: leave it out")
+    if any(source.weight is not None for source in settings.data.prompts):
+        raise ValueError("data.prompts: adapt deals its prompts evenly, leave out weight")
+    chosen = settings.eval or EvalConfig(num_assistant_tokens=[4])
+    if odd := sorted(chosen.model_fields_set - {"num_assistant_tokens"}):
+        raise ValueError(
+            f"eval.{odd[0]} is not read: adapt measures on prompts of data.prompts that it holds "
+            "out; leave it out, or set eval=null where a file has it"
+        )
+    if len(chosen.num_assistant_tokens) != 1:
+        raise ValueError("adapt measures at one draft length: eval.num_assistant_tokens=4")
+    out, data = settings.output_dir, as_the_head_was(settings.data, head)
+    # Training keeps no copy of what is held out.
+    update = {
+        "output_dir": out / "run",
+        "data": data.model_copy(update={"store": out / "answers"}),
+        "eval": EvalConfig(prompts=str(out / HELD_OUT)),
+    }
+    config = settings.of_run().model_copy(update=update)
+    return Adaptation(head, config, settings.adapt, chosen.num_assistant_tokens[0], out)
+
+
+HELD_OUT = "held_out.jsonl"
 DECODING = 0.12  # share of the budget that the decoding in the end may take
 
 
 def _base(a: Adaptation) -> TargetConfig | None:
     """The target that the head was trained for, in the dtype of the tuned one."""
-    t, made = a.target, made_for(load_assistant_config(a.head))
-    if a.base is not None:
-        return TargetConfig(name=a.base, dtype=t.dtype)
+    t, made = a.config.target, made_for(load_assistant_config(a.head))
+    if a.options.base is not None:
+        return TargetConfig(name=a.options.base, dtype=t.dtype)
     if made is not None:
         return noted_target(made).model_copy(update={"dtype": t.dtype})
     if t.adapters or t.quantization:
@@ -106,7 +158,7 @@ def check_before(a: Adaptation) -> None:
     What only loaded weights of a target show, and those of the Hub, is known when it is opened.
     """
     head = load_assistant(a.head, torch.float32)
-    for stage, served in (("reference", _base(a)), ("unadapted", a.target)):
+    for stage, served in (("reference", _base(a)), ("unadapted", a.config.target)):
         if served is not None:
             with _telling(stage):
                 check_target(served)
@@ -115,15 +167,13 @@ def check_before(a: Adaptation) -> None:
 
 
 def evaluate_baseline(
-    a: Adaptation, config: Config, prompts: Any, out: Path, notes: StageCache, device: Any
+    a: Adaptation, prompts: Any, notes: StageCache, device: Any
 ) -> dict[str, TextsOfKinds]:
     """Replay the head over what its own target says to the held-out prompts, and the tuned one.
 
     Args:
-        a: what is asked.
-        config: of the run, for lengths and batches of the answers.
+        a: what is asked; the answers are stored in its folder, `reference` and `unadapted`.
         prompts: kind -> prompts to train on, and held out.
-        out: folder; the answers are stored in `out`/reference and `out`/unadapted.
         notes: where both stages are kept.
         device: where target and head run.
 
@@ -134,7 +184,7 @@ def evaluate_baseline(
         ValueError: a target that does not load, or that the head does not fit.
     """
     stages = {}
-    for stage, served in (("reference", _base(a)), ("unadapted", a.target)):
+    for stage, served in (("reference", _base(a)), ("unadapted", a.config.target)):
         if served is None:
             continue
 
@@ -143,7 +193,7 @@ def evaluate_baseline(
                 target = open_target(served, device)
             began = time.monotonic()
             held_out = {kind: own for kind, (_, own) in prompts.items()}
-            stores = _answers(target, held_out, config, out / stage)
+            stores = _answers(target, held_out, a.config, a.out / stage)
             answering = time.monotonic() - began
             texts = _replayed(target, a.head, stores, a, f"Replaying ({stage})")
             return {"texts": texts, "answering": answering}
@@ -162,7 +212,7 @@ def _telling(stage: str) -> Iterator[None]:
             raise
         raise ValueError(
             f"{error}. It was taken for the target that the head was trained for: name that one, "
-            "--base NAME"
+            "adapt.base=NAME"
         ) from error
 
 
@@ -178,7 +228,7 @@ def _answers(
             target,
             jobs,
             config.data,
-            config.run.seed,
+            config.seed,
             folder / kind,
             extract=True,
             description=name,
@@ -201,36 +251,34 @@ def read_texts(found: dict[str, Any]) -> TextsOfKinds:
     return {kind: [ReplayedText.read(row) for row in rows] for kind, rows in found.items()}
 
 
-def evaluate_adapted(
-    a: Adaptation, config: Config, prompts: Any, out: Path, notes: StageCache, device: Any
-) -> None:
+def evaluate_adapted(a: Adaptation, prompts: Any, notes: StageCache, device: Any) -> None:
     """Replay the trained head over the answers of the tuned target, and decode some of the prompts
     plainly, with the old head and with the new one; both stages are noted.
 
     Args: as for `evaluate_baseline`.
     """
-    head = str(config.run.dir / "head")
-    target = open_target(a.target, device)
+    config, head = a.config, str(a.config.output_dir / "head")
+    target = open_target(config.target, device)
 
     def replay() -> dict[str, Any]:
-        stores = {kind: ActivationStore(out / "unadapted" / kind, target) for kind in prompts}
+        stores = {kind: ActivationStore(a.out / "unadapted" / kind, target) for kind in prompts}
         return _replayed(target, head, stores, a, "Replaying (adapted)")
 
     def compare_speeds() -> dict[str, Any] | None:
-        if not a.decoded:
+        if not a.options.decoded_prompts:
             return None
         names = {"unadapted": a.head, "adapted": head}
         chosen = EvalConfig(
-            prompts=str(_decodable(a, config, prompts, target, out)),
+            prompts=str(_decodable(a, prompts, target)),
             num_assistant_tokens=[a.num_assistant_tokens],
             decoders=["exact"],
             max_new_tokens=config.data.max_new_tokens,
-            exact_limit=0,
+            fp32_check_prompts=0,
         )
         dtype = target.table.dtype
         heads = {name: load_assistant(name, dtype, target.device) for name in names.values()}
         report = run_evaluation(
-            target, heads, chosen, out / "eval", resume=True, asked=asked_by_run(config.data)
+            target, heads, chosen, a.out / "eval", resume=True, asked=asked_by_run(config.data)
         )
         return speedups(report, names)
 
@@ -239,7 +287,7 @@ def evaluate_adapted(
 
 
 def write_held_out(prompts: dict[str, list[Prompt]], path: Path) -> None:
-    """Write prompts such that `headstart eval --prompts` reads them, their kind in the category."""
+    """Write prompts such that `eval.prompts` can name them, their kind in the category."""
     rows = []
     for kind, own in prompts.items():
         for prompt in own:
@@ -251,18 +299,17 @@ def write_held_out(prompts: dict[str, list[Prompt]], path: Path) -> None:
     write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
-def _decodable(a: Adaptation, config: Config, prompts: Any, target: Target, out: Path) -> Path:
+def _decodable(a: Adaptation, prompts: Any, target: Target) -> Path:
     """Write the held-out prompts of each kind that there is time to decode three times each, and
     half as long again for what a decoder measures first; after a stop they stay."""
-    path = out / "decoded.jsonl"
+    path, data = a.out / "decoded.jsonl", a.config.data
     if path.is_file():
         return path
     first = prompts["domain"][1][0]
-    ids = asked_by_run(config.data).encode(first, target.tokenizer)
-    n = config.data.max_new_tokens
-    seconds = decode(target, ids, n).seconds  # plain: the longest of the three
-    there = DECODING * 60 * a.budget_minutes / (4.5 * seconds) / len(prompts)
-    many = max(2, min(a.decoded, int(there)))
+    ids = asked_by_run(data).encode(first, target.tokenizer)
+    seconds = decode(target, ids, data.max_new_tokens).seconds  # plain: the longest of the three
+    there = DECODING * 60 * a.options.budget / (4.5 * seconds) / len(prompts)
+    many = max(2, min(a.options.decoded_prompts, int(there)))
     write_held_out({kind: limit_evenly(own, many) for kind, (_, own) in prompts.items()}, path)
     return path
 
@@ -272,15 +319,14 @@ ANSWERING = 0.5  # share of the time between both measurements in which the targ
 
 
 def adapt(
-    a: Adaptation, out: Path, overrides: list[str], device: torch.device | str, command: list[str]
+    settings: Settings, head: str, device: torch.device | str, command: list[str]
 ) -> dict[str, Any]:
     """Train a head on for a tuned target; writes adapt.json, adapt.md, adapt.png,
-    held_out.jsonl and the head.
+    held_out.jsonl and the head, run/head, into `settings.output_dir`.
 
     Args:
-        a: what is asked.
-        out: folder; the head is in `out`/run/head.
-        overrides: `section.key=value` of the training and its data.
+        settings: the tuned target, its prompts, and all else; `adapt_defaults` are the defaults.
+        head: folder or Hub id of the head to go on from.
         device: where target and head run.
         command: the command line, for the report.
 
@@ -288,69 +334,72 @@ def adapt(
         What adapt.json holds.
 
     Raises:
-        ValueError: several processes, a setting that is an argument's, bad prompts, a head that
+        ValueError: several processes, a setting that would be passed over, bad prompts, a head that
             does not fit the target, a folder of another adaptation, or a budget that measuring
             alone takes.
     """
     if PartialState().num_processes > 1:
         raise ValueError(
-            "adapt runs in one process; with several use `headstart regenerate --extract`, then "
-            "train with head.start=HEAD, which both take them all"
+            "adapt runs in one process; with several use `headstart extract`, then train with "
+            "head.init_from=HEAD, which both take them all"
         )
-    check_overrides(overrides)
-    start = load_assistant_config(a.head)
-    config = load_config(None, [
-        *DEFAULTS, ("head.start", a.head),
-        ("head.use_ordered_embeddings", start.use_ordered_embeddings),
-        ("train.rope_position", rope_position(start)),
-        *overrides, ("run.dir", out / "run"), ("data.store", out / "answers"),
-        ("target", a.target.model_dump()),
-    ])  # fmt: skip
-    config = config.model_copy(update={"data": as_the_head_was(config.data, a.head)})
-    a = a.model_copy(update={"target": config.target})  # in the dtype of this machine
-    if not (out / "notes.json").is_file():  # it would have been refused when it began
+    a = read_adaptation(settings, head)
+    if not (a.out / "notes.json").is_file():  # it would have been refused when it began
         check_before(a)
-    with lock_folder(out):
-        settings = a.model_dump(mode="json", exclude={"measure_only"})
-        settings |= {"overrides": overrides, "adaptation": SCHEMA}
-        notes = StageCache(out / "notes.json", settings)
-        prompts = split_prompts(a, config)
-        write_held_out({kind: own for kind, (_, own) in prompts.items()}, out / "held_out.jsonl")
-        held_out = EvalConfig(
-            prompts=str(out / "held_out.jsonl")
-        )  # of which training keeps no copy
-        config = config.model_copy(update={"eval": held_out})
-        stages = evaluate_baseline(a, config, prompts, out, notes, device)
+    with lock_folder(a.out):
+        notes = StageCache(a.out / "notes.json", _identity(a))
+        prompts = split_prompts(a)
+        write_held_out({kind: own for kind, (_, own) in prompts.items()}, a.out / HELD_OUT)
+        stages = evaluate_baseline(a, prompts, notes, device)
         told = advice(compare_stages(stages))
         print_once(told)
         content = {"advice": told}
-        if not a.measure_only:
+        if not a.options.measure_only:
             # Each opens the target for itself, so that training never holds a second one.
-            notes.run_once("conversations", lambda: _conversations(a, config, prompts, notes))
-            notes.run_once("answering", lambda: _answer(a, config, prompts, out, notes, device))
+            notes.run_once("conversations", lambda: _conversations(a, prompts, notes))
+            notes.run_once("answering", lambda: _answer(a, prompts, notes, device))
             minutes = notes.run_once("minutes", lambda: max(1.0, _left(a, notes) / 60))
-            notes.run_once("training", lambda: _train(config, minutes))
+            notes.run_once("training", lambda: _train(a.config, minutes))
             if {"adapted", "decoding"} - set(notes.found):
-                evaluate_adapted(a, config, prompts, out, notes, device)
+                evaluate_adapted(a, prompts, notes, device)
             stages["adapted"] = read_texts(notes.found["adapted"])
             content["speedup"] = notes.found["decoding"]
-        return _write(a, config, stages, content, out, notes=notes, command=command)
+        return _write(a, stages, content, notes=notes, command=command)
 
 
-def split_prompts(a: Adaptation, config: Config) -> dict[str, tuple[list[Prompt], list[Prompt]]]:
+def _identity(a: Adaptation) -> dict[str, Any]:
+    """What has to be the same for an adaptation to go on; its folder may move."""
+    own: Any = {"output_dir": True, "data": {"store", "cache_dir"}, "eval": True, "wandb": True}
+    return {
+        "adaptation": SCHEMA,
+        "head": a.head,
+        "config": a.config.model_dump(mode="json", exclude=own),
+        "options": a.options.model_dump(mode="json", exclude={"measure_only"}),
+        "num_assistant_tokens": a.num_assistant_tokens,
+    }
+
+
+def split_prompts(a: Adaptation) -> dict[str, tuple[list[Prompt], list[Prompt]]]:
     """Kind -> prompts to train on, and held out: no source and no copy is in both.
 
     Raises:
         ValueError: a set is missing, malformed or too small to hold out from.
     """
-    sources = {"domain": a.prompts} | ({"general": a.general} if a.general else {})
-    loaded = {k: load_prompts(source, config.data.max_bad_rows) for k, source in sources.items()}
+    general, held, bad = (
+        a.options.general_prompts,
+        a.options.held_out_prompts,
+        a.config.data.max_bad_rows,
+    )
+    sources = {"domain": a.config.data.prompts} | ({"general": [general]} if general else {})
+    loaded = {
+        k: [p for source in own for p in load_prompts(source, bad)] for k, own in sources.items()
+    }
     parts = {}
     for kind, own in loaded.items():
         try:
-            parts[kind] = split_by_source(own, a.held_out, config.run.seed, "--held-out")
+            parts[kind] = split_by_source(own, held, a.config.seed, "adapt.held_out_prompts")
         except ValueError as error:
-            raise ValueError(f"{sources[kind].path}: {error}") from error
+            raise ValueError(f"{_paths(sources[kind])}: {error}") from error
     held_out = [prompt for _, own in parts.values() for prompt in own]
     found = {}
     for kind, (training, own) in parts.items():
@@ -358,22 +407,26 @@ def split_prompts(a: Adaptation, config: Config) -> dict[str, tuple[list[Prompt]
         print_once(
             f"{kind}: {len(own)} prompts held out, {len(kept):,} to train on; {copies.describe()}"
         )
-        if not (kept or a.measure_only) and (kind == "domain" or a.general_share):
+        if not (kept or a.options.measure_only) and (kind == "domain" or a.options.general_share):
             raise ValueError(
-                f"{sources[kind].path}: no prompt is left to train on, since all are copies of "
-                "those held out: add prompts, or lower --held-out"
+                f"{_paths(sources[kind])}: no prompt is left to train on, since all are copies of "
+                "those held out: add prompts, or lower adapt.held_out_prompts"
             )
         found[kind] = (kept, own)
     return found
 
 
-def _conversations(a: Adaptation, config: Config, prompts: Any, notes: StageCache) -> int:
+def _paths(sources: Sequence[SourceConfig]) -> str:
+    return ", ".join(source.path for source in sources)
+
+
+def _conversations(a: Adaptation, prompts: Any, notes: StageCache) -> int:
     """How many there is time for, whole batches, where the settings say nothing.
 
     Raises:
         ValueError: measuring leaves less than a minute.
     """
-    d = config.data
+    d = a.config.data
     if d.num_conversations is not None:
         return d.num_conversations
     # After a stop in that stage, answering took less time than it would have.
@@ -382,27 +435,27 @@ def _conversations(a: Adaptation, config: Config, prompts: Any, notes: StageCach
     left = _left(a, notes)
     if left < 60:
         raise ValueError(
-            f"a budget of {a.budget_minutes:g} minutes is not enough: measuring took "
+            f"a budget of {a.options.budget:g} minutes is not enough: measuring took "
             f"{sum(notes.seconds.values()) / 60:.1f} of them, and what it takes again after the "
-            "training leaves less than one minute to train; give more than that, such as --budget "
-            f"15m, or hold out fewer prompts than --held-out {a.held_out}"
+            "training leaves less than one minute to train; give more than that, such as "
+            "adapt.budget=15m, or hold out fewer prompts than "
+            f"adapt.held_out_prompts={a.options.held_out_prompts}"
         )
     size = d.generation_batch_size
     return max(1, round(ANSWERING * left / each / size)) * size
 
 
-def _answer(
-    a: Adaptation, config: Config, prompts: Any, out: Path, notes: StageCache, device: Any
-) -> int:
+def _answer(a: Adaptation, prompts: Any, notes: StageCache, device: Any) -> int:
     """Let the tuned target answer the prompts of the mixture; returns how many."""
-    d, seed = config.data, config.run.seed
-    sources = [(prompts["domain"][0], 1 - a.general_share if a.general else None)]
-    if a.general and a.general_share:
-        sources.append((prompts["general"][0], a.general_share))
+    d, seed = a.config.data, a.config.seed
+    share = a.options.general_share if a.options.general_prompts else 0.0
+    sources = [(prompts["domain"][0], 1 - share if a.options.general_prompts else None)]
+    if share:
+        sources.append((prompts["general"][0], share))
     dealt = deal(sources, notes.found["conversations"], seed)
-    target = open_target(a.target, device)
+    target = open_target(a.config.target, device)
     jobs = make_jobs(dealt, deal_sampling(d, target, dealt), target, d)
-    regenerate(target, jobs, d, seed, out / "answers", extract=True, description="Answering")
+    regenerate(target, jobs, d, seed, a.out / "answers", extract=True, description="Answering")
     return len(jobs)
 
 
@@ -411,7 +464,7 @@ def _train(config: Config, minutes: float) -> dict[str, Any]:
     limit = config.train.max_minutes or minutes
     timed = config.train.model_copy(update={"max_minutes": limit})
     train(config.model_copy(update={"train": timed}), resume=True)
-    summary = json.loads((config.run.dir / "summary.json").read_text(encoding="utf-8"))
+    summary = json.loads((config.output_dir / "summary.json").read_text(encoding="utf-8"))
     return {key: summary[key] for key in ("best", "validations", "parameters_trained", "data")}
 
 
@@ -419,16 +472,14 @@ def _left(a: Adaptation, notes: StageCache) -> float:
     """Seconds of the budget that are not spent, and not needed to load and validate around the
     training or to measure after it."""
     replaying = 1.5 * notes.seconds["unadapted"]
-    decoding = DECODING * 60 * a.budget_minutes * bool(a.decoded)
-    return 60 * a.budget_minutes - sum(notes.seconds.values()) - replaying - decoding
+    decoding = DECODING * 60 * a.options.budget * bool(a.options.decoded_prompts)
+    return 60 * a.options.budget - sum(notes.seconds.values()) - replaying - decoding
 
 
 def _write(
     a: Adaptation,
-    config: Config,
     stages: dict[str, TextsOfKinds],
     content: dict[str, Any],
-    out: Path,
     notes: StageCache,
     command: list[str],
 ) -> dict[str, Any]:
@@ -438,13 +489,13 @@ def _write(
         "environment": environment(PartialState().device),
         "commands": [shlex.join(command)],
         "target": {
-            **a.target.model_dump(mode="json"),
-            "name": served_name(a.target),
+            **a.config.target.model_dump(mode="json"),
+            "name": served_name(a.config.target),
         },
         "head": a.head,
         "num_assistant_tokens": a.num_assistant_tokens,
-        "chat_template_kwargs": config.data.chat_template_kwargs,
-        "general_share": a.general_share if a.general else 0.0,
+        "chat_template_kwargs": a.config.data.chat_template_kwargs,
+        "general_share": a.options.general_share if a.options.general_prompts else 0.0,
         **headline(compared),
         **content,
         "acceptance": compared,
@@ -452,6 +503,7 @@ def _write(
         "training": notes.found.get("training"),
     }
     content["verdict"] = outcome(content) if "adapted" in stages else content["advice"]
+    out = a.out
     write_atomically(out / "adapt.json", as_json(content))
     write_atomically(out / "adapt.md", adaptation_markdown(content))
     plot_adaptation(content, out / "adapt.png")

@@ -109,7 +109,7 @@ def advice(compared: dict[str, Any]) -> str:
     domain = compared["domain"]
     now = f"The head is accepted at {_length(domain['unadapted'])} tokens a round here"
     if "lost" not in domain:
-        return f"{now}. What it had on the target that it was trained for is not known (--base)."
+        return f"{now}. What it had on its own target is not known (adapt.base)."
     lost, (low, high) = domain["lost"]["difference"], domain["lost"]["difference_interval"]
     before = domain["reference"]["acceptance_length"]
     if _lost_by_chance(domain):

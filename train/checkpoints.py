@@ -87,10 +87,11 @@ class Progress:
 
     def ended(self, c: TrainConfig) -> bool:
         """Whether nothing is left to do: steps, time, or gain."""
+        patience = c.early_stopping_patience
         return (
-            self.step >= c.steps
+            self.step >= c.max_steps
             or (c.max_minutes is not None and self.seconds >= 60 * c.max_minutes)
-            or (c.patience is not None and self.evals_since_best >= c.patience)
+            or (patience is not None and self.evals_since_best >= patience)
         )
 
 
@@ -142,7 +143,7 @@ def save_checkpoint(state: RunState, config: Config, target: Target) -> None:
     files, processes = state.tensors(), PartialState()
     if not processes.is_main_process:
         return
-    folder = config.run.dir / "checkpoints"
+    folder = config.output_dir / "checkpoints"
     with atomic_folder(folder / f"step-{state.progress.step:06d}") as work:
         for name, tensors in files.items():
             save_file(tensors, work / name)
@@ -154,7 +155,7 @@ def save_checkpoint(state: RunState, config: Config, target: Target) -> None:
             "files": {name: file_sha256(work / name) for name in [*files, "config.yaml"]},
         }
         (work / STATE).write_text(json.dumps(content | {"sha256": content_sha256(content)}))
-    for old in checkpoints(folder)[: -config.train.keep_checkpoints]:
+    for old in checkpoints(folder)[: -config.train.save_total_limit]:
         shutil.rmtree(old)
 
 
@@ -210,7 +211,7 @@ def _way_out(path: Path, earlier: list[Path]) -> str:
         except ValueError:
             continue
         return f"delete the folder {path}, and --resume goes on from {other}, which is whole"
-    return "no earlier checkpoint is whole: name another folder, run.dir=PATH, to start afresh"
+    return "no earlier checkpoint is whole: name another folder, output_dir=PATH, to start afresh"
 
 
 def checkpoint_config(path: Path) -> Config:
@@ -234,7 +235,7 @@ def load_checkpoint(state: RunState, path: Path, target: Target) -> None:
     if saved["target"] != target.fingerprint:
         raise ValueError(
             f"{path} was trained for a target with fingerprint {saved['target'][:12]}, "
-            f"{target.name} now has {target.fingerprint[:12]}: name another folder, run.dir=PATH"
+            f"{target.name} now has {target.fingerprint[:12]}: name another folder, output_dir=PATH"
         )
     weights = load_file(path / "head.safetensors")
     parameters = state.head.trainable()

@@ -45,17 +45,17 @@ def train_head(
         Interrupted: SIGINT or SIGTERM arrived; the last finished step is saved.
         OSError: the disk is full, say; earlier checkpoints are kept.
     """
-    c, run, progress = config.train, config.run.dir, state.progress
+    c, run, progress = config.train, config.output_dir, state.progress
     loader = AnchorLoader(
         training,
         batch_size=c.batch_size,
-        anchors=c.anchors,
-        rounds=c.rounds,
-        seed=config.run.seed,
-        pack_tokens=c.pack_tokens,
+        max_anchors=c.max_anchors,
+        num_speculative_steps=c.num_speculative_steps,
+        seed=config.seed,
+        max_packed_length=c.max_packed_length,
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
-        later_anchors=c.later_anchors,
+        multi_step_anchors=c.multi_step_anchors,
     )
     keep = partial(keep_if_better, state, target, validation, config, accelerator)
     if config.head.warm and not progress.step:  # what finds nothing better ends with what it had
@@ -63,7 +63,7 @@ def train_head(
         print_once(f"Held-out acceptance length before training: {progress.start:.3f}")
 
     with progress_bar() as bar, stop_signals() as stop_requests:
-        task = bar.add_task("Training", total=c.steps, completed=progress.step, status="")
+        task = bar.add_task("Training", total=c.max_steps, completed=progress.step, status="")
         while not progress.ended(c):
             began, accumulated = time.monotonic(), c.gradient_accumulation_steps
             numbers = range(progress.step * accumulated, (progress.step + 1) * accumulated)
@@ -74,7 +74,7 @@ def train_head(
             stop = row.pop("stop")
             progress.seconds += _seconds_since(began, accelerator)
 
-            if progress.step % c.validate_every == 0 or progress.ended(c):
+            if progress.step % c.eval_steps == 0 or progress.ended(c):
                 began = time.monotonic()
                 row["acceptance_length"] = keep()
                 progress.seconds += _seconds_since(began, accelerator)
@@ -82,7 +82,7 @@ def train_head(
             accelerator.log(row, step=progress.step)
             if accelerator.is_main_process:
                 append_metrics(run, {"step": progress.step, **row})
-            if progress.step % c.checkpoint_every == 0 or progress.ended(c) or stop:
+            if progress.step % c.save_steps == 0 or progress.ended(c) or stop:
                 save_checkpoint(state, config, target)
             status = status_text(row, progress.best, bar.tasks[task].speed)
             bar.update(task, completed=progress.step, status=status)

@@ -19,7 +19,7 @@ from headstart.data.store import Documents
 from headstart.eval.asked import asked_by_run
 from headstart.eval.report import run_evaluation
 from headstart.heads.loading import load_served, open_target
-from headstart.heads.saving import load_assistant, load_assistant_config, rope_position
+from headstart.heads.saving import draft_position_offset, load_assistant, load_assistant_config
 from headstart.heads.target import Target
 from headstart.train.loop import train_head
 from headstart.train.ordering import order_best
@@ -41,7 +41,7 @@ from headstart.train.tracking import (
 
 
 def run(config: Config, resume: bool = False) -> None:
-    """Train into `config.run.dir`, then evaluate its best head as `config.eval` says.
+    """Train into `config.output_dir`, then evaluate its best head as `config.eval` says.
 
     The reports land in `eval/` (in the target's dtype) and, unless that is float32 already, in
     `eval/exact/` (float32, where every text must equal plain greedy decoding).
@@ -51,7 +51,7 @@ def run(config: Config, resume: bool = False) -> None:
     """
     train(config, resume)
     if config.eval is not None and PartialState().is_main_process:
-        with run_folder(config.run.dir, "evaluating"):
+        with run_folder(config.output_dir, "evaluating"):
             _evaluate(config, config.eval, PartialState().device)
 
 
@@ -73,23 +73,23 @@ def train(config: Config, resume: bool = False) -> None:
     check_wandb_settings(config)
     join_processes()
     accelerator = Accelerator(
-        mixed_precision="bf16" if config.train.precision == "bfloat16" else "no",
+        mixed_precision=config.train.mixed_precision,
         log_with=None if config.wandb.mode == "disabled" else "wandb",
-        project_dir=config.run.dir,
+        project_dir=config.output_dir,
     )
     if not accelerator.is_main_process:
         _train(config, resume, accelerator)
         return
-    with run_folder(config.run.dir, "training"):
+    with run_folder(config.output_dir, "training"):
         open_run(config, resume, accelerator.num_processes)
         _train(config, resume, accelerator)
 
 
 def _train(config: Config, resume: bool, accelerator: Accelerator) -> None:
-    run, seed = config.run.dir, config.run.seed
+    run, seed = config.output_dir, config.seed
     set_seed(seed)
     if config.head.warm:  # refused before anything is answered
-        rope_position(load_assistant_config(config.head.start))
+        draft_position_offset(load_assistant_config(config.head.init_from))
     target = open_target(config.target, accelerator.device)
     held_out = config.eval.prompts if config.eval else None
     training, validation = prepare_documents(target, config.data, seed, held_out)
@@ -147,7 +147,7 @@ def write_summary(
         The content: `best`, the validation that the head in `head/` comes from; all `validations`;
         data, sizes, environment and configuration.
     """
-    rows = read_metrics(config.run.dir)
+    rows = read_metrics(config.output_dir)
     validations = [{"step": 0, "acceptance_length": start}] if start else []
     validations += [
         {key: row[key] for key in ("step", "acceptance_length")}
@@ -169,19 +169,19 @@ def write_summary(
         "environment": environment(target.device) | {"target": target.name},
         "config": config.model_dump(mode="json"),
     }
-    write_atomically(config.run.dir / "summary.json", json.dumps(content, indent=2) + "\n")
+    write_atomically(config.output_dir / "summary.json", json.dumps(content, indent=2) + "\n")
     return content
 
 
 def _evaluate(config: Config, chosen: EvalConfig, device: torch.device) -> None:
-    folder = config.run.dir / "eval"
+    folder = config.output_dir / "eval"
     content = _measure(config, config.target.dtype, chosen, folder, device)
     log_report(config, content)
     if config.target.dtype == "float32":
         _check_lossless(content, folder)
-    elif chosen.exact_limit:
+    elif chosen.fp32_check_prompts:
         longest = [max(chosen.num_assistant_tokens)]
-        few = {"limit": chosen.exact_limit, "num_assistant_tokens": longest}
+        few = {"limit": chosen.fp32_check_prompts, "num_assistant_tokens": longest}
         exact = folder / "exact"
         content = _measure(config, "float32", chosen.model_copy(update=few), exact, device)
         _check_lossless(content, exact)
@@ -196,7 +196,7 @@ def _measure(
     if device.type == "cuda":
         torch.cuda.empty_cache()
     target = load_served(config.target.model_copy(update={"dtype": dtype}), device)
-    head = config.run.dir / "head"
+    head = config.output_dir / "head"
     assistant = load_assistant(head, getattr(torch, dtype), device)
     asked = asked_by_run(config.data)
     return run_evaluation(target, {str(head): assistant}, what, out, asked=asked)

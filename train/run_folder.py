@@ -29,7 +29,7 @@ from headstart.common.files import (
     refuse_link,
     write_atomically,
 )
-from headstart.configs.loader import dump_config, read_yaml
+from headstart.configs.loader import dump_config, read_saved
 from headstart.configs.schema import Config
 from headstart.data.sources import builtin_name
 from headstart.eval.acceptance import RecallCounts
@@ -40,8 +40,8 @@ STATUS = "status.json"
 METRICS = "metrics.jsonl"
 OF_A_HEAD = ("*.json", "*.safetensors", "adapter")  # names in a head's folder
 _NO_DIFFERENCE = (
-    "run.dir", "data.cache_dir", "target.sharded", "train.activation_checkpointing",
-    "train.compile", "train.checkpoint_every", "train.keep_checkpoints",
+    "data.cache_dir", "target.sharded", "train.activation_checkpointing", "train.compile",
+    "train.save_steps", "train.save_total_limit",
 )  # fmt: skip
 """Settings that may change when a run goes on: its steps stay the same."""
 _SHARES = ("train.batch_size", "train.gradient_accumulation_steps")
@@ -62,7 +62,7 @@ def run_folder(run: Path, doing: str) -> Iterator[None]:
     Raises:
         ValueError: another process works there.
     """
-    with lock_folder(run, "run.dir=PATH"):
+    with lock_folder(run, "output_dir=PATH"):
         note = {"doing": doing, "started": _now(), "host": platform.node(), "pid": os.getpid()}
         there = (run / STATUS).read_text(encoding="utf-8") if (run / STATUS).is_file() else None
         _write_status(run, {**note, "state": "running"})
@@ -124,11 +124,11 @@ def read_steps(run: Path) -> int:
     if not path.is_file():
         return 0
     # Of another version it may have settings that this one does not know.
-    tree = read_yaml(path, Config)
+    tree = read_saved(path)
     train = tree.get("train")
-    steps = train.get("steps") if isinstance(train, dict) else None
+    steps = train.get("max_steps") if isinstance(train, dict) else None
     if not isinstance(steps, int):
-        raise ValueError(f"{path} is damaged: it has no train.steps")
+        raise ValueError(f"{path} is damaged: it has no train.max_steps")
     return steps
 
 
@@ -147,7 +147,7 @@ def open_run(config: Config, resume: bool, processes: int) -> None:
             configuration that trains something else; or what is to be replaced is of no run.
         ValueError: the newest one is damaged, or a folder to write to is a link.
     """
-    run = config.run.dir
+    run = config.output_dir
     for ours in ("checkpoints", "head", METRICS):
         refuse_link(run / ours)
     _check_ours(run)
@@ -157,14 +157,14 @@ def open_run(config: Config, resume: bool, processes: int) -> None:
         if not resume:
             raise RunRefused(
                 f"{run} holds a run already: go on with --resume, or name another folder, "
-                "run.dir=PATH"
+                "output_dir=PATH"
             )
         state = check_checkpoint(saved[-1])
         earlier = checkpoint_config(saved[-1])
         if change := what_differs(earlier, state["processes"], config, processes):
             raise RunRefused(
                 f"{saved[-1]} was written with {change}: give it back, or name another folder, "
-                "run.dir=PATH"
+                "output_dir=PATH"
             )
     write_atomically(run / CONFIG, dump_config(config))
 
@@ -176,14 +176,14 @@ def _check_ours(run: Path) -> None:
     odd = [path for path in beside if not any(map(path.match, OF_A_HEAD))]
     if (run / CONFIG).is_file():
         try:
-            ours = read_yaml(run / CONFIG, Config).keys() <= Config.model_fields.keys()
+            ours = read_saved(run / CONFIG).keys() <= Config.model_fields.keys()
         except ValueError:
             ours = False
         if not ours:
             odd.append(run / CONFIG)
     if odd:
         raise RunRefused(
-            f"{odd[0]} is of no run and would be lost: name another folder, run.dir=PATH"
+            f"{odd[0]} is of no run and would be lost: name another folder, output_dir=PATH"
         )
 
 
@@ -202,10 +202,12 @@ def what_differs(earlier: Config, its_processes: int, now: Config, processes: in
 
 
 def _training_settings(config: Config, processes: int) -> dict[str, Any]:
-    tree = config.model_dump(mode="json", exclude={"eval", "wandb"})
+    tree = config.model_dump(mode="json", exclude={"output_dir", "eval", "wandb"})
     for source in tree["data"]["prompts"]:  # a set has one name, wherever a run tells of it
         source["path"] = builtin_name(source["path"])
+    seed = tree.pop("seed")
     settings = {f"{s}.{key}": v for s, section in tree.items() for key, v in section.items()}
+    settings["seed"] = seed
     a_step = processes
     for key in _SHARES:
         a_step *= settings.pop(key)

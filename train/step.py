@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from accelerate.utils import extract_model_from_parallel, gather_object
 
 from headstart.common.processes import full_tensor
-from headstart.configs.schema import Config, RopePosition, TrainConfig
+from headstart.configs.schema import Config, DraftPositionOffset, TrainConfig
 from headstart.data.loader import Batch, broken_documents
 from headstart.heads.target import Target
 from headstart.heads.unroll import select
@@ -50,7 +50,7 @@ def draft_batch(
     target: Target,
     batch: Batch,
     dtype: torch.dtype,
-    position: RopePosition,
+    position: DraftPositionOffset,
 ) -> BatchDrafts:
     """Run the head over a batch and pair what it says with what the target says.
 
@@ -142,16 +142,16 @@ def batch_sums(
         are the teacher's best token, over the candidates) of the anchors `beyond` the first
         round; `rows`, all anchors.
     """
-    dtype = torch.bfloat16 if c.precision == "bfloat16" else torch.float32
+    dtype = torch.bfloat16 if c.mixed_precision == "bf16" else torch.float32
     table = extract_model_from_parallel(model).draft_table(target.table)
-    drafts = draft_batch(model, target, batch, dtype, c.rope_position)
+    drafts = draft_batch(model, target, batch, dtype, c.draft_position_offset)
     teacher, objective = drafts.teacher, OBJECTIVES[c.objective]
     common = (objective, c.temperature, dtype, table)
     if candidates is None:
         found = exact_losses(drafts.states, target, teacher, *common)
     else:
         found = sparse_losses(drafts.states, target, teacher, candidates, *common)
-    weights = (c.round_decay**drafts.round).float()
+    weights = (c.step_loss_decay**drafts.round).float()
     if c.unroll == "reached":
         weights = weights * _reached(found.drafts, drafts, batch)
     losses = {"loss_sum": (found.losses * weights).sum()}
@@ -221,13 +221,13 @@ def optimizer_step(
     """
     c, step = config.train, state.progress.step
     spent = state.progress.seconds / (60 * c.max_minutes) if c.max_minutes else 0.0
-    rate = learning_rate(step, c.steps, c.warmup_steps, c.learning_rate, spent)
+    rate = learning_rate(step, c.max_steps, c.warmup_steps, c.learning_rate, spent)
     for group in state.optimizer.param_groups:
         group["lr"] = rate
     # One mean over all drafts of the step, whatever batch and process they are in.
-    weight = torch.stack([loss_weight(batch, c.round_decay) for batch in batches]).sum()
+    weight = torch.stack([loss_weight(batch, c.step_loss_decay) for batch in batches]).sum()
     denominator = accelerator.reduce(weight).clamp_min(1e-6)
-    seed = config.run.seed * 1_000_003 + step
+    seed = config.seed * 1_000_003 + step
     candidates = step_candidates(batches, likely, c, seed, accelerator.reduce)
     totals: dict[str, torch.Tensor] = {}
     for number, batch in enumerate(batches, start=1):
@@ -244,7 +244,7 @@ def optimizer_step(
     totals["stop"] = torch.tensor(float(len(stop_requests)), device=accelerator.device)
     reduced = {name: float(accelerator.reduce(value)) for name, value in totals.items()}
     if not all(map(math.isfinite, [norm, *reduced.values()])):
-        raise diverged(step + 1, norm, reduced, batches, config.run.dir)
+        raise diverged(step + 1, norm, reduced, batches, config.output_dir)
     state.optimizer.step()
     state.optimizer.zero_grad()
     state.progress.step = step + 1
@@ -259,10 +259,10 @@ def optimizer_step(
     }
 
 
-def loss_weight(batch: Batch, round_decay: float) -> torch.Tensor:
+def loss_weight(batch: Batch, step_loss_decay: float) -> torch.Tensor:
     """The sum of the weights of all drafts of a batch, scalar: what a mean loss divides by."""
     rounds = torch.arange(batch.weights.shape[-1], device=batch.weights.device)
-    return (batch.weights * round_decay**rounds).sum()
+    return (batch.weights * step_loss_decay**rounds).sum()
 
 
 NAMED = 16  # documents named in an error

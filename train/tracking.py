@@ -49,7 +49,7 @@ def _place(config: Config) -> dict[str, Any]:
     """Arguments of `wandb.init` for the run of this folder."""
     import wandb
 
-    upload, path = config.wandb.upload, config.run.dir / RUN_ID
+    upload, path = config.wandb.upload, config.output_dir / RUN_ID
     if not path.is_file():
         write_atomically(path, secrets.token_hex(4))
     settings: dict[str, Any] = {
@@ -64,11 +64,11 @@ def _place(config: Config) -> dict[str, Any]:
     }
     return {
         "mode": config.wandb.mode,
-        "dir": str(config.run.dir),
+        "dir": str(config.output_dir),
         "id": path.read_text(encoding="utf-8"),
-        "name": config.run.dir.name,
+        "name": config.output_dir.name,
         # One entry for all the processes of a run, and all its resumptions.
-        "group": config.run.dir.name,
+        "group": config.output_dir.name,
         "resume": "allow",
         "settings": wandb.Settings(**settings),
     }
@@ -106,8 +106,8 @@ def finish_trackers(accelerator: Accelerator, config: Config) -> None:
     if "head" in config.wandb.upload and accelerator.trackers:
         import wandb
 
-        artifact = wandb.Artifact(f"{config.run.dir.name}-head", type="model")
-        artifact.add_dir(str(config.run.dir / "head"))
+        artifact = wandb.Artifact(f"{config.output_dir.name}-head", type="model")
+        artifact.add_dir(str(config.output_dir / "head"))
         accelerator.get_tracker("wandb", unwrap=True).log_artifact(artifact)
     # Not `end_training`, which parts from the other processes too early (`leave_processes`).
     for tracker in accelerator.trackers:

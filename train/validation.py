@@ -44,9 +44,10 @@ def validate(
     """Acceptance length on the held-out conversations, every process replaying its share."""
     c = config.train
     share = range(accelerator.process_index, len(validation.entries), accelerator.num_processes)
+    position = served_position(c.draft_position_offset)
     with full_weights(state.model), accelerator.autocast():
         found = simulate_acceptance(
-            state.head, target, validation, c.rounds, share, served_position(c.rope_position)
+            state.head, target, validation, c.num_speculative_steps, share, position
         )
     counts = torch.tensor([sum(found.dense.accepted), found.dense.rounds], dtype=torch.float32)
     accepted, rounds = accelerator.reduce(counts.to(accelerator.device)).tolist()
@@ -65,18 +66,18 @@ def export_head(head: DraftHead, target: Target, config: Config, trained: bool =
     beside = None
     if h.lora is not None:
         weights, adapter = without_lora(weights, scalings_of(assistant), dtype)
-        beside = partial(write_adapter, adapter=adapter, lora=h.lora, base=h.start)
+        beside = partial(write_adapter, adapter=adapter, lora=h.lora, base=h.init_from)
     notes = kept_notes(assistant.config, target.identity)
     if trained:
         variables = template_variables(config.data)
-        notes |= trained_notes(assistant.config, config.train.rope_position, variables)
+        notes |= trained_notes(assistant.config, config.train.draft_position_offset, variables)
     with full_weights(head):
         if PartialState().is_main_process:
             save_assistant(
                 assistant,
                 head.table(target.table),
-                config.run.dir / "head",
-                config.train.rounds,
+                config.output_dir / "head",
+                config.train.num_speculative_steps,
                 dtype,
                 weights=weights,
                 notes=notes,

@@ -6,7 +6,7 @@ Acceptance is computed as `headstart eval --simulate` computes it, without decod
 clock is in what is compared. The same command goes on where it stopped. The file has these keys:
 `config`, the recipe that all runs vary, by name or path; `overrides` of every run; `runs`, name ->
 overrides, the first of which the others are compared with; `eval_sets`, name -> an activation store
-of texts that no run trains on, or `{store: DIR, rope_position: one_earlier}`; and, with the
+of texts that no run trains on, or `{store: DIR, draft_position_offset: one_earlier}`; and, with the
 defaults below, `seeds` and `num_assistant_tokens`.
 """
 
@@ -45,18 +45,18 @@ def run_sweep(path: Path, out: Path, overrides: list[str]) -> dict[str, Any]:
     sweep |= given
     for name, on in sweep["eval_sets"].items():
         on = on if isinstance(on, dict) else {"store": on}
-        sweep["eval_sets"][name] = {"rope_position": "newest"} | on
+        sweep["eval_sets"][name] = {"draft_position_offset": "newest"} | on
     runs = [  # all are loaded before anything runs
         (name, load_config(sweep["config"], [
             *sweep["overrides"], *overrides, *own,
-            ("run.seed", seed), ("run.dir", out / f"{name}-seed{seed}"),
+            ("seed", seed), ("output_dir", out / f"{name}-seed{seed}"),
         ]))
         for seed in sweep["seeds"] for name, own in sweep["runs"].items()
     ]  # fmt: skip
     target = open_target(runs[0][1].target, default_device())
     found: list[dict[str, Any]] = []
     for number, (name, config) in enumerate(runs, start=1):
-        print_once(f"Run {number} of {len(runs)}: {name}, seed {config.run.seed}")
+        print_once(f"Run {number} of {len(runs)}: {name}, seed {config.seed}")
         judged = train_and_evaluate(config, target, sweep)
         found.append({"run": name, "overrides": sweep["runs"][name], **judged})
         machine = environment(target.device) | {"target": target.name}
@@ -73,20 +73,20 @@ def train_and_evaluate(config: Config, target: Target, sweep: dict[str, Any]) ->
     """What judged.json in the run's folder holds: the counts of each text."""
     eval_sets, k = sweep["eval_sets"], sweep["num_assistant_tokens"]
     settings = {"config": dump_config(config), "eval_sets": eval_sets, "num_assistant_tokens": k}
-    path = config.run.dir / "judged.json"
+    path = config.output_dir / "judged.json"
     if path.is_file():
         judged: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         if judged["settings"] == settings:
             return judged
     train(config, resume=True)  # refuses a folder that holds a run of other settings
-    head = DraftHead(load_assistant(config.run.dir / "head", target.table.dtype, target.device))
+    head = DraftHead(load_assistant(config.output_dir / "head", target.table.dtype, target.device))
     stores = {name: ActivationStore(Path(on["store"]), target) for name, on in eval_sets.items()}
-    positions = {name: on["rope_position"] for name, on in eval_sets.items()}
+    positions = {name: on["draft_position_offset"] for name, on in eval_sets.items()}
     texts = replay_texts(head, target, stores, k, "Judging", positions)
-    rows = read_metrics(config.run.dir)
+    rows = read_metrics(config.output_dir)
     judged = {
-        "seed": config.run.seed,
-        "steps": config.train.steps,
+        "seed": config.seed,
+        "steps": config.train.max_steps,
         "loss": rows[-1]["loss"],
         "held_out": max(row.get("acceptance_length", 0.0) for row in rows),
         "texts": {name: [text.row() for text in replayed] for name, replayed in texts.items()},

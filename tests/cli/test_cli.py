@@ -105,7 +105,12 @@ def test_wrong_names_are_told_without_torch() -> None:
 @pytest.mark.slow
 def test_accelerate_launch_and_the_console_command_run_the_same_code(tmp_path: Path) -> None:
     """Train a tiny head both ways: the same losses, a head, and reports."""
-    shared = ["train.steps=6", "eval.limit=2", "eval.max_new_tokens=8", "eval.exact_limit=1"]
+    shared = [
+        "train.max_steps=6",
+        "eval.limit=2",
+        "eval.max_new_tokens=8",
+        "eval.fp32_check_prompts=1",
+    ]
     shared += [f"data.cache_dir={tmp_path / 'cache'}"]
     launch = ["launch", "--num_processes", "1", "--num_cpu_threads_per_process", "2"]
     launch += [
@@ -124,7 +129,7 @@ def test_accelerate_launch_and_the_console_command_run_the_same_code(tmp_path: P
     losses = {}
     for name, command in ways.items():
         folder = tmp_path / name
-        result = run(*command, "--config", "configs/tiny.yaml", f"run.dir={folder}", *shared)
+        result = run(*command, "--config", "configs/tiny.yaml", f"output_dir={folder}", *shared)
         assert result.returncode == 0, result.stderr
         rows = (folder / "metrics.jsonl").read_text().splitlines()
         losses[name] = [json.loads(row)["loss"] for row in rows]
@@ -156,7 +161,7 @@ def test_the_pieces_of_the_data_pipeline_from_the_command_line(tmp_path: Path) -
         ["data", "inspect", store],
         [
             "train", *settings, f"data.store={store}", "data.validation_conversations=2",
-            f"run.dir={tmp_path / 'run'}", "train.steps=6", "eval=null",
+            f"output_dir={tmp_path / 'run'}", "train.max_steps=6", "eval=null",
         ],
     ]  # fmt: skip
     output = []
@@ -179,7 +184,7 @@ def test_the_pieces_of_the_data_pipeline_from_the_command_line(tmp_path: Path) -
         (["train", "--config", "absent.yaml"], "no configuration file absent.yaml"),
         (
             ["train", "--config", "configs/tiny.yaml", "train.stepz=1"],
-            "no key train.stepz; the nearest valid key is train.steps",
+            "no key train.stepz; the nearest valid key is train.max_steps",
         ),
         (
             ["train", "--config", "configs/tiny.yaml", "data.prompts=[absent.jsonl]"],
@@ -192,7 +197,7 @@ def test_a_failure_is_one_line_on_stderr_and_exit_code_1(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     monkeypatch.chdir(ROOT)
-    assert main([*argv, f"run.dir={tmp_path / 'run'}"]) == 1
+    assert main([*argv, f"output_dir={tmp_path / 'run'}"]) == 1
     error = capsys.readouterr().err.strip().splitlines()
     assert message in error[-1]
     assert "Traceback" not in "".join(error)
@@ -202,8 +207,15 @@ def test_overrides_may_stand_between_options(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(ROOT)
-    argv = ["train", "train.steps=7", "--config", "configs/tiny.yaml", "--plan", "train.anchors=5"]
-    assert main([*argv, f"run.dir={tmp_path}"]) == 0
+    argv = [
+        "train",
+        "train.max_steps=7",
+        "--config",
+        "configs/tiny.yaml",
+        "--plan",
+        "train.max_anchors=5",
+    ]
+    assert main([*argv, f"output_dir={tmp_path}"]) == 0
     text = capsys.readouterr().out
     assert "7 (140 rows in all)" in text
 
@@ -251,7 +263,11 @@ def test_wrong_usage_is_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_ctrl_c_is_exit_code_130_and_everything_is_saved(tmp_path: Path) -> None:
     command = [str(BIN / "headstart"), "train", "--config", "configs/tiny.yaml"]
-    command += [f"run.dir={tmp_path / 'run'}", "train.steps=100000", "train.validate_every=99999"]
+    command += [
+        f"output_dir={tmp_path / 'run'}",
+        "train.max_steps=100000",
+        "train.eval_steps=99999",
+    ]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     log = tmp_path / "run" / "metrics.jsonl"
     while process.poll() is None and not (log.is_file() and log.read_text().count("\n") >= 3):

@@ -16,7 +16,7 @@ from headstart.data.store import ActivationStore
 from headstart.eval.compare import read_report
 from headstart.eval.replay import simulate_acceptance
 from headstart.heads.loading import load_target
-from headstart.heads.saving import load_assistant, load_assistant_config, rope_position
+from headstart.heads.saving import draft_position_offset, load_assistant, load_assistant_config
 from headstart.heads.unroll import DraftHead
 from headstart.train.run import train
 from tests.helpers.runs import metrics
@@ -33,7 +33,7 @@ def test_a_head_is_accepted_on_a_store_as_it_was() -> None:
     told = json.loads((FILES / "estimate.json").read_text())["results"][0]
     assert found.rounds == told["rounds"]
     assert list(found.accepted) == told["accepted"]
-    assert rope_position(load_assistant_config(FILES / "run" / "head")) == "both"
+    assert draft_position_offset(load_assistant_config(FILES / "run" / "head")) == "both"
 
 
 def test_a_run_goes_on_from_a_checkpoint_with_the_losses_that_it_had(

@@ -28,8 +28,8 @@ def test_every_shipped_recipe_loads_and_survives_a_round_trip(path: Path) -> Non
 
 
 def test_overrides_win_over_the_file_and_are_typed() -> None:
-    config = load_config(CONFIGS / "tiny.yaml", ["train.steps=7", "train.warmup_steps=2"])
-    assert (config.train.steps, config.train.warmup_steps) == (7, 2)
+    config = load_config(CONFIGS / "tiny.yaml", ["train.max_steps=7", "train.warmup_steps=2"])
+    assert (config.train.max_steps, config.train.warmup_steps) == (7, 2)
     assert load_config(CONFIGS / "tiny.yaml", ["eval=null"]).eval is None
 
 
@@ -41,10 +41,10 @@ def test_overrides_win_over_the_file_and_are_typed() -> None:
             "no key train.lerning_rate; the nearest valid key is train.learning_rate",
         ),
         ("trian.steps=1", "no key trian; the nearest valid key is train"),
-        ("train.steps=many", "train.steps: Input should be a valid integer"),
+        ("train.max_steps=many", "train.max_steps: Input should be a valid integer"),
         ("train.warmup_steps=600", "warmup_steps=600 must be below steps=60"),
         ("data.temperatures=[-1]", "data: temperatures needs"),
-        ("train.steps", "not of the form section.key=value"),
+        ("train.max_steps", "not of the form section.key=value"),
     ],
 )
 def test_a_bad_key_or_value_is_named_with_its_cure(override: str, message: str) -> None:

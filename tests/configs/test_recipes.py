@@ -29,7 +29,7 @@ def test_every_file_of_configs_is_found_by_its_name() -> None:
 def test_no_recipe_depends_on_the_current_folder(name: str) -> None:
     config = load_config(name)
     assert config == load_config(SHIPPED / f"{name}.yaml")
-    assert config.run.dir == Path("runs") / name
+    assert config.output_dir == Path("runs") / name
     for source in config.data.prompts:
         assert len(load_prompts(source.model_copy(update={"limit": 2}))) == 2
     assert config.eval is not None
@@ -41,7 +41,7 @@ def test_a_file_of_the_current_folder_wins_over_the_recipe_of_its_name_and_is_na
     file: str, empty: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (empty / file).write_text(OWN)
-    assert load_config("tiny").train.steps == 7
+    assert load_config("tiny").train.max_steps == 7
     assert capsys.readouterr().out.startswith(f"{file} of the current folder is read, not")
 
 
@@ -50,7 +50,7 @@ def test_a_path_to_a_run_file_is_read_without_a_word(
 ) -> None:
     (empty / "tiny.yaml").write_text(OWN)
     for path in ("tiny.yaml", "./tiny.yaml", empty / "tiny.yaml"):
-        assert load_config(path).train.steps == 7
+        assert load_config(path).train.max_steps == 7
     assert capsys.readouterr().out == ""
 
 
@@ -58,7 +58,7 @@ def test_a_file_of_no_recipes_name_is_read_by_its_name_too(
     empty: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (empty / "mine.yaml").write_text(OWN)
-    assert load_config("mine").train.steps == 7
+    assert load_config("mine").train.max_steps == 7
     assert capsys.readouterr().out == ""
 
 

@@ -144,7 +144,7 @@ def test_the_online_mode_gives_the_loss_of_the_stored_one(target: Target, tmp_pa
     stored = extract_all(target, rows, tmp_path, config)
     online = OnlineActivations(target, rows, config)
     assert len(stored) == len(online.entries) > 9
-    run = tiny_config(tmp_path, "head.start=random")
+    run = tiny_config(tmp_path, "head.init_from=random")
     taught = sample_teacher_rows(stored, target.device)
     head = build_head(target, run, taught, stored, resumed=False)
     loaders = [AnchorLoader(documents, 4, 8, 3, seed=1) for documents in (stored, online)]

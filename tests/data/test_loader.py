@@ -97,7 +97,7 @@ def losses_by_token(
     target: Target, head: DraftHead, batch: Batch
 ) -> dict[tuple[float, ...], list[float]]:
     """(first values of h_t) -> the loss of each round of that row, over the whole vocabulary."""
-    drafts = draft_batch(head, target, batch, torch.float32, "newest")
+    drafts = draft_batch(head, target, batch, torch.float32, 0)
     how = (forward_kl, 1.0, torch.float32, target.table)
     said = exact_losses(drafts.states, target, drafts.teacher, *how)
     losses = torch.zeros(batch.weights[..., 0].numel(), batch.weights.shape[-1])
@@ -179,17 +179,19 @@ def test_a_short_conversation_is_not_touched() -> None:
     assert cut(conversation, 8) == [conversation]
 
 
-@pytest.mark.parametrize("pack_tokens", [None, 64])
+@pytest.mark.parametrize("max_packed_length", [None, 64])
 def test_every_draft_is_taught_by_the_target_at_its_own_place(
-    documents: OnlineActivations, pack_tokens: int | None
+    documents: OnlineActivations, max_packed_length: int | None
 ) -> None:
     """Unequal lengths, packed or not, with fewer anchors beyond the first round: the teacher's
     states are those of KV row t + k, and no draft comes twice or is missing."""
     target = documents.target
-    loader = AnchorLoader(documents, 6, 9, 3, seed=2, pack_tokens=pack_tokens, later_anchors=4)
+    loader = AnchorLoader(
+        documents, 6, 9, 3, seed=2, max_packed_length=max_packed_length, multi_step_anchors=4
+    )
     batch = loader.batch(0)
     head = DraftHead(build_assistant(target, HeadConfig()))
-    drafts = draft_batch(head, target, batch, torch.float32, "newest")
+    drafts = draft_batch(head, target, batch, torch.float32, 0)
     said = target.logits(drafts.teacher.hidden[drafts.teacher.at])
     assert torch.equal(said.argmax(-1), drafts.teacher.ids[:, 0])
     torch.testing.assert_close(
@@ -206,7 +208,7 @@ def test_every_draft_is_taught_by_the_target_at_its_own_place(
     b, r, _ = batch.weights.shape
     everything = batch.rows._replace(multi_step=torch.arange(r).expand(b, r))
     with torch.no_grad():
-        whole = head(batch.texts, everything, target.embed, "newest")
+        whole = head(batch.texts, everything, target.embed, 0)
     for k in range(rounds):
         of_round = drafts.round == k
         torch.testing.assert_close(

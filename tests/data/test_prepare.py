@@ -27,7 +27,7 @@ from tests.helpers.runs import metrics, tiny_config, weights
 
 
 def small(folder: Path, *overrides: str) -> Config:
-    return tiny_config(folder, "train.steps=6", "train.validate_every=3", *overrides)
+    return tiny_config(folder, "train.max_steps=6", "train.eval_steps=3", *overrides)
 
 
 @pytest.fixture
@@ -76,7 +76,7 @@ def test_answers_are_found_again_whatever_is_noted_of_loading_their_target(tmp_p
     config = small(tmp_path / "none", f"data.cache_dir={cache}", *few)
     found = []
     for target.settings in ({"name": "tiny-gemma4"}, None):
-        prepare_documents(target, config.data, config.run.seed, None)
+        prepare_documents(target, config.data, config.seed, None)
         found.append(sorted(path.name for path in (cache / "conversations").iterdir()))
     assert found[0] == found[1] != []
 
@@ -85,7 +85,7 @@ def test_packing_changes_no_step(stored: Path, tmp_path: Path) -> None:
     """With the whole vocabulary as candidates nothing depends on the order of the rows."""
     everything = ["train.negatives=20000", f"data.store={stored}"]
     train(small(tmp_path / "rows", *everything))
-    train(small(tmp_path / "packed", *everything, "train.pack_tokens=160"))
+    train(small(tmp_path / "packed", *everything, "train.max_packed_length=160"))
     losses = [[row["loss"] for row in metrics(tmp_path / name)] for name in ("rows", "packed")]
     assert losses[1] == pytest.approx(losses[0], rel=2e-2)
     ours, theirs = weights(tmp_path / "packed"), weights(tmp_path / "rows")

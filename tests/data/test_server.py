@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from headstart.configs.settings import ServerConfig
 from headstart.data import server
 from headstart.data.prompts import load_prompts
 from headstart.data.server import AnswerServer, read_answer, server_ids
@@ -101,7 +102,9 @@ def answers(
     """`count` answers at once, and how many of them came as text alone."""
 
     async def run() -> tuple[list[list[int]], int]:
-        async with AnswerServer(url, model, 2, TOKENIZER, EOS) as client:
+        async with AnswerServer(
+            ServerConfig(url=url, model=model, concurrency=2), TOKENIZER, EOS
+        ) as client:
             await client.check()
             jobs = [client.answer(PROMPT, sampling, seed, len(IDS)) for seed in range(count)]
             return await asyncio.gather(*jobs), client.retokenized
@@ -314,7 +317,9 @@ def test_llama_cpp_answers_as_the_target_does(
     monkeypatch.setattr(server, "read_answer", spy)
 
     async def run(url: str) -> list[list[list[int]]]:
-        async with AnswerServer(url, None, 3, target.tokenizer, [1]) as client:
+        async with AnswerServer(
+            ServerConfig(url=url, concurrency=3), target.tokenizer, [1]
+        ) as client:
             await client.check()
             bodies.clear()
             plain = Sampling(1.0)
@@ -358,7 +363,9 @@ def test_answers_survive_a_server_that_is_killed_and_started_again(
     prompts = [tokenizer(p.text)["input_ids"][:64] for p in load_prompts(PROMPTS)[:6]]
 
     async def run(llama: LlamaServer) -> tuple[list[list[int]], int]:
-        async with AnswerServer(llama.url, None, 6, tokenizer, [1]) as client:
+        async with AnswerServer(
+            ServerConfig(url=llama.url, concurrency=6), tokenizer, [1]
+        ) as client:
             await client.check()
             jobs = [asyncio.create_task(client.answer(ids, GREEDY, 0, 50)) for ids in prompts]
             # Two slots for six prompts: when one is done, others are under way and waiting.

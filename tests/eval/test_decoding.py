@@ -103,7 +103,7 @@ def test_simulated_acceptance_is_that_of_a_decoder_that_recomputes_everything(
         fed, drafts = ids[:, -1:], []
         for _ in range(rounds):
             texts, rows = Texts(seen.hidden, seen.shared_kv), all_rows(row, fed[:, None])
-            said = head(texts, rows, tiny.embed, "newest")
+            said = head(texts, rows, tiny.embed, 0)
             logits = said[-1] @ tiny.table.T
             if (embedder := head.assistant.masked_embedding) is not None:
                 logits = embedder(said[-1], tiny.table)

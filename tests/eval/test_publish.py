@@ -270,7 +270,7 @@ def test_an_adapter_of_a_head_is_published_as_a_peft_adapter(
     folder = tmp_path / "run"
     prompts = ROOT / "data" / "prompts" / "text_eval.jsonl"
     run(tiny_config(
-        folder, *SHORT, f"head.start={start}", "head.lora={rank: 4}", f"eval.prompts={prompts}",
+        folder, *SHORT, f"head.init_from={start}", "head.lora={r: 4}", f"eval.prompts={prompts}",
         "head.num_centroids=null", "head.use_ordered_embeddings=false",
     ))  # fmt: skip
     out = tmp_path / "folder"

@@ -54,11 +54,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def config_of(folder: Path, run: Path, *overrides: str) -> Config:
     return load_config(ROOT / "configs" / "tiny.yaml", [
-        f"run.dir={run}", f"target.name={folder / 'target'}", f"data.cache_dir={run}-cache",
+        f"output_dir={run}", f"target.name={folder / 'target'}", f"data.cache_dir={run}-cache",
         f"data.prompts={folder / 'train.jsonl'}", f"eval.prompts={folder / 'eval.jsonl'}",
-        "train.steps=2", "train.warmup_steps=1", "train.validate_every=2",
+        "train.max_steps=2", "train.warmup_steps=1", "train.eval_steps=2",
         "data.num_conversations=6", "data.validation_conversations=2", "data.max_new_tokens=8",
-        "head.use_ordered_embeddings=false", "head.num_centroids=null", "eval.exact_limit=0",
+        "head.use_ordered_embeddings=false", "head.num_centroids=null", "eval.fp32_check_prompts=0",
         "eval.num_assistant_tokens=[2]", "eval.decoders=[exact]", "eval.max_new_tokens=4",
         *overrides,
     ])  # fmt: skip
@@ -145,7 +145,7 @@ def test_adapt_measures_and_decodes_as_the_heads_run_asked(
 ) -> None:
     held_out = [
         "data.num_conversations=4", "data.validation_conversations=1", "data.max_new_tokens=8",
-        "train.steps=2", "train.warmup_steps=1", "train.validate_every=2", "train.negatives=32",
+        "train.max_steps=2", "train.warmup_steps=1", "train.eval_steps=2", "train.negatives=32",
         "train.likely_tokens=32", "data.teacher_top_k=16",
     ]  # fmt: skip
     code = main([

@@ -30,7 +30,7 @@ def setting(override: str) -> Any:
     "path", ["runs/a #2", "runs/a: b", "runs/[a]", "runs/a, {b}", "2026-11-27", "007", "on", "1_0"]
 )
 def test_a_run_works_in_the_folder_that_was_named(path: str) -> None:
-    assert setting(f"run.dir={path}") == Path(path)
+    assert setting(f"output_dir={path}") == Path(path)
     assert setting(f"target.name={path}") == path
     assert [source.path for source in setting(f"data.prompts={path}")] == [path]
 
@@ -46,8 +46,8 @@ def test_a_revision_keeps_its_spelling(text: str, tmp_path: Path) -> None:
     )
     c = load_config(path)
     assert (c.target.name, c.target.revision, c.target.adapters) == (text, text, [text])
-    assert (c.data.prompts[0].path, c.data.only_categories) == (text, [text])
-    assert (c.head.start, c.run.dir) == (text, Path(text))
+    assert (c.data.prompts[0].path, c.data.filter.categories) == (text, [text])
+    assert (c.head.init_from, c.output_dir) == (text, Path(text))
 
 
 @pytest.mark.parametrize("text", ["null", "None", "~", ""])
@@ -57,10 +57,10 @@ def test_an_empty_value_is_none_where_a_setting_may_be_none(text: str) -> None:
 
 
 def test_quotes_around_all_of_a_value_are_taken_off() -> None:
-    assert setting("run.dir='runs/a #2'") == Path("runs/a #2")
-    assert setting('run.dir="runs/a #2"') == Path("runs/a #2")
-    assert setting("run.dir=it's") == Path("it's")
-    assert setting("""run.dir='a' #2""") == Path("'a' #2")
+    assert setting("output_dir='runs/a #2'") == Path("runs/a #2")
+    assert setting('output_dir="runs/a #2"') == Path("runs/a #2")
+    assert setting("output_dir=it's") == Path("it's")
+    assert setting("""output_dir='a' #2""") == Path("'a' #2")
 
 
 def test_lists_and_sections_are_still_yaml() -> None:
@@ -81,7 +81,7 @@ def test_a_date_for_the_chat_template_is_text() -> None:
 
 
 def test_an_empty_path_is_not_the_working_folder(tmp_path: Path) -> None:
-    for override in ("run.dir=", "target.name="):
+    for override in ("output_dir=", "target.name="):
         with pytest.raises(ValueError, match=r"run\.dir|target\.name"):
             load_config(TINY, [override])
     path = tmp_path / "run.yaml"
@@ -144,8 +144,8 @@ def test_adapt_trains_the_head_that_was_named(
         monkeypatch, "--target", "tiny-gemma4", "--revision", "2026-11-27",
         "--head", tmp_path / "head #2", "--prompts", "p.jsonl", "--out", out,
     )  # fmt: skip
-    assert found.head.start == str(tmp_path / "head #2")
-    assert (found.run.dir, found.data.store) == (out / "run", out / "answers")
+    assert found.head.init_from == str(tmp_path / "head #2")
+    assert (found.output_dir, found.data.store) == (out / "run", out / "answers")
     assert found.target.revision == "2026-11-27"
     capsys.readouterr()
 
@@ -155,9 +155,9 @@ def test_home_is_found_wherever_a_path_is_given(
 ) -> None:
     """A shell leaves `~` in `key=~/x`, in quotes and after `+`."""
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert setting("run.dir=~/runs/a") == tmp_path / "runs" / "a"
+    assert setting("output_dir=~/runs/a") == tmp_path / "runs" / "a"
     assert setting("target.name=~/model") == f"{tmp_path}/model"
-    assert setting("head.start=~/a/head") == f"{tmp_path}/a/head"
+    assert setting("head.init_from=~/a/head") == f"{tmp_path}/a/head"
     assert setting("data.prompts=~/p.jsonl")[0].path == f"{tmp_path}/p.jsonl"
     assert setting("eval.prompts=spec-bench=~/q.jsonl") == f"spec-bench={tmp_path}/q.jsonl"
     args = cli._parse([
@@ -167,10 +167,10 @@ def test_home_is_found_wherever_a_path_is_given(
     assert (args.target, args.out) == (f"{tmp_path}/model", tmp_path / "out")
     assert args.head == [f"{tmp_path}/a+{tmp_path}/b"]
     assert args.prompts == f"gsm8k={tmp_path}/g.jsonl"
-    assert setting("run.dir=runs/~x") == Path("runs/~x")
+    assert setting("output_dir=runs/~x") == Path("runs/~x")
 
 
-@pytest.mark.parametrize("ignored", ["target.dtype=float32", "head.start=x", "data.store=y"])
+@pytest.mark.parametrize("ignored", ["target.dtype=float32", "head.init_from=x", "data.store=y"])
 def test_adapt_passes_no_setting_over(ignored: str, capsys: pytest.CaptureFixture[str]) -> None:
     argv = ["adapt", "--target", "tiny-gemma4", "--head", "h", "--prompts", "p", "--out", "o"]
     assert cli.main([*argv, ignored]) == 1

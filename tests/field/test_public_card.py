@@ -81,7 +81,7 @@ def test_no_file_that_is_published_has_a_path_of_the_machine(home: Path, tmp_pat
     assert figures[0] == figures[1]
     settings = yaml.safe_load((out / "training_config.yaml").read_text())
     assert (settings["run"]["dir"], settings["target"]["name"]) == ("run", "org/tiny")
-    assert load_config(out / "training_config.yaml").train.steps == 6
+    assert load_config(out / "training_config.yaml").train.max_steps == 6
     noted = json.loads((out / "config.json").read_text())["headstart_target"]
     assert noted["name"] == "org/tiny"
 

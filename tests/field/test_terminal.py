@@ -9,8 +9,8 @@ from pathlib import Path
 from tests.helpers.runs import ROOT
 
 TRAIN = [
-    "train", "--config", "configs/tiny.yaml", "train.steps=4", "train.warmup_steps=1",
-    "train.validate_every=4", "data.num_conversations=6", "data.validation_conversations=2",
+    "train", "--config", "configs/tiny.yaml", "train.max_steps=4", "train.warmup_steps=1",
+    "train.eval_steps=4", "data.num_conversations=6", "data.validation_conversations=2",
     "data.max_new_tokens=8", "head.use_ordered_embeddings=false", "head.num_centroids=null",
     "eval=null",
 ]  # fmt: skip
@@ -27,9 +27,14 @@ def test_a_name_that_the_terminal_cannot_show_ends_no_run(tmp_path: Path) -> Non
     run, prompts = tmp_path / "größe", tmp_path / "held–out.jsonl"
     prompts.write_text('{"text": "abc"}\n')
     decoding = ["eval.limit=1", "eval.decoders=[exact]", "eval.max_new_tokens=4"]
-    settings = [*TRAIN[:-1], *decoding, "eval.num_assistant_tokens=[2]", "eval.exact_limit=0"]
+    settings = [
+        *TRAIN[:-1],
+        *decoding,
+        "eval.num_assistant_tokens=[2]",
+        "eval.fp32_check_prompts=0",
+    ]
     process = started(
-        *settings, f"run.dir={run}", f"eval.prompts={prompts}", PYTHONIOENCODING="ascii"
+        *settings, f"output_dir={run}", f"eval.prompts={prompts}", PYTHONIOENCODING="ascii"
     )
     output, errors = process.communicate(timeout=280)
     assert process.returncode == 0, errors
@@ -39,7 +44,7 @@ def test_a_name_that_the_terminal_cannot_show_ends_no_run(tmp_path: Path) -> Non
 
 
 def test_a_plan_and_an_error_in_latin_1(tmp_path: Path) -> None:
-    settings = [*TRAIN, "--plan", f"run.dir={tmp_path / '日本'}"]
+    settings = [*TRAIN, "--plan", f"output_dir={tmp_path / '日本'}"]
     output, errors = started(*settings, PYTHONIOENCODING="latin-1", COLUMNS="300").communicate()
     assert b"\\u65e5\\u672c" in output, errors
     bad = started("train", "--config", tmp_path / "日本.yaml", PYTHONIOENCODING="latin-1:strict")
@@ -50,7 +55,7 @@ def test_a_plan_and_an_error_in_latin_1(tmp_path: Path) -> None:
 
 def test_a_reader_that_goes_away_ends_no_run(tmp_path: Path) -> None:
     """As `headstart train | head -1`, and as a terminal that is hung up."""
-    process = started(*TRAIN, f"run.dir={tmp_path / 'run'}")
+    process = started(*TRAIN, f"output_dir={tmp_path / 'run'}")
     assert process.stdout is not None
     assert process.stdout.readline()
     process.stdout.close()
@@ -61,7 +66,7 @@ def test_a_reader_that_goes_away_ends_no_run(tmp_path: Path) -> None:
 
 def test_closed_output_ends_no_command(tmp_path: Path) -> None:
     """As `headstart ... >&-`."""
-    command = [sys.executable, "-m", "headstart.cli", *TRAIN, f"run.dir={tmp_path / 'run'}"]
+    command = [sys.executable, "-m", "headstart.cli", *TRAIN, f"output_dir={tmp_path / 'run'}"]
     done = subprocess.run(["sh", "-c", 'exec "$@" >&- 2>&-', "sh", *command], cwd=ROOT, check=False)
     assert done.returncode == 0
     assert (tmp_path / "run" / "head" / "config.json").is_file()
@@ -70,7 +75,7 @@ def test_closed_output_ends_no_command(tmp_path: Path) -> None:
 def test_names_in_tables_are_no_markup(tmp_path: Path) -> None:
     """`[/x]` is the end of a style to a terminal library."""
     run = tmp_path / "a[bold]b" / "[" / "x]"
-    output, errors = started(*TRAIN, f"run.dir={run}", "--plan", COLUMNS="300").communicate()
+    output, errors = started(*TRAIN, f"output_dir={run}", "--plan", COLUMNS="300").communicate()
     assert f"Plan of {run}".encode() in output, errors
     run.mkdir(parents=True)
     (run / "status.json").write_text(json.dumps({

@@ -6,7 +6,12 @@ from transformers import AutoModelForCausalLM
 
 from headstart.configs.schema import HeadConfig
 from headstart.heads.assistant import build_assistant, check_pair
-from headstart.heads.saving import load_assistant, rope_position, save_assistant, trained_notes
+from headstart.heads.saving import (
+    draft_position_offset,
+    load_assistant,
+    save_assistant,
+    trained_notes,
+)
 from headstart.heads.target import Target
 from headstart.heads.unroll import DraftHead, Texts, all_rows
 from headstart.train.start import low_rank_agreement, low_rank_start
@@ -45,11 +50,11 @@ def test_a_narrow_heads_saved_table_gives_the_logits_that_were_trained(tmp_path:
         Texts(seen.hidden, seen.shared_kv),
         all_rows(torch.arange(11)[None], ids[:, 1:, None]),
     )
-    state = head(texts, rows, target.embed, "newest")[0]
+    state = head(texts, rows, target.embed, 0)[0]
     save_assistant(assistant, head.table(target.table), tmp_path / "head", 4, torch.float32)
     saved = load_assistant(tmp_path / "head", torch.float32)
     assert saved.lm_head.weight.shape == (320, 32)
-    narrow = DraftHead(saved)(texts, rows, target.embed, "newest")[0]
+    narrow = DraftHead(saved)(texts, rows, target.embed, 0)[0]
     torch.testing.assert_close(
         narrow @ saved.lm_head.weight.T, state @ target.table.T, atol=1e-4, rtol=1e-4
     )
@@ -126,11 +131,11 @@ def test_a_folder_that_is_no_head_is_refused(tmp_path: Path) -> None:
 def test_a_head_of_another_maker_drafts_where_transformers_puts_it_and_ours_has_to_say() -> None:
     """A key that is missed in silence would change what a trained head means."""
     config = build_assistant(make_target("gemma4"), HeadConfig()).config
-    assert rope_position(config) == "newest"
+    assert draft_position_offset(config) == "newest"
     for key, value in trained_notes(config, "both", {}).items():
         setattr(config, key, value)
-    assert rope_position(config) == "both"
+    assert draft_position_offset(config) == "both"
     delattr(config, "headstart_rope_position")
     config.headstart_target = {"name": "tiny"}
     with pytest.raises(ValueError, match="headstart_rope_position"):
-        rope_position(config)
+        draft_position_offset(config)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from headstart.configs.schema import RopePosition
+from headstart.configs.schema import DraftPositionOffset
 from headstart.heads.assistant import check_pair
 from headstart.heads.saving import load_assistant, save_assistant
 from headstart.heads.target import Target
@@ -67,7 +67,7 @@ def test_rows_one_earlier_equal_the_stock_generator_one_position_earlier(family:
         found[0].append(stock_drafts(target, head.assistant, ids[:, : t + 2], outputs))
         handle.remove()
     said = {}
-    cases: list[tuple[RopePosition, list[int]]] = [("one_earlier", [0, 0]), ("both", [0, 1])]
+    cases: list[tuple[DraftPositionOffset, list[int]]] = [("one_earlier", [0, 0]), ("both", [0, 1])]
     for position, ahead in cases:
         chosen = [found[ahead[t % 2]][i] for i, t in enumerate(rows.tolist())]
         own, wanted = (torch.stack(parts) for parts in zip(*chosen, strict=True))

@@ -94,7 +94,11 @@ def _train_on(target: Target, document: Document, steps: int, rounds: int, shift
 
     handle = head.register_forward_pre_hook(later)
     c = TrainConfig(
-        rounds=rounds, round_decay=1.0, negatives=64, precision="float32", rope_position="newest"
+        num_speculative_steps=rounds,
+        step_loss_decay=1.0,
+        negatives=64,
+        mixed_precision="no",
+        draft_position_offset=0,
     )
     optimizer = torch.optim.AdamW(head.trainable().values(), lr=3e-3)
     for step in range(steps):

@@ -24,8 +24,8 @@ ROOT = Path(__file__).resolve().parents[2]
 REPO = "org/tiny-head"
 PUBLISH = ("--repo-id", REPO, "--base-model", "org/tiny")
 SHORT = (
-    "train.steps=6", "train.validate_every=6", "train.checkpoint_every=6", "eval.limit=2",
-    "eval.max_new_tokens=8", "eval.exact_limit=0",
+    "train.max_steps=6", "train.eval_steps=6", "train.save_steps=6", "eval.limit=2",
+    "eval.max_new_tokens=8", "eval.fp32_check_prompts=0",
 )  # fmt: skip
 
 
@@ -57,7 +57,7 @@ def tiny_config(tmp_path: Path, *overrides: str) -> Config:
     prompts = ROOT / "data" / "prompts" / "text_train.jsonl"
     return load_config(
         ROOT / "configs" / "tiny.yaml",
-        [f"run.dir={tmp_path}", f"data.prompts=[{prompts}]", *overrides],
+        [f"output_dir={tmp_path}", f"data.prompts=[{prompts}]", *overrides],
     )
 
 

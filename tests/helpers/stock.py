@@ -56,5 +56,5 @@ def training_logits(
 ) -> torch.Tensor:
     """[K, R, V] of the parallel forward, for rows [R] and the tokens [R, K] fed to each."""
     texts, read = Texts(seen.hidden, seen.shared_kv), all_rows(rows[None], tokens[None])
-    said = head(texts, read, target.embed, "newest")
+    said = head(texts, read, target.embed, 0)
     return torch.stack(said)[:, 0] @ target.table.T

@@ -115,12 +115,12 @@ def write_head(target: Path, run: Path) -> Path:
     """Train a head for it, narrower than the target and with a dense LM head: every engine takes
     such a one. Returns its folder."""
     train(load_config(ROOT / "configs" / "tiny.yaml", [
-        f"run.dir={run}", f"target.name={target}", "target.dtype=float32",
+        f"output_dir={run}", f"target.name={target}", "target.dtype=float32",
         f"data.prompts=[{PROMPTS}]", "data.num_conversations=256", "data.max_prompt_tokens=64",
         "data.max_new_tokens=64", "data.generation_batch_size=64", f"data.cache_dir={run}-data",
         "head.use_ordered_embeddings=false", "head.num_centroids=null", "head.hidden_size=64",
-        "train.steps=400", "train.batch_size=8", "train.rounds=4", "train.anchors=32",
-        "train.likely_tokens=256", "train.validate_every=200", "train.checkpoint_every=400",
+        "train.max_steps=400", "train.batch_size=8", "train.num_speculative_steps=4", "train.max_anchors=32",
+        "train.likely_tokens=256", "train.eval_steps=200", "train.save_steps=400",
         "eval=null",
     ]))  # fmt: skip
     return run / "head"

@@ -355,7 +355,7 @@ def test_settings_of_wandb_in_the_current_folder_send_no_key_elsewhere(
     monkeypatch.setattr(wandb, "init", init)
     monkeypatch.setattr(tracking, "figures", lambda content: {})
     config = tiny_config(tmp_path / "run", "wandb.mode=online")
-    config.run.dir.mkdir()
+    config.output_dir.mkdir()
     with pytest.raises(ValueError, match=rf"{folder}/settings"):
         tracking.log_report(config, {"verdict": "", "results": []})
     assert begun == []

@@ -118,7 +118,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run") / "tiny"
     cache = tmp_path_factory.mktemp("cache")
-    train(tiny_config(folder, "train.steps=8", "train.validate_every=4", "train.checkpoint_every=4",
+    train(tiny_config(folder, "train.max_steps=8", "train.eval_steps=4", "train.save_steps=4",
                       f"data.cache_dir={cache}"))  # fmt: skip
     return folder
 

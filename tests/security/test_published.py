@@ -99,7 +99,7 @@ def check_paths(out: Path) -> None:
     assert settings["run"]["dir"] == "run"
     assert settings["target"]["name"] == "org/tiny"
     assert settings["eval"]["prompts"] == "eval.jsonl"
-    assert load_config(out / "training_config.yaml").train.steps == 6
+    assert load_config(out / "training_config.yaml").train.max_steps == 6
     report = json.loads((out / "evaluation" / "report.json").read_text())
     assert report["environment"]["prompts"] == "eval.jsonl"
 

@@ -23,9 +23,9 @@ from tests.helpers.reports import texts
 from tests.helpers.runs import ROOT, tiny_config
 
 QUICK = [
-    "train.steps=24", "train.validate_every=12", "train.warmup_steps=2", "train.likely_tokens=32",
-    "train.negatives=32", "train.rounds=3", "train.anchors=16", "train.later_anchors=8",
-    "train.learning_rate=0.003", "train.precision=float32", "data.num_conversations=16",
+    "train.max_steps=24", "train.eval_steps=12", "train.warmup_steps=2", "train.likely_tokens=32",
+    "train.negatives=32", "train.num_speculative_steps=3", "train.max_anchors=16", "train.multi_step_anchors=8",
+    "train.learning_rate=0.003", "train.mixed_precision=no", "data.num_conversations=16",
     "data.validation_conversations=4", "data.max_new_tokens=24", "data.max_prompt_tokens=24",
     "data.generation_batch_size=8", "data.teacher_top_k=16",
 ]  # fmt: skip

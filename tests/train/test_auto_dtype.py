@@ -21,11 +21,11 @@ def test_a_run_is_of_the_dtype_that_the_machine_chooses(tmp_path: Path) -> None:
     """What is saved says so, the head has it, and in float32 each text is plain decoding's."""
     dtype = machine.natural_dtype()
     config = tiny_config(
-        tmp_path / "run", "target.dtype=auto", "train.precision=auto", "train.steps=6",
-        "eval.limit=2", "eval.max_new_tokens=8", "eval.exact_limit=1",
+        tmp_path / "run", "target.dtype=auto", "train.mixed_precision=auto", "train.max_steps=6",
+        "eval.limit=2", "eval.max_new_tokens=8", "eval.fp32_check_prompts=1",
         f"data.cache_dir={tmp_path / 'cache'}",
     )  # fmt: skip
-    assert config.target.dtype == config.train.precision == dtype
+    assert config.target.dtype == config.train.mixed_precision == dtype
     run(config)
     assert load_config(tmp_path / "run" / "config.yaml").target.dtype == dtype
     assert str(load_assistant_config(tmp_path / "run" / "head").dtype) == f"torch.{dtype}"

@@ -29,7 +29,7 @@ def test_the_average_follows_the_weights_with_a_decay_that_grows_to_its_limit() 
 
 
 def test_the_head_that_is_saved_is_the_average(tmp_path: Path) -> None:
-    config = ["train.steps=6", "train.validate_every=6", f"data.cache_dir={tmp_path / 'cache'}"]
+    config = ["train.max_steps=6", "train.eval_steps=6", f"data.cache_dir={tmp_path / 'cache'}"]
     train(tiny_config(tmp_path / "run", *config, "train.ema_decay=0.9"))
     last = checkpoints(tmp_path / "run" / "checkpoints")[-1]
     average = load_file(last / "average.safetensors")

@@ -33,8 +33,8 @@ def test_the_plain_step_has_the_loss_of_the_exact_one(target: Target, tmp_path: 
         documents,
         resumed=False,
     )
-    batch = AnchorLoader(documents, 4, 8, 3, seed=0, later_anchors=3).batch(0)
-    c = TrainConfig(rounds=3, precision="float32", vocabulary="exact")
+    batch = AnchorLoader(documents, 4, 8, 3, seed=0, multi_step_anchors=3).batch(0)
+    c = TrainConfig(num_speculative_steps=3, mixed_precision="no", vocabulary="exact")
     wanted = batch_sums(head, target, batch, c, None)["loss_sum"].detach()
     found = plain_loss(head, target, batch, c).detach()
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)

@@ -48,7 +48,7 @@ def acceptance_after_overfitting(
     """Train a head on one text, save it, and decode that text with the stock `generate`."""
     prompt, document = greedy_document(target)
     head = overfit(target, document, steps=500, rounds=K, shift=shift)
-    export_head(head, target, tiny_config(tmp_path, f"train.rounds={K}"))
+    export_head(head, target, tiny_config(tmp_path, f"train.num_speculative_steps={K}"))
     if top_k is not None:
         order_by_one_text(target, document, tmp_path / "head", top_k)
     assistant = load_assistant(tmp_path / "head", torch.float32)
@@ -62,7 +62,7 @@ def order_by_one_text(target: Target, document: Document, folder: Path, top_k: i
     assistant = load_assistant(folder, torch.float32)
     batch = gather_rows([document], [candidate_rows(document)], K)
     with torch.no_grad():
-        drafts = draft_batch(DraftHead(assistant), target, batch, torch.float32, "newest")
+        drafts = draft_batch(DraftHead(assistant), target, batch, torch.float32, 0)
     drafted = TeacherSamples(drafts.states, drafts.teacher.ids.long(), drafts.teacher.logprobs)
     ordered = with_clusters(assistant, 20, top_k)
     usage = token_usage(lambda states: states @ target.table.T, drafted)
@@ -107,7 +107,7 @@ def test_gradients_reach_all_of_the_head_and_none_of_the_target(
     head = DraftHead(build_assistant(target, head_config), narrow)
     before = weights_hash(target)
     batch = gather_rows([document], [candidate_rows(document)], 2)
-    c = TrainConfig(rounds=2, negatives=64, precision="float32")
+    c = TrainConfig(num_speculative_steps=2, negatives=64, mixed_precision="no")
     optimizer = torch.optim.AdamW(head.trainable().values(), lr=1e-2)
     for step in range(2):
         batch_sums(head, target, batch, c, candidates_of(batch, c, step))["loss_sum"].backward()
@@ -123,7 +123,7 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """SIGTERM in the middle saves the step in hand; the rest is bit for bit the same."""
-    overrides = ["train.steps=20", "train.validate_every=5", "train.checkpoint_every=50"]
+    overrides = ["train.max_steps=20", "train.eval_steps=5", "train.save_steps=50"]
     overrides += [f"data.cache_dir={tmp_path / 'cache'}"]
     train(tiny_config(tmp_path / "whole", *overrides))
 
@@ -140,8 +140,10 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(
         train(cut)
     with pytest.raises(ValueError, match="holds a run already: go on with --resume"):
         train(cut)
-    with pytest.raises(ValueError, match=r"was written with train.steps=20, now 21: give it back"):
-        train(tiny_config(tmp_path / "cut", *overrides, "train.steps=21"), resume=True)
+    with pytest.raises(
+        ValueError, match=r"was written with train.max_steps=20, now 21: give it back"
+    ):
+        train(tiny_config(tmp_path / "cut", *overrides, "train.max_steps=21"), resume=True)
     with (tmp_path / "cut" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 8, "loss": 1.0}\n{"step": 9, "lo')  # what a kill leaves behind
     train(tiny_config(tmp_path / "cut", *overrides, "eval.limit=3"), resume=True)
@@ -155,7 +157,7 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(
 
 def test_the_head_folder_holds_the_best_head_and_fits_its_target(tmp_path: Path) -> None:
     cache = f"data.cache_dir={tmp_path / 'cache'}"
-    config = tiny_config(tmp_path / "run", "train.steps=20", "train.validate_every=10", cache)
+    config = tiny_config(tmp_path / "run", "train.max_steps=20", "train.eval_steps=10", cache)
     train(config)
     lengths = [
         m["acceptance_length"] for m in metrics(tmp_path / "run") if "acceptance_length" in m
@@ -170,10 +172,10 @@ def test_the_head_folder_holds_the_best_head_and_fits_its_target(tmp_path: Path)
     assert state["best"] == max(lengths)
     # The figure is that of the head that is kept, on the conversations that were held out.
     assert config.eval is not None
-    _, held_out = prepare_documents(target, config.data, config.run.seed, config.eval.prompts)
+    _, held_out = prepare_documents(target, config.data, config.seed, config.eval.prompts)
     everything = range(len(held_out.entries))
     replayed = simulate_acceptance(
-        DraftHead(assistant), target, held_out, config.train.rounds, everything
+        DraftHead(assistant), target, held_out, config.train.num_speculative_steps, everything
     ).dense
     assert replayed.rounds > 10
     assert max(lengths) == pytest.approx(1 + sum(replayed.accepted) / replayed.rounds)
@@ -186,14 +188,14 @@ def test_a_whole_run_leaves_the_target_bit_identical_and_frozen(
     target = load_target("tiny-gemma4", "float32")
     before = weights_hash(target)
     monkeypatch.setattr(run_module, "open_target", lambda *args: target)
-    train(tiny_config(tmp_path / "run", "train.steps=8", "train.validate_every=2"))
+    train(tiny_config(tmp_path / "run", "train.max_steps=8", "train.eval_steps=2"))
     assert not any(p.requires_grad or p.grad is not None for p in target.model.parameters())
     assert weights_hash(target) == before
 
 
 def test_accumulated_halves_of_a_batch_move_the_head_as_the_whole_does(tmp_path: Path) -> None:
     """Candidates are drawn once a step, for all of its batches."""
-    shared = ["train.steps=6", "train.warmup_steps=1", f"data.cache_dir={tmp_path / 'cache'}"]
+    shared = ["train.max_steps=6", "train.warmup_steps=1", f"data.cache_dir={tmp_path / 'cache'}"]
     train(tiny_config(tmp_path / "whole", *shared, "train.batch_size=4"))
     halves = ["train.batch_size=2", "train.gradient_accumulation_steps=2"]
     train(tiny_config(tmp_path / "halves", *shared, *halves))
@@ -208,13 +210,13 @@ def test_accumulated_halves_of_a_batch_move_the_head_as_the_whole_does(tmp_path:
     [
         ("train.activation_checkpointing=true", 1e-5),
         ("train.compile=true", 1e-4),
-        ("train.precision=bfloat16", 0.05),
+        ("train.mixed_precision=bf16", 0.05),
     ],
 )
 def test_what_saves_memory_or_time_leaves_the_loss_and_float32_weights(
     setting: str, tolerance: float, tmp_path: Path
 ) -> None:
-    short = ["train.steps=3", "train.warmup_steps=1", f"data.cache_dir={tmp_path / 'cache'}"]
+    short = ["train.max_steps=3", "train.warmup_steps=1", f"data.cache_dir={tmp_path / 'cache'}"]
     train(tiny_config(tmp_path / "plain", *short))
     AcceleratorState._reset_state()  # one process, one precision
     train(tiny_config(tmp_path / "other", *short, setting))
@@ -228,7 +230,7 @@ def test_what_saves_memory_or_time_leaves_the_loss_and_float32_weights(
 
 def test_a_start_that_fails_leaves_the_folder_free(tmp_path: Path) -> None:
     """A typo in the prompts, mended: no --resume, no deleting of folders."""
-    short = ["train.steps=6"]
+    short = ["train.max_steps=6"]
     with pytest.raises(ValueError, match="no prompt file"):
         train(tiny_config(tmp_path / "run", *short, "data.prompts=[typo.jsonl]"))
     train(tiny_config(tmp_path / "run", *short))
@@ -238,7 +240,7 @@ def test_a_start_that_fails_leaves_the_folder_free(tmp_path: Path) -> None:
 def test_a_run_for_another_target_is_not_resumed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = tiny_config(tmp_path / "run", "train.steps=6")
+    config = tiny_config(tmp_path / "run", "train.max_steps=6")
     train(config)
     other = load_target("tiny-gemma4", "float32")
     with torch.no_grad():
@@ -249,7 +251,7 @@ def test_a_run_for_another_target_is_not_resumed(
 
 
 def test_wandb_offline_needs_no_account(tmp_path: Path) -> None:
-    train(tiny_config(tmp_path / "run", "train.steps=6", "wandb.mode=offline"))
+    train(tiny_config(tmp_path / "run", "train.max_steps=6", "wandb.mode=offline"))
     assert list((tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb"))
 
 

@@ -13,7 +13,12 @@ from headstart.common.signals import Interrupted
 from headstart.configs.schema import HeadConfig, LoraConfig
 from headstart.heads.assistant import other_target
 from headstart.heads.loading import load_target
-from headstart.heads.saving import load_assistant, load_assistant_config, made_for, rope_position
+from headstart.heads.saving import (
+    draft_position_offset,
+    load_assistant,
+    load_assistant_config,
+    made_for,
+)
 from headstart.train import step as step_module
 from headstart.train.checkpoints import Progress
 from headstart.train.run import train
@@ -21,7 +26,7 @@ from headstart.train.step import learning_rate
 from tests.helpers.heads import FULL, NARROW, finished
 from tests.helpers.runs import metrics, take_every_head, tiny_config
 
-SHORT = ("train.steps=12", "train.validate_every=6", "train.checkpoint_every=6")
+SHORT = ("train.max_steps=12", "train.eval_steps=6", "train.save_steps=6")
 
 
 @pytest.mark.parametrize("width", [NARROW, FULL])
@@ -35,9 +40,9 @@ def test_a_heads_adapter_is_what_the_head_was_changed_by(
     start = finished(target, tmp_path / "start", width)
     ordered = "true" if width else "false"
     config = tiny_config(
-        tmp_path / "run", f"head.start={start}", "head.lora={rank: 4}", "target.dtype=bfloat16",
+        tmp_path / "run", f"head.init_from={start}", "head.lora={r: 4}", "target.dtype=bfloat16",
         "head.num_centroids=null", f"head.use_ordered_embeddings={ordered}",
-        "train.learning_rate=0.01", "train.steps=60", "train.validate_every=20",
+        "train.learning_rate=0.01", "train.max_steps=60", "train.eval_steps=20",
     )  # fmt: skip
     train(config)
     folder = tmp_path / "run" / "head"
@@ -58,7 +63,7 @@ def test_an_adapters_run_goes_on_as_if_never_stopped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     start = finished(load_target("tiny-gemma4", "float32"), tmp_path / "start", FULL)
-    settings = [f"head.start={start}", "head.lora={}", *SHORT]
+    settings = [f"head.init_from={start}", "head.lora={}", *SHORT]
     settings += ["head.num_centroids=null", "head.use_ordered_embeddings=false"]
     train(tiny_config(tmp_path / "whole", *settings))
     rate = step_module.learning_rate
@@ -86,14 +91,18 @@ def test_an_adapters_run_goes_on_as_if_never_stopped(
 def test_named_parts_alone_are_trained(tmp_path: Path) -> None:
     target = load_target("tiny-gemma4", "float32")
     start = finished(target, tmp_path / "start", FULL)
-    settings = [f"head.start={start}", "head.use_ordered_embeddings=false", *SHORT]
+    settings = [f"head.init_from={start}", "head.use_ordered_embeddings=false", *SHORT]
     settings += ["head.num_centroids=null", "train.learning_rate=0.02"]
-    train(tiny_config(tmp_path / "run", *settings, "head.trains=[post_projection, layers.1.]"))
+    train(
+        tiny_config(
+            tmp_path / "run", *settings, "head.trainable_modules=[post_projection, layers.1.]"
+        )
+    )
     parts = load_file(tmp_path / "run" / "checkpoints" / "step-000012" / "head.safetensors")
     assert parts
     assert all("post_projection" in n or "layers.1." in n for n in parts)
     with pytest.raises(ValueError, match="'lm_head' is in none of the names"):
-        train(tiny_config(tmp_path / "odd", *settings, "head.trains=[lm_head]"))
+        train(tiny_config(tmp_path / "odd", *settings, "head.trainable_modules=[lm_head]"))
 
 
 def test_a_run_that_finds_nothing_better_ends_with_the_head_that_it_began_with(
@@ -102,9 +111,9 @@ def test_a_run_that_finds_nothing_better_ends_with_the_head_that_it_began_with(
     target = load_target("tiny-gemma4", "float32")
     start = finished(target, tmp_path / "start", FULL)
     config = tiny_config(
-        tmp_path / "run", f"head.start={start}", "head.use_ordered_embeddings=false",
-        "head.num_centroids=null", "train.learning_rate=1e-12", "train.patience=2",
-        "train.steps=40", "train.validate_every=3", "train.weight_decay=0",
+        tmp_path / "run", f"head.init_from={start}", "head.use_ordered_embeddings=false",
+        "head.num_centroids=null", "train.learning_rate=1e-12", "train.early_stopping_patience=2",
+        "train.max_steps=40", "train.eval_steps=3", "train.weight_decay=0",
     )  # fmt: skip
     train(config)
     assert [row["step"] for row in metrics(tmp_path / "run")][-1] == 6, (
@@ -115,14 +124,16 @@ def test_a_run_that_finds_nothing_better_ends_with_the_head_that_it_began_with(
     before, after = (load_assistant(f, torch.float32) for f in (start, tmp_path / "run" / "head"))
     for name, tensor in after.state_dict().items():
         assert torch.equal(tensor, before.state_dict()[name]), name
-    assert rope_position(after.config) == "newest", "where it was trained, whatever was tried since"
+    assert draft_position_offset(after.config) == "newest", (
+        "where it was trained, whatever was tried since"
+    )
 
 
 def test_training_ends_when_its_time_is_over(tmp_path: Path) -> None:
     """The learning rate falls with the time, and the last step is validated and saved."""
     config = tiny_config(
-        tmp_path / "run", "train.steps=100000", "train.max_minutes=0.02", "train.warmup_steps=1",
-        "train.validate_every=50000", "head.use_ordered_embeddings=false",
+        tmp_path / "run", "train.max_steps=100000", "train.max_minutes=0.02", "train.warmup_steps=1",
+        "train.eval_steps=50000", "head.use_ordered_embeddings=false",
         "head.num_centroids=null",
     )  # fmt: skip
     train(config)
@@ -135,7 +146,7 @@ def test_training_ends_when_its_time_is_over(tmp_path: Path) -> None:
 
 
 def test_the_end_of_a_run() -> None:
-    c = tiny_config(Path("unused"), "train.steps=10").train
+    c = tiny_config(Path("unused"), "train.max_steps=10").train
     timed = c.model_copy(update={"max_minutes": 1.0, "patience": 3})
     assert not Progress(step=9, evals_since_best=5, seconds=100).ended(c)
     assert Progress(step=10).ended(c)
@@ -169,4 +180,4 @@ def test_combinations_that_cannot_be_raise() -> None:
     with pytest.raises(ValueError, match="leave out trains"):
         HeadConfig(start="ORG/head", lora=LoraConfig(), trains=["pre_projection"])
     with pytest.raises(ValueError, match="those of a finished head"):
-        HeadConfig(earlier_clusters="keep")
+        HeadConfig(on_existing_clusters="keep")

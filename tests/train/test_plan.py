@@ -13,7 +13,7 @@ from headstart.heads.target import SUPPORTED, source_layers
 from headstart.train.plan import _plan_step, plan
 
 RECIPES = sorted((Path(__file__).resolve().parents[2] / "configs").glob("gemma4-*.yaml"))
-GPU = ["target.dtype=bfloat16", "train.precision=bfloat16"]  # what `auto` comes to there
+GPU = ["target.dtype=bfloat16", "train.mixed_precision=bf16"]  # what `auto` comes to there
 BILLIONS = {"E2B": 2, "E4B": 4, "12B": 12, "26B-A4B": 26, "31B": 31}
 """What the names say; for E2B and E4B that is without the tables of per-layer embeddings."""
 
@@ -51,7 +51,7 @@ def test_a_recipe_has_a_plan_that_fits_its_machine(path: Path) -> None:
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_a_warm_start_from_the_published_assistant_has_a_plan(path: Path) -> None:
     name = load_config(path, GPU).target.name
-    config = load_config(path, [*GPU, f"head.start={name}-assistant"])
+    config = load_config(path, [*GPU, f"head.init_from={name}-assistant"])
     lines = plan(config)
     assert lines["head"].startswith("4 layers (sliding_attention, sliding_attention, sliding_att")
     small = "E2B" in name or "E4B" in name
@@ -67,7 +67,7 @@ def test_a_checkpoint_of_somebody_else_is_not_taken_for_a_published_one() -> Non
 
 def test_an_adapter_is_what_a_plan_says_is_trained() -> None:
     """Rank times the sum of both sides of each layer; the frozen rest is held all the same."""
-    start = [*GPU, "head.start=google/gemma-4-E4B-it-assistant"]
+    start = [*GPU, "head.init_from=google/gemma-4-E4B-it-assistant"]
     (path,) = (one for one in RECIPES if one.stem == "gemma4-e4b")
     whole = plan(load_config(path, start))
     one, two = (plan(load_config(path, [*start, f"head.lora={{rank: {r}}}"])) for r in (8, 16))
@@ -75,14 +75,14 @@ def test_an_adapter_is_what_a_plan_says_is_trained() -> None:
     assert large == 2 * small
     assert small < int(whole["parameters trained"].replace(",", "")) / 10
     assert one["head in training"] != two["head in training"]
-    parts = plan(load_config(path, [*start, "head.trains=[pre_projection]"]))
+    parts = plan(load_config(path, [*start, "head.trainable_modules=[pre_projection]"]))
     assert int(parts["parameters trained"].replace(",", "")) == 2 * 2560 * 256
 
 
 def test_operations_of_a_step_are_those_of_its_products() -> None:
     """Of a trained weight: forward and two gradients. Of the table, 10^6 by 10^3: forward
     and the gradient of the state for each draft, and the teacher of each position."""
-    c, source = TrainConfig(vocabulary="exact", rounds=3, steps=50), Mock()
+    c, source = TrainConfig(vocabulary="exact", num_speculative_steps=3, steps=50), Mock()
     source.hidden_size, source.vocab_size = 1000, 10**6
     said = _plan_step(c, source, trained=2 * 10**9, rows=4, drafts=1000)["a step computes"]
     assert said.startswith("16.01 TFLOP a process: 12.00 in the head, 4.01 in the objective")

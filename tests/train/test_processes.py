@@ -18,8 +18,8 @@ pytestmark = pytest.mark.slow
 
 TINY = ["--config", "configs/tiny.yaml", "eval=null", "target.dtype=float32"]
 STEPS = [
-    "train.steps=12", "train.validate_every=6", "train.checkpoint_every=6",
-    "train.precision=float32", "train.ema_decay=0.9",
+    "train.max_steps=12", "train.eval_steps=6", "train.save_steps=6",
+    "train.mixed_precision=no", "train.ema_decay=0.9",
     # Where a gradient is next to nothing AdamW divides rounding by rounding: steps of its own size.
     "train.learning_rate=3e-4",
 ]  # fmt: skip
@@ -55,7 +55,9 @@ def run(*arguments: str) -> None:
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run of one process, which the others must equal."""
     folder = tmp_path_factory.mktemp("alone")
-    run("train", *TINY, *STEPS, f"run.dir={folder / 'run'}", f"data.cache_dir={folder / 'cache'}")
+    run(
+        "train", *TINY, *STEPS, f"output_dir={folder / 'run'}", f"data.cache_dir={folder / 'cache'}"
+    )
     return folder
 
 
@@ -85,7 +87,7 @@ def test_two_processes_with_half_the_batch_each_train_the_same_head(
     alone: Path, tmp_path: Path
 ) -> None:
     arguments = [*TINY, *STEPS, f"data.cache_dir={alone / 'cache'}", "train.batch_size=2"]
-    done = launch("ddp", *arguments, f"run.dir={tmp_path / 'run'}")
+    done = launch("ddp", *arguments, f"output_dir={tmp_path / 'run'}")
     assert done.returncode == 0, done.stdout + done.stderr
     same_run(tmp_path / "run", alone / "run")
     assert done.stdout.count("Best head") == 1, "the main process alone speaks"
@@ -97,7 +99,7 @@ def test_a_split_head_over_a_split_target_trains_the_same_head(alone: Path, tmp_
     """FSDP2 for the head, for the target as well, and no stored activations: every forward of the
     target takes both processes. Then one process goes on where the two stopped."""
     shared = [*TINY, *STEPS, "data.online=true", "target.sharded=true"]
-    shared += [f"data.cache_dir={tmp_path / 'cache'}", f"run.dir={tmp_path / 'run'}"]
+    shared += [f"data.cache_dir={tmp_path / 'cache'}", f"output_dir={tmp_path / 'run'}"]
     script = ("tests/train/fsdp_on_cpu.py",)
     done = launch("fsdp2", *shared, "train.batch_size=2", script=script)
     assert done.returncode == 0, done.stdout + done.stderr

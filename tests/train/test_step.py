@@ -28,7 +28,9 @@ def batch_of(target: Target) -> Batch:
 
 
 def loss_of(head: DraftHead, target: Target, batch: Batch, unroll: Unroll) -> float:
-    c = TrainConfig(unroll=unroll, rounds=K, vocabulary="exact", precision="float32")
+    c = TrainConfig(
+        unroll=unroll, num_speculative_steps=K, vocabulary="exact", mixed_precision="no"
+    )
     return float(batch_sums(head, target, batch, c, None)["loss_sum"])
 
 
@@ -39,7 +41,7 @@ def fed_as_text(batch: Batch, drafts: torch.Tensor) -> None:
 
 def by_anchor(head: DraftHead, target: Target, batch: Batch) -> tuple[Any, torch.Tensor]:
     """All drafts of a batch with their losses, and their tokens as [B x R, K]."""
-    drafts = draft_batch(head, target, batch, torch.float32, TrainConfig().rope_position)
+    drafts = draft_batch(head, target, batch, torch.float32, TrainConfig().draft_position_offset)
     found = exact_losses(
         drafts.states, target, drafts.teacher, forward_kl, 1.0, torch.float32, target.table
     )
@@ -76,7 +78,7 @@ def test_hits_after_a_miss_are_not_accepted(target: Target) -> None:
     best[:, 1] += 1
     best[::2, 0] += 1
     batch.teacher_ids[..., 0] = best.view(*batch.rows.at.shape, K)
-    c = TrainConfig(rounds=K, vocabulary="exact", precision="float32")
+    c = TrainConfig(num_speculative_steps=K, vocabulary="exact", mixed_precision="no")
     sums = batch_sums(head, target, batch, c, None)
     beyond = drafts.anchor[drafts.round == 1]
     assert (drafts.round == 2).any(), "some anchors have a hit after their miss"

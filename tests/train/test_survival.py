@@ -31,7 +31,7 @@ from headstart.train.step import Diverged
 from tests.helpers.runs import fill, metrics, tiny_config
 
 KILLS = 20
-SHORT = ["train.steps=24", "train.validate_every=6", "train.checkpoint_every=4"]
+SHORT = ["train.max_steps=24", "train.eval_steps=6", "train.save_steps=4"]
 SHORT += ["train.ema_decay=0.9"]
 
 
@@ -214,7 +214,7 @@ def test_a_checkpoint_of_another_configuration_is_refused_by_name(damaged: Path)
         with pytest.raises(ValueError, match=f"{last} was written with {words}: give it back"):
             train(config_of(damaged, change), resume=True)
     allowed = ["train.batch_size=2", "train.gradient_accumulation_steps=2"]
-    allowed += ["train.activation_checkpointing=true", "train.keep_checkpoints=1"]
+    allowed += ["train.activation_checkpointing=true", "train.save_total_limit=1"]
     train(config_of(damaged, *allowed), resume=True)
     assert len(metrics(damaged)) == 24
     assert len(checkpoints(damaged / "checkpoints")) == 1

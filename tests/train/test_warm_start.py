@@ -10,7 +10,7 @@ from headstart.configs.schema import HeadConfig
 from headstart.data.loader import Batch, candidate_rows, gather_rows
 from headstart.heads.assistant import warm_assistant
 from headstart.heads.loading import load_target
-from headstart.heads.saving import load_assistant, rope_position
+from headstart.heads.saving import draft_position_offset, load_assistant
 from headstart.heads.target import Target
 from headstart.heads.unroll import DraftHead
 from headstart.train.run import train
@@ -33,8 +33,7 @@ def test_a_warm_head_starts_as_the_head_that_it_is_made_from(
     batch = rows_of(target)
     with torch.no_grad():
         states, theirs = (
-            one(batch.texts, batch.rows, target.embed, "newest")[0]
-            for one in (head, DraftHead(wanted))
+            one(batch.texts, batch.rows, target.embed, 0)[0] for one in (head, DraftHead(wanted))
         )
     logits = states @ head.draft_table(target.table).T
     torch.testing.assert_close(logits, theirs @ wanted.lm_head.weight.T)
@@ -56,8 +55,8 @@ def test_a_run_goes_on_from_it_and_keeps_its_clusters_and_table(
     target = load_target("tiny-gemma4", "float32")
     start = finished(target, tmp_path / "start", width)
     config = tiny_config(
-        tmp_path / "run", f"head.start={start}", "train.steps=12", "train.validate_every=4",
-        "train.checkpoint_every=8", "head.num_centroids=null",
+        tmp_path / "run", f"head.init_from={start}", "train.max_steps=12", "train.eval_steps=4",
+        "train.save_steps=8", "head.num_centroids=null",
         f"head.use_ordered_embeddings={'true' if width else 'false'}",
     )  # fmt: skip
     train(config)
@@ -66,7 +65,7 @@ def test_a_run_goes_on_from_it_and_keeps_its_clusters_and_table(
     before = load_assistant(start, torch.float32)
     after = load_assistant(tmp_path / "run" / "head", torch.float32)
     assert torch.equal(after.lm_head.weight, before.lm_head.weight)
-    assert [rope_position(head.config) for head in (before, after)] == ["newest", "both"]
+    assert [draft_position_offset(head.config) for head in (before, after)] == ["newest", "both"]
     q_proj = "model.layers.0.self_attn.q_proj.weight"
     assert not torch.equal(after.state_dict()[q_proj], before.state_dict()[q_proj])
     if width is NARROW:
@@ -97,4 +96,4 @@ def test_a_head_that_does_not_say_where_its_drafts_stood_is_refused_before_any_a
     path.write_text(json.dumps(config))
     monkeypatch.setattr("headstart.train.run.open_target", None)
     with pytest.raises(ValueError, match="headstart_rope_position"):
-        train(tiny_config(tmp_path / "run", f"head.start={folder}", "head.num_centroids=null"))
+        train(tiny_config(tmp_path / "run", f"head.init_from={folder}", "head.num_centroids=null"))

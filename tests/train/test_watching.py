@@ -25,7 +25,7 @@ from headstart.train.tracking import log_report
 from tests.helpers.reports import usual
 from tests.helpers.runs import metrics, tiny_config
 
-SHORT = ["train.steps=8", "train.validate_every=4", "train.checkpoint_every=4"]
+SHORT = ["train.max_steps=8", "train.eval_steps=4", "train.save_steps=4"]
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ NAMES = ("good", "stopped", "failed", "killed", "busy")
 
 def test_a_start_that_is_refused_does_not_change_how_a_run_stands(root: Path) -> None:
     cache = f"data.cache_dir={root.parent / 'cache'}"
-    for resume, changed, why in ((False, [], "holds a run"), (True, ["run.seed=5"], "run.seed=0")):
+    for resume, changed, why in ((False, [], "holds a run"), (True, ["seed=5"], "seed=0")):
         with pytest.raises(ValueError, match=why):
             train(tiny_config(root / "good", *SHORT, cache, *changed), resume=resume)
         assert read_status(root / "good")["state"] == "finished"
@@ -147,13 +147,13 @@ def test_wandb_gets_the_metrics_and_nothing_else(tmp_path: Path) -> None:
 
 def test_wandb_gets_the_figures_and_pictures_of_an_evaluation(tmp_path: Path) -> None:
     config, content = tiny_config(tmp_path / "run", *SHORT, "wandb.mode=offline"), usual()
-    config.run.dir.mkdir()
+    config.output_dir.mkdir()
     log_report(config, content)
     speedups = [
         f"eval/{decoder_name(r)} K={r['num_assistant_tokens']}/speedup" for r in content["results"]
     ]
-    logged(config.run.dir, content["verdict"], *speedups)
-    pictures = list((config.run.dir / "wandb").rglob("media/images/eval/*.png"))
+    logged(config.output_dir, content["verdict"], *speedups)
+    pictures = list((config.output_dir / "wandb").rglob("media/images/eval/*.png"))
     assert len(pictures) == len(figures(content)) > 3
     log_report(tiny_config(tmp_path / "none", *SHORT), content)
     assert not (tmp_path / "none").exists()
