@@ -202,7 +202,10 @@ def read_settings(args: argparse.Namespace, defaults: Sequence[tuple[str, Any]] 
     from headstart.configs.loader import load_settings
 
     command: Command = args.of
-    settings = load_settings(args.config, args.settings, [*command.defaults, *defaults])
+    defaults = [*command.defaults, *defaults]
+    if args.config is None:  # a file says what a head is evaluated on; nobody else does
+        defaults.append(("eval", None))
+    settings = load_settings(args.config, args.settings, defaults)
     for key in command.required:
         if not settings.given([key]):
             raise ValueError(f"{command.name} needs {key}=VALUE: {setting_row(key, {})[1]}")
