@@ -135,7 +135,8 @@ def setting_row(key: str, defaults: dict[str, Any]) -> tuple[str, str]:
     if leaf == "*":
         return key, f"all others of it: headstart configs keys {section}"
     default, text = describe_setting(key)
-    return f"{key}={defaults.get(key, default)}", text
+    first = re.split(r"(?<=\.) ", text, maxsplit=1)[0]
+    return f"{key}={defaults.get(key, default)}", first
 
 
 def split_words(command: Command, words: Sequence[str]) -> tuple[dict[str, Any], list[str]]:

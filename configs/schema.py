@@ -328,7 +328,7 @@ class TrainConfig(Section):
     """Loss of a draft. `cross_entropy` looks at the target's best token alone; `lk_hybrid` turns
     from KL to total variation as a row comes to be accepted (arXiv 2602.23881)."""
     temperature: float = Field(default=1.0, gt=0)
-    """Of both distributions that the objective compares."""
+    """Temperature of both distributions that the objective compares."""
     vocabulary: Literal["sparse", "exact"] = "sparse"
     """Tokens that the objective runs over: the teachers' top tokens and shared negatives, or the
     whole vocabulary in chunks (the reference; many times slower)."""
@@ -406,7 +406,7 @@ class EvalConfig(Section):
     draft_models: list[Place] = []
     """Small models of the target's vocabulary (folder or Hub id) for the decoder `draft-model`."""
     temperatures: list[float] = [0.0]
-    """Of the sampling; 0 is greedy. Each is compared with plain decoding of its own."""
+    """Temperatures of the sampling; 0 is greedy. Each is compared with plain decoding of its own."""
     top_p: float = Field(default=1.0, gt=0, le=1)
     """Where the temperature is above 0: sample from the likeliest tokens with so much mass."""
     top_k: PositiveInt | None = None
@@ -446,7 +446,7 @@ class Config(Section):
     """The whole configuration of one run."""
 
     output_dir: Folder = Path("runs/unnamed")
-    """Folder that is written. A run's holds config.yaml, metrics.jsonl, checkpoints/, head/ and
+    """Folder to write. A run's holds config.yaml, metrics.jsonl, checkpoints/, head/ and
     eval/, and is runs/NAME for a recipe NAME unless another is given."""
     seed: NonNegativeInt = 0
     """Seed of the data order, the anchors, the negatives and the head's start."""

@@ -24,11 +24,11 @@ STAND_INS = {
 }
 """What an example names -> what is there."""
 SMALL = {
-    "train": ["train.max_steps=6", "train.warmup_steps=1", "eval.limit=1"],
-    "eval": ["eval.limit=2", "eval.max_new_tokens=4"],
+    "train": ["train.max_steps=6", "train.warmup_steps=1", "head.centroid_steps=2", "eval=null"],
+    "eval": ["eval.limit=1", "eval.max_new_tokens=4"],
     "adapt": [
         "train.max_steps=6", "train.warmup_steps=1", "train.eval_steps=6", "data.num_conversations=8",
-        "data.validation_conversations=2", "data.max_new_tokens=8", "data.max_prompt_tokens=16",
+        "data.validation_conversations=1", "data.max_new_tokens=8", "data.max_prompt_tokens=16",
         "data.generation_batch_size=8", "adapt.held_out_prompts=4", "adapt.decoded_prompts=0",
         "train.likely_tokens=32", "train.negatives=32", "train.max_anchors=16",
         "train.multi_step_anchors=8",
@@ -41,27 +41,45 @@ SMALL = {
     "bench": ["bench.context=8", "target.dtype=float32"],
 }  # fmt: skip
 """Settings that make it quick."""
+WRITES = {
+    "train": ["runs/mine"], "publish": ["runs/mine"], "regenerate": ["conversations"],
+    "extract": ["store"],
+}  # fmt: skip
+"""What an example writes that others read."""
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that holds what the examples name."""
     folder = tmp_path_factory.mktemp("examples")
-    small = ["train.max_steps=6", "train.warmup_steps=1", "eval.limit=2", "eval.max_new_tokens=8"]
+    small = [
+        "train.max_steps=6", "train.warmup_steps=1", "head.centroid_steps=2", "eval.limit=1",
+        "eval.max_new_tokens=4", "eval.num_assistant_tokens=2",
+    ]  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr("headstart.eval.draft_cost.COST_TURNS", 1)
+        measure_once(patch)
         assert main(["train", "--config", "tiny", *small, "output_dir=runs/mine"]) == 0
         for name in ("quickstart", "a", "b"):
             shutil.copytree("runs/mine", f"runs/{name}")
         lines = (ROOT / "data" / "prompts" / "chat_eval.jsonl").read_text().splitlines()[:40]
         Path("my_prompts.jsonl").write_text("\n".join(lines) + "\n")
         make_adapter(folder / "my-lora")
-        answers = ["data.num_conversations=24", "data.max_new_tokens=16", "data.max_prompt_tokens=16"]
+        answers = [
+            "data.num_conversations=24",
+            "data.max_new_tokens=16",
+            "data.max_prompt_tokens=16",
+        ]
         answers += [f"target.name={TINY}", "data.temperatures=0"]
         assert main(["regenerate", *answers, "output_dir=conversations"]) == 0
         assert main(["extract", "conversations", f"target.name={TINY}", "output_dir=store"]) == 0
     return folder
+
+
+def measure_once(patch: pytest.MonkeyPatch) -> None:
+    """Costs are told of one turn, which is quick and means nothing."""
+    for turns in ("TURNS", "COST_TURNS"):
+        patch.setattr(f"headstart.eval.draft_cost.{turns}", 1)
 
 
 def words_of(command: Command) -> list[str]:
@@ -75,7 +93,12 @@ def words_of(command: Command) -> list[str]:
         word = STAND_INS.get(word, word)
         found.append(f"{key}={STAND_INS[value]}" if equals and value in STAND_INS else word)
     named = any(word.startswith("target.name=") for word in found)
-    if not named and is_read("target.name", command.settings) and "--config" not in found:
+    if (
+        command.name != "publish"
+        and not named
+        and is_read("target.name", command.settings)
+        and "--config" not in found
+    ):
         found.append(f"target.name={TINY}")
     return found + SMALL.get(command.name, [])
 
@@ -91,12 +114,12 @@ def test_the_example_of_a_command_runs(
     work = tmp_path / "work"
     shutil.copytree(place, work)
     monkeypatch.chdir(work)
-    monkeypatch.setattr("headstart.eval.draft_cost.COST_TURNS", 1)
+    measure_once(monkeypatch)
     words = words_of(command)
     if command.name == "install":
         monkeypatch.setattr(engines, "install_engine", lambda engine: f"environment of {engine}")
-    if command.name in ("publish", "train"):
-        shutil.rmtree("runs/mine")
+    for written in WRITES.get(command.name, []):
+        shutil.rmtree(written)
     if command.name == "publish":  # of a target that has a name on the Hub
         write_tuned_run(Path("runs"))
         Path("runs/run").rename("runs/mine")

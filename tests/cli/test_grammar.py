@@ -107,7 +107,9 @@ def test_a_key_of_before_is_refused_with_its_name_now(old: str, tmp_path) -> Non
 def test_a_setting_that_a_command_does_not_read_is_refused(
     command: Command, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    odd = "train.max_steps" if command.name not in ("train", "adapt", "bench") else "publish.private"
+    odd = (
+        "train.max_steps" if command.name not in ("train", "adapt", "bench") else "publish.private"
+    )
     words = [a.choices[0] if a.choices else "x" for a in command.arguments if a.many == "1"]
     with pytest.raises(SystemExit):
         main([command.name, *words, f"{odd}=3"])
