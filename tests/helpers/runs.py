@@ -22,7 +22,7 @@ from tests.helpers.checkpoints import make_adapter
 
 ROOT = Path(__file__).resolve().parents[2]
 REPO = "org/tiny-head"
-PUBLISH = ("--repo-id", REPO, "--base-model", "org/tiny")
+PUBLISH = (REPO, "publish.base_models=org/tiny")
 SHORT = (
     "train.max_steps=6", "train.eval_steps=6", "train.save_steps=6", "eval.limit=2",
     "eval.max_new_tokens=8", "eval.fp32_check_prompts=0",

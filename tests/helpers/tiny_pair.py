@@ -119,9 +119,9 @@ def write_head(target: Path, run: Path) -> Path:
         f"data.prompts=[{PROMPTS}]", "data.num_conversations=256", "data.max_prompt_tokens=64",
         "data.max_new_tokens=64", "data.generation_batch_size=64", f"data.cache_dir={run}-data",
         "head.use_ordered_embeddings=false", "head.num_centroids=null", "head.hidden_size=64",
-        "train.max_steps=400", "train.batch_size=8", "train.num_speculative_steps=4", "train.max_anchors=32",
-        "train.likely_tokens=256", "train.eval_steps=200", "train.save_steps=400",
-        "eval=null",
+        "train.max_steps=400", "train.batch_size=8", "train.num_speculative_steps=4",
+        "train.max_anchors=32", "train.likely_tokens=256", "train.eval_steps=200",
+        "train.save_steps=400", "eval=null",
     ]))  # fmt: skip
     return run / "head"
 
