@@ -297,6 +297,8 @@ DraftPositionOffset = Literal[0, -1, "mixed"]
 class TrainConfig(Section):
     max_steps: PositiveInt = 600
     """Optimizer steps."""
+    num_epochs: float | None = Field(default=None, gt=0)
+    """Passes over the training conversations, in place of max_steps. None: max_steps decides."""
     batch_size: PositiveInt = 8
     """Conversations a step and process, before gradient accumulation."""
     max_packed_length: PositiveInt | None = None
@@ -371,7 +373,7 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> "TrainConfig":
-        if self.warmup_steps >= self.max_steps:
+        if self.num_epochs is None and self.warmup_steps >= self.max_steps:
             raise ValueError(
                 f"warmup_steps={self.warmup_steps} must be below max_steps={self.max_steps}"
             )
@@ -406,7 +408,8 @@ class EvalConfig(Section):
     draft_models: list[Place] = []
     """Small models of the target's vocabulary (folder or Hub id) for the decoder `draft-model`."""
     temperatures: list[float] = [0.0]
-    """Temperatures of the sampling; 0 is greedy. Each is compared with plain decoding of its own."""
+    """Temperatures of the sampling; 0 is greedy. Each is compared with plain decoding of its
+    own."""
     top_p: float = Field(default=1.0, gt=0, le=1)
     """Where the temperature is above 0: sample from the likeliest tokens with so much mass."""
     top_k: PositiveInt | None = None
