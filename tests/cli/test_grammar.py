@@ -139,3 +139,9 @@ def test_a_path_with_a_comma_is_one_path() -> None:
 
 def test_help_names_what_has_to_be_given() -> None:
     assert setting_row("output_dir", {"output_dir": "(to be named)"})[0].endswith("(to be named)")
+
+
+@pytest.mark.parametrize("command", CONFIGURED, ids=lambda c: c.name)
+def test_what_help_says_of_a_key_that_nobody_named_is_not_its_value(command: Command) -> None:
+    settings = load_settings(None, [], command.defaults)
+    assert not settings.given([key for key, _ in command.unnamed])
