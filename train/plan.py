@@ -1,5 +1,6 @@
 """`headstart train --plan`: what a run will hold and read, from the configurations."""
 
+import math
 from typing import Any
 
 import torch
@@ -8,7 +9,7 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM
 
 from headstart.common.console import plain_console
-from headstart.configs.schema import Config, DataConfig, HeadConfig
+from headstart.configs.schema import Config, DataConfig, HeadConfig, TrainConfig
 from headstart.data.conversations import read_folder, read_manifest, tokens_when_cut
 from headstart.data.store import bytes_per_token, read_index
 from headstart.heads.assistant import assistant_config
@@ -80,9 +81,18 @@ def plan(config: Config) -> dict[str, str]:
         **_plan_memory(whole, width, trained * TRAINING_BYTES + frozen * 4),
         **_plan_data(d, token),
         "rows a step": f"{rows:,} a process, {rows + later * (k - 1):,} drafts in {k} rounds",
-        "steps": f"{c.max_steps:,} ({c.max_steps * rows:,} rows in all)",
+        "steps": _plan_steps(c, d, each, rows),
         **_plan_step(c, source, trained + frozen, rows, rows + later * (k - 1)),
     }
+
+
+def _plan_steps(c: TrainConfig, d: DataConfig, each: int, rows: int) -> str:
+    if c.num_epochs is None:
+        return f"{c.max_steps:,} ({c.max_steps * rows:,} rows in all)"
+    passes = f"{c.num_epochs:g} passes over the conversations, {each} in each step"
+    if d.num_conversations is None or d.store is not None or d.conversations is not None:
+        return passes
+    return f"{math.ceil(c.num_epochs * d.num_conversations / each):,}: {passes}"
 
 
 def _head_config(source: Any, h: HeadConfig) -> Any:
@@ -107,10 +117,13 @@ def _plan_step(c: Any, source: Any, trained: int, rows: int, drafts: int) -> dic
         candidates = min(source.vocab_size, c.likely_tokens + c.negatives)
     head = 6 * trained * drafts
     objective = candidates * width * (4 * drafts + 2 * (rows + c.num_speculative_steps))
+    in_all = ""
+    if c.num_epochs is None:
+        in_all = f"; {(head + objective) * c.max_steps / 1e15:.1f} PFLOP in all steps"
     return {
         "a step computes": f"{(head + objective) / 1e12:.2f} TFLOP a process: {head / 1e12:.2f} in "
         f"the head, {objective / 1e12:.2f} in the objective over {candidates:,} candidates or some "
-        f"more; {(head + objective) * c.max_steps / 1e15:.1f} PFLOP in all steps",
+        f"more{in_all}",
     }
 
 

@@ -96,8 +96,8 @@ def count_steps(c: TrainConfig, documents: Documents, processes: int) -> TrainCo
     steps = max(1, math.ceil(c.num_epochs * len(usable(documents)) / each))
     if c.warmup_steps >= steps:
         raise ValueError(
-            f"train.num_epochs={c.num_epochs:g} are {steps} steps of {each} conversations, and "
-            f"train.warmup_steps={c.warmup_steps} must be below them: lower it"
+            f"train.num_epochs={c.num_epochs:g} comes to max_steps={steps}, each of {each} "
+            f"conversations, and train.warmup_steps={c.warmup_steps} must be below that: lower it"
         )
     return c.model_copy(update={"max_steps": steps})
 
