@@ -22,6 +22,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Column
 from rich.text import Text
 
 T = TypeVar("T")
@@ -58,13 +59,19 @@ def progress_bar() -> Progress:
         return LogProgress(_log_seconds())
     return Progress(
         _Words("{task.description}", markup=False),
-        BarColumn(bar_width=14),
+        BarColumn(bar_width=8),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TextColumn("eta"),
         TimeRemainingColumn(),
         _RunLeft(),
-        _Words("{task.fields[status]}", markup=False),
+        # It takes what the others leave: in a narrow terminal its end is cut, and none of theirs.
+        _Words(
+            "{task.fields[status]}",
+            markup=False,
+            table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis"),
+        ),
+        expand=True,
         speed_estimate_period=SPEED_PERIOD,
         disable=not _is_main_process(),
     )

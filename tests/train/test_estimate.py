@@ -3,6 +3,7 @@
 import io
 import json
 import random
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from headstart.common.console import LogProgress, plain_console
+from headstart.cli.main import main
+from headstart.common.console import LogProgress, plain_console, progress_bar
 from headstart.common.machine import random_numbers_kept
 from headstart.common.signals import Interrupted
 from headstart.configs.schema import Config
@@ -220,6 +222,17 @@ def test_progress_says_what_is_left_of_the_run(capsys: pytest.CaptureFixture[str
         pass
 
 
+def test_a_narrow_terminal_cuts_the_status_of_a_bar_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    schedule = Schedule([Phase("a", "", 36000.0)])
+    with schedule.phase("a"):
+        bar = progress_bar()
+        bar.add_task("Training", total=6000, completed=1234, status="loss 0.5 " * 20)
+        shown = at_width_80(lambda console: console.print(bar.make_tasks_table(bar.tasks)))
+    assert len(shown.splitlines()) == 1
+    assert whole_lines(shown, "1234/6000", "run 10:00:00 left", "loss")
+
+
 def test_what_a_phase_took_is_kept(tmp_path: Path) -> None:
     schedule = Schedule([Phase("a", "size", 100.0), Phase("b", "", None)], tmp_path)
     with schedule.phase("a"):
@@ -300,3 +313,10 @@ def test_a_run_ends_in_one_table_its_page_and_the_next_command(
     assert str(tmp_path / "run" / "eval" / "report.html") in page
     commands = [line.partition(": headstart ")[2].split()[0] for line in following]
     assert commands == ["eval", "publish"]
+    assert main(["runs", "show", str(tmp_path / "run")]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"phase {name}" in shown for name in (TEXTS, TRAINING, ORDERING, EVALUATION))
+    assert shown.count("took") == 4
+    (tmp_path / "run" / "phases.json").write_text('[{"name": "texts"}]')
+    assert main(["runs", "show", str(tmp_path / "run")]) == 1
+    assert "phases.json is damaged" in capsys.readouterr().err
