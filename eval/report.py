@@ -76,7 +76,7 @@ def run_evaluation(
         "heads": list(heads),
         "head_fingerprints": {n: model_fingerprint(h, h.config) for n, h in heads.items()},
         "dtype": target.identity["dtype"],
-        **chosen.model_dump(mode="json", exclude={"exact_limit"}),
+        **chosen.model_dump(mode="json", exclude={"fp32_check_prompts"}),
         "chat_template_kwargs": asked.chat_template_kwargs or None,  # as if earlier files had it
     }
     with lock_folder(out, "--out DIR"):
@@ -233,7 +233,7 @@ def summarize(texts: Sequence[Text], k: int, costs: Costs | None) -> dict[str, A
 def _acceptance(
     ids: Sequence[str], counts: Sequence[AcceptanceCounts], total: AcceptanceCounts
 ) -> dict[str, Any]:
-    rounds = np.maximum(resampled(ids, [c.rounds for c in counts]), 1)
+    rounds = np.maximum(resampled(ids, [c.num_speculative_steps for c in counts]), 1)
     reached = np.maximum(resampled(ids, [c.reached for c in counts]), 1)
     accepted = resampled(ids, [c.accepted for c in counts])
     intervals = np.percentile((accepted / reached)[1:], [2.5, 97.5], axis=0).T

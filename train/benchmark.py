@@ -91,7 +91,7 @@ def bench_extract(target: Target, jobs: list[Job], config: Config) -> dict[str, 
         `regenerate`. Tokens a second of all four. `stepwise`: what decoding step by step changes
         in the stored values.
     """
-    data, seed = config.data, config.run.seed
+    data, seed = config.data, config.seed
     with temporary_folder() as work:
 
         def generating(extracting: bool) -> Callable[[int], None]:
@@ -148,7 +148,7 @@ def bench_regenerate(target: Target, jobs: list[Job], config: Config) -> dict[st
         def batched(turn: int) -> None:
             folder = work / str(turn)
             regenerate(
-                target, jobs, config.data, config.run.seed, folder,
+                target, jobs, config.data, config.seed, folder,
                 extract=False, description="  batched",
             )  # fmt: skip
 
@@ -260,7 +260,7 @@ def bench_train(
     samples = sample_teacher_rows(documents, target.device)
     head = build_head(target, config, samples, documents, resumed=False)
     batch = AnchorLoader(
-        documents, prompts, c.anchors, c.rounds, config.run.seed, later_anchors=c.later_anchors
+        documents, prompts, c.max_anchors, c.num_speculative_steps, config.seed, multi_step_anchors=c.multi_step_anchors
     ).batch(0)
     batch = send_to_device(batch, target.device)
     likely = likely_tokens(target, samples, c)
@@ -344,7 +344,7 @@ def batch_loss(
 ) -> torch.Tensor:
     """The sum of the losses of a batch as a training step has it, of one process."""
     c = config.train
-    candidates = step_candidates([batch], likely, c, config.run.seed, lambda kept: kept)
+    candidates = step_candidates([batch], likely, c, config.seed, lambda kept: kept)
     return batch_sums(head, target, batch, c, candidates)["loss_sum"]
 
 
@@ -358,7 +358,7 @@ def take_step(
 ) -> None:
     """One optimizer step over a batch, whose sum of losses `loss_of` gives; the `turn` is all the
     same."""
-    (loss_of() / loss_weight(batch, c.round_decay)).backward()
+    (loss_of() / loss_weight(batch, c.step_loss_decay)).backward()
     torch.nn.utils.clip_grad_norm_(head.trainable().values(), c.max_grad_norm)
     optimizer.step()
     optimizer.zero_grad()
@@ -366,11 +366,11 @@ def take_step(
 
 def plain_loss(head: DraftHead, target: Target, batch: Batch, c: TrainConfig) -> torch.Tensor:
     """Forward KL over all of V as one would write it down: [N, V] logits of both, whole."""
-    dtype = torch.bfloat16 if c.precision == "bfloat16" else torch.float32
-    drafts = draft_batch(head, target, batch, dtype, c.rope_position)
+    dtype = torch.bfloat16 if c.mixed_precision == "bfloat16" else torch.float32
+    drafts = draft_batch(head, target, batch, dtype, c.draft_position_offset)
     log_p = target.logits(drafts.teacher.hidden).log_softmax(-1)[drafts.teacher.at]
     logits = torch.nn.functional.linear(drafts.states.to(dtype), target.table.to(dtype)).float()
     losses = torch.nn.functional.kl_div(
         logits.log_softmax(-1), log_p, reduction="none", log_target=True
     ).sum(-1)
-    return (losses * c.round_decay**drafts.round).sum()
+    return (losses * c.step_loss_decay**drafts.round).sum()

@@ -152,7 +152,7 @@ def estimate_run(
 
 def done_steps(config: Config) -> int:
     """Steps of the newest checkpoint of the run folder; a run that may begin there has none."""
-    saved = checkpoints(config.run.dir / "checkpoints")
+    saved = checkpoints(config.output_dir / "checkpoints")
     return int(saved[-1].name.removeprefix("step-")) if saved else 0
 
 
@@ -200,18 +200,18 @@ def _extracted_tokens(planned: PlannedDocuments) -> tuple[int, int]:
 
 def _training(config: Config, planned: PlannedDocuments, held: Held, step: int) -> Phase:
     c = config.train
-    if step >= c.steps:
-        return Phase(TRAINING, f"{c.steps:,} steps are done", 0.0)
+    if step >= c.max_steps:
+        return Phase(TRAINING, f"{c.max_steps:,} steps are done", 0.0)
     costs = probe_training(config, planned, held)
-    validations = c.steps // c.validate_every - step // c.validate_every
-    validations += bool(c.steps % c.validate_every)
+    validations = c.max_steps // c.eval_steps - step // c.eval_steps
+    validations += bool(c.max_steps % c.eval_steps)
     validated = min(planned.data.validation_conversations, _documents(planned)[1])
-    seconds = (c.steps - step) * costs.step + validations * validated * costs.document
+    seconds = (c.max_steps - step) * costs.step + validations * validated * costs.document
     if c.max_minutes is not None:
         seconds = min(seconds, 60 * c.max_minutes)
     there = f", {step:,} done" if step else ""
-    early = ", fewer without gain" if c.patience is not None else ""
-    size = f"{c.steps - step:,} steps{there}{early}; {validations} validations"
+    early = ", fewer without gain" if c.early_stopping_patience is not None else ""
+    size = f"{c.max_steps - step:,} steps{there}{early}; {validations} validations"
     return Phase(TRAINING, size, costs.start + seconds, bar="Training")
 
 
@@ -226,7 +226,7 @@ def _documents(planned: PlannedDocuments) -> tuple[int, int]:
     else:
         assert data.conversations is not None, "one of the two"
         count = sum(1 for _ in read_folder(data.conversations))
-    return data.only_conversations or count, data.validation_conversations
+    return data.filter.num_conversations or count, data.validation_conversations
 
 
 def _ordering(
@@ -234,7 +234,7 @@ def _ordering(
 ) -> Phase:
     clusters = int(assistant.config.num_centroids)
     size = f"{len(planned.target.table):,} tokens in {clusters:,} clusters"
-    if step >= config.train.steps and (config.run.dir / "head" / RECORD).is_file():
+    if step >= config.train.max_steps and (config.output_dir / "head" / RECORD).is_file():
         return Phase(ORDERING, f"{size}, done", 0.0)
     costs = probe_ordering(config, planned.target, held, assistant)
     trained, validated = _documents(planned)
@@ -261,8 +261,8 @@ def _evaluation(config: Config, chosen: EvalConfig, target: Target, asked: Asked
     turns, each = WARM_UP + COST_TURNS, 2 * MAX_DRAFT_TOKENS + len(KINDS)
     seconds += turns * each * costs.step  # what a draft costs is measured first
     checked = 0.0
-    if config.target.dtype != "float32" and chosen.exact_limit:
-        checked = min(chosen.exact_limit, len(prompts)) * (1 + len(chosen.decoders)) * one
+    if config.target.dtype != "float32" and chosen.fp32_check_prompts:
+        checked = min(chosen.fp32_check_prompts, len(prompts)) * (1 + len(chosen.decoders)) * one
     dtype = str(target.table.dtype).removeprefix("torch.")
     size = f"{len(prompts):,} prompts, {ways + 1} ways of up to {chosen.max_new_tokens:,} tokens"
     return Phase(EVALUATION, size, seconds + checked, bar=f"Decoding ({dtype})", beside_bar=checked)

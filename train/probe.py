@@ -220,15 +220,15 @@ def probe_training(config: Config, planned: PlannedDocuments, held: Held) -> Tra
 def _batch(config: Config, held: Held) -> Batch:
     c = config.train
     return AnchorLoader(
-        held, c.batch_size, c.anchors, c.rounds, config.run.seed,
-        pack_tokens=c.pack_tokens, later_anchors=c.later_anchors,
+        held, c.batch_size, c.max_anchors, c.num_speculative_steps, config.seed,
+        max_packed_length=c.max_packed_length, multi_step_anchors=c.multi_step_anchors,
     ).batch(0)  # fmt: skip
 
 
 def _replay_seconds(head: DraftHead, config: Config, target: Target, held: Held) -> float:
     """Of a document, in which a head that accepts more looks at more drafts than this one."""
-    position = served_position(config.train.rope_position)
-    replay = partial(simulate_acceptance, head, target, held, config.train.rounds, [0], position)
+    position = served_position(config.train.draft_position_offset)
+    replay = partial(simulate_acceptance, head, target, held, config.train.num_speculative_steps, [0], position)
     return seconds_of(target, replay, times=1)
 
 
@@ -261,7 +261,7 @@ def probe_ordering(
     """Draft a batch with a head that has clusters of no meaning, cluster a part of the vocabulary
     and learn for two steps."""
     head, batch = DraftHead(assistant), send_to_device(_batch(config, held), target.device)
-    position = config.train.rope_position
+    position = config.train.draft_position_offset
     with torch.no_grad():
         draft = partial(draft_batch, head, target, batch, torch.float32, position)
         seconds, drafts = seconds_of(target, draft), draft()

@@ -22,7 +22,7 @@ from headstart.eval.first_figures import first_figures, print_first_figures
 from headstart.eval.page import print_report
 from headstart.eval.report import run_evaluation
 from headstart.heads.loading import load_served, open_target
-from headstart.heads.saving import load_assistant, load_assistant_config, rope_position
+from headstart.heads.saving import load_assistant, load_assistant_config, draft_position_offset
 from headstart.heads.target import Target
 from headstart.train.estimate import (
     EVALUATION,
@@ -52,7 +52,7 @@ from headstart.train.tracking import (
 
 
 def run(config: Config, resume: bool = False) -> None:
-    """Train into `config.run.dir`, then evaluate its best head as `config.eval` says, and say on
+    """Train into `config.output_dir`, then evaluate its best head as `config.eval` says, and say on
     the way how long it should take, what drafts have to beat, what is left, and what is next.
 
     The reports land in `eval/` (in the target's dtype) and, unless that is float32 already, in
@@ -66,7 +66,7 @@ def run(config: Config, resume: bool = False) -> None:
     if not PartialState().is_main_process:
         return
     if config.eval is not None:
-        with run_folder(config.run.dir, "evaluating"):
+        with run_folder(config.output_dir, "evaluating"):
             _evaluate(config, config.eval, PartialState().device, schedule)
     for line in next_commands(config):
         print_once(line)
@@ -92,14 +92,14 @@ def train(config: Config, resume: bool = False, schedule: Schedule | None = None
     check_wandb_settings(config)
     join_processes()
     accelerator = Accelerator(
-        mixed_precision="bf16" if config.train.precision == "bfloat16" else "no",
+        mixed_precision="bf16" if config.train.mixed_precision == "bfloat16" else "no",
         log_with=None if config.wandb.mode == "disabled" else "wandb",
-        project_dir=config.run.dir,
+        project_dir=config.output_dir,
     )
     if not accelerator.is_main_process:
         _train(config, resume, accelerator, None)
         return
-    with run_folder(config.run.dir, "training"):
+    with run_folder(config.output_dir, "training"):
         open_run(config, resume, accelerator.num_processes)
         _train(config, resume, accelerator, schedule)
 
@@ -107,10 +107,10 @@ def train(config: Config, resume: bool = False, schedule: Schedule | None = None
 def _train(
     config: Config, resume: bool, accelerator: Accelerator, schedule: Schedule | None
 ) -> None:
-    run, seed = config.run.dir, config.run.seed
+    run, seed = config.output_dir, config.seed
     set_seed(seed)
     if config.head.warm:  # refused before anything is answered
-        rope_position(load_assistant_config(config.head.start))
+        draft_position_offset(load_assistant_config(config.head.init_from))
     target = open_target(config.target, accelerator.device)
     held_out = config.eval.prompts if config.eval else None
     planned = plan_documents(target, config.data, seed, held_out)
@@ -167,13 +167,13 @@ def look_ahead(config: Config, planned: PlannedDocuments, schedule: Schedule) ->
         with phase("Measuring how long it will take"), hidden_progress(), kept_lines():
             assistant = untrained_assistant(target, config.head)
             schedule.phases = estimate_run(config, planned, assistant, asked)
-        schedule.folder = config.run.dir
+        schedule.folder = config.output_dir
         schedule.write()
         schedule.print()
         if config.eval is not None and schedule.seconds >= SHORT:
             served = assistant.to(target.table.dtype).eval()
             with phase("Measuring first figures"), hidden_progress(), kept_lines():
-                figures = first_figures(target, served, config.eval, asked, config.run.dir)
+                figures = first_figures(target, served, config.eval, asked, config.output_dir)
             print_first_figures(figures)
     del assistant
     if target.device.type == "cuda":
@@ -183,7 +183,7 @@ def look_ahead(config: Config, planned: PlannedDocuments, schedule: Schedule) ->
 
 def next_commands(config: Config) -> list[str]:
     """What to do with the head of a finished run, a line for each command."""
-    run, t = config.run.dir, config.target
+    run, t = config.output_dir, config.target
     target = [f"--target {shlex.quote(t.name)}"]
     target += [f"--adapter {shlex.quote(adapter)}" for adapter in t.adapters]
     evaluate = ["headstart eval", *target, f"--head {shlex.quote(str(run / 'head'))}"]
@@ -219,7 +219,7 @@ def write_summary(
         The content: `best`, the validation that the head in `head/` comes from; all `validations`;
         data, sizes, environment and configuration.
     """
-    rows = read_metrics(config.run.dir)
+    rows = read_metrics(config.output_dir)
     validations = [{"step": 0, "acceptance_length": start}] if start else []
     validations += [
         {key: row[key] for key in ("step", "acceptance_length")}
@@ -241,23 +241,23 @@ def write_summary(
         "environment": environment(target.device) | {"target": target.name},
         "config": config.model_dump(mode="json"),
     }
-    write_atomically(config.run.dir / "summary.json", json.dumps(content, indent=2) + "\n")
+    write_atomically(config.output_dir / "summary.json", json.dumps(content, indent=2) + "\n")
     return content
 
 
 def _evaluate(config: Config, chosen: EvalConfig, device: torch.device, schedule: Schedule) -> None:
-    folder, checked = config.run.dir / "eval", config.run.dir / "eval"
+    folder, checked = config.output_dir / "eval", config.output_dir / "eval"
     with schedule.phase(EVALUATION):
         content = exact = _measure(config, config.target.dtype, chosen, folder, device)
         log_report(config, content)
-        if config.target.dtype != "float32" and chosen.exact_limit:
+        if config.target.dtype != "float32" and chosen.fp32_check_prompts:
             longest = [max(chosen.num_assistant_tokens)]
-            few = {"limit": chosen.exact_limit, "num_assistant_tokens": longest}
+            few = {"limit": chosen.fp32_check_prompts, "num_assistant_tokens": longest}
             checked = folder / "exact"
             exact = _measure(config, "float32", chosen.model_copy(update=few), checked, device)
     print_report(content)
     print_once(f"The page: {folder / 'report.html'}, beside it report.md and report.json")
-    if config.target.dtype == "float32" or chosen.exact_limit:
+    if config.target.dtype == "float32" or chosen.fp32_check_prompts:
         _check_lossless(exact, checked)
 
 
@@ -270,7 +270,7 @@ def _measure(
     if device.type == "cuda":
         torch.cuda.empty_cache()
     target = load_served(config.target.model_copy(update={"dtype": dtype}), device)
-    head = config.run.dir / "head"
+    head = config.output_dir / "head"
     assistant = load_assistant(head, getattr(torch, dtype), device)
     asked = asked_by_run(config.data)
     heads = {str(head): assistant}

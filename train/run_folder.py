@@ -41,8 +41,8 @@ METRICS = "metrics.jsonl"
 PHASES = "phases.json"
 OF_A_HEAD = ("*.json", "*.safetensors", "adapter")  # names in a head's folder
 _NO_DIFFERENCE = (
-    "run.dir", "data.cache_dir", "target.sharded", "train.activation_checkpointing",
-    "train.compile", "train.checkpoint_every", "train.keep_checkpoints",
+    "output_dir", "data.cache_dir", "target.sharded", "train.activation_checkpointing",
+    "train.compile", "train.save_steps", "train.save_total_limit",
 )  # fmt: skip
 """Settings that may change when a run goes on: its steps stay the same."""
 _SHARES = ("train.batch_size", "train.gradient_accumulation_steps")
@@ -63,7 +63,7 @@ def run_folder(run: Path, doing: str) -> Iterator[None]:
     Raises:
         ValueError: another process works there.
     """
-    with lock_folder(run, "run.dir=PATH"):
+    with lock_folder(run, "output_dir=PATH"):
         note = {"doing": doing, "started": _now(), "host": platform.node(), "pid": os.getpid()}
         there = (run / STATUS).read_text(encoding="utf-8") if (run / STATUS).is_file() else None
         _write_status(run, {**note, "state": "running"})
@@ -129,7 +129,7 @@ def read_steps(run: Path) -> int:
     train = tree.get("train")
     steps = train.get("steps") if isinstance(train, dict) else None
     if not isinstance(steps, int):
-        raise ValueError(f"{path} is damaged: it has no train.steps")
+        raise ValueError(f"{path} is damaged: it has no train.max_steps")
     return steps
 
 
@@ -148,7 +148,7 @@ def open_run(config: Config, resume: bool, processes: int) -> None:
             configuration that trains something else; or what is to be replaced is of no run.
         ValueError: the newest one is damaged, or a folder to write to is a link.
     """
-    run = config.run.dir
+    run = config.output_dir
     for ours in ("checkpoints", "head", METRICS):
         refuse_link(run / ours)
     _check_ours(run)
@@ -158,14 +158,14 @@ def open_run(config: Config, resume: bool, processes: int) -> None:
         if not resume:
             raise RunRefused(
                 f"{run} holds a run already: go on with --resume, or name another folder, "
-                "run.dir=PATH"
+                "output_dir=PATH"
             )
         state = check_checkpoint(saved[-1])
         earlier = checkpoint_config(saved[-1])
         if change := what_differs(earlier, state["processes"], config, processes):
             raise RunRefused(
                 f"{saved[-1]} was written with {change}: give it back, or name another folder, "
-                "run.dir=PATH"
+                "output_dir=PATH"
             )
     write_atomically(run / CONFIG, dump_config(config))
 
@@ -184,7 +184,7 @@ def _check_ours(run: Path) -> None:
             odd.append(run / CONFIG)
     if odd:
         raise RunRefused(
-            f"{odd[0]} is of no run and would be lost: name another folder, run.dir=PATH"
+            f"{odd[0]} is of no run and would be lost: name another folder, output_dir=PATH"
         )
 
 

@@ -105,7 +105,7 @@ def start_run(
     Raises:
         ValueError: the head cannot be built, or the checkpoint is damaged or of another run.
     """
-    c, run = config.train, config.run.dir
+    c, run = config.train, config.output_dir
     saved = checkpoints(run / "checkpoints") if resume else []
     with phase("Starting the head"):
         samples = sample_teacher_rows(training, target.device)
@@ -141,7 +141,7 @@ def build_head(
     """The head at step 0, with a dense LM head: clusters are made of a head that is trained.
 
     A narrow head starts its low-rank tie from what the target said in the training text. A finished
-    head (`config.head.start`) goes on as it is.
+    head (`config.head.init_from`) goes on as it is.
 
     Args:
         target: frozen.
@@ -155,10 +155,10 @@ def build_head(
     """
     h = config.head
     if h.warm:
-        head = DraftHead(warm_assistant(target, h.start))
+        head = DraftHead(warm_assistant(target, h.init_from))
         if h.lora is not None:
             add_lora(head.assistant, h.lora)
-        return train_only(head, h.trains)
+        return train_only(head, h.trainable_modules)
     if h.use_ordered_embeddings:
         cluster_count(len(target.table), h.num_centroids, h.centroid_intermediate_top_k)
     dense = h.model_copy(update={"use_ordered_embeddings": False, "num_centroids": None})
@@ -170,7 +170,7 @@ def build_head(
             projection = torch.zeros(target.config.hidden_size, width)
         else:
             projection = _start_tie(target, samples, validation, width)
-    return train_only(DraftHead(assistant, projection).to(target.device), h.trains)
+    return train_only(DraftHead(assistant, projection).to(target.device), h.trainable_modules)
 
 
 def untrained_assistant(target: Target, h: HeadConfig) -> Assistant:
@@ -186,7 +186,7 @@ def untrained_assistant(target: Target, h: HeadConfig) -> Assistant:
             table = torch.zeros(len(target.table), assistant.lm_head.weight.shape[1])
             set_table(assistant, torch.nn.Parameter(table.to(target.device), requires_grad=False))
     else:
-        assistant = warm_assistant(target, h.start)
+        assistant = warm_assistant(target, h.init_from)
         if h.use_ordered_embeddings:
             top_k = h.centroid_intermediate_top_k
             clusters = cluster_count(len(target.table), h.num_centroids, top_k)
@@ -205,7 +205,7 @@ def train_only(head: DraftHead, parts: list[str]) -> DraftHead:
     """
     names = list(head.trainable())
     if odd := [part for part in parts if not any(part in name for name in names)]:
-        raise ValueError(f"head.trains: {odd[0]!r} is in none of the names {', '.join(names)}")
+        raise ValueError(f"head.trainable_modules: {odd[0]!r} is in none of the names {', '.join(names)}")
     if parts:
         for name, parameter in head.trainable().items():
             parameter.requires_grad_(any(part in name for part in parts))

@@ -48,8 +48,8 @@ def ahead(config: Config, target: Target | None = None) -> dict[str, Phase]:
     target = target or load_target("tiny-gemma4", "float32")
     held_out = config.eval.prompts if config.eval else None
     schedule = Schedule()
-    config.run.dir.mkdir(exist_ok=True)
-    look_ahead(config, plan_documents(target, config.data, config.run.seed, held_out), schedule)
+    config.output_dir.mkdir(exist_ok=True)
+    look_ahead(config, plan_documents(target, config.data, config.seed, held_out), schedule)
     return {phase.name: phase for phase in schedule.phases}
 
 
@@ -92,7 +92,7 @@ def state_of(target: Target) -> list[Any]:
     ("family", "settings"),
     [(family, []) for family in FAMILIES]
     + [
-        ("gemma4-kv-sharing", ["head.hidden_size=32", "train.pack_tokens=64"]),
+        ("gemma4-kv-sharing", ["head.hidden_size=32", "train.max_packed_length=64"]),
         ("gemma4-kv-sharing", ["data.online=true", "train.vocabulary=exact"]),
     ],
 )
@@ -128,7 +128,7 @@ def test_random_numbers_are_kept_where_something_fails() -> None:
 
 def test_work_that_is_there_takes_no_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = f"data.cache_dir={tmp_path / 'cache'}"
-    config = tiny_config(tmp_path / "run", *SHORT, cache, "train.checkpoint_every=2")
+    config = tiny_config(tmp_path / "run", *SHORT, cache, "train.save_steps=2")
     fresh = ahead(config)
     assert all(phase.seconds for phase in fresh.values())
     assert "6 steps" in fresh[TRAINING].size
@@ -305,7 +305,7 @@ def test_the_end_of_an_evaluation_fits_80_columns(content: dict[str, Any]) -> No
 def test_a_run_ends_in_one_table_its_page_and_the_next_command(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run(tiny_config(tmp_path / "run", *SHORT, "target.dtype=bfloat16", "eval.exact_limit=1",
+    run(tiny_config(tmp_path / "run", *SHORT, "target.dtype=bfloat16", "eval.fp32_check_prompts=1",
                     f"data.cache_dir={tmp_path / 'cache'}"))  # fmt: skip
     out = capsys.readouterr().out
     assert out.count("acceptance length (95%)") == 1
