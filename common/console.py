@@ -5,7 +5,7 @@ import os
 import re
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, TextIO, TypeVar
@@ -15,17 +15,32 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     Task,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Column
 from rich.text import Text
 
 T = TypeVar("T")
 LOG_SECONDS = "HEADSTART_LOG_SECONDS"  # in the environment: between two lines in a log
 SPEED_PERIOD = 300.0  # seconds that a rate is taken over: a batch may take a minute
+
+
+_hidden: list[bool] = []  # of the calls of `hidden_progress` that are under way
+
+
+@contextmanager
+def hidden_progress() -> Iterator[None]:
+    """Within, no bar and no line of progress is shown."""
+    _hidden.append(True)
+    try:
+        yield
+    finally:
+        _hidden.pop()
 
 
 def progress_bar() -> Progress:
@@ -37,17 +52,26 @@ def progress_bar() -> Progress:
     Raises:
         ValueError: the environment names an interval that is not above 0.
     """
+    if _hidden:
+        return Progress(disable=True)
     # Not rich's own word: it takes FORCE_COLOR, which CI systems set, for a terminal.
     if _is_main_process() and not sys.stdout.isatty():
         return LogProgress(_log_seconds())
     return Progress(
         _Words("{task.description}", markup=False),
-        BarColumn(bar_width=24),
+        BarColumn(bar_width=8),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TextColumn("eta"),
         TimeRemainingColumn(),
-        _Words("{task.fields[status]}", markup=False),
+        _RunLeft(),
+        # It takes what the others leave: in a narrow terminal its end is cut, and none of theirs.
+        _Words(
+            "{task.fields[status]}",
+            markup=False,
+            table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis"),
+        ),
+        expand=True,
         speed_estimate_period=SPEED_PERIOD,
         disable=not _is_main_process(),
     )
@@ -66,6 +90,35 @@ class _Words(TextColumn):
 
     def render(self, task: Task) -> Text:
         return Text(one_line(super().render(task).plain))
+
+
+_run_left: list[Callable[[str, float | None], str]] = []
+"""Of the calls of `within_run` that are under way."""
+
+
+@contextmanager
+def within_run(left: Callable[[str, float | None], str]) -> Iterator[None]:
+    """Within, progress says what is left of a whole run too.
+
+    Args:
+        left: the description of a task and the seconds that it has left, None where that is not
+            known -> what the run has left, in words.
+    """
+    _run_left.append(left)
+    try:
+        yield
+    finally:
+        _run_left.remove(left)
+
+
+def _left_of_run(task: Task) -> str:
+    """Empty where nobody knows."""
+    return _run_left[-1](task.description, task.time_remaining) if _run_left else ""
+
+
+class _RunLeft(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text("" if task.finished else _left_of_run(task))
 
 
 class LogProgress(Progress):
@@ -121,13 +174,13 @@ class LogProgress(Progress):
 
     def _close(self, task_id: TaskID, how: str = "ended") -> None:
         self.running.discard(task_id)
-        self._print(task_id, f"{how} after {_duration(self._tasks[task_id].elapsed)}")
+        self._print(task_id, f"{how} after {duration(self._tasks[task_id].elapsed)}")
 
     def _print(self, task_id: TaskID, what: str = "") -> None:
         """What is done of what, how fast, the time left, and the task's status; `what` happens to
         it, or nothing: it goes on."""
         task = self._tasks[task_id]
-        parts = [what or f"{_duration(task.elapsed)} so far"]
+        parts = [what or f"{duration(task.elapsed)} so far"]
         if task.total is not None and task.total != 1:
             parts.append(f"{task.completed:,.0f} of {task.total:,.0f}")
         elif task.completed > 1:
@@ -135,13 +188,16 @@ class LogProgress(Progress):
         if not what and (speed := task.speed):
             parts.append(f"{speed:,.0f} per second" if speed >= 100 else f"{speed:.3g} per second")
             if (left := task.time_remaining) is not None:
-                parts.append(f"{_duration(left)} left")
+                parts.append(f"{duration(left)} left")
+        if not what:
+            parts.append(_left_of_run(task))
         parts.append(str(task.fields.get("status", "")))
         line = one_line(f"{task.description}: {', '.join(filter(None, parts))}")
         print(line, flush=True)
 
 
-def _duration(seconds: float | None) -> str:
+def duration(seconds: float | None) -> str:
+    """Hours, minutes and seconds, as `0:02:10`."""
     return str(timedelta(seconds=round(seconds or 0)))
 
 

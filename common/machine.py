@@ -3,11 +3,14 @@
 import gc
 import os
 import platform
+import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 
@@ -74,6 +77,20 @@ def _peak_resident() -> int:
     found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert found is not None
     return int(found[1]) * 1024
+
+
+@contextmanager
+def random_numbers_kept(device: torch.device) -> Iterator[None]:
+    """Whatever is drawn or seeded within, the generators of Python, numpy and torch, of the CPU and
+    of `device`, go on afterwards as if nothing had been."""
+    of_python, of_numpy = random.getstate(), np.random.get_state()
+    accelerators = [device] if device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(accelerators):
+            yield
+    finally:
+        random.setstate(of_python)
+        np.random.set_state(of_numpy)
 
 
 def synchronize(device: torch.device) -> None:

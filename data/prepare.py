@@ -4,7 +4,7 @@
 import random
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,14 @@ from headstart.data.prompts import (
     load_prompts,
     split_by_source,
 )
-from headstart.data.regenerate import conversation_settings, make_jobs, regenerate
+from headstart.data.regenerate import (
+    Job,
+    batches_of,
+    conversation_settings,
+    is_done,
+    make_jobs,
+    regenerate,
+)
 from headstart.data.store import ActivationStore, Document, Documents, Entry
 from headstart.data.templates import check_template, encode_conversation, encode_prompts
 from headstart.heads.loading import load_target_tokens, open_target
@@ -68,8 +75,53 @@ def prepare_documents(
         ValueError: a source is missing, malformed or too small to hold out from, or a folder is
             of another target.
     """
+    return plan_documents(target, data, seed, held_out).prepare()
+
+
+@dataclass(frozen=True)
+class Questions:
+    """Prompts that the target answers."""
+
+    jobs: list[Job]
+    folder: Path
+    """Of the answers; what is there already is not written again."""
+    greedy: bool
+    """Whether they are held out for the validation."""
+
+    def missing(self, data: DataConfig) -> list[list[Job]]:
+        """The batches that are not answered yet."""
+        batches = enumerate(batches_of(self.jobs, data))
+        return [b for n, b in batches if not is_done(self.folder, n, extract=not data.online)]
+
+
+@dataclass(frozen=True)
+class PlannedDocuments:
+    """The documents of a run before the target has run: what there is to do is known."""
+
+    target: Target
+    data: DataConfig
+    seed: int
+    held_out: str | None
+    questions: list[Questions]
+    """Of training and validation; none where `data` names texts that are there."""
+
+    def prepare(self) -> tuple[Documents, Documents]:
+        """Training and validation activations, as of `prepare_documents`."""
+        if not self.questions:
+            return _prepare_stored(self.target, self.data, self.seed, self.held_out)
+        training, validation = (
+            _answered(self.target, asked, self.data, self.seed) for asked in self.questions
+        )
+        return training, validation
+
+
+def plan_documents(
+    target: Target, data: DataConfig, seed: int, held_out: str | None
+) -> PlannedDocuments:
+    """Read and deal the prompts of a run; arguments and errors as of `prepare_documents`."""
+    planned = PlannedDocuments(target, data, seed, held_out, [])
     if data.store is not None or data.conversations is not None:
-        return _prepare_stored(target, data, seed, held_out)
+        return planned
     sources = load_sources(data, held_out, target)
     everything = [prompt for prompts, _ in sources for prompt in prompts]
     _, validation = split_by_source(everything, data.validation_conversations, seed)
@@ -77,10 +129,11 @@ def prepare_documents(
     left = [([p for p in prompts if p.source not in held], weight) for prompts, weight in sources]
     unlike = [(_without_copies(prompts, validation), weight) for prompts, weight in left]
     training = deal_prompts(unlike, data, seed)
-    return (
-        _answered(target, training, data, seed, greedy=False),
-        _answered(target, validation, data, seed, greedy=True),
-    )
+    questions = [
+        _questions(target, training, data, seed, greedy=False),
+        _questions(target, validation, data, seed, greedy=True),
+    ]
+    return replace(planned, questions=questions)
 
 
 def _prepare_stored(
@@ -112,10 +165,11 @@ def _prepare_stored(
     kept = [i for i, entry in enumerate(entries) if entry.source not in sources]
     left = set(map(id, _without_copies([asked[i] for i in kept], repeated)))
     training = Chosen(documents, [i for i in kept if id(asked[i]) in left])
-    return (
-        _asked_for(training, data, seed),
-        Chosen(documents, held) if greedy else _answered(target, validation, data, seed, True),
-    )
+    trained_on = _asked_for(training, data, seed)
+    if greedy:
+        return trained_on, Chosen(documents, held)
+    questions = _questions(target, validation, data, seed, greedy=True)
+    return trained_on, _answered(target, questions, data, seed)
 
 
 def _open_stored(target: Target, data: DataConfig) -> ActivationStore | OnlineActivations:
@@ -131,12 +185,17 @@ def _open_stored(target: Target, data: DataConfig) -> ActivationStore | OnlineAc
     if data.online:
         written = list(stream_folder(data.conversations, target))
         return OnlineActivations(target, written, data)
+    return extract_folder(target, data.conversations, data, extraction_folder(target, data))
+
+
+def extraction_folder(target: Target, data: DataConfig) -> Path:
+    """Where the activations of `data.conversations` are stored."""
+    assert data.conversations is not None, "the caller knows"
     settings = [
         read_manifest(data.conversations), target.fingerprint, str(target.table.dtype),
         data.teacher_top_k, data.storage, data.max_tokens,
     ]  # fmt: skip
-    out = _cache(data) / "activations" / stable_hash(settings)
-    return extract_folder(target, data.conversations, data, out)
+    return _cache(data) / "activations" / stable_hash(settings)
 
 
 def _asked_for(training: Documents, data: DataConfig, seed: int) -> Documents:
@@ -225,29 +284,33 @@ def _without_copies(prompts: list[Prompt], held_out: list[Prompt]) -> list[Promp
     return kept
 
 
-def _answered(
+def _questions(
     target: Target, prompts: list[Prompt], data: DataConfig, seed: int, greedy: bool
-) -> Documents:
-    """The target's answers to training prompts or, greedy ones, to those of the validation."""
+) -> Questions:
+    """Prompts of the training or, to be answered greedily, of the validation."""
     sampling = [Sampling(0.0)] * len(prompts) if greedy else deal_sampling(data, target, prompts)
     jobs = make_jobs(prompts, sampling, target, data)
-    extracted = not data.online
-    settings = conversation_settings(jobs, target, data, seed, extracted)
+    settings = conversation_settings(jobs, target, data, seed, not data.online)
     # What loads the target again is noted, but names no other conversations.
     named = {key: value for key, value in settings.items() if key != "config"}
-    folder = _cache(data) / "conversations" / stable_hash(named)
+    return Questions(jobs, _cache(data) / "conversations" / stable_hash(named), greedy)
+
+
+def _answered(target: Target, asked: Questions, data: DataConfig, seed: int) -> Documents:
+    """The target's answers."""
+    extracted = not data.online
     regenerate(
         target,
-        jobs,
+        asked.jobs,
         data,
         seed,
-        folder,
+        asked.folder,
         extracted,
-        description="  held out" if greedy else "Generating",
+        description="  held out" if asked.greedy else "Generating",
     )
     if extracted:
-        return ActivationStore(folder, target)
-    return OnlineActivations(target, list(stream_folder(folder, target)), data)
+        return ActivationStore(asked.folder, target)
+    return OnlineActivations(target, list(stream_folder(asked.folder, target)), data)
 
 
 def without_contaminated(

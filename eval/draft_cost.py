@@ -156,7 +156,6 @@ KINDS = {
     "exact_ordered": "exact decoder, ordered",
 }
 """Draft steps that are measured: through the stock draft loop, or the exact decoder's."""
-VERIFIED = range(1, MAX_DRAFT_TOKENS + 1)
 
 
 @torch.inference_mode()
@@ -165,6 +164,8 @@ def measure(
     assistant: PreTrainedModel,
     turns: int | None = None,
     middle: Callable[[list[float]], float] = statistics.median,
+    longest: int = MAX_DRAFT_TOKENS,
+    budget: float | None = None,
 ) -> dict[str, Any]:
     """Seconds of each variant, the variants taking turns, every other turn in reverse order.
 
@@ -173,16 +174,22 @@ def measure(
         assistant: a head that fits its target, on the same device.
         turns: of each variant. None: `TURNS`.
         middle: of a variant's seconds, one a turn.
+        longest: the largest K that is verified, 8 at most.
+        budget: seconds after which no further turn begins, once there is one that counts.
 
     Returns:
         The `middle` of the turns: `target_step`, `verification` and `verification_exact` (the exact
-        decoder's; lists, K = 1 to 8),
+        decoder's; lists, K = 1 to `longest`),
         `draft_step_dense` and `draft_step_exact_dense` and, for a head with ordered embeddings,
         `draft_step_ordered` and `draft_step_exact_ordered`.
     """
-    model, variants = state.target.model, _variants(state, assistant)
+    verified = range(1, longest + 1)
+    model, variants = state.target.model, _variants(state, assistant, verified)
     seconds: dict[str, list[float]] = {name: [] for name in variants}
+    began = time.perf_counter()
     for turn in counted(range(WARM_UP + (turns or TURNS)), "Measuring (turns)"):
+        if budget is not None and turn > WARM_UP and time.perf_counter() - began > budget:
+            break
         for name in list(variants) if turn % 2 == 0 else reversed(variants):
             with fast_small_batch_linear(model) if "exact" in name else nullcontext():
                 taken = _timed(state.target, variants[name])
@@ -192,13 +199,15 @@ def measure(
     found = {name: middle(values) for name, values in seconds.items()}
     return {
         "target_step": found["target_step"],
-        "verification": [found[f"verification of {k}"] for k in VERIFIED],
-        "verification_exact": [found[f"verification_exact of {k}"] for k in VERIFIED],
+        "verification": [found[f"verification of {k}"] for k in verified],
+        "verification_exact": [found[f"verification_exact of {k}"] for k in verified],
         **{name: taken / DRAFTS for name, taken in found.items() if name.startswith("draft_step")},
     }
 
 
-def _variants(state: DecodeState, assistant: PreTrainedModel) -> dict[str, Callable[[], object]]:
+def _variants(
+    state: DecodeState, assistant: PreTrainedModel, verified: range
+) -> dict[str, Callable[[], object]]:
     """What is measured, by name."""
     embed = state.target.model.get_input_embeddings()
     with dense_lm_head(assistant):
@@ -214,7 +223,7 @@ def _variants(state: DecodeState, assistant: PreTrainedModel) -> dict[str, Calla
         "draft_step_exact_dense": partial(state.draft_exact, dense, DRAFTS),
     }
     for name in ("verification", "verification_exact"):
-        variants |= {f"{name} of {k}": partial(state.verify, k) for k in VERIFIED}
+        variants |= {f"{name} of {k}": partial(state.verify, k) for k in verified}
     if assistant.config.use_ordered_embeddings:
         ordered = Drafter(assistant, embed)
         variants["draft_step_ordered"] = partial(state.draft, assistant, DRAFTS)
@@ -271,13 +280,20 @@ class Costs:
         return self.c * drafted + self.v[drafted - beyond] + beyond * (self.v[-1] - self.v[-2])
 
 
-def measure_costs(target: Target, assistant: PreTrainedModel) -> dict[str, Costs]:
+def measure_costs(
+    target: Target,
+    assistant: PreTrainedModel,
+    longest: int = MAX_DRAFT_TOKENS,
+    budget: float | None = None,
+) -> dict[str, Costs]:
     """Costs by the stock decoder, `transformers`, and by the exact one, `exact`.
 
     The least of some turns counts: other work on the machine only ever adds to a time, and a rule
-    that is fed one disturbed v(K) avoids that K for good.
+    that is fed one disturbed v(K) avoids that K for good. `longest` is the largest K, and `budget`
+    the seconds, as of `measure`.
     """
-    seconds = measure(prepare(target, COST_CONTEXT), assistant, COST_TURNS, min)
+    state = prepare(target, COST_CONTEXT)
+    seconds = measure(state, assistant, COST_TURNS, min, longest, budget)
     ratios = cost_ratios(seconds)
     kind = "ordered" if assistant.config.use_ordered_embeddings else "dense"
     return {

@@ -9,9 +9,11 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from matplotlib import style
 from matplotlib.figure import Figure
+from rich import box
+from rich.console import Console
 from rich.table import Table
 
-from headstart.common.console import in_markdown, markdown_row, one_line, wide_console
+from headstart.common.console import in_markdown, markdown_row, one_line, plain_console
 from headstart.common.files import write_atomically
 from headstart.eval.plots import INK, STYLE, figures, group_name
 
@@ -96,30 +98,55 @@ def report_warnings(content: dict[str, Any]) -> list[str]:
                 f"Costs in target steps, {name}, {decoder}: a draft {cost['c']:.3f}; "
                 f"verifying 1 to {len(cost['v']) - 1} drafts {v}."
             )
-    if diverged := [p for r in content["results"] for p in r["diverged"]]:
-        worst = max(p["top2_logit_gap"] for p in diverged)
-        why = "more than rounding explains in some: a fault."
-        if all(p["within_rounding"] for p in diverged):
-            why = "what rounding may turn around."
-        lines.append(
-            "Where texts diverge from plain decoding, the target's two best logits are at most "
-            f"{worst:.3g} apart: {why}"
-        )
+    if (line := _divergence(content)) is not None:
+        lines.append(line)
     return lines
 
 
-def print_report(content: dict[str, Any]) -> None:
-    """Print the results as tables, one for each head, and what it takes to read them."""
-    console = wide_console()
-    for name, found in by_head(content).items():
-        table = Table(title=f"{name} for {title(content)}")
-        for column in COLUMNS:
+def print_report(content: dict[str, Any], console: Console | None = None) -> None:
+    """Print what fits 80 columns: a table of each head with a line for each decoder and K, over all
+    texts, and the verdict. All figures are in report.html, report.md and report.json.
+
+    Args:
+        content: of report.json.
+        console: None: the terminal's.
+    """
+    console = console or plain_console()
+    console.print(one_line(f"Evaluation: {title(content)}"))
+    tables = by_head(content)
+    if len(heads := {r["head"] for r in content["results"]} - {None}) == 1:
+        tables = {heads.pop(): content["results"]}  # those that need no head stand beside it
+    for name, found in tables.items():
+        names = ("decoder", "K", "acceptance length (95%)", "speedup (95%)")
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        for column in names:
             table.add_column(column, justify="left" if column in LEFT else "right", no_wrap=True)
         for result in found:
-            table.add_row(*cells(result))
+            if result["category"] == "all" and result["looping_texts"] == "with":
+                row = dict(zip(COLUMNS, cells(result), strict=True))
+                table.add_row(*(row[column] for column in names))
+        console.print(one_line(name))
         console.print(table)
-    for line in report_warnings(content):
-        console.print(one_line(line))
+    console.print(one_line(content["verdict"]))
+    if (line := _divergence(content)) is not None and FAULT in line:
+        console.print(line)
+
+
+FAULT = "a fault."  # ends what is said of texts that diverge for no reason
+
+
+def _divergence(content: dict[str, Any]) -> str | None:
+    """How nearly tied the target's best tokens are where texts diverge; None: none does."""
+    if not (diverged := [p for r in content["results"] for p in r["diverged"]]):
+        return None
+    worst = max(p["top2_logit_gap"] for p in diverged)
+    why = f"more than rounding explains in some: {FAULT}"
+    if all(p["within_rounding"] for p in diverged):
+        why = "what rounding may turn around."
+    return (
+        "Where texts diverge from plain decoding, the target's two best logits are at most "
+        f"{worst:.3g} apart: {why}"
+    )
 
 
 def markdown(content: dict[str, Any]) -> str:

@@ -42,8 +42,9 @@ def run_evaluation(
     resume: bool = False,
     draft_models: Mapping[str, PreTrainedModel] | None = None,
     asked: Asked | None = None,
+    printed: bool = True,
 ) -> dict[str, Any]:
-    """Evaluate heads on prompts, print a table, write report.json, .md and .html, and return what
+    """Evaluate heads on prompts, write report.json, .md and .html, print a table, and return what
     report.json holds.
 
     Args:
@@ -54,6 +55,7 @@ def run_evaluation(
         resume: go on with the prompts that are missing there.
         draft_models: name -> small model of the target's vocabulary.
         asked: how the run of the heads asked its prompts, as these are asked; None: not known.
+        printed: whether the table is printed; the caller may have more to do before.
 
     Raises:
         ValueError: bad prompts, a head that does not fit the target, measurements of something
@@ -85,8 +87,9 @@ def run_evaluation(
             "warnings": warnings
         }
         write_report(content, out)
-    print_report(content)
-    print_once(f"Written: {out / 'report.json'}, report.md, report.html")
+    if printed:
+        print_report(content)
+        print_once(f"The page: {out / 'report.html'}, beside it report.md and report.json")
     return content
 
 

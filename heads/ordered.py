@@ -118,13 +118,19 @@ def order_vocabulary(features: torch.Tensor, usage: torch.Tensor, clusters: int)
     assert len(features) % clusters == 0  # `cluster_count`
     size = len(features) // clusters
     by_usage = torch.argsort(usage, descending=True, stable=True)
-    edges = sorted({0, *(max(1, round(share * clusters)) for share in BANDS)})
     ordering = []
-    for first, last in pairwise(edges):
-        band = by_usage[first * size : last * size]
-        owner = balanced_kmeans(features[band], last - first)
+    for count, band in zip(
+        counts := band_sizes(clusters), by_usage.split([n * size for n in counts]), strict=True
+    ):
+        owner = balanced_kmeans(features[band], count)
         ordering.append(band[torch.argsort(owner, stable=True)])
     return torch.cat(ordering)
+
+
+def band_sizes(clusters: int) -> list[int]:
+    """How many of the clusters each band has, that of the likeliest tokens first."""
+    edges = sorted({0, *(max(1, round(share * clusters)) for share in BANDS)})
+    return [last - first for first, last in pairwise(edges)]
 
 
 def balanced_kmeans(points: torch.Tensor, clusters: int) -> torch.Tensor:

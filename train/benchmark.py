@@ -306,14 +306,11 @@ def bench_step(
     """
     c = config.train
 
-    def sparse() -> torch.Tensor:
-        candidates = step_candidates([batch], likely, c, config.seed, lambda kept: kept)
-        return batch_sums(head, target, batch, c, candidates)["loss_sum"]
-
     optimizer = torch.optim.AdamW(head.trainable().values(), lr=1e-6)
-    step = partial(_take_step, head, optimizer, batch, c, sparse)
+    sparse = partial(batch_loss, head, target, batch, config, likely)
+    step = partial(take_step, head, optimizer, batch, c, sparse)
     plain = partial(
-        _take_step, head, optimizer, batch, c, lambda: plain_loss(head, target, batch, c)
+        take_step, head, optimizer, batch, c, lambda: plain_loss(head, target, batch, c)
     )
     variants: dict[str, Callable[[int], None]] = {
         "target forward with LM head": lambda turn: bare_forwards(target, texts),
@@ -349,7 +346,16 @@ def bench_step(
     return figures
 
 
-def _take_step(
+def batch_loss(
+    head: DraftHead, target: Target, batch: Batch, config: Config, likely: torch.Tensor
+) -> torch.Tensor:
+    """The sum of the losses of a batch as a training step has it, of one process."""
+    c = config.train
+    candidates = step_candidates([batch], likely, c, config.seed, lambda kept: kept)
+    return batch_sums(head, target, batch, c, candidates)["loss_sum"]
+
+
+def take_step(
     head: DraftHead,
     optimizer: torch.optim.Optimizer,
     batch: Batch,
@@ -357,6 +363,8 @@ def _take_step(
     loss_of: Callable[[], torch.Tensor],
     turn: int,
 ) -> None:
+    """One optimizer step over a batch, whose sum of losses `loss_of` gives; the `turn` is all the
+    same."""
     (loss_of() / loss_weight(batch, c.step_loss_decay)).backward()
     torch.nn.utils.clip_grad_norm_(head.trainable().values(), c.max_grad_norm)
     optimizer.step()

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -9,18 +10,29 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import set_seed
 
-from headstart.common.console import print_once
+from headstart.common.console import hidden_progress, kept_lines, phase, print_once
 from headstart.common.files import write_atomically
-from headstart.common.machine import environment
+from headstart.common.machine import environment, random_numbers_kept
 from headstart.common.processes import join_processes
 from headstart.configs.schema import Config, EvalConfig
-from headstart.data.prepare import prepare_documents
+from headstart.data.loader import usable
+from headstart.data.prepare import PlannedDocuments, plan_documents
 from headstart.data.store import Documents
 from headstart.eval.asked import asked_by_run
+from headstart.eval.first_figures import first_figures, print_first_figures
+from headstart.eval.page import print_report
 from headstart.eval.report import run_evaluation
 from headstart.heads.loading import load_served, open_target
 from headstart.heads.saving import draft_position_offset, load_assistant, load_assistant_config
 from headstart.heads.target import Target
+from headstart.train.estimate import (
+    EVALUATION,
+    ORDERING,
+    TEXTS,
+    TRAINING,
+    Schedule,
+    estimate_run,
+)
 from headstart.train.loop import train_head
 from headstart.train.ordering import order_best
 from headstart.train.run_folder import (
@@ -32,7 +44,7 @@ from headstart.train.run_folder import (
     summary_text,
     write_config,
 )
-from headstart.train.start import count_steps, start_run
+from headstart.train.start import count_steps, start_run, untrained_assistant
 from headstart.train.tracking import (
     check_wandb_settings,
     finish_trackers,
@@ -42,7 +54,8 @@ from headstart.train.tracking import (
 
 
 def run(config: Config, resume: bool = False) -> None:
-    """Train into `config.output_dir`, then evaluate its best head as `config.eval` says.
+    """Train into `config.output_dir`, then evaluate its best head as `config.eval` says, and say on
+    the way how long it should take, what drafts have to beat, what is left, and what is next.
 
     The reports land in `eval/` (in the target's dtype) and, unless that is float32 already, in
     `eval/exact/` (float32, where every text must equal plain greedy decoding).
@@ -50,13 +63,18 @@ def run(config: Config, resume: bool = False) -> None:
     Raises:
         RuntimeError: it does not.
     """
-    train(config, resume)
-    if config.eval is not None and PartialState().is_main_process:
+    schedule = Schedule()
+    train(config, resume, schedule)
+    if not PartialState().is_main_process:
+        return
+    if config.eval is not None:
         with run_folder(config.output_dir, "evaluating"):
-            _evaluate(config, config.eval, PartialState().device)
+            _evaluate(config, config.eval, PartialState().device, schedule)
+    for line in next_commands(config):
+        print_once(line)
 
 
-def train(config: Config, resume: bool = False) -> None:
+def train(config: Config, resume: bool = False, schedule: Schedule | None = None) -> None:
     """Distill a head for `config.target` into the run folder.
 
     Writes config.yaml, status.json, metrics.jsonl, checkpoints/, head/ (the best head, native
@@ -65,6 +83,8 @@ def train(config: Config, resume: bool = False) -> None:
     Args:
         config: the whole run.
         resume: go on from the newest checkpoint where there is one.
+        schedule: is filled by a probe of some seconds, and first figures are measured. None: there
+            is no time for that.
 
     Raises:
         ValueError: the run folder holds another run, the configuration does not fit, or a
@@ -79,22 +99,29 @@ def train(config: Config, resume: bool = False) -> None:
         project_dir=config.output_dir,
     )
     if not accelerator.is_main_process:
-        _train(config, resume, accelerator)
+        _train(config, resume, accelerator, None)
         return
     with run_folder(config.output_dir, "training"):
         open_run(config, resume, accelerator.num_processes)
-        _train(config, resume, accelerator)
+        _train(config, resume, accelerator, schedule)
 
 
-def _train(config: Config, resume: bool, accelerator: Accelerator) -> None:
+def _train(
+    config: Config, resume: bool, accelerator: Accelerator, schedule: Schedule | None
+) -> None:
     run, seed = config.output_dir, config.seed
     set_seed(seed)
     if config.head.warm:  # refused before anything is answered
         draft_position_offset(load_assistant_config(config.head.init_from))
     target = open_target(config.target, accelerator.device)
     held_out = config.eval.prompts if config.eval else None
-    training, validation = prepare_documents(target, config.data, seed, held_out)
-    counted = count_steps(config.train, training, accelerator.num_processes)
+    planned = plan_documents(target, config.data, seed, held_out)
+    if schedule is not None:
+        look_ahead(config, planned, schedule)
+    schedule = schedule or Schedule()
+    with schedule.phase(TEXTS):
+        training, validation = planned.prepare()
+    counted = count_steps(config.train, len(usable(training)), accelerator.num_processes)
     config = config.model_copy(update={"train": counted})
     if accelerator.is_main_process:
         write_config(config)
@@ -102,18 +129,20 @@ def _train(config: Config, resume: bool, accelerator: Accelerator) -> None:
     if accelerator.is_main_process:
         drop_metrics_after(run, state.progress.step)
     start_trackers(accelerator, config)
-    train_head(
-        state,
-        likely,
-        target=target,
-        training=training,
-        validation=validation,
-        config=config,
-        accelerator=accelerator,
-    )
+    with schedule.phase(TRAINING):
+        train_head(
+            state,
+            likely,
+            target=target,
+            training=training,
+            validation=validation,
+            config=config,
+            accelerator=accelerator,
+        )
     ordered = None
     if config.head.use_ordered_embeddings:
-        ordered = order_best(config, target, training, validation)
+        with schedule.phase(ORDERING):
+            ordered = order_best(config, target, training, validation)
     if accelerator.is_main_process:
         summary = write_summary(
             config,
@@ -127,6 +156,50 @@ def _train(config: Config, resume: bool, accelerator: Accelerator) -> None:
         print_once(f"Best head, of step {summary['best']['step']}: {summary_text(summary['best'])}")
         plot_run(run)
     finish_trackers(accelerator, config)
+
+
+SHORT = 60.0  # seconds of a whole run that is over before first figures would be of use
+
+
+def look_ahead(config: Config, planned: PlannedDocuments, schedule: Schedule) -> None:
+    """Fill the schedule of a run and print it, and the first figures, which are measured where the
+    run is to be evaluated and takes longer than they do. The run goes on as if nothing had been.
+    """
+    if PartialState().num_processes > 1:
+        print_once("How long the phases take is not estimated for several processes")
+        return
+    target, asked = planned.target, asked_by_run(config.data)
+    with random_numbers_kept(target.device):
+        with phase("Measuring how long it will take"), hidden_progress(), kept_lines():
+            assistant = untrained_assistant(target, config.head)
+            schedule.phases = estimate_run(config, planned, assistant, asked)
+        schedule.folder = config.output_dir
+        schedule.write()
+        schedule.print()
+        if config.eval is not None and schedule.seconds >= SHORT:
+            served = assistant.to(target.table.dtype).eval()
+            with phase("Measuring first figures"), hidden_progress(), kept_lines():
+                figures = first_figures(target, served, config.eval, asked, config.output_dir)
+            print_first_figures(figures)
+    del assistant
+    if target.device.type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def next_commands(config: Config) -> list[str]:
+    """What to do with the head of a finished run, a line for each command."""
+    run, t = config.output_dir, config.target
+    target = f"target.name={shlex.quote(t.name)}"
+    if t.adapters:
+        adapters = ", ".join(t.adapters)
+        target += f" {shlex.quote(f'target.adapters=[{adapters}]')}"
+    evaluate = f"headstart eval {shlex.quote(str(run / 'head'))} {target} eval.prompts=MY.jsonl"
+    out = shlex.quote(str(run / "eval-mine"))
+    lines = [f"Next, on prompts of your own: {evaluate} output_dir={out}"]
+    if config.eval is not None:
+        lines.append(f"Or put it on the Hub: headstart publish {shlex.quote(str(run))} ORG/NAME")
+    return lines
 
 
 def write_summary(
@@ -178,18 +251,20 @@ def write_summary(
     return content
 
 
-def _evaluate(config: Config, chosen: EvalConfig, device: torch.device) -> None:
-    folder = config.output_dir / "eval"
-    content = _measure(config, config.target.dtype, chosen, folder, device)
-    log_report(config, content)
-    if config.target.dtype == "float32":
-        _check_lossless(content, folder)
-    elif chosen.fp32_check_prompts:
-        longest = [max(chosen.num_assistant_tokens)]
-        few = {"limit": chosen.fp32_check_prompts, "num_assistant_tokens": longest}
-        exact = folder / "exact"
-        content = _measure(config, "float32", chosen.model_copy(update=few), exact, device)
-        _check_lossless(content, exact)
+def _evaluate(config: Config, chosen: EvalConfig, device: torch.device, schedule: Schedule) -> None:
+    folder, checked = config.output_dir / "eval", config.output_dir / "eval"
+    with schedule.phase(EVALUATION):
+        content = exact = _measure(config, config.target.dtype, chosen, folder, device)
+        log_report(config, content)
+        if config.target.dtype != "float32" and chosen.fp32_check_prompts:
+            longest = [max(chosen.num_assistant_tokens)]
+            few = {"limit": chosen.fp32_check_prompts, "num_assistant_tokens": longest}
+            checked = folder / "exact"
+            exact = _measure(config, "float32", chosen.model_copy(update=few), checked, device)
+    print_report(content)
+    print_once(f"The page: {folder / 'report.html'}, beside it report.md and report.json")
+    if config.target.dtype == "float32" or chosen.fp32_check_prompts:
+        _check_lossless(exact, checked)
 
 
 def _measure(
@@ -204,7 +279,8 @@ def _measure(
     head = config.output_dir / "head"
     assistant = load_assistant(head, getattr(torch, dtype), device)
     asked = asked_by_run(config.data)
-    return run_evaluation(target, {str(head): assistant}, what, out, asked=asked)
+    heads = {str(head): assistant}
+    return run_evaluation(target, heads, what, out, asked=asked, printed=False)
 
 
 def _check_lossless(content: dict[str, Any], out: Path) -> None:

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from headstart.common.children import remove_left_behind
-from headstart.common.console import plain_console
+from headstart.common.console import duration, plain_console
 from headstart.common.files import (
     PART,
     atomic_file,
@@ -38,6 +38,7 @@ from headstart.train.checkpoints import check_checkpoint, checkpoint_config, che
 CONFIG = "config.yaml"
 STATUS = "status.json"
 METRICS = "metrics.jsonl"
+PHASES = "phases.json"
 OF_A_HEAD = ("*.json", "*.safetensors", "adapter")  # names in a head's folder
 _NO_DIFFERENCE = (
     "data.cache_dir", "target.sharded", "train.activation_checkpointing", "train.compile",
@@ -408,11 +409,28 @@ def _facts(view: RunView) -> dict[str, str]:
     if best := view.best:
         facts["best head"] = f"of step {best['step']}: {summary_text(best)}"
         facts["its folder"] = str(view.folder / "head")
+    facts |= _phases(view.folder)
     saved = checkpoints(view.folder / "checkpoints")
     facts["checkpoints"] = ", ".join(path.name for path in saved) or "none"
     if view.status["state"] not in ("running", "finished"):
         config = shlex.quote(str(view.folder / "config.yaml"))
         facts["to go on"] = f"headstart train --config {config} --resume"
+    return facts
+
+
+def _phases(folder: Path) -> dict[str, str]:
+    """What each phase of the run that began last took, or should take."""
+    path, facts = folder / PHASES, {}
+    if not path.is_file():
+        return {}
+    try:
+        for row in json.loads(path.read_text(encoding="utf-8")):
+            should, took = (row[key] for key in ("seconds", "took"))
+            ended = "" if took is None else f"took {duration(float(took))}, "
+            told = "it is not known how long" if should is None else duration(float(should))
+            facts[f"phase {row['name']}"] = f"{ended}should take {told}"
+    except (OSError, ValueError, LookupError, TypeError, OverflowError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged ({_reason(error)}): delete it") from error
     return facts
 
 

@@ -10,11 +10,10 @@ import torch
 from accelerate import Accelerator
 
 from headstart.common.console import phase, print_once
-from headstart.configs.schema import Config, TrainConfig
-from headstart.data.loader import usable
+from headstart.configs.schema import Config, HeadConfig, TrainConfig
 from headstart.data.store import Documents
-from headstart.heads.assistant import build_assistant, warm_assistant
-from headstart.heads.ordered import TeacherSamples, cluster_count, token_usage
+from headstart.heads.assistant import Assistant, build_assistant, set_table, warm_assistant
+from headstart.heads.ordered import TeacherSamples, cluster_count, token_usage, with_clusters
 from headstart.heads.saving import add_lora
 from headstart.heads.target import Target
 from headstart.heads.unroll import DraftHead
@@ -84,7 +83,7 @@ START_ROWS = 1 << 16  # rows of the training text that starts are drawn up from
 AGREEMENT_ROWS = 2048  # held-out rows on which a low-rank tie is judged
 
 
-def count_steps(c: TrainConfig, documents: Documents, processes: int) -> TrainConfig:
+def count_steps(c: TrainConfig, conversations: int, processes: int) -> TrainConfig:
     """The settings with the `max_steps` that `num_epochs` comes to, where that is given.
 
     Raises:
@@ -93,7 +92,7 @@ def count_steps(c: TrainConfig, documents: Documents, processes: int) -> TrainCo
     if c.num_epochs is None:
         return c
     each = c.batch_size * c.gradient_accumulation_steps * processes
-    steps = max(1, math.ceil(c.num_epochs * len(usable(documents)) / each))
+    steps = max(1, math.ceil(c.num_epochs * conversations / each))
     if c.warmup_steps >= steps:
         raise ValueError(
             f"train.num_epochs={c.num_epochs:g} comes to max_steps={steps}, each of {each} "
@@ -191,6 +190,30 @@ def build_head(
         else:
             projection = _start_tie(target, samples, validation, width)
     return train_only(DraftHead(assistant, projection).to(target.device), h.trainable_modules)
+
+
+def untrained_assistant(target: Target, h: HeadConfig) -> Assistant:
+    """A head of the shape that a run's will be served in, in float32, to see what it costs: of what
+    weights and of which clusters does not matter to that.
+
+    Raises:
+        ValueError: it cannot be built.
+    """
+    if not h.warm:
+        assistant = build_assistant(target, h)
+        if not len(assistant.lm_head.weight):  # a narrow head goes by a projection in training
+            table = torch.zeros(len(target.table), assistant.lm_head.weight.shape[1])
+            set_table(assistant, torch.nn.Parameter(table.to(target.device), requires_grad=False))
+    else:
+        assistant = warm_assistant(target, h.init_from)
+        if h.use_ordered_embeddings:
+            top_k = h.centroid_intermediate_top_k
+            clusters = cluster_count(len(target.table), h.num_centroids, top_k)
+            assistant = with_clusters(assistant, clusters, top_k)
+    if assistant.masked_embedding is not None:
+        ordering = assistant.masked_embedding.token_ordering
+        ordering.copy_(torch.arange(len(ordering)))
+    return assistant
 
 
 def train_only(head: DraftHead, parts: list[str]) -> DraftHead:
