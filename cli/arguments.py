@@ -51,6 +51,8 @@ class Command:
     """Keys that it reads, or `section.*` for all of one. None: it takes no configuration."""
     defaults: tuple[tuple[str, Any], ...] = ()
     """Keys whose default is another than the schema's."""
+    shown: tuple[tuple[str, str], ...] = ()
+    """Keys that --help shows with another default, which the command comes to by itself."""
     required: tuple[str, ...] = ()
     """Keys that somebody has to name."""
     flags: tuple[str, ...] = ()
@@ -99,7 +101,8 @@ class CommandParser(argparse.ArgumentParser):
         if command.arguments:
             parts += ["arguments:", *_columns([(a.name, a.help) for a in command.arguments], width)]
         if command.settings:
-            shown = dict(command.defaults) | dict.fromkeys(command.required, "... (to be named)")
+            shown = dict(command.defaults) | dict(command.shown)
+            shown |= dict.fromkeys(command.required, "... (to be named)")
             rows = [setting_row(key, shown) for key in command.settings]
             parts += ["settings, with their defaults:", *_columns(rows, width)]
         flags = [(flag, FLAGS[flag]) for flag in command.flags]

@@ -120,7 +120,7 @@ COMPARE = Command(
         Argument("AFTER", "another (the same, with eval.decoders)", "?"),
     ),
     settings=("eval.decoders",),
-    defaults=(("eval.decoders", "null"),),
+    shown=(("eval.decoders", "null"),),
 )
 
 

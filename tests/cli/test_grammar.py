@@ -36,14 +36,20 @@ def test_a_command_reads_keys_that_exist_and_shows_their_defaults(command: Comma
         assert key in keys or key.removesuffix(".*") in keys, key
     for key, _ in command.defaults:
         assert key in keys, key
+    for key, _ in command.shown:
+        assert key in command.settings, key
+    settings = load_settings(None, [], command.defaults)  # they are values of their keys
+    assert not settings.given([key for key, _ in command.shown])
     assert set(command.required) <= set(command.settings)
 
 
 def test_the_default_that_help_shows_is_the_one_that_holds() -> None:
     for key in known_keys():
+        if any(other.startswith(f"{key}.") for other in known_keys()):
+            continue  # a section
         shown, text = describe_setting(key)
         assert text, key
-        if shown == "..." or any(other.startswith(f"{key}.") for other in known_keys()):
+        if shown == "...":
             continue
         settings = load_settings(None, [f"{key.partition('.')[0]}={{}}"] if "." in key else [])
         there = load_settings(None, [f"{key}={shown}"]) if needs_nothing(key) else settings
@@ -107,7 +113,8 @@ def test_a_key_of_before_is_refused_with_its_name_now(old: str, tmp_path) -> Non
 def test_a_setting_that_a_command_does_not_read_is_refused(
     command: Command, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    odd = "train.max_steps" if command.name not in ("train", "adapt", "bench") else "publish.private"
+    trains = command.name in ("train", "adapt", "bench")
+    odd = "publish.private" if trains else "train.max_steps"
     words = [a.choices[0] if a.choices else "x" for a in command.arguments if a.many == "1"]
     with pytest.raises(SystemExit):
         main([command.name, *words, f"{odd}=3"])
