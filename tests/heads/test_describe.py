@@ -164,13 +164,13 @@ def test_heads_describe_prints_and_fails_in_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = save(ordered_head(tiny_config("tiny-gemma4"), hidden_size=32), tmp_path / "head")
-    assert main(["heads", "describe", str(folder), "--target", "tiny-gemma4"]) == 0
+    assert main(["describe", str(folder), "target.name=tiny-gemma4"]) == 0
     printed = capsys.readouterr().out
     figures = describe(folder)
     assert f"{figures['parameters_trained']:,}" in printed
     assert "tokens per centroid" in printed
     assert "c: ordered" in printed
     assert "materialized" in printed
-    assert main(["heads", "describe", str(tmp_path / "absent")]) == 1
+    assert main(["describe", str(tmp_path / "absent")]) == 1
     error = capsys.readouterr().err.strip().splitlines()
     assert "no draft head at" in error[-1]
