@@ -42,7 +42,7 @@ def test_overrides_win_over_the_file_and_are_typed() -> None:
         ),
         ("trian.steps=1", "no key trian; the nearest valid key is train"),
         ("train.max_steps=many", "train.max_steps: Input should be a valid integer"),
-        ("train.warmup_steps=600", "warmup_steps=600 must be below steps=60"),
+        ("train.warmup_steps=600", "warmup_steps=600 must be below max_steps=60"),
         ("data.temperatures=[-1]", "data: temperatures needs"),
         ("train.max_steps", "not of the form section.key=value"),
     ],
