@@ -51,8 +51,8 @@ class Command:
     """Keys that it reads, or `section.*` for all of one. None: it takes no configuration."""
     defaults: tuple[tuple[str, Any], ...] = ()
     """Keys whose default is another than the schema's."""
-    shown: tuple[tuple[str, str], ...] = ()
-    """Keys that --help shows with another default, which the command comes to by itself."""
+    unnamed: tuple[tuple[str, str], ...] = ()
+    """Keys that nothing is read from where nobody names them, and what --help says then."""
     required: tuple[str, ...] = ()
     """Keys that somebody has to name."""
     flags: tuple[str, ...] = ()
@@ -101,7 +101,7 @@ class CommandParser(argparse.ArgumentParser):
         if command.arguments:
             parts += ["arguments:", *_columns([(a.name, a.help) for a in command.arguments], width)]
         if command.settings:
-            shown = dict(command.defaults) | dict(command.shown)
+            shown = dict(command.defaults + command.unnamed)
             shown |= dict.fromkeys(command.required, "... (to be named)")
             rows = [setting_row(key, shown) for key in command.settings]
             parts += ["settings, with their defaults:", *_columns(rows, width)]
@@ -138,7 +138,8 @@ def setting_row(key: str, defaults: dict[str, Any]) -> tuple[str, str]:
     if leaf == "*":
         return key, f"all others of it: headstart configs keys {section}"
     default, text = describe_setting(key)
-    return f"{key}={defaults.get(key, default)}", text
+    first = re.split(r"(?<=\.) ", text, maxsplit=1)[0]
+    return f"{key}={defaults.get(key, default)}", first
 
 
 def split_words(command: Command, words: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
@@ -205,7 +206,10 @@ def read_settings(args: argparse.Namespace, defaults: Sequence[tuple[str, Any]] 
     from headstart.configs.loader import load_settings
 
     command: Command = args.of
-    settings = load_settings(args.config, args.settings, [*command.defaults, *defaults])
+    defaults = [*command.defaults, *defaults]
+    if args.config is None:  # a file says what a head is evaluated on; nobody else does
+        defaults.append(("eval", None))
+    settings = load_settings(args.config, args.settings, defaults)
     for key in command.required:
         if not settings.given([key]):
             raise ValueError(f"{command.name} needs {key}=VALUE: {setting_row(key, {})[1]}")

@@ -92,5 +92,5 @@ INSPECT = Command(
         Argument("EXAMPLES", "how many documents to print (3)", "?"),
     ),
     settings=("target.name", "data.*"),
-    shown=(("target.name", "null"),),
+    unnamed=(("target.name", "null"),),
 )

@@ -120,7 +120,7 @@ COMPARE = Command(
         Argument("AFTER", "another (the same, with eval.decoders)", "?"),
     ),
     settings=("eval.decoders",),
-    shown=(("eval.decoders", "null"),),
+    unnamed=(("eval.decoders", "null"),),
 )
 
 

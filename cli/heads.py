@@ -28,7 +28,7 @@ DESCRIBE = Command(
     _describe,
     arguments=(HEAD,),
     settings=("target.name", "target.revision", "target.trust_remote_code"),
-    shown=(("target.name", "null"),),
+    unnamed=(("target.name", "null"),),
 )
 
 

@@ -144,6 +144,6 @@ PUBLISH = Command(
         "publish.include_texts", "publish.branch", "publish.create_pr", "target.name",
         "target.adapters",
     ),
-    shown=(("output_dir", "null"), ("target.name", "as the run names it")),
+    unnamed=(("output_dir", "null"), ("target.name", "as the run names it")),
     flags=("--plan",),
 )  # fmt: skip

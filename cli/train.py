@@ -34,7 +34,7 @@ TRAIN = Command(
         "output_dir", "target.name", "target.*", "data.prompts", "data.num_conversations", "data.*",
         "head.init_from", "head.*", "train.max_steps", "train.*", "eval.*", "seed", "wandb.*",
     ),
-    shown=(("output_dir", "runs/NAME"),),
+    unnamed=(("output_dir", "runs/NAME"),),
     flags=("--resume", "--plan"),
 )  # fmt: skip
 

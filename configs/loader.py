@@ -3,7 +3,6 @@ one.
 """
 
 import difflib
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -191,7 +190,7 @@ def _is_many(annotation: Any) -> bool:
 
 
 def describe_setting(key: str) -> tuple[str, str]:
-    """The default of a setting as YAML, and the first sentence of what it is."""
+    """The default of a setting as YAML, and what it is."""
     *parents, leaf = key.split(".")
     section: type[BaseModel] = Settings
     for parent in parents:
@@ -208,7 +207,7 @@ def describe_setting(key: str) -> tuple[str, str]:
             shown = str(default).lower().replace("none", "null")
         case _:
             shown = str(default)
-    return shown, re.split(r"(?<=\.) ", text, maxsplit=1)[0]
+    return shown, text
 
 
 def explain_all(error: ValidationError, model: type[BaseModel] = Config) -> str:

@@ -297,6 +297,8 @@ DraftPositionOffset = Literal[0, -1, "mixed"]
 class TrainConfig(Section):
     max_steps: PositiveInt = 600
     """Optimizer steps."""
+    num_epochs: float | None = Field(default=None, gt=0)
+    """Passes over the training conversations, in place of max_steps. None: max_steps decides."""
     batch_size: PositiveInt = 8
     """Conversations a step and process, before gradient accumulation."""
     max_packed_length: PositiveInt | None = None
@@ -328,7 +330,7 @@ class TrainConfig(Section):
     """Loss of a draft. `cross_entropy` looks at the target's best token alone; `lk_hybrid` turns
     from KL to total variation as a row comes to be accepted (arXiv 2602.23881)."""
     temperature: float = Field(default=1.0, gt=0)
-    """Of both distributions that the objective compares."""
+    """Temperature of both distributions that the objective compares."""
     vocabulary: Literal["sparse", "exact"] = "sparse"
     """Tokens that the objective runs over: the teachers' top tokens and shared negatives, or the
     whole vocabulary in chunks (the reference; many times slower)."""
@@ -371,7 +373,7 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> "TrainConfig":
-        if self.warmup_steps >= self.max_steps:
+        if self.num_epochs is None and self.warmup_steps >= self.max_steps:
             raise ValueError(
                 f"warmup_steps={self.warmup_steps} must be below max_steps={self.max_steps}"
             )
@@ -406,7 +408,8 @@ class EvalConfig(Section):
     draft_models: list[Place] = []
     """Small models of the target's vocabulary (folder or Hub id) for the decoder `draft-model`."""
     temperatures: list[float] = [0.0]
-    """Of the sampling; 0 is greedy. Each is compared with plain decoding of its own."""
+    """Temperatures of the sampling; 0 is greedy. Each is compared with plain decoding of its
+    own."""
     top_p: float = Field(default=1.0, gt=0, le=1)
     """Where the temperature is above 0: sample from the likeliest tokens with so much mass."""
     top_k: PositiveInt | None = None
@@ -446,7 +449,7 @@ class Config(Section):
     """The whole configuration of one run."""
 
     output_dir: Folder = Path("runs/unnamed")
-    """Folder that is written. A run's holds config.yaml, metrics.jsonl, checkpoints/, head/ and
+    """Folder to write. A run's holds config.yaml, metrics.jsonl, checkpoints/, head/ and
     eval/, and is runs/NAME for a recipe NAME unless another is given."""
     seed: NonNegativeInt = 0
     """Seed of the data order, the anchors, the negatives and the head's start."""

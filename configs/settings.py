@@ -66,7 +66,8 @@ class ServerConfig(Section):
     regenerate`."""
 
     url: str | None = None
-    """Such as http://localhost:8000, where vLLM, SGLang or llama.cpp runs the target."""
+    """Its address, such as http://localhost:8000; vLLM, SGLang or llama.cpp runs the target
+    there."""
     model: str | None = None
     """The target's name there. None: the only one."""
     api_key_env: str | None = None
@@ -115,13 +116,13 @@ class PublishConfig(Section):
     merge_adapter: bool = False
     """Publish the head of an adapter whole."""
     license: str | None = None
-    """None: that of the target."""
+    """License in the model card. None: that of the target."""
     languages: list[str] = Field(default_factory=list)
-    """Of the prompts: en, de."""
+    """Languages of the prompts, in the model card: en, de."""
     include_texts: bool = True
     """Whether the report keeps its example texts, which are of your prompts."""
     branch: str | None = None
-    """Of the repository. None: main."""
+    """Branch of the repository. None: main."""
     create_pr: bool = False
     """Open a pull request."""
 

@@ -1,4 +1,4 @@
-"""What is at a path, counted and printed for a look before a run: `headstart data inspect`."""
+"""What is at a path, counted and printed for a look before a run: `headstart inspect`."""
 
 import heapq
 import json

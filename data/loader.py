@@ -134,6 +134,18 @@ def broken_documents(batch: Batch) -> list[str]:
     return [name for names, fine in rows if not fine for name in names]
 
 
+def usable(documents: Documents) -> list[int]:
+    """Which conversations have a response of two tokens or more.
+
+    Raises:
+        ValueError: none has.
+    """
+    found = [i for i, entry in enumerate(documents.entries) if entry.trained >= 2]
+    if not found:
+        raise ValueError("no conversation has a response of two tokens or more: nothing to train")
+    return found
+
+
 class AnchorLoader:
     """Draws batches of conversations without replacement within an epoch, and anchors in each.
 
@@ -164,11 +176,7 @@ class AnchorLoader:
         multi_step_anchors: int | None = None,
     ):
         self.documents = documents
-        self.usable = [i for i, entry in enumerate(documents.entries) if entry.trained >= 2]
-        if not self.usable:
-            raise ValueError(
-                "no conversation has a response of two tokens or more: nothing to train"
-            )
+        self.usable = usable(documents)
         self.batch_size, self.max_anchors = batch_size, max_anchors
         self.num_speculative_steps = num_speculative_steps
         self.max_packed_length, self.multi_step_anchors = max_packed_length, multi_step_anchors

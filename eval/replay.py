@@ -269,7 +269,7 @@ def run_estimate(
     Args:
         target: that of the store, for its embeddings and table; it runs over no text.
         heads: name -> head in the native format.
-        store: folder of `headstart extract` or `headstart regenerate --extract`.
+        store: folder of `headstart extract`.
         num_assistant_tokens: draft lengths K.
         out: folder.
         position: RoPE position of the drafts: 0, where transformers puts them, or -1, where vLLM

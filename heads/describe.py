@@ -1,5 +1,5 @@
 """What a draft head is and what a draft of it should cost, from its configuration and the header
-of its weights: `headstart heads describe`; and the shapes of Gemma 4 and its assistants as Google
+of its weights: `headstart describe`; and the shapes of Gemma 4 and its assistants as Google
 published them, so that a plan needs no network.
 
 The shapes were read in public sources, never in the weights: transformers' conversion scripts

@@ -122,7 +122,7 @@ class EngineServer:
     """An engine with a target, and with a head where there is one; up within `with`.
 
     Args:
-        engine: installed by `headstart engines install`.
+        engine: installed by `headstart install`.
         target, head: folders, for llama.cpp GGUF files. head None: plain decoding.
         num_assistant_tokens: K.
         context: tokens of the longest prompt and its answer together.

@@ -120,7 +120,7 @@ def engine_python(engine: Engine) -> Path:
         ValueError: it is not installed.
     """
     if not (engine_folder(engine) / READY).is_file():
-        raise ValueError(f"{engine} is not installed: headstart engines install {engine}")
+        raise ValueError(f"{engine} is not installed: headstart install {engine}")
     return engine_folder(engine) / "bin" / "python"
 
 

@@ -1,8 +1,18 @@
-"""Figures in README and docs are those of the result files, which the program wrote."""
+"""Figures in README and docs are those of the result files, which the program wrote, and commands
+there are of the grammar that the command line has."""
 
 import json
+import re
+import shlex
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import pytest
+
+from headstart.cli.main import _parse
+from headstart.configs.loader import load_settings
+from headstart.configs.recipes import recipe_names
 
 ROOT = Path(__file__).resolve().parents[1]
 GROUPS = {"with": "all", "without": "no loops"}
@@ -293,3 +303,41 @@ def test_the_page_of_versions_tells_of_every_run() -> None:
         assert versions_row(run) in page, f"the file holds: {versions_row(run)}"
         for failure in run["failures"]:
             assert failure.partition("::")[2].partition("[")[0] in page
+
+
+PAGES = ("README.md", "CONTRIBUTING.md", "SECURITY.md", "docs/*.md")
+
+
+def commands_of(page: str) -> Iterator[tuple[str, bool]]:
+    """What follows `headstart` in each command line of a page, and whether it is one of a block,
+    which is to be whole. Code of one word names a command and calls none."""
+    text = re.sub(r"\\\n\s*", " ", page)
+    for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL):
+        for line in re.findall(r"^(?:.* -m )?headstart(?:\.cli)? (.*)$", block, re.MULTILINE):
+            yield line.partition(" > ")[0].strip(), True
+    for code in re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL)):
+        command, _, line = " ".join(code.split()).partition(" ")
+        if command == "headstart" and " " in line and not line.startswith("COMMAND"):
+            yield line.partition(" > ")[0], False
+
+
+@pytest.mark.parametrize("path", [path for page in PAGES for path in sorted(ROOT.glob(page))])
+def test_every_command_line_of_the_documents_is_one_that_the_parser_takes(path: Path) -> None:
+    for line, in_block in commands_of(path.read_text(encoding="utf-8")):
+        words = shlex.split(line, comments=True)
+        args = _parse([word for word in words if word != "..."])
+        if not args.of.settings:
+            continue
+        # A file of the reader's own is not there.
+        recipe = args.config if args.config in recipe_names() else None
+        if args.of.name == "order":
+            args.settings += [f"head.init_from={args.head}", "head.use_ordered_embeddings=true"]
+        settings = load_settings(recipe, args.settings)
+        if in_block and args.config == recipe:
+            assert settings.given(args.of.required) == list(args.of.required), line
+
+
+def test_command_lines_are_found_in_blocks_and_in_sentences() -> None:
+    block = "```sh\nx -m headstart.cli \\\n  train --plan > a\n```\n"
+    page = block + "`headstart eval` or `headstart\neval H`"
+    assert list(commands_of(page)) == [("train --plan", True), ("eval H", False)]

@@ -87,9 +87,9 @@ def bench_extract(target: Target, jobs: list[Job], config: Config) -> dict[str, 
 
     Returns:
         `extract_over_forward`: extraction to disk / the bare forward with its LM head over the
-        same tokens in the same batches. `fused_over_regenerate`: `regenerate --extract` /
-        `regenerate`. Tokens a second of all four. `stepwise`: what decoding step by step changes
-        in the stored values.
+        same tokens in the same batches. `fused_over_regenerate`: `extract` without
+        conversations / `regenerate`. Tokens a second of all four. `stepwise`: what decoding step by
+        step changes in the stored values.
     """
     data, seed = config.data, config.seed
     with temporary_folder() as work:

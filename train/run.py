@@ -30,8 +30,9 @@ from headstart.train.run_folder import (
     read_metrics,
     run_folder,
     summary_text,
+    write_config,
 )
-from headstart.train.start import start_run
+from headstart.train.start import count_steps, start_run
 from headstart.train.tracking import (
     check_wandb_settings,
     finish_trackers,
@@ -93,6 +94,10 @@ def _train(config: Config, resume: bool, accelerator: Accelerator) -> None:
     target = open_target(config.target, accelerator.device)
     held_out = config.eval.prompts if config.eval else None
     training, validation = prepare_documents(target, config.data, seed, held_out)
+    counted = count_steps(config.train, training, accelerator.num_processes)
+    config = config.model_copy(update={"train": counted})
+    if accelerator.is_main_process:
+        write_config(config)
     state, likely = start_run(config, target, training, validation, accelerator, resume)
     if accelerator.is_main_process:
         drop_metrics_after(run, state.progress.step)

@@ -166,7 +166,12 @@ def open_run(config: Config, resume: bool, processes: int) -> None:
                 f"{saved[-1]} was written with {change}: give it back, or name another folder, "
                 "output_dir=PATH"
             )
-    write_atomically(run / CONFIG, dump_config(config))
+    write_config(config)
+
+
+def write_config(config: Config) -> None:
+    """Write the resolved configuration into the run folder."""
+    write_atomically(config.output_dir / CONFIG, dump_config(config))
 
 
 def _check_ours(run: Path) -> None:
@@ -196,7 +201,7 @@ def what_differs(earlier: Config, its_processes: int, now: Config, processes: in
     before = _training_settings(earlier, its_processes)
     after = _training_settings(now, processes)
     for key in sorted(before):
-        if before[key] != after[key]:
+        if before[key] != after.get(key, before[key]):
             return f"{key}={before[key]}, now {after[key]}"
     return ""
 
@@ -213,6 +218,8 @@ def _training_settings(config: Config, processes: int) -> dict[str, Any]:
         a_step *= settings.pop(key)
     for key in _NO_DIFFERENCE:
         del settings[key]
+    if config.train.num_epochs is not None:  # which says how many steps there are
+        del settings["train.max_steps"]
     return settings | {"train.batch_size x train.gradient_accumulation_steps x processes": a_step}
 
 

@@ -3,6 +3,7 @@
 Letters: D target width, H head width, V vocabulary, N tokens.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from accelerate import Accelerator
 
 from headstart.common.console import phase, print_once
 from headstart.configs.schema import Config, TrainConfig
+from headstart.data.loader import usable
 from headstart.data.store import Documents
 from headstart.heads.assistant import build_assistant, warm_assistant
 from headstart.heads.ordered import TeacherSamples, cluster_count, token_usage
@@ -80,6 +82,24 @@ def low_rank_agreement(
 
 START_ROWS = 1 << 16  # rows of the training text that starts are drawn up from
 AGREEMENT_ROWS = 2048  # held-out rows on which a low-rank tie is judged
+
+
+def count_steps(c: TrainConfig, documents: Documents, processes: int) -> TrainConfig:
+    """The settings with the `max_steps` that `num_epochs` comes to, where that is given.
+
+    Raises:
+        ValueError: the warm-up would last longer.
+    """
+    if c.num_epochs is None:
+        return c
+    each = c.batch_size * c.gradient_accumulation_steps * processes
+    steps = max(1, math.ceil(c.num_epochs * len(usable(documents)) / each))
+    if c.warmup_steps >= steps:
+        raise ValueError(
+            f"train.num_epochs={c.num_epochs:g} are {steps} steps of {each} conversations, and "
+            f"train.warmup_steps={c.warmup_steps} must be below them: lower it"
+        )
+    return c.model_copy(update={"max_steps": steps})
 
 
 def start_run(

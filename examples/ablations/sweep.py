@@ -2,11 +2,11 @@
 
     python examples/ablations/sweep.py --config examples/ablations/sweep-recipe.yaml
 
-Acceptance is computed as `headstart eval --simulate` computes it, without decoding, so that no
+Acceptance is computed as `headstart simulate` computes it, without decoding, so that no
 clock is in what is compared. The same command goes on where it stopped. The file has these keys:
 `config`, the recipe that all runs vary, by name or path; `overrides` of every run; `runs`, name ->
 overrides, the first of which the others are compared with; `eval_sets`, name -> an activation store
-of texts that no run trains on, or `{store: DIR, draft_position_offset: one_earlier}`; and, with the
+of texts that no run trains on, or `{store: DIR, draft_position_offset: -1}`; and, with the
 defaults below, `seeds` and `num_assistant_tokens`.
 """
 
