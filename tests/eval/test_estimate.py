@@ -1,4 +1,4 @@
-"""`headstart eval --simulate`: from a store, the acceptance of exact decoding on its texts."""
+"""`headstart simulate`: from a store, the acceptance of exact decoding on its texts."""
 
 import json
 from pathlib import Path

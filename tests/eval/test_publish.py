@@ -243,7 +243,7 @@ def test_a_folder_that_reads_back_as_another_head_is_not_published(
 def test_a_folder_that_holds_something_else_is_left_alone(
     finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The run itself above all; a folder of an earlier dry run is replaced."""
+    """The run itself above all; a folder of an earlier plan is replaced."""
     mine = copy_of(finished_run, tmp_path / "run")
     for out in (mine, mine / "head", tmp_path):
         assert publish(mine, "--plan", f"output_dir={out}") == 1

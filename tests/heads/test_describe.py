@@ -1,4 +1,4 @@
-"""What `heads describe` counts is what the loaded models hold."""
+"""What `headstart describe` counts is what the loaded models hold."""
 
 from pathlib import Path
 from typing import Any
@@ -160,7 +160,7 @@ def test_a_head_without_ordered_embeddings_or_k_says_so(tmp_path: Path) -> None:
     assert figures["c"].keys() == {"dense"}
 
 
-def test_heads_describe_prints_and_fails_in_one_line(
+def test_describe_prints_and_fails_in_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = save(ordered_head(tiny_config("tiny-gemma4"), hidden_size=32), tmp_path / "head")
