@@ -101,7 +101,8 @@ class CommandParser(argparse.ArgumentParser):
         if command.arguments:
             parts += ["arguments:", *_columns([(a.name, a.help) for a in command.arguments], width)]
         if command.settings:
-            shown = dict(command.defaults + command.unnamed) | dict.fromkeys(command.required, "... (to be named)")
+            shown = dict(command.defaults + command.unnamed)
+            shown |= dict.fromkeys(command.required, "... (to be named)")
             rows = [setting_row(key, shown) for key in command.settings]
             parts += ["settings, with their defaults:", *_columns(rows, width)]
         flags = [(flag, FLAGS[flag]) for flag in command.flags]

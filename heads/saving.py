@@ -76,7 +76,9 @@ def save_assistant(
     config = copy.deepcopy(assistant.config)
     for key, value in (notes or {}).items():
         setattr(config, key, value)
-    if hasattr(config, OFFSET) and hasattr(config, OFFSET_BEFORE):  # said once, by today's name
+    if hasattr(config, OFFSET) or hasattr(config, OFFSET_BEFORE):
+        setattr(config, OFFSET, draft_position_offset(config))
+    if hasattr(config, OFFSET_BEFORE):  # said once, by today's name
         delattr(config, OFFSET_BEFORE)
     with torch.device("meta"):  # no memory for a table that is replaced at once
         native = type(assistant)(config)
@@ -149,18 +151,28 @@ def draft_position_offset(config: Any) -> DraftPositionOffset:
     `OF_OTHERS`.
 
     Raises:
-        ValueError: it is a head of Headstart, and does not say.
+        ValueError: it says what is no offset; or it is a head of Headstart, and does not say.
     """
-    earlier = BEFORE.get(getattr(config, OFFSET_BEFORE, ""))
-    offset: DraftPositionOffset | None = getattr(config, OFFSET, earlier)
-    if offset not in (None, *get_args(DraftPositionOffset)):
-        raise ValueError(f"{OFFSET}={offset!r} of a head's config.json is none of 0, -1 and mixed")
-    if offset is None and made_for(config) is not None:
+    noted: Any = getattr(config, OFFSET, None)
+    if noted is not None:
+        return _known(OFFSET, noted, {offset: offset for offset in get_args(DraftPositionOffset)})
+    earlier: Any = getattr(config, OFFSET_BEFORE, None)
+    if earlier is not None:
+        return _known(OFFSET_BEFORE, earlier, BEFORE)
+    if made_for(config) is not None:
         raise ValueError(
             f"the config.json of this head has {MADE_FOR} and no {OFFSET}: add where its drafts "
             "stood in training, 0 unless train.draft_position_offset said otherwise"
         )
-    return OF_OTHERS if offset is None else offset
+    return OF_OTHERS
+
+
+def _known(key: str, value: Any, offsets: Mapping[Any, DraftPositionOffset]) -> DraftPositionOffset:
+    """The offset that `key` of a config.json means; what JSON takes for another type is none."""
+    if type(value) not in (int, str) or value not in offsets:
+        known = ", ".join(map(json.dumps, offsets))
+        raise ValueError(f"{key}={value!r} of a head's config.json is none of {known}")
+    return offsets[value]
 
 
 def kept_notes(config: Any, identity: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from headstart.cli.main import main
+from headstart.cli.arguments import Command
+from headstart.cli.main import COMMANDS, main
 from headstart.configs.loader import load_config
 from headstart.heads.assistant import build_assistant
 from headstart.heads.loading import load_target
@@ -86,11 +87,12 @@ def test_help_and_usage_errors_answer_without_torch() -> None:
 def test_wrong_names_are_told_without_torch() -> None:
     """Those that are checked while arguments are parsed."""
     for argv in (
-        ["engines", "install", "nope"],
-        ["export", "h", "--to", "nope", "--target", "t", "--out", "o"],
-        ["eval", "--target", "t", "--prompts", "p", "--out", "o", "--decoders", "nope"],
-        ["eval", "--target", "t", "--prompts", "p", "--out", "o", "--quantization", "nope"],
-        ["bench", "draft", "--head", "h", "--dtype", "nope"],
+        ["install", "nope"],
+        ["export", "h", "nope", "target.name=t", "output_dir=o"],
+        ["serve-check", "h", "nope", "target.name=t", "output_dir=o"],
+        ["bench", "nope", "h"],
+        ["runs", "nope"],
+        ["configs", "nope"],
     ):
         code = (
             "import sys; from headstart.cli.main import main\n"
@@ -143,9 +145,9 @@ def test_accelerate_launch_and_the_console_command_run_the_same_code(tmp_path: P
     head = tmp_path / "console" / "head"
     out = tmp_path / "out"
     prompts = "data/prompts/text_eval.jsonl"
-    arguments = ["--target", "tiny-gemma4", "--head", head, "--prompts", prompts, "--limit", "1"]
-    arguments += ["--num-assistant-tokens", "2,4", "--max-new-tokens", "6", "--dtype", "float32"]
-    result = run(BIN / "headstart", "eval", *arguments, "--out", out)
+    settings = ["target.name=tiny-gemma4", "target.dtype=float32", f"eval.prompts={prompts}"]
+    settings += ["eval.limit=1", "eval.num_assistant_tokens=2,4", "eval.max_new_tokens=6"]
+    result = run(BIN / "headstart", "eval", head, *settings, f"output_dir={out}")
     assert result.returncode == 0, result.stderr
     assert json.loads((out / "report.json").read_text())["schema"] == 3
 
@@ -155,10 +157,10 @@ def test_the_pieces_of_the_data_pipeline_from_the_command_line(tmp_path: Path) -
     settings = ["--config", "configs/tiny.yaml", "data.max_new_tokens=12"]
     conversations, store = tmp_path / "conversations", tmp_path / "store"
     steps: list[list[object]] = [
-        ["regenerate", *settings, "--out", conversations],
-        ["extract", *settings, "--conversations", conversations, "--out", store],
-        ["data", "inspect", conversations, "--examples", "1"],
-        ["data", "inspect", store],
+        ["regenerate", *settings, f"output_dir={conversations}"],
+        ["extract", conversations, *settings, f"output_dir={store}"],
+        ["inspect", conversations, "1"],
+        ["inspect", store],
         [
             "train", *settings, f"data.store={store}", "data.validation_conversations=2",
             f"output_dir={tmp_path / 'run'}", "train.max_steps=6", "eval=null",
@@ -223,12 +225,15 @@ def test_overrides_may_stand_between_options(
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["extract", "--conversations", "absent.jsonl", "--out", "x"], "absent.jsonl"),
-        (["data", "inspect", "absent.jsonl"], "no prompt file absent.jsonl"),
-        (["regenerate", "--out", "x", "data.prompts=absent.jsonl"], "no prompt file absent.jsonl"),
-        (["regenerate", "--out", "x", "--model", "m"], "give --server too"),
+        (["extract", "absent.jsonl", "output_dir=x"], "absent.jsonl"),
+        (["inspect", "absent.jsonl"], "no prompt file absent.jsonl"),
         (
-            ["regenerate", "--out", "x", "--server", "http://127.0.0.1:9"],
+            ["regenerate", "output_dir=x", "data.prompts=absent.jsonl"],
+            "no prompt file absent.jsonl",
+        ),
+        (["regenerate", "output_dir=x", "server.model=m"], "give url too"),
+        (
+            ["regenerate", "output_dir=x", "server.url=http://127.0.0.1:9"],
             "no OpenAI-compatible server answers at http://127.0.0.1:9",
         ),
     ],
@@ -238,8 +243,8 @@ def test_data_commands_explain_what_is_missing(
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     monkeypatch.chdir(ROOT)
-    argv = [str(tmp_path / "x") if part == "x" else part for part in argv]
-    if argv[:2] != ["data", "inspect"]:
+    argv = [f"output_dir={tmp_path / 'x'}" if part == "output_dir=x" else part for part in argv]
+    if argv[0] != "inspect":
         argv = [*argv, "target.name=tiny-gemma4", "target.dtype=float32"]
     assert main(argv) == 1
     error = capsys.readouterr().err.strip().splitlines()
@@ -249,8 +254,11 @@ def test_data_commands_explain_what_is_missing(
 
 def test_wrong_usage_is_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
     for argv in (
-        ["train"],
-        ["eval", "--target", "x"],
+        ["export", "head"],
+        ["export", "head", "vllm", "another", "target.name=x", "output_dir=y"],
+        ["inspect"],
+        ["train", "word", "--config", "x"],
+        ["eval", "head", "train.max_steps=3"],
         ["no-such-command"],
         [],
         ["train", "--config", "x", "--nope"],
@@ -259,6 +267,31 @@ def test_wrong_usage_is_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
             main(argv)
         assert stop.value.code == 2
     capsys.readouterr()
+
+
+def named_arguments(command: Command) -> list[str]:
+    """One of each that has to be given."""
+    return [a.choices[0] if a.choices else "x" for a in command.arguments if a.many == "1"]
+
+
+@pytest.mark.parametrize(
+    ("command", "missing"), [(command, key) for command in COMMANDS for key in command.required]
+)
+def test_a_setting_that_has_to_be_given_is_asked_for_by_its_name(
+    command: Command, missing: str, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Before anything is loaded or written."""
+    monkeypatch.chdir(tmp_path)
+    given = [f"{key}=x" for key in command.required if key != missing]
+    assert main([command.name, *named_arguments(command), *given]) == 1
+    assert f"headstart: {command.name} needs {missing}=VALUE" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_train_without_a_configuration_asks_for_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "train.max_steps=3"]) == 1
+    assert "needs --config NAME|FILE" in capsys.readouterr().err
 
 
 def test_ctrl_c_is_exit_code_130_and_everything_is_saved(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ def test_a_head_is_accepted_on_a_store_as_it_was() -> None:
     told = json.loads((FILES / "estimate.json").read_text())["results"][0]
     assert found.rounds == told["rounds"]
     assert list(found.accepted) == told["accepted"]
-    assert draft_position_offset(load_assistant_config(FILES / "run" / "head")) == "both"
+    assert draft_position_offset(load_assistant_config(FILES / "run" / "head")) == "mixed"
 
 
 def test_a_run_goes_on_from_a_checkpoint_with_the_losses_that_it_had(

@@ -1,11 +1,13 @@
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
 from headstart.configs.loader import dump_config, load_config, load_saved
+from headstart.configs.renamed import RENAMED, VALUES
 from headstart.configs.schema import Config
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -42,7 +44,7 @@ def test_overrides_win_over_the_file_and_are_typed() -> None:
         ),
         ("trian.steps=1", "no key trian; the nearest valid key is train"),
         ("train.max_steps=many", "train.max_steps: Input should be a valid integer"),
-        ("train.warmup_steps=600", "warmup_steps=600 must be below steps=60"),
+        ("train.warmup_steps=600", "warmup_steps=600 must be below max_steps=60"),
         ("data.temperatures=[-1]", "data: temperatures needs"),
         ("train.max_steps", "not of the form section.key=value"),
     ],
@@ -86,3 +88,51 @@ def test_a_run_made_while_a_setting_was_there_is_read_where_it_changed_nothing(
     path.write_text(yaml.safe_dump(tree), encoding="utf-8")
     with pytest.raises(ValueError, match=r"train\.trap"):
         load_saved(path)
+
+
+def move(tree: dict[str, Any], key: str, to: str, values: dict[Any, Any]) -> None:
+    """Put what stands at one key of a tree at another, under the other name of its value."""
+    *sections, leaf = key.split(".")
+    node = tree
+    for section in sections:
+        if (node := node[section]) is None:
+            return
+    value = node.pop(leaf)
+    *sections, leaf = to.split(".")
+    node = tree
+    for section in sections:
+        node = node.setdefault(section, {})
+    node[leaf] = next((before for before, now in values.items() if now == value), value)
+
+
+LORA = "head.lora={r: 3, lora_alpha: 5, target_modules: [q_proj]}"
+
+
+@pytest.mark.parametrize(
+    ("offset", "precision", "trained"),
+    [(0, "bf16", LORA), (-1, "no", LORA), ("mixed", "no", "head.trainable_modules=[mlp]")],
+)
+def test_a_record_under_the_names_of_before_is_read_as_the_same_run(
+    offset: int | str, precision: str, trained: str, tmp_path: Path
+) -> None:
+    """All of them, each with a value that is not its default."""
+    other = [
+        f"output_dir={tmp_path}", "seed=3", "head.init_from=org/head",
+        "head.on_existing_clusters=rebuild", trained,
+        f"data.store={tmp_path}", "data.filter={temperatures: [0.0], categories: [a]}",
+        "data.filter.num_conversations=9", "train.max_steps=70", "train.max_packed_length=4096",
+        "train.max_anchors=9", "train.multi_step_anchors=3", "train.num_speculative_steps=5",
+        "train.step_loss_decay=0.5", f"train.draft_position_offset={offset}",
+        "train.early_stopping_patience=4", f"train.mixed_precision={precision}",
+        "train.eval_steps=7", "train.save_steps=8", "train.save_total_limit=9",
+        "eval.fp32_check_prompts=7",
+    ]  # fmt: skip
+    config = load_config(CONFIGS / "tiny.yaml", other)
+    tree = yaml.safe_load(dump_config(config))
+    for before, now in RENAMED.items():
+        move(tree, now, before, VALUES.get(before, {}))
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(tree), encoding="utf-8")
+    assert load_saved(path) == config
+    with pytest.raises(ValueError, match=r"run\.dir is called output_dir now"):
+        load_config(path)

@@ -9,7 +9,7 @@ from headstart.configs.loader import load_config
 from headstart.configs.recipes import OF_ACCELERATE, SHIPPED, find_config, recipe_names
 from headstart.data.prompts import load_prompt_set, load_prompts
 
-OWN = "train: {steps: 7, warmup_steps: 2}\n"
+OWN = "train: {max_steps: 7, warmup_steps: 2}\n"
 RECIPES = [name for name in recipe_names() if not name.startswith(OF_ACCELERATE)]
 
 

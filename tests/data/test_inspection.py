@@ -1,4 +1,4 @@
-"""What `headstart data inspect` says of a data set is what is in it."""
+"""What `headstart inspect` says of a data set is what is in it."""
 
 import io
 import json

@@ -117,7 +117,7 @@ def test_packed_and_unpacked_rows_have_the_same_loss(target: Target, capacity: i
     """Documents reach beyond the sliding window of 8; a row that saw its neighbor would differ."""
     documents = OnlineActivations(target, conversations(9), CONFIG).read(range(9))
     torch.manual_seed(0)
-    head = DraftHead(build_assistant(target, HeadConfig(start="random")))
+    head = DraftHead(build_assistant(target, HeadConfig(init_from="random")))
     rows = [candidate_rows(d) for d in documents]
     alone = losses_by_token(target, head, gather_rows(documents, rows, 3))
     batch = gather_rows(documents, rows, 3, capacity)

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from headstart.configs.schema import Config, DataConfig
+from headstart.configs.schema import Config, DataConfig, FilterConfig
+from headstart.configs.settings import ServerConfig
 from headstart.data.conversations import answered, finished_parts, read_part
 from headstart.data.extraction import OnlineActivations
 from headstart.data.prepare import (
@@ -32,8 +33,8 @@ def small(folder: Path, *overrides: str) -> Config:
 
 @pytest.fixture
 def stored(tmp_path: Path) -> Path:
-    """What `headstart regenerate --extract` leaves: conversations and their store."""
-    run_regenerate(small(tmp_path / "none"), tmp_path / "stored", extracting=True, device="cpu")
+    """What `headstart extract` leaves: conversations and their store."""
+    run_regenerate(small(tmp_path / "stored"), ServerConfig(), extracting=True, device="cpu")
     return tmp_path / "stored"
 
 
@@ -41,7 +42,7 @@ def test_training_reads_prompts_conversations_and_stores_alike(
     stored: Path, tmp_path: Path
 ) -> None:
     """A store made while generating, one extracted afterwards, and none: the same losses."""
-    run_extract(small(tmp_path / "none"), str(stored), tmp_path / "extracted", "cpu")
+    run_extract(small(tmp_path / "extracted"), str(stored), "cpu")
     ways = {
         "recorded": f"data.store={stored}",
         "extracted": f"data.store={tmp_path / 'extracted'}",
@@ -95,31 +96,32 @@ def test_packing_changes_no_step(stored: Path, tmp_path: Path) -> None:
 def test_a_part_of_a_store_is_chosen_by_temperature_category_and_number(stored: Path) -> None:
     target = load_target("tiny-gemma4", "float32")
 
-    def chosen(**only: Any) -> list[str]:
-        data = DataConfig(store=stored, validation_conversations=3, **only)
+    def chosen(**of: Any) -> list[str]:
+        only = FilterConfig(**of)
+        data = DataConfig(store=stored, validation_conversations=3, filter=only)
         training, validation = prepare_documents(target, data, 0, None)
         assert len(validation.entries) == 3, "what is held out stays the same"
         return [f"{e.id} {e.category} {e.temperature}" for e in training.entries]
 
     everything = chosen()
-    greedy = chosen(only_temperatures=[0.0])
+    greedy = chosen(temperatures=[0.0])
     assert greedy == [name for name in everything if name.endswith(" 0.0")]
     assert 0 < len(greedy) < len(everything)
-    prose = chosen(only_categories=["docs", "novel"])
+    prose = chosen(categories=["docs", "novel"])
     assert prose == [name for name in everything if " docs " in name or " novel " in name]
     assert 0 < len(prose) < len(everything)
-    few = chosen(only_conversations=4)
+    few = chosen(num_conversations=4)
     assert len(few) == 4
     assert set(few) < set(everything)
-    assert few == chosen(only_conversations=4)
+    assert few == chosen(num_conversations=4)
     with pytest.raises(ValueError, match=r"0 of \d+ documents are left"):
-        chosen(only_temperatures=[3.0])
+        chosen(temperatures=[3.0])
     with pytest.raises(ValueError, match=r"0 of \d+ documents are left"):
-        chosen(only_categories=["poem"])
+        chosen(categories=["poem"])
     with pytest.raises(ValueError, match="asks for 400"):
-        chosen(only_conversations=400)
+        chosen(num_conversations=400)
     with pytest.raises(ValueError, match=r"chooses from data\.store"):
-        DataConfig(only_conversations=4)
+        DataConfig(filter=FilterConfig(num_conversations=4))
 
 
 def test_held_out_documents_of_a_store_are_greedy_and_of_other_sources(stored: Path) -> None:
@@ -143,7 +145,7 @@ def test_a_store_without_greedy_text_is_validated_on_prompts(
     rows = [{"prompt": f"one {i}", "response": " two three"} for i in range(9)]
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    run_extract(small(tmp_path / "none"), str(path), tmp_path / "store", "cpu")
+    run_extract(small(tmp_path / "store"), str(path), "cpu")
     train(small(tmp_path / "run", f"data.store={tmp_path / 'store'}"))
     assert "acceptance_length" in metrics(tmp_path / "run")[-1]
     assert "data.prompts are answered for it" in capsys.readouterr().out
@@ -177,10 +179,10 @@ def test_copies_of_evaluation_prompts_are_not_answered(
         lines = [json.dumps({"prompt": text}) + "\n" for text in rows]
         (tmp_path / f"{name}.jsonl").write_text("".join(lines))
     config = small(
-        tmp_path / "none", f"data.prompts=[{tmp_path / 'train.jsonl'}]",
+        tmp_path / "out", f"data.prompts=[{tmp_path / 'train.jsonl'}]",
         "data.num_conversations=null", f"eval.prompts={tmp_path / 'eval.jsonl'}",
     )  # fmt: skip
-    run_regenerate(config, tmp_path / "out", extracting=False, device="cpu")
+    run_regenerate(config, ServerConfig(), extracting=False, device="cpu")
     assert "1 exact and 0 near duplicates" in capsys.readouterr().out
     answers = [row for part in finished_parts(tmp_path / "out") for row in read_part(part)]
     assert sorted(answer.id for answer in answers) == [
@@ -240,7 +242,7 @@ def test_whole_conversations_of_any_source_are_extracted_with_their_masks(tmp_pa
     ]
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    run_extract(small(tmp_path / "none"), str(path), tmp_path / "store", "cpu")
+    run_extract(small(tmp_path / "store"), str(path), "cpu")
     store = ActivationStore(tmp_path / "store")
     tokenizer = load_target("tiny-gemma4").tokenizer
     texts = {}
@@ -252,8 +254,8 @@ def test_whole_conversations_of_any_source_are_extracted_with_their_masks(tmp_pa
 
 
 def test_a_server_hands_out_no_activations(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"leave out --extract, and run `headstart extract`"):
-        run_regenerate(small(tmp_path), tmp_path / "out", True, "cpu", url="http://127.0.0.1:1")
+    with pytest.raises(ValueError, match=r"leave out server\.url, or .*to `headstart extract`"):
+        run_regenerate(small(tmp_path), ServerConfig(url="http://127.0.0.1:1"), True, "cpu")
 
 
 @pytest.mark.parametrize(

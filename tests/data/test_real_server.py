@@ -24,7 +24,7 @@ def wait_for_parts(process: subprocess.Popen[str], out: Path, count: int) -> Non
 
 def test_nothing_is_lost_or_doubled_when_server_and_command_are_killed(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    command = [str(Path(sys.executable).with_name("headstart")), "regenerate", "--out", str(out)]
+    command = [str(Path(sys.executable).with_name("headstart")), "regenerate", f"output_dir={out}"]
     settings = [
         "target.name=gemma3-270m", "data.prompts=[data/prompts/text_eval.jsonl]",
         "data.max_new_tokens=12", "data.max_prompt_tokens=32", "data.generation_batch_size=4",
@@ -32,7 +32,7 @@ def test_nothing_is_lost_or_doubled_when_server_and_command_are_killed(tmp_path:
 
     def start(server: LlamaServer) -> subprocess.Popen[str]:
         return subprocess.Popen(
-            [*command, "--server", server.url, "--concurrency", "4", *settings],
+            [*command, f"server.url={server.url}", "server.concurrency=4", *settings],
             cwd=ROOT,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

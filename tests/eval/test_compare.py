@@ -102,7 +102,7 @@ def test_two_decoders_of_a_report_are_compared_text_by_text(
     change = next(c for c in found if (c.category, c.measure) == ("all", "speedup"))
     assert change.after / change.before == pytest.approx(2, rel=0.02)
     (tmp_path / "report.json").write_text(json.dumps(both))
-    assert main(["compare", str(tmp_path), "--decoders", "transformers,exact"]) == 0
+    assert main(["compare", str(tmp_path), "eval.decoders=transformers,exact"]) == 0
     assert "significant" in capsys.readouterr().out
     assert main(["compare", str(tmp_path)]) == 1
     assert "name a second report" in capsys.readouterr().err

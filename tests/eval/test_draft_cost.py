@@ -192,9 +192,9 @@ def test_bench_draft_prints_and_writes_its_ratios(
     assistant = ordered_head(target.config)
     assistant.generation_config = GenerationConfig(num_assistant_tokens=3)
     assistant.save_pretrained(tmp_path / "head")
-    argv = ["bench", "draft", "--head", str(tmp_path / "head"), "--dtype", "float32"]
-    argv += ["--context", "12", "--json", str(tmp_path / "draft.json")]
-    assert main([*argv, "--target", "tiny-gemma4"]) == 0
+    argv = ["bench", "draft", str(tmp_path / "head"), "target.dtype=float32"]
+    argv += ["bench.context=12", "--json", str(tmp_path / "draft.json")]
+    assert main([*argv, "target.name=tiny-gemma4"]) == 0
     content = json.loads((tmp_path / "draft.json").read_text())
     assert content["benchmark"] == "draft"
     named = {"target": "tiny-gemma4", "dtype": "float32", "context": 12}
@@ -207,7 +207,7 @@ def test_bench_draft_prints_and_writes_its_ratios(
     assert f"c = {ratios['c_ordered']:.3f}" in printed
     assert f"{ratios['break_even_dense'][7]:.2f}" in printed
 
-    assert main(["bench", "draft", "--head", str(tmp_path), "--target", "tiny-gemma4"]) == 1
+    assert main(["bench", "draft", str(tmp_path), "target.name=tiny-gemma4"]) == 1
     assert "no draft head at" in capsys.readouterr().err
 
 

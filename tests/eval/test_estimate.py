@@ -1,4 +1,4 @@
-"""`headstart eval --simulate`: from a store, the acceptance of exact decoding on its texts."""
+"""`headstart simulate`: from a store, the acceptance of exact decoding on its texts."""
 
 import json
 from pathlib import Path
@@ -21,7 +21,7 @@ def store(tmp_path: Path) -> Path:
     """Greedy answers of the tiny target to some prompts, and one sampled, which does not count."""
     rows = [{"prompt": "xyz" * (i + 1), "category": "ab"[i % 2], "id": str(i)} for i in range(6)]
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    argv = ["regenerate", "--extract", "--out", str(tmp_path / "store"), "target.name=tiny-gemma4"]
+    argv = ["extract", f"output_dir={tmp_path / 'store'}", "target.name=tiny-gemma4"]
     argv += [f"data.prompts=[{tmp_path / 'p.jsonl'}]", "target.dtype=float32", "eval=null"]
     argv += ["data.temperatures=[0.0]", f"data.max_new_tokens={NEW}"]
     assert main(argv) == 0
@@ -66,9 +66,9 @@ def test_a_store_of_another_target_or_without_greedy_text_is_refused(
     assert whole["worse"]["difference"] == pytest.approx(lengths[0] - lengths[1])
     low, high = whole["worse"]["difference_interval"]
     assert low <= whole["worse"]["difference"] <= high
-    argv = ["eval", "--head", str(tmp_path / "head"), "--simulate", str(store), "--dtype"]
-    argv += ["float32", "--out", str(tmp_path / "out"), "--num-assistant-tokens", "2"]
-    assert main([*argv, "--target", "tiny-gemma4"]) == 0
+    argv = ["simulate", str(store), str(tmp_path / "head"), "target.dtype=float32"]
+    argv += [f"output_dir={tmp_path / 'out'}", "eval.num_assistant_tokens=2"]
+    assert main([*argv, "target.name=tiny-gemma4"]) == 0
     assert "greedy texts of tiny-gemma4, simulated" in capsys.readouterr().out
-    assert main([*argv, "--target", "tiny-gemma3"]) == 1
+    assert main([*argv, "target.name=tiny-gemma3"]) == 1
     assert "does not fit" in capsys.readouterr().err

@@ -70,9 +70,9 @@ def test_a_private_head_never_lands_in_a_repository_that_all_see(
 ) -> None:
     hub.repositories[REPO] = Repository("public")
     assert publish(finished_run) == 1
-    assert "--public" in capsys.readouterr().err
+    assert "publish.private=false" in capsys.readouterr().err
     assert hub.repositories[REPO].files("main") == {}
-    assert publish(finished_run, "--public") == 0
+    assert publish(finished_run, "publish.private=false") == 0
     assert hub.repositories[REPO].files("main")
 
 
@@ -86,8 +86,8 @@ def test_without_the_hub_it_is_said_what_keeps_it_away(
 
 
 def test_branches_and_pull_requests(finished_run: Path, hub: Hub) -> None:
-    assert publish(finished_run, "--branch", "v2") == 0
-    assert publish(finished_run, "--pr") == 0
+    assert publish(finished_run, "publish.branch=v2") == 0
+    assert publish(finished_run, "publish.create_pr=true") == 0
     repository = hub.repositories[REPO]
     assert repository.files("main") == {}
     assert set(repository.files("v2")) == set(repository.files("refs/pr/1"))

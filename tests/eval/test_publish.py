@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from headstart.cli.main import main
 from headstart.configs.loader import load_config
+from headstart.configs.settings import PublishConfig
 from headstart.heads.loading import load_target
 from headstart.heads.saving import load_assistant
 from headstart.serve.hub import upload
@@ -51,7 +52,7 @@ def test_a_head_that_was_published_reads_back_as_the_one_evaluated(
             assert TOKEN not in done.stdout + done.stderr
             return done.stdout
 
-        said = headstart("publish", finished_run, *PUBLISH, "--out", tmp_path / "folder")
+        said = headstart("publish", finished_run, *PUBLISH, f"output_dir={tmp_path / 'folder'}")
         repository = hub.repositories[REPO]
         commit = repository.commit("main")
         assert f"/commit/{commit}" in said
@@ -73,11 +74,11 @@ def test_a_head_that_was_published_reads_back_as_the_one_evaluated(
             "evaluation/report.json",
         } <= there
 
-        arguments = ["--target", "tiny-gemma4", "--dtype", "float32", "--limit", "1"]
-        arguments += ["--max-new-tokens", "8", "--num-assistant-tokens", "2"]
-        arguments += ["--prompts", "data/prompts/text_eval.jsonl"]
+        settings = ["target.name=tiny-gemma4", "target.dtype=float32", "eval.limit=1"]
+        settings += ["eval.max_new_tokens=8", "eval.num_assistant_tokens=2"]
+        settings += ["eval.prompts=data/prompts/text_eval.jsonl"]
         for name in (f"{REPO}@{commit}", str(finished_run / "head")):
-            headstart("eval", "--head", name, *arguments, "--out", tmp_path / name[-8:])
+            headstart("eval", name, *settings, f"output_dir={tmp_path / name[-8:]}")
         pinned, local = (
             json.loads((tmp_path / end / "report.json").read_text())["environment"]
             for end in (commit[-8:], str(finished_run / "head")[-8:])
@@ -89,7 +90,7 @@ def test_the_card_holds_the_reports_figures_and_no_others(
     finished_run: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "folder"
-    assert publish(finished_run, "--dry-run", "--out", out, "--language", "en") == 0
+    assert publish(finished_run, "--plan", f"output_dir={out}", "publish.languages=en") == 0
     card = ModelCard.load(out / "README.md")
     report = json.loads((finished_run / "eval" / "report.json").read_text())
     wanted = {
@@ -122,7 +123,7 @@ def test_the_card_holds_the_reports_figures_and_no_others(
 def test_the_cards_own_snippet_drafts_without_headstart(finished_run: Path, tmp_path: Path) -> None:
     """In a process that cannot import Headstart; the names of the Hub stand for folders."""
     out = tmp_path / "folder"
-    assert publish(finished_run, "--dry-run", "--out", out) == 0
+    assert publish(finished_run, "--plan", f"output_dir={out}") == 0
     target = load_target("tiny-gemma4", "float32")
     target.model.save_pretrained(tmp_path / "target")
     target.tokenizer.save_pretrained(tmp_path / "target")
@@ -145,7 +146,7 @@ def test_a_gemma_3_card_carries_googles_terms_and_a_snippet_that_runs(tmp_path: 
     folder, builtin = tmp_path / "run", ["data.prompts=builtin:text_train"]
     run(tiny_config(folder, *SHORT, "target.name=tiny-gemma3", *builtin))
     out = tmp_path / "folder"
-    assert publish(folder, "--dry-run", "--out", out) == 0
+    assert publish(folder, "--plan", f"output_dir={out}") == 0
     card = ModelCard.load(out / "README.md")
     assert "prompts from builtin:text_train" in card.text, "a name that is public"
     published = load_config(out / "training_config.yaml")
@@ -170,7 +171,7 @@ def test_the_license_is_the_targets_own(finished_run: Path, hub: Hub) -> None:
 
 def test_without_texts_no_prompt_leaves_the_machine(finished_run: Path, tmp_path: Path) -> None:
     out = tmp_path / "folder"
-    assert publish(finished_run, "--dry-run", "--out", out, "--without-texts") == 0
+    assert publish(finished_run, "--plan", f"output_dir={out}", "publish.include_texts=false") == 0
     report = json.loads((finished_run / "eval" / "report.json").read_text())
     shown = {example["prompt"][:40] for example in report["examples"]}
     assert shown
@@ -185,7 +186,7 @@ def test_another_head_than_the_evaluated_one_is_refused(
     weights = load_file(spoilt / "head" / "model.safetensors")
     weights["pre_projection.weight"][0, 0] += 1e-3
     save_file(weights, spoilt / "head" / "model.safetensors", metadata={"format": "pt"})
-    assert publish(spoilt, "--dry-run", "--out", tmp_path / "folder") == 1
+    assert publish(spoilt, "--plan", f"output_dir={tmp_path / 'folder'}") == 1
     assert "is not a head of the report" in capsys.readouterr().err
     assert not (tmp_path / "folder").exists()
 
@@ -193,12 +194,15 @@ def test_another_head_than_the_evaluated_one_is_refused(
     content = json.loads(report.read_text())
     del content["environment"]["head_fingerprints"]
     report.write_text(json.dumps(content))
-    assert publish(spoilt, "--dry-run", "--out", tmp_path / "folder") == 1
+    assert publish(spoilt, "--plan", f"output_dir={tmp_path / 'folder'}") == 1
     assert "headstart eval" in capsys.readouterr().err
 
     (spoilt / "head" / "model.safetensors").write_bytes(b"cut")
     report = finished_run / "eval"
-    assert publish(spoilt, "--report", report, "--dry-run", "--out", tmp_path / "folder") == 1
+    assert (
+        publish(spoilt, f"publish.report={report}", "--plan", f"output_dir={tmp_path / 'folder'}")
+        == 1
+    )
     assert "head/model.safetensors is damaged" in capsys.readouterr().err
 
 
@@ -210,7 +214,7 @@ def test_a_report_of_another_target_is_refused(
     content = json.loads(path.read_text())
     (name,) = content["environment"]["head_fingerprints"]
     path.write_text(json.dumps(content | {"warnings": {name: "this head was trained for others"}}))
-    assert publish(spoilt, "--dry-run", "--out", tmp_path / "folder") == 1
+    assert publish(spoilt, "--plan", f"output_dir={tmp_path / 'folder'}") == 1
     assert "of another target: this head was trained for others" in capsys.readouterr().err
 
 
@@ -239,22 +243,22 @@ def test_a_folder_that_reads_back_as_another_head_is_not_published(
 def test_a_folder_that_holds_something_else_is_left_alone(
     finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The run itself above all; a folder of an earlier dry run is replaced."""
+    """The run itself above all; a folder of an earlier plan is replaced."""
     mine = copy_of(finished_run, tmp_path / "run")
     for out in (mine, mine / "head", tmp_path):
-        assert publish(mine, "--dry-run", "--out", out) == 1
+        assert publish(mine, "--plan", f"output_dir={out}") == 1
         assert "is not empty" in capsys.readouterr().err
     assert {p.name for p in mine.iterdir()} == {p.name for p in finished_run.iterdir()}
     for _ in range(2):
-        assert publish(mine, "--dry-run", "--out", tmp_path / "folder") == 0
+        assert publish(mine, "--plan", f"output_dir={tmp_path / 'folder'}") == 0
 
 
 def test_a_target_that_the_hub_does_not_have_is_asked_for(
     finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = ["publish", str(finished_run), "--repo-id", REPO, "--dry-run"]
-    assert main([*command, "--out", str(tmp_path / "folder")]) == 1
-    assert "--base-model" in capsys.readouterr().err
+    command = ["publish", str(finished_run), REPO, "--plan"]
+    assert main([*command, f"output_dir={tmp_path / 'folder'}"]) == 1
+    assert "publish.base_models" in capsys.readouterr().err
 
 
 def test_an_adapter_of_a_head_is_published_as_a_peft_adapter(
@@ -275,16 +279,16 @@ def test_an_adapter_of_a_head_is_published_as_a_peft_adapter(
     ))  # fmt: skip
     out = tmp_path / "folder"
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    base = ("--dry-run", "--out", out, "--base-head")
-    assert publish(folder, *base, "org/head") == 1, "the Hub has no such head"
+    base = ("--plan", f"output_dir={out}")
+    assert publish(folder, *base, "publish.base_head=org/head") == 1, "the Hub has no such head"
     another = finished(load_target("tiny-gemma4", "float32"), tmp_path / "another", NARROW)
-    upload(another, "org/another", True, None, False)
-    upload(start, "org/head", True, None, False)
+    upload(another, "org/another", PublishConfig())
+    upload(start, "org/head", PublishConfig())
     capsys.readouterr()
-    assert publish(folder, *base, "org/another") == 1
+    assert publish(folder, *base, "publish.base_head=org/another") == 1
     assert not out.exists()
     commit = hub.repositories["org/head"].commit("main")
-    assert publish(folder, *base, f"org/head@{commit}") == 0
+    assert publish(folder, *base, f"publish.base_head=org/head@{commit}") == 0
     card = ModelCard.load(out / "README.md")
     assert (card.data.base_model, card.data.library_name) == (["org/head"], "peft")
     content = json.loads((out / "adapter_config.json").read_text())
@@ -295,5 +299,6 @@ def test_an_adapter_of_a_head_is_published_as_a_peft_adapter(
     theirs = wrapped.merge_and_unload().state_dict()
     ours = load_assistant(folder / "head", torch.float32).state_dict()
     assert all(torch.equal(theirs[name], ours[name]) for name in ours)
-    assert publish(folder, "--dry-run", "--out", tmp_path / "whole", "--merged") == 0
+    plan = ("--plan", f"output_dir={tmp_path / 'whole'}")
+    assert publish(folder, *plan, "publish.merge_adapter=true") == 0
     assert (tmp_path / "whole" / "model.safetensors").is_file()

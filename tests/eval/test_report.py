@@ -251,12 +251,11 @@ def test_a_killed_evaluation_goes_on_with_what_is_missing(
 def test_the_command_measures_a_head_and_names_what_is_wrong(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], tiny: Target
 ) -> None:
-    argv = ["eval", "--target", "tiny-gemma4", "--prompts", prompt_file(tmp_path, 2)]
-    argv += ["--max-new-tokens", "6", "--dtype", "float32", "--out", str(tmp_path / "out")]
-    assert main([*argv, "--decoders", "lookup"]) == 0
+    argv = ["eval", "target.name=tiny-gemma4", f"eval.prompts={prompt_file(tmp_path, 2)}"]
+    argv += ["eval.max_new_tokens=6", "target.dtype=float32", f"output_dir={tmp_path / 'out'}"]
+    assert main([*argv, "eval.decoders=lookup"]) == 0
     assert "prompt lookup, without a head" in (tmp_path / "out" / "report.md").read_text()
-    with pytest.raises(SystemExit, match="2"):
-        main([*argv, "--decoders", "lockup"])
-    assert "'lockup' is none of transformers, exact" in capsys.readouterr().err
-    assert main([*argv, "--temperature", "0,0"]) == 1
+    assert main([*argv, "eval.decoders=exact,lockup"]) == 1
+    assert "eval.decoders.1: Input should be 'transformers', 'exact'" in capsys.readouterr().err
+    assert main([*argv, "eval.temperatures=0,0"]) == 1
     assert "temperatures names one twice" in capsys.readouterr().err

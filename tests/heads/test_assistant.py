@@ -1,4 +1,6 @@
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from headstart.heads.saving import (
 from headstart.heads.target import Target
 from headstart.heads.unroll import DraftHead, Texts, all_rows
 from headstart.train.start import low_rank_agreement, low_rank_start
+from tests.helpers.checkpoints import configure, saved_head
 from tests.helpers.models import make_target
 
 
@@ -131,11 +134,60 @@ def test_a_folder_that_is_no_head_is_refused(tmp_path: Path) -> None:
 def test_a_head_of_another_maker_drafts_where_transformers_puts_it_and_ours_has_to_say() -> None:
     """A key that is missed in silence would change what a trained head means."""
     config = build_assistant(make_target("gemma4"), HeadConfig()).config
-    assert draft_position_offset(config) == "newest"
-    for key, value in trained_notes(config, "both", {}).items():
+    assert draft_position_offset(config) == 0
+    for key, value in trained_notes(config, "mixed", {}).items():
         setattr(config, key, value)
-    assert draft_position_offset(config) == "both"
-    delattr(config, "headstart_rope_position")
+    assert draft_position_offset(config) == "mixed"
+    delattr(config, "headstart_draft_position_offset")
     config.headstart_target = {"name": "tiny"}
-    with pytest.raises(ValueError, match="headstart_rope_position"):
+    with pytest.raises(ValueError, match="headstart_draft_position_offset"):
         draft_position_offset(config)
+
+
+BEFORE = {"newest": 0, "one_earlier": -1, "both": "mixed"}
+
+
+@pytest.mark.parametrize("said", BEFORE)
+def test_a_head_of_before_keeps_where_its_drafts_stand_and_is_saved_in_the_words_of_today(
+    tmp_path: Path, said: str
+) -> None:
+    """Published heads say it by the earlier name for ever; what is saved again says it once."""
+    target = make_target("gemma4")
+    saved_head(tmp_path / "before", target)
+    configure(tmp_path / "before", headstart_rope_position=said)
+    head: Any = load_assistant(tmp_path / "before", torch.float32)
+    assert draft_position_offset(head.config) == BEFORE[said]
+    save_assistant(head, target.table, tmp_path / "again", 4, torch.float32)
+    notes = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert "headstart_rope_position" not in notes
+    assert notes["headstart_draft_position_offset"] == BEFORE[said]
+    kept = load_assistant(tmp_path / "again", torch.float32)
+    assert draft_position_offset(kept.config) == BEFORE[said]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("headstart_rope_position", "latest"),
+        ("headstart_rope_position", 0),
+        ("headstart_rope_position", ["both"]),
+        ("headstart_draft_position_offset", "newest"),
+        ("headstart_draft_position_offset", 1),
+        ("headstart_draft_position_offset", False),
+        ("headstart_draft_position_offset", {}),
+    ],
+)
+def test_a_head_that_says_what_is_no_draft_position_is_neither_read_nor_saved(
+    tmp_path: Path, key: str, value: object
+) -> None:
+    """Not even one of another maker: taken for 0, its drafts would stand elsewhere in silence."""
+    target = make_target("gemma4")
+    saved_head(tmp_path / "head", target)
+    changes: dict[str, Any] = {key: value}
+    configure(tmp_path / "head", **changes)
+    head: Any = load_assistant(tmp_path / "head", torch.float32)
+    with pytest.raises(ValueError, match=key):
+        draft_position_offset(head.config)
+    with pytest.raises(ValueError, match=key):
+        save_assistant(head, target.table, tmp_path / "again", 4, torch.float32)
+    assert not (tmp_path / "again").exists()

@@ -1,4 +1,4 @@
-"""What `heads describe` counts is what the loaded models hold."""
+"""What `headstart describe` counts is what the loaded models hold."""
 
 from pathlib import Path
 from typing import Any
@@ -160,17 +160,17 @@ def test_a_head_without_ordered_embeddings_or_k_says_so(tmp_path: Path) -> None:
     assert figures["c"].keys() == {"dense"}
 
 
-def test_heads_describe_prints_and_fails_in_one_line(
+def test_describe_prints_and_fails_in_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = save(ordered_head(tiny_config("tiny-gemma4"), hidden_size=32), tmp_path / "head")
-    assert main(["heads", "describe", str(folder), "--target", "tiny-gemma4"]) == 0
+    assert main(["describe", str(folder), "target.name=tiny-gemma4"]) == 0
     printed = capsys.readouterr().out
     figures = describe(folder)
     assert f"{figures['parameters_trained']:,}" in printed
     assert "tokens per centroid" in printed
     assert "c: ordered" in printed
     assert "materialized" in printed
-    assert main(["heads", "describe", str(tmp_path / "absent")]) == 1
+    assert main(["describe", str(tmp_path / "absent")]) == 1
     error = capsys.readouterr().err.strip().splitlines()
     assert "no draft head at" in error[-1]

@@ -12,7 +12,7 @@ from headstart.cli.main import main
 from headstart.configs.schema import HeadConfig
 from headstart.heads.assistant import assistant_config
 from headstart.heads.loading import load_target
-from headstart.heads.saving import ROPE_POSITION, load_assistant, save_assistant
+from headstart.heads.saving import OFFSET, load_assistant, save_assistant
 from headstart.heads.target import Target
 from headstart.serve.engines import ENGINES, Engine, engine_warnings, incompatibilities
 from tests.helpers.heads import FULL, NARROW, finished, noisy_head
@@ -59,12 +59,12 @@ def test_an_exported_head_drafts_as_its_dense_self(
     """bfloat16, without clusters, with both of the keys that engines read, and the tokenizer."""
     start = finished(load_target("tiny-gemma4", "float32"), tmp_path / "start", width)
     out = tmp_path / "out"
-    command = ["export", str(start), "--to", "vllm", "--target", "tiny-gemma4", "--out", str(out)]
+    command = ["export", str(start), "vllm", "target.name=tiny-gemma4", f"output_dir={out}"]
     if width is not None:  # it has clusters, which vLLM reads on a GPU alone
         assert main(command) == 0
-        assert "for a CPU export with --dense" in capsys.readouterr().out
+        assert "for a CPU export with export.dense=true" in capsys.readouterr().out
         shutil.rmtree(out)
-    assert main([*command, "--dense"]) == 0
+    assert main([*command, "export.dense=true"]) == 0
     assert "CPU" not in capsys.readouterr().out
     text = json.loads((out / "config.json").read_text())["text_config"]
     assert text["global_head_dim"] == 32
@@ -92,29 +92,29 @@ def test_an_export_that_cannot_be_leaves_everything_as_it_was(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     start = finished(load_target("tiny-gemma4", "float32"), tmp_path / "start", FULL)
-    command = ["export", str(start), "--dense", "--out"]
+    command = ["export", str(start), "export.dense=true"]
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     wrong = {
-        ("--to", "vllm", "--target", "tiny-gemma4"): (start, "is not empty"),
-        ("--to", "vllm", "--target", "tiny-gemma3"): (tmp_path / "out", "does not fit"),
-        ("--to", "llama.cpp", "--target", "tiny-gemma4"): (tmp_path / "out", "engines install"),
+        ("vllm", "target.name=tiny-gemma4"): (start, "is not empty"),
+        ("vllm", "target.name=tiny-gemma3"): (tmp_path / "out", "does not fit"),
+        ("llama.cpp", "target.name=tiny-gemma4"): (tmp_path / "out", "headstart install"),
     }
     for options, (out, says) in wrong.items():
-        assert main([*command, str(out), *options]) == 1
+        assert main([*command, f"output_dir={out}", *options]) == 1
         assert says in capsys.readouterr().err
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
 @pytest.mark.parametrize(
     ("trained", "told"),
-    [("newest", {"vllm", "mlx"}), ("one_earlier", {"transformers", "llama.cpp"})],
+    [(0, {"vllm", "mlx"}), (-1, {"transformers", "llama.cpp"})],
 )
-def test_an_engine_that_puts_drafts_elsewhere_is_told(trained: str, told: set[str]) -> None:
+def test_an_engine_that_puts_drafts_elsewhere_is_told(trained: int, told: set[str]) -> None:
     config = config_of(make_target("gemma4"))
-    setattr(config, ROPE_POSITION, trained)
+    setattr(config, OFFSET, trained)
     found = {
         engine for engine in ENGINES if any("RoPE" in r for r in engine_warnings(engine, config))
     }
     assert found == told
-    setattr(config, ROPE_POSITION, "both")
+    setattr(config, OFFSET, "mixed")
     assert not any("RoPE" in r for engine in ENGINES for r in engine_warnings(engine, config))

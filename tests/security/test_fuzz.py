@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from headstart.cli.eval import _run_compare
+from headstart.cli.eval import COMPARE
 from headstart.common.children import temporary_folder
 from headstart.common.files import content_sha256
 from headstart.configs.schema import TargetConfig
@@ -229,5 +229,6 @@ def test_heads(name: str, change: Change, run: Path) -> None:
 def test_reports(change: Change, tmp_path_factory: pytest.TempPathFactory) -> None:
     file = tmp_path_factory.mktemp("report") / "report.json"
     shutil.copyfile(ROOT / "docs" / "results" / "eval-t1.json", file)
-    given = Namespace(before=file, after=ROOT / "docs" / "results" / "eval-t1.json", decoders=None)
-    attempt(file, change, lambda: _run_compare(given), file)
+    other = ROOT / "docs" / "results" / "eval-t1.json"
+    given = Namespace(of=COMPARE, config=None, settings=[], before=file, after=other)
+    attempt(file, change, lambda: COMPARE.run(given), file)

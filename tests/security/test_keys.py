@@ -37,7 +37,7 @@ def regenerate(url: str, folder: Path, *more: str) -> int:
     rows = "".join(json.dumps({"prompt": text * 9}) + "\n" for text in "ab")
     (folder / "prompts.jsonl").write_text(rows)
     return main([
-        "regenerate", "--server", url, "--out", str(folder / "out"), *more,
+        "regenerate", f"server.url={url}", f"output_dir={folder / 'out'}", *more,
         "target.name=tiny-gemma4", f"data.prompts=[{folder / 'prompts.jsonl'}]",
         "data.max_new_tokens=4", "data.num_conversations=2", "data.validation_conversations=1",
     ])  # fmt: skip
@@ -58,14 +58,14 @@ def test_a_server_gets_the_key_that_is_meant_for_it(
     assert {h["authorization"] for h in server.headers} == {"Bearer its-own"}
     monkeypatch.setenv("MINE", "another")
     server.headers.clear()
-    assert regenerate(server.url, tmp_path / "b", "--api-key-env", "MINE") == 0
+    assert regenerate(server.url, tmp_path / "b", "server.api_key_env=MINE") == 0
     assert {h["authorization"] for h in server.headers} == {"Bearer another"}
 
 
 def test_a_key_that_is_named_and_not_there_is_said_before_anything_is_sent(
     server: Stranger, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert regenerate(server.url, tmp_path, "--api-key-env", "NOWHERE") == 1
+    assert regenerate(server.url, tmp_path, "server.api_key_env=NOWHERE") == 1
     assert "NOWHERE" in capsys.readouterr().err
     assert server.headers == []
 
@@ -84,7 +84,7 @@ def test_a_redirect_to_another_host_is_not_followed(
         assert elsewhere.headers == []
         said = capsys.readouterr().err
         assert elsewhere.url in said
-        assert "--server" in said
+        assert "server.url" in said
 
 
 def test_a_password_in_the_address_of_a_server_is_sent_and_not_shown(
@@ -106,7 +106,7 @@ def test_a_server_that_wants_a_key_is_told_by_which_variable_it_gets_one(
     assert regenerate(server.url, tmp_path) == 1
     said = capsys.readouterr().err
     assert KEY in said
-    assert "--api-key-env OPENAI_API_KEY" in said
+    assert "server.api_key_env=OPENAI_API_KEY" in said
 
 
 @pytest.mark.parametrize("how", ["message", "redirect"])

@@ -25,7 +25,7 @@ def test_a_hub_that_cannot_be_asked_makes_no_license(
     assert license("org/tiny") == "unknown"
     said = capsys.readouterr().out
     assert "the Hub" in said
-    assert "--license" in said
+    assert "publish.license" in said
 
 
 def test_a_card_that_names_no_license_is_not_apache(

@@ -37,7 +37,7 @@ def folder(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def publish(folder: Path, out: Path) -> int:
-    return main(["publish", str(folder), *PUBLISH, "--dry-run", "--out", str(out)])
+    return main(["publish", str(folder), *PUBLISH, "--plan", f"output_dir={out}"])
 
 
 def held(out: Path, text: str) -> list[Path]:
@@ -114,9 +114,10 @@ def test_no_relative_path_is_published_from_elsewhere(
 ) -> None:
     """Where the folders that they name are not there to be seen."""
     monkeypatch.chdir(tmp_path)
-    where = ["--target", str(work / CLIENT / "model"), "--adapter", str(work / CLIENT / "lora")]
+    client = work / CLIENT
+    where = [f"target.name={client / 'model'}", f"target.adapters={client / 'lora'}"]
     out = tmp_path / "out"
-    command = ["publish", str(folder), *PUBLISH, "--dry-run", "--out", str(out), *where]
+    command = ["publish", str(folder), *PUBLISH, "--plan", f"output_dir={out}", *where]
     assert main(command) == 0
     check_paths(out)
 
@@ -141,8 +142,8 @@ def test_a_link_in_the_folder_of_a_tokenizer_is_not_published(
         link = target / name
         link.parent.mkdir(exist_ok=True)
         link.symlink_to(tmp_path / "id_rsa")
-        where = ["--target", str(target), "--adapter", str(work / CLIENT / "lora")]
-        command = ["publish", str(folder), *PUBLISH, "--dry-run", "--out", str(tmp_path / "out")]
+        where = [f"target.name={target}", f"target.adapters={work / CLIENT / 'lora'}"]
+        command = ["publish", str(folder), *PUBLISH, "--plan", f"output_dir={tmp_path / 'out'}"]
         assert main([*command, *where]) == 1
         assert link.name in capsys.readouterr().err
         assert not (tmp_path / "out").exists()
@@ -166,9 +167,9 @@ def test_paths_that_a_tokenizer_notes_are_not_published(
     path = target / "tokenizer_config.json"
     noted = {"trained_on": f"/mnt/{CLIENT}/rows.jsonl", "how": {"by": f"/mnt/{CLIENT}/train.py"}}
     path.write_text(json.dumps(json.loads(path.read_text()) | noted))
-    where = ["--target", str(target), "--adapter", str(work / CLIENT / "lora")]
+    where = [f"target.name={target}", f"target.adapters={work / CLIENT / 'lora'}"]
     out = tmp_path / "out"
-    assert main(["publish", str(folder), *PUBLISH, "--dry-run", "--out", str(out), *where]) == 0
+    assert main(["publish", str(folder), *PUBLISH, "--plan", f"output_dir={out}", *where]) == 0
     assert held(out, CLIENT) == []
     assert json.loads((out / path.name).read_text())["how"] == {"by": "train.py"}
 

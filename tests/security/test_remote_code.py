@@ -87,8 +87,8 @@ def test_what_is_exported_names_no_code_of_strangers(tmp_path: Path, mark: Path)
     auto_map = {"AutoTokenizer": [None, "some-org/evil--evil.Evil"]}
     spoil(target, "tokenizer_config.json", mark, auto_map=auto_map)
     out = tmp_path / "out"
-    command = ["export", str(head), "--to", "transformers", "--target", target, "--out", str(out)]
-    assert main([*command, "--dtype", "float32"]) == 0
+    command = ["export", str(head), "transformers", f"target.name={target}", f"output_dir={out}"]
+    assert main([*command, "export.dtype=float32"]) == 0
     assert [path for path in out.iterdir() if b"evil" in path.read_bytes()] == []
     mine, theirs = (load_assistant(path, torch.float32).state_dict() for path in (head, out))
     assert all(torch.equal(mine[key], theirs[key]) for key in mine)

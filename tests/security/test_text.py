@@ -91,7 +91,7 @@ def test_an_error_names_a_file_without_its_escapes(
 ) -> None:
     name = str(tmp_path / f"{ESCAPES[0].replace('/', '')}.jsonl")
     for more in ([], ["--debug"]):
-        assert main(["data", "inspect", name, *more]) == 1
+        assert main(["inspect", name, *more]) == 1
         shown = capsys.readouterr().err
         assert not ACTING.search(shown)
         assert "\u241b" in shown
@@ -100,7 +100,7 @@ def test_an_error_names_a_file_without_its_escapes(
 def test_warnings_of_transformers_about_a_config_do_not_act(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    main(["data", "inspect", str(tmp_path / "none")])
+    main(["inspect", str(tmp_path / "none")])
     record = logging.makeLogRecord({"msg": "a model of type %s", "args": (ESCAPES[0],)})
     handlers = logging.getLogger("transformers").handlers
     assert handlers
@@ -176,9 +176,9 @@ def test_a_target_named_as_markup_makes_nothing_of_a_model_card(
         content["environment"][name] = MARKDOWN
     content["environment"]["accelerator"] = None
     path.write_text(json.dumps(content))
-    words = ["publish", str(run), "--repo-id", "org/head", "--base-model", "org/tiny"]
+    words = ["publish", str(run), "org/head", "publish.base_models=org/tiny"]
     out = tmp_path / "folder"
-    assert main([*words, "--language", "[en](b)", "--dry-run", "--out", str(out)]) == 0
+    assert main([*words, "publish.languages='[en](b)'", "--plan", f"output_dir={out}"]) == 0
     text = (out / "README.md").read_text().split("---\n", 2)[2]
     code = re.compile(r"```.*?```|``+ .*? ``+|`[^`\n]*`", re.DOTALL)
     prose = code.sub("", text)
