@@ -394,7 +394,9 @@ def _takes_names(annotation: Any) -> bool:
     `no` for a truth value."""
     if get_origin(annotation) is Literal:
         return all(isinstance(word, str) for word in get_args(annotation))
-    return any(map(_takes_names, _alternatives(annotation)))
+    alternatives = _alternatives(annotation)
+    number = any(_is_class(one) and issubclass(one, int | float) for one in alternatives)
+    return not number and any(map(_takes_names, alternatives))
 
 
 def section_in(annotation: Any) -> type[BaseModel] | None:
