@@ -149,10 +149,13 @@ def draft_position_offset(config: Any) -> DraftPositionOffset:
     `OF_OTHERS`.
 
     Raises:
-        ValueError: it is a head of Headstart, and does not say.
+        ValueError: it is a head of Headstart, and does not say; or it says something else.
     """
-    earlier = BEFORE.get(getattr(config, OFFSET_BEFORE, ""))
-    offset: DraftPositionOffset | None = getattr(config, OFFSET, earlier)
+    earlier = getattr(config, OFFSET_BEFORE, None)
+    if earlier is not None and str(earlier) not in BEFORE:
+        known = ", ".join(BEFORE)
+        raise ValueError(f"{OFFSET_BEFORE}={earlier!r} of a head's config.json is none of {known}")
+    offset: DraftPositionOffset | None = getattr(config, OFFSET, BEFORE.get(str(earlier)))
     if offset not in (None, *get_args(DraftPositionOffset)):
         raise ValueError(f"{OFFSET}={offset!r} of a head's config.json is none of 0, -1 and mixed")
     if offset is None and made_for(config) is not None:

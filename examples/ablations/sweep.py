@@ -2,11 +2,11 @@
 
     python examples/ablations/sweep.py --config examples/ablations/sweep-recipe.yaml
 
-Acceptance is computed as `headstart eval --simulate` computes it, without decoding, so that no
+Acceptance is computed as `headstart simulate` computes it, without decoding, so that no
 clock is in what is compared. The same command goes on where it stopped. The file has these keys:
 `config`, the recipe that all runs vary, by name or path; `overrides` of every run; `runs`, name ->
 overrides, the first of which the others are compared with; `eval_sets`, name -> an activation store
-of texts that no run trains on, or `{store: DIR, draft_position_offset: one_earlier}`; and, with the
+of texts that no run trains on, or `{store: DIR, draft_position_offset: -1}`; and, with the
 defaults below, `seeds` and `num_assistant_tokens`.
 """
 
@@ -45,7 +45,9 @@ def run_sweep(path: Path, out: Path, overrides: list[str]) -> dict[str, Any]:
     sweep |= given
     for name, on in sweep["eval_sets"].items():
         on = on if isinstance(on, dict) else {"store": on}
-        sweep["eval_sets"][name] = {"draft_position_offset": "newest"} | on
+        sweep["eval_sets"][name] = {"draft_position_offset": 0} | on
+        if sweep["eval_sets"][name]["draft_position_offset"] not in (0, -1):
+            raise SystemExit(f"{path}: draft_position_offset of {name} is to be 0 or -1")
     runs = [  # all are loaded before anything runs
         (name, load_config(sweep["config"], [
             *sweep["overrides"], *overrides, *own,
