@@ -40,7 +40,8 @@ TRAIN = Command(
 
 
 def _adapt(args: argparse.Namespace) -> None:
-    from headstart.train.adapt import adapt, adapt_defaults
+    from headstart.train.adapt import adapt
+    from headstart.train.adaptation import adapt_defaults
 
     settings = read_settings(args, adapt_defaults(args.head))
     adapt(settings, args.head, default_device(), ["headstart", *sys.argv[1:]])

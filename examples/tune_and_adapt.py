@@ -113,9 +113,9 @@ def run() -> int:
         elif (there := json.loads(note.read_text())) != tuning:
             raise SystemExit(f"{adapter} was tuned with {there}, now {tuning}: name another --out")
     command = [
-        "adapt", "--target", args.target, "--adapter", str(adapter), "--head", args.head,
-        "--prompts", str(unseen), "--general", str(general), "--budget", args.budget,
-        "--out", str(out / "adapted"), *rest,
+        "adapt", args.head, f"target.name={args.target}", f"target.adapters={adapter}",
+        f"data.prompts={unseen}", f"adapt.general_prompts={general}",
+        f"adapt.budget={args.budget}", f"output_dir={out / 'adapted'}", *rest,
     ]  # fmt: skip
     print("$ headstart " + shlex.join(command), flush=True)
     ran, sys.argv = shlex.join(["python", *sys.argv]), ["headstart", *command]

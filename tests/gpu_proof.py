@@ -329,7 +329,8 @@ def head_step(place: Place) -> dict[str, Any]:
     texts = random_texts(target, place.scaled(24, 8), place.scaled(1024, 40))
     data = DataConfig(teacher_top_k=64 if place.real else 16, storage="int8")
     train = TrainConfig(
-        batch_size=place.scaled(8, 4), anchors=64, rounds=4, multi_step_anchors=32, max_packed_length=4096,
+        batch_size=place.scaled(8, 4), max_anchors=64, num_speculative_steps=4,
+        multi_step_anchors=32, max_packed_length=4096,
         likely_tokens=place.scaled(8192, 64), negatives=place.scaled(8192, 64),
         mixed_precision="bf16" if place.real else "no",
     )  # fmt: skip

@@ -29,9 +29,8 @@ def test_an_engine_says_what_transformers_says_and_accepts_as_much(
     target, head = pair
     if engine == "mlx":
         target = str(write_multimodal(Path(target), tmp_path / "multimodal"))
-    command = ["serve-check", "--engine", engine, "--target", target, "--head", head]
-    command += ["--dtype", "float32", "--limit", "16", "--out", str(tmp_path)]
-    assert main(command) == 0
+    settings = [f"target.name={target}", "target.dtype=float32", "eval.limit=16"]
+    assert main(["serve-check", head, engine, *settings, f"output_dir={tmp_path}"]) == 0
     content = json.loads((tmp_path / "serve-check.json").read_text())
     assert set(content["equal_texts"].values()) == {1.0}
     ours, theirs = (content["acceptance_length"][name] for name in ("transformers", "engine"))
@@ -46,8 +45,8 @@ def test_an_exported_gguf_holds_the_heads_weights(pair: list[str], tmp_path: Pat
     install_engine("llama.cpp")
     target, head = pair
     out = tmp_path / "out"
-    command = ["export", head, "--to", "llama.cpp", "--target", target, "--out", str(out)]
-    assert main([*command, "--dtype", "float32"]) == 0
+    settings = [f"target.name={target}", "export.dtype=float32", f"output_dir={out}"]
+    assert main(["export", head, "llama.cpp", *settings]) == 0
     script = (
         "import hashlib, sys; from gguf import GGUFReader; "
         "[print(hashlib.sha256(t.data.tobytes()).hexdigest()) "

@@ -10,6 +10,7 @@ import yaml
 
 from headstart.configs.loader import load_config
 from headstart.configs.schema import DraftPositionOffset
+from headstart.configs.settings import ServerConfig
 from headstart.data.prepare import run_regenerate
 from headstart.data.store import ActivationStore
 from headstart.eval.replay import simulate_acceptance
@@ -38,7 +39,7 @@ def test_an_interrupted_sweep_goes_on_and_judges_heads_as_the_simulated_evaluati
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     store = tmp_path / "store"
-    run_regenerate(tiny_config(tmp_path / "none"), store, extracting=True, device="cpu")
+    run_regenerate(tiny_config(store), ServerConfig(), extracting=True, device="cpu")
     overrides = [
         f"data.store={store}", "train.max_steps=6", "train.eval_steps=3", "eval=null",
         "head.use_ordered_embeddings=false", "head.num_centroids=null",
@@ -46,7 +47,7 @@ def test_an_interrupted_sweep_goes_on_and_judges_heads_as_the_simulated_evaluati
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump({
         "config": str(ROOT / "configs" / "tiny.yaml"),
         "overrides": overrides,
-        "eval_sets": {"a": str(store), "b": {"store": str(store), "draft_position_offset": "one_earlier"}},
+        "eval_sets": {"a": str(store), "b": {"store": str(store), "draft_position_offset": -1}},
         "num_assistant_tokens": 3,
         "runs": {"base": [], "slow": ["train.learning_rate=1e-6"]},
     }))  # fmt: skip
@@ -62,6 +63,11 @@ def test_an_interrupted_sweep_goes_on_and_judges_heads_as_the_simulated_evaluati
     (tmp_path / "wrong.yaml").write_text("{config: a, runs: {}, eval_sets: {}, seed: [1]}")
     with pytest.raises(SystemExit, match="unknown: seed"):
         script.run_sweep(tmp_path / "wrong.yaml", tmp_path / "out", [])
+    (tmp_path / "odd.yaml").write_text(
+        "{config: a, runs: {}, eval_sets: {b: {store: s, draft_position_offset: one_earlier}}}"
+    )
+    with pytest.raises(SystemExit, match="draft_position_offset of b"):
+        script.run_sweep(tmp_path / "odd.yaml", tmp_path / "out", [])
     monkeypatch.setattr(script, "train", stopping)
     with pytest.raises(KeyboardInterrupt):
         script.run_sweep(tmp_path / "sweep.yaml", tmp_path / "out", [])
@@ -73,7 +79,7 @@ def test_an_interrupted_sweep_goes_on_and_judges_heads_as_the_simulated_evaluati
     for result in content["results"]:
         folder = tmp_path / "out" / f"{result['run']}-seed0" / "head"
         head = DraftHead(load_assistant(folder, target.table.dtype))
-        positions: dict[str, DraftPositionOffset] = {"a": "newest", "b": "one_earlier"}
+        positions: dict[str, DraftPositionOffset] = {"a": 0, "b": -1}
         for name, position in positions.items():
             every = range(len(texts.entries))
             found = simulate_acceptance(head, target, texts, 3, every, position).acceptance

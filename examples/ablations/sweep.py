@@ -45,7 +45,9 @@ def run_sweep(path: Path, out: Path, overrides: list[str]) -> dict[str, Any]:
     sweep |= given
     for name, on in sweep["eval_sets"].items():
         on = on if isinstance(on, dict) else {"store": on}
-        sweep["eval_sets"][name] = {"draft_position_offset": "newest"} | on
+        sweep["eval_sets"][name] = {"draft_position_offset": 0} | on
+        if sweep["eval_sets"][name]["draft_position_offset"] not in (0, -1):
+            raise SystemExit(f"{path}: draft_position_offset of {name} is to be 0 or -1")
     runs = [  # all are loaded before anything runs
         (name, load_config(sweep["config"], [
             *sweep["overrides"], *overrides, *own,

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from headstart.configs.loader import load_config
-from headstart.configs.schema import Adaptation, TargetConfig
+from headstart.configs.loader import load_settings
 from headstart.train.adapt import split_prompts
 from headstart.train.adapt_report import advice, compare_stages, headline, outcome
+from headstart.train.adaptation import Adaptation
 from tests.helpers.reports import texts
 
 
@@ -19,16 +19,16 @@ def prompt_file(folder: Path, *prompts: str) -> str:
     return str(path)
 
 
-def split(prompts: str, **changes: Any) -> dict[str, Any]:
-    a = Adaptation(target=TargetConfig(), head="h", **{"prompts": prompts, **changes})
-    return split_prompts(a, load_config(None))
+def split(prompts: str, *overrides: str) -> dict[str, Any]:
+    settings = load_settings(None, [f"data.prompts={prompts}", *overrides])
+    return split_prompts(Adaptation("h", settings.of_run(), settings.adapt, 4, Path("out")))
 
 
 @pytest.mark.parametrize("count", [1, 5, 8])
-def test_few_prompts_name_the_argument_to_lower(count: int, tmp_path: Path) -> None:
+def test_few_prompts_name_the_setting_to_lower(count: int, tmp_path: Path) -> None:
     path = prompt_file(tmp_path, *(f"what is {n} and {n}?" for n in range(count)))
-    with pytest.raises(ValueError, match=r"mine\.jsonl: .*--held-out") as raised:
-        split(path, held_out=8)
+    with pytest.raises(ValueError, match=r"mine\.jsonl: .*adapt\.held_out_prompts") as raised:
+        split(path, "adapt.held_out_prompts=8")
     assert "validation_conversations" not in str(raised.value)
 
 
@@ -36,16 +36,16 @@ def test_few_general_prompts_name_their_file(tmp_path: Path) -> None:
     many = prompt_file(tmp_path, *(f"what is {n} and {n}?" for n in range(30)))
     (tmp_path / "general").mkdir()
     few = prompt_file(tmp_path / "general", "who are you?")
-    with pytest.raises(ValueError, match=r"general/mine\.jsonl: .*--held-out"):
-        split(many, held_out=8, general={"path": few})
+    with pytest.raises(ValueError, match=r"general/mine\.jsonl: .*adapt\.held_out_prompts"):
+        split(many, "adapt.held_out_prompts=8", f"adapt.general_prompts={few}")
 
 
 def test_prompts_that_are_all_the_same_are_refused_before_anything_is_answered(
     tmp_path: Path,
 ) -> None:
     path = prompt_file(tmp_path, *["name ten large rivers of the world in order of length"] * 9)
-    with pytest.raises(ValueError, match=r"mine\.jsonl: .*--held-out"):
-        split(path, held_out=2)
+    with pytest.raises(ValueError, match=r"mine\.jsonl: .*adapt\.held_out_prompts"):
+        split(path, "adapt.held_out_prompts=2")
 
 
 Lists = tuple[list[int], list[int], list[int]]

@@ -68,7 +68,7 @@ def test_a_broken_checkpoint_is_refused_and_ends_the_command_with_a_failure(
     folder = checkpoint(tmp_path / "target", family("gemma3"))
     rewrite(folder, lambda w: {k: v for k, v in w.items() if "layers.2.mlp" not in k})
     capsys.readouterr()
-    assert main(["check", folder, "--prompts", "data/prompts/text_eval.jsonl"]) == 1
+    assert main(["check", f"target.name={folder}", "data.prompts=builtin:text_eval"]) == 1
     out = capsys.readouterr()
     assert "refused" in out.out
     assert "layers.2.mlp" in "".join(out.out.split())
@@ -98,13 +98,13 @@ def test_prompts_that_cannot_be_used_are_refused_with_their_number(tmp_path: Pat
 
 def checked(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
     """Exit code, the table in one line, and what stands beside it."""
-    code = main(["check", *arguments, "--dtype", "float32"])
+    code = main(["check", *arguments, "target.dtype=float32"])
     out = capsys.readouterr()
     return code, " ".join(out.out.replace("│", " ").split()), out.err
 
 
 def test_the_table_alone_is_on_standard_output(capsys: pytest.CaptureFixture[str]) -> None:
-    code = main(["check", "tiny-gemma3", "--prompts", "data/prompts/text_eval.jsonl"])
+    code = main(["check", "target.name=tiny-gemma3", "data.prompts=builtin:text_eval"])
     out = capsys.readouterr()
     assert code == 0
     assert out.out[0] in "┏╭+"
@@ -126,25 +126,26 @@ def test_settings_of_a_run_are_those_of_the_check(
     )
     tokenizer = chat_tokenizer(None)
     folder = saved_target(tmp_path / "target", tokenizer=tokenizer, generation={})
-    named = [folder, "--prompts", str(tmp_path / "rows.jsonl")]
+    named = f"target.name={folder}"
     run = ["--config", str(tmp_path / "run.yaml")]
-    code, table, err = checked(capsys, *named, *run)
+    code, table, err = checked(capsys, named, *run)
     assert code == 0, err
     assert "prompts: 1, of them with an answer: 1" in table
     assert "has a chat template" in table
-    assert checked(capsys, *named)[0] == 1, "without the run's settings"
-    code, table, _ = checked(capsys, *named, *run, "data.chat_template_kwargs={off: true}")
+    alone = f"data.prompts={tmp_path / 'rows.jsonl'}"
+    assert checked(capsys, named, alone)[0] == 1, "without the run's settings"
+    code, table, _ = checked(capsys, named, *run, "data.chat_template_kwargs={off: true}")
     assert code == 1
     assert "1 of 1 are refused" in table
 
 
-def test_an_argument_comes_before_the_settings_of_a_run(
+def test_a_setting_comes_before_those_of_a_file(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     own, _ = adapter(tmp_path / "own", family("gemma3"))
     (tmp_path / "run.yaml").write_text("target: {name: tiny-gemma4, adapters: [nowhere]}\n")
     run = ["--config", str(tmp_path / "run.yaml")]
-    code, table, _ = checked(capsys, "tiny-gemma3", "--adapter", own, *run)
+    code, table, _ = checked(capsys, "target.name=tiny-gemma3", f"target.adapters={own}", *run)
     assert code == 0
     assert "nowhere" not in table
 

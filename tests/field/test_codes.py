@@ -109,7 +109,7 @@ def test_a_quantization_that_a_merged_checkpoint_only_names_is_to_be_deleted(
 ) -> None:
     folder = checkpoint(tmp_path / "target", family("gemma4"))
     configure(folder, quantization_config=quantization)
-    with pytest.raises(ValueError, match=r"target: .*quantization_config.*--quantization"):
+    with pytest.raises(ValueError, match=r"target: .*quantization_config.*target\.quantization"):
         check_target(TargetConfig(name=folder, dtype="float32"))
 
 

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from headstart.configs.schema import Adaptation, HeadConfig, TargetConfig
+from headstart.configs.loader import load_settings
+from headstart.configs.schema import HeadConfig, TargetConfig
 from headstart.heads.assistant import build_assistant
 from headstart.heads.loading import (
     byte_tokenizer,
@@ -19,6 +20,7 @@ from headstart.heads.loading import (
 from headstart.heads.saving import load_assistant_config, save_assistant
 from headstart.heads.target import Target
 from headstart.train.adapt import adapt
+from headstart.train.adaptation import adapt_defaults
 from tests.helpers.checkpoints import LFS_POINTER, adapter, checkpoint, configure, rewrite
 
 DAMAGE: dict[str, Callable[[bytes], bytes]] = {
@@ -137,11 +139,12 @@ def test_a_gguf_that_is_none_is_named(tmp_path: Path, content: bytes) -> None:
         load_target(str(tmp_path / "model.gguf"), "float32")
 
 
-def fails_at_once(tmp_path: Path, match: str, **changes: Any) -> None:
+def fails_at_once(tmp_path: Path, match: str, head: str, *overrides: str) -> None:
     """`adapt` refuses, and has written nothing."""
-    asked = {"prompts": "domain.jsonl", "budget_minutes": 5.0, **changes}
+    asked = ["data.prompts=domain.jsonl", "target.dtype=float32", f"output_dir={tmp_path / 'out'}"]
+    settings = load_settings(None, [*asked, *overrides], adapt_defaults(head))
     with pytest.raises(ValueError, match=match):
-        adapt(Adaptation(**asked), tmp_path / "out", [], "cpu", [])
+        adapt(settings, head, "cpu", [])
     assert not (tmp_path / "out").exists()
 
 
@@ -153,14 +156,10 @@ def test_adapt_knows_of_an_unfit_adapter_base_or_head_before_anything_is_answere
     table = torch.ones(330, 48)
     names = ("model.embed_tokens.weight", "lm_head.weight")
     rewrite(own, lambda w: w | {f"base_model.model.{name}": table for name in names})
-    tuned = TargetConfig(name="tiny-gemma4", dtype="float32", adapters=[own])
-    fails_at_once(tmp_path, r"own .* 330 rows", head=good, target=tuned)
-    plain = TargetConfig(name="tiny-gemma4", dtype="float32")
-    fails_at_once(tmp_path, r"nowhere.*--base", head=good, target=plain, base="./nowhere")
-    fails_at_once(
-        tmp_path, "does not fit", head=good, base="tiny-gemma4",
-        target=TargetConfig(name="tiny-gemma3", dtype="float32"),
-    )  # fmt: skip
+    plain, base = "target.name=tiny-gemma4", "adapt.base=tiny-gemma4"
+    fails_at_once(tmp_path, r"own .* 330 rows", good, plain, f"target.adapters={own}")
+    fails_at_once(tmp_path, r"nowhere.*adapt\.base", good, plain, "adapt.base=./nowhere")
+    fails_at_once(tmp_path, "does not fit", good, "target.name=tiny-gemma3", base)
     configure(good, vocab_size=10)
     rewrite(good, lambda w: {k: v for k, v in w.items() if "pre_projection" not in k})
-    fails_at_once(tmp_path, "head: not all weights", head=good, target=plain, base="tiny-gemma4")
+    fails_at_once(tmp_path, "head: not all weights", good, plain, base)

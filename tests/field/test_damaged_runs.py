@@ -82,7 +82,7 @@ def test_a_configuration_that_was_cut_short_is_not_published_with_the_defaults(
     (run / "head").mkdir()
     (run / "head" / "config.json").write_text("{}")
     (run / CONFIG).write_text((run / CONFIG).read_text()[:cut])
-    command = ["publish", str(run), "--repo-id", "org/head", "--base-model", "org/target"]
-    assert main([*command, "--dry-run", "--out", str(tmp_path / "out")]) == 1
+    command = ["publish", str(run), "org/head", "publish.base_models=org/target"]
+    assert main([*command, "--plan", f"output_dir={tmp_path / 'out'}"]) == 1
     assert str(run / CONFIG) in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -10,6 +10,7 @@ import pytest
 from headstart.cli.main import main
 from headstart.configs.loader import load_config
 from headstart.configs.schema import Config
+from headstart.configs.settings import ServerConfig
 from headstart.data import prepare
 from headstart.data.prepare import run_extract, run_regenerate
 from headstart.data.prompts import load_prompts
@@ -21,6 +22,7 @@ from headstart.serve import engine_check as serving
 from headstart.serve.engine_check import ServeCheck, serve_check
 from headstart.train import adapt as adapting
 from headstart.train import ordering
+from headstart.train.adaptation import Adaptation
 from headstart.train.run import run
 from tests.helpers.chat_templates import GEMMA4, chat_tokenizer
 from tests.helpers.models import make_target
@@ -98,11 +100,10 @@ def test_train_evaluates_as_it_trained(folder: Path, thinking: Path) -> None:
 
 
 def evaluated(folder: Path, out: Path, *heads: object) -> int:
-    named = [part for head in heads for part in ("--head", str(head))]
     return main([
-        "eval", "--target", str(folder / "target"), *named, "--prompts",
-        str(folder / "eval.jsonl"), "--decoders", "exact", "--num-assistant-tokens", "2",
-        "--max-new-tokens", "4", "--dtype", "float32", "--out", str(out),
+        "eval", *map(str, heads), f"target.name={folder / 'target'}", "target.dtype=float32",
+        f"eval.prompts={folder / 'eval.jsonl'}", "eval.decoders=exact",
+        "eval.num_assistant_tokens=2", "eval.max_new_tokens=4", f"output_dir={out}",
     ])  # fmt: skip
 
 
@@ -149,9 +150,10 @@ def test_adapt_measures_and_decodes_as_the_heads_run_asked(
         "train.likely_tokens=32", "data.teacher_top_k=16",
     ]  # fmt: skip
     code = main([
-        "adapt", "--target", str(folder / "target"), "--dtype", "float32", "--head",
-        str(thinking / "head"), "--prompts", str(folder / "train.jsonl"), "--held-out", "3",
-        "--decoded", "2", "--budget", "5m", "--out", str(tmp_path / "out"), *held_out,
+        "adapt", str(thinking / "head"), f"target.name={folder / 'target'}",
+        "target.dtype=float32", f"data.prompts={folder / 'train.jsonl'}",
+        "adapt.held_out_prompts=3", "adapt.decoded_prompts=2", "adapt.budget=5m",
+        f"output_dir={tmp_path / 'out'}", *held_out,
     ])  # fmt: skip
     assert code == 0
     found = measured(tmp_path / "out" / "eval")
@@ -168,13 +170,13 @@ def test_adapt_takes_what_it_is_told_before_what_the_head_was(
 ) -> None:
     found: list[Config] = []
 
-    def seen(a: object, config: Config) -> None:
-        found.append(config)
+    def seen(a: Adaptation) -> None:
+        found.append(a.config)
         raise ValueError("seen")
 
     monkeypatch.setattr(adapting, "split_prompts", seen)
-    command = ["adapt", "--target", str(folder / "target"), "--head", str(thinking / "head")]
-    command += ["--prompts", "p", "--out", str(folder / "none")]
+    command = ["adapt", str(thinking / "head"), f"target.name={folder / 'target'}"]
+    command += ["data.prompts=p", f"output_dir={folder / 'none'}"]
     for more in ([], ["data.chat_template_kwargs={enable_thinking: false}"]):
         assert main([*command, *more]) == 1
     assert [c.data.chat_template_kwargs for c in found] == [THINKING, PLAIN]
@@ -185,8 +187,9 @@ def test_an_order_is_judged_as_the_heads_run_asked(
 ) -> None:
     found: list[Any] = []
     monkeypatch.setattr(ordering, "prepare_documents", lambda t, data, *_: found.append(data))
-    command = ["heads", "order", str(thinking / "head"), "--rebuild", "--num-centroids", "20"]
-    command += ["--top-k", "2", "--out", str(tmp_path / "out"), f"target.name={folder / 'target'}"]
+    command = ["order", str(thinking / "head"), "head.on_existing_clusters=rebuild"]
+    command += ["head.num_centroids=20", "head.centroid_intermediate_top_k=2"]
+    command += [f"output_dir={tmp_path / 'out'}", f"target.name={folder / 'target'}"]
     for more in ([], ["data.chat_template_kwargs={enable_thinking: false}"]):
         assert main([*command, *more]) == 1
     assert [data.chat_template_kwargs for data in found] == [THINKING, PLAIN]
@@ -196,8 +199,8 @@ def test_a_store_that_was_asked_otherwise_is_evaluated_as_it_was_asked(
     folder: Path, tmp_path: Path
 ) -> None:
     """`data.store` and the settings of the prompts that made it come from two commands."""
-    made = config_of(folder, tmp_path / "none", ASKED)
-    run_regenerate(made, tmp_path / "store", extracting=True, device="cpu")
+    made = config_of(folder, tmp_path / "store", ASKED)
+    run_regenerate(made, ServerConfig(), extracting=True, device="cpu")
     config = config_of(folder, tmp_path / "run", f"data.store={tmp_path / 'store'}")
     run(config)
     assert measured(tmp_path / "run" / "eval") == lengths(folder, THINKING)
@@ -234,12 +237,13 @@ def test_a_store_of_extract_is_evaluated_as_it_was_asked(
     texts = tmp_path / "texts.jsonl"
     rows = [{"id": c, "prompt": c * 9, "response": c * 5} for c in "abcdefghijkl"]
     texts.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    made = config_of(folder, tmp_path / "none", ASKED)
+    made = config_of(folder, tmp_path / "store", ASKED)
     if from_folder:
         texts = tmp_path / "asked"
-        run_regenerate(made, texts, extracting=False, device="cpu")
-        made = config_of(folder, tmp_path / "none")
-    run_extract(made, str(texts), tmp_path / "store", "cpu")
+        asking = config_of(folder, texts, ASKED)
+        run_regenerate(asking, ServerConfig(), extracting=False, device="cpu")
+        made = config_of(folder, tmp_path / "store")
+    run_extract(made, str(texts), "cpu")
     data = config_of(folder, tmp_path / "run", f"data.store={tmp_path / 'store'}").data
     assert asked_by_run(data).chat_template_kwargs == THINKING
     assert ActivationStore(tmp_path / "store").shard(0)
@@ -251,9 +255,10 @@ def test_a_store_of_extract_is_evaluated_as_it_was_asked(
 def test_a_store_that_did_not_say_how_it_was_asked_says_so_when_extracted_again(
     folder: Path, tmp_path: Path
 ) -> None:
-    run_regenerate(config_of(folder, tmp_path, ASKED), tmp_path / "texts", False, "cpu")
+    asking = config_of(folder, tmp_path / "texts", ASKED)
+    run_regenerate(asking, ServerConfig(), extracting=False, device="cpu")
     store = tmp_path / "store"
-    run_extract(config_of(folder, tmp_path), str(tmp_path / "texts"), store, "cpu")
+    run_extract(config_of(folder, store), str(tmp_path / "texts"), "cpu")
     said = (store / "index.json").read_text()
     index = json.loads(said)
     del index["chat_template_kwargs"], index["sha256"]
@@ -261,13 +266,14 @@ def test_a_store_that_did_not_say_how_it_was_asked_says_so_when_extracted_again(
         key: value for key, value in index.items() if key not in ("shards", "tensors")
     })  # fmt: skip
     assert (store / "index.json").read_text() != said
-    run_extract(config_of(folder, tmp_path), str(tmp_path / "texts"), store, "cpu")
+    run_extract(config_of(folder, store), str(tmp_path / "texts"), "cpu")
     assert json.loads((store / "index.json").read_text()) == json.loads(said)
 
 
 def test_a_store_asked_without_variables_is_what_it_was(folder: Path, tmp_path: Path) -> None:
-    run_regenerate(config_of(folder, tmp_path), tmp_path / "texts", False, "cpu")
-    run_extract(config_of(folder, tmp_path), str(tmp_path / "texts"), tmp_path / "store", "cpu")
+    asking = config_of(folder, tmp_path / "texts")
+    run_regenerate(asking, ServerConfig(), extracting=False, device="cpu")
+    run_extract(config_of(folder, tmp_path / "store"), str(tmp_path / "texts"), "cpu")
     assert "chat_template_kwargs" not in read_index(tmp_path / "store")
 
 
@@ -281,7 +287,8 @@ def test_a_head_that_was_moved_is_asked_as_its_run_asked(
 
 
 def test_a_head_whose_store_is_gone_is_asked_as_the_store_was(folder: Path, tmp_path: Path) -> None:
-    run_regenerate(config_of(folder, tmp_path, ASKED), tmp_path / "store", True, "cpu")
+    asking = config_of(folder, tmp_path / "store", ASKED)
+    run_regenerate(asking, ServerConfig(), extracting=True, device="cpu")
     run(config_of(folder, tmp_path / "run", f"data.store={tmp_path / 'store'}", "eval=null"))
     shutil.rmtree(tmp_path / "store")
     found = asked_by_heads([str(tmp_path / "run" / "head")])

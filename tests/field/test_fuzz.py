@@ -11,8 +11,10 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from headstart.configs.loader import load_config
-from headstart.configs.schema import Config, SourceConfig
+from headstart.configs.loader import known_keys, load_settings
+from headstart.configs.renamed import GONE, RENAMED
+from headstart.configs.schema import SourceConfig
+from headstart.configs.settings import Settings
 from headstart.data.prompts import load_prompts
 from headstart.heads.loading import load_target
 from headstart.heads.saving import load_assistant
@@ -53,11 +55,7 @@ def test_prompt_files(
                 assert prompt.text.strip()
 
 
-KEYS = sorted(
-    f"{section}.{key}"
-    for section, field in Config.model_fields.items()
-    for key in getattr(field.annotation, "model_fields", {"": None})
-)
+KEYS = sorted({*known_keys(), *RENAMED, *GONE})
 
 
 @EACH
@@ -67,13 +65,13 @@ KEYS = sorted(
 )
 def test_overrides(key: str, text: str) -> None:
     with refused_with(key.partition(".")[0]):  # a combination is named by its section
-        assert isinstance(load_config(None, [f"{key}={text}"]), Config)
+        assert isinstance(load_settings(None, [f"{key}={text}"]), Settings)
 
 
 @settings(EACH, max_examples=100)
 @given(
     tree=st.dictionaries(
-        st.sampled_from(list(Config.model_fields)) | st.text(max_size=6), VALUES, max_size=3
+        st.sampled_from([*Settings.model_fields, "run"]) | st.text(max_size=6), VALUES, max_size=3
     ),
     cuts=SHARES,
     put=st.text(max_size=4),
@@ -88,7 +86,7 @@ def test_run_files(
     text = yaml.safe_dump(tree, allow_unicode=True).encode(errors="surrogatepass")
     file.write_bytes(damaged(text, cuts, put.encode(errors="surrogatepass")) if put else text)
     with refused_with(str(file)):
-        assert isinstance(load_config(file, []), Config)
+        assert isinstance(load_settings(file), Settings)
 
 
 @pytest.fixture(scope="module")

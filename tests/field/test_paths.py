@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 
 from headstart.cli import main as cli
+from headstart.cli.arguments import read_settings
 from headstart.configs.loader import load_config
-from headstart.configs.schema import Config
 from headstart.eval import asked
 from headstart.heads.loading import noted_target
 from headstart.train import adapt as adapting
+from headstart.train import adaptation
+from headstart.train.adaptation import Adaptation
 from tests.helpers.runs import ROOT
 
 TINY = ROOT / "configs" / "tiny.yaml"
@@ -41,8 +43,8 @@ def test_a_revision_keeps_its_spelling(text: str, tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(
         f"target: {{name: {text}, revision: {text}, adapters: [{text}]}}\n"
-        f"data:\n  prompts: {text}\n  store: {text}\n  only_categories: [{text}]\n"
-        f"head:\n  start: {text}\nrun:\n  dir: {text}\n"
+        f"data:\n  prompts: {text}\n  store: {text}\n\n"
+        f"  filter: {{categories: [{text}]}}\nhead:\n  init_from: {text}\noutput_dir: {text}\n"
     )
     c = load_config(path)
     assert (c.target.name, c.target.revision, c.target.adapters) == (text, text, [text])
@@ -82,17 +84,17 @@ def test_a_date_for_the_chat_template_is_text() -> None:
 
 def test_an_empty_path_is_not_the_working_folder(tmp_path: Path) -> None:
     for override in ("output_dir=", "target.name="):
-        with pytest.raises(ValueError, match=r"run\.dir|target\.name"):
+        with pytest.raises(ValueError, match=r"output_dir|target\.name"):
             load_config(TINY, [override])
     path = tmp_path / "run.yaml"
-    path.write_text("run:\n  dir:\n")
-    with pytest.raises(ValueError, match=r"run\.dir"):
+    path.write_text("output_dir:\n")
+    with pytest.raises(ValueError, match="output_dir"):
         load_config(path)
 
 
 def test_a_key_that_comes_twice_is_not_dropped(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
-    path.write_text("train: {steps: 700}\ndata: {online: true}\ntrain: {rounds: 3}\n")
+    path.write_text("train: {max_steps: 700}\ndata: {online: true}\ntrain: {compile: true}\n")
     with pytest.raises(ValueError, match=r"run\.yaml .*train comes twice"):
         load_config(path)
 
@@ -100,14 +102,14 @@ def test_a_key_that_comes_twice_is_not_dropped(tmp_path: Path) -> None:
 @pytest.mark.parametrize("steps", ["0b_", "!!bool x", "!!timestamp x", "&a [*a]", "[" * 3000])
 def test_odd_yaml_is_refused_with_the_files_name(steps: str, tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
-    path.write_text(f"train:\n  steps: {steps}\n")
+    path.write_text(f"train:\n  max_steps: {steps}\n")
     with pytest.raises(ValueError, match=r"run\.yaml"):
         load_config(path)
 
 
 def test_a_file_in_another_encoding_is_named(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
-    path.write_bytes("run: {dir: größe}".encode("latin-1"))
+    path.write_bytes("output_dir: größe".encode("latin-1"))
     with pytest.raises(ValueError, match=r"run\.yaml"):
         load_config(path)
 
@@ -118,36 +120,41 @@ def test_a_number_that_is_none_is_refused() -> None:
             load_config(TINY, [override])
 
 
-def adapted_config(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> Config:
-    """The configuration that `headstart adapt` comes to."""
-    found: list[Config] = []
+@pytest.fixture
+def any_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The configuration of a head is there, whatever its name."""
+    head = SimpleNamespace(use_ordered_embeddings=True)
+    for module in (adaptation, asked):
+        monkeypatch.setattr(module, "load_assistant_config", lambda path: head)
 
-    def seen(a: object, config: Config) -> None:
-        found.append(config)
+
+def adapted(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> Adaptation:
+    """What `headstart adapt` comes to."""
+    found: list[Adaptation] = []
+
+    def seen(a: Adaptation) -> None:
+        found.append(a)
         raise ValueError("seen")
 
-    monkeypatch.setattr(adapting, "split_prompts", seen)
-    monkeypatch.setattr(adapting, "check_before", lambda a: None)  # there need be no such files
+    monkeypatch.setattr(adapting, "check_before", seen)
     assert cli.main(["adapt", *map(str, arguments)]) == 1
     return found[0]
 
 
+@pytest.mark.usefixtures("any_head")
 def test_adapt_trains_the_head_that_was_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Beside one of a shorter name."""
-    head = SimpleNamespace(use_ordered_embeddings=True)
-    for module in (adapting, asked):
-        monkeypatch.setattr(module, "load_assistant_config", lambda path: head)
     out = tmp_path / "out: 1 #3"
-    found = adapted_config(
-        monkeypatch, "--target", "tiny-gemma4", "--revision", "2026-11-27",
-        "--head", tmp_path / "head #2", "--prompts", "p.jsonl", "--out", out,
+    found = adapted(
+        monkeypatch, tmp_path / "head #2", "target.name=tiny-gemma4",
+        "target.revision=2026-11-27", "data.prompts=p.jsonl", f"output_dir={out}",
     )  # fmt: skip
-    assert found.head.init_from == str(tmp_path / "head #2")
-    assert (found.output_dir, found.data.store) == (out / "run", out / "answers")
-    assert found.target.revision == "2026-11-27"
-    capsys.readouterr()
+    c = found.config
+    assert found.head == c.head.init_from == str(tmp_path / "head #2")
+    assert (found.out, c.output_dir, c.data.store) == (out, out / "run", out / "answers")
+    assert c.target.revision == "2026-11-27"
 
 
 def test_home_is_found_wherever_a_path_is_given(
@@ -160,21 +167,43 @@ def test_home_is_found_wherever_a_path_is_given(
     assert setting("head.init_from=~/a/head") == f"{tmp_path}/a/head"
     assert setting("data.prompts=~/p.jsonl")[0].path == f"{tmp_path}/p.jsonl"
     assert setting("eval.prompts=spec-bench=~/q.jsonl") == f"spec-bench={tmp_path}/q.jsonl"
-    args = cli._parse([
-        "eval", "--target", "~/model", "--head", "~/a+~/b", "--prompts", "gsm8k=~/g.jsonl",
-        "--out", "~/out",
-    ])  # fmt: skip
-    assert (args.target, args.out) == (f"{tmp_path}/model", tmp_path / "out")
+    args = cli._parse(["eval", "~/a+~/b", "eval.prompts=gsm8k=~/g.jsonl", "output_dir=~/out"])
+    settings = read_settings(args)
     assert args.head == [f"{tmp_path}/a+{tmp_path}/b"]
-    assert args.prompts == f"gsm8k={tmp_path}/g.jsonl"
+    assert settings.output_dir == tmp_path / "out"
+    assert settings.eval is not None
+    assert settings.eval.prompts == f"gsm8k={tmp_path}/g.jsonl"
     assert setting("output_dir=runs/~x") == Path("runs/~x")
 
 
-@pytest.mark.parametrize("ignored", ["target.dtype=float32", "head.init_from=x", "data.store=y"])
-def test_adapt_passes_no_setting_over(ignored: str, capsys: pytest.CaptureFixture[str]) -> None:
-    argv = ["adapt", "--target", "tiny-gemma4", "--head", "h", "--prompts", "p", "--out", "o"]
+@pytest.mark.usefixtures("any_head")
+@pytest.mark.parametrize(
+    "ignored",
+    [
+        "head.init_from=x", "data.store=y", "data.conversations=z", "data.online=true",
+        "eval.num_assistant_tokens=2,4", "data.prompts=[{path: p, weight: 2}]",
+    ],
+)  # fmt: skip
+def test_adapt_passes_no_setting_over(
+    ignored: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["adapt", "h", "target.name=tiny-gemma4", "data.prompts=p", f"output_dir={tmp_path}/o"]
     assert cli.main([*argv, ignored]) == 1
-    assert f"{ignored.partition('=')[0]} is given to adapt by --" in capsys.readouterr().err
+    assert ignored.partition("=")[0] in capsys.readouterr().err
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.usefixtures("any_head")
+def test_adapt_passes_nothing_over_that_a_file_says_of_an_evaluation(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        f"target: {{name: tiny-gemma4}}\ndata: {{prompts: p}}\noutput_dir: {tmp_path / 'o'}\n"
+        "eval: {limit: 3}\n"
+    )
+    assert cli.main(["adapt", "h", "--config", str(file)]) == 1
+    assert "eval.limit" in capsys.readouterr().err
 
 
 def test_a_base_whose_folder_has_a_plus_is_that_folder(tmp_path: Path) -> None:

@@ -97,7 +97,7 @@ def test_trained_tokens_are_rows_of_the_table_merged_and_refused_beside_it(tmp_p
     rewrite(own, lambda w: {k: v + 0.05 * ("trainable" in k) for k, v in w.items()})
     wanted = logits_with(tiny_target("tiny-gemma4"), own)
     check_logits(load_target("tiny-gemma4", "float32", adapters=[own]), wanted)
-    with pytest.raises(ValueError, match=r"own .*--keep-adapters"):
+    with pytest.raises(ValueError, match=r"own .*target\.merge_adapters=false"):
         load_target("tiny-gemma4", "float32", adapters=[own], merge_adapters=False)
 
 
@@ -143,8 +143,9 @@ def test_adapt_refuses_another_lm_head_before_anything_is_answered(
     (tmp_path / "p.jsonl").write_text("".join(f'{{"prompt": "{n} {n}?"}}\n' for n in range(30)))
     target, base = (other, same) if tuned else (same, other)
     assert main([
-        "adapt", "--target", str(target), "--base", str(base), "--head", head, "--prompts",
-        str(tmp_path / "p.jsonl"), "--held-out", "2", "--out", str(tmp_path / "out"),
+        "adapt", head, f"target.name={target}", f"adapt.base={base}",
+        f"data.prompts={tmp_path / 'p.jsonl'}", "adapt.held_out_prompts=2",
+        f"output_dir={tmp_path / 'out'}",
     ]) == 1  # fmt: skip
     assert "other" in (said := capsys.readouterr().err)
     assert "tied embeddings" in said

@@ -1,22 +1,21 @@
 """`headstart adapt` on a tiny Gemma 4 with KV-shared layers, an adapter and a clustered head."""
 
-import argparse
 import importlib.util
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from headstart.cli.arguments import minutes
-from headstart.configs.schema import Adaptation, TargetConfig
+from headstart.configs.loader import Override, load_settings
+from headstart.configs.settings import Settings, minutes
 from headstart.data.prompts import load_prompts
 from headstart.heads.loading import load_served
 from headstart.heads.saving import load_assistant, load_assistant_config, made_for
 from headstart.train import adapt as module
 from headstart.train.adapt import adapt
 from headstart.train.adapt_report import advice, compare_stages, headline, outcome
+from headstart.train.adaptation import adapt_defaults
 from headstart.train.run import train
 from tests.helpers.checkpoints import make_adapter
 from tests.helpers.reports import texts
@@ -24,10 +23,10 @@ from tests.helpers.runs import ROOT, tiny_config
 
 QUICK = [
     "train.max_steps=24", "train.eval_steps=12", "train.warmup_steps=2", "train.likely_tokens=32",
-    "train.negatives=32", "train.num_speculative_steps=3", "train.max_anchors=16", "train.multi_step_anchors=8",
-    "train.learning_rate=0.003", "train.mixed_precision=no", "data.num_conversations=16",
-    "data.validation_conversations=4", "data.max_new_tokens=24", "data.max_prompt_tokens=24",
-    "data.generation_batch_size=8", "data.teacher_top_k=16",
+    "train.negatives=32", "train.num_speculative_steps=3", "train.max_anchors=16",
+    "train.multi_step_anchors=8", "train.learning_rate=0.003", "train.mixed_precision=no",
+    "data.num_conversations=16", "data.validation_conversations=4", "data.max_new_tokens=24",
+    "data.max_prompt_tokens=24", "data.generation_batch_size=8", "data.teacher_top_k=16",
 ]  # fmt: skip
 
 
@@ -39,26 +38,24 @@ def setting(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     return folder / "base" / "head", make_adapter(folder / "lora")
 
 
-def asked(setting: tuple[Path, str], **changes: Any) -> Adaptation:
+def asked(setting: tuple[Path, str], out: Path, *overrides: Override) -> tuple[Settings, str]:
+    """The settings of an adaptation, and its head."""
     head, adapter = setting
-    return Adaptation(
-        **{
-            "target": TargetConfig(name="tiny-gemma4", dtype="float32", adapters=[adapter]),
-            "head": str(head),
-            "prompts": str(ROOT / "data" / "prompts" / "text_eval.jsonl"),
-            "general": {"path": str(ROOT / "data" / "prompts" / "chat_eval.jsonl"), "limit": 60},
-            "held_out": 8,
-            "decoded": 2,
-            "budget_minutes": 5,
-            **changes,
-        }
-    )
+    general = {"path": str(ROOT / "data" / "prompts" / "chat_eval.jsonl"), "limit": 60}
+    settings = [
+        f"output_dir={out}", "target.name=tiny-gemma4", "target.dtype=float32",
+        f"target.adapters={adapter}", "data.prompts=builtin:text_eval",
+        ("adapt.general_prompts", general), "adapt.held_out_prompts=8",
+        "adapt.decoded_prompts=2", "adapt.budget=5m", *QUICK, *overrides,
+    ]  # fmt: skip
+    return load_settings(None, settings, adapt_defaults(str(head))), str(head)
 
 
 def test_a_head_follows_its_target_and_goes_on_after_a_stop(
     setting: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    a, out = asked(setting), tmp_path / "out"
+    out = tmp_path / "out"
+    settings, head = asked(setting, out)
 
     def stopped(*args: object, **named: object) -> None:
         raise KeyboardInterrupt
@@ -66,10 +63,10 @@ def test_a_head_follows_its_target_and_goes_on_after_a_stop(
     with monkeypatch.context() as patch:
         patch.setattr(module, "train", stopped)
         with pytest.raises(KeyboardInterrupt):
-            adapt(a, out, QUICK, "cpu", ["headstart", "adapt"])
+            adapt(settings, head, "cpu", ["headstart", "adapt"])
     written = {p: p.stat().st_mtime_ns for p in out.rglob("*.safetensors")}
     assert len(written) > 2
-    content = adapt(a, out, QUICK, "cpu", ["headstart", "adapt"])
+    content = adapt(settings, head, "cpu", ["headstart", "adapt"])
     assert all(path.stat().st_mtime_ns == then for path, then in written.items())
 
     kinds = content["acceptance"]
@@ -87,23 +84,23 @@ def test_a_head_follows_its_target_and_goes_on_after_a_stop(
     assert len(load_prompts(out / "held_out.jsonl")) == 16
     assert (out / "adapt.png").stat().st_size > 10_000
 
-    tuned = load_served(a.target)
+    tuned = load_served(settings.target)
     noted = made_for(load_assistant_config(out / "run" / "head"))
     assert noted is not None
     assert noted["fingerprint"] == tuned.fingerprint
-    before = load_assistant(a.head, torch.float32).masked_embedding
+    before = load_assistant(head, torch.float32).masked_embedding
     after = load_assistant(out / "run" / "head", torch.float32).masked_embedding
     assert torch.equal(before.token_ordering, after.token_ordering)
 
-    with pytest.raises(ValueError, match="was begun with held_out=8, now 9"):
-        adapt(asked(setting, held_out=9), out, QUICK, "cpu", [])
+    with pytest.raises(ValueError, match="was begun with held_out_prompts=8, now 9"):
+        adapt(*asked(setting, out, "adapt.held_out_prompts=9"), "cpu", [])
 
 
 def test_adapt_can_stop_when_the_loss_is_measured(
     setting: tuple[Path, str], tmp_path: Path
 ) -> None:
-    a = asked(setting, measure_only=True, general=None)
-    content = adapt(a, tmp_path / "out", QUICK, "cpu", ["headstart", "adapt"])
+    alone = ["adapt.measure_only=true", "adapt.general_prompts=null"]
+    content = adapt(*asked(setting, tmp_path / "out", *alone), "cpu", ["headstart", "adapt"])
     assert content["adapted_acceptance_length"] is None
     assert content["verdict"] == content["advice"]
     assert not (tmp_path / "out" / "run").exists()
@@ -112,10 +109,9 @@ def test_adapt_can_stop_when_the_loss_is_measured(
 def test_a_budget_that_measuring_takes_is_refused(
     setting: tuple[Path, str], tmp_path: Path
 ) -> None:
-    a = asked(setting, budget_minutes=0.01, general=None)
-    settings = [one for one in QUICK if "num_conversations" not in one]
+    short = ["adapt.budget=0.01", "adapt.general_prompts=null", "data.num_conversations=null"]
     with pytest.raises(ValueError, match=r"a budget of 0\.01 minutes is not enough"):
-        adapt(a, tmp_path / "out", settings, "cpu", [])
+        adapt(*asked(setting, tmp_path / "out", *short), "cpu", [])
 
 
 def test_the_headline_is_shares_of_accepted_tokens() -> None:
@@ -156,7 +152,7 @@ def test_a_head_that_lost_nothing_is_told_so() -> None:
     assert "chance explains the difference" in advice(compared)
     assert headline(compared)["recovered_share"] is None
     alone = compare_stages({"unadapted": {"domain": texts(3)}})
-    assert "is not known (--base)" in advice(alone)
+    assert "is not known (adapt.base)" in advice(alone)
 
 
 def test_the_example_tunes_a_target_and_its_head_follows(
@@ -171,7 +167,7 @@ def test_the_example_tunes_a_target_and_its_head_follows(
     spec.loader.exec_module(example)
     command = ["tune_and_adapt.py", "--target", "tiny-gemma4", "--head", str(setting[0])]
     command += ["--steps", "3", "--batch", "2", "--out", str(tmp_path), "--budget", "5m"]
-    command += ["--held-out", "6", "--decoded", "0", *QUICK]
+    command += ["adapt.held_out_prompts=6", "adapt.decoded_prompts=0", *QUICK]
     monkeypatch.setattr("sys.argv", command)
     assert example.run() == 0
     content = json.loads((tmp_path / "adapted" / "adapt.json").read_text())
@@ -195,5 +191,5 @@ def test_times_are_read() -> None:
     read = [minutes(text) for text in ("15m", "90s", "1h30m", "2h", "20", "1.5m")]
     assert read == [15, 1.5, 90, 120, 20, 1.5]
     for odd in ("", "soon", "15 m"):
-        with pytest.raises(argparse.ArgumentTypeError, match="is no time"):
+        with pytest.raises(ValueError, match="is no time"):
             minutes(odd)

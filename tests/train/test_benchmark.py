@@ -41,7 +41,7 @@ def test_the_plain_step_has_the_loss_of_the_exact_one(target: Target, tmp_path: 
 
 
 def test_bench_train_writes_its_ratios(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    argv = ["bench", "train", "--config", str(ROOT / "configs" / "tiny.yaml"), "--prompts", "4"]
+    argv = ["bench", "train", "--config", str(ROOT / "configs" / "tiny.yaml"), "bench.prompts=4"]
     argv += ["--json", str(tmp_path / "train.json"), f"data.prompts=[{PROMPTS}]"]
     assert main(argv) == 0
     content = json.loads((tmp_path / "train.json").read_text())
@@ -56,7 +56,7 @@ def test_a_step_that_takes_no_memory_anew_has_no_ratio_of_memory(
 ) -> None:
     """As where earlier work of the process left enough of it."""
     monkeypatch.setattr(benchmark, "peak_memory", lambda device, call: 0)
-    argv = ["bench", "train", "--config", str(ROOT / "configs" / "tiny.yaml"), "--prompts", "4"]
+    argv = ["bench", "train", "--config", str(ROOT / "configs" / "tiny.yaml"), "bench.prompts=4"]
     argv += ["--json", str(tmp_path / "train.json"), f"data.prompts=[{PROMPTS}]"]
     assert main(argv) == 0
     content = json.loads((tmp_path / "train.json").read_text())

@@ -132,8 +132,8 @@ def test_a_run_that_finds_nothing_better_ends_with_the_head_that_it_began_with(
 def test_training_ends_when_its_time_is_over(tmp_path: Path) -> None:
     """The learning rate falls with the time, and the last step is validated and saved."""
     config = tiny_config(
-        tmp_path / "run", "train.max_steps=100000", "train.max_minutes=0.02", "train.warmup_steps=1",
-        "train.eval_steps=50000", "head.use_ordered_embeddings=false",
+        tmp_path / "run", "train.max_steps=100000", "train.max_minutes=0.02",
+        "train.warmup_steps=1", "train.eval_steps=50000", "head.use_ordered_embeddings=false",
         "head.num_centroids=null",
     )  # fmt: skip
     train(config)
@@ -147,7 +147,7 @@ def test_training_ends_when_its_time_is_over(tmp_path: Path) -> None:
 
 def test_the_end_of_a_run() -> None:
     c = tiny_config(Path("unused"), "train.max_steps=10").train
-    timed = c.model_copy(update={"max_minutes": 1.0, "patience": 3})
+    timed = c.model_copy(update={"max_minutes": 1.0, "early_stopping_patience": 3})
     assert not Progress(step=9, evals_since_best=5, seconds=100).ended(c)
     assert Progress(step=10).ended(c)
     assert not Progress(step=9, evals_since_best=2, seconds=59).ended(timed)
@@ -177,7 +177,7 @@ def test_a_head_knows_its_target(tmp_path: Path) -> None:
 def test_combinations_that_cannot_be_raise() -> None:
     with pytest.raises(ValueError, match="lora is beside a finished head"):
         HeadConfig(lora=LoraConfig())
-    with pytest.raises(ValueError, match="leave out trains"):
-        HeadConfig(start="ORG/head", lora=LoraConfig(), trains=["pre_projection"])
+    with pytest.raises(ValueError, match="leave out trainable_modules"):
+        HeadConfig(init_from="ORG/head", lora=LoraConfig(), trainable_modules=["pre_projection"])
     with pytest.raises(ValueError, match="those of a finished head"):
         HeadConfig(on_existing_clusters="keep")

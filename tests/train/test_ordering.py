@@ -28,7 +28,7 @@ def order(head: Path, out: Path, cache: Path, *options: str) -> int:
         "data.validation_conversations=4", "data.max_prompt_tokens=16", f"data.cache_dir={cache}",
         "data.teacher_top_k=16",
     ]  # fmt: skip
-    return main(["heads", "order", str(head), "--out", str(out), *options, *settings])
+    return main(["order", str(head), f"output_dir={out}", *options, *settings])
 
 
 def test_refined_centroids_keep_more_and_nothing_else_changes(tmp_path: Path) -> None:
@@ -40,7 +40,8 @@ def test_refined_centroids_keep_more_and_nothing_else_changes(tmp_path: Path) ->
     with torch.no_grad():
         centroids.copy_(centroids.flip(0))
     save_assistant(flipped, flipped.lm_head.weight, first, 3, torch.float32)
-    assert order(first, second, tmp_path / "cache", "--steps", "500", "--top-k", "4") == 0
+    options = ["head.centroid_steps=500", "head.centroid_intermediate_top_k=4"]
+    assert order(first, second, tmp_path / "cache", *options) == 0
     found = json.loads((second / "order.json").read_text())
     assert found["after"]["recall"]["argmax"]["8"] > found["before"]["recall"]["argmax"]["8"]
     assert found["after"]["dense_acceptance_length"] == found["before"]["dense_acceptance_length"]
@@ -94,7 +95,10 @@ def test_a_head_without_clusters_is_given_some(width: int | None, tmp_path: Path
     cache = tmp_path / "cache"
     assert order(tmp_path / "dense", tmp_path / "x", cache) == 1, "nothing to refine"
     assert not (tmp_path / "x").exists()
-    options = ["--rebuild", "--num-centroids", "20", "--top-k", "20", "--steps", "3"]
+    options = [
+        "head.on_existing_clusters=rebuild", "head.num_centroids=20",
+        "head.centroid_intermediate_top_k=20", "head.centroid_steps=3",
+    ]  # fmt: skip
     assert order(tmp_path / "dense", tmp_path / "ordered", cache, *options) == 0
     found = json.loads((tmp_path / "ordered" / "order.json").read_text())["after"]
     assert found["acceptance_length"] == found["dense_acceptance_length"]
@@ -105,4 +109,4 @@ def test_a_head_without_clusters_is_given_some(width: int | None, tmp_path: Path
         name for name in ordered if is_of_clusters(name)
     }
     assert all(torch.equal(tensor, ordered[name]) for name, tensor in dense.items())
-    assert order(tmp_path / "dense", tmp_path / "y", cache, "--num-centroids", "20") == 1
+    assert order(tmp_path / "dense", tmp_path / "y", cache, "head.num_centroids=20") == 1

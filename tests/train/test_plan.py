@@ -70,7 +70,7 @@ def test_an_adapter_is_what_a_plan_says_is_trained() -> None:
     start = [*GPU, "head.init_from=google/gemma-4-E4B-it-assistant"]
     (path,) = (one for one in RECIPES if one.stem == "gemma4-e4b")
     whole = plan(load_config(path, start))
-    one, two = (plan(load_config(path, [*start, f"head.lora={{rank: {r}}}"])) for r in (8, 16))
+    one, two = (plan(load_config(path, [*start, f"head.lora={{r: {r}}}"])) for r in (8, 16))
     small, large = (int(p["parameters trained"].replace(",", "")) for p in (one, two))
     assert large == 2 * small
     assert small < int(whole["parameters trained"].replace(",", "")) / 10
@@ -82,7 +82,7 @@ def test_an_adapter_is_what_a_plan_says_is_trained() -> None:
 def test_operations_of_a_step_are_those_of_its_products() -> None:
     """Of a trained weight: forward and two gradients. Of the table, 10^6 by 10^3: forward
     and the gradient of the state for each draft, and the teacher of each position."""
-    c, source = TrainConfig(vocabulary="exact", num_speculative_steps=3, steps=50), Mock()
+    c, source = TrainConfig(vocabulary="exact", num_speculative_steps=3, max_steps=50), Mock()
     source.hidden_size, source.vocab_size = 1000, 10**6
     said = _plan_step(c, source, trained=2 * 10**9, rows=4, drafts=1000)["a step computes"]
     assert said.startswith("16.01 TFLOP a process: 12.00 in the head, 4.01 in the objective")

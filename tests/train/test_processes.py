@@ -133,9 +133,8 @@ def test_regeneration_and_extraction_are_dealt_over_processes(sharded: str, tmp_
 
     def work(call: Any, name: str, *more: str) -> None:
         out, store = tmp_path / name, tmp_path / f"{name}-store"
-        call("regenerate", "--extract", "--out", str(out), *settings, *more)
-        asked = ["--conversations", str(out), "--out", str(store)]
-        call("extract", *asked, *settings, *more)
+        call("extract", f"output_dir={out}", *settings, *more)
+        call("extract", str(out), f"output_dir={store}", *settings, *more)
 
     def both(*arguments: str) -> None:
         done = launch("ddp", *arguments, script=module)

@@ -82,8 +82,8 @@ def test_a_head_of_another_target_is_refused(tmp_path: Path) -> None:
 
 
 def test_its_shapes_are_its_own() -> None:
-    with pytest.raises(ValueError, match="hidden_size is that of the head in start"):
-        HeadConfig(start="ORG/head", hidden_size=256)
+    with pytest.raises(ValueError, match="hidden_size is that of the head in init_from"):
+        HeadConfig(init_from="ORG/head", hidden_size=256)
 
 
 def test_a_head_that_does_not_say_where_its_drafts_stood_is_refused_before_any_answer(
@@ -92,8 +92,8 @@ def test_a_head_that_does_not_say_where_its_drafts_stood_is_refused_before_any_a
     folder = finished(tiny, tmp_path / "head", FULL)
     path = Path(folder) / "config.json"
     config = json.loads(path.read_text()) | {"headstart_target": {"name": "tiny-gemma4"}}
-    config.pop("headstart_rope_position", None)
+    config.pop("headstart_draft_position_offset", None)
     path.write_text(json.dumps(config))
     monkeypatch.setattr("headstart.train.run.open_target", None)
-    with pytest.raises(ValueError, match="headstart_rope_position"):
+    with pytest.raises(ValueError, match="headstart_draft_position_offset"):
         train(tiny_config(tmp_path / "run", f"head.init_from={folder}", "head.num_centroids=null"))

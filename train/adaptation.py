@@ -1,0 +1,86 @@
+"""What `headstart adapt` is asked, and what it takes where nobody says."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from headstart.configs.schema import Config, EvalConfig
+from headstart.configs.settings import AdaptConfig, Settings
+from headstart.eval.asked import as_the_head_was
+from headstart.heads.saving import draft_position_offset, load_assistant_config
+
+HELD_OUT = "held_out.jsonl"  # in the report's folder: the prompts that are measured on
+DEFAULTS: list[tuple[str, Any]] = [
+    ("head.on_existing_clusters", "keep"),  # minutes that steps use better
+    ("train.max_steps", 20000),  # time ends it
+    ("train.batch_size", 4),
+    ("train.multi_step_anchors", 32),
+    ("train.learning_rate", 5e-4),
+    ("train.eval_steps", 100),
+    ("train.early_stopping_patience", 4),
+    ("data.max_new_tokens", 96),
+    ("data.max_prompt_tokens", 256),
+    ("eval.num_assistant_tokens", [4]),
+]
+"""Settings where nobody says otherwise: the reference recipe's, at half its learning rate, since
+the head is finished."""
+
+
+def adapt_defaults(head: str) -> list[tuple[str, Any]]:
+    """Settings of an adaptation of the head, by folder or Hub id, where nobody says otherwise."""
+    start = load_assistant_config(head)
+    return [
+        *DEFAULTS,
+        ("head.init_from", head),
+        ("head.use_ordered_embeddings", start.use_ordered_embeddings),
+        ("train.draft_position_offset", draft_position_offset(start)),
+    ]
+
+
+@dataclass(frozen=True)
+class Adaptation:
+    """What `headstart adapt` is asked."""
+
+    head: str
+    """The head to go on from, by folder or Hub id."""
+    config: Config
+    """Of the training: `target` is the tuned one, as it is served, and `data.prompts` are of its
+    new work."""
+    options: AdaptConfig
+    """What to measure on, and for how long."""
+    num_assistant_tokens: int
+    """Draft length K at which the head is measured."""
+    out: Path
+    """Folder of the report; the head is in `run/head`."""
+
+
+def read_adaptation(settings: Settings, head: str) -> Adaptation:
+    """What the settings ask, of which `adapt_defaults` are the defaults.
+
+    Raises:
+        ValueError: a setting would be passed over, or there are several K.
+    """
+    given = settings.given(["data.store", "data.conversations", "data.online"])
+    if settings.head.init_from != head:
+        given.append("head.init_from")
+    if given:
+        raise ValueError(f"{given[0]} is what adapt sees to itself: leave it out")
+    if any(source.weight is not None for source in settings.data.prompts):
+        raise ValueError("data.prompts: adapt deals its prompts evenly, leave out weight")
+    chosen = settings.eval or EvalConfig(num_assistant_tokens=[4])
+    if odd := sorted(chosen.model_fields_set - {"num_assistant_tokens"}):
+        raise ValueError(
+            f"eval.{odd[0]} is not read: adapt measures on prompts of data.prompts that it holds "
+            "out; leave it out, or set eval=null where a file has it"
+        )
+    if len(chosen.num_assistant_tokens) != 1:
+        raise ValueError("adapt measures at one draft length: eval.num_assistant_tokens=4")
+    out, data = settings.output_dir, as_the_head_was(settings.data, head)
+    # Training keeps no copy of what is held out.
+    update = {
+        "output_dir": out / "run",
+        "data": data.model_copy(update={"store": out / "answers"}),
+        "eval": EvalConfig(prompts=str(out / HELD_OUT)),
+    }
+    config = settings.of_run().model_copy(update=update)
+    return Adaptation(head, config, settings.adapt, chosen.num_assistant_tokens[0], out)
