@@ -26,6 +26,10 @@ Place = Annotated[str, AfterValidator(expand_home)]
 """A path of this machine, with `~` for the home folder, or a name that needs none: built in, or of
 the Hub."""
 
+BUILTIN = "builtin:"
+"""Begins the names of the prompts and conversations that come with Headstart: no file of that name
+is looked for."""
+
 
 class Section(BaseModel):
     """Base of every section: unknown keys are errors, values never change after loading, and no
@@ -204,10 +208,12 @@ class DataConfig(Section):
     prompts: list[SourceConfig] = [SourceConfig(path="builtin:text_train")]
     """Sources of training prompts, one or a list; the target writes the responses."""
     conversations: Folder | None = None
-    """Folder of `headstart regenerate`: its conversations are trained on, none are generated."""
+    """Folder of `headstart regenerate`: its conversations are trained on, none are generated.
+    `builtin:NAME`: those that come with Headstart, where this target has written them and the
+    settings here ask for the same; elsewhere it answers the prompts itself, and a line says so."""
     store: Folder | None = None
     """Folder of `headstart extract`, or of `headstart regenerate --extract`: its activations are
-    trained on, the target runs over no text."""
+    trained on, the target runs over no text. It goes before conversations of Headstart's own."""
     online: bool = False
     """True: the target runs inside the training step and no activations are stored."""
     num_conversations: PositiveInt | None = None
@@ -248,6 +254,16 @@ class DataConfig(Section):
     cache_dir: Folder | None = None
     """Where conversations and activations are kept. None: the user's cache folder."""
 
+    @property
+    def shipped(self) -> bool:
+        """Whether the conversations are some that come with Headstart."""
+        return str(self.conversations).startswith(BUILTIN)
+
+    @property
+    def chooses(self) -> bool:
+        """Whether a part of what is there is trained on."""
+        return bool(self.only_temperatures or self.only_categories or self.only_conversations)
+
     @field_validator("prompts", mode="before")
     @classmethod
     def _one_source(cls, value: object) -> object:
@@ -259,12 +275,10 @@ class DataConfig(Section):
             raise ValueError("prompts is empty: name at least one source")
         if 0 < sum(source.weight is None for source in self.prompts) < len(self.prompts):
             raise ValueError("prompts: give every source a weight, or none of them")
-        if self.conversations is not None and self.store is not None:
+        if self.conversations is not None and self.store is not None and not self.shipped:
             raise ValueError("name data.conversations or data.store, not both")
         stored = self.conversations is not None or self.store is not None
-        if not stored and (
-            self.only_temperatures or self.only_categories or self.only_conversations
-        ):
+        if not stored and self.chooses:
             raise ValueError("data.only_* chooses from data.store or data.conversations: name one")
         if self.online and (self.store is not None or self.storage != "target"):
             raise ValueError("data.online stores nothing: leave out data.store and data.storage")
