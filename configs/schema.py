@@ -144,6 +144,9 @@ class HeadConfig(Section):
     """Clusters, equal in size. None: 128 tokens in each, as in Google's heads for E2B and E4B."""
     centroid_intermediate_top_k: PositiveInt = 32
     """Clusters whose tokens a draft is chosen from."""
+    centroid_steps: NonNegativeInt = 500
+    """Steps, of 256 drafts each, in which the centroids learn when the head is trained. 0: new
+    clusters keep the means of their tokens, earlier ones the centroids that they had."""
 
     @property
     def warm(self) -> bool:

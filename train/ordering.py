@@ -170,7 +170,6 @@ def cluster_mass(logits: torch.Tensor, clusters: torch.Tensor, count: int) -> to
 
 
 RECORD = "order.json"  # beside an ordered head: what the order keeps
-STEPS = 500  # of learning
 
 
 @dataclass(frozen=True)
@@ -201,7 +200,7 @@ def order_best(
     PartialState().wait_for_everyone()  # the main process may still be writing the head
     folder, h = config.run.dir / "head", config.head
     if not (folder / RECORD).is_file():
-        order = Order(True, h.num_centroids, h.centroid_intermediate_top_k, STEPS)
+        order = Order(True, h.num_centroids, h.centroid_intermediate_top_k, h.centroid_steps)
         assistant = load_assistant(str(folder), torch.float32, target.device)
         if h.warm:
             assistant, order = _with_earlier_clusters(assistant, h, order)
