@@ -133,7 +133,7 @@ class HeadConfig(Section):
     trains: list[str] = []
     """Parts of the head that are trained, by a piece of their names, such as `pre_projection` or
     `layers.1.`; the rest stays as it starts. None named: all."""
-    earlier_clusters: Literal["keep", "refine", "rebuild"] | None = None
+    on_existing_clusters: Literal["keep", "refine", "rebuild"] | None = None
     """What becomes of the clusters of the head in `start`: they stay as they are, their centroids
     learn on, or the vocabulary is clustered anew. None: they learn on; with `lora` they stay, so
     that its adapter is all that differs."""
@@ -158,16 +158,16 @@ class HeadConfig(Section):
         shapes = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads")
         if self.warm and (given := [key for key in shapes if getattr(self, key) is not None]):
             raise ValueError(f"{given[0]} is that of the head in start: leave it out")
-        if self.earlier_clusters is not None and not self.warm:
-            raise ValueError("earlier_clusters are those of a finished head: name it in start")
-        if self.earlier_clusters in ("keep", "refine") and self.num_centroids is not None:
+        if self.on_existing_clusters is not None and not self.warm:
+            raise ValueError("on_existing_clusters are those of a finished head: name it in start")
+        if self.on_existing_clusters in ("keep", "refine") and self.num_centroids is not None:
             raise ValueError(
-                f"num_centroids makes other clusters: {self.earlier_clusters} has none"
+                f"num_centroids makes other clusters: {self.on_existing_clusters} has none"
             )
         if self.lora is not None and not self.warm:
             raise ValueError("lora is beside a finished head: name it in start")
         if self.lora is not None and self.trains:
-            raise ValueError("lora trains layers by lora.targets: leave out trains")
+            raise ValueError("lora trains layers by lora.target_modules: leave out trains")
         if self.num_centroids is not None and not self.use_ordered_embeddings:
             raise ValueError("num_centroids needs use_ordered_embeddings=true")
         if self.num_centroids is not None and self.num_centroids < self.centroid_intermediate_top_k:
@@ -294,8 +294,8 @@ Unroll = Literal["teacher_forced", "reached"]
 """Ways to go beyond the first round (`TrainConfig.unroll`)."""
 
 
-RopePosition = Literal["newest", "one_earlier", "both"]
-"""Where the drafts of a round stand (`TrainConfig.rope_position`)."""
+DraftPositionOffset = Literal["newest", "one_earlier", "both"]
+"""Where the drafts of a round stand (`TrainConfig.draft_position_offset`)."""
 
 
 class TrainConfig(Section):
@@ -303,7 +303,7 @@ class TrainConfig(Section):
     """Optimizer steps."""
     batch_size: PositiveInt = 8
     """Conversations a step and process, before gradient accumulation."""
-    pack_tokens: PositiveInt | None = None
+    max_packed_length: PositiveInt | None = None
     """Conversations share rows of so many tokens, which saves padding where lengths differ. None:
     a row each."""
     gradient_accumulation_steps: PositiveInt = 1
@@ -311,20 +311,20 @@ class TrainConfig(Section):
     batches of half the size, or in twice as many processes, is the same step."""
     anchors: PositiveInt = 64
     """Rows trained of each conversation in a batch, drawn anew each time (unit: tokens)."""
-    later_anchors: PositiveInt | None = None
+    multi_step_anchors: PositiveInt | None = None
     """How many of them go on beyond the first round, whose drafts weigh most and cost the same; the
     later rounds then weigh as much less in all. None: all."""
     rounds: int = Field(default=4, ge=2)
     """Unroll K: drafts trained from each row. At least 2: from the second on a draft reads the
     head's own hidden state, and one alone would leave `post_projection` untrained."""
-    round_decay: float = Field(default=0.8, gt=0, le=1)
-    """Weight of round k is round_decay ** (k - 1)."""
+    step_loss_decay: float = Field(default=0.8, gt=0, le=1)
+    """Weight of round k is step_loss_decay ** (k - 1)."""
     unroll: Unroll = "teacher_forced"
     """Which drafts count beyond the first round, where the head reads the text's tokens.
     `teacher_forced`: all; `reached`: only those before which all of their round are the text's
     tokens, as a decoder would have it. The loss is divided by the weight of all drafts, whichever
     count."""
-    rope_position: RopePosition = "both"
+    draft_position_offset: DraftPositionOffset = "both"
     """RoPE position of the drafts of a round, in which engines differ. `newest`: that of the newest
     token, as in transformers and llama.cpp; `one_earlier`: as in vLLM, SGLang and MLX; `both`:
     every second row of a text either way, which loses nothing at either (docs/recipe.md)."""
@@ -366,19 +366,19 @@ class TrainConfig(Section):
     compile: bool = False
     """Compile the head's layers with `torch.compile`: minutes at the start, then faster steps on a
     GPU."""
-    validate_every: PositiveInt = 125
+    eval_steps: PositiveInt = 125
     """Steps between validations; each may make a new best head."""
-    checkpoint_every: PositiveInt = 150
+    save_steps: PositiveInt = 150
     """Steps between checkpoints."""
-    keep_checkpoints: PositiveInt = 2
+    save_total_limit: PositiveInt = 2
     """Newest checkpoints kept. The best head stays beside them, in the run's `head/`."""
 
     @model_validator(mode="after")
     def _check(self) -> "TrainConfig":
         if self.warmup_steps >= self.steps:
             raise ValueError(f"warmup_steps={self.warmup_steps} must be below steps={self.steps}")
-        if self.later_anchors is not None and self.later_anchors > self.anchors:
-            raise ValueError(f"later_anchors={self.later_anchors} is above anchors={self.anchors}")
+        if self.multi_step_anchors is not None and self.multi_step_anchors > self.anchors:
+            raise ValueError(f"multi_step_anchors={self.multi_step_anchors} is above anchors={self.anchors}")
         return self
 
 
@@ -414,7 +414,7 @@ class EvalConfig(Section):
     """Tokens generated a prompt, or a turn of it."""
     limit: PositiveInt | None = None
     """Prompts measured, dealt evenly over the categories. None: all of them."""
-    exact_limit: NonNegativeInt = 4
+    fp32_check_prompts: NonNegativeInt = 4
     """Prompts checked in float32 for equality with plain greedy decoding. 0: no check."""
 
     @model_validator(mode="after")

@@ -143,13 +143,13 @@ def _open_stored(target: Target, data: DataConfig) -> ActivationStore | OnlineAc
 
 
 def _asked_for(training: Documents, data: DataConfig, seed: int) -> Documents:
-    """Of the documents that are there, those at `data.only_temperatures` and of
-    `data.only_categories`, and of them `data.only_conversations` at random.
+    """Of the documents that are there, those at `data.filter.temperatures` and of
+    `data.filter.categories`, and of them `data.filter.num_conversations` at random.
 
     Raises:
         ValueError: there are fewer.
     """
-    heats, categories, count = data.only_temperatures, data.only_categories, data.only_conversations
+    heats, categories, count = data.filter.temperatures, data.filter.categories, data.filter.num_conversations
     kept = [
         i
         for i, e in enumerate(training.entries)
@@ -158,8 +158,8 @@ def _asked_for(training: Documents, data: DataConfig, seed: int) -> Documents:
     ]
     if not kept or len(kept) < (count or 0):
         raise ValueError(
-            f"{len(kept)} of {len(training.entries)} documents are left by data.only_temperatures "
-            f"and data.only_categories, data.only_conversations asks for {count or 1}"
+            f"{len(kept)} of {len(training.entries)} documents are left by data.filter.temperatures "
+            f"and data.filter.categories, data.filter.num_conversations asks for {count or 1}"
         )
     if count is not None:
         kept = sorted(random.Random(seed).sample(kept, count))
@@ -368,11 +368,11 @@ def run_regenerate(
         raise ValueError("--model and --api-key-env are about a server: give --server too")
     d = config.data
     held_out = config.eval.prompts if config.eval else None
-    prompts = deal_prompts(load_sources(d, held_out), d, config.run.seed)
+    prompts = deal_prompts(load_sources(d, held_out), d, config.seed)
     if url is None:
         target = open_target(config.target, device)
         jobs = make_jobs(prompts, deal_sampling(d, target, prompts), target, d)
-        regenerate(target, jobs, d, config.run.seed, out, extracting)
+        regenerate(target, jobs, d, config.seed, out, extracting)
     else:
         # Its client takes half a second to import, and training reads this file too.
         from headstart.data.server import AnswerServer, regenerate_by_server
@@ -382,7 +382,7 @@ def run_regenerate(
         server = AnswerServer(
             url, model, concurrency, tokens.tokenizer, tokens.eos_ids, key_variable
         )
-        regenerate_by_server(server, tokens, jobs, d, config.run.seed, out)
+        regenerate_by_server(server, tokens, jobs, d, config.seed, out)
     print_once(f"Written: {out} ({len(jobs):,} conversations)")
     if extracting:
         print_once(describe_store(ActivationStore(out)))

@@ -16,7 +16,7 @@ from headstart.eval.page import cells, title
 from headstart.eval.statistics import verdict
 from headstart.heads.adapters import split_revision
 from headstart.heads.loading import BUILT_IN
-from headstart.heads.saving import rope_position
+from headstart.heads.saving import draft_position_offset
 from headstart.serve.engines import ENGINES, engine_warnings, incompatibilities
 
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
@@ -70,7 +70,7 @@ def model_card(p: Published) -> str:
         env=env,
         setting=title(p.report),
         architecture=p.head_config.architectures[0],
-        k=p.config.train.rounds,
+        k=p.config.train.num_speculative_steps,
         adapters=[split_revision(adapter) for adapter in p.served.adapters],
         load_target=_load_target(p),
         base_head=base_head,
@@ -86,7 +86,7 @@ def model_card(p: Published) -> str:
             for engine in ENGINES if engine != "transformers"
         },
         sources=", ".join(_prompts(p.config)),
-        position=rope_position(p.head_config),
+        position=draft_position_offset(p.head_config),
     )  # fmt: skip
 
 

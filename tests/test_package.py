@@ -104,7 +104,7 @@ def test_wheel_trains_by_the_name_of_a_recipe_in_an_empty_folder_without_the_che
     assert "out of reach" in reached.stderr
     found = python("-c", "import headstart.data as data; print(data.__file__)")
     assert found.stdout.startswith(str(installed)), found.stderr
-    settings = ["train.steps=6", "eval.limit=1", "eval.max_new_tokens=4", "eval.exact_limit=0"]
+    settings = ["train.max_steps=6", "eval.limit=1", "eval.max_new_tokens=4", "eval.fp32_check_prompts=0"]
     done = python("-m", "headstart.cli", "train", "--config", "tiny", *settings)
     assert done.returncode == 0, done.stderr
     assert (empty / "runs" / "tiny" / "eval" / "report.html").is_file()

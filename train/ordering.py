@@ -40,7 +40,7 @@ from headstart.heads.saving import (
     kept_notes,
     load_assistant,
     load_assistant_config,
-    rope_position,
+    draft_position_offset,
     save_assistant,
 )
 from headstart.heads.target import Target
@@ -77,7 +77,7 @@ def drafts_of(
     c = config.train
     # Not `c.batch_size`: the same drafts however the run was dealt over processes.
     loader = AnchorLoader(
-        training, DOCUMENTS, c.anchors, c.rounds, config.run.seed, later_anchors=c.later_anchors
+        training, DOCUMENTS, c.max_anchors, c.num_speculative_steps, config.seed, multi_step_anchors=c.multi_step_anchors
     )
     batches = 2 * -(-len(training.entries) // DOCUMENTS)  # anchors are drawn anew each time
     parts: list[tuple[torch.Tensor, ...]] = []
@@ -86,7 +86,7 @@ def drafts_of(
         task = bar.add_task("Drafting (drafts)", total=DRAFTS, status="")
         for number in range(batches):
             batch = send_to_device(loader.batch(number), target.device)
-            drafts = draft_batch(head, target, batch, torch.float32, c.rope_position)
+            drafts = draft_batch(head, target, batch, torch.float32, c.draft_position_offset)
             teacher = drafts.teacher
             parts.append((drafts.states, teacher.ids.long(), teacher.logprobs))
             count += len(drafts.states)
@@ -198,7 +198,7 @@ def order_best(
         `after` of what `order_head` finds.
     """
     PartialState().wait_for_everyone()  # the main process may still be writing the head
-    folder, h = config.run.dir / "head", config.head
+    folder, h = config.output_dir / "head", config.head
     if not (folder / RECORD).is_file():
         order = Order(True, h.num_centroids, h.centroid_intermediate_top_k, h.centroid_steps)
         assistant = load_assistant(str(folder), torch.float32, target.device)
@@ -237,10 +237,10 @@ def reorder(path: str, target: Target, config: Config, order: Order, out: Path) 
     if order.num_centroids is not None and not order.rebuild:
         raise ValueError("--num-centroids makes other clusters: give --rebuild too")
     _shape(assistant.config, order)
-    its_own = config.train.model_copy(update={"rope_position": rope_position(assistant.config)})
+    its_own = config.train.model_copy(update={"draft_position_offset": draft_position_offset(assistant.config)})
     config = config.model_copy(update={"train": its_own})
     data = as_the_head_was(config.data, path)
-    training, validation = prepare_documents(target, data, config.run.seed, None)
+    training, validation = prepare_documents(target, data, config.seed, None)
     assistant, found = order_head(assistant, target, training, validation, config, order)
     found = {"head": path, "chat_template_kwargs": data.chat_template_kwargs, **found}
     _save(assistant, target, config, found, out)
@@ -271,11 +271,11 @@ def order_head(
 
     def judged(assistant: Assistant) -> dict[str, Any]:
         everything = range(len(validation.entries))
-        position = served_position(config.train.rope_position)
+        position = served_position(config.train.draft_position_offset)
         with phase("Replaying held-out texts"):
             return describe_simulated(
                 simulate_acceptance(
-                    DraftHead(assistant), target, validation, config.train.rounds, everything,
+                    DraftHead(assistant), target, validation, config.train.num_speculative_steps, everything,
                     position,
                 )
             )  # fmt: skip
@@ -296,7 +296,7 @@ def order_head(
     else:
         assistant.config.centroid_intermediate_top_k = top_k
         assistant.masked_embedding.centroid_intermediate_top_k = top_k
-    learn_centroids(DraftHead(assistant), drafted, usage, table, order.steps, config.run.seed)
+    learn_centroids(DraftHead(assistant), drafted, usage, table, order.steps, config.seed)
     return assistant, found | {"after": judged(assistant)}
 
 
@@ -321,13 +321,13 @@ def _with_earlier_clusters(
 ) -> tuple[Assistant, Order]:
     """A trained head with the clusters of the head that it started from, which stay or learn on;
     unchanged where that one had none or new ones are asked for."""
-    config = load_assistant_config(h.start)
+    config = load_assistant_config(h.init_from)
     if not config.use_ordered_embeddings:
         return assistant, order
-    how = h.earlier_clusters or ("keep" if h.lora else "refine")
+    how = h.on_existing_clusters or ("keep" if h.lora else "refine")
     if how == "rebuild" or h.num_centroids is not None:
         return assistant, replace(order, num_centroids=h.num_centroids or config.num_centroids)
-    earlier = load_assistant(h.start, torch.float32, assistant.device)
+    earlier = load_assistant(h.init_from, torch.float32, assistant.device)
     assistant = with_clusters(assistant, config.num_centroids, config.centroid_intermediate_top_k)
     assistant.masked_embedding.load_state_dict(earlier.masked_embedding.state_dict())
     steps = 0 if how == "keep" else order.steps
@@ -337,7 +337,7 @@ def _with_earlier_clusters(
 def _save(
     assistant: Assistant, target: Target, config: Config, found: dict[str, Any], out: Path
 ) -> None:
-    tokens = assistant.generation_config.num_assistant_tokens or config.train.rounds
+    tokens = assistant.generation_config.num_assistant_tokens or config.train.num_speculative_steps
 
     def beside(work: Path) -> None:
         (work / RECORD).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")

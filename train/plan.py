@@ -29,7 +29,7 @@ PROCESSES = 8  # that a plan says the memory of, beside one
 
 def print_plan(config: Config, console: Console | None = None) -> None:
     """Print `plan(config)` as a table."""
-    table = Table(title=f"Plan of {config.run.dir}", show_header=False)
+    table = Table(title=f"Plan of {config.output_dir}", show_header=False)
     for name, value in plan(config).items():
         table.add_row(name, value)
     (console or plain_console()).print(table)
@@ -56,14 +56,14 @@ def plan(config: Config) -> dict[str, str]:
     if config.head.lora is not None:
         add_lora(assistant, config.head.lora)
         frozen, trained = trained, sum(p.numel() for p in assistant.parameters() if p.requires_grad)
-    elif parts := config.head.trains:
+    elif parts := config.head.trainable_modules:
         named = assistant.named_parameters()
         chosen = sum(p.numel() for name, p in named if any(part in name for part in parts))
         frozen, trained = trained - chosen, chosen
     width = 2 if t.dtype == "bfloat16" else 4
     token = bytes_per_token(source, width, d.teacher_top_k, d.storage)
     each = c.batch_size * c.gradient_accumulation_steps
-    rows, later = each * c.anchors, each * (c.later_anchors or c.anchors)
+    rows, later = each * c.max_anchors, each * (c.multi_step_anchors or c.max_anchors)
     return {
         "target": f"{t.name} ({source.model_type}, width {source.hidden_size}, "
         f"{source.num_hidden_layers} layers, {source.vocab_size:,} tokens, {t.dtype})",
@@ -84,10 +84,10 @@ def plan(config: Config) -> dict[str, str]:
         **_plan_clusters(head),
         **_plan_memory(whole, width, trained * TRAINING_BYTES + frozen * 4),
         **_plan_data(planned_answers(config), token),
-        "rows a step": f"{rows:,} a process, {rows + later * (c.rounds - 1):,} drafts in "
-        f"{c.rounds} rounds",
-        "steps": f"{c.steps:,} ({c.steps * rows:,} rows in all)",
-        **_plan_step(c, source, trained + frozen, rows, rows + later * (c.rounds - 1)),
+        "rows a step": f"{rows:,} a process, {rows + later * (c.num_speculative_steps - 1):,} drafts in "
+        f"{c.num_speculative_steps} rounds",
+        "steps": f"{c.max_steps:,} ({c.max_steps * rows:,} rows in all)",
+        **_plan_step(c, source, trained + frozen, rows, rows + later * (c.num_speculative_steps - 1)),
     }
 
 
@@ -95,9 +95,9 @@ def _head_config(source: Any, h: HeadConfig) -> Any:
     """From the shapes of the target, or of the head that it starts from."""
     if not h.warm:
         return assistant_config(source, h)
-    if (shape := published_head(h.start)) is not None:
+    if (shape := published_head(h.init_from)) is not None:
         return assistant_config(source, shape)
-    return load_assistant_config(h.start)
+    return load_assistant_config(h.init_from)
 
 
 def _plan_step(c: Any, source: Any, trained: int, rows: int, drafts: int) -> dict[str, str]:
@@ -112,11 +112,11 @@ def _plan_step(c: Any, source: Any, trained: int, rows: int, drafts: int) -> dic
     if c.vocabulary == "sparse":
         candidates = min(source.vocab_size, c.likely_tokens + c.negatives)
     head = 6 * trained * drafts
-    objective = candidates * width * (4 * drafts + 2 * (rows + c.rounds))
+    objective = candidates * width * (4 * drafts + 2 * (rows + c.num_speculative_steps))
     return {
         "a step computes": f"{(head + objective) / 1e12:.2f} TFLOP a process: {head / 1e12:.2f} in "
         f"the head, {objective / 1e12:.2f} in the objective over {candidates:,} candidates or some "
-        f"more; {(head + objective) * c.steps / 1e15:.1f} PFLOP in all steps",
+        f"more; {(head + objective) * c.max_steps / 1e15:.1f} PFLOP in all steps",
     }
 
 

@@ -61,9 +61,9 @@ def test_shipped_answers_are_what_their_recipe_asks_for(name: str) -> None:
     made, data = read_manifest(find_answers(name)), recipe.data
     assert recipe.eval is not None
     tokens = load_target_tokens(recipe.target)
-    prompts = deal_prompts(load_sources(data, recipe.eval.prompts), data, recipe.run.seed)
+    prompts = deal_prompts(load_sources(data, recipe.eval.prompts), data, recipe.seed)
     jobs = make_jobs(prompts, deal_sampling(data, tokens, prompts), tokens, data)
-    asked = conversation_settings(jobs, tokens, data, recipe.run.seed, extract=False)
+    asked = conversation_settings(jobs, tokens, data, recipe.seed, extract=False)
     keys = asked.keys() - {"config", "fingerprint", "chat_template_kwargs"}
     assert {key: made[key] for key in keys} == {key: asked[key] for key in keys}
 

@@ -32,7 +32,7 @@ def order(head: Path, out: Path, cache: Path, *options: str) -> int:
 
 
 def test_refined_centroids_keep_more_and_nothing_else_changes(tmp_path: Path) -> None:
-    config = tiny_config(tmp_path / "run", "train.steps=6", "train.validate_every=6")
+    config = tiny_config(tmp_path / "run", "train.max_steps=6", "train.eval_steps=6")
     train(config)
     first, second = tmp_path / "flipped", tmp_path / "refined"
     flipped = load_assistant(tmp_path / "run" / "head", torch.float32)
@@ -54,7 +54,7 @@ def test_refined_centroids_keep_more_and_nothing_else_changes(tmp_path: Path) ->
 def test_a_run_killed_while_it_orders_keeps_its_dense_head_and_ends_as_one_that_was_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    short = ["train.steps=6", "train.validate_every=6", f"data.cache_dir={tmp_path / 'cache'}"]
+    short = ["train.max_steps=6", "train.eval_steps=6", f"data.cache_dir={tmp_path / 'cache'}"]
     short.append("head.centroid_steps=3")
     train(tiny_config(tmp_path / "whole", *short))
 
