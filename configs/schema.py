@@ -25,6 +25,10 @@ Place = Annotated[str, AfterValidator(expand_home)]
 """A path of this machine, with `~` for the home folder, or a name that needs none: built in, or of
 the Hub."""
 
+BUILTIN = "builtin:"
+"""Begins the names of the prompts and conversations that come with Headstart: no file of that name
+is looked for."""
+
 
 class Section(BaseModel):
     """Base of every section: unknown keys are errors, values never change after loading, and no
@@ -149,8 +153,8 @@ class HeadConfig(Section):
     centroid_intermediate_top_k: PositiveInt = 32
     """Clusters whose tokens a draft is chosen from."""
     centroid_steps: NonNegativeInt = 500
-    """Steps in which the centroids learn to find the clusters that the head wants. 0: they stay as
-    they are, of new clusters the means."""
+    """Steps, of 256 drafts each, in which the centroids learn when the head is trained. 0: new
+    clusters keep the means of their tokens, earlier ones the centroids that they had."""
 
     @property
     def warm(self) -> bool:
@@ -230,10 +234,12 @@ class DataConfig(Section):
     prompts: list[SourceConfig] = [SourceConfig(path="builtin:text_train")]
     """Sources of training prompts, one or a list; the target writes the responses."""
     conversations: Folder | None = None
-    """Folder of `headstart regenerate`: its conversations are trained on, none are generated."""
+    """Folder of `headstart regenerate`: its conversations are trained on, none are generated.
+    `builtin:NAME`: those that come with Headstart, where this target has written them and the
+    settings here ask for the same; elsewhere it answers the prompts itself, and a line says so."""
     store: Folder | None = None
-    """Folder of `headstart extract`, whose activations are
-    trained on, the target runs over no text."""
+    """Folder of `headstart extract`, whose activations are trained on; the target runs over no
+    text. It goes before conversations of Headstart's own."""
     online: bool = False
     """True: the target runs inside the training step and no activations are stored."""
     num_conversations: PositiveInt | None = None
@@ -268,16 +274,26 @@ class DataConfig(Section):
     cache_dir: Folder | None = None
     """Where conversations and activations are kept. None: the user's cache folder."""
 
+    @property
+    def shipped(self) -> bool:
+        """Whether the conversations are some that come with Headstart."""
+        return str(self.conversations).startswith(BUILTIN)
+
+    @property
+    def chooses(self) -> bool:
+        """Whether a part of what is there is trained on."""
+        return self.filter != FilterConfig()
+
     @model_validator(mode="after")
     def _check(self) -> "DataConfig":
         if not self.prompts:
             raise ValueError("prompts is empty: name at least one source")
         if 0 < sum(source.weight is None for source in self.prompts) < len(self.prompts):
             raise ValueError("prompts: give every source a weight, or none of them")
-        if self.conversations is not None and self.store is not None:
+        if self.conversations is not None and self.store is not None and not self.shipped:
             raise ValueError("name data.conversations or data.store, not both")
         stored = self.conversations is not None or self.store is not None
-        if not stored and self.filter != FilterConfig():
+        if not stored and self.chooses:
             raise ValueError("filter chooses from data.store or data.conversations: name one")
         if self.online and (self.store is not None or self.storage != "target"):
             raise ValueError("data.online stores nothing: leave out data.store and data.storage")

@@ -2,6 +2,9 @@
 
 A folder holds `conversations.json` (with what they were made, and in how many parts) and
 `part-NNNNN.parquet`, each of which appears whole or not at all.
+
+Some come with Headstart: `builtin:NAME` are what `headstart regenerate --config NAME` made. A run
+takes them where its own settings ask for the same.
 """
 
 import hashlib
@@ -9,6 +12,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +20,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from transformers import PreTrainedTokenizerBase
 
+from headstart.common.console import print_once
 from headstart.common.files import atomic_file, write_atomically
-from headstart.configs.schema import DataConfig
+from headstart.configs.loader import load_config
+from headstart.configs.recipes import SHIPPED
+from headstart.configs.schema import BUILTIN, Config, DataConfig
 from headstart.data.store import read_index, refusal
+from headstart.heads.target import Target
 
 FORMAT = 2  # of the folder: raise it when the same settings come to give other conversations
 MANIFEST = "conversations.json"
@@ -284,3 +292,86 @@ def trainable(conversations: Iterable[Conversation], max_tokens: int) -> Iterato
 def tokens_when_cut(conversations: Iterable[Conversation], max_tokens: int) -> int:
     """Tokens in all of these pieces."""
     return sum(len(piece.ids) for piece in trainable(conversations, max_tokens))
+
+
+ASKED = (
+    "prompts", "max_bad_rows", "chat_template_kwargs", "num_conversations", "max_prompt_tokens",
+    "max_new_tokens", "temperatures",
+)  # fmt: skip
+"""Settings of `data` that say what is answered, and how. The seed is not among them: other answers
+to the same prompts would do as well."""
+
+
+def answer_sets() -> list[str]:
+    """The names of the conversations that come with Headstart, such as `builtin:quickstart`."""
+    return sorted(BUILTIN + folder.name for folder in _shipped_answers().iterdir())
+
+
+def find_answers(name: str | Path) -> Path:
+    """The folder of the conversations of that name; any other path, or name, as it is."""
+    known = str(name) in answer_sets()
+    return _shipped_answers() / str(name).removeprefix(BUILTIN) if known else Path(name)
+
+
+def answers_name(folder: Path) -> str:
+    """What a folder of conversations is called: `builtin:NAME` where it came with Headstart."""
+    name = BUILTIN + folder.name
+    return name if name in answer_sets() and folder == find_answers(name) else str(folder)
+
+
+def _shipped_answers() -> Path:
+    return Path(str(resources.files("headstart.data") / "answers"))
+
+
+def taken_answers(target: Target, data: DataConfig) -> DataConfig:
+    """The same settings with the folder of the built-in conversations that `data.conversations`
+    names; without them, and with a line that says why, where this target would be asked something
+    else, or is another than wrote them.
+
+    Raises:
+        ValueError: there are none of that name, or `data.filter` would choose from some that are
+            not taken.
+    """
+    if data.store is not None or not data.shipped:
+        return data
+    folder = _named(data)
+    made, reasons = read_manifest(folder), _other_settings(data, folder)
+    if made["eos_ids"] != target.eos_ids:
+        reasons.insert(0, "the tokens that end a text")
+    if made["tokenizer"] != target.tokenizer_hash or not target.dtype_of(made["fingerprint"]):
+        reasons.insert(0, f"the weights of the target (theirs is {made['target']})")
+    if not reasons:
+        return data.model_copy(update={"conversations": folder})
+    why = f"{data.conversations} is not what this run asks for: it differs in {', '.join(reasons)}"
+    if data.chooses:
+        raise ValueError(f"{why}; data.filter would choose from it: leave that out")
+    print_once(f"{why}. So {target.name} answers data.prompts itself")
+    return data.model_copy(update={"conversations": None})
+
+
+def planned_answers(config: Config) -> DataConfig:
+    """What `taken_answers` will come to, as far as it can be told without the target.
+
+    Raises:
+        ValueError: there are no conversations of that name.
+    """
+    data = config.data
+    if data.store is not None or not data.shipped:
+        return data
+    folder = _named(data)
+    same = read_manifest(folder)["target"] == config.target.name
+    same = same and not _other_settings(data, folder)
+    return data.model_copy(update={"conversations": folder if same else None})
+
+
+def _named(data: DataConfig) -> Path:
+    name = str(data.conversations)
+    if name not in answer_sets():
+        raise ValueError(f"no built-in conversations {name}: there are {', '.join(answer_sets())}")
+    return find_answers(name)
+
+
+def _other_settings(data: DataConfig, folder: Path) -> list[str]:
+    """Where `data` asks for something else than the recipe of the conversations in a folder."""
+    theirs = load_config(SHIPPED / f"{folder.name}.yaml").data
+    return [f"data.{key}" for key in ASKED if getattr(data, key) != getattr(theirs, key)]

@@ -22,6 +22,7 @@ from headstart.configs.schema import DataConfig, SourceConfig, TargetConfig
 from headstart.data.conversations import (
     MANIFEST,
     Conversation,
+    find_answers,
     part_paths,
     read_manifest,
     read_part,
@@ -187,7 +188,7 @@ def inspect_path(
     Raises:
         ValueError: nothing that can be inspected, a damaged file, or an unknown `tokenizer_of`.
     """
-    folder, config = Path(path), config or DataConfig()
+    folder, config = find_answers(path), config or DataConfig()
     tokens = load_target_tokens(TargetConfig(name=tokenizer_of)) if tokenizer_of else None
     regenerated = (folder / MANIFEST).is_file()
     if regenerated:

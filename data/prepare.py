@@ -16,9 +16,12 @@ from headstart.data.contamination import remove_contaminated
 from headstart.data.conversations import (
     MANIFEST,
     Conversation,
+    answers_name,
+    find_answers,
     read_folder,
     read_manifest,
     stable_hash,
+    taken_answers,
     template_variables,
     tokens_when_cut,
 )
@@ -119,6 +122,7 @@ def plan_documents(
     target: Target, data: DataConfig, seed: int, held_out: str | None
 ) -> PlannedDocuments:
     """Read and deal the prompts of a run; arguments and errors as of `prepare_documents`."""
+    data = taken_answers(target, data)
     planned = PlannedDocuments(target, data, seed, held_out, [])
     if data.store is not None or data.conversations is not None:
         return planned
@@ -366,28 +370,33 @@ def extract_folder(
     return extract(target, conversations, tokens, data, out, variables=variables)
 
 
-def stream_folder(folder: Path, tokens: TargetTokens) -> Iterator[Conversation]:
+def stream_folder(folder: Path, target: Target) -> Iterator[Conversation]:
     """The conversations of `headstart regenerate`, a part at a time.
 
-    Those of another model lose their temperature: they are not this target's greedy text.
+    Those of another model lose their temperature: they are not this target's greedy text. The same
+    weights in another dtype are no other model: their roundings part where two tokens are nearly
+    tied, as those of two machines do.
 
     Raises:
         ValueError: the folder is unfinished, damaged, or tokenized for another vocabulary.
     """
-    manifest = read_manifest(folder)
-    if manifest["tokenizer"] != tokens.tokenizer_hash:
+    manifest, name = read_manifest(folder), answers_name(folder)
+    if manifest["tokenizer"] != target.tokenizer_hash:
         raise ValueError(
-            f"{folder} was tokenized for {manifest['target']} ({manifest['tokenizer'][:12]}), and "
-            f"{tokens.name} has another tokenizer ({tokens.tokenizer_hash[:12]}): regenerate it"
+            f"{name} was tokenized for {manifest['target']} ({manifest['tokenizer'][:12]}), and "
+            f"{target.name} has another tokenizer ({target.tokenizer_hash[:12]}): regenerate it"
         )
-    if manifest["fingerprint"] is None:  # a server wrote it, which shows no weights
-        same = manifest["target"] == tokens.name
-    else:
-        same = manifest["fingerprint"] == tokens.fingerprint
-    if not same:
-        print_once(f"{folder} was written by {manifest['target']}, which is not this {tokens.name}")
+    own, written = str(target.table.dtype).removeprefix("torch."), None
+    if manifest["fingerprint"] is not None:
+        written = target.dtype_of(manifest["fingerprint"])
+    elif manifest["target"] == target.name:  # a server wrote it, which shows no weights
+        written = own
+    if written is None:
+        print_once(f"{name} was written by {manifest['target']}, which is not this {target.name}")
+    elif written != own:
+        print_once(f"{name} was written by the same weights in {written}; here they are {own}")
     for conversation in read_folder(folder):
-        yield conversation if same else replace(conversation, temperature=None)
+        yield replace(conversation, temperature=None) if written is None else conversation
 
 
 def _cache(data: DataConfig) -> Path:
@@ -451,7 +460,7 @@ def run_extract(config: Config, conversations: str, device: Any) -> None:
     """
     d, out = config.data, config.output_dir
     target = open_target(config.target, device)
-    folder = Path(conversations)
+    folder = find_answers(conversations)
     if (folder / MANIFEST).is_file():
         variables = template_variables(d.model_copy(update={"conversations": folder}))
         store = extract_folder(target, folder, d, out, variables)

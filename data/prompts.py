@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from headstart.common.console import one_line, print_once
-from headstart.configs.schema import SourceConfig
+from headstart.configs.schema import BUILTIN, SourceConfig
 from headstart.data.rows import (
     COLUMNS,
     IDS,
@@ -24,7 +24,7 @@ from headstart.data.rows import (
     unused_columns,
     user_turns,
 )
-from headstart.data.sources import BUILTIN, HUB_ID, Place, Row, builtin_sets, read_rows
+from headstart.data.sources import HUB_ID, Place, Row, builtin_sets, read_rows
 
 HOPELESS = 1000
 """Bad rows without a single usable one after which nothing more is read."""

@@ -23,7 +23,7 @@ from typing import IO, Any, TextIO
 
 from headstart.common.console import print_once
 from headstart.common.files import cache_dir
-from headstart.configs.schema import SourceConfig
+from headstart.configs.schema import BUILTIN, SourceConfig
 
 Row = dict[str, Any] | str
 """The columns of a row, or the reason why it is unusable."""
@@ -40,8 +40,6 @@ METADATA = {
 DELIMITERS = ",;\t|"
 """Of a CSV file, likelier ones first: where numbers have a decimal comma, Excel writes `;`."""
 
-BUILTIN = "builtin:"
-"""Begins the names of the prompts that come with Headstart: no file of that name is looked for."""
 IN_CHECKOUT = Path("data/prompts")
 """Where a checkout has them. Runs made before they had names tell of them by these paths."""
 

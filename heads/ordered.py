@@ -163,15 +163,18 @@ def balanced_assignment(scores: torch.Tensor, size: int) -> torch.Tensor:
         [n] int64. Ties go to the lower index, so that the same scores give the same clusters.
     """
     n, c = scores.shape
-    places = torch.arange(n, device=scores.device)
     owner = torch.full((n,), -1, device=scores.device)
     held = torch.full((n,), -torch.inf, device=scores.device)
     while len(free := (owner < 0).nonzero()[:, 0]):
         best = scores[free].max(dim=1)
         owner[free], held[free] = best.indices, best.values
-        order = torch.argsort(held, descending=True, stable=True)
+        # Few clusters hold too many in the end: sorting all points each time took most of the time.
+        too_many = torch.bincount(owner, minlength=c) > size
+        asked = too_many[owner].nonzero()[:, 0]
+        order = asked[torch.argsort(held[asked], descending=True, stable=True)]
         order = order[torch.argsort(owner[order], stable=True)]
         first = torch.searchsorted(owner[order], torch.arange(c, device=scores.device))
+        places = torch.arange(len(order), device=scores.device)
         refused = order[places - first[owner[order]] >= size]
         scores[refused, owner[refused]] = -torch.inf
         owner[refused] = -1

@@ -265,6 +265,23 @@ class Target(TargetTokens):
         """SHA-256 over the text configuration and every weight: equal models, equal prints."""
         return model_fingerprint(self.model, self.config)
 
+    def dtype_of(self, fingerprint: str) -> str | None:
+        """The dtype in which this target's weights have a fingerprint: `bfloat16` or `float32`, or
+        that in which they are here; None: in neither, they are other weights.
+
+        A checkpoint of bfloat16 holds the same numbers in both, so that one machine knows what
+        another has written in the other dtype. Of float32 weights this one sees what their rounding
+        wrote, and not the other way round. A split target knows its own dtype alone.
+        """
+        own = self.table.dtype
+        if fingerprint == self.fingerprint:
+            return str(own).removeprefix("torch.")
+        others = {torch.bfloat16, torch.float32} - {own}
+        for dtype in set() if self.sharded else others:
+            if fingerprint == model_fingerprint(self.model, self.config, dtype):
+                return str(dtype).removeprefix("torch.")
+        return None
+
     @property
     def identity(self) -> dict[str, Any]:
         """What a head notes of the target: name, revision, dtype, fingerprint; and its `config`,
@@ -349,14 +366,19 @@ def check_supported(config: Any) -> None:
     )
 
 
-def model_fingerprint(model: nn.Module, config: Any) -> str:
+def model_fingerprint(model: nn.Module, config: Any, dtype: torch.dtype | None = None) -> str:
     """SHA-256 over a configuration, but for what changes no value, and every weight in the dtype
-    that it has now: equal models, equal prints."""
+    that it has now, or as it would be if the model were loaded in `dtype`: equal models, equal
+    prints."""
     content = config.to_dict()
     changes_no_value = ("transformers_version", "_name_or_path", "headstart_")
     content = {k: v for k, v in content.items() if not k.startswith(changes_no_value)}
+    if dtype is not None and content.get("dtype") is not None:
+        content["dtype"] = str(dtype).removeprefix("torch.")
     digest = hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode())
     for name, tensor in sorted(model.state_dict().items()):
+        if dtype is not None and type(tensor) is torch.Tensor and tensor.is_floating_point():
+            tensor = tensor.to(dtype)  # quantized ones, of a class of their own, stay
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         for part in raw_bytes(tensor):
             digest.update(part)

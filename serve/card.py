@@ -158,6 +158,6 @@ def _is_on_the_hub(prompts: str) -> bool:
 def _prompts(config: Config) -> list[str]:
     """Where the training prompts came from; empty where the run read texts that were there."""
     data = config.data
-    if data.store is not None or data.conversations is not None:
+    if data.store is not None or (data.conversations is not None and not data.shipped):
         return []
     return [source.path for source in data.prompts]

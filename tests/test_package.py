@@ -1,5 +1,5 @@
-"""The wheel: it holds every module under `headstart`, the recipes and their prompts, and nothing
-beside that name; it needs no checkout."""
+"""The wheel: it holds every module under `headstart`, the recipes, their prompts and the answers to
+them, and nothing beside that name; it needs no checkout."""
 
 import os
 import shutil
@@ -40,7 +40,7 @@ def test_wheel_holds_headstart_alone(wheel: zipfile.ZipFile) -> None:
     assert tops - info == {"headstart"}
 
 
-def test_wheel_holds_every_module_recipe_and_prompt(wheel: zipfile.ZipFile) -> None:
+def test_wheel_holds_every_module_recipe_prompt_and_answer(wheel: zipfile.ZipFile) -> None:
     expected = {
         f"headstart/{path.relative_to(ROOT).as_posix()}"
         for folder in FOLDERS
@@ -50,8 +50,12 @@ def test_wheel_holds_every_module_recipe_and_prompt(wheel: zipfile.ZipFile) -> N
     assert recipes, "no recipe in configs/"
     templates = {"headstart/eval/report.html.jinja", "headstart/serve/card.md.jinja"}
     prompts = {f"headstart/data/prompts/{path.name}" for path in PROMPTS.iterdir()}
+    answers = {
+        f"headstart/data/{path.relative_to(ROOT / 'data').as_posix()}"
+        for path in (ROOT / "data" / "answers").rglob("*.*")
+    }
     packed = {name for name in wheel.namelist() if name.startswith("headstart/")}
-    assert packed == expected | recipes | templates | prompts
+    assert packed == expected | recipes | templates | prompts | answers
 
 
 def test_wheel_leaves_the_namespace_open(wheel: zipfile.ZipFile) -> None:

@@ -10,7 +10,13 @@ from transformers import AutoModelForCausalLM
 
 from headstart.common.console import plain_console
 from headstart.configs.schema import Config, DataConfig, HeadConfig, TrainConfig
-from headstart.data.conversations import read_folder, read_manifest, tokens_when_cut
+from headstart.data.conversations import (
+    answers_name,
+    planned_answers,
+    read_folder,
+    read_manifest,
+    tokens_when_cut,
+)
 from headstart.data.store import bytes_per_token, read_index
 from headstart.heads.assistant import assistant_config
 from headstart.heads.describe import published_config, published_head
@@ -79,7 +85,7 @@ def plan(config: Config) -> dict[str, str]:
         else "none: low-rank tie, materialized when saved",
         **_plan_clusters(head),
         **_plan_memory(whole, width, trained * TRAINING_BYTES + frozen * 4),
-        **_plan_data(d, token),
+        **_plan_data(planned_answers(config), token),
         "rows a step": f"{rows:,} a process, {rows + later * (k - 1):,} drafts in {k} rounds",
         "steps": _plan_steps(c, d, each, rows),
         **_plan_step(c, source, trained + frozen, rows, rows + later * (k - 1)),
@@ -169,10 +175,15 @@ def _plan_data(d: DataConfig, token: int) -> dict[str, str]:
         }
     count: int | None = d.num_conversations
     named = "one a prompt" if count is None else f"{count:,}"
+    apart = "and {} held out"
     if d.conversations is not None:
         tokens = tokens_when_cut(read_folder(d.conversations), d.max_tokens)
-        words, size = f"{tokens:,} of {d.conversations}", f"at most {_bytes(tokens * token)}"
+        words, size = (
+            f"{tokens:,} of {answers_name(d.conversations)}",
+            f"at most {_bytes(tokens * token)}",
+        )
         named = f"{read_manifest(d.conversations)['conversations']:,}"
+        apart = "written already, {} of them held out"
     else:
         each = d.max_prompt_tokens + d.max_new_tokens
         words = f"at most {each:,} a conversation, {d.max_new_tokens:,} of them answers"
@@ -181,7 +192,7 @@ def _plan_data(d: DataConfig, token: int) -> dict[str, str]:
             words = f"at most {count * each:,}, {count * d.max_new_tokens:,} of them answers"
             size = f"at most {_bytes(count * each * token)}"
     return {
-        "conversations": f"{named} and {d.validation_conversations:,} held out",
+        "conversations": f"{named} {apart.format(f'{d.validation_conversations:,}')}",
         "tokens": words,
         "activation store": "none: the target runs inside the training step"
         if d.online

@@ -1,4 +1,4 @@
-"""The example that ends each command's help runs, on tiny models in place of those that it names."""
+"""The example that ends each command's help runs, on tiny models in place of those it names."""
 
 import shlex
 import shutil
@@ -27,13 +27,15 @@ SMALL = {
     "train": ["train.max_steps=6", "train.warmup_steps=1", "head.centroid_steps=2", "eval=null"],
     "eval": ["eval.limit=1", "eval.max_new_tokens=4"],
     "adapt": [
-        "train.max_steps=6", "train.warmup_steps=1", "train.eval_steps=6", "data.num_conversations=8",
-        "data.validation_conversations=1", "data.max_new_tokens=8", "data.max_prompt_tokens=16",
+        "train.max_steps=6", "train.warmup_steps=1", "train.eval_steps=6",
+        "data.num_conversations=8", "data.validation_conversations=1", "data.max_new_tokens=8", "data.max_prompt_tokens=16",
         "data.generation_batch_size=8", "adapt.held_out_prompts=4", "adapt.decoded_prompts=0",
         "train.likely_tokens=32", "train.negatives=32", "train.max_anchors=16",
         "train.multi_step_anchors=8",
     ],
-    "regenerate": ["data.num_conversations=8", "data.max_new_tokens=8", "data.max_prompt_tokens=16"],
+    "regenerate": [
+        "data.num_conversations=8", "data.max_new_tokens=8", "data.max_prompt_tokens=16",
+    ],
     "order": [
         "head.centroid_steps=2", "train.max_anchors=16", "train.multi_step_anchors=8",
         "data.validation_conversations=2",

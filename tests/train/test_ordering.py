@@ -56,6 +56,7 @@ def test_a_run_killed_while_it_orders_keeps_its_dense_head_and_ends_as_one_that_
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     short = ["train.max_steps=6", "train.eval_steps=6", f"data.cache_dir={tmp_path / 'cache'}"]
+    short.append("head.centroid_steps=3")
     train(tiny_config(tmp_path / "whole", *short))
 
     def stop(*args: Any) -> None:
@@ -74,6 +75,7 @@ def test_a_run_killed_while_it_orders_keeps_its_dense_head_and_ends_as_one_that_
     )
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[k], theirs[k]) for k in ours)
+    assert json.loads((tmp_path / "cut" / "head" / ordering.RECORD).read_text())["steps"] == 3
     summaries = (json.loads((tmp_path / n / "summary.json").read_text()) for n in ("cut", "whole"))
     assert len({json.dumps(summary["best"]) for summary in summaries}) == 1
 
