@@ -50,11 +50,12 @@ class Command:
     settings: tuple[str, ...] = ()
     """Keys that it reads, or `section.*` for all of one. None: it takes no configuration."""
     defaults: tuple[tuple[str, Any], ...] = ()
-    """Keys whose default is another than the schema's."""
+    """Keys whose default is another than the schema's; an `Argument` stands for what is given as
+    that."""
     unnamed: tuple[tuple[str, str], ...] = ()
     """Keys that nothing is read from where nobody names them, and what --help says then."""
     required: tuple[str, ...] = ()
-    """Keys that somebody has to name."""
+    """Keys that somebody has to name, and `--config` where a file has to."""
     flags: tuple[str, ...] = ()
     """Of `FLAGS`."""
 
@@ -168,8 +169,7 @@ def split_words(command: Command, words: Sequence[str]) -> tuple[dict[str, Any],
             raise ValueError(f"{argument.name} is missing: {argument.help}")
     if given:
         raise ValueError(f"unrecognized arguments: {' '.join(given)}")
-    for word in settings:
-        key = word.partition("=")[0]
+    for key in (word.partition("=")[0] for word in settings):
         if not is_read(key, command.settings):
             _refuse_unread(key, command)
     return found, settings
@@ -193,6 +193,14 @@ def _refuse_unread(key: str, command: Command) -> None:
         raise ValueError(f"{command.name} does not read {key}: leave it out")
 
 
+def missing(command: Command, config: str | None, settings: Sequence[str]) -> str | None:
+    """The first of what a command needs that no command line without a file can do without."""
+    if config is not None:
+        return None
+    named = {word.partition("=")[0] for word in settings}
+    return next((key for key in command.required if not is_read(key, sorted(named))), None)
+
+
 def read_settings(args: argparse.Namespace, defaults: Sequence[tuple[str, Any]] = ()) -> Any:
     """The `Settings` of `--config` and `key=value`.
 
@@ -206,12 +214,15 @@ def read_settings(args: argparse.Namespace, defaults: Sequence[tuple[str, Any]] 
     from headstart.configs.loader import load_settings
 
     command: Command = args.of
-    defaults = [*command.defaults, *defaults]
+    found = [
+        (key, getattr(args, value.name.lower()) if isinstance(value, Argument) else value)
+        for key, value in (*defaults, *command.defaults)
+    ]
     if args.config is None:  # a file says what a head is evaluated on; nobody else does
-        defaults.append(("eval", None))
-    settings = load_settings(args.config, args.settings, defaults)
+        found.append(("eval", None))
+    settings = load_settings(args.config, args.settings, found)
     for key in command.required:
-        if not settings.given([key]):
+        if key != "--config" and not settings.given([key]):
             raise ValueError(f"{command.name} needs {key}=VALUE: {setting_row(key, {})[1]}")
     return settings
 

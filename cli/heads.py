@@ -36,8 +36,7 @@ def _order(args: argparse.Namespace) -> None:
     from headstart.heads.loading import open_target
     from headstart.train.ordering import Order, print_order, reorder
 
-    made = [("head.init_from", args.head), ("head.use_ordered_embeddings", True)]
-    settings = read_settings(args, [*made, ("eval", None)])
+    settings = read_settings(args)
     h, target = settings.head, open_target(settings.target, default_device())
     top_k = None
     if settings.given(["head.centroid_intermediate_top_k"]):
@@ -64,5 +63,6 @@ ORDER = Command(
         "head.centroid_intermediate_top_k", "head.centroid_steps", "train.max_anchors",
         "train.multi_step_anchors", "train.num_speculative_steps", "seed",
     ),
+    defaults=(("head.init_from", HEAD), ("head.use_ordered_embeddings", True)),
     required=("output_dir",),
 )  # fmt: skip

@@ -11,7 +11,14 @@ import traceback
 from importlib.metadata import version
 from typing import Any
 
-from headstart.cli.arguments import Command, CommandParser, flag_parents, split_words
+from headstart.cli.arguments import (
+    Command,
+    CommandParser,
+    flag_parents,
+    missing,
+    read_settings,
+    split_words,
+)
 from headstart.cli.configs import CONFIGS
 from headstart.cli.data import EXTRACT, INSPECT, REGENERATE
 from headstart.cli.eval import CHECK, COMPARE, EVAL, SIMULATE
@@ -37,6 +44,8 @@ def main(argv: list[str] | None = None) -> int:
         for chatty in ("torchao", "bitsandbytes", "torch.utils._pytree"):
             # They warn at import, of what nobody asked for.
             logging.getLogger(chatty).setLevel(logging.ERROR)
+        if args.of.settings:
+            _read_config(args)
         # Seconds of imports, so only after the arguments are known to be good; and the version
         # before the classes that another release may lack.
         from headstart.common.versions import check_transformers
@@ -63,9 +72,10 @@ def main(argv: list[str] | None = None) -> int:
         code = 1
     else:
         code = 0
-    from headstart.common.processes import leave_processes
+    if "torch" in sys.modules:
+        from headstart.common.processes import leave_processes
 
-    leave_processes()  # after the errors, whose frames hold what the command worked with
+        leave_processes()  # after the errors, whose frames hold what the command worked with
     return code
 
 
@@ -92,9 +102,21 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         found, args.settings = split_words(args.of, args.words)
     except ValueError as error:
         args.parser.error(str(error))
+    if (key := missing(args.of, args.config, args.settings)) is not None:
+        args.parser.error(f"{args.of.name} needs {key}{'' if key == '--config' else '=VALUE'}")
     found |= {"config": args.config, "json": args.json}
     vars(args).update({name: _at_home(value) for name, value in found.items()})
     return args
+
+
+def _read_config(args: argparse.Namespace) -> None:
+    """Find the file of `--config`, with a line where it is not the recipe of that name, and read
+    all settings once, so that wrong ones are told at once."""
+    from headstart.configs.recipes import find_config
+
+    if args.config is not None:
+        args.config = find_config(args.config)
+    read_settings(args)
 
 
 def _at_home(value: Any) -> Any:

@@ -12,8 +12,6 @@ def _train(args: argparse.Namespace) -> None:
     from headstart.train.plan import print_plan
     from headstart.train.run import run
 
-    if args.config is None:
-        raise ValueError("train needs --config NAME|FILE, such as --config quickstart")
     config = load_config(args.config, args.settings)
     if args.plan:
         print_plan(config)
@@ -35,6 +33,7 @@ TRAIN = Command(
         "head.init_from", "head.*", "train.max_steps", "train.*", "eval.*", "seed", "wandb.*",
     ),
     unnamed=(("output_dir", "runs/NAME"),),
+    required=("--config",),
     flags=("--resume", "--plan"),
 )  # fmt: skip
 
@@ -47,6 +46,7 @@ def _adapt(args: argparse.Namespace) -> None:
     adapt(settings, args.head, default_device(), ["headstart", *sys.argv[1:]])
 
 
+ADAPTED = Argument("HEAD", "folder or Hub id of the head to go on from: of the target untuned")
 ADAPT = Command(
     "adapt",
     "train a head on for a target that was fine-tuned",
@@ -57,16 +57,14 @@ ADAPT = Command(
     "target.adapters=ORG/my-lora data.prompts=my_prompts.jsonl adapt.budget=2h "
     "output_dir=runs/my-head",
     _adapt,
-    arguments=(
-        Argument("HEAD", "folder or Hub id of the head to go on from: of the target untuned"),
-    ),
+    arguments=(ADAPTED,),
     settings=(
         "output_dir", "target.name", "target.adapters", "target.*", "data.prompts", "data.*",
         "adapt.budget", "adapt.general_prompts", "adapt.general_share", "adapt.base",
         "adapt.held_out_prompts", "adapt.decoded_prompts", "adapt.measure_only",
         "eval.num_assistant_tokens", "head.*", "train.*", "seed", "wandb.*",
     ),
-    defaults=(("eval.num_assistant_tokens", [4]), ("data.max_new_tokens", 96)),
+    defaults=(("head.init_from", ADAPTED), ("eval.num_assistant_tokens", [4])),
     required=("output_dir", "target.name", "data.prompts"),
 )  # fmt: skip
 

@@ -12,7 +12,6 @@ from typing import Annotated, Any, Literal, TypeAlias, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from headstart.common import machine
 from headstart.configs.recipes import find_config
 from headstart.configs.renamed import refuse_renamed, with_new_names
 from headstart.configs.schema import Config
@@ -102,6 +101,8 @@ def _set_default(tree: dict[str, Any], path: list[str], value: Any) -> None:
 
 def _without_auto(settings: Settings) -> Settings:
     """The same with the dtypes of this machine, so that what is saved says what was computed."""
+    from headstart.common import machine  # torch: seconds, that errors and --help do without
+
     update: dict[str, Any] = {}
     if settings.target.dtype == "auto":
         dtype = machine.natural_dtype()
@@ -223,6 +224,8 @@ def explain(problem: dict[str, Any], model: type[BaseModel]) -> str:
     key = ".".join(location)
     if problem["type"] != "extra_forbidden":
         message = problem["msg"].removeprefix("Value error, ")
+        if problem["type"] == "literal_error":
+            message += f", not {problem['input']!r}"
         return f"{key}: {message}" if key else message
     *parents, leaf = location
     valid = _keys(parents, model)

@@ -27,11 +27,11 @@ SMALL = {
     "train": ["train.max_steps=6", "train.warmup_steps=1", "head.centroid_steps=2", "eval=null"],
     "eval": ["eval.limit=1", "eval.max_new_tokens=4"],
     "adapt": [
-        "train.max_steps=6", "train.warmup_steps=1", "train.eval_steps=6",
-        "data.num_conversations=8", "data.validation_conversations=1", "data.max_new_tokens=8", "data.max_prompt_tokens=16",
-        "data.generation_batch_size=8", "adapt.held_out_prompts=4", "adapt.decoded_prompts=0",
-        "train.likely_tokens=32", "train.negatives=32", "train.max_anchors=16",
-        "train.multi_step_anchors=8",
+        "train.max_steps=6", "train.warmup_steps=1", "train.eval_steps=6", "train.likely_tokens=32",
+        "train.negatives=32", "train.max_anchors=16", "train.multi_step_anchors=8",
+        "data.num_conversations=8", "data.validation_conversations=1", "data.max_new_tokens=8",
+        "data.max_prompt_tokens=16", "data.generation_batch_size=8", "adapt.held_out_prompts=4",
+        "adapt.decoded_prompts=0",
     ],
     "regenerate": [
         "data.num_conversations=8", "data.max_new_tokens=8", "data.max_prompt_tokens=16",
