@@ -40,6 +40,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     keep_output()
     args = _parse(argv)
+    if (key := missing(args.of, args.config, args.settings)) is not None:
+        args.parser.error(f"{args.of.name} needs {key}{'' if key == '--config' else '=VALUE'}")
     try:
         for chatty in ("torchao", "bitsandbytes", "torch.utils._pytree"):
             # They warn at import, of what nobody asked for.
@@ -92,6 +94,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     if (said := renamed_command([w for w in words if not w.startswith("-")])) is not None:
         parser.error(said)
     args, rest = parser.parse_known_args(words)  # words may stand between flags too
+    args.debug = getattr(args, "debug", False)
     args.words += [word for word in rest if not word.startswith("-")]
     odd = [word for word in rest if word.startswith("-")]
     if odd:
@@ -102,8 +105,6 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         found, args.settings = split_words(args.of, args.words)
     except ValueError as error:
         args.parser.error(str(error))
-    if (key := missing(args.of, args.config, args.settings)) is not None:
-        args.parser.error(f"{args.of.name} needs {key}{'' if key == '--config' else '=VALUE'}")
     found |= {"config": args.config, "json": args.json}
     vars(args).update({name: _at_home(value) for name, value in found.items()})
     return args
@@ -153,7 +154,6 @@ def _parser() -> argparse.ArgumentParser:
         parents=[parents["--debug"]],
         allow_abbrev=False,
     )
-    parser.set_defaults(debug=False)
     parser.add_argument("--version", action="version", version=f"headstart {version('headstart')}")
     commands: Any = parser.add_subparsers(
         required=True, metavar="COMMAND", parser_class=CommandParser, title="commands"

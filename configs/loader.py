@@ -181,13 +181,11 @@ def known_keys(model: type[BaseModel] = Settings, prefix: str = "") -> list[str]
     found = []
     for name, field in model.model_fields.items():
         found.append(f"{prefix}{name}")
-        if (section := section_in(field.annotation)) and not _is_many(field.annotation):
+        section = section_in(field.annotation)
+        # A source is written as its path, which it has to have.
+        if section and not any(one.is_required() for one in section.model_fields.values()):
             found += known_keys(section, f"{prefix}{name}.")
     return found
-
-
-def _is_many(annotation: Any) -> bool:
-    return _argument(annotation, list, 0) is not Any
 
 
 def describe_setting(key: str) -> tuple[str, str]:

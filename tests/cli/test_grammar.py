@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from headstart.cli import retired
-from headstart.cli.arguments import Command, setting_row
+from headstart.cli.arguments import Argument, Command, setting_row
 from headstart.cli.main import COMMANDS, main
 from headstart.configs.loader import describe_setting, known_keys, load_config, load_settings
 from headstart.configs.renamed import RENAMED, VALUES
@@ -145,5 +145,6 @@ def test_help_names_what_has_to_be_given() -> None:
 
 @pytest.mark.parametrize("command", CONFIGURED, ids=lambda c: c.name)
 def test_what_help_says_of_a_key_that_nobody_named_is_not_its_value(command: Command) -> None:
-    settings = load_settings(None, [], command.defaults)
+    given = [(k, "x" if isinstance(v, Argument) else v) for k, v in command.defaults]
+    settings = load_settings(None, [], given)
     assert not settings.given([key for key, _ in command.unnamed])
