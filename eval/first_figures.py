@@ -29,7 +29,7 @@ PROMPTS = 4  # of the evaluation
 BUDGET = 20.0  # seconds of decoding, and of measuring costs; what has begun ends
 WARM_UP_TOKENS = 8
 NAME = "first_figures.json"
-DECODERS = {"exact": "the exact decoder", "transformers": "the stock decoder"}
+DECODERS = {"exact": "exact decoder", "transformers": "stock decoder"}
 
 
 def first_figures(
@@ -81,7 +81,7 @@ def first_figures(
         "draft_step": {name: costs[name].c for name in DECODERS},
     }
     write_atomically(out / NAME, json.dumps(content, indent=2) + "\n")
-    return content
+    return _read(out / NAME)
 
 
 def _texts(target: Target, chosen: EvalConfig, k: int, asked: Asked) -> list[Text]:
@@ -125,22 +125,20 @@ def print_first_figures(content: dict[str, Any], console: Console | None = None)
     """Print them as one table of at most 80 columns."""
     plain, lookup = content["plain"], content["lookup"]
     target, dtype = content["environment"]["target"], content["settings"]["dtype"]
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_header=False)
-    table.add_column(no_wrap=True)
-    table.add_column()
-    table.add_row("plain decoding", f"{plain['tokens_per_second']:.1f} tokens a second")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in ("", "K", "acceptance length", "speedup (95%)"):
+        table.add_column(name, justify="right" if name else "left", no_wrap=True)
+    table.add_row("plain decoding", "", "", f"{plain['tokens_per_second']:.1f} tokens a second")
     low, high = lookup["speedup_interval"]
     table.add_row(
-        f"prompt lookup, no head, K = {lookup['num_assistant_tokens']}",
-        f"acceptance length {lookup['acceptance_length']:.2f}, {lookup['speedup']:.2f} times as "
-        f"fast ({low:.2f} to {high:.2f}, {lookup['texts']} texts)",
+        f"prompt lookup, {lookup['texts']} texts",
+        str(lookup["num_assistant_tokens"]),
+        f"{lookup['acceptance_length']:.2f}",
+        f"{lookup['speedup']:.2f} ({low:.2f} to {high:.2f})",
     )
     for name, found in content["break_even"].items():
         for k, length in found.items():
-            table.add_row(
-                f"a head by {DECODERS[name]}, K = {k}",
-                f"pays from an acceptance length of {length:.2f} on",
-            )
+            table.add_row(f"a head, {DECODERS[name]}", k, f"from {length:.2f} on", "above 1")
     console = console or plain_console()
     console.print(one_line(f"First figures of {target}, {dtype}, on this machine"))
     console.print(table)

@@ -214,6 +214,11 @@ def _way_out(path: Path, earlier: list[Path]) -> str:
     return "no earlier checkpoint is whole: name another folder, output_dir=PATH, to start afresh"
 
 
+def checkpoint_progress(path: Path) -> Progress:
+    """How far the run was, of a checkpoint that was checked."""
+    return _progress(json.loads((path / STATE).read_text(encoding="utf-8")))
+
+
 def checkpoint_config(path: Path) -> Config:
     """The configuration that a checkpoint was written by."""
     return load_saved(path / "config.yaml")

@@ -17,7 +17,7 @@ from headstart.common.files import write_atomically
 from headstart.configs.schema import Config, EvalConfig
 from headstart.data.conversations import read_folder, trainable
 from headstart.data.extraction import SHARD
-from headstart.data.prepare import PlannedDocuments, extraction_folder
+from headstart.data.prepare import PlannedDocuments, extraction_folder, stream_folder
 from headstart.data.prompts import limit_evenly, load_prompt_set
 from headstart.data.store import read_index, shard_paths
 from headstart.eval.draft_cost import COST_TURNS, KINDS, MAX_DRAFT_TOKENS, WARM_UP
@@ -25,7 +25,7 @@ from headstart.eval.measurements import AGAIN_EVERY, Asked
 from headstart.eval.statistics import OWN_LENGTH
 from headstart.heads.assistant import Assistant
 from headstart.heads.target import Target
-from headstart.train.checkpoints import checkpoints
+from headstart.train.checkpoints import Progress, checkpoint_progress, checkpoints
 from headstart.train.ordering import DRAFTS, RECORD
 from headstart.train.probe import (
     Held,
@@ -142,20 +142,16 @@ def estimate_run(
         ValueError: what the run would read is damaged, or of another target.
     """
     counted = count_steps(config.train, _documents(planned)[0], processes=1)
-    config, step = config.model_copy(update={"train": counted}), done_steps(config)
+    config = config.model_copy(update={"train": counted})
+    saved = checkpoints(config.output_dir / "checkpoints")
+    progress = checkpoint_progress(saved[-1]) if saved else Progress()
     held = probe_documents(planned, config.train.batch_size)
-    phases = [_answering(planned, held), _training(config, planned, held, step)]
+    phases = [_answering(planned, held), _training(config, planned, held, progress)]
     if config.head.use_ordered_embeddings:
-        phases.append(_ordering(config, planned, held, assistant, step))
+        phases.append(_ordering(config, planned, held, assistant, progress))
     if config.eval is not None:
         phases.append(_evaluation(config, config.eval, planned.target, asked))
     return phases
-
-
-def done_steps(config: Config) -> int:
-    """Steps of the newest checkpoint of the run folder; a run that may begin there has none."""
-    saved = checkpoints(config.output_dir / "checkpoints")
-    return int(saved[-1].name.removeprefix("step-")) if saved else 0
 
 
 def _answering(planned: PlannedDocuments, held: Held) -> Phase:
@@ -165,9 +161,11 @@ def _answering(planned: PlannedDocuments, held: Held) -> Phase:
     if data.conversations is not None:
         if data.online:
             return Phase(TEXTS, f"there: {data.conversations}", 0.0)
-        total, done = _extracted_tokens(planned)
+        total, done, greedy = _extraction(planned)
         assert held.seconds_per_token is not None, "nothing was stored"
         size = f"{total - done:,} tokens to extract" + (f", {done:,} there" if done else "")
+        if not greedy:  # which prompts these are is known once the others are read
+            size += f"; {data.validation_conversations:,} answers to validate on come on top"
         return Phase(
             TEXTS, size, held.seconds_per_token * (total - done), bar="Extracting (tokens)"
         )
@@ -187,30 +185,32 @@ def _answering(planned: PlannedDocuments, held: Held) -> Phase:
     return Phase(TEXTS, size, sum(seconds), bar="Generating", beside_bar=seconds[1])
 
 
-def _extracted_tokens(planned: PlannedDocuments) -> tuple[int, int]:
-    """Tokens of `data.conversations` in all, and those whose activations are stored, as if each
-    shard had as many conversations as there may be."""
+def _extraction(planned: PlannedDocuments) -> tuple[int, int, bool]:
+    """Tokens of `data.conversations` in all; those whose activations are stored, as if each shard
+    had as many conversations as there may be; whether some are greedy, to validate on."""
     data = planned.data
     assert data.conversations is not None, "the caller knows"
-    pieces = trainable(read_folder(data.conversations), data.max_tokens)
-    lengths = [len(piece.ids) for piece in pieces]
+    lengths, greedy = list[int](), False
+    for piece in trainable(stream_folder(data.conversations, planned.target), data.max_tokens):
+        lengths.append(len(piece.ids))
+        greedy = greedy or piece.temperature == 0
     folder = extraction_folder(planned.target, data)
-    if (folder / "index.json").is_file():
-        return sum(lengths), sum(lengths)
-    return sum(lengths), sum(lengths[: SHARD * len(shard_paths(folder))])
+    whole = (folder / "index.json").is_file()
+    done = lengths if whole else lengths[: SHARD * len(shard_paths(folder))]
+    return sum(lengths), sum(done), greedy
 
 
-def _training(config: Config, planned: PlannedDocuments, held: Held, step: int) -> Phase:
-    c = config.train
-    if step >= c.max_steps:
-        return Phase(TRAINING, f"{c.max_steps:,} steps are done", 0.0)
+def _training(config: Config, planned: PlannedDocuments, held: Held, progress: Progress) -> Phase:
+    c, step = config.train, progress.step
+    if progress.ended(c):
+        return Phase(TRAINING, f"{step:,} steps are done", 0.0)
     costs = probe_training(config, planned, held)
     validations = c.max_steps // c.eval_steps - step // c.eval_steps
     validations += bool(c.max_steps % c.eval_steps)
     validated = min(planned.data.validation_conversations, _documents(planned)[1])
     seconds = (c.max_steps - step) * costs.step + validations * validated * costs.document
     if c.max_minutes is not None:
-        seconds = min(seconds, 60 * c.max_minutes)
+        seconds = min(seconds, 60 * c.max_minutes - progress.seconds)
     there = f", {step:,} done" if step else ""
     early = ", fewer without gain" if c.early_stopping_patience is not None else ""
     size = f"{c.max_steps - step:,} steps{there}{early}; {validations} validations"
@@ -232,11 +232,15 @@ def _documents(planned: PlannedDocuments) -> tuple[int, int]:
 
 
 def _ordering(
-    config: Config, planned: PlannedDocuments, held: Held, assistant: Assistant, step: int
+    config: Config,
+    planned: PlannedDocuments,
+    held: Held,
+    assistant: Assistant,
+    progress: Progress,
 ) -> Phase:
     clusters = int(assistant.config.num_centroids)
     size = f"{len(planned.target.table):,} tokens in {clusters:,} clusters"
-    if step >= config.train.max_steps and (config.output_dir / "head" / RECORD).is_file():
+    if progress.ended(config.train) and (config.output_dir / "head" / RECORD).is_file():
         return Phase(ORDERING, f"{size}, done", 0.0)
     costs = probe_ordering(config, planned.target, held, assistant)
     trained, validated = _documents(planned)

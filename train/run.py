@@ -125,11 +125,11 @@ def _train(
     config = config.model_copy(update={"train": counted})
     if accelerator.is_main_process:
         write_config(config)
-    state, likely = start_run(config, target, training, validation, accelerator, resume)
-    if accelerator.is_main_process:
-        drop_metrics_after(run, state.progress.step)
-    start_trackers(accelerator, config)
     with schedule.phase(TRAINING):
+        state, likely = start_run(config, target, training, validation, accelerator, resume)
+        if accelerator.is_main_process:
+            drop_metrics_after(run, state.progress.step)
+        start_trackers(accelerator, config)
         train_head(
             state,
             likely,
@@ -190,13 +190,15 @@ def look_ahead(config: Config, planned: PlannedDocuments, schedule: Schedule) ->
 def next_commands(config: Config) -> list[str]:
     """What to do with the head of a finished run, a line for each command."""
     run, t = config.output_dir, config.target
-    target = f"target.name={shlex.quote(t.name)}"
-    if t.adapters:
-        adapters = ", ".join(t.adapters)
-        target += f" {shlex.quote(f'target.adapters=[{adapters}]')}"
-    evaluate = f"headstart eval {shlex.quote(str(run / 'head'))} {target} eval.prompts=MY.jsonl"
-    out = shlex.quote(str(run / "eval-mine"))
-    lines = [f"Next, on prompts of your own: {evaluate} output_dir={out}"]
+    settings = [f"target.name={t.name}"]
+    settings += [f"target.adapters=[{', '.join(t.adapters)}]"] if t.adapters else []
+    settings += [] if t.merge_adapters else ["target.merge_adapters=false"]
+    settings += [] if t.quantization is None else [f"target.quantization={t.quantization}"]
+    settings += [] if t.revision is None else [f"target.revision={t.revision}"]
+    settings += ["target.trust_remote_code=true"] if t.trust_remote_code else []
+    settings += ["eval.prompts=MY.jsonl", f"output_dir={run / 'eval-mine'}"]
+    evaluate = shlex.join(["headstart", "eval", str(run / "head"), *settings])
+    lines = [f"Next, on prompts of your own: {evaluate}"]
     if config.eval is not None:
         lines.append(f"Or put it on the Hub: headstart publish {shlex.quote(str(run))} ORG/NAME")
     return lines

@@ -35,6 +35,7 @@ from headstart.data.regenerate import conversation_settings, make_jobs
 from headstart.data.store import ActivationStore
 from headstart.heads.loading import load_target, load_target_tokens
 from headstart.heads.target import Target
+from headstart.serve.card import _prompts
 from headstart.train.plan import plan
 from tests.helpers.runs import ROOT, tiny_config
 
@@ -223,3 +224,8 @@ def test_the_folder_of_the_answers_holds_nothing_else() -> None:
         names = {path.name for path in folder.iterdir()}
         assert MANIFEST in names
         assert all(name == MANIFEST or name.endswith(".parquet") for name in names)
+
+
+def test_a_card_names_the_prompts_that_shipped_answers_are_to(mine: Config) -> None:
+    assert _prompts(mine) == [source.path for source in mine.data.prompts] != []
+    assert _prompts(_with(mine, conversations=Path("conversations"))) == []
