@@ -43,7 +43,13 @@ from headstart.data.regenerate import (
     make_jobs,
     regenerate,
 )
-from headstart.data.store import ActivationStore, Document, Documents, Entry
+from headstart.data.store import (
+    ActivationStore,
+    Document,
+    Documents,
+    Entry,
+    describe_store,
+)
 from headstart.data.templates import check_template, encode_conversation, encode_prompts
 from headstart.heads.loading import load_target_tokens, open_target
 from headstart.heads.target import Target
@@ -436,18 +442,6 @@ def run_regenerate(config: Config, server: ServerConfig, extracting: bool, devic
     print_once(f"Written: {out} ({len(jobs):,} conversations)")
     if extracting:
         print_once(describe_store(ActivationStore(out)))
-
-
-def describe_store(store: ActivationStore) -> str:
-    """One line: documents, tokens, bytes a token, and the share of mass that the top k keep."""
-    kept = [(e.top_k_mass, e.trained) for e in store.entries if e.top_k_mass is not None]
-    mass = sum(m * n for m, n in kept) / max(sum(n for _, n in kept), 1)
-    tokens = sum(e.length for e in store.entries)
-    size = sum(shard["bytes"] for shard in store.index["shards"])
-    return (
-        f"Activations: {len(store):,} documents, {tokens:,} tokens, {size / tokens:,.0f} bytes a "
-        f"token; the teacher's top {store.index['teacher_top_k']} keep {mass:.2%} of the mass"
-    )
 
 
 def run_extract(config: Config, conversations: str, device: Any) -> None:

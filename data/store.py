@@ -428,3 +428,15 @@ def check_made_for(index: dict[str, Any], target: Target, folder: Path) -> None:
                 f"{folder} was made for {index['target']} with {key} {index[key][:12]}, and this "
                 f"target, {target.name}, has {wanted[:12]}: extract a store for it"
             )
+
+
+def describe_store(store: ActivationStore) -> str:
+    """One line: documents, tokens, bytes a token, and the share of mass that the top k keep."""
+    kept = [(e.top_k_mass, e.trained) for e in store.entries if e.top_k_mass is not None]
+    mass = sum(m * n for m, n in kept) / max(sum(n for _, n in kept), 1)
+    tokens = sum(e.length for e in store.entries)
+    size = sum(shard["bytes"] for shard in store.index["shards"])
+    return (
+        f"Activations: {len(store):,} documents, {tokens:,} tokens, {size / tokens:,.0f} bytes a "
+        f"token; the teacher's top {store.index['teacher_top_k']} keep {mass:.2%} of the mass"
+    )
