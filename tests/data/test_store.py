@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 
 from headstart.configs.schema import DataConfig
 from headstart.data.extraction import extract
-from headstart.data.prepare import describe_store
 from headstart.data.store import (
     ActivationStore,
     Entry,
     Shard,
     bytes_per_token,
     check_space,
+    describe_store,
     shard_path,
     shard_settings,
     write_index,
