@@ -64,7 +64,8 @@ class Command:
         shapes = {"1": "{}", "?": "[{}]", "*": "[{} ...]"}
         parts = [shapes[a.many].format("|".join(a.choices) or a.name) for a in self.arguments]
         if self.settings:
-            parts += ["[--config NAME|FILE]", "[key=value ...]"]
+            needed = "--config" in self.required
+            parts += ["--config NAME|FILE" if needed else "[--config NAME|FILE]", "[key=value ...]"]
         parts += [f"[{flag}{' FILE' if flag == '--json' else ''}]" for flag in self.flags]
         return f"headstart {self.name} {' '.join(parts)}".rstrip()
 
@@ -168,7 +169,8 @@ def split_words(command: Command, words: Sequence[str]) -> tuple[dict[str, Any],
         else:
             raise ValueError(f"{argument.name} is missing: {argument.help}")
     if given:
-        raise ValueError(f"unrecognized arguments: {' '.join(given)}")
+        hint = "; settings are key=value" if command.settings else ""
+        raise ValueError(f"unrecognized arguments: {' '.join(given)}{hint}")
     for key in (word.partition("=")[0] for word in settings):
         if not is_read(key, command.settings):
             _refuse_unread(key, command)

@@ -41,7 +41,10 @@ def main(argv: list[str] | None = None) -> int:
     keep_output()
     args = _parse(argv)
     if (key := missing(args.of, args.config, args.settings)) is not None:
-        args.parser.error(f"{args.of.name} needs {key}{'' if key == '--config' else '=VALUE'}")
+        named = f"{key}=VALUE"
+        if key == "--config":
+            named = "--config NAME|FILE, such as --config quickstart (headstart configs list)"
+        args.parser.error(f"{args.of.name} needs {named}")
     try:
         for chatty in ("torchao", "bitsandbytes", "torch.utils._pytree"):
             # They warn at import, of what nobody asked for.
@@ -99,7 +102,8 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     odd = [word for word in rest if word.startswith("-")]
     if odd:
         args.parser.error(
-            "; ".join(renamed_flags(odd)) or f"unrecognized arguments: {' '.join(odd)}"
+            "; ".join(renamed_flags(odd))
+            or f"unrecognized arguments: {' '.join(odd)}; settings are key=value"
         )
     try:
         found, args.settings = split_words(args.of, args.words)

@@ -55,7 +55,7 @@ FLAGS = {
     "--rope-position": "simulate.draft_position_offset=0 (newest) or -1 (one_earlier)",
     "--server": "server.url=URL",
     "--simulate": "headstart simulate STORE HEAD",
-    "--steps": "head.centroid_steps=N",
+    "--steps": "train.max_steps=N (of headstart order: head.centroid_steps=N)",
     "--target": "target.name=NAME",
     "--temperature": "eval.temperatures=T,T",
     "--to": "an argument: headstart export HEAD ENGINE",

@@ -121,7 +121,9 @@ def _publish(args: argparse.Namespace) -> None:
     with temporary_folder() as temporary:
         out = settings.output_dir if "output_dir" in given else temporary / "folder"
         print_folder(build_folder(what, out), out, what.run)
-        if not args.plan:
+        if args.plan:
+            print("Nothing was uploaded: the same command without --plan does that")
+        else:
             upload(out, args.repo_id, settings.publish)
 
 

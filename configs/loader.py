@@ -49,12 +49,13 @@ def load_settings(
     tree = {} if path is None else read_yaml(find_config(path), Settings)
     try:
         refuse_renamed(tree)
-        for override in overrides:
-            _apply(tree, override)
-        refuse_renamed(tree)
     except ValueError as error:
-        raise ValueError(f"{path or 'the settings'}: {error}") from error
-    return _validated(tree, defaults, path)
+        raise ValueError(f"{path}: {error}") from error
+    for override in overrides:
+        _apply(tree, override)
+    refuse_renamed(tree)
+    typed = [one[0] if isinstance(one, tuple) else one.partition("=")[0] for one in overrides]
+    return _validated(tree, defaults, path, typed)
 
 
 def load_saved(path: Path) -> Config:
@@ -80,14 +81,21 @@ def read_saved(path: Path) -> dict[str, Any]:
 
 
 def _validated(
-    tree: dict[str, Any], defaults: Sequence[tuple[str, Any]], path: str | Path | None
+    tree: dict[str, Any],
+    defaults: Sequence[tuple[str, Any]],
+    path: str | Path | None,
+    typed: Sequence[str] = (),
 ) -> Settings:
     for key, value in defaults:
         _set_default(tree, key.split("."), value)
     try:
         settings = Settings.model_validate(tree)
     except ValidationError as error:
-        raise ValueError(f"{path or 'the settings'}: {explain_all(error, Settings)}") from error
+        # What was typed is no fault of the file.
+        wrong = [".".join(str(part) for part in one["loc"]) for one in error.errors()]
+        told = any(key == one or key.startswith(f"{one}.") for key in wrong for one in typed)
+        name = path if path is not None and not told else "the settings"
+        raise ValueError(f"{name}: {explain_all(error, Settings)}") from error
     return _without_auto(settings)
 
 
@@ -227,11 +235,25 @@ def explain(problem: dict[str, Any], model: type[BaseModel]) -> str:
         return f"{key}: {message}" if key else message
     *parents, leaf = location
     valid = _keys(parents, model)
-    if not parents and (same := [k for k in known_keys(model) if k.endswith(f".{leaf}")]):
+    everywhere = known_keys(model)
+    if not parents and (same := [k for k in everywhere if k.endswith(f".{leaf}")]):
         return f"no key {leaf}: it is {' or '.join(same)}"
-    nearest = difflib.get_close_matches(leaf, valid, n=1, cutoff=0.0)
-    hint = ".".join([*parents, nearest[0]]) if nearest else ""
-    return f"no key {key}; the nearest valid key is {hint} (valid: {', '.join(valid)})"
+    if nearest := difflib.get_close_matches(leaf, valid, n=1):
+        hint = ".".join([*parents, nearest[0]])
+        return f"no key {key}; the nearest valid key is {hint} (valid: {', '.join(valid)})"
+    names = {k.rpartition(".")[2]: k for k in everywhere}
+    near = [names[one] for one in difflib.get_close_matches(MEANT.get(leaf, leaf), names, n=2)]
+    hint = f"; near it: {', '.join(near)}" if near else ""
+    return f"no key {key}{hint} (valid: {', '.join(valid)}; headstart configs keys lists all)"
+
+
+MEANT = {
+    "epochs": "num_epochs",
+    "steps": "max_steps",
+    "lr": "learning_rate",
+    "output": "output_dir",
+}
+"""What others call settings of ours."""
 
 
 def _keys(parents: list[str], section: type[BaseModel]) -> list[str]:

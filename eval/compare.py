@@ -48,11 +48,13 @@ class Change:
 
 
 def read_report(path: Path) -> dict[str, Any]:
-    """A report.json of this schema, or the folder of one.
+    """A report.json of this schema, or the folder of one, or of the run that it is of.
 
     Raises:
         ValueError: there is none, or it is of another schema.
     """
+    if (path / "eval" / "report.json").is_file():  # of a run folder
+        path = path / "eval"
     path = path / "report.json" if path.is_dir() else path
     if not path.is_file():
         raise ValueError(

@@ -93,8 +93,9 @@ def cluster_count(vocab_size: int, wanted: int | None, top_k: int) -> int:
         )
     if nearest < top_k:
         raise ValueError(
-            f"centroid_intermediate_top_k={top_k} is above the {nearest} clusters of this "
-            "vocabulary"
+            f"head.centroid_intermediate_top_k={top_k} is above the {nearest} clusters of this "
+            "vocabulary: set head.use_ordered_embeddings=false, which it is too small for, or "
+            "give more clusters, head.num_centroids=N"
         )
     return nearest
 

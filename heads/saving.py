@@ -211,6 +211,8 @@ def load_assistant_config(path: str | Path) -> Any:
     """
     path, _ = split_pair(path)
     name, revision = split_revision(path)
+    if (Path(name) / "head" / "config.json").is_file():
+        raise ValueError(f"{name} is a run folder: its head is {Path(name) / 'head'}")
     with reading(f"no draft head at {path}"):
         check_files(name)
         config = load_model_config(str(path), name, revision, trust_remote_code=False)

@@ -409,3 +409,4 @@ def print_folder(files: list[Path], out: Path, run: Path) -> None:
                 left.append(str(path.relative_to(run)) + ("/" if path.is_dir() else ""))
     names = [name if name.isprintable() else ascii(name) for name in left]
     print_once(f"Left out of {run}: {', '.join(names) or 'nothing'}")
+    print_once(f"Written: {out}")

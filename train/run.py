@@ -200,7 +200,10 @@ def next_commands(config: Config) -> list[str]:
     evaluate = shlex.join(["headstart", "eval", str(run / "head"), *settings])
     lines = [f"Next, on prompts of your own: {evaluate}"]
     if config.eval is not None:
-        lines.append(f"Or put it on the Hub: headstart publish {shlex.quote(str(run))} ORG/NAME")
+        publish = f"headstart publish {shlex.quote(str(run))} ORG/NAME"
+        if Path(t.name).exists():  # a card names the target as others find it
+            publish += " publish.base_models=ORG/TARGET"
+        lines.append(f"Or put it on the Hub: {publish}")
     return lines
 
 
