@@ -97,7 +97,7 @@ def test_trained_tokens_are_rows_of_the_table_merged_and_refused_beside_it(tmp_p
     rewrite(own, lambda w: {k: v + 0.05 * ("trainable" in k) for k, v in w.items()})
     wanted = logits_with(tiny_target("tiny-gemma4"), own)
     check_logits(load_target("tiny-gemma4", "float32", adapters=[own]), wanted)
-    with pytest.raises(ValueError, match=r"own .*target\.merge_adapters=false"):
+    with pytest.raises(ValueError, match=r"own .*target\.merge_adapters=true"):
         load_target("tiny-gemma4", "float32", adapters=[own], merge_adapters=False)
 
 
