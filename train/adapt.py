@@ -292,13 +292,11 @@ def adapt(
 def _identity(a: Adaptation) -> dict[str, Any]:
     """What has to be the same for an adaptation to go on; its folder may move."""
     own: Any = {"output_dir": True, "data": {"store", "cache_dir"}, "eval": True, "wandb": True}
-    return {
-        "adaptation": SCHEMA,
-        "head": a.head,
-        "config": a.config.model_dump(mode="json", exclude=own),
-        "options": a.options.model_dump(mode="json", exclude={"measure_only"}),
-        "num_assistant_tokens": a.num_assistant_tokens,
-    }
+    tree = a.config.model_dump(mode="json", exclude=own)
+    tree["adapt"] = a.options.model_dump(mode="json", exclude={"measure_only"})
+    asked = {"adaptation": SCHEMA, "head": a.head, "seed": tree.pop("seed")}
+    asked["eval.num_assistant_tokens"] = a.num_assistant_tokens
+    return asked | {f"{name}.{key}": v for name, part in tree.items() for key, v in part.items()}
 
 
 def split_prompts(a: Adaptation) -> dict[str, tuple[list[Prompt], list[Prompt]]]:

@@ -96,7 +96,7 @@ def test_files_that_lie_beside_a_head_stay_at_home_and_are_listed(
 def check_paths(out: Path) -> None:
     assert held(out, CLIENT) == []
     settings = yaml.safe_load((out / "training_config.yaml").read_text())
-    assert settings["run"]["dir"] == "run"
+    assert settings["output_dir"] == "run"
     assert settings["target"]["name"] == "org/tiny"
     assert settings["eval"]["prompts"] == "eval.jsonl"
     assert load_config(out / "training_config.yaml").train.max_steps == 6

@@ -92,7 +92,7 @@ def test_a_head_follows_its_target_and_goes_on_after_a_stop(
     after = load_assistant(out / "run" / "head", torch.float32).masked_embedding
     assert torch.equal(before.token_ordering, after.token_ordering)
 
-    with pytest.raises(ValueError, match="was begun with held_out_prompts=8, now 9"):
+    with pytest.raises(ValueError, match=r"was begun with adapt\.held_out_prompts=8, now 9"):
         adapt(*asked(setting, out, "adapt.held_out_prompts=9"), "cpu", [])
 
 
