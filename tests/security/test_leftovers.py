@@ -18,6 +18,7 @@ SERVING = """
 import argparse, sys
 from pathlib import Path
 from headstart.cli import main as cli
+from headstart.cli.arguments import Command
 from headstart.serve import engine_check
 from headstart.common.children import temporary_folder
 engine_check.engine_python = lambda engine: Path(sys.executable)
@@ -39,7 +40,8 @@ def serve(args):
         server.command = [sys.executable, "-c", ENGINE, str(out)]
         with server:
             pass
-cli._parse = lambda argv: argparse.Namespace(command=serve, debug=False)
+command = Command("serve", "", "", "", serve)
+cli._parse = lambda argv: argparse.Namespace(of=command, config=None, settings=[], debug=False)
 sys.exit(cli.main([]))
 """
 
