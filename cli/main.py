@@ -5,6 +5,7 @@ with everything saved, 128 + N ended by the signal N (SIGTERM 143, SIGHUP 129).
 """
 
 import argparse
+import difflib
 import logging
 import sys
 import traceback
@@ -94,7 +95,8 @@ class _Visible(logging.Formatter):
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     words = sys.argv[1:] if argv is None else argv
     parser = _parser()
-    if (said := renamed_command([w for w in words if not w.startswith("-")])) is not None:
+    plain = [word for word in words if not word.startswith("-")]
+    if (said := renamed_command(plain) or _misspelled(plain)) is not None:
         parser.error(said)
     args, rest = parser.parse_known_args(words)  # words may stand between flags too
     args.debug = getattr(args, "debug", False)
@@ -112,6 +114,15 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     found |= {"config": args.config, "json": args.json}
     vars(args).update({name: _at_home(value) for name, value in found.items()})
     return args
+
+
+def _misspelled(words: list[str]) -> str | None:
+    """What to say of a command that there is not, where one is spelled like it."""
+    names = [command.name for command in COMMANDS]
+    if not words or words[0] in names:
+        return None
+    near = difflib.get_close_matches(words[0], names, n=1)
+    return f"no command {words[0]}; one that is spelled like it is {near[0]}" if near else None
 
 
 def _read_config(args: argparse.Namespace) -> None:

@@ -1,5 +1,6 @@
 """The recipes that come with Headstart, by name: found, listed, shown."""
 
+import difflib
 from pathlib import Path
 
 from rich.table import Table
@@ -31,8 +32,12 @@ def find_config(name: str | Path) -> Path:
     own = next((file for file in (path, Path(f"{text}.yaml")) if file.is_file()), None)
     if text not in recipe_names():
         if own is None:
-            known = ", ".join(n for n in recipe_names() if not n.startswith(OF_ACCELERATE))
-            raise ValueError(f"no configuration file {text}, and no recipe of that name: {known}")
+            known = [n for n in recipe_names() if not n.startswith(OF_ACCELERATE)]
+            near = "".join(f" (near: {n})" for n in difflib.get_close_matches(text, known, n=1))
+            raise ValueError(
+                f"no configuration file {text}, and no recipe of that name{near}: "
+                f"{', '.join(known)}"
+            )
         return own
     if own is None:
         return SHIPPED / f"{text}.yaml"

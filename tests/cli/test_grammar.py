@@ -118,6 +118,15 @@ def test_a_setting_that_a_command_does_not_read_is_refused(
     assert f"{command.name} does not read {odd}" in capsys.readouterr().err
 
 
+def test_a_misspelled_command_is_refused_with_the_one_that_is_spelled_like_it(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["trian", "--config", "tiny"])
+    assert stopped.value.code == 2
+    assert "train" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_a_bare_key_is_refused_with_its_section() -> None:
     with pytest.raises(ValueError, match=r"no key max_steps: it is train\.max_steps"):
         load_config(None, ["max_steps=3"])
