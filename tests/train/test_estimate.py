@@ -39,10 +39,9 @@ DENSE = ("head.use_ordered_embeddings=false", "head.num_centroids=null")
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Everything is measured, however short the run, and costs in few turns; orders are poor."""
+    """Everything is measured, however short the run, and costs in few turns."""
     monkeypatch.setattr(run_module, "SHORT", 0.0)
     monkeypatch.setattr("headstart.eval.draft_cost.COST_TURNS", 1)
-    monkeypatch.setattr("headstart.train.ordering.STEPS", 3)
 
 
 def ahead(config: Config, target: Target | None = None) -> dict[str, Phase]:
