@@ -195,6 +195,23 @@ def _refuse_unread(key: str, command: Command) -> None:
         raise ValueError(f"{command.name} does not read {key}: leave it out")
 
 
+def refuse_unread(command: Command, words: Sequence[str], settings: Any) -> None:
+    """Raise `ValueError` for what the command would pass over of a section that was given whole,
+    such as `eval={limit: 8}`.
+
+    Args:
+        command: that was called.
+        words: its settings as they were typed.
+        settings: the `Settings` that they make.
+    """
+    from headstart.configs.loader import known_keys
+
+    typed = tuple(f"{word.partition('=')[0]}." for word in words)
+    for key in settings.given(known_keys()):
+        if key.startswith(typed) and not is_read(key, command.settings):
+            raise ValueError(f"{command.name} does not read {key}: leave it out")
+
+
 def missing(command: Command, config: str | None, settings: Sequence[str]) -> str | None:
     """The first of what a command needs that no command line without a file can do without."""
     if config is not None:

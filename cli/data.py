@@ -36,19 +36,20 @@ def _extract(args: argparse.Namespace) -> None:
     from headstart.data.prepare import run_extract, run_regenerate
 
     settings = read_settings(args)
-    if args.conversations is None:
+    conversations = args.conversations or settings.data.conversations
+    if conversations is None:
         run_regenerate(settings.of_run(), settings.server, True, default_device())
     else:
-        run_extract(settings.of_run(), args.conversations, default_device())
+        run_extract(settings.of_run(), str(conversations), default_device())
 
 
 EXTRACT = Command(
     "extract",
     "store the target's activations over conversations",
     "Run the target once over conversations and store what the head will see: train on it with "
-    "data.store=DIR. Without conversations the target answers data.prompts first, as in `headstart "
-    "regenerate`, and its activations are stored from the same forwards. An interrupted call goes "
-    "on where it stopped.",
+    "data.store=DIR. Without CONVERSATIONS or data.conversations the target answers data.prompts "
+    "first, as in `headstart regenerate`, and its activations are stored from the same forwards. "
+    "An interrupted call goes on where it stopped.",
     "headstart extract conversations target.name=ORG/my-gemma data.storage=int8 output_dir=store",
     _extract,
     arguments=(

@@ -18,6 +18,7 @@ from headstart.cli.arguments import (
     flag_parents,
     missing,
     read_settings,
+    refuse_unread,
     split_words,
 )
 from headstart.cli.configs import CONFIGS
@@ -132,7 +133,7 @@ def _read_config(args: argparse.Namespace) -> None:
 
     if args.config is not None:
         args.config = find_config(args.config)
-    read_settings(args)
+    refuse_unread(args.of, args.settings, read_settings(args))
 
 
 def _at_home(value: Any) -> Any:

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from headstart.cli.arguments import Argument, Command, default_device, read_settings
+from headstart.configs.defaults import ADAPT as ADAPT_DEFAULTS
 
 
 def _train(args: argparse.Namespace) -> None:
@@ -62,9 +63,10 @@ ADAPT = Command(
         "output_dir", "target.name", "target.adapters", "target.*", "data.prompts", "data.*",
         "adapt.budget", "adapt.general_prompts", "adapt.general_share", "adapt.base",
         "adapt.held_out_prompts", "adapt.decoded_prompts", "adapt.measure_only",
-        "eval.num_assistant_tokens", "head.*", "train.*", "seed", "wandb.*",
+        "eval.num_assistant_tokens", "head.*", "train.max_steps", "train.learning_rate", "train.*",
+        "seed", "wandb.*",
     ),
-    defaults=(("head.init_from", ADAPTED), ("eval.num_assistant_tokens", [4])),
+    defaults=(("head.init_from", ADAPTED), *ADAPT_DEFAULTS),
     required=("output_dir", "target.name", "data.prompts"),
 )  # fmt: skip
 

@@ -8,6 +8,8 @@ from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt, model_
 
 from headstart.configs.schema import Config, Folder, Place, Section, SourceConfig
 
+LANGUAGE = r"^[A-Za-z]{2,8}(-[A-Za-z0-9]{1,8})*$"  # BCP 47, as cards of the Hub have it
+
 
 def minutes(value: Any) -> Any:
     """Minutes of `15m`, `90s`, `1h30m`; a number is minutes already.
@@ -117,7 +119,7 @@ class PublishConfig(Section):
     """Publish the head of an adapter whole."""
     license: str | None = None
     """License in the model card. None: that of the target."""
-    languages: list[str] = Field(default_factory=list)
+    languages: list[Annotated[str, Field(pattern=LANGUAGE)]] = Field(default_factory=list)
     """Languages of the prompts, in the model card: en, de."""
     include_texts: bool = True
     """Whether the report keeps its example texts, which are of your prompts."""

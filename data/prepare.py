@@ -3,7 +3,7 @@
 
 import random
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -45,9 +45,8 @@ from headstart.data.regenerate import (
 )
 from headstart.data.store import (
     ActivationStore,
-    Document,
+    Chosen,
     Documents,
-    Entry,
     describe_store,
 )
 from headstart.data.templates import check_template, encode_conversation, encode_prompts
@@ -56,18 +55,6 @@ from headstart.heads.target import Target
 from headstart.heads.tokens import Sampling, TargetTokens
 
 NOT_CHECKED = "Contamination: not checked, there are no evaluation prompts (eval.prompts)"
-
-
-class Chosen:
-    """Some of the documents of a larger collection."""
-
-    def __init__(self, documents: Documents, which: Sequence[int]):
-        self.documents, self.which = documents, which
-        self.entries: Sequence[Entry] = [documents.entries[i] for i in which]
-
-    def read(self, which: Sequence[int]) -> list[Document]:
-        """The documents with these indices among the chosen ones."""
-        return self.documents.read([self.which[i] for i in which])
 
 
 def prepare_documents(
@@ -380,7 +367,7 @@ def stream_folder(folder: Path, target: Target) -> Iterator[Conversation]:
     """The conversations of `headstart regenerate`, a part at a time.
 
     Those of another model lose their temperature: they are not this target's greedy text. The same
-    weights in another dtype are no other model: their roundings part where two tokens are nearly
+    weights in another dtype are no other model: their texts diverge where two tokens are nearly
     tied, as those of two machines do.
 
     Raises:

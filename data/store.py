@@ -430,6 +430,18 @@ def check_made_for(index: dict[str, Any], target: Target, folder: Path) -> None:
             )
 
 
+class Chosen:
+    """Some of the documents of a larger collection."""
+
+    def __init__(self, documents: Documents, which: Sequence[int]):
+        self.documents, self.which = documents, which
+        self.entries: Sequence[Entry] = [documents.entries[i] for i in which]
+
+    def read(self, which: Sequence[int]) -> list[Document]:
+        """The documents with these indices among the chosen ones."""
+        return self.documents.read([self.which[i] for i in which])
+
+
 def describe_store(store: ActivationStore) -> str:
     """One line: documents, tokens, bytes a token, and the share of mass that the top k keep."""
     kept = [(e.top_k_mass, e.trained) for e in store.entries if e.top_k_mass is not None]

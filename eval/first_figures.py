@@ -128,7 +128,7 @@ def print_first_figures(content: dict[str, Any], console: Console | None = None)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for name in ("", "K", "acceptance length", "speedup (95%)"):
         table.add_column(name, justify="right" if name else "left", no_wrap=True)
-    table.add_row("plain decoding", "", "", f"{plain['tokens_per_second']:.1f} tokens a second")
+    table.add_row("plain decoding", "", "", f"{plain['tokens_per_second']:.1f} tokens per second")
     low, high = lookup["speedup_interval"]
     table.add_row(
         f"prompt lookup, {lookup['texts']} texts",

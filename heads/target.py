@@ -273,14 +273,18 @@ class Target(TargetTokens):
         another has written in the other dtype. Of float32 weights this one sees what their rounding
         wrote, and not the other way round. A split target knows its own dtype alone.
         """
-        own = self.table.dtype
         if fingerprint == self.fingerprint:
-            return str(own).removeprefix("torch.")
-        others = {torch.bfloat16, torch.float32} - {own}
-        for dtype in set() if self.sharded else others:
-            if fingerprint == model_fingerprint(self.model, self.config, dtype):
-                return str(dtype).removeprefix("torch.")
-        return None
+            return str(self.table.dtype).removeprefix("torch.")
+        return self._other_fingerprints.get(fingerprint)
+
+    @cached_property
+    def _other_fingerprints(self) -> dict[str, str]:
+        """Fingerprint -> dtype of the same weights in the dtypes in which they are not here."""
+        others = {torch.bfloat16, torch.float32} - {self.table.dtype}
+        return {
+            model_fingerprint(self.model, self.config, dtype): str(dtype).removeprefix("torch.")
+            for dtype in (set() if self.sharded else others)
+        }
 
     @property
     def identity(self) -> dict[str, Any]:

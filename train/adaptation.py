@@ -4,33 +4,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from headstart.configs.defaults import ADAPT
 from headstart.configs.schema import Config, EvalConfig
 from headstart.configs.settings import AdaptConfig, Settings
 from headstart.eval.asked import as_the_head_was
 from headstart.heads.saving import draft_position_offset, load_assistant_config
 
 HELD_OUT = "held_out.jsonl"  # in the report's folder: the prompts that are measured on
-DEFAULTS: list[tuple[str, Any]] = [
-    ("head.on_existing_clusters", "keep"),  # minutes that steps use better
-    ("train.max_steps", 20000),  # time ends it
-    ("train.batch_size", 4),
-    ("train.multi_step_anchors", 32),
-    ("train.learning_rate", 5e-4),
-    ("train.eval_steps", 100),
-    ("train.early_stopping_patience", 4),
-    ("data.max_new_tokens", 96),
-    ("data.max_prompt_tokens", 256),
-    ("eval.num_assistant_tokens", [4]),
-]
-"""Settings where nobody says otherwise: the reference recipe's, at half its learning rate, since
-the head is finished."""
 
 
 def adapt_defaults(head: str) -> list[tuple[str, Any]]:
     """Settings of an adaptation of the head, by folder or Hub id, where nobody says otherwise."""
     start = load_assistant_config(head)
     return [
-        *DEFAULTS,
+        *ADAPT,
         ("head.init_from", head),
         ("head.use_ordered_embeddings", start.use_ordered_embeddings),
         ("train.draft_position_offset", draft_position_offset(start)),
@@ -60,12 +47,14 @@ def read_adaptation(settings: Settings, head: str) -> Adaptation:
     Raises:
         ValueError: a setting would be passed over, or there are several K.
     """
-    given = settings.given(["data.store", "data.conversations", "data.online"])
-    if settings.head.init_from != head:
-        given.append("head.init_from")
-    if given:
+    d = settings.data
+    own = {
+        "data.store": d.store, "data.conversations": d.conversations, "data.online": d.online,
+        "head.init_from": settings.head.init_from != head,
+    }  # fmt: skip
+    if given := [key for key, value in own.items() if value]:
         raise ValueError(f"{given[0]} is what adapt sees to itself: leave it out")
-    if any(source.weight is not None for source in settings.data.prompts):
+    if any(source.weight is not None for source in d.prompts):
         raise ValueError("data.prompts: adapt deals its prompts evenly, leave out weight")
     chosen = settings.eval or EvalConfig(num_assistant_tokens=[4])
     if odd := sorted(chosen.model_fields_set - {"num_assistant_tokens"}):
@@ -75,7 +64,7 @@ def read_adaptation(settings: Settings, head: str) -> Adaptation:
         )
     if len(chosen.num_assistant_tokens) != 1:
         raise ValueError("adapt measures at one draft length: eval.num_assistant_tokens=4")
-    out, data = settings.output_dir, as_the_head_was(settings.data, head)
+    out, data = settings.output_dir, as_the_head_was(d, head)
     # Training keeps no copy of what is held out.
     update = {
         "output_dir": out / "run",

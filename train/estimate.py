@@ -133,7 +133,7 @@ def estimate_run(
     """Probe what the run costs here; phases whose work is there already take no time.
 
     Args:
-        config: the whole run; what its folder holds is gone on with.
+        config: the whole run; it goes on from what its folder holds.
         planned: its documents.
         assistant: a head as the run's will be served, of weights that do not count; in float32.
         asked: how the evaluation asks.

@@ -57,7 +57,7 @@ def seconds_of(target: Target, call: Callable[[], object], times: int = 2) -> fl
     return best
 
 
-FEW_ROWS = 8  # prompts that are answered whole; batches are answered after short ones
+WHOLE_PROMPTS = 8  # that are answered; batches are answered after short ones
 SHORT = 8  # tokens of these
 TOKENS = 3  # that are written
 EXTRACTING = 5.0  # seconds
@@ -111,7 +111,7 @@ def probe_answers(target: Target, jobs: list[Job], data: DataConfig) -> Answerin
     middle = sorted(jobs, key=lambda job: len(job.prompt_ids))[len(jobs) // 2]
     length = len(middle.prompt_ids)
     short = [replace(job, prompt_ids=middle.prompt_ids[:SHORT]) for job in jobs]
-    few, many = min(FEW_ROWS, len(jobs)), min(data.generation_batch_size, len(jobs))
+    few, many = min(WHOLE_PROMPTS, len(jobs)), min(data.generation_batch_size, len(jobs))
     first, whole = timed([replace(job, prompt_ids=middle.prompt_ids) for job in jobs[:few]])
     _, of_few = timed(short[:few])
     _, of_many = timed(short[:many]) if many > few else (0.0, of_few)

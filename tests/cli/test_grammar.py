@@ -1,6 +1,7 @@
 """The grammar of the command line: every command's help, every retired name, what is read."""
 
 import re
+from pathlib import Path
 
 import pytest
 import yaml
@@ -89,7 +90,7 @@ def test_a_command_of_before_is_refused_with_its_name_now(
 
 
 @pytest.mark.parametrize("old", RENAMED)
-def test_a_key_of_before_is_refused_with_its_name_now(old: str, tmp_path) -> None:  # type: ignore[no-untyped-def]
+def test_a_key_of_before_is_refused_with_its_name_now(old: str, tmp_path: Path) -> None:
     new = RENAMED[old]
     assert new in known_keys()
     section, _, leaf = old.rpartition(".")
@@ -116,6 +117,27 @@ def test_a_setting_that_a_command_does_not_read_is_refused(
     with pytest.raises(SystemExit):
         main([command.name, *words, f"{odd}=3"])
     assert f"{command.name} does not read {odd}" in capsys.readouterr().err
+
+
+def test_a_section_given_whole_may_hold_nothing_that_is_not_read(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    words = ["serve-check", "head", "vllm", f"output_dir={tmp_path / 'out'}"]
+    assert main([*words, "eval={limit: 8, temperatures: [1.0]}"]) == 1
+    assert "serve-check does not read eval.temperatures" in capsys.readouterr().err
+
+
+def test_adapt_reads_its_own_defaults_from_the_first(capsys: pytest.CaptureFixture[str]) -> None:
+    """A warm-up that its 20,000 steps allow and the schema's 600 do not."""
+    words = ["adapt", "no/head", "target.name=tiny-gemma4", "data.prompts=x", "output_dir=y"]
+    assert main([*words, "train.warmup_steps=700"]) == 1
+    assert "warmup_steps" not in capsys.readouterr().err
+
+
+def test_languages_of_a_card_are_codes() -> None:
+    assert load_settings(None, ["publish.languages=de"]).publish.languages == ["de"]
+    with pytest.raises(ValueError, match=r"publish\.languages\.0"):
+        load_settings(None, ["publish.languages=en,de"])
 
 
 def test_a_misspelled_command_is_refused_with_the_one_that_is_spelled_like_it(

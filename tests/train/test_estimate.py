@@ -279,7 +279,7 @@ def test_tables_of_a_run_fit_80_columns() -> None:
         "break_even": {name: {"16": 12.25} for name in ("exact", "transformers")},
     }  # fmt: skip
     shown = at_width_80(print_first_figures, content)
-    assert whole_lines(shown, "12345.6 tokens a second", "from 12.25 on", "10.25 (9.25 to 11.25)")
+    assert whole_lines(shown, "12345.6 tokens per second", "from 12.25 on", "10.25 (9.25 to 11.25)")
 
 
 @pytest.mark.parametrize("content", [
