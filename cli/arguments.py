@@ -134,7 +134,7 @@ def _columns(rows: Sequence[tuple[str, str]], width: int) -> list[str]:
 
 def setting_row(key: str, defaults: dict[str, Any]) -> tuple[str, str]:
     """`key=default` and what it is, in a sentence."""
-    from headstart.configs.loader import describe_setting
+    from headstart.configs.keys import describe_setting
 
     section, _, leaf = key.rpartition(".")
     if leaf == "*":
@@ -189,7 +189,7 @@ def is_read(key: str, keys: Sequence[str]) -> bool:
 def _refuse_unread(key: str, command: Command) -> None:
     """Raise `ValueError` for a setting that the command would pass over; a key that does not exist,
     or no more, is left to the configuration, which says so."""
-    from headstart.configs.loader import known_keys
+    from headstart.configs.keys import known_keys
 
     if key in known_keys():
         raise ValueError(f"{command.name} does not read {key}: leave it out")
@@ -204,7 +204,7 @@ def refuse_unread(command: Command, words: Sequence[str], settings: Any) -> None
         words: its settings as they were typed.
         settings: the `Settings` that they make.
     """
-    from headstart.configs.loader import known_keys
+    from headstart.configs.keys import known_keys
 
     typed = tuple(f"{word.partition('=')[0]}." for word in words)
     for key in settings.given(known_keys()):

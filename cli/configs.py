@@ -9,7 +9,8 @@ from headstart.cli.arguments import Argument, Command
 
 def _configs(args: argparse.Namespace) -> None:
     from headstart.common.console import visible
-    from headstart.configs.recipes import print_keys, print_recipes, read_config_text
+    from headstart.configs.keys import print_keys
+    from headstart.configs.recipes import print_recipes, read_config_text
 
     if args.action == "list":
         print_recipes()

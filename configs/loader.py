@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, TypeAlias, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from headstart.configs.keys import is_class, known_keys, section_in
 from headstart.configs.recipes import find_config
 from headstart.configs.renamed import refuse_renamed, with_new_names
 from headstart.configs.schema import Config
@@ -182,39 +183,6 @@ def _annotation_of(key: str) -> Any:
             return get_args(found)[1] if get_origin(found) is dict else Any
         found = section.model_fields[part].annotation
     return found
-
-
-def known_keys(model: type[BaseModel] = Settings, prefix: str = "") -> list[str]:
-    """The dotted keys of all settings, those of sections before what is in them."""
-    found = []
-    for name, field in model.model_fields.items():
-        found.append(f"{prefix}{name}")
-        section = section_in(field.annotation)
-        # A source is written as its path, which it has to have.
-        if section and not any(one.is_required() for one in section.model_fields.values()):
-            found += known_keys(section, f"{prefix}{name}.")
-    return found
-
-
-def describe_setting(key: str) -> tuple[str, str]:
-    """The default of a setting as YAML, and what it is."""
-    *parents, leaf = key.split(".")
-    section: type[BaseModel] = Settings
-    for parent in parents:
-        section = section_in(section.model_fields[parent].annotation) or section
-    field = section.model_fields[leaf]
-    text = " ".join((field.description or "").split())
-    default = field.get_default(call_default_factory=True)
-    match default:
-        case BaseModel():
-            shown = "..."
-        case list():
-            shown = f"[{', '.join(str(getattr(one, 'path', one)) for one in default)}]"
-        case None | bool():
-            shown = str(default).lower().replace("none", "null")
-        case _:
-            shown = str(default)
-    return shown, text
 
 
 def explain_all(error: ValidationError, model: type[BaseModel] = Config) -> str:
@@ -407,7 +375,7 @@ def _unquoted(text: str) -> str:
 def takes_text(annotation: Any) -> bool:
     """Whether a bare word is text to a setting of this type: a text, a path, or a section, which a
     bare path may stand for."""
-    if _is_class(annotation) and issubclass(annotation, str | Path | BaseModel):
+    if is_class(annotation) and issubclass(annotation, str | Path | BaseModel):
         return True
     return any(map(takes_text, _alternatives(annotation)))
 
@@ -418,20 +386,8 @@ def _takes_names(annotation: Any) -> bool:
     if get_origin(annotation) is Literal:
         return all(isinstance(word, str) for word in get_args(annotation))
     alternatives = _alternatives(annotation)
-    number = any(_is_class(one) and issubclass(one, int | float) for one in alternatives)
+    number = any(is_class(one) and issubclass(one, int | float) for one in alternatives)
     return not number and any(map(_takes_names, alternatives))
-
-
-def section_in(annotation: Any) -> type[BaseModel] | None:
-    """The section that a setting holds, by itself, in a list or as one of several types."""
-    if _is_class(annotation) and issubclass(annotation, BaseModel):
-        section: type[BaseModel] = annotation
-        return section
-    return next(filter(None, map(section_in, get_args(annotation))), None)
-
-
-def _is_class(annotation: Any) -> bool:
-    return isinstance(annotation, type) and get_origin(annotation) is None  # not list[str]
 
 
 def _may_be_none(annotation: Any) -> bool:

@@ -81,24 +81,3 @@ def print_recipes() -> None:
     others = ", ".join(name for name in names if name.startswith(OF_ACCELERATE))
     print_once(f"For several processes (accelerate launch --config_file FILE): {others}")
     print_once("headstart configs show NAME prints one, to be kept as a file and changed.")
-
-
-def print_keys(section: str | None) -> None:
-    """Print the keys of all settings, or of one section, with defaults and what they are.
-
-    Raises:
-        ValueError: there is no such section.
-    """
-    from headstart.configs.loader import describe_setting, known_keys
-
-    keys = known_keys()
-    table = Table("key=default", "what it is")
-    shown = [k for k in keys if section is None or k == section or k.startswith(f"{section}.")]
-    if not shown:
-        sections = ", ".join(key for key in keys if any(k.startswith(f"{key}.") for k in keys))
-        raise ValueError(f"no section {section}; there are {sections}")
-    for key in shown:
-        if not any(other.startswith(f"{key}.") for other in keys):  # a section has no value
-            default, text = describe_setting(key)
-            table.add_row(f"{key}={default}", text)
-    plain_console().print(table)

@@ -6,8 +6,10 @@ a file is banned there: `make check` holds both.
 
 import ast
 import os
+import runpy
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -75,3 +77,9 @@ def test_modules_of_tests_share_through_helpers_alone(path: Path) -> None:
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "tests"
     }
     assert [name for name in shared if not str(name).startswith("tests.helpers.")] == []
+
+
+def test_no_two_modules_need_each_other() -> None:
+    """Imports within functions count too; docs/import_graph.py draws the same graph."""
+    graph = runpy.run_path(str(ROOT / "docs" / "import_graph.py"))["import_graph"]()
+    TopologicalSorter(graph).prepare()

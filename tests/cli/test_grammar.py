@@ -9,7 +9,8 @@ import yaml
 from headstart.cli import retired
 from headstart.cli.arguments import Argument, Command, setting_row
 from headstart.cli.main import COMMANDS, main
-from headstart.configs.loader import describe_setting, known_keys, load_config, load_settings
+from headstart.configs.keys import describe_setting, known_keys
+from headstart.configs.loader import load_config, load_settings
 from headstart.configs.renamed import RENAMED, VALUES
 
 CONFIGURED = [command for command in COMMANDS if command.settings]

@@ -11,7 +11,8 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from headstart.configs.loader import known_keys, load_settings
+from headstart.configs.keys import known_keys
+from headstart.configs.loader import load_settings
 from headstart.configs.renamed import GONE, RENAMED
 from headstart.configs.schema import SourceConfig
 from headstart.configs.settings import Settings
