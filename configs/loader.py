@@ -206,7 +206,7 @@ def explain(problem: dict[str, Any], model: type[BaseModel]) -> str:
     everywhere = known_keys(model)
     if not parents and (same := [k for k in everywhere if k.endswith(f".{leaf}")]):
         return f"no key {leaf}: it is {' or '.join(same)}"
-    if nearest := difflib.get_close_matches(leaf, valid, n=1):
+    if nearest := difflib.get_close_matches(leaf, valid, n=1, cutoff=0.5):
         hint = ".".join([*parents, nearest[0]])
         return f"no key {key}; the nearest valid key is {hint} (valid: {', '.join(valid)})"
     names = {k.rpartition(".")[2]: k for k in everywhere}
