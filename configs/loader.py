@@ -203,14 +203,14 @@ def explain(problem: dict[str, Any], model: type[BaseModel]) -> str:
         return f"{key}: {message}" if key else message
     *parents, leaf = location
     valid = _keys(parents, model)
-    everywhere = known_keys(model)
+    everywhere, meant_by = known_keys(model), MEANT.get(leaf, leaf)
     if not parents and (same := [k for k in everywhere if k.endswith(f".{leaf}")]):
         return f"no key {leaf}: it is {' or '.join(same)}"
-    if nearest := difflib.get_close_matches(leaf, valid, n=1, cutoff=0.5):
+    if nearest := difflib.get_close_matches(meant_by, valid, n=1, cutoff=0.5):
         hint = ".".join([*parents, nearest[0]])
         return f"no key {key}; the nearest valid key is {hint} (valid: {', '.join(valid)})"
     names = {k.rpartition(".")[2]: k for k in everywhere}
-    near = [names[one] for one in difflib.get_close_matches(MEANT.get(leaf, leaf), names, n=2)]
+    near = [names[one] for one in difflib.get_close_matches(meant_by, names, n=2)]
     hint = f"; near it: {', '.join(near)}" if near else ""
     return f"no key {key}{hint} (valid: {', '.join(valid)}; headstart configs keys lists all)"
 
