@@ -207,7 +207,8 @@ def test_bench_draft_prints_and_writes_its_ratios(
     assert f"c = {ratios['c_ordered']:.3f}" in printed
     assert f"{ratios['break_even_dense'][7]:.2f}" in printed
 
-    assert main(["bench", "draft", str(tmp_path), "target.name=tiny-gemma4"]) == 1
+    (tmp_path / "empty").mkdir()
+    assert main(["bench", "draft", str(tmp_path / "empty"), "target.name=tiny-gemma4"]) == 1
     assert "no draft head at" in capsys.readouterr().err
 
 

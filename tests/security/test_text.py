@@ -176,9 +176,10 @@ def test_a_target_named_as_markup_makes_nothing_of_a_model_card(
         content["environment"][name] = MARKDOWN
     content["environment"]["accelerator"] = None
     path.write_text(json.dumps(content))
-    words = ["publish", str(run), "org/head", "publish.base_models=org/tiny"]
+    words = ["publish", str(run), "org/head", "publish.base_models=org/tiny", "--plan"]
     out = tmp_path / "folder"
-    assert main([*words, "publish.languages='[en](b)'", "--plan", f"output_dir={out}"]) == 0
+    assert main([*words, "publish.languages='[en](b)'", f"output_dir={out}"]) != 0
+    assert main([*words, f"output_dir={out}"]) == 0
     text = (out / "README.md").read_text().split("---\n", 2)[2]
     code = re.compile(r"```.*?```|``+ .*? ``+|`[^`\n]*`", re.DOTALL)
     prose = code.sub("", text)
