@@ -34,7 +34,7 @@ export PIP_REQUIRE_VIRTUALENV := 1
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help setup torch train test test-all test-unit test-matrix test-dtypes test-engines check format \
-	build clean links
+	docs docs-check build clean links
 
 help: ## show this text
 	@echo "Headstart: a draft head for any Gemma model."
@@ -129,11 +129,19 @@ format: $(STAMP) ## sort imports, fix what can be fixed, format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: $(STAMP) ## write the tables and the reference of the documents, build the site into site/
+	$(BIN)/python -m docs.make write
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+docs-check: $(STAMP) ## find stale tables, dead links and commands that do not parse in the documents
+	$(BIN)/python -m docs.make check
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 build: $(STAMP) ## build the wheel into dist/
 	@rm -rf build # setuptools would pack files that were deleted since the last build
 	$(BIN)/python -m build --quiet --wheel --no-isolation
 
 clean: ## remove build outputs and caches (.venv and runs/ stay)
-	rm -rf build dist ./*.egg-info .types .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf build dist site ./*.egg-info .types .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find $(PACKAGES) tests -name __pycache__ -type d -prune -exec rm -rf {} +
 	rm -rf __pycache__

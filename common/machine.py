@@ -5,7 +5,7 @@ import os
 import platform
 import random
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,14 @@ def environment(device: torch.device) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "accelerator": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
     }
+
+
+def machine_name(where: Mapping[str, Any]) -> str:
+    """What a report ran on, in words; `where` is its `environment`."""
+    if where["accelerator"]:
+        return str(where["accelerator"])
+    threads = where["threads"]
+    return f"{threads} thread{'' if threads == 1 else 's'} of {where['processor']}"
 
 
 def _processor() -> str:

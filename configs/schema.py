@@ -267,7 +267,7 @@ class DataConfig(Section):
     """Teacher logits kept a token; the rest of the distribution is kept as one tail mass."""
     storage: Literal["target", "int8"] = "target"
     """How hidden states, keys and values are stored: in the target's dtype, or as int8 with a
-    scale a row, about half the size of bfloat16 (docs/data.md says what it costs)."""
+    scale a row, about half the size of bfloat16 (docs/results.md says what it costs)."""
     max_tokens: int = Field(default=4096, ge=8)
     """Longer conversations are cut into pieces that overlap by half, so that every token keeps
     context before it (unit: tokens)."""
@@ -341,7 +341,7 @@ class TrainConfig(Section):
     draft_position_offset: DraftPositionOffset = "mixed"
     """RoPE position of the drafts of a round, from that of the newest token on; engines differ in
     it. 0: as in transformers and llama.cpp; -1: as in vLLM, SGLang and MLX; `mixed`: every second
-    row of a text either way, which loses nothing at either (docs/recipe.md)."""
+    row of a text either way, which loses nothing at either (docs/results.md)."""
     objective: Literal["forward_kl", "cross_entropy", "lk_hybrid"] = "forward_kl"
     """Loss of a draft. `cross_entropy` looks at the target's best token alone; `lk_hybrid` turns
     from KL to total variation as a row comes to be accepted (arXiv 2602.23881)."""
@@ -406,21 +406,22 @@ Engine = Literal["transformers", "vllm", "llama.cpp", "mlx"]
 
 
 Decoder = Literal["transformers", "exact", "heuristic", "cost", "hybrid", "lookup", "draft-model"]
-"""Ways to decode with drafts (docs/decoding.md): of the head through the stock candidate generator;
-of the head through the exact decoder, K a round, two more or one less after each, as many as the
-cost rule says, the same with lookups in the text; prompt lookup alone, which needs no head; a small
-model of the same vocabulary through the stock generator."""
+"""Ways to decode with drafts (docs/how-to/evaluate-and-compare.md): of the head through the stock
+candidate generator; of the head through the exact decoder, K a round, two more or one less after
+each, as many as the cost rule says, the same with lookups in the text; prompt lookup alone, which
+needs no head; a small model of the same vocabulary through the stock generator."""
 
 
 class EvalConfig(Section):
     prompts: Place = "builtin:text_eval"
     """Held-out prompts: a file, a Hub dataset, or a set by its name, such as `builtin:text_eval`
-    or `spec-bench` (docs/data.md)."""
+    or `spec-bench` (docs/how-to/evaluate-and-compare.md)."""
     num_assistant_tokens: list[PositiveInt] = [2, 4]
     """Draft lengths K to measure."""
     decoders: list[Decoder] = ["transformers", "exact"]
-    """Ways to decode with drafts, compared with plain decoding (docs/decoding.md).
-    `heuristic`, `cost` and `hybrid` choose K themselves, up to 8."""
+    """Ways to decode with drafts, compared with plain decoding
+    (docs/how-to/evaluate-and-compare.md). `heuristic`, `cost` and `hybrid` choose K themselves, up
+    to 8."""
     draft_models: list[Place] = []
     """Small models of the target's vocabulary (folder or Hub id) for the decoder `draft-model`."""
     temperatures: list[float] = [0.0]

@@ -83,8 +83,8 @@ def load_prompts(
 ) -> list[Prompt]:
     """Read the prompts of a source (`SourceConfig` says what can be one).
 
-    `docs/data.md` lists the columns by which a row is recognised (`LAYOUTS` and those beside them).
-    Columns that are not used are listed in one line.
+    `docs/how-to/data.md` lists the columns by which a row is recognised (`LAYOUTS` and those beside
+    them). Columns that are not used are listed in one line.
 
     Args:
         source: a path, a Hub id, or either with its settings.

@@ -27,7 +27,7 @@ from transformers.generation.candidate_generator import (
 
 from headstart.common.console import counted, plain_console
 from headstart.common.files import write_figures
-from headstart.common.machine import environment, synchronize
+from headstart.common.machine import environment, machine_name, synchronize
 from headstart.common.versions import CACHE
 from headstart.heads.assistant import check_pair
 from headstart.heads.cpu_kernels import fast_small_batch_linear
@@ -349,8 +349,7 @@ def print_draft_cost(content: dict[str, Any]) -> None:
     table = Table(
         *(Column(name, justify="right") for name in names),
         title=f"draft: {where['head']} for {where['target']}, {where['dtype']}, "
-        f"{where['context']} tokens of context, {where['threads']} threads of "
-        f"{where['accelerator'] or where['processor']}",
+        f"{where['context']} tokens of context, {machine_name(where)}",
         caption=f"Medians of {content['repeats']} turns. The head pays from an acceptance length "
         "of K*c + v(K) on.",
     )  # fmt: skip

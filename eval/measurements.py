@@ -63,7 +63,7 @@ class Text:
     plain: Decoded
     assisted: Decoded
     divergence: Divergence | None
-    """Where greedy texts part: what the target thinks there."""
+    """Where greedy texts diverge: what the target thinks there."""
     again_seconds: float | None
     """Wall time of a second plain decoding, where there was one."""
     greedy: bool

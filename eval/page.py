@@ -15,6 +15,7 @@ from rich.table import Table
 
 from headstart.common.console import in_markdown, markdown_row, one_line, plain_console
 from headstart.common.files import write_atomically
+from headstart.common.machine import machine_name
 from headstart.eval.plots import INK, STYLE, figures, group_name
 
 COLUMNS = [
@@ -59,7 +60,7 @@ def title(content: dict[str, Any]) -> str:
     asked = "".join(f"{name}={value}, " for name, value in kwargs.items())
     return (
         f"{env['target']}, {env['dtype']}, {asked}{env['max_new_tokens']} new tokens, "
-        f"{env['threads']} threads of {env['accelerator'] or env['processor']}"
+        f"{machine_name(env)}"
     )
 
 

@@ -196,8 +196,9 @@ def _results(
 
 
 def summarize(texts: Sequence[Text], k: int, costs: Costs | None) -> dict[str, Any]:
-    """The figures of one result of report.json (docs/report.md explains each): of the texts of a
-    variant that drafts K in a round at most, at these costs (None: no speedup is predicted)."""
+    """The figures of one result of report.json (docs/reference/report.md explains each): of the
+    texts of a variant that drafts K in a round at most, at these costs (None: no speedup is
+    predicted)."""
     counts = [text.assisted.counts(text.prompt_len, k) for text in texts]
     total = sum(counts, zero_counts(k))
     diverged = [text for text in texts if text.diverged_at is not None]

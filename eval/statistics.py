@@ -74,7 +74,7 @@ def verdict(results: list[dict[str, Any]]) -> str:
     """What to use here, for each temperature, from the whole set and from its texts without loops.
 
     Args:
-        results: of report.json (docs/report.md).
+        results: of report.json (docs/reference/report.md).
     """
     temperatures = sorted({r["temperature"] for r in results})
     texts = []

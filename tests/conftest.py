@@ -102,7 +102,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--versions-json",
         type=Path,
         metavar="FILE",
-        help="add what ran and how it ended to this file, which docs/versions.md tells of",
+        help="add what ran and how it ended to this file, as docs/reference/versions.md shows it",
     )
 
 

@@ -135,7 +135,7 @@ def test_recorded_activations_are_those_of_a_clean_forward(gemma: Target, tmp_pa
 
 
 def test_what_decoding_step_by_step_changes_in_bfloat16_is_bounded(tmp_path: Path) -> None:
-    """Of the dtype in which stores are made; docs/data.md has figures of a longer run."""
+    """Of the dtype in which stores are made; docs/results.md has figures of a longer run."""
     gemma = load_target("gemma3-270m", "bfloat16")
     config = DataConfig(max_new_tokens=24, generation_batch_size=8)
     prompts = limit_evenly(load_prompts(PROMPTS), 8)

@@ -16,7 +16,7 @@ from rich.table import Table
 from headstart.common.children import temporary_folder
 from headstart.common.console import plain_console
 from headstart.common.files import write_figures
-from headstart.common.machine import environment, peak_memory
+from headstart.common.machine import environment, machine_name, peak_memory
 from headstart.configs.schema import Config, TrainConfig
 from headstart.data.conversations import Conversation, answered, read_folder
 from headstart.data.extraction import OnlineActivations, extract, forward_batches
@@ -222,7 +222,7 @@ def print_figures(content: dict[str, Any]) -> None:
     where = content["environment"]
     table = Table(
         title=f"{content['benchmark']}: {where['target']}, {where['dtype']}, {where['prompts']} "
-        f"prompts, {where['threads']} threads of {where['accelerator'] or where['processor']}",
+        f"prompts, {machine_name(where)}",
         show_header=False,
     )
     forms = {

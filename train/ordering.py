@@ -115,7 +115,7 @@ def learn_centroids(
 
     Not to the teacher's mass: a draft through the clusters is to be the dense one, and the head's
     own distribution is a function of its state, where single teachers are noise that centroids
-    learn by heart (docs/training.md).
+    learn by heart (docs/explanation/ordered-embeddings.md).
 
     Args:
         head: with ordered embeddings.

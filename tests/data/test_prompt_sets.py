@@ -222,7 +222,7 @@ def test_a_row_of_another_shape_is_named(
 
 
 def test_every_set_is_in_the_documentation() -> None:
-    page = (Path(__file__).resolve().parents[2] / "docs" / "data.md").read_text()
+    page = (Path(__file__).resolve().parents[2] / "docs/how-to/evaluate-and-compare.md").read_text()
     for name, chosen in SETS.items():
         [line] = [line for line in page.splitlines() if line.startswith(f"| `{name}` |")]
         assert f"`{chosen.source.get('path', name)}`" in line

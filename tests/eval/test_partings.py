@@ -1,4 +1,4 @@
-"""Texts that part: where, by how much, and whether rounding explains it."""
+"""Texts that diverge: where, by how much, and whether rounding explains it."""
 
 import pytest
 import torch

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from headstart.cli.main import main
+from headstart.common.machine import machine_name
 from headstart.configs.schema import Decoder, EvalConfig
 from headstart.data.prompts import load_prompts
 from headstart.data.templates import encode_prompt
@@ -80,7 +81,7 @@ def test_the_report_holds_the_schema_that_others_read(tiny: Target, tmp_path: Pa
             assert sum(row["tokens"] for row in rows) == r["new_tokens"]
 
 
-def test_texts_that_part_are_counted_with_their_logit_gap(
+def test_texts_that_diverge_are_counted_with_their_logit_gap(
     tiny: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A decoder that changes the target's mind must not go unnoticed."""
@@ -115,6 +116,13 @@ def test_texts_that_part_are_counted_with_their_logit_gap(
         "within_rounding": False,
     }
     assert "more than rounding explains" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_a_report_names_its_machine_by_what_ran_it() -> None:
+    where = {"accelerator": None, "threads": 1, "processor": "P"}
+    assert machine_name(where) == "1 thread of P"
+    assert machine_name(where | {"threads": 2}) == "2 threads of P"
+    assert machine_name(where | {"accelerator": "A"}) == "A"
 
 
 def test_heads_small_models_and_decoders_are_compared_in_one_run(

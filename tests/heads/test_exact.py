@@ -176,7 +176,7 @@ def test_assisted_decoding_from_the_cache_of_a_turn_before_is_wrong_past_the_win
     tiny: Target, decoder: Any
 ) -> None:
     """Of the loop, whoever drafts. When this fails transformers has mended it: update
-    docs/decoding.md."""
+    docs/upstream.md."""
     assistant, ids = half_trained_head(tiny), greedy_document(tiny)[0]
     prompt, settings = torch.tensor([ids]), {"do_sample": False, "max_new_tokens": 14}
     right = []
@@ -207,7 +207,7 @@ def test_a_head_that_says_no_length_is_refused(tiny: Target) -> None:
 
 
 def test_the_stock_decoder_ignores_what_ends_a_draft(tiny: Target) -> None:
-    """When this fails transformers has mended it: update docs/decoding.md."""
+    """When this fails transformers has mended it: update docs/upstream.md."""
     assistant, ids = half_trained_head(tiny), greedy_document(tiny)[0]
     assistant.generation_config = GenerationConfig(
         num_assistant_tokens=K,

@@ -132,7 +132,7 @@ def test_the_exact_decoder_samples_from_the_target(
 
 def test_the_stock_decoder_does_not_sample_from_the_target() -> None:
     """Its drafts are the head's argmax, which it treats as samples of the head's softmax. When this
-    fails transformers has mended it: update docs/decoding.md. The exact decoder passes with the
+    fails transformers has mended it: update docs/upstream.md. The exact decoder passes with the
     same head and as many draws."""
     model, assistant = chain()
     assert p_value(sample(model, assistant, 2), model.table) < 1e-6

@@ -1,7 +1,7 @@
 """The heart of the suite: training rows equal what transformers' own generator computes.
 
 The generator drafts from a clean prefix, as after a prefill or after a round without a rejection.
-After a rejection the stock decoder shows the head stale KV (docs/alignment.md); that is pinned
+After a rejection the stock decoder shows the head stale KV (docs/upstream.md); that is pinned
 below and is not trained to.
 """
 

@@ -1,0 +1,273 @@
+"""Tables of what was decoded: acceptance, speedups, what drafts cost, engines, one GPU."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from docs.tables import Results, interval, length, made_of, rows_of
+from headstart.eval.compare import compare
+
+NAMES = {
+    "transformers": "stock (`transformers`)",
+    "exact": "clean-KV (`exact`)",
+    "cost": "cost rule (`cost`)",
+    "hybrid": "hybrid (`hybrid`)",
+    "lookup": "prompt lookup (`lookup`)",
+}
+"""Decoder -> what a table calls it."""
+
+
+def speedup(r: dict[str, Any]) -> str:
+    return interval(r["speedup"], r["speedup_interval"])
+
+
+def difference(before: Any, after: Any, decoders: tuple[str, str]) -> str:
+    """Of the acceptance lengths of two decoders, texts paired, as `headstart compare` has it."""
+    changes = compare(before, after, decoders)
+    found = next(c for c in changes if (c.category, c.measure) == ("all", "acceptance length"))
+    return interval(found.after - found.before, found.interval, "+.3f")
+
+
+def equal(r: dict[str, Any]) -> str:
+    return "all" if r["equal_to_plain"] else f"{1 - r['diverged_share']:.0%}"
+
+
+def whole(report: dict[str, Any], category: str = "all") -> list[dict[str, Any]]:
+    """The results of a report over all texts of a category, those that loop too."""
+    chosen = (r for r in report["results"] if r["category"] == category)
+    return [r for r in chosen if r["looping_texts"] == "with"]
+
+
+def _with_and_without_loops(report: dict[str, Any]) -> Iterator[tuple[dict[str, Any], list[str]]]:
+    for r in report["results"]:
+        if r["category"] == "all":
+            group = {"with": "all", "without": "no loops"}[r["looping_texts"]]
+            yield r, [NAMES[r["decoder"]], str(r["num_assistant_tokens"]), group, str(r["prompts"])]
+
+
+DECODERS = (
+    "decoder | K | texts | prompts | acceptance length (95%) | speedup (95%) | without the prefill "
+    "| predicted | texts equal to plain ones"
+)
+
+
+def decoder_table(report: dict[str, Any]) -> str:
+    return rows_of(DECODERS, [
+        [*side, length(r), speedup(r), f"{r['decode_speedup']:.2f}",
+         f"{r['predicted_decode_speedup']:.2f}", equal(r)]
+        for r, side in _with_and_without_loops(report)
+    ])  # fmt: skip
+
+
+def category_table(report: dict[str, Any], lengths: Sequence[str]) -> str:
+    """Acceptance length of some decoders and speedup of all, by category."""
+    shown = [r["decoder"] for r in whole(report)]
+    header = ["category", *(f"length, `{d}`" for d in lengths), *(f"speedup, `{d}`" for d in shown)]
+    rows = []
+    for category in sorted({r["category"] for r in report["results"]} - {"all"}):
+        of = {r["decoder"]: r for r in whole(report, category)}
+        cells = [f"{of[d]['acceptance_length']:.2f}" for d in lengths]
+        rows.append([category, *cells, *(f"{of[d]['speedup']:.2f}" for d in shown)])
+    return rows_of(" | ".join(header), rows)
+
+
+@made_of("eval-64")
+def headline(found: Results) -> str:
+    """Five rows: what a README shows."""
+    results = {r["decoder"]: r for r in whole(found["eval-64"])}
+    plain = results["lookup"]["baseline_tokens_per_second"]
+    rows = [["plain decoding", "1", f"{plain:.0f}", "1"]]
+    for decoder in ("lookup", "transformers", "exact", "hybrid"):
+        r = results[decoder]
+        rows.append([
+            f"{NAMES[decoder]}, K = {r['num_assistant_tokens']}", length(r),
+            f"{r['tokens_per_second']:.0f}", speedup(r),
+        ])  # fmt: skip
+    header = "decoder | acceptance length (95%) | tokens per second | speedup (95%)"
+    return rows_of(header, rows)
+
+
+@made_of("eval-64")
+def eval_64(found: Results) -> str:
+    return decoder_table(found["eval-64"])
+
+
+@made_of("eval-64")
+def eval_64_rates(found: Results) -> str:
+    return rows_of("decoder | a_1 .. a_K, all texts", [
+        [NAMES[r["decoder"]], ", ".join(f"{a:.2f}" for a in r["conditional_acceptance_rate"])]
+        for r in whole(found["eval-64"])
+    ])  # fmt: skip
+
+
+@made_of("eval-64")
+def eval_64_categories(found: Results) -> str:
+    return category_table(found["eval-64"], ("transformers", "exact", "hybrid", "lookup"))
+
+
+@made_of("eval-k")
+def eval_k(found: Results) -> str:
+    return decoder_table(found["eval-k"])
+
+
+@made_of("eval-300")
+def eval_300(found: Results) -> str:
+    return decoder_table(found["eval-300"])
+
+
+@made_of("eval-300")
+def eval_300_categories(found: Results) -> str:
+    return category_table(found["eval-300"], ("transformers", "exact"))
+
+
+@made_of("quickstart")
+def quickstart(found: Results) -> str:
+    return decoder_table(found["quickstart"])
+
+
+@made_of("eval-t1")
+def eval_t1(found: Results) -> str:
+    return rows_of("decoder | K | prompts | acceptance length (95%) | speedup (95%)", [
+        [NAMES[r["decoder"]], r["num_assistant_tokens"], r["prompts"], length(r), speedup(r)]
+        for r in whole(found["eval-t1"])
+    ])  # fmt: skip
+
+
+@made_of("eval-300", "eval-long", "estimate-300")
+def stale_keys(found: Results) -> str:
+    """The stock decoder beside the one with clean keys and values, within and past the window."""
+    rows = []
+    for name in ("eval-300", "eval-long"):
+        report = found[name]
+        stock, exact = whole(report)[:2]
+        count, columns = len(stock["per_text"]), report["per_text_columns"]
+        prompts = f"{count} prompts, 20 new tokens"
+        if "prompt_tokens" in columns:
+            sizes = [text[columns.index("prompt_tokens")] for text in stock["per_text"]]
+            prompts = f"{count} prompts of {min(sizes):,} to {max(sizes):,} tokens"
+        change = difference(report, report, ("transformers", "exact"))
+        rows.append([prompts, length(stock), length(exact), change])
+    simulated = next(r for r in found["estimate-300"]["results"] if r["category"] == "all")
+    rows.append(["the first, simulated", "", f"{simulated['acceptance_length']:.3f}", ""])
+    return rows_of("prompts | stock decoder | clean-KV decoder | difference (95%)", rows)
+
+
+@made_of("eval-64", "eval-64-newest", "eval-64-1200-steps")
+def earlier_heads(found: Results) -> str:
+    told = {
+        "eval-64-1200-steps": "2,560 conversations of 128 tokens, 1,200 steps of 8 conversations",
+        "eval-64-newest": "the recipe, drafts trained for the newest token alone",
+        "eval-64": "the reference head, drafts trained at both positions",
+    }
+    rows: list[list[str]] = []
+    before = None
+    for name, what in told.items():
+        of = {r["decoder"]: r for r in whole(found[name])}
+        change = "" if before is None else difference(before, found[name], ("exact", "exact"))
+        rows.append([what, length(of["exact"]), change, f"{of['lookup']['speedup']:.2f}"])
+        before = found[name]
+    header = (
+        "head | clean-KV decoder, K = 4 | beside the one above (95%) | speedup of lookup that day"
+    )
+    return rows_of(header, rows)
+
+
+@made_of("bench-draft-bf16", "bench-draft", "bench-draft-256")
+def draft_costs(found: Results) -> str:
+    """What drafts and verifications cost, in steps of the target."""
+    files = ("bench-draft-bf16", "bench-draft", "bench-draft-256")
+    ratios = [found[name]["ratios"] for name in files]
+    what = {
+        "c_dense": "stock draft step, whole table",
+        "c_ordered": "stock draft step, ordered embeddings",
+        "c_exact_dense": "clean-KV draft step, whole table",
+        "c_exact_ordered": "clean-KV draft step, ordered embeddings",
+    }
+    rows = [[text, *(f"{r[name]:.3f}" for r in ratios)] for name, text in what.items()]
+    for k in (1, 2, 4, 8):
+        for name, text in (("v", "stock"), ("v_exact", "clean-KV")):
+            cells = [f"{r[name][k - 1]:.2f}" if name in r else "" for r in ratios]
+            rows.append([f"{text} verification, K = {k}", *cells])
+    for name, text in (("break_even_ordered", "stock"), ("break_even_exact_ordered", "clean-KV")):
+        cells = [f"{r[name][3]:.2f}" for r in ratios]
+        rows.append([f"acceptance length from which K = 4 pays, {text}", *cells])
+    header = (
+        "steps of the target | bfloat16, 2,048 clusters of 128 | float32, 2,048 of 128 "
+        "| float32, 1,024 of 256"
+    )
+    return rows_of(header, rows)
+
+
+SERVED = (
+    "pair | engine | acceptance length in transformers (clean-KV) | in the engine "
+    "| tokens per second plain | with the head | texts equal to transformers'"
+)
+
+
+def served_row(name: str, r: dict[str, Any]) -> list[str]:
+    pair = name.removeprefix("serve-").removesuffix(f"-{r['environment']['engine']}")
+    lengths, speed = r["acceptance_length"], r["tokens_per_second"]
+    same = min(r["equal_texts"].values())
+    return [
+        {"gemma3-270m": "Gemma 3 270M"}.get(pair, f"tiny, {pair}"), r["environment"]["engine"],
+        *(f"{lengths[side]:.3f}" for side in ("transformers", "engine")),
+        *(f"{speed[f'engine_{side}']:.0f}" for side in ("plain", "assisted")),
+        "all" if same == 1 else f"{same:.0%}",
+    ]  # fmt: skip
+
+
+@made_of("serve-*")
+def served(found: Results) -> str:
+    return rows_of(SERVED, [served_row(name, r) for name, r in found.items()])
+
+
+@made_of("serve-gemma3-270m-*")
+def served_real(found: Results) -> str:
+    return rows_of(SERVED, [served_row(name, r) for name, r in found.items()])
+
+
+@made_of("serve-gemma3-270m-vllm")
+def served_rates(found: Results) -> str:
+    rates = found["serve-gemma3-270m-vllm"]["cumulative_acceptance_rate"]
+    header = "share of rounds that accept | draft 1 | draft 2 | draft 3 | draft 4"
+    told = {"engine": "vLLM", "transformers": "transformers"}
+    return rows_of(header, [[told[s], *(f"{r:.3f}" for r in rates[s])] for s in told])
+
+
+@made_of("gpu-quickstart")
+def gpu_quickstart(found: Results) -> str:
+    header = (
+        "decoder | K | prompts | acceptance length (95%) | tokens per second | speedup (95%) "
+        "| texts equal to plain ones"
+    )
+    results = found["gpu-quickstart"]["found"]["eval"]["results"]
+    return rows_of(header, [
+        [NAMES[r["decoder"]], r["num_assistant_tokens"], r["prompts"], length(r),
+         f"{r['tokens_per_second']:.0f} (plain {r['baseline_tokens_per_second']:.0f})",
+         speedup(r), equal(r)]
+        for r in results
+    ])  # fmt: skip
+
+
+@made_of("gpu-generation", "gpu-extracting", "gpu-head_step", "gpu-draft_cost", "gpu-attention")
+def gpu_speeds(found: Results) -> str:
+    """Random weights in the shape of Gemma 4 E4B on one card."""
+    generation, extracting, step, draft, attention = (c["found"] for c in found.values())
+    speeds = [v for name, v in extracting.items() if name != "tokens"]
+    seconds, one, ratios = step["seconds"], draft["one step"], draft["2 layers"]["ratios"]
+    cudnn, without = attention["as it comes"], attention["cudnn off"]
+    query, many = "one query, width 256, no mask", "256 queries, forward and backward"
+    return rows_of("what | measured", [
+        [f"generation, batches of {generation['batch']}",
+         f"{generation['cudnn off']['tokens_per_second']:,.0f} tokens per second"],
+        ["extraction", f"{min(speeds):,.0f} to {max(speeds):,.0f} tokens per second"],
+        [f"step of a two-layer head on {step['tokens a batch']:,} tokens: compute, loader, copy",
+         ", ".join(f"{1e3 * seconds[name]:.0f} ms" for name in (
+             "step, 128 rows of candidates at once", "loader", "copy to the device"))],
+        ["one step of plain decoding: kernels, time, share that the card works",
+         f"{one['kernels']:,}, {1e3 * one['seconds']:.0f} ms, {one['busy']:.0%}"],
+        ["clean-KV draft step of two layers / a step", f"{ratios['c_exact_ordered']:.3f}"],
+        ["attention of one query: cuDNN, without it",
+         f"{1e3 * cudnn[query]:.0f} ms, {1e3 * without[query]:.2f} ms"],
+        ["attention of 256 queries under a mask, forward and backward: cuDNN, without it",
+         f"{1e3 * cudnn[many]:,.0f} ms, {1e3 * without[many]:.0f} ms"],
+    ])  # fmt: skip

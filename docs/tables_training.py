@@ -1,0 +1,281 @@
+"""Tables of what was trained: settings compared, mistakes, adaptations, data, releases."""
+
+import re
+from typing import Any
+
+from docs.tables import Results, interval, length, made_of, rows_of
+
+
+@made_of("reference")
+def reference_validations(found: Results) -> str:
+    run = found["reference"]
+    points = [*run["validations"], {"step": 0} | run["best"]]
+    steps = [f"{v['step']:,}" for v in run["validations"]]
+    lengths = [f"{v['acceptance_length']:.2f}" for v in points]
+    header = " | ".join(["step", *steps, "through the clusters"])
+    return rows_of(header, [["acceptance length", *lengths]])
+
+
+@made_of("bench-train")
+def train_costs(found: Results) -> str:
+    told = {
+        "step_over_forward": "the head's step, per anchor / the target's forward with its LM head, "
+        "per token",
+        "plain_over_step": "full-vocabulary objective written plainly / the sparse one, seconds",
+        "plain_over_step_memory": "the same, peak memory",
+    }
+    ratios = found["bench-train"]["ratios"]
+    return rows_of("what (`key`) | ratio", [
+        [f"{text} (`{name}`)", f"{ratios[name]:.2f}"] for name, text in told.items()
+    ])  # fmt: skip
+
+
+@made_of("objective-exact", "objective-sparse", "narrow-data", "narrow-svd")
+def objectives(found: Results) -> str:
+    told = {
+        "objective-exact": "objective over the whole vocabulary",
+        "objective-sparse": "sparse objective",
+        "narrow-data": "width 256, data-aware start of the low-rank tie",
+        "narrow-svd": "width 256, start from the plain SVD of the table",
+    }
+    return rows_of("head of 100 steps | simulated acceptance length", [
+        [text, f"{found[name]['best']['acceptance_length']:.3f}"] for name, text in told.items()
+    ])  # fmt: skip
+
+
+@made_of("bench-tie")
+def low_rank_tie(found: Results) -> str:
+    same = found["bench-tie"]["same_best_token"]
+    return rows_of("width | data-aware start keeps the best token | plain SVD", [
+        [width, f"{kept:.1%}", f"{same['svd'][width]:.1%}"] for width, kept in same["data"].items()
+    ])  # fmt: skip
+
+
+@made_of("ordered", "ordered-256")
+def recall(found: Results) -> str:
+    shapes = [found[name]["after"] for name in ("ordered", "ordered-256")]
+    rows: list[list[str]] = []
+    for top in ("8", "16", "32", "64"):
+        kinds = [
+            f"{after['recall'][kind][top]:.3f}" for after in shapes for kind in ("argmax", "mass")
+        ]
+        rows.append([f"recall at {top} clusters", *kinds])
+    for name, text in (("acceptance_length", "through them"), ("dense_acceptance_length", "dense")):
+        cells = [cell for after in shapes for cell in (f"{after[name]:.3f}", "")]
+        rows.append([f"simulated acceptance length, {text}", *cells])
+    header = (
+        "clusters read | 2,048 of 128: teacher's best token | its mass | 1,024 of 256: best token "
+        "| its mass"
+    )
+    return rows_of(header, rows)
+
+
+@made_of("ordered-mean", "ordered-learned")
+def centroids(found: Results) -> str:
+    rows = [["dense", f"{found['ordered-mean']['after']['dense_acceptance_length']:.3f}", ""]]
+    for name, text in (("mean", "means of the clusters"), ("learned", "500 steps of learning")):
+        after = found[f"ordered-{name}"]["after"]
+        missed = f"{1 - after['recall']['argmax']['32']:.1%}"
+        rows.append([text, f"{after['acceptance_length']:.3f}", missed])
+    return rows_of("centroids | simulated acceptance length | best tokens missed", rows)
+
+
+def beside_the_first(run: dict[str, Any]) -> list[str]:
+    """Of each set of texts: acceptance length, and the difference from the first run's."""
+    cells = []
+    for one in run["eval_sets"].values():
+        difference = interval(one["difference"], one["difference_interval"], "+.3f")
+        cells += [f"{one['acceptance_length']:.3f}", difference]
+    return cells
+
+
+SWEPT = {
+    "recipe": "100 steps of 8 conversations",
+    "half-go-on": "half of the rows stop after the first round; 150 steps, the same time",
+    "half-batches": "4 conversations a step; 200 steps, the same time",
+    "both-halves": "both; 270 steps, the same time",
+    "quarter-batches": "2 conversations a step, half of the rows stop; 440 steps",
+    "quarter-go-on": "4 conversations a step, three quarters of the rows stop; 330 steps",
+    "three-layers-same-time": "a third layer and `both-halves`; 220 steps",
+    "learning-rate-2e-3": "twice the learning rate",
+    "three-layers": "in place of two",
+    "reached": "a draft counts only where all before it are the text's",
+    "own_tokens": "the rounds read the head's own tokens",
+    "cross_entropy": "on the target's best token, in place of KL",
+    "lk_hybrid": "KL that turns into total variation",
+    "total_variation": "in place of KL, from the start",
+    "unroll-1": "the first round alone",
+    "unroll-2": "two rounds",
+    "unroll-5": "five rounds",
+    "greedy-text": "trained on greedy text alone",
+    "sampled-text": "on text sampled at 0.7 alone",
+    "400-conversations": "of the 800 that are read",
+    "100-conversations": "of the 800 that are read",
+    "own-prose": "900 of the target's own texts from prose",
+    "fixed-prose": "900 texts of others, of prose, equally long",
+    "one-layer": "in place of two",
+    "width-320": "half the width, low-rank tie",
+    "unroll-3": "three rounds",
+    "learning-rate-5e-4": "half the learning rate",
+}
+"""Run of the sweep -> what it changes."""
+
+
+@made_of("sweep-recipe")
+def sweep_recipe(found: Results) -> str:
+    rows = []
+    for run in found["sweep-recipe"]["results"]:
+        rates = run["eval_sets"]["greedy"]["conditional_acceptance_rate"][:2]
+        first = ", ".join(f"{rate:.2f}" for rate in rates)
+        rows.append([f"`{run['run']}`", SWEPT[run["run"]], first, *beside_the_first(run)])
+    rows[0][4::2] = ["", ""]
+    header = (
+        "run | what | a_1, a_2 greedy | greedy | beside the first (95%) | sampled, T = 1 "
+        "| beside the first (95%)"
+    )
+    return rows_of(header, rows)
+
+
+@made_of("sweep-prose")
+def sweep_prose(found: Results) -> str:
+    told = {"fixed-prose": "prose of others", "own-prose": "the target's own answers to it"}
+    runs = found["sweep-prose"]["results"]
+    rows = [[told[run["run"]], *beside_the_first(run)] for run in runs]
+    rows[0][2::2] = ["", ""]
+    header = (
+        "trained on | greedy | beside the first (95%) | sampled, T = 1 | beside the first (95%)"
+    )
+    return rows_of(header, rows)
+
+
+@made_of("sweep-rope")
+def sweep_position(found: Results) -> str:
+    told = {"newest": "0, the newest token", "one_earlier": "-1, one earlier", "both": "`mixed`"}
+    runs = found["sweep-rope"]["results"]
+    rows = [[told[run["run"]], *beside_the_first(run)] for run in runs]
+    rows[0][2::2] = ["", ""]
+    header = (
+        "`train.draft_position_offset` | judged at the newest token | beside the first (95%) "
+        "| judged one earlier | beside the first (95%)"
+    )
+    return rows_of(header, rows)
+
+
+MISTAKES = {
+    "right": "none",
+    "same_token": "`same_token`: the embedding of a token with the state of that very token",
+    "pre_norm": "`pre_norm`: hidden states before the final norm",
+    "own_key": "`own_key`: a row sees the key of its own token",
+    "future_keys": "`future_keys`: a row sees the keys of the whole text",
+    "top_clusters": "`top_clusters`: trained through the clusters that a draft reads",
+    "no_soft_cap": "`no_soft_cap`: the teacher's logits before its soft cap",
+}
+"""Misalignment on purpose -> what it is."""
+
+
+def mistake_table(found: Results) -> str:
+    rows = [
+        [MISTAKES[run["run"]], f"{run['loss'][0]:.2f}", *beside_the_first(run)]
+        for sweep in found.values()
+        for run in sweep["results"]
+    ]
+    rows[0][3::2] = ["", ""]
+    header = (
+        "mistake | loss in the end | greedy | beside none (95%) | sampled, T = 1 "
+        "| beside none (95%)"
+    )
+    return rows_of(header, rows)
+
+
+@made_of("sweep-traps")
+def mistakes(found: Results) -> str:
+    return mistake_table(found)
+
+
+@made_of("sweep-traps-clusters")
+def mistake_clusters(found: Results) -> str:
+    return mistake_table(found)
+
+
+@made_of("sweep-soft-cap")
+def mistake_soft_cap(found: Results) -> str:
+    return mistake_table(found)
+
+
+@made_of("adapt-*")
+def adapted(found: Results) -> str:
+    header = (
+        "tuned target, adaptation | base head on the base target | on the tuned one | adapted "
+        "| recovered | general prompts | speedup before | after"
+    )
+    return rows_of(header, [_adapted(name.removeprefix("adapt-"), r) for name, r in found.items()])
+
+
+def _adapted(name: str, r: dict[str, Any]) -> list[str]:
+    if r["adapted_acceptance_length"] is None:  # measured alone
+        lost = [f"{r[f'{stage}_acceptance_length']:.2f}" for stage in ("reference", "unadapted")]
+        return [name, *lost, "", "", "", "", ""]
+    texts, cells = r["acceptance"]["domain"], [name]
+    for stage in ("reference", "unadapted", "adapted"):
+        both = (texts[stage][f"acceptance_length{end}"] for end in ("", "_without_loops"))
+        cells.append("{:.2f} ({:.2f})".format(*both))
+    recovered, straight = r["recovered_share"], r["recovered_share_without_loops"]
+    cells.append("" if recovered is None else f"{recovered:.0%} ({straight:.0%})")
+    change = r["general_change_share"]
+    cells.append("" if change is None else f"{change:+.0%}")
+    speeds = r["speedup"]["domain"]
+    return [*cells, *(f"{speeds[stage]['speedup']:.2f}" for stage in ("unadapted", "adapted"))]
+
+
+@made_of("bench-extract", "bench-regenerate")
+def data_costs(found: Results) -> str:
+    told = {
+        "extract_over_forward": "extraction to disk / the bare forward with its LM head over the "
+        "same tokens",
+        "fused_over_regenerate": "`extract` without conversations / `regenerate`",
+        "batched_over_single": "`regenerate` in batches of 64 / `generate` one by one, tokens per "
+        "second",
+    }
+    ratios = {
+        name: value for content in found.values() for name, value in content["ratios"].items()
+    }
+    return rows_of("ratio (`key`) | measured", [
+        [f"{text} (`{name}`)", f"{ratios[name]:.2f}"] for name, text in told.items()
+    ])  # fmt: skip
+
+
+@made_of("bench-extract")
+def stepwise(found: Results) -> str:
+    figures = found["bench-extract"]["stepwise"]
+    return rows_of("of | difference", [[what, f"{value:.3g}"] for what, value in figures.items()])
+
+
+@made_of("storage-target", "storage-int8")
+def storage(found: Results) -> str:
+    return rows_of("`data.storage` | acceptance length", [
+        [f"`{name.removeprefix('storage-')}`", f"{r['results'][0]['acceptance_length']:.2f}"]
+        for name, r in found.items()
+    ])  # fmt: skip
+
+
+@made_of("versions")
+def versions(found: Results) -> str:
+    names = ("transformers", "python", "torch", "selected", "order", "passed", "failed")
+    header = "transformers | Python | torch | selected | order | passed | failed | which failed"
+    rows = []
+    for run in found["versions"]:
+        tests = (re.sub(r".*::|\[.*", "", failure) for failure in run["failures"])
+        rows.append([*(run[name] for name in names), ", ".join(f"`{test}`" for test in tests)])
+    return rows_of(header, rows)
+
+
+@made_of("releases")
+def releases(found: Results) -> str:
+    results = [r for r in found["releases"]["results"] if r["category"] == "all"]
+    rows = []
+    for r in results:
+        difference = r["difference"]
+        beside = "" if difference is None else interval(difference, r["difference_interval"], ".3f")
+        release = r["head"].removeprefix("quickstart-").removesuffix("/head")
+        rows.append([release, length(r), beside])
+    return rows_of("trained on transformers | simulated acceptance length (95%) | difference", rows)
