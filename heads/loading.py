@@ -1,9 +1,10 @@
 """Loading targets: from built-in names, folders, the Hub or GGUF files, as they will be served."""
 
 import difflib
+import io
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from functools import cache, lru_cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -298,7 +299,7 @@ def _header_read_once() -> Iterator[None]:
 
 def _convert(path: Path, out: Path) -> None:
     check_sha256(path, GGUF_SHA256)
-    with _header_read_once():
+    with _header_read_once(), redirect_stderr(io.StringIO()):  # transformers draws a bar there
         model = AutoModelForCausalLM.from_pretrained(
             path.parent, gguf_file=path.name, dtype=torch.bfloat16,
             quantization_config=GgufConfig(dequantize=True),
