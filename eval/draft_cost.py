@@ -29,6 +29,8 @@ from headstart.common.console import counted, plain_console
 from headstart.common.files import write_figures
 from headstart.common.machine import environment, machine_name, synchronize
 from headstart.common.versions import CACHE
+from headstart.configs.schema import EvalConfig
+from headstart.eval.statistics import OWN_LENGTH
 from headstart.heads.assistant import check_pair
 from headstart.heads.cpu_kernels import fast_small_batch_linear
 from headstart.heads.decoder import stock_decoding
@@ -272,12 +274,20 @@ class Costs:
     c: float
     """A draft step."""
     v: list[float]
-    """v(0) = 1, v(1) .. v(8): a verification of so many draft tokens."""
+    """v(0) = 1, v(1), ..: a verification of so many draft tokens."""
 
     def of_round(self, drafted: int) -> float:
         """Of a round of so many drafts; beyond v's end, as if v went on as it did last."""
         beyond = max(0, drafted - len(self.v) + 1)
         return self.c * drafted + self.v[drafted - beyond] + beyond * (self.v[-1] - self.v[-2])
+
+
+def longest_draft(chosen: EvalConfig) -> int:
+    """The largest K whose cost an evaluation needs: that of its decoders which keep to one, or all
+    where one chooses for itself."""
+    ks = chosen.num_assistant_tokens
+    chooses = not ks or any(decoder in OWN_LENGTH for decoder in chosen.decoders)
+    return MAX_DRAFT_TOKENS if chooses else min(max(ks), MAX_DRAFT_TOKENS)
 
 
 def measure_costs(

@@ -20,7 +20,13 @@ from headstart.configs.schema import EvalConfig
 from headstart.data.conversations import stable_hash
 from headstart.data.prompts import limit_evenly, load_prompt_set
 from headstart.eval.decoding import Decoded, decode
-from headstart.eval.draft_cost import COST_CONTEXT, MAX_DRAFT_TOKENS, Costs, measure_costs
+from headstart.eval.draft_cost import (
+    COST_CONTEXT,
+    MAX_DRAFT_TOKENS,
+    Costs,
+    longest_draft,
+    measure_costs,
+)
 from headstart.eval.measurements import Asked, Text
 from headstart.eval.report import summarize
 from headstart.heads.target import Target
@@ -63,7 +69,7 @@ def first_figures(
         return there
     ks = chosen.num_assistant_tokens or [MAX_DRAFT_TOKENS]  # decoders may choose K themselves
     looked_up = summarize(_texts(target, chosen, max(ks), asked), max(ks), None)
-    costs = measure_costs(target, assistant, min(max(ks), MAX_DRAFT_TOKENS), BUDGET)
+    costs = measure_costs(target, assistant, longest_draft(chosen), BUDGET)
     kept = (
         "acceptance_length", "acceptance_length_interval", "speedup", "speedup_interval", "texts",
         "loops", "new_tokens",

@@ -19,7 +19,7 @@ from headstart.data.prompts import Prompt, limit_evenly, load_prompt_set
 from headstart.data.templates import check_template, encode_prompts
 from headstart.eval.acceptance import AcceptanceCounts, zero_counts
 from headstart.eval.decoding import Decoded, DecoderVariant, make_variants
-from headstart.eval.draft_cost import Costs, measure_costs
+from headstart.eval.draft_cost import Costs, longest_draft, measure_costs
 from headstart.eval.measurements import Asked, Measurements, Text, measure_prompts
 from headstart.eval.page import SCHEMA, print_report, write_report
 from headstart.eval.statistics import NO_HEAD, POSITIONS, interval, resampled, verdict
@@ -158,7 +158,8 @@ def _prepare(
     """Measure what drafts cost, once for a report, and make the variants: for each sampling its
     own, since they learn."""
     if "costs" not in kept.found:
-        measured = {name: measure_costs(target, head) for name, head in heads.items()}
+        longest = longest_draft(chosen)
+        measured = {name: measure_costs(target, head, longest) for name, head in heads.items()}
         kept.find("costs", {n: {d: asdict(c) for d, c in m.items()} for n, m in measured.items()})
     costs = {n: {d: Costs(**c) for d, c in m.items()} for n, m in kept.found["costs"].items()}
     return {

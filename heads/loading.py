@@ -1,9 +1,12 @@
 """Loading targets: from built-in names, folders, the Hub or GGUF files, as they will be served."""
 
 import difflib
+import io
 import shutil
-from collections.abc import Callable, Mapping
-from functools import cache
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr
+from functools import cache, lru_cache
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -280,14 +283,29 @@ def check_sha256(path: Path, expected: str) -> None:
         raise ValueError(f"{path.name} has SHA-256 {found}, expected {expected}")
 
 
-def _convert(gguf: Path, out: Path) -> None:
-    check_sha256(gguf, GGUF_SHA256)
-    model = AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16,
-        quantization_config=GgufConfig(dequantize=True),
-    )  # fmt: skip
+@contextmanager
+def _header_read_once() -> Iterator[None]:
+    """Within, one GGUF file is opened once: transformers opens it for the configuration, for the
+    weights and for the tokenizer, and each time reads a vocabulary of 262,144 strings in Python.
+    """
+    gguf: Any = import_module("gguf")
+    opened = gguf.GGUFReader
+    gguf.GGUFReader = lru_cache(maxsize=1)(opened)
+    try:
+        yield
+    finally:
+        gguf.GGUFReader = opened
+
+
+def _convert(path: Path, out: Path) -> None:
+    check_sha256(path, GGUF_SHA256)
+    with _header_read_once(), redirect_stderr(io.StringIO()):  # transformers draws a bar there
+        model = AutoModelForCausalLM.from_pretrained(
+            path.parent, gguf_file=path.name, dtype=torch.bfloat16,
+            quantization_config=GgufConfig(dequantize=True),
+        )  # fmt: skip
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     model.save_pretrained(out)
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     # What transformers makes of the GGUF begins no text with <bos>, and a Gemma without it is lost:
     # tests/test_real.py shows by how much plain English becomes less likely.
     tokenizer.add_bos_token = True

@@ -20,7 +20,7 @@ from headstart.data.extraction import SHARD
 from headstart.data.prepare import PlannedDocuments, extraction_folder, stream_folder
 from headstart.data.prompts import limit_evenly, load_prompt_set
 from headstart.data.store import read_index, shard_paths
-from headstart.eval.draft_cost import COST_TURNS, KINDS, MAX_DRAFT_TOKENS, WARM_UP
+from headstart.eval.draft_cost import COST_TURNS, KINDS, WARM_UP, longest_draft
 from headstart.eval.measurements import AGAIN_EVERY, Asked
 from headstart.eval.statistics import OWN_LENGTH
 from headstart.heads.assistant import Assistant
@@ -265,7 +265,7 @@ def _evaluation(config: Config, chosen: EvalConfig, target: Target, asked: Asked
     texts = sum(1 + len(p.later_turns) for p in prompts) * len(chosen.temperatures)
     one = costs.prompt + (chosen.max_new_tokens - 1) * costs.step
     seconds = texts * (1 + ways + 1 / AGAIN_EVERY) * one
-    turns, each = WARM_UP + COST_TURNS, 2 * MAX_DRAFT_TOKENS + len(KINDS)
+    turns, each = WARM_UP + COST_TURNS, 2 * longest_draft(chosen) + len(KINDS)
     seconds += turns * each * costs.step  # what a draft costs is measured first
     checked = 0.0
     if config.target.dtype != "float32" and chosen.fp32_check_prompts:

@@ -9,6 +9,7 @@ from transformers import Gemma2Config, Gemma3nTextConfig, Gemma4ForCausalLM, Pre
 from headstart.common import versions
 from headstart.common.versions import check_transformers
 from headstart.heads.loading import (
+    _header_read_once,
     byte_tokenizer,
     check_sha256,
     gemma3_config,
@@ -122,3 +123,20 @@ def test_a_file_that_is_not_the_expected_one_is_refused(tmp_path: Path) -> None:
     (tmp_path / "model.gguf").write_bytes(b"not the model")
     with pytest.raises(ValueError, match=r"model\.gguf has SHA-256 [0-9a-f]{64}, expected aaaa"):
         check_sha256(tmp_path / "model.gguf", "aaaa")
+
+
+def test_a_gguf_file_is_opened_once_while_it_is_converted(tmp_path: Path) -> None:
+    """Its header of 262,144 strings is what takes long, and three calls of transformers want it."""
+    import gguf
+
+    path = tmp_path / "some.gguf"
+    writer = gguf.GGUFWriter(path, "gemma3")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    opened = gguf.GGUFReader
+    with _header_read_once():
+        assert gguf.GGUFReader(path) is gguf.GGUFReader(path)
+    assert gguf.GGUFReader is opened
+    assert gguf.GGUFReader(path) is not gguf.GGUFReader(path)
