@@ -1,6 +1,7 @@
 """What the documents say of commands, settings, recipes and memory: from the code itself."""
 
 import re
+from collections.abc import Callable
 from functools import cache
 from typing import Any, Literal, get_args, get_origin
 
@@ -171,7 +172,7 @@ def plan_lora() -> str:
     return rows_of("of the plan | what it says", [[name, lines[name]] for name in shown])
 
 
-REFERENCE = {
+REFERENCE: dict[str, Callable[[], str]] = {
     "commands": commands,
     "configuration": configuration,
     "recipes": recipes,

@@ -43,7 +43,8 @@ def make_table(name: str, root: Path, page: Path) -> str:
     Raises:
         ValueError: there is no such result file.
     """
-    table, found = TABLES[name], {}
+    table = TABLES[name]
+    found: Results = {}
     for pattern in table.files:
         paths = sorted((root / RESULTS).glob(f"{pattern}.json"))
         if not paths:
