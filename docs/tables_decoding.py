@@ -124,6 +124,16 @@ def quickstart(found: Results) -> str:
     return decoder_table(found["quickstart"])
 
 
+@made_of("quickstart-phases", "quickstart-first-figures")
+def quickstart_phases(found: Results) -> str:
+    """What `headstart train` has said that it would take, and what it took."""
+    rows = [
+        [phase["name"], phase["size"], *(f"{phase[key] / 60:.1f}" for key in ("seconds", "took"))]
+        for phase in found["quickstart-phases"]
+    ]
+    return rows_of("phase | what | minutes expected | minutes taken", rows)
+
+
 @made_of("eval-t1")
 def eval_t1(found: Results) -> str:
     return rows_of("decoder | K | prompts | acceptance length (95%) | speedup (95%)", [
