@@ -34,13 +34,18 @@ def known_keys(model: type[BaseModel] = Settings, prefix: str = "") -> list[str]
     return found
 
 
+def section_at(key: str) -> type[BaseModel]:
+    """The section of a dotted key; of an empty one that of all settings."""
+    section: type[BaseModel] = Settings
+    for name in filter(None, key.split(".")):
+        section = section_in(section.model_fields[name].annotation) or section
+    return section
+
+
 def describe_setting(key: str) -> tuple[str, str]:
     """The default of a setting as YAML, and what it is."""
-    *parents, leaf = key.split(".")
-    section: type[BaseModel] = Settings
-    for parent in parents:
-        section = section_in(section.model_fields[parent].annotation) or section
-    field = section.model_fields[leaf]
+    parent, _, leaf = key.rpartition(".")
+    field = section_at(parent).model_fields[leaf]
     text = " ".join((field.description or "").split())
     default = field.get_default(call_default_factory=True)
     match default:

@@ -33,6 +33,7 @@ NAMED_PAGE = re.compile(r"(?<![\w/.-])docs/[\w./-]*\.(?:md|json|py|svg|png)(?:#[
 SETTING = re.compile(r"([a-z]+(?:\.[a-z_0-9]+)+)(?:=.*)?", re.DOTALL)
 FILES = (".py", ".json", ".jsonl", ".md", ".yaml", ".html", ".png", ".safetensors")
 BLOCK = re.compile(r"^<!-- BEGIN: .*?^<!-- END -->$", re.DOTALL | re.MULTILINE)
+VERSIONS = re.compile(r"(?:Python|transformers|torch) \d[\d.]*(?:,? (?:to|and|except) \d[\d.]*)*")
 RESULTS_PAGE = Path("docs") / "results.md"
 
 
@@ -55,8 +56,9 @@ def problems_of(root: Path, path: Path) -> Iterator[str]:
     problems = [dead_links(path, text)]
     if page.name != "CHANGELOG.md":  # it names commands and settings of before
         problems += [bad_blocks(root, text), bad_code(text)]
-    if page == RESULTS_PAGE:
-        problems.append(loose_figures(text))
+    if page in (RESULTS_PAGE, Path("README.md")):
+        tables = text if page == RESULTS_PAGE else text + (root / RESULTS_PAGE).read_text("utf-8")
+        problems.append(loose_figures(text, tables))
     yield from (f"{page}: {problem}" for found in problems for problem in found)
 
 
@@ -232,10 +234,13 @@ def bad_yaml(block: str) -> Iterator[str]:
 # Figures
 
 
-def loose_figures(text: str) -> Iterator[str]:
-    """Figures in sentences that stand in no table of the page."""
-    tables = " ".join(BLOCK.findall(text))
-    prose = INLINE.sub("", LINK.sub("", FENCE.sub("", BLOCK.sub("", text))))
+def loose_figures(text: str, of: str) -> Iterator[str]:
+    """Figures in the sentences of a page, but for versions, that stand in no table of `of`, one
+    page or several."""
+    tables = " ".join(BLOCK.findall(of))
+    prose = text
+    for pattern in (BLOCK, FENCE, LINK, INLINE, VERSIONS):  # none of these is a sentence's figure
+        prose = pattern.sub("", prose)
     for figure in re.findall(r"(?<![\w.])\d+\.\d{2,}(?![\w.]\d|\w)", prose):
         if not re.search(rf"(?<![\d.]){re.escape(figure)}(?!\d)", tables):
-            yield f"{figure} stands in no table of the page"
+            yield f"{figure} stands in no table"

@@ -10,10 +10,9 @@ from pydantic import BaseModel
 from docs.tables import rows_of
 from headstart.cli.arguments import FLAGS, Argument, Command, setting_row
 from headstart.cli.main import COMMANDS
-from headstart.configs.keys import describe_setting, known_keys, section_in
+from headstart.configs.keys import describe_setting, known_keys, section_at
 from headstart.configs.loader import load_config
 from headstart.configs.recipes import OF_ACCELERATE, describe_recipe, recipe_names
-from headstart.configs.settings import Settings
 
 
 def cell(text: str) -> str:
@@ -69,16 +68,13 @@ def configuration() -> str:
     parts = ["## Top level", _settings([k for k in keys if "." not in k and k not in sections])]
     for section in sections:
         parts.append(f"{'#' * (2 + section.count('.'))} {section}")
-        model = _section(section)
+        model = section_at(section)
         if model.__doc__ and model.__doc__ != BaseModel.__doc__:
             parts.append(" ".join(model.__doc__.split()))
         own = [k for k in keys if k.rpartition(".")[0] == section and k not in sections]
         parts.append(_settings(own))
     parts += ["## Sources", "What an entry of `data.prompts` or `adapt.general_prompts` may hold."]
-    source = section_in(Settings.model_fields["adapt"].annotation)
-    assert source is not None
-    source = section_in(source.model_fields["general_prompts"].annotation)
-    assert source is not None
+    source = section_at("adapt.general_prompts")
     rows = []
     for name, field in source.model_fields.items():
         default = (
@@ -94,20 +90,11 @@ def configuration() -> str:
 SETTINGS = "key | values | default | what it is"
 
 
-def _section(key: str) -> type[BaseModel]:
-    model: type[BaseModel] = Settings
-    for part in key.split("."):
-        found = section_in(model.model_fields[part].annotation)
-        assert found is not None
-        model = found
-    return model
-
-
 def _settings(keys: list[str]) -> str:
     rows = []
     for key in keys:
         parent, _, leaf = key.rpartition(".")
-        model = _section(parent) if parent else Settings
+        model = section_at(parent)
         default, text = map(cell, describe_setting(key))
         values = _type(model.model_fields[leaf].annotation)
         rows.append([f"`{key}`", values, f"`{default}`", text])

@@ -1,6 +1,7 @@
 """Tables of what was trained: settings compared, mistakes, adaptations, data, releases."""
 
 import re
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from docs.tables import Results, interval, length, made_of, rows_of
@@ -80,13 +81,15 @@ def centroids(found: Results) -> str:
     return rows_of("centroids | simulated acceptance length | best tokens missed", rows)
 
 
-def beside_the_first(run: dict[str, Any]) -> list[str]:
-    """Of each set of texts: acceptance length, and the difference from the first run's."""
-    cells = []
-    for one in run["eval_sets"].values():
-        difference = interval(one["difference"], one["difference_interval"], "+.3f")
-        cells += [f"{one['acceptance_length']:.3f}", difference]
-    return cells
+def beside_the_first(runs: Sequence[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], list[str]]]:
+    """Each run of a sweep, and of each set of texts its acceptance length and the difference from
+    the first run's, which itself has none."""
+    for number, run in enumerate(runs):
+        cells = []
+        for one in run["eval_sets"].values():
+            difference = interval(one["difference"], one["difference_interval"], "+.3f")
+            cells += [f"{one['acceptance_length']:.3f}", difference if number else ""]
+        yield run, cells
 
 
 SWEPT = {
@@ -124,11 +127,10 @@ SWEPT = {
 @made_of("sweep-recipe")
 def sweep_recipe(found: Results) -> str:
     rows = []
-    for run in found["sweep-recipe"]["results"]:
+    for run, cells in beside_the_first(found["sweep-recipe"]["results"]):
         rates = run["eval_sets"]["greedy"]["conditional_acceptance_rate"][:2]
         first = ", ".join(f"{rate:.2f}" for rate in rates)
-        rows.append([f"`{run['run']}`", SWEPT[run["run"]], first, *beside_the_first(run)])
-    rows[0][4::2] = ["", ""]
+        rows.append([f"`{run['run']}`", SWEPT[run["run"]], first, *cells])
     header = (
         "run | what | a_1, a_2 greedy | greedy | beside the first (95%) | sampled, T = 1 "
         "| beside the first (95%)"
@@ -139,9 +141,8 @@ def sweep_recipe(found: Results) -> str:
 @made_of("sweep-prose")
 def sweep_prose(found: Results) -> str:
     told = {"fixed-prose": "prose of others", "own-prose": "the target's own answers to it"}
-    runs = found["sweep-prose"]["results"]
-    rows = [[told[run["run"]], *beside_the_first(run)] for run in runs]
-    rows[0][2::2] = ["", ""]
+    runs = beside_the_first(found["sweep-prose"]["results"])
+    rows = [[told[run["run"]], *cells] for run, cells in runs]
     header = (
         "trained on | greedy | beside the first (95%) | sampled, T = 1 | beside the first (95%)"
     )
@@ -151,9 +152,8 @@ def sweep_prose(found: Results) -> str:
 @made_of("sweep-rope")
 def sweep_position(found: Results) -> str:
     told = {"newest": "0, the newest token", "one_earlier": "-1, one earlier", "both": "`mixed`"}
-    runs = found["sweep-rope"]["results"]
-    rows = [[told[run["run"]], *beside_the_first(run)] for run in runs]
-    rows[0][2::2] = ["", ""]
+    runs = beside_the_first(found["sweep-rope"]["results"])
+    rows = [[told[run["run"]], *cells] for run, cells in runs]
     header = (
         "`train.draft_position_offset` | judged at the newest token | beside the first (95%) "
         "| judged one earlier | beside the first (95%)"
@@ -175,11 +175,10 @@ MISTAKES = {
 
 def mistake_table(found: Results) -> str:
     rows = [
-        [MISTAKES[run["run"]], f"{run['loss'][0]:.2f}", *beside_the_first(run)]
+        [MISTAKES[run["run"]], f"{run['loss'][0]:.2f}", *cells]
         for sweep in found.values()
-        for run in sweep["results"]
+        for run, cells in beside_the_first(sweep["results"])
     ]
-    rows[0][3::2] = ["", ""]
     header = (
         "mistake | loss in the end | greedy | beside none (95%) | sampled, T = 1 "
         "| beside none (95%)"

@@ -49,6 +49,7 @@ def test_the_documents_are_as_they_should_be() -> None:
         (RESULTS, "<!-- END -->", "", "needs its <!-- END -->"),
         (RESULTS, "BEGIN: headline", "BEGIN: headlines", "nothing makes the block headlines"),
         (RESULTS, "One seed each.", "One seed each: 9.87.", "9.87 stands in no table"),
+        ("README.md", "a round to 1.58", "a round to 9.87", "9.87 stands in no table"),
         (QUICKSTART, "(your-model.md)", "(my-model.md)", "my-model.md leads nowhere"),
         (QUICKSTART, "results.md#quickstart", "results.md#slowstart", "leads to no heading"),
         (MODEL, "gemma4-e4b --plan", "gemma4-e4b --sketch", "--sketch"),
@@ -95,9 +96,10 @@ def test_commands_of_sentences_may_be_parts_and_those_of_blocks_are_whole() -> N
 
 
 def test_figures_in_sentences_are_those_of_the_tables() -> None:
-    page = "Of 1.25 and 5.24.0, not 2.5 or `3.14`.\n<!-- BEGIN: a -->\n\n| 1.25 |\n\n<!-- END -->\n"
-    assert [*loose_figures(page)] == []
-    assert [*loose_figures(page.replace("Of 1.25", "Of 1.26"))] != []
+    page = "Of 1.25 and 5.24.0, not 2.5 or `3.14`; Python 3.10 to 3.19.\n"
+    page += "<!-- BEGIN: a -->\n\n| 1.25 |\n\n<!-- END -->\n"
+    assert [*loose_figures(page, page)] == []
+    assert [*loose_figures(page.replace("Of 1.25", "Of 1.26"), page)] != []
 
 
 def test_anchors_are_those_of_github() -> None:

@@ -10,13 +10,14 @@ import torch
 from transformers import GenerationConfig
 
 from headstart.cli.main import main
-from headstart.configs.schema import HeadConfig
+from headstart.configs.schema import EvalConfig, HeadConfig
 from headstart.eval.draft_cost import (
     MAX_DRAFT_TOKENS,
     WARM_UP,
     DecodeState,
     cost_ratios,
     dense_lm_head,
+    longest_draft,
     measure,
     prepare,
     run_draft_benchmark,
@@ -218,3 +219,11 @@ def test_a_head_of_another_target_is_refused() -> None:
     assistant.config.backbone_hidden_size = 64
     with pytest.raises(ValueError, match="backbone_hidden_size is 64"):
         run_draft_benchmark(target, assistant, "head", 4, None)
+
+
+def test_costs_are_measured_as_far_as_a_decoder_drafts() -> None:
+    kept = EvalConfig(num_assistant_tokens=[2, 4], decoders=["transformers", "exact", "lookup"])
+    assert longest_draft(kept) == 4
+    assert longest_draft(kept.model_copy(update={"decoders": ["exact", "cost"]})) == 8
+    assert longest_draft(kept.model_copy(update={"num_assistant_tokens": []})) == 8
+    assert longest_draft(kept.model_copy(update={"num_assistant_tokens": [12]})) == 8
