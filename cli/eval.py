@@ -53,7 +53,7 @@ EVAL = Command(
     settings=(
         "output_dir", "target.name", "target.adapters", "target.*", "eval.prompts",
         "eval.num_assistant_tokens", "eval.decoders", "eval.draft_models", "eval.temperatures",
-        "eval.top_p", "eval.top_k", "eval.max_new_tokens", "eval.limit",
+        "eval.top_p", "eval.top_k", "eval.seeds", "eval.max_new_tokens", "eval.limit",
     ),
     required=("output_dir",),
     flags=("--resume",),

@@ -104,7 +104,7 @@ def _texts(target: Target, chosen: EvalConfig, k: int, asked: Asked) -> list[Tex
         done = {way: _decode(target, ids, chosen, way) for way in ways}
         plain, drafted = done[None], done[k]
         texts.append(
-            Text(prompt.id, 0, prompt.category, len(ids), plain, drafted, None, None, greedy=True)
+            Text(prompt.id, 0, prompt.category, len(ids), plain, drafted, None, None, seed=None)
         )
     return texts
 

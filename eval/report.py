@@ -18,18 +18,25 @@ from headstart.configs.schema import EvalConfig
 from headstart.data.prompts import Prompt, limit_evenly, load_prompt_set
 from headstart.data.templates import check_template, encode_prompts
 from headstart.eval.acceptance import AcceptanceCounts, zero_counts
-from headstart.eval.decoding import Decoded, DecoderVariant, make_variants
+from headstart.eval.decoding import GREEDY, Decoded, DecoderVariant, make_variants
 from headstart.eval.draft_cost import Costs, longest_draft, measure_costs
 from headstart.eval.measurements import Asked, Measurements, Text, measure_prompts
 from headstart.eval.page import SCHEMA, print_report, write_report
-from headstart.eval.statistics import NO_HEAD, POSITIONS, interval, resampled, verdict
+from headstart.eval.statistics import (
+    NO_HEAD,
+    POSITIONS,
+    interval,
+    resampled,
+    sampling_name,
+    verdict,
+)
 from headstart.heads.assistant import check_pair, other_target
 from headstart.heads.target import Target, model_fingerprint
 from headstart.heads.tokens import Sampling
 
 EXAMPLES = 6  # texts that are shown token by token
 PER_TEXT = [
-    "id", "turn", "category", "prompt_tokens", "plain_seconds", "plain_tokens", "seconds",
+    "id", "turn", "seed", "category", "prompt_tokens", "plain_seconds", "plain_tokens", "seconds",
     "tokens", "rounds", "accepted",
 ]  # fmt: skip
 
@@ -62,6 +69,7 @@ def run_evaluation(
             else to go on with, or another process at work in `out`.
     """
     asked, draft_models = asked or Asked(), draft_models or {}
+    samplings = _samplings(target, chosen)
     _check_models(target, heads, draft_models, chosen)
     warnings = {n: w for n, head in heads.items() if (w := other_target(target, head))}
     for name, warning in warnings.items():
@@ -77,12 +85,13 @@ def run_evaluation(
         "head_fingerprints": {n: model_fingerprint(h, h.config) for n, h in heads.items()},
         "dtype": target.identity["dtype"],
         **chosen.model_dump(mode="json", exclude={"fp32_check_prompts"}),
+        "own_sampling": asdict(target.own_sampling) if "model" in chosen.temperatures else None,
         "chat_template_kwargs": asked.chat_template_kwargs or None,  # as if earlier files had it
     }
     with lock_folder(out, "output_dir=DIR"):
         kept = Measurements(out / "measurements.jsonl", settings, resume)
-        variants = _prepare(target, heads, draft_models, chosen, kept)
-        measure_prompts(target, prompts, variants, chosen.max_new_tokens, kept, asked)
+        variants = _prepare(target, heads, draft_models, chosen, samplings, kept)
+        measure_prompts(target, prompts, variants, chosen.seeds, chosen.max_new_tokens, kept, asked)
         content = _content(target, prompts, variants, settings, kept, asked) | {
             "warnings": warnings
         }
@@ -104,11 +113,11 @@ def _content(
     """Of report.json."""
     measured: dict[tuple[Any, ...], list[Text]] = {}
     found = []
-    for sampling, own in variants.items():
-        for variant in own:
+    for alike in zip(*variants.values(), strict=True):  # a sampled one beside its greedy one
+        for sampling, variant in zip(variants, alike, strict=True):
             texts = kept.texts(variant, sampling.temperature)
             measured[(*variant.key, sampling.temperature)] = texts
-            found += _results(variant, sampling.temperature, texts)
+            found += _results(variant, sampling, texts)
     first, most = next(iter(measured.values())), asked.max_prompt_tokens
     # Prompts that training would have cut; None: not known.
     longer = None if most is None else len({t.id for t in first if t.prompt_len > most})
@@ -126,6 +135,23 @@ def _content(
         "results": found,
         "examples": _examples(target, prompts, measured, found),
     }
+
+
+def _samplings(target: Target, chosen: EvalConfig) -> list[Sampling]:
+    """Of `eval.temperatures`, each another temperature: by it a report tells them apart."""
+    found = []
+    for t in chosen.temperatures:
+        if t == "model":
+            found.append(target.own_sampling)
+        else:
+            found.append(Sampling(t, chosen.top_k, chosen.top_p) if t else GREEDY)
+    own = [way.temperature for way in found]
+    if len(set(own)) < len(own):
+        raise ValueError(
+            f"eval.temperatures={chosen.temperatures} names one twice: model is "
+            f"{sampling_name(asdict(target.own_sampling))} here. Measure them one by one"
+        )
+    return found
 
 
 def _check_models(
@@ -153,6 +179,7 @@ def _prepare(
     heads: Mapping[str, PreTrainedModel],
     draft_models: Mapping[str, PreTrainedModel],
     chosen: EvalConfig,
+    samplings: Sequence[Sampling],
     kept: Measurements,
 ) -> dict[Sampling, list[DecoderVariant]]:
     """Measure what drafts cost, once for a report, and make the variants: for each sampling its
@@ -163,15 +190,15 @@ def _prepare(
         kept.find("costs", {n: {d: asdict(c) for d, c in m.items()} for n, m in measured.items()})
     costs = {n: {d: Costs(**c) for d, c in m.items()} for n, m in kept.found["costs"].items()}
     return {
-        Sampling(temperature, chosen.top_k, chosen.top_p): make_variants(
+        sampling: make_variants(
             chosen.decoders, chosen.num_assistant_tokens, heads, draft_models, costs
         )
-        for temperature in chosen.temperatures
+        for sampling in samplings
     }
 
 
 def _results(
-    variant: DecoderVariant, temperature: float, texts: Sequence[Text]
+    variant: DecoderVariant, sampling: Sampling, texts: Sequence[Text]
 ) -> list[dict[str, Any]]:
     """The results of one variant: all prompts and each category, with and without looping texts."""
     groups = {"all": list(texts)}
@@ -185,7 +212,7 @@ def _results(
             if not few or (loops == "without" and len(few) == len(group)):
                 continue
             what = {
-                "head": variant.head, "decoder": variant.decoder, "temperature": temperature,
+                "head": variant.head, "decoder": variant.decoder, **asdict(sampling),
                 "num_assistant_tokens": variant.num_assistant_tokens, "category": category,
                 "looping_texts": loops,
             }  # fmt: skip
@@ -203,8 +230,10 @@ def summarize(texts: Sequence[Text], k: int, costs: Costs | None) -> dict[str, A
     counts = [text.assisted.counts(text.prompt_len, k) for text in texts]
     total = sum(counts, zero_counts(k))
     diverged = [text for text in texts if text.diverged_at is not None]
-    greedy = all(text.greedy for text in texts)
+    seeds = sorted({text.seed for text in texts if text.seed is not None})
+    greedy = not seeds
     return {
+        "seeds": seeds,
         "prompts": len({text.id for text in texts}),
         "texts": len(texts),
         "loops": sum(text.loops for text in texts),
@@ -326,7 +355,7 @@ def noise(texts: Sequence[Text]) -> dict[str, Any] | None:
 def _row(text: Text, k: int) -> list[Any]:
     counts = text.assisted.counts(text.prompt_len, k)
     return [
-        text.id, text.turn, text.category, text.prompt_len, round(text.plain.seconds, 5),
+        text.id, text.turn, text.seed, text.category, text.prompt_len, round(text.plain.seconds, 5),
         len(text.plain.tokens), round(text.assisted.seconds, 5), len(text.assisted.tokens),
         counts.rounds, sum(counts.accepted),
     ]  # fmt: skip

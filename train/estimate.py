@@ -262,7 +262,8 @@ def _evaluation(config: Config, chosen: EvalConfig, target: Target, asked: Asked
         * (len(chosen.draft_models) if decoder == "draft-model" else 1)
         for decoder in chosen.decoders
     )
-    texts = sum(1 + len(p.later_turns) for p in prompts) * len(chosen.temperatures)
+    times = sum(1 if t == 0 else len(chosen.seeds) for t in chosen.temperatures)
+    texts = times * sum(1 + len(p.later_turns) for p in prompts)
     one = costs.prompt + (chosen.max_new_tokens - 1) * costs.step
     seconds = texts * (1 + ways + 1 / AGAIN_EVERY) * one
     turns, each = WARM_UP + COST_TURNS, 2 * longest_draft(chosen) + len(KINDS)
