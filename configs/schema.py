@@ -425,9 +425,8 @@ class EvalConfig(Section):
     draft_models: list[Place] = []
     """Small models of the target's vocabulary (folder or Hub id) for the decoder `draft-model`."""
     temperatures: list[float | Literal["model"]] = [0.0]
-    """Temperatures of the sampling; 0 is greedy, `model` is the target's own setting: temperature,
-    top-k and top-p of its generation configuration. Each is compared with plain decoding of its
-    own."""
+    """0 (greedy), above, or `model`: temperature, top-k and top-p of the target's own generation
+    configuration. Each is compared with plain decoding of its own."""
     top_p: float = Field(default=1.0, gt=0, le=1)
     """At the numbers above 0: sample from the likeliest tokens with so much mass."""
     top_k: PositiveInt | None = None

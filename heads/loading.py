@@ -245,8 +245,8 @@ GGUF_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
 against a constant inside itself."""
 
 GEMMA3_SAMPLING = {"do_sample": True, "temperature": 1.0, "top_k": 64, "top_p": 0.95}
-"""How the Gemma 3 checkpoints sample, as the generation_config.json that Google publishes with them
-has it (transformers' default where that names no temperature). A GGUF file has no such settings."""
+"""What Gemma 3 and 4 checkpoints say of sampling (not read here, since the Hub asks for a login: as
+unslothai/unsloth#4838 and noonghunna/club-3090#275 quote it). A GGUF file has no such settings."""
 
 CONVERSION = 2  # raise it when the conversion comes to give something else
 

@@ -334,5 +334,8 @@ def test_the_command_measures_a_head_and_names_what_is_wrong(
     assert "prompt lookup, without a head" in (tmp_path / "out" / "report.md").read_text()
     assert main([*argv, "eval.decoders=exact,lockup"]) == 1
     assert "eval.decoders.1: Input should be 'transformers', 'exact'" in capsys.readouterr().err
+    assert main([*argv, "eval.decoders=lookup", "eval.temperatures=0,model", "eval.seeds=4"]) == 0
+    out = capsys.readouterr().out
+    assert all(text in out for text in ("lookup ", "lookup T=1 ", "seeds 4"))
     assert main([*argv, "eval.temperatures=0,0"]) == 1
     assert "temperatures names one twice" in capsys.readouterr().err
