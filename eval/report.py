@@ -50,6 +50,7 @@ def run_evaluation(
     draft_models: Mapping[str, PreTrainedModel] | None = None,
     asked: Asked | None = None,
     printed: bool = True,
+    costs_budget: float | None = None,
 ) -> dict[str, Any]:
     """Evaluate heads on prompts, write report.json, .md and .html, print a table, and return what
     report.json holds.
@@ -63,6 +64,8 @@ def run_evaluation(
         draft_models: name -> small model of the target's vocabulary.
         asked: how the run of the heads asked its prompts, as these are asked; None: not known.
         printed: whether the table is printed; the caller may have more to do before.
+        costs_budget: seconds after which the costs of a head are measured no longer, though less
+            well; None: as long as it takes.
 
     Raises:
         ValueError: bad prompts, a head that does not fit the target, measurements of something
@@ -90,7 +93,7 @@ def run_evaluation(
     }
     with lock_folder(out, "output_dir=DIR"):
         kept = Measurements(out / "measurements.jsonl", settings, resume)
-        variants = _prepare(target, heads, draft_models, chosen, samplings, kept)
+        variants = _prepare(target, heads, draft_models, chosen, samplings, kept, costs_budget)
         measure_prompts(target, prompts, variants, chosen.seeds, chosen.max_new_tokens, kept, asked)
         content = _content(target, prompts, variants, settings, kept, asked) | {
             "warnings": warnings
@@ -181,12 +184,15 @@ def _prepare(
     chosen: EvalConfig,
     samplings: Sequence[Sampling],
     kept: Measurements,
+    costs_budget: float | None,
 ) -> dict[Sampling, list[DecoderVariant]]:
     """Measure what drafts cost, once for a report, and make the variants: for each sampling its
     own, since they learn."""
     if "costs" not in kept.found:
         longest = longest_draft(chosen)
-        measured = {name: measure_costs(target, head, longest) for name, head in heads.items()}
+        measured = {
+            name: measure_costs(target, head, longest, costs_budget) for name, head in heads.items()
+        }
         kept.find("costs", {n: {d: asdict(c) for d, c in m.items()} for n, m in measured.items()})
     costs = {n: {d: Costs(**c) for d, c in m.items()} for n, m in kept.found["costs"].items()}
     return {

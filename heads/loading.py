@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import nn
@@ -294,7 +295,13 @@ def _header_read_once() -> Iterator[None]:
     """
     gguf: Any = import_module("gguf")
     opened = gguf.GGUFReader
-    gguf.GGUFReader = lru_cache(maxsize=1)(opened)
+
+    class Reader(opened):  # type: ignore[misc]
+        def __setattr__(self, name: str, value: Any) -> None:
+            # The same bytes without the cost of numpy's memmap, whose every slice is a new memmap.
+            super().__setattr__(name, np.asarray(value) if name == "data" else value)
+
+    gguf.GGUFReader = lru_cache(maxsize=1)(Reader)
     try:
         yield
     finally:

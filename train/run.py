@@ -265,15 +265,25 @@ def _evaluate(config: Config, chosen: EvalConfig, device: torch.device, schedule
             longest = [max(chosen.num_assistant_tokens)]
             few = {"limit": chosen.fp32_check_prompts, "num_assistant_tokens": longest}
             checked = folder / "exact"
-            exact = _measure(config, "float32", chosen.model_copy(update=few), checked, device)
+            what = chosen.model_copy(update=few)
+            exact = _measure(config, "float32", what, checked, device, CHECK_COSTS)
     print_report(content)
     print_once(f"The page: {folder / 'report.html'}, beside it report.md and report.json")
     if config.target.dtype == "float32" or chosen.fp32_check_prompts:
         _check_lossless(exact, checked)
 
 
+CHECK_COSTS = 1.0
+"""Seconds that the check of the texts in float32 measures costs for: nobody decodes so."""
+
+
 def _measure(
-    config: Config, dtype: str, what: EvalConfig, out: Path, device: torch.device
+    config: Config,
+    dtype: str,
+    what: EvalConfig,
+    out: Path,
+    device: torch.device,
+    costs_budget: float | None = None,
 ) -> dict[str, Any]:
     """Evaluate the run's best head in a dtype: what the report holds."""
     # The target of before, on a large one's GPU, would leave no room for this one.
@@ -285,7 +295,9 @@ def _measure(
     assistant = load_assistant(head, getattr(torch, dtype), device)
     asked = asked_by_run(config.data)
     heads = {str(head): assistant}
-    return run_evaluation(target, heads, what, out, asked=asked, printed=False)
+    return run_evaluation(
+        target, heads, what, out, asked=asked, printed=False, costs_budget=costs_budget
+    )
 
 
 def _check_lossless(content: dict[str, Any], out: Path) -> None:
