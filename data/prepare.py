@@ -147,9 +147,7 @@ def plan_documents(
     return replace(planned, questions=questions, left_out=left_out)
 
 
-def _prepare_stored(
-    target: Target, data: DataConfig, seed: int, held_out: str | None
-) -> tuple[Documents, Documents]:
+def _prepare_stored(target: Target, data: DataConfig, seed: int, held_out: str | None) -> Prepared:
     """From `data.store` or `data.conversations`."""
     data = data.model_copy(update={"chat_template_kwargs": template_variables(data)})
     stored = _open_stored(target, data)

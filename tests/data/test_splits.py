@@ -22,6 +22,8 @@ from headstart.data.splits import EVERYWHERE, SIBLINGS, Joined, cluster, hold_ou
 from headstart.heads.loading import load_target
 from headstart.train.adapt import split_prompts
 from headstart.train.adaptation import Adaptation
+from headstart.train.run import train
+from tests.helpers.runs import tiny_config
 
 
 def prompt(text: str, name: str = "p", source: str | None = None) -> Prompt:
@@ -280,13 +282,31 @@ def test_a_set_of_one_template_is_split_and_says_so(
     assert "20 of 20 prompts to train on are siblings" in capsys.readouterr().out
 
 
+def test_a_run_tells_and_keeps_how_many_siblings_it_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of templates of four, six are held out: all of one, and two of another."""
+    source = written(tmp_path / "prompts.jsonl", [text for _, text in of_templates(30, 4)])
+    train(tiny_config(
+        tmp_path / "run", f"data.prompts=[{source.path}]", "data.validation_conversations=6",
+        "data.num_conversations=8", "data.max_new_tokens=8", "train.max_steps=2",
+        "train.eval_steps=2", "train.save_steps=2", "eval=null",
+        "head.use_ordered_embeddings=false", "head.num_centroids=null",
+    ))  # fmt: skip
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["data"]["siblings_left_out"] == 2
+    assert summary["data"]["siblings_straddling"] == 0
+    assert "Held out: 2 prompts more are not trained on" in capsys.readouterr().out
+
+
 def test_adapt_leaves_siblings_of_one_kind_out_of_the_other(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Each template has one prompt in the domain and two among the general prompts."""
     texts = of_templates(12, 3)
     seen: set[int] = set()
-    domain, general = [], []
+    domain: list[str] = []
+    general: list[str] = []
     for template, text in texts:
         (general if template in seen else domain).append(text)
         seen.add(template)
@@ -300,8 +320,8 @@ def test_adapt_leaves_siblings_of_one_kind_out_of_the_other(
     )
     a = Adaptation("head", config, options, 4, tmp_path / "out")
     found = split_prompts(a)
-    template = {text: n for n, text in texts}
-    held = {template[p.text] for _, own in found.values() for p in own}
-    assert held.isdisjoint(template[p.text] for training, _ in found.values() for p in training)
+    made = {text: n for n, text in texts}
+    held = {made[p.text] for _, own in found.values() for p in own}
+    assert held.isdisjoint(made[p.text] for training, _ in found.values() for p in training)
     assert [len(own) for _, own in found.values()] == [2, 2]
     assert "siblings" in capsys.readouterr().out
