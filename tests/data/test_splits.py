@@ -289,8 +289,8 @@ def test_a_run_tells_and_keeps_how_many_siblings_it_left_out(
     source = written(tmp_path / "prompts.jsonl", [text for _, text in of_templates(30, 4)])
     train(tiny_config(
         tmp_path / "run", f"data.prompts=[{source.path}]", "data.validation_conversations=6",
-        "data.num_conversations=8", "data.max_new_tokens=8", "train.max_steps=2",
-        "train.eval_steps=2", "train.save_steps=2", "eval=null",
+        "data.num_conversations=8", "data.max_new_tokens=8", "train.max_steps=6",
+        "train.eval_steps=6", "train.save_steps=6", "eval=null",
         "head.use_ordered_embeddings=false", "head.num_centroids=null",
     ))  # fmt: skip
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
