@@ -1,4 +1,4 @@
-"""Prompts: rows recognized, bad ones counted, sources mixed and split, sets kept apart."""
+"""Prompts: rows recognized, bad ones counted, sources mixed, sets kept apart."""
 
 import glob
 import random
@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from headstart.common.console import one_line, print_once
 from headstart.configs.schema import BUILTIN, SourceConfig
@@ -61,17 +61,7 @@ class Prompt:
         return "\n".join(turn_text(turn) for turn in self.question if "content" in turn)
 
 
-class Sourced(Protocol):
-    """What can be split by source: prompts, and conversations alike."""
-
-    @property
-    def source(self) -> str: ...
-    @property
-    def category(self) -> str: ...
-
-
 T = TypeVar("T")
-S = TypeVar("S", bound=Sourced)
 Reasons = defaultdict[str, list[str]]
 """Why rows cannot be used -> where such rows stand."""
 
@@ -268,45 +258,11 @@ def limit_evenly(prompts: list[Prompt], limit: int | None) -> list[Prompt]:
     by_category: dict[str, list[Prompt]] = {}
     for prompt in prompts:
         by_category.setdefault(prompt.category, []).append(prompt)
-    kept = {id(p) for p in _round_robin(list(by_category.values()))[:limit]}
+    kept = {id(p) for p in round_robin(list(by_category.values()))[:limit]}
     return [p for p in prompts if id(p) in kept]
 
 
-def split_by_source(
-    prompts: list[S], held_out: int, seed: int, key: str = "data.validation_conversations"
-) -> tuple[list[S], list[S]]:
-    """Split into (training, validation) such that no source is in both.
-
-    Whole sources are held out, drawn with `seed` and dealt over the categories; one with more
-    prompts than are still wanted stays in training. `key` is what the user gives the number of
-    prompts to hold out by.
-
-    Raises:
-        ValueError: too few prompts or sources to hold that many out.
-    """
-    groups: dict[str, list[S]] = {}
-    for prompt in prompts:
-        groups.setdefault(prompt.source, []).append(prompt)
-    by_category: dict[str, list[str]] = {}
-    for source in random.Random(seed).sample(sorted(groups), len(groups)):
-        by_category.setdefault(groups[source][0].category, []).append(source)
-    chosen: set[str] = set()
-    missing = held_out
-    for source in _round_robin(list(by_category.values())):
-        if len(groups[source]) <= missing:
-            chosen.add(source)
-            missing -= len(groups[source])
-    if missing or len(chosen) == len(groups):
-        raise ValueError(
-            f"cannot hold out {held_out} validation prompts of {len(prompts)} from "
-            f"{len(groups)} sources: whole sources are held out, so add prompts or sources, or "
-            f"lower {key}"
-        )
-    training = [p for p in prompts if p.source not in chosen]
-    return training, [p for p in prompts if p.source in chosen]
-
-
-def _round_robin(columns: list[list[T]]) -> list[T]:
+def round_robin(columns: list[list[T]]) -> list[T]:
     """The first of each column, then the second of each, and so on."""
     longest = max(map(len, columns), default=0)
     return [column[i] for i in range(longest) for column in columns if i < len(column)]

@@ -1,11 +1,12 @@
 """Tables of what was decoded: acceptance, speedups, what drafts cost, engines, one GPU."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 from docs.tables import Results, interval, length, made_of, rows_of
-from headstart.eval.compare import compare
-from headstart.eval.statistics import sampling_name
+from headstart.eval import statistics
+from headstart.eval.compare import MEASURES, compare
+from headstart.eval.statistics import resampled, sampling_name
 
 NAMES = {
     "transformers": "stock (`transformers`)",
@@ -102,6 +103,52 @@ def headline(found: Results) -> str:
         ]  # fmt: skip
     header = "decoder | acceptance length (95%) | tokens per second | speedup (95%)"
     return rows_of(header, rows)
+
+
+@made_of("overlap")
+def overlap(found: Results) -> str:
+    """Evaluation prompts that one training prompt holds large parts of, counted."""
+    found = found["overlap"]
+    rows = [
+        [f"`{row['evaluation']}`" if "evaluation" in row else "the reference head's",
+         ", ".join(f"`{name}`" for name in row["training"]), row["prompts"], row["from_70"],
+         row["from_30_to_70"]]
+        for row in [*found["sets"], found["report"]]
+    ]  # fmt: skip
+    header = "evaluation prompts | training prompts | number | sharing 70% and more | 30% to 70%"
+    return rows_of(header, rows)
+
+
+def measured(report: dict[str, Any], r: dict[str, Any], ids: Collection[str]) -> dict[str, Any]:
+    """What `length` and `speedup` read, of some prompts of a result."""
+    rows = [dict(zip(report["per_text_columns"], row, strict=True)) for row in r["per_text"]]
+    rows = [row for row in rows if row["id"] in ids]
+    names = [row["id"] for row in rows]
+    columns = ("rounds", "accepted", "tokens", "seconds", "plain_tokens", "plain_seconds")
+    sums = {column: resampled(names, [row[column] for row in rows]) for column in columns}
+    found: dict[str, Any] = {}
+    for key, name in (("acceptance_length", "acceptance length"), ("speedup", "speedup")):
+        values = MEASURES[name](sums)
+        found |= {key: float(values[0]), f"{key}_interval": statistics.interval(values)}
+    return found
+
+
+@made_of("eval-64", "overlap")
+def headline_overlap(found: Results) -> str:
+    """The headline's rows over all prompts, and over those that no training prompt is like."""
+    report, shares = found["eval-64"], found["overlap"]["report"]["shares"]
+    results = {r["decoder"]: r for r in whole(report)}
+    rows = []
+    for below, told in ((2.0, "all"), (0.7, "below 70%"), (0.3, "below 30%")):
+        ids = [name for name, share in shares.items() if share < below]
+        rows.append(["plain decoding", told, len(ids), "1", "1"])
+        for decoder in ("lookup", "transformers", "exact", "hybrid"):
+            r = results[decoder]
+            own = measured(report, r, ids)
+            name = f"{NAMES[decoder]}, K = {r['num_assistant_tokens']}"
+            rows.append([name, told, len(ids), length(own), speedup(own)])
+    header = "decoder | share of a training prompt | prompts | acceptance length (95%) | "
+    return rows_of(f"{header}speedup (95%)", rows)
 
 
 @made_of("eval-64")

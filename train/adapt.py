@@ -9,6 +9,7 @@ import shlex
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,9 @@ from headstart.configs.schema import Config, EvalConfig, SourceConfig, TargetCon
 from headstart.configs.settings import Settings
 from headstart.data.contamination import remove_contaminated
 from headstart.data.prepare import deal_sampling
-from headstart.data.prompts import Prompt, deal, limit_evenly, load_prompts, split_by_source
+from headstart.data.prompts import Prompt, deal, limit_evenly, load_prompts
 from headstart.data.regenerate import make_jobs, regenerate
+from headstart.data.splits import cluster, hold_out
 from headstart.data.store import ActivationStore
 from headstart.eval.asked import asked_by_run
 from headstart.eval.decoding import decode
@@ -300,7 +302,8 @@ def _identity(a: Adaptation) -> dict[str, Any]:
 
 
 def split_prompts(a: Adaptation) -> dict[str, tuple[list[Prompt], list[Prompt]]]:
-    """Kind -> prompts to train on, and held out: no source and no copy is in both.
+    """Kind -> prompts to train on, and held out: no source, no cluster of siblings (as far as there
+    is such a split) and no copy is in both.
 
     Raises:
         ValueError: a set is missing, malformed or too small to hold out from.
@@ -314,12 +317,25 @@ def split_prompts(a: Adaptation) -> dict[str, tuple[list[Prompt], list[Prompt]]]
     loaded = {
         k: [p for source in own for p in load_prompts(source, bad)] for k, own in sources.items()
     }
-    parts = {}
+    numbers = iter(cluster([prompt for own in loaded.values() for prompt in own]))
+    clusters = {kind: list(islice(numbers, len(own))) for kind, own in loaded.items()}
+    splits = {}
     for kind, own in loaded.items():
         try:
-            parts[kind] = split_by_source(own, held, a.config.seed, "adapt.held_out_prompts")
+            splits[kind] = hold_out(
+                own, clusters[kind], held, a.config.seed, "adapt.held_out_prompts"
+            )
         except ValueError as error:
             raise ValueError(f"{_paths(sources[kind])}: {error}") from error
+    # Of one kind, siblings of what is held out of the other.
+    whole = {kind for kind, split in splits.items() if not split.straddling}
+    apart = {kind: {clusters[kind][i] for i in splits[kind].held_out} for kind in whole}
+    parts = {}
+    for kind, own in loaded.items():
+        others = set().union(*(found for name, found in apart.items() if name != kind))
+        split = splits[kind].without([i for i, c in enumerate(clusters[kind]) if c in others])
+        split.tell(f"{kind} prompts")
+        parts[kind] = ([own[i] for i in split.training], [own[i] for i in split.held_out])
     held_out = [prompt for _, own in parts.values() for prompt in own]
     found = {}
     for kind, (training, own) in parts.items():
@@ -329,8 +345,8 @@ def split_prompts(a: Adaptation) -> dict[str, tuple[list[Prompt], list[Prompt]]]
         )
         if not (kept or a.options.measure_only) and (kind == "domain" or a.options.general_share):
             raise ValueError(
-                f"{_paths(sources[kind])}: no prompt is left to train on, since all are copies of "
-                "those held out: add prompts, or lower adapt.held_out_prompts"
+                f"{_paths(sources[kind])}: no prompt is left to train on, since all are copies or "
+                "siblings of those held out: add prompts, or lower adapt.held_out_prompts"
             )
         found[kind] = (kept, own)
     return found

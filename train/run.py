@@ -3,6 +3,7 @@
 import gc
 import json
 import shlex
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from headstart.common.processes import join_processes
 from headstart.configs.schema import Config, EvalConfig
 from headstart.data.loader import usable
 from headstart.data.prepare import PlannedDocuments, plan_documents
+from headstart.data.splits import LeftOut
 from headstart.data.store import Documents
 from headstart.eval.asked import asked_by_run
 from headstart.eval.first_figures import first_figures, print_first_figures
@@ -120,7 +122,7 @@ def _train(
         look_ahead(config, planned, schedule)
     schedule = schedule or Schedule()
     with schedule.phase(TEXTS):
-        training, validation = planned.prepare()
+        training, validation, left_out = planned.prepare()
     counted = count_steps(config.train, len(usable(training)), accelerator.num_processes)
     config = config.model_copy(update={"train": counted})
     if accelerator.is_main_process:
@@ -150,6 +152,7 @@ def _train(
             parameters=sum(p.numel() for p in state.head.trainable().values()),
             training=training,
             validation=validation,
+            left_out=left_out,
             start=state.progress.start,
             ordered=ordered,
         )
@@ -213,6 +216,7 @@ def write_summary(
     parameters: int,
     training: Documents,
     validation: Documents,
+    left_out: LeftOut,
     start: float,
     ordered: dict[str, Any] | None,
 ) -> dict[str, Any]:
@@ -223,6 +227,7 @@ def write_summary(
         target: that the head was distilled from.
         parameters: that were trained.
         training, validation: what it was trained and validated on.
+        left_out: for the sake of the validation.
         start: acceptance length before training, of a head that was finished; 0: there was none.
         ordered: acceptance lengths and recall of its ordered embeddings, where it got some.
 
@@ -248,6 +253,7 @@ def write_summary(
             "answer_tokens": sum(entry.trained for entry in training.entries),
             "validation_documents": len(validation.entries),
             "validation_answer_tokens": sum(entry.trained for entry in validation.entries),
+            **asdict(left_out),
         },
         "environment": environment(target.device) | {"target": target.name},
         "config": config.model_dump(mode="json"),
