@@ -17,6 +17,7 @@ HEADS = Argument(
 
 def _eval(args: argparse.Namespace) -> None:
     from headstart.configs.schema import EvalConfig
+    from headstart.data.prompts import check_prompt_set
     from headstart.eval.asked import asked_by_heads
     from headstart.eval.report import run_evaluation
     from headstart.heads.loading import load_served, load_target
@@ -25,6 +26,7 @@ def _eval(args: argparse.Namespace) -> None:
     settings = read_settings(args)
     chosen = settings.eval or EvalConfig()
     # Wrong settings are told before the weights are loaded.
+    check_prompt_set(chosen.prompts)
     asked = asked_by_heads(args.head)
     device = default_device()
     target = load_served(settings.target, device)

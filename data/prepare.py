@@ -3,14 +3,14 @@
 
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from headstart.common.console import one_line, print_once
 from headstart.common.files import cache_dir
-from headstart.configs.schema import Config, DataConfig
+from headstart.configs.schema import Config, DataConfig, SourceConfig
 from headstart.configs.settings import ServerConfig
 from headstart.data.contamination import remove_contaminated
 from headstart.data.conversations import (
@@ -42,13 +42,9 @@ from headstart.data.regenerate import (
     make_jobs,
     regenerate,
 )
+from headstart.data.sources import check_there
 from headstart.data.splits import LeftOut, cluster, hold_out
-from headstart.data.store import (
-    ActivationStore,
-    Chosen,
-    Documents,
-    describe_store,
-)
+from headstart.data.store import ActivationStore, Chosen, Documents, describe_store
 from headstart.data.templates import check_template, encode_conversation, encode_prompts
 from headstart.heads.loading import load_target_tokens, open_target
 from headstart.heads.target import Target
@@ -109,6 +105,9 @@ class PlannedDocuments:
     held_out: str | None
     questions: list[Questions]
     """Of training and validation; none where `data` names texts that are there."""
+    sources: Sequence[tuple[SourceConfig, list[Prompt] | None]]
+    """What the training texts answer, and all prompts that were read there (None: not read); none
+    where that is not known of the texts that are there."""
     left_out: LeftOut | None = None
     """Of these prompts; None where there are none."""
 
@@ -127,11 +126,13 @@ def plan_documents(
     target: Target, data: DataConfig, seed: int, held_out: str | None
 ) -> PlannedDocuments:
     """Read and deal the prompts of a run; arguments and errors as of `prepare_documents`."""
+    shipped = data.shipped and data.store is None
     data = taken_answers(target, data)
-    planned = PlannedDocuments(target, data, seed, held_out, [])
+    planned = PlannedDocuments(target, data, seed, held_out, [], [])
     if data.store is not None or data.conversations is not None:
-        return planned
-    sources = load_sources(data, held_out, target)
+        return replace(planned, sources=[(s, None) for s in data.prompts] if shipped else [])
+    loaded = [load_prompts(source, data.max_bad_rows) for source in data.prompts]
+    sources = load_sources(data, held_out, target, loaded)
     everything = [prompt for prompts, _ in sources for prompt in prompts]
     split = hold_out(everything, cluster(everything), data.validation_conversations, seed)
     validation = [everything[i] for i in split.held_out]
@@ -143,8 +144,9 @@ def plan_documents(
         _questions(target, training, data, seed, greedy=False),
         _questions(target, validation, data, seed, greedy=True),
     ]
+    read = list(zip(data.prompts, loaded, strict=True))
     left_out = split.tell("prompts", copies=len(split.training) - len(kept))
-    return replace(planned, questions=questions, left_out=left_out)
+    return replace(planned, questions=questions, sources=read, left_out=left_out)
 
 
 def _prepare_stored(target: Target, data: DataConfig, seed: int, held_out: str | None) -> Prepared:
@@ -234,27 +236,30 @@ def _asked_for(training: Documents, data: DataConfig, seed: int) -> Documents:
 
 
 def load_sources(
-    data: DataConfig, held_out: str | None, tokens: TargetTokens | None = None
+    data: DataConfig,
+    held_out: str | None,
+    tokens: TargetTokens | None = None,
+    loaded: list[list[Prompt]] | None = None,
 ) -> list[tuple[list[Prompt], float | None]]:
-    """The prompts of each source and its weight, without copies of evaluation prompts; prints how
-    many those are.
+    """The prompts of each source (`loaded`, where they are read already) and its weight, without
+    copies of evaluation prompts; prints how many those are.
 
     Raises:
         ValueError: a source is missing or malformed, or a prompt of the evaluation cannot be used
             with the target of `tokens`, which would be noticed only after the training.
     """
-    sources = [(load_prompts(s, data.max_bad_rows), s.weight) for s in data.prompts]
+    loaded = loaded or [load_prompts(source, data.max_bad_rows) for source in data.prompts]
     if held_out is None:
         print_once(NOT_CHECKED)
-        return sources
+        return [(own, source.weight) for own, source in zip(loaded, data.prompts, strict=True)]
     evaluation = load_prompt_set(held_out)
     if tokens is not None:
         encode_prompts(evaluation, tokens.tokenizer, data.chat_template_kwargs)
     cleaned = []
-    for (prompts, weight), source in zip(sources, data.prompts, strict=True):
+    for source, prompts in zip(data.prompts, loaded, strict=True):
         kept, found = remove_contaminated(prompts, evaluation)
         print_once(f"{source.path} against {held_out}: {found.describe()}")
-        cleaned.append((kept, weight))
+        cleaned.append((kept, source.weight))
     return cleaned
 
 
@@ -454,9 +459,11 @@ def run_extract(config: Config, conversations: str, device: Any) -> None:
         ValueError: bad conversations, a folder of another store, or too small a disk.
     """
     d, out = config.data, config.output_dir
-    target = open_target(config.target, device)
     folder = find_answers(conversations)
-    if (folder / MANIFEST).is_file():
+    if not (written := (folder / MANIFEST).is_file()):
+        check_there(conversations)
+    target = open_target(config.target, device)
+    if written:
         variables = template_variables(d.model_copy(update={"conversations": folder}))
         store = extract_folder(target, folder, d, out, variables)
     else:

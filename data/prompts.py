@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from headstart.common.console import one_line, print_once
-from headstart.configs.schema import BUILTIN, SourceConfig
+from headstart.configs.schema import BUILTIN, DataConfig, SourceConfig
 from headstart.data.rows import (
     COLUMNS,
     IDS,
@@ -24,7 +24,7 @@ from headstart.data.rows import (
     unused_columns,
     user_turns,
 )
-from headstart.data.sources import HUB_ID, Place, Row, builtin_sets, read_rows
+from headstart.data.sources import HUB_ID, Place, Row, builtin_sets, check_there, read_rows
 
 HOPELESS = 1000
 """Bad rows without a single usable one after which nothing more is read."""
@@ -390,24 +390,45 @@ def load_prompt_set(name: str) -> list[Prompt]:
         ValueError: there is no such set or source, or it has an unusable row.
     """
     key, given, path = name.partition("=")
+    check_prompt_set(name)
     if key not in SETS:
-        known = name.startswith(BUILTIN) or _is_there(name)
-        if not known and ("/" not in name or not HUB_ID.fullmatch(name)):
-            sets = ", ".join([*SETS, *builtin_sets()])
-            raise ValueError(f"no prompt file {name}, and no prompt set: {sets}")
         return load_prompts(name)
     chosen = SETS[key]
+    source = SourceConfig(**chosen.source | ({"path": path} if given else {}))
     try:
-        if given and not _is_there(path):
-            raise ValueError(f"no prompt file {path}")
-        if not given and "path" not in chosen.source:
-            raise ValueError(f"{key} is not on the Hugging Face Hub")
-        source = SourceConfig(**chosen.source | ({"path": path} if given else {}))
         return load_prompts(source, adapt=lambda row: chosen.adapt({"category": key} | row))
     except ValueError as error:
-        raise ValueError(
-            f"{error}; {key} is published as {chosen.published}: give {key}=PATH"
-        ) from error
+        raise ValueError(_published(key, error)) from error
+
+
+def check_prompt_set(name: str) -> None:
+    """Raise `ValueError` where `load_prompt_set` would find nothing of that name; the Hub is not
+    asked, and nothing is read."""
+    key, given, path = name.partition("=")
+    if key in SETS:
+        if given and not _is_there(path):
+            raise ValueError(_published(key, f"no prompt file {path}"))
+        if not given and "path" not in SETS[key].source:
+            raise ValueError(_published(key, f"{key} is not on the Hugging Face Hub"))
+    elif name.startswith(BUILTIN):
+        check_there(name)
+    elif not _is_there(name) and ("/" not in name or not HUB_ID.fullmatch(name)):
+        sets = ", ".join([*SETS, *builtin_sets()])
+        raise ValueError(f"no prompt file {name}, and no prompt set: {sets}")
+
+
+def check_prompts(data: DataConfig, held_out: str | None) -> None:
+    """Raise `ValueError` where prompts of a run are missing, before its target is loaded; nothing
+    is read."""
+    if data.store is None and (data.conversations is None or data.shipped):
+        for source in data.prompts:
+            check_there(source.path)
+    if held_out is not None:
+        check_prompt_set(held_out)
+
+
+def _published(key: str, fault: object) -> str:
+    return f"{fault}; {key} is published as {SETS[key].published}: give {key}=PATH"
 
 
 def _is_there(path: str) -> bool:

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from headstart.common.console import one_line, wide_console
 from headstart.eval.page import SCHEMA, decoder_name
+from headstart.eval.recorded import describe_set, recorded_set
 from headstart.eval.statistics import OWN_LENGTH, interval, resampled
 
 ENOUGH = 5  # texts, below which prompts drawn with replacement tell nothing of others
@@ -169,10 +170,15 @@ def _sums(rows: list[Any], seed: int) -> dict[str, np.ndarray]:
 
 
 def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
-    """What else is not the same in the two reports: settings, machine, versions."""
+    """What else is not the same in the two reports: prompts, settings, machine, versions."""
     pair = before["environment"], after["environment"]
-    keys = [key for key in pair[0] if key in pair[1] and not key.startswith("peak")]
-    return [f"{k}: {pair[0][k]} -> {pair[1][k]}" for k in keys if pair[0][k] != pair[1][k]]
+    sets = [recorded_set(env) for env in pair]
+    known = all(one["sha256"] for one in sets)  # else their names have to do
+    lines = []
+    if len({one["sha256" if known else "name"] for one in sets}) > 1:
+        lines.append(f"prompts: {describe_set(sets[0])} -> {describe_set(sets[1])}")
+    keys = [k for k in pair[0] if k in pair[1] and not k.startswith(("peak", "prompts", "prompt_"))]
+    return lines + [f"{k}: {pair[0][k]} -> {pair[1][k]}" for k in keys if pair[0][k] != pair[1][k]]
 
 
 def print_changes(

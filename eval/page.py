@@ -17,6 +17,7 @@ from headstart.common.console import in_markdown, markdown_row, one_line, plain_
 from headstart.common.files import write_atomically
 from headstart.common.machine import machine_name
 from headstart.eval.plots import INK, STYLE, figures, group_name
+from headstart.eval.recorded import describe_set, recorded_set
 from headstart.eval.statistics import sampling_name
 
 COLUMNS = [
@@ -63,6 +64,11 @@ def title(content: dict[str, Any]) -> str:
         f"{env['target']}, {env['dtype']}, {asked}{env['max_new_tokens']} new tokens, "
         f"{machine_name(env)}"
     )
+
+
+def prompts_line(content: dict[str, Any]) -> str:
+    """Which prompts were asked."""
+    return f"Prompts: {describe_set(recorded_set(content['environment']))}"
 
 
 def by_head(content: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
@@ -169,6 +175,7 @@ def _divergence(content: dict[str, Any]) -> str | None:
 def markdown(content: dict[str, Any]) -> str:
     """report.md: the same tables."""
     lines = ["# Evaluation", "", in_markdown(title(content)) + ".", ""]
+    lines += [in_markdown(prompts_line(content)) + ".", ""]
     for line in report_warnings(content):
         lines += [in_markdown(line), ""]
     for name, found in by_head(content).items():
@@ -191,9 +198,11 @@ def page(content: dict[str, Any]) -> str:
         warm = f" at temperature {temperature:g}" if temperature or len(temperatures) > 1 else ""
         drawn = figures(content, temperature)
         drawings[f"Figures{warm}"] = {name: _svg(f, f"{name}{i}") for name, f in drawn.items()}
+    asked = describe_set(recorded_set(content["environment"]))
     return template.render(
-        environment=content["environment"],
+        environment=content["environment"] | {"prompt_set": asked},
         title=title(content),
+        prompts_line=prompts_line(content),
         report_warnings=report_warnings(content),
         drawings=drawings,
         columns=COLUMNS,

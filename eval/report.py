@@ -22,6 +22,7 @@ from headstart.eval.decoding import GREEDY, Decoded, DecoderVariant, make_varian
 from headstart.eval.draft_cost import Costs, longest_draft, measure_costs
 from headstart.eval.measurements import Asked, Measurements, Text, measure_prompts
 from headstart.eval.page import SCHEMA, print_report, write_report
+from headstart.eval.recorded import prompt_set
 from headstart.eval.statistics import (
     NO_HEAD,
     POSITIONS,
@@ -77,7 +78,8 @@ def run_evaluation(
     warnings = {n: w for n, head in heads.items() if (w := other_target(target, head))}
     for name, warning in warnings.items():
         print_once(f"{name}: {warning}")
-    prompts = limit_evenly(load_prompt_set(chosen.prompts), chosen.limit)
+    loaded = load_prompt_set(chosen.prompts)
+    prompts = limit_evenly(loaded, chosen.limit)
     check_template(prompts, target)
     # One that cannot be used is named before all work.
     encode_prompts(prompts, target.tokenizer, asked.chat_template_kwargs)
@@ -87,7 +89,8 @@ def run_evaluation(
         "heads": list(heads),
         "head_fingerprints": {n: model_fingerprint(h, h.config) for n, h in heads.items()},
         "dtype": target.identity["dtype"],
-        **chosen.model_dump(mode="json", exclude={"fp32_check_prompts"}),
+        "prompt_set": prompt_set(chosen.prompts, loaded),
+        **chosen.model_dump(mode="json", exclude={"prompts", "fp32_check_prompts"}),
         "own_sampling": asdict(target.own_sampling) if "model" in chosen.temperatures else None,
         "chat_template_kwargs": asked.chat_template_kwargs or None,  # as if earlier files had it
     }

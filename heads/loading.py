@@ -296,7 +296,7 @@ def _header_read_once() -> Iterator[None]:
     gguf: Any = import_module("gguf")
     opened = gguf.GGUFReader
 
-    class Reader(opened):  # type: ignore[misc]
+    class Reader(opened):  # type: ignore[misc, valid-type]
         def __setattr__(self, name: str, value: Any) -> None:
             # The same bytes without the cost of numpy's memmap, whose every slice is a new memmap.
             super().__setattr__(name, np.asarray(value) if name == "data" else value)

@@ -24,12 +24,13 @@ from headstart.configs.schema import Config, TargetConfig
 from headstart.configs.settings import PublishConfig
 from headstart.eval.compare import read_report
 from headstart.eval.page import write_report
+from headstart.eval.recorded import is_local, without_paths
 from headstart.heads.adapters import split_revision
 from headstart.heads.loading import load_served, load_target_config, load_target_tokens, served_name
 from headstart.heads.saving import ADAPTER, MADE_FOR, load_assistant, load_assistant_config
 from headstart.heads.target import model_fingerprint
 from headstart.serve.card import Published, model_card
-from headstart.serve.hub import check_hub_id, is_hub_id, is_local, license_of, notice, without_paths
+from headstart.serve.hub import check_hub_id, is_hub_id, license_of, notice
 
 DEMO = {"gemma3-270m": "google/gemma-3-270m"}  # built-in name -> what it is on the Hub
 # What readers of heads and of adapters want, and all that is taken of their folders.
@@ -325,8 +326,10 @@ def _public_names(
     # These may be names of the Hub too.
     named = [
         t.name, *t.adapters, config.head.init_from, *(source.path for source in data.prompts),
-        env["prompts"], *env["heads"], *env.get("draft_models", []),
+        *env["heads"], *env.get("draft_models", []),
     ]  # fmt: skip
+    if "prompts" in env:  # a report of before has their path
+        named.append(env["prompts"])
     if evaluation is not None:
         named += [evaluation.prompts, *evaluation.draft_models]
     places += filter(is_local, named)

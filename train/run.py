@@ -18,11 +18,13 @@ from headstart.common.processes import join_processes
 from headstart.configs.schema import Config, EvalConfig
 from headstart.data.loader import usable
 from headstart.data.prepare import PlannedDocuments, plan_documents
+from headstart.data.prompts import check_prompts
 from headstart.data.splits import LeftOut
 from headstart.data.store import Documents
 from headstart.eval.asked import asked_by_run
 from headstart.eval.first_figures import first_figures, print_first_figures
 from headstart.eval.page import print_report
+from headstart.eval.recorded import prompt_set, set_names, without_paths
 from headstart.eval.report import run_evaluation
 from headstart.heads.loading import load_served, open_target
 from headstart.heads.saving import draft_position_offset, load_assistant, load_assistant_config
@@ -115,9 +117,11 @@ def _train(
     set_seed(seed)
     if config.head.warm:  # refused before anything is answered
         draft_position_offset(load_assistant_config(config.head.init_from))
-    target = open_target(config.target, accelerator.device)
     held_out = config.eval.prompts if config.eval else None
+    check_prompts(config.data, held_out)
+    target = open_target(config.target, accelerator.device)
     planned = plan_documents(target, config.data, seed, held_out)
+    prompt_sets = [prompt_set(*pair) for pair in planned.sources]
     if schedule is not None:
         look_ahead(config, planned, schedule)
     schedule = schedule or Schedule()
@@ -153,6 +157,7 @@ def _train(
             training=training,
             validation=validation,
             left_out=left_out,
+            prompt_sets=prompt_sets,
             start=state.progress.start,
             ordered=ordered,
         )
@@ -217,6 +222,7 @@ def write_summary(
     training: Documents,
     validation: Documents,
     left_out: LeftOut,
+    prompt_sets: list[dict[str, Any]],
     start: float,
     ordered: dict[str, Any] | None,
 ) -> dict[str, Any]:
@@ -228,12 +234,13 @@ def write_summary(
         parameters: that were trained.
         training, validation: what it was trained and validated on.
         left_out: for the sake of the validation.
+        prompt_sets: that the training texts answer, as far as that is known.
         start: acceptance length before training, of a head that was finished; 0: there was none.
         ordered: acceptance lengths and recall of its ordered embeddings, where it got some.
 
     Returns:
         The content: `best`, the validation that the head in `head/` comes from; all `validations`;
-        data, sizes, environment and configuration.
+        data, sizes, environment and configuration, without the folders of this machine.
     """
     rows = read_metrics(config.output_dir)
     validations = [{"step": 0, "acceptance_length": start}] if start else []
@@ -254,12 +261,14 @@ def write_summary(
             "validation_documents": len(validation.entries),
             "validation_answer_tokens": sum(entry.trained for entry in validation.entries),
             **asdict(left_out),
+            "prompt_sets": prompt_sets,
         },
         "environment": environment(target.device) | {"target": target.name},
         "config": config.model_dump(mode="json"),
     }
+    content = without_paths(content, set_names(config))
     write_atomically(config.output_dir / "summary.json", json.dumps(content, indent=2) + "\n")
-    return content
+    return dict(content)
 
 
 def _evaluate(config: Config, chosen: EvalConfig, device: torch.device, schedule: Schedule) -> None:

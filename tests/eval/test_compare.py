@@ -20,7 +20,8 @@ def report(
         "head": head, "decoder": decoder, "num_assistant_tokens": 4, "temperature": 0.0,
         "category": "all", "per_text": per_text,
     }  # fmt: skip
-    where = {"target": "t", "threads": 2} | environment
+    asked = {"name": "mine.jsonl", "sha256": "ab" * 32}
+    where = {"target": "t", "threads": 2, "prompt_set": asked} | environment
     return {
         "schema": 3, "environment": where, "per_text_columns": PER_TEXT, "results": [result]
     }  # fmt: skip
