@@ -31,6 +31,7 @@ from headstart.eval.page import as_json
 from headstart.eval.replay import ReplayedText, replay_texts
 from headstart.eval.report import run_evaluation
 from headstart.heads.assistant import check_pair, check_shapes
+from headstart.heads.live import MEMORY
 from headstart.heads.loading import (
     check_target,
     load_target_config,
@@ -67,7 +68,8 @@ def _base(a: Adaptation) -> TargetConfig | None:
     t, made = a.config.target, made_for(load_assistant_config(a.head))
     if a.options.base is not None:
         return TargetConfig(name=a.options.base, dtype=t.dtype)
-    if made is not None:
+    # One that was in memory is gone, or has been tuned since.
+    if made is not None and not made["name"].startswith(MEMORY):
         return noted_target(made).model_copy(update={"dtype": t.dtype})
     if t.adapters or t.quantization:
         return t.model_copy(update={"adapters": [], "quantization": None})
