@@ -93,7 +93,7 @@ def adapt_head(
             `adapt.measure_only`, of which no head comes: use `evaluate_head`.
     """
     with work_on(model, tokenizer, output_dir) as work:
-        path = head_path(head, work.passing)
+        path = head_path(head, work.out)
         more = work.trained_on(data)
         if general_data is not None:
             general = work.prompts(general_data, "general.jsonl")
@@ -135,7 +135,9 @@ def evaluate_head(
             more.append(("eval.prompts", work.prompts(data, "eval_prompts.jsonl")))
         settings = work.settings(config, more)
         name = path if isinstance(head, str | Path) else "head"
-        return evaluate_heads({name: path}, settings.of_run(), work.device)
+        report = evaluate_heads({name: path}, settings.of_run(), work.device)
+        _tell_kept(work)
+        return report
 
 
 @contextmanager
@@ -229,6 +231,10 @@ def _finished(work: Work, folder: Path, report: Path) -> TrainedHead:
     found = json.loads(report.read_text(encoding="utf-8")) if report.is_file() else None
     dtype = getattr(torch, summary["config"]["target"]["dtype"])
     assistant = load_assistant(folder / "head", dtype, work.device)
-    if not work.kept:
-        print_once("The folder of this run was of the time being: output_dir=DIR keeps it")
+    _tell_kept(work)
     return TrainedHead(assistant, summary, found, work.out if work.kept else None)
+
+
+def _tell_kept(work: Work) -> None:
+    if not work.kept:
+        print_once("The folder of these results was of the time being: output_dir=DIR keeps one")

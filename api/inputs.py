@@ -11,15 +11,17 @@ import torch
 from transformers import PreTrainedModel
 
 from headstart.common.children import temporary_folder
-from headstart.common.files import expand_home
+from headstart.common.files import atomic_folder, expand_home
 from headstart.common.machine import random_numbers_kept
 from headstart.common.processes import join_processes, launch_kept
-from headstart.configs.loader import Override, load_settings
+from headstart.configs.loader import Override, load_settings, read_yaml
+from headstart.configs.recipes import find_config
 from headstart.configs.schema import Config, SourceConfig
 from headstart.configs.settings import Settings
 from headstart.data.sources import write_rows
 from headstart.heads.live import aliased, in_memory
 from headstart.heads.saving import load_assistant
+from headstart.heads.target import model_fingerprint
 
 OF_FILES = ("name", "revision", "adapters", "merge_adapters", "trust_remote_code", "sharded")
 """Settings of a target that is loaded from files, which one in memory is not."""
@@ -83,11 +85,15 @@ class Work:
                 "the name of a recipe, or a YAML file"
             )
         path = None if isinstance(config, Config) else config
-        given = load_settings(path, own).given([f"target.{name}" for name in OF_FILES])
-        if path is not None and "target.name" in given:
-            given.remove("target.name")  # a recipe has one, in whose place another may stand
+        tree = dict(own) if path is None else read_yaml(find_config(path), Settings)
+        given = [name for name in OF_FILES if name in (tree.get("target") or {})]
+        if path is not None and "name" in given:
+            given.remove("name")  # a recipe has one, in whose place another may stand
         if self.in_memory and given:
-            raise ValueError(f"{given[0]} is of a target in files, and the model is in memory")
+            raise ValueError(
+                f"target.{given[0]} is of a target in files, and the model is in memory: leave it "
+                "out"
+            )
         overrides = [*own, ("output_dir", str(self.out)), *self.overrides, *more]
         return load_settings(path, overrides, [*defaults, *self.defaults])
 
@@ -160,8 +166,9 @@ def _attention_kept() -> Iterator[None]:
         torch.backends.cuda.enable_cudnn_sdp(before)
 
 
-def head_path(head: Any, passing: Path) -> str:
-    """Folder or Hub id of a head; one in memory is written to `passing`.
+def head_path(head: Any, folder: Path) -> str:
+    """Folder or Hub id of a head; one in memory is written below `folder`, under a name that no
+    other head gets.
 
     Raises:
         ValueError: it is none.
@@ -171,8 +178,12 @@ def head_path(head: Any, passing: Path) -> str:
     if isinstance(head, TrainedHead) and head.folder is not None:
         adapted = head.folder / "run" / "head"
         return str(adapted if adapted.is_dir() else head.folder / "head")
-    _loaded(head).save_pretrained(passing / "given")
-    return str(passing / "given")
+    model = _loaded(head)
+    given = folder / f"given-{model_fingerprint(model, model.config)[:12]}"
+    if not given.is_dir():
+        with atomic_folder(given) as work:
+            model.save_pretrained(work)
+    return str(given)
 
 
 def assistant_of(head: Any, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:

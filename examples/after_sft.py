@@ -29,7 +29,7 @@ from headstart.configs.schema import Config, DataConfig, EvalConfig, TrainConfig
 from headstart.heads.loading import TINY_TARGETS, byte_tokenizer, gemma3_270m_dir, tiny_target
 
 PROMPTS = Path(__file__).resolve().parents[1] / "data" / "prompts" / "chat_train.jsonl"
-LORA = {"r": 16, "lora_alpha": 32, "target_modules": ["q_proj", "v_proj", "up_proj", "down_proj"]}
+LAYERS = ["q_proj", "v_proj", "up_proj", "down_proj"]  # that LoRA is put beside
 LONGEST = 256  # tokens of a row that is tuned on
 
 
@@ -60,7 +60,7 @@ def tune(model: Any, tokenizer: Any, rows: Dataset, steps: int, folder: str) -> 
         "learning_rate": 3e-4, "bf16": False, "logging_steps": 20, "report_to": "none",
         "save_strategy": "no", "seed": 0,
     }  # fmt: skip
-    lora = LoraConfig(**LORA, task_type="CAUSAL_LM")
+    lora = LoraConfig(r=16, lora_alpha=32, target_modules=LAYERS, task_type="CAUSAL_LM")
     if find_spec("trl") is not None:
         from trl import SFTConfig, SFTTrainer
 

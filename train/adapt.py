@@ -271,7 +271,7 @@ def adapt(
     if not (a.out / "notes.json").is_file():  # it would have been refused when it began
         check_before(a)
     with lock_folder(a.out):
-        notes = StageCache(a.out / "notes.json", _identity(a))
+        notes = StageCache(a.out / "notes.json", _identity(a, device))
         prompts = split_prompts(a)
         write_held_out({kind: own for kind, (_, own) in prompts.items()}, a.out / HELD_OUT)
         stages = evaluate_baseline(a, prompts, notes, device)
@@ -291,13 +291,15 @@ def adapt(
         return _write(a, stages, content, notes=notes, command=command)
 
 
-def _identity(a: Adaptation) -> dict[str, Any]:
+def _identity(a: Adaptation, device: Any) -> dict[str, Any]:
     """What has to be the same for an adaptation to go on; its folder may move."""
     own: Any = {"output_dir": True, "data": {"store", "cache_dir"}, "eval": True, "wandb": True}
     tree = a.config.model_dump(mode="json", exclude=own)
     tree["adapt"] = a.options.model_dump(mode="json", exclude={"measure_only"})
     asked = {"adaptation": SCHEMA, "head": a.head, "seed": tree.pop("seed")}
     asked["eval.num_assistant_tokens"] = a.num_assistant_tokens
+    if a.config.target.name.startswith(MEMORY):  # the name stays when it is tuned on
+        asked["target.fingerprint"] = open_target(a.config.target, device).fingerprint
     return asked | {f"{name}.{key}": v for name, part in tree.items() for key, v in part.items()}
 
 

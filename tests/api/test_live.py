@@ -1,7 +1,7 @@
 """The functions on what a script holds in memory: a head comes out, and the model is as it was."""
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from headstart.api import (
     publish_head,
     train_head,
 )
+from headstart.common.processes import launch_kept
 from headstart.configs.schema import (
     Config,
     DataConfig,
@@ -152,6 +153,13 @@ def tokenizer_state(tokenizer: Any) -> tuple[Any, ...]:
 
 
 @pytest.fixture(autouse=True)
+def no_trainer() -> Iterator[None]:
+    """Whatever other tests have told accelerate."""
+    with launch_kept():
+        yield
+
+
+@pytest.fixture(autouse=True)
 def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """Where something might be left: the working folder, that of temporary files, the cache."""
     monkeypatch.setattr("headstart.eval.draft_cost.COST_TURNS", 1)
@@ -242,6 +250,10 @@ def test_a_head_follows_a_model_that_was_tuned_in_memory(tmp_path: Path) -> None
     again = adapt_head(model, tokenizer, ROWS, head, settings, output_dir=tmp_path / "out")
     assert again.report is not None
     assert again.report["acceptance"] == adapted.report["acceptance"], "it went on at its end"
+    with torch.no_grad():
+        next(p for name, p in model.named_parameters() if "lora_B" in name).mul_(2)
+    with pytest.raises(ValueError, match=r"was begun with target\.fingerprint"):
+        adapt_head(model, tokenizer, ROWS, head, settings, output_dir=tmp_path / "out")
 
 
 def test_a_kept_run_is_published_under_a_name_that_others_know(tmp_path: Path) -> None:
