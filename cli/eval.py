@@ -16,28 +16,10 @@ HEADS = Argument(
 
 
 def _eval(args: argparse.Namespace) -> None:
-    from headstart.configs.schema import EvalConfig
-    from headstart.data.prompts import check_prompt_set
-    from headstart.eval.asked import asked_by_heads
-    from headstart.eval.report import run_evaluation
-    from headstart.heads.loading import load_served, load_target
-    from headstart.heads.saving import load_assistant
+    from headstart.eval.report import evaluate_heads
 
-    settings = read_settings(args)
-    chosen = settings.eval or EvalConfig()
-    # Wrong settings are told before the weights are loaded.
-    check_prompt_set(chosen.prompts)
-    asked = asked_by_heads(args.head)
-    device = default_device()
-    target = load_served(settings.target, device)
-    dtype = target.table.dtype
-    heads = {name: load_assistant(name, dtype, device) for name in args.head}
-    name = str(dtype).removeprefix("torch.")
-    models = {one: load_target(one, name, device=device).model for one in chosen.draft_models}
-    run_evaluation(
-        target, heads, chosen, settings.output_dir,
-        resume=args.resume, draft_models=models, asked=asked,
-    )  # fmt: skip
+    heads = {name: name for name in args.head}
+    evaluate_heads(heads, read_settings(args).of_run(), default_device(), args.resume)
 
 
 EVAL = Command(

@@ -118,9 +118,8 @@ def _publish(args: argparse.Namespace) -> None:
     if args.plan and "output_dir" not in given:
         raise ValueError("--plan writes the folder and uploads nothing: name it, output_dir=DIR")
     target = settings.target.name if "target.name" in given else None
-    what = Publication(
-        Path(args.run), args.repo_id, settings.publish, target, tuple(settings.target.adapters)
-    )
+    adapters = tuple(settings.target.adapters) or None
+    what = Publication(Path(args.run), args.repo_id, settings.publish, target, adapters)
     with temporary_folder() as temporary:
         out = settings.output_dir if "output_dir" in given else temporary / "folder"
         print_folder(build_folder(what, out), out, what.run)

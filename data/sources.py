@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import IO, Any, TextIO
 
 from headstart.common.console import print_once
-from headstart.common.files import cache_dir
+from headstart.common.files import cache_dir, write_atomically
 from headstart.configs.schema import BUILTIN, SourceConfig
 
 Row = dict[str, Any] | str
@@ -371,6 +371,28 @@ def _without_nulls(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _without_nulls(v) for key, v in value.items() if v is not None}
     return [_without_nulls(v) for v in value] if isinstance(value, list) else value
+
+
+def write_rows(rows: Iterable[dict[str, Any]], path: Path) -> None:
+    """Write rows that are in memory as JSON lines, of which `read_rows` makes the same rows.
+
+    Raises:
+        ValueError: there is none, a value is not one of JSON, or the file holds other rows.
+    """
+    lines = []
+    for number, row in enumerate(rows):
+        try:
+            lines.append(json.dumps(_filled(row), ensure_ascii=False) + "\n")
+        except TypeError as error:
+            fix = "leave its column out (remove_columns)"
+            raise ValueError(f"row {number} cannot be written as JSON ({error}): {fix}") from error
+    if not lines:
+        raise ValueError("the data has no rows: give prompts, a column `messages` or `prompt`")
+    text = "".join(lines)
+    if path.is_file() and path.read_text(encoding="utf-8") != text:
+        raise ValueError(f"{path} holds other rows: name another folder, output_dir=DIR")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, text)
 
 
 HEAD = 4096  # bytes that are looked at

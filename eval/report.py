@@ -8,16 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from transformers import PreTrainedModel
 
 from headstart.common.console import print_once
 from headstart.common.files import lock_folder
 from headstart.common.machine import environment
 from headstart.common.versions import skips_prefill
-from headstart.configs.schema import EvalConfig
-from headstart.data.prompts import Prompt, limit_evenly, load_prompt_set
+from headstart.configs.schema import Config, EvalConfig
+from headstart.data.prompts import Prompt, check_prompt_set, limit_evenly, load_prompt_set
 from headstart.data.templates import check_template, encode_prompts
 from headstart.eval.acceptance import AcceptanceCounts, zero_counts
+from headstart.eval.asked import asked_by_heads
 from headstart.eval.decoding import GREEDY, Decoded, DecoderVariant, make_variants
 from headstart.eval.draft_cost import Costs, longest_draft, measure_costs
 from headstart.eval.measurements import Asked, Measurements, Text, measure_prompts
@@ -32,6 +34,8 @@ from headstart.eval.statistics import (
     verdict,
 )
 from headstart.heads.assistant import check_pair, other_target
+from headstart.heads.loading import load_served, load_target
+from headstart.heads.saving import load_assistant
 from headstart.heads.target import Target, model_fingerprint
 from headstart.heads.tokens import Sampling
 
@@ -106,6 +110,32 @@ def run_evaluation(
         print_report(content)
         print_once(f"The page: {out / 'report.html'}, beside it report.md and report.json")
     return content
+
+
+def evaluate_heads(
+    heads: Mapping[str, str], config: Config, device: torch.device, resume: bool = False
+) -> dict[str, Any]:
+    """Load a target, heads and draft models and evaluate them, as `run_evaluation` says.
+
+    Args:
+        heads: what the report calls a head -> its folder or Hub id, or HEAD+ADAPTER.
+        config: of it the target, the evaluation and the folder to write.
+        device: where all of them run.
+        resume: go on with the prompts that are missing in the folder.
+    """
+    chosen = config.eval or EvalConfig()
+    # Wrong settings are told before the weights are loaded.
+    check_prompt_set(chosen.prompts)
+    asked = asked_by_heads(list(heads.values()))
+    target = load_served(config.target, device)
+    dtype = target.table.dtype
+    assistants = {name: load_assistant(path, dtype, device) for name, path in heads.items()}
+    name = str(dtype).removeprefix("torch.")
+    models = {one: load_target(one, name, device=device).model for one in chosen.draft_models}
+    return run_evaluation(
+        target, assistants, chosen, config.output_dir,
+        resume=resume, draft_models=models, asked=asked,
+    )  # fmt: skip
 
 
 def _content(

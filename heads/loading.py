@@ -1,5 +1,7 @@
-"""Loading targets: from built-in names, folders, the Hub or GGUF files, as they will be served."""
+"""Loading targets: from built-in names, folders, the Hub, GGUF files or memory, as they will be
+served."""
 
+import copy
 import difflib
 import io
 import shutil
@@ -49,6 +51,7 @@ from headstart.heads.admission import (
     load_whole,
     reading,
 )
+from headstart.heads.live import live_target
 from headstart.heads.target import (
     SUPPORTED,
     Gemma3ForAssistedDecoding,
@@ -69,6 +72,8 @@ def load_target_config(
     `load_target`."""
     if name in TINY_TARGETS:
         return tiny_config(name)
+    if (live := live_target(name)) is not None:
+        return _checked(copy.deepcopy(live.model.config), name)
     path, options = _where(name)
     if options:
         check_file(Path(name))
@@ -85,6 +90,10 @@ def load_target_config(
         config = load_model_config(name, path, revision, trust_remote_code, **options)
     if trust_remote_code:
         _say_trusted(name)
+    return _checked(config, name)
+
+
+def _checked(config: Any, name: str) -> Any:
     with reading(name, "cannot be a target"):
         check_supported(config)
         check_values(config.get_text_config(), name)
@@ -125,6 +134,12 @@ def _load(t: TargetConfig, device: torch.device | str) -> Target:
         if bits:
             raise ValueError(f"{t.quantization} is of weights in files; {t.name} has none to read")
         model: PreTrainedModel = tiny_target(t.name).to(device, dtype)
+    elif (live := live_target(t.name)) is not None:
+        if bits:
+            raise ValueError(
+                f"{t.quantization} is of weights in files: save the model, and give its folder"
+            )
+        model = live.served(device, dtype)
     else:
         path, options = _where(t.name)
         if options and bits:
@@ -172,6 +187,8 @@ def _described(t: TargetConfig) -> tuple[Any, PreTrainedTokenizerBase, str, str 
         tokenizer = _read_tokenizer(own, trust_remote_code=False)
     elif t.name in TINY_TARGETS:
         tokenizer = byte_tokenizer()
+    elif (live := live_target(t.name)) is not None:
+        tokenizer = live.tokenizer
     else:
         path, options = _where(t.name)
         if options and (Path(path) / "tokenizer.json").is_file():
@@ -182,7 +199,8 @@ def _described(t: TargetConfig) -> tuple[Any, PreTrainedTokenizerBase, str, str 
     check_vocabulary(tokenizer, config.get_text_config().vocab_size, str(where))
     name = served_name(t)
     complete_tokenizer(tokenizer, config, name, t.chat_template)
-    return config, tokenizer, name, getattr(config, "_commit_hash", None) or t.revision
+    commit = None if live_target(t.name) else getattr(config, "_commit_hash", None)
+    return config, tokenizer, name, commit or t.revision
 
 
 def _read_tokenizer(path: str | Path, **arguments: Any) -> PreTrainedTokenizerBase:
@@ -234,7 +252,9 @@ def load_target_tokens(t: TargetConfig) -> TargetTokens:
     """The tokenizer of a supported target and how its texts end, or `ValueError`."""
     config, tokenizer, name, commit = _described(t)
     settings = GenerationConfig()
-    if t.name not in TINY_TARGETS:
+    if (live := live_target(t.name)) is not None:
+        settings = live.model.generation_config
+    elif t.name not in TINY_TARGETS:
         settings = _generation_settings(t, config)
     tokens = TargetTokens(tokenizer, name, commit, settings, t.eos_token_ids)
     tokens.settings = _settings(t, commit)

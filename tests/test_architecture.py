@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDERS = ("common", "configs", "heads", "data", "eval", "train", "serve", "cli")
+FOLDERS = ("common", "configs", "heads", "data", "eval", "train", "serve", "api", "cli")
 TESTS = ROOT / "tests"
 MODULES = [path for path in TESTS.rglob("*.py") if TESTS / "helpers" not in path.parents]
 

@@ -35,6 +35,7 @@ from headstart.eval.recorded import is_private, prompt_set, set_name, without_pa
 from headstart.eval.replay import ReplayedText, replay_texts
 from headstart.eval.report import run_evaluation
 from headstart.heads.assistant import check_pair, check_shapes
+from headstart.heads.live import MEMORY
 from headstart.heads.loading import (
     check_target,
     load_target_config,
@@ -71,7 +72,8 @@ def _base(a: Adaptation) -> TargetConfig | None:
     t, made = a.config.target, made_for(load_assistant_config(a.head))
     if a.options.base is not None:
         return TargetConfig(name=a.options.base, dtype=t.dtype)
-    if made is not None:
+    # One that was in memory is gone, or has been tuned since.
+    if made is not None and not made["name"].startswith(MEMORY):
         return noted_target(made).model_copy(update={"dtype": t.dtype})
     if t.adapters or t.quantization:
         return t.model_copy(update={"adapters": [], "quantization": None})
@@ -275,7 +277,7 @@ def adapt(
     if not (a.out / "notes.json").is_file():  # it would have been refused when it began
         check_before(a)
     with lock_folder(a.out):
-        notes = StageCache(a.out / "notes.json", _identity(a, sets))
+        notes = StageCache(a.out / "notes.json", _identity(a, sets, device))
         prompts = split_prompts(a, loaded)
         write_held_out({kind: own for kind, (_, own) in prompts.items()}, a.out / HELD_OUT)
         stages = evaluate_baseline(a, prompts, notes, device)
@@ -295,7 +297,7 @@ def adapt(
         return _write(a, stages, content, notes=notes, command=command)
 
 
-def _identity(a: Adaptation, sets: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+def _identity(a: Adaptation, sets: dict[str, list[dict[str, Any]]], device: Any) -> dict[str, Any]:
     """What has to be the same for an adaptation to go on; its folder, and its prompts, may move."""
     own: Any = {"output_dir": True, "data": {"store", "cache_dir"}, "eval": True, "wandb": True}
     tree = a.config.model_dump(mode="json", exclude=own)
@@ -308,6 +310,8 @@ def _identity(a: Adaptation, sets: dict[str, list[dict[str, Any]]]) -> dict[str,
             source |= {"prompt_set": recorded}
     asked = {"adaptation": SCHEMA, "head": a.head, "seed": tree.pop("seed")}
     asked["eval.num_assistant_tokens"] = a.num_assistant_tokens
+    if a.config.target.name.startswith(MEMORY):  # the name stays when it is tuned on
+        asked["target.fingerprint"] = open_target(a.config.target, device).fingerprint
     return asked | {f"{name}.{key}": v for name, part in tree.items() for key, v in part.items()}
 
 

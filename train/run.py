@@ -26,6 +26,7 @@ from headstart.eval.first_figures import first_figures, print_first_figures
 from headstart.eval.page import print_report
 from headstart.eval.recorded import prompt_set, set_names, without_paths
 from headstart.eval.report import run_evaluation
+from headstart.heads.live import MEMORY
 from headstart.heads.loading import load_served, open_target
 from headstart.heads.saving import draft_position_offset, load_assistant, load_assistant_config
 from headstart.heads.target import Target
@@ -198,6 +199,8 @@ def look_ahead(config: Config, planned: PlannedDocuments, schedule: Schedule) ->
 def next_commands(config: Config) -> list[str]:
     """What to do with the head of a finished run, a line for each command."""
     run, t = config.output_dir, config.target
+    if t.name.startswith(MEMORY):  # of which no other process knows
+        return []
     settings = [f"target.name={t.name}"]
     settings += [f"target.adapters=[{', '.join(t.adapters)}]"] if t.adapters else []
     settings += [] if t.merge_adapters else ["target.merge_adapters=false"]
