@@ -8,12 +8,14 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
+from itertools import pairwise
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env, reduce
+from packaging.version import Version
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -84,13 +86,27 @@ def in_step(items: Iterable[T], together: bool) -> Iterator[T | None]:
         yield item
 
 
-def split_layers(layers: Iterable[torch.nn.Module]) -> None:
+def split_layers(model: torch.nn.Module, layers: Iterable[torch.nn.Module]) -> None:
     """Keep a share of each layer's weights of a frozen model, the same in all processes, in each
-    process (FSDP2); they meet for its forward."""
+    process (FSDP2); they meet for its forward, while the layer before it computes. All else of
+    `model` stays whole.
+
+    Raises:
+        RuntimeError: torch is too old for it.
+    """
     from torch.distributed.fsdp import fully_shard
 
-    for layer in layers:
-        fully_shard(layer, reshard_after_forward=True)
+    if Version(torch.__version__).release < (2, 7):
+        raise RuntimeError(
+            f"target.sharded needs torch 2.7 or newer, and this is {torch.__version__}"
+        )
+    units = [fully_shard(layer, reshard_after_forward=True) for layer in layers]
+    for unit, following in pairwise(units):
+        unit.set_modules_to_forward_prefetch([following])
+    # One root over them. Without it each layer is one: it gathers in streams of its own, after all
+    # that came before it, and torch's allocator keeps a gathered layer for each of these streams.
+    split = {parameter for unit in units for parameter in unit.parameters()}
+    fully_shard(model, ignored_params={p for p in model.parameters() if p not in split})
 
 
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:

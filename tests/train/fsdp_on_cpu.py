@@ -4,6 +4,7 @@ Launched by tests/train/test_processes.py; the commands and the accelerate confi
 of a GPU machine.
 """
 
+import gc
 import sys
 from typing import Any
 
@@ -11,10 +12,13 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 
 from headstart.cli.main import main
+from headstart.heads.target import Target
+from headstart.heads.unroll import DraftHead
 from headstart.train import run as run_module
 
 _init = AcceleratorState.__init__
 _prepare = run_module.Accelerator.prepare
+_load = run_module.load_served
 
 
 def _fsdp_on_cpu(self: AcceleratorState, *args: Any, fsdp_plugin: Any = None, **kw: Any) -> None:
@@ -36,7 +40,15 @@ def _split(self: Any, *args: Any) -> Any:
     return prepared
 
 
+def _load_alone(*args: Any) -> Target:
+    """Load a target to evaluate, and see that nothing of before is alive beside it."""
+    left = [type(o).__name__ for o in gc.get_objects() if issubclass(type(o), (Target, DraftHead))]
+    assert not left, f"still alive: {left}"
+    return _load(*args)
+
+
 if __name__ == "__main__":
+    run_module.load_served = _load_alone  # type: ignore[assignment]
     AcceleratorState.__init__ = _fsdp_on_cpu
     run_module.Accelerator.prepare = _split
     sys.exit(main(["train", *sys.argv[1:]]))

@@ -123,6 +123,39 @@ def test_a_split_head_over_a_split_target_trains_the_same_head(alone: Path, tmp_
     same_metrics(metrics(tmp_path / "run"), found)
 
 
+def test_a_whole_run_in_bfloat16_of_a_split_head_over_a_split_target(tmp_path: Path) -> None:
+    """It answers, trains, validates, saves, orders, exports, evaluates and checks in float32; from
+    the checkpoint in its midst it goes on to the same head."""
+    settings = [
+        "--config", "configs/tiny.yaml", *STEPS, "target.dtype=bfloat16", "target.sharded=true",
+        "train.mixed_precision=bf16", "train.batch_size=2", "eval.limit=3",
+        "eval.max_new_tokens=12", "eval.num_assistant_tokens=2", f"output_dir={tmp_path / 'run'}",
+        f"data.cache_dir={tmp_path / 'cache'}",
+    ]  # fmt: skip
+    script = ("tests/train/fsdp_on_cpu.py",)
+    done = launch("fsdp2", *settings, script=script)
+    assert done.returncode == 0, done.stdout + done.stderr
+    folder = tmp_path / "run"
+    whole, rows = weights(folder), metrics(folder)
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    assert [row["step"] for row in rows if "acceptance_length" in row] == [6, 12]
+    report = json.loads((folder / "eval" / "report.json").read_text())
+    assert report["environment"]["dtype"] == "bfloat16"
+    assert {result["texts"] for result in report["results"] if result["category"] == "all"} == {3}
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["fp32_check"] == "every text equals plain decoding's"
+
+    last = folder / "checkpoints" / "step-000012"
+    for path in last.iterdir():
+        path.unlink()
+    last.rmdir()
+    done = launch("fsdp2", *settings, "--resume", script=script)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "after step 6" in done.stdout
+    assert farthest(weights(folder), whole) == 0
+    same_metrics(metrics(folder), rows)
+
+
 @pytest.mark.parametrize("sharded", ["false", "true"])
 def test_regeneration_and_extraction_are_dealt_over_processes(sharded: str, tmp_path: Path) -> None:
     """Three batches over two processes, so that one of them has to lend a hand at the end; the
