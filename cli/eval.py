@@ -19,7 +19,7 @@ def _eval(args: argparse.Namespace) -> None:
     from headstart.configs.schema import EvalConfig
     from headstart.eval.asked import asked_by_heads
     from headstart.eval.report import run_evaluation
-    from headstart.heads.loading import load_served, load_target
+    from headstart.heads.loading import load_target, open_whole
     from headstart.heads.saving import load_assistant
 
     settings = read_settings(args)
@@ -27,14 +27,14 @@ def _eval(args: argparse.Namespace) -> None:
     # Wrong settings are told before the weights are loaded.
     asked = asked_by_heads(args.head)
     device = default_device()
-    target = load_served(settings.target, device)
+    target = open_whole(settings.target, device)
     dtype = target.table.dtype
     heads = {name: load_assistant(name, dtype, device) for name in args.head}
     name = str(dtype).removeprefix("torch.")
     models = {one: load_target(one, name, device=device).model for one in chosen.draft_models}
     run_evaluation(
         target, heads, chosen, settings.output_dir,
-        resume=args.resume, draft_models=models, asked=asked,
+        resume=args.resume, draft_models=models, asked=asked, together=True,
     )  # fmt: skip
 
 

@@ -56,15 +56,26 @@ def is_mine(number: int) -> bool:
     return number % state.num_processes == state.process_index
 
 
+def has_own_device() -> bool:
+    """Whether no other process of this launch computes on the device of this one, so that it may
+    be timed."""
+    state = PartialState()
+    if state.num_processes == 1:
+        return True
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", state.num_processes))
+    return state.device.type != "cpu" and here <= torch.accelerator.device_count()
+
+
 @contextmanager
-def processes_in(folder: Path) -> Iterator[None]:
-    """All processes of this launch work in a folder, while other launches wait.
+def processes_in(folder: Path, other: str | None = None) -> Iterator[None]:
+    """All processes of this launch work in a folder, while other launches wait, or are told to name
+    another folder as `other` has it.
 
     All begin when the main process holds the folder, and the main process goes on when all are
     done. One that fails ends the launch: its launcher stops the others.
     """
     state = PartialState()
-    with lock_folder(folder) if state.is_main_process else nullcontext():
+    with lock_folder(folder, other) if state.is_main_process else nullcontext():
         state.wait_for_everyone()
         yield
         state.wait_for_everyone()

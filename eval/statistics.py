@@ -66,8 +66,19 @@ LOSSY = (
     "The stock decoder, sampling, does not keep to the target's distribution with a head: its "
     "figures are no advice. "
 )
+UNTIMED = (
+    "Acceptance alone: speedups are left out, since several processes shared a device. Measure "
+    "again in one process, or with a GPU for each, to see what pays."
+)
 OWN_LENGTH = ("heuristic", "cost", "hybrid")  # decoders that choose K themselves
 NO_HEAD = ("lookup", "draft-model")
+
+
+def merit(result: dict[str, Any]) -> float:
+    """By which results are ranked: their speedup, or where none was measured their acceptance
+    length."""
+    speedup = result["speedup"]
+    return float(result["acceptance_length"] if speedup is None else speedup)
 
 
 def verdict(results: list[dict[str, Any]]) -> str:
@@ -76,6 +87,8 @@ def verdict(results: list[dict[str, Any]]) -> str:
     Args:
         results: of report.json (docs/reference/report.md).
     """
+    if any(r["speedup"] is None for r in results):
+        return UNTIMED
     temperatures = sorted({r["temperature"] for r in results})
     texts = []
     for t in temperatures:

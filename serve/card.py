@@ -130,7 +130,8 @@ def _metadata(p: Published, results: list[dict[str, Any]]) -> ModelCardData:
             f"{result['decoder']} decoder, K = {result['num_assistant_tokens']}, temperature "
             f"{result['temperature']:g}, {result['texts']} texts{loops}"
         )
-        for metric in ("acceptance_length", "speedup"):
+        metrics = ("acceptance_length", "speedup")
+        for metric in (m for m in metrics if result[m] is not None):
             evaluated.append(EvalResult(
                 task_type="text-generation", dataset_args=shared, dataset_name=env["prompts"],
                 dataset_type=env["prompts"] if _is_on_the_hub(env["prompts"]) else "prompts",

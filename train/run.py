@@ -3,6 +3,7 @@
 import gc
 import json
 import shlex
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from headstart.eval.asked import asked_by_run
 from headstart.eval.first_figures import first_figures, print_first_figures
 from headstart.eval.page import print_report
 from headstart.eval.report import run_evaluation
-from headstart.heads.loading import load_served, open_target
+from headstart.heads.loading import load_served, open_target, open_whole
 from headstart.heads.saving import draft_position_offset, load_assistant, load_assistant_config
 from headstart.heads.target import Target
 from headstart.train.estimate import (
@@ -72,11 +73,11 @@ def run(config: Config, resume: bool = False) -> None:
     """
     schedule = Schedule()
     train(config, resume, schedule)
-    if not PartialState().is_main_process:
-        return
+    state = PartialState()
     if config.eval is not None:
-        with run_folder(config.output_dir, "evaluating"):
-            _evaluate(config, config.eval, PartialState().device, schedule)
+        doing = run_folder(config.output_dir, "evaluating")
+        with doing if state.is_main_process else nullcontext():
+            _evaluate(config, config.eval, state.device, schedule)
     for line in next_commands(config):
         print_once(line)
 
@@ -275,7 +276,9 @@ def _evaluate(config: Config, chosen: EvalConfig, device: torch.device, schedule
     exact: dict[str, Any] | None = None
     checked, skipped = folder, None
     with schedule.phase(EVALUATION):
-        content, needed = _measure(config, chosen, folder, device)
+        content, needed = _measure(config, chosen, folder, device, together=True)
+        if not PartialState().is_main_process:
+            return  # the check is of a few prompts: the main process does it
         log_report(config, content)
         if config.target.dtype == "float32":
             exact = content
@@ -293,20 +296,22 @@ def _evaluate(config: Config, chosen: EvalConfig, device: torch.device, schedule
 
 
 def _measure(
-    config: Config, what: EvalConfig, out: Path, device: torch.device
+    config: Config, what: EvalConfig, out: Path, device: torch.device, together: bool = False
 ) -> tuple[dict[str, Any], int]:
-    """Evaluate the run's best head in the dtype of `config.target`: what the report holds, and the
-    bytes that the same takes in float32."""
+    """Evaluate the run's best head in the dtype of `config.target`, in this process or in all of
+    the launch `together`: what the report holds, and the bytes that the same takes in float32."""
     # The target of before would leave no room for this one on a GPU. Cycles of references hold it,
     # such as those of FSDP2's communication context, which go with a collection alone.
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    target = load_served(config.target, device)
+    target = (open_whole if together else load_served)(config.target, device)
     head = config.output_dir / "head"
     assistant = load_assistant(head, getattr(torch, config.target.dtype), device)
     asked, heads = asked_by_run(config.data), {str(head): assistant}
-    content = run_evaluation(target, heads, what, out, asked=asked, printed=False)
+    content = run_evaluation(
+        target, heads, what, out, asked=asked, printed=False, together=together
+    )
     longest = max(
         prompt + tokens
         for result in content["results"]

@@ -18,7 +18,7 @@ from headstart.train import run as run_module
 
 _init = AcceleratorState.__init__
 _prepare = run_module.Accelerator.prepare
-_load = run_module.load_served
+_open = run_module.open_whole
 
 
 def _fsdp_on_cpu(self: AcceleratorState, *args: Any, fsdp_plugin: Any = None, **kw: Any) -> None:
@@ -40,15 +40,15 @@ def _split(self: Any, *args: Any) -> Any:
     return prepared
 
 
-def _load_alone(*args: Any) -> Target:
+def _open_alone(*args: Any) -> Target:
     """Load a target to evaluate, and see that nothing of before is alive beside it."""
     left = [type(o).__name__ for o in gc.get_objects() if issubclass(type(o), (Target, DraftHead))]
     assert not left, f"still alive: {left}"
-    return _load(*args)
+    return _open(*args)
 
 
 if __name__ == "__main__":
-    run_module.load_served = _load_alone  # type: ignore[assignment]
+    run_module.open_whole = _open_alone  # type: ignore[assignment]
     AcceleratorState.__init__ = _fsdp_on_cpu
     run_module.Accelerator.prepare = _split
     sys.exit(main(["train", *sys.argv[1:]]))

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from headstart.eval.report import SPEEDS
 from headstart.train.checkpoints import checkpoints
 from tests.helpers.runs import ROOT, metrics, weights
 
@@ -154,6 +155,49 @@ def test_a_whole_run_in_bfloat16_of_a_split_head_over_a_split_target(tmp_path: P
     assert "after step 6" in done.stdout
     assert farthest(weights(folder), whole) == 0
     same_metrics(metrics(folder), rows)
+
+
+def test_an_evaluation_dealt_over_processes_says_what_one_process_says(
+    alone: Path, tmp_path: Path
+) -> None:
+    """Texts, drafts and acceptance prompt by prompt, and every figure but the speeds, which two
+    processes on one CPU do not measure."""
+    settings = [
+        "eval", str(alone / "run" / "head"), "target.name=tiny-gemma4", "target.dtype=float32",
+        "eval.prompts=builtin:text_eval", "eval.limit=5", "eval.max_new_tokens=12",
+        "eval.num_assistant_tokens=2,3", "eval.temperatures=0,1", "eval.decoders=exact,lookup",
+    ]  # fmt: skip
+    run(*settings, f"output_dir={tmp_path / 'one'}")
+    both = [*settings, f"output_dir={tmp_path / 'two'}"]
+    done = launch("ddp", *both, script=("-m", "headstart.cli"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "several processes shared a device" in " ".join(done.stdout.split())
+    assert done.stdout.count("Evaluation: ") == 1, "the main process alone speaks"
+
+    kept = [f"{tmp_path / name}/measurements.jsonl" for name in ("one", "two")]
+    ours, theirs = ([json.loads(x) for x in Path(p).read_text().splitlines()[1:]] for p in kept)
+    assert len(theirs) == 5
+    for one, other in zip(ours, theirs, strict=True):
+        assert without_times(one) == without_times(other)
+    assert {path.name for path in (tmp_path / "two").glob("*.jsonl")} == {"measurements.jsonl"}
+
+    one, two = (json.loads((tmp_path / n / "report.json").read_text()) for n in ("one", "two"))
+    assert two["environment"]["processes"] == 2
+    assert two["noise"] is None
+    for a, b in zip(one["results"], two["results"], strict=True):
+        assert all(
+            a[key] is not None and b[key] is None for key in ("speedup", "tokens_per_second")
+        )
+        measured = a.keys() - {"per_text", "predicted_decode_speedup", *SPEEDS}
+        assert {key: a[key] for key in measured} == {key: b[key] for key in measured}
+
+
+def without_times(value: Any) -> Any:
+    """What decoding gave, but for how long it took and what it ran beside."""
+    if isinstance(value, dict):
+        told = {k: v for k, v in value.items() if "seconds" not in k and k != "shared_device"}
+        return {k: without_times(v) for k, v in told.items()}
+    return [without_times(item) for item in value] if isinstance(value, list) else value
 
 
 @pytest.mark.parametrize("sharded", ["false", "true"])
