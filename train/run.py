@@ -20,7 +20,7 @@ from headstart.common.machine import (
     is_out_of_memory,
     random_numbers_kept,
 )
-from headstart.common.processes import join_processes
+from headstart.common.processes import join_processes, reduce_in_float32
 from headstart.configs.schema import Config, EvalConfig
 from headstart.data.loader import usable
 from headstart.data.prepare import PlannedDocuments, plan_documents
@@ -106,6 +106,7 @@ def train(config: Config, resume: bool = False, schedule: Schedule | None = None
         log_with=None if config.wandb.mode == "disabled" else "wandb",
         project_dir=config.output_dir,
     )
+    reduce_in_float32(accelerator)
     if not accelerator.is_main_process:
         _train(config, resume, accelerator, None)
         return

@@ -2,8 +2,10 @@
 
 import json
 import os
+import platform
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -198,6 +200,53 @@ def without_times(value: Any) -> Any:
         told = {k: v for k, v in value.items() if "seconds" not in k and k != "shared_device"}
         return {k: without_times(v) for k, v in told.items()}
     return [without_times(item) for item in value] if isinstance(value, list) else value
+
+
+WAITS = """
+import sys, time
+from headstart.common.processes import join_processes
+join_processes()
+print("joined", flush=True)
+time.sleep(300)
+"""
+"""A process that is busy with something of its own, of which an exchange tells nothing."""
+
+
+@pytest.mark.parametrize("busy", ["alone", "training"])
+def test_a_killed_process_ends_the_other_which_names_it(busy: str, tmp_path: Path) -> None:
+    """On two nodes there is no launcher that would see it; here two processes without one."""
+    command = [sys.executable, "-c", WAITS]
+    if busy == "training":
+        command = [
+            sys.executable, "-m", "headstart.cli", "train", *TINY, "train.max_steps=100000",
+            "train.mixed_precision=no", f"data.cache_dir={tmp_path / 'cache'}",
+            f"output_dir={tmp_path / 'run'}",
+        ]  # fmt: skip
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(next(PORTS))}
+    both = []
+    for rank in ("0", "1"):
+        of_rank = shared | {"RANK": rank, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": "2"}
+        both.append(subprocess.Popen(
+            command, cwd=ROOT, env=environment() | of_rank, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        ))  # fmt: skip
+    first, second = both
+    try:
+        assert second.stdout is not None
+        if busy == "alone":
+            assert second.stdout.readline() == "joined\n"
+        until = time.monotonic() + 120
+        while busy == "training" and not (tmp_path / "run" / "metrics.jsonl").is_file():
+            assert time.monotonic() < until
+            time.sleep(0.5)
+        time.sleep(2)
+        second.kill()
+        _, said = first.communicate(timeout=60)
+    finally:
+        for process in both:
+            process.kill()
+    assert first.returncode == 1
+    assert f"process 1, on {platform.node()}, gives no sign of life any more" in said
 
 
 @pytest.mark.parametrize("sharded", ["false", "true"])
