@@ -77,6 +77,10 @@ def main(argv: list[str] | None = None) -> int:
         else:
             print(f"headstart: {_one_line(error)} (--debug shows the traceback)", file=sys.stderr)
         code = 1
+        if "torch" in sys.modules:
+            from headstart.common.processes import wait_for_name
+
+            wait_for_name(error)
     else:
         code = 0
     if "torch" in sys.modules:

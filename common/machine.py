@@ -81,6 +81,57 @@ def peak_memory(device: torch.device, call: Callable[[], object]) -> int | None:
     return _peak_resident() - before
 
 
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that this process can still take on a device: of a GPU what nobody holds; of the CPU
+    what the kernel and the limits of its control groups (containers, Slurm) leave. None: this
+    platform does not tell."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    info = Path("/proc/meminfo")
+    if device.type != "cpu" or not info.is_file():
+        return None
+    found = re.search(r"^MemAvailable:\s+(\d+) kB", info.read_text(), re.M)
+    return None if found is None else min([int(found[1]) * 1024, *_left_in_groups()])
+
+
+GROUP_FILES = {
+    "": ("", "memory.max", "memory.current", "inactive_file"),
+    "memory": ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+}
+"""Controller, as /proc/self/cgroup names it in version 2 and 1 -> where it is mounted, and what
+tells its limit, its use, and how much of that are cached files, which the kernel can drop."""
+
+
+def _left_in_groups(
+    told: Path = Path("/proc/self/cgroup"), mount: Path = Path("/sys/fs/cgroup")
+) -> list[int]:
+    """Bytes that are left in each control group that has a limit and this process in it."""
+    left = []
+    for line in told.read_text().splitlines() if told.is_file() else ():
+        _, controller, path = line.split(":", 2)
+        if controller not in GROUP_FILES:
+            continue
+        folder, limit, used, cached = GROUP_FILES[controller]
+        top = mount / folder
+        group = top / path.lstrip("/")
+        # A limit of a group above holds too. Within a container its own group is the mount.
+        for place in {top, group, *(p for p in group.parents if top in p.parents)}:
+            allowed = (place / limit).read_text().strip() if (place / limit).is_file() else "max"
+            if not allowed.isdigit():
+                continue
+            dropped = re.search(rf"^{cached} (\d+)", (place / "memory.stat").read_text(), re.M)
+            held = int((place / used).read_text()) - (int(dropped[1]) if dropped else 0)
+            left.append(max(int(allowed) - held, 0))
+    return left
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether it says that there was no memory left, of a GPU or of the CPU."""
+    # Of the CPU torch raises a RuntimeError like any other.
+    on_cpu = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    return on_cpu or isinstance(error, (torch.OutOfMemoryError, MemoryError))
+
+
 def _peak_resident() -> int:
     found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert found is not None

@@ -5,22 +5,29 @@ One process is the special case in which none of this does anything.
 
 import gc
 import os
+import sys
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from datetime import timedelta
+from itertools import pairwise
 from pathlib import Path
 from typing import TypeVar
 
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import parse_flag_from_env, reduce
+from packaging.version import Version
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from headstart.common.files import lock_folder
+from headstart.common.heartbeat import BEAT, SILENCE, Heartbeat, is_lost_connection
 
-PATIENCE = timedelta(days=2)  # one process may generate for hours while the others wait
+PATIENCE = timedelta(days=2)
+"""One process may generate for hours while others wait; of one that dies the heartbeat tells."""
 T = TypeVar("T")
 
 
@@ -34,7 +41,27 @@ def join_processes() -> PartialState:
     on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or (
         several and not torch.accelerator.is_available()
     )
-    return PartialState(cpu=on_cpu, timeout=PATIENCE)
+    state = PartialState(cpu=on_cpu, timeout=PATIENCE)
+    if state.num_processes > 1 and not _heartbeats:
+        _heartbeats.append(Heartbeat(state.process_index, state.num_processes))
+        _heartbeats[0].start()
+    return state
+
+
+_heartbeats: list[Heartbeat] = []  # that of this process, once it has joined others
+
+
+def wait_for_name(error: BaseException) -> None:
+    """Where an error says that another process went away, wait until it is known which: one that
+    has left is named here, and of one that died the heartbeat tells, which ends this process."""
+    if not _heartbeats or not is_lost_connection(error):
+        return
+    until = time.monotonic() + SILENCE + 2 * BEAT
+    while time.monotonic() < until:
+        if (line := _heartbeats[0].ended()) is not None:
+            print(f"headstart: {line}", file=sys.stderr)
+            return
+        time.sleep(1)
 
 
 @contextmanager
@@ -61,6 +88,8 @@ def leave_processes() -> None:
     its end would wait for the group's threads without letting go of the interpreter, which they may
     need to end: a deadlock, every few runs (https://github.com/pytorch/pytorch/issues/56297).
     """
+    while _heartbeats:
+        _heartbeats.pop().leave()
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         gc.collect()
         torch.distributed.destroy_process_group()
@@ -72,15 +101,26 @@ def is_mine(number: int) -> bool:
     return number % state.num_processes == state.process_index
 
 
+def has_own_device() -> bool:
+    """Whether no other process of this launch computes on the device of this one, so that it may
+    be timed."""
+    state = PartialState()
+    if state.num_processes == 1:
+        return True
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", state.num_processes))
+    return state.device.type != "cpu" and here <= torch.accelerator.device_count()
+
+
 @contextmanager
-def processes_in(folder: Path) -> Iterator[None]:
-    """All processes of this launch work in a folder, while other launches wait.
+def processes_in(folder: Path, other: str | None = None) -> Iterator[None]:
+    """All processes of this launch work in a folder, while other launches wait, or are told to name
+    another folder as `other` has it.
 
     All begin when the main process holds the folder, and the main process goes on when all are
     done. One that fails ends the launch: its launcher stops the others.
     """
     state = PartialState()
-    with lock_folder(folder) if state.is_main_process else nullcontext():
+    with lock_folder(folder, other) if state.is_main_process else nullcontext():
         state.wait_for_everyone()
         yield
         state.wait_for_everyone()
@@ -102,13 +142,36 @@ def in_step(items: Iterable[T], together: bool) -> Iterator[T | None]:
         yield item
 
 
-def split_layers(layers: Iterable[torch.nn.Module]) -> None:
+def split_layers(model: torch.nn.Module, layers: Iterable[torch.nn.Module]) -> None:
     """Keep a share of each layer's weights of a frozen model, the same in all processes, in each
-    process (FSDP2); they meet for its forward."""
+    process (FSDP2); they meet for its forward, while the layer before it computes. All else of
+    `model` stays whole.
+
+    Raises:
+        RuntimeError: torch is too old for it.
+    """
     from torch.distributed.fsdp import fully_shard
 
-    for layer in layers:
-        fully_shard(layer, reshard_after_forward=True)
+    if Version(torch.__version__).release < (2, 7):
+        raise RuntimeError(
+            f"target.sharded needs torch 2.7 or newer, and this is {torch.__version__}"
+        )
+    units = [fully_shard(layer, reshard_after_forward=True) for layer in layers]
+    for unit, following in pairwise(units):
+        unit.set_modules_to_forward_prefetch([following])
+    # One root over them. Without it each layer is one: it gathers in streams of its own, after all
+    # that came before it, and torch's allocator keeps a gathered layer for each of these streams.
+    split = {parameter for unit in units for parameter in unit.parameters()}
+    fully_shard(model, ignored_params={p for p in model.parameters() if p not in split})
+
+
+def reduce_in_float32(accelerator: Accelerator) -> None:
+    """Let FSDP2 add up gradients in float32, as DDP does: accelerate sets the dtype of
+    `mixed_precision` for that too, whose roundings grow with the processes."""
+    plugin = accelerator.state.fsdp_plugin if accelerator.is_fsdp2 else None
+    if plugin is not None and plugin.mixed_precision_policy is not None:
+        policy = replace(plugin.mixed_precision_policy, reduce_dtype=torch.float32)
+        plugin.mixed_precision_policy = policy
 
 
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:

@@ -152,7 +152,10 @@ def _changes(
 ) -> list[Change]:
     sums = _sums(before, 0), _sums(after, 0 if paired else 1)
     found = []
+    timed = all("seconds" in sums_of for sums_of in sums)
     for measure, of in MEASURES.items():
+        if not timed and measure != "acceptance length":
+            continue
         old, new = of(sums[0]), of(sums[1])
         found.append(Change(
             variant, category, measure, float(old[0]), float(new[0]), interval(new - old),
@@ -165,7 +168,7 @@ def _sums(rows: list[Any], seed: int) -> dict[str, np.ndarray]:
     """Sums of each column over the rows' prompts, and over prompts drawn with replacement."""
     ids = [row["id"] for row in rows]
     names = ("id", "turn", "seed", "category")
-    columns = [c for c in rows[0] if c not in names]
+    columns = [c for c in rows[0] if c not in names and all(row[c] is not None for row in rows)]
     return {c: resampled(ids, [row[c] for row in rows], seed) for c in columns}
 
 

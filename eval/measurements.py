@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from headstart.common.console import counted, print_once
 from headstart.common.files import open_own, write_atomically
+from headstart.common.processes import has_own_device, is_mine
 from headstart.data.prompts import Prompt
 from headstart.data.templates import encode_prompt
 from headstart.eval.decoding import (
@@ -85,6 +86,9 @@ class Text:
 class Measurements:
     """A file of one line for the settings and one for each prompt that every variant decoded.
 
+    Where several processes share the prompts, each keeps a file of its own beside that of the main
+    process, which takes them in when all are done, or when it opens its own again after a kill.
+
     Args:
         path: measurements.jsonl of a report's folder.
         settings: what is measured: heads, target, prompts and so on; plain JSON.
@@ -96,13 +100,37 @@ class Measurements:
 
     def __init__(self, path: Path, settings: dict[str, Any], resume: bool):
         self.path, self.lines, self.found = path, list[dict[str, Any]](), dict[str, Any]()
+        _take_in(path)
         if resume and path.is_file():
             self.lines, self.found = _read(path, settings)
         elif path.is_file():
             _move_aside(path)
+        self.done = {line["id"] for line in self.lines}
+        """Ids of the prompts that need not be measured any more."""
         path.parent.mkdir(parents=True, exist_ok=True)
         self.settings = settings
         self._write()
+
+    @classmethod
+    def beside(cls, path: Path, settings: dict[str, Any], process: int) -> "Measurements":
+        """Those of another process than the main one, whose file is `path`."""
+        lines, found = _read(path, settings)
+        own = cls(path.with_name(f"{path.stem}-process-{process}{path.suffix}"), settings, False)
+        own.found, own.done = found, {line["id"] for line in lines}
+        return own
+
+    def take_in(self, ids: Sequence[str]) -> None:
+        """Add what the other processes measured; prompts then come in the order of these ids."""
+        _take_in(self.path)
+        places = {name: place for place, name in enumerate(ids)}
+        lines, _ = _read(self.path, self.settings)
+        self.lines = sorted(lines, key=lambda line: places.get(line["id"], len(places)))
+        self._write()
+
+    @property
+    def timed(self) -> bool:
+        """Whether nothing else of the launch ran on a device while it decoded."""
+        return not any(line.get("shared_device") for line in self.lines)
 
     def _write(self) -> None:
         # Written anew: the last line may have been cut short by a kill.
@@ -151,6 +179,29 @@ def _move_aside(path: Path) -> None:
     print_once(f"{path} held measurements: they are {aside} now (--resume goes on with them)")
 
 
+def _take_in(path: Path) -> None:
+    """Add to a file what other processes of its launch kept beside it, and delete theirs."""
+    parts = sorted(path.parent.glob(f"{path.stem}-process-*{path.suffix}"))
+    if not parts:
+        return
+    if path.is_file():
+        first, *lines = _whole_lines(path)
+        settings = json.loads(first)["settings"]
+        for part in parts:
+            head, *its = _whole_lines(part)
+            if json.loads(head)["settings"] == settings:
+                lines += [line for line in its if line not in lines]
+        write_atomically(path, "".join(line + "\n" for line in [first, *lines]))
+    for part in parts:
+        part.unlink()
+
+
+def _whole_lines(path: Path) -> list[str]:
+    """But for a last one that a kill cut short."""
+    text = path.read_text(encoding="utf-8")
+    return text[: text.rfind("\n") + 1].splitlines()
+
+
 def _read(path: Path, settings: dict[str, Any]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     texts = path.read_text(encoding="utf-8").splitlines()
     lines = []
@@ -176,6 +227,11 @@ def _read(path: Path, settings: dict[str, Any]) -> tuple[list[dict[str, Any]], d
     return lines[1:], lines[0].get("found", {})
 
 
+def drawn_order(prompts: Sequence[Prompt]) -> list[int]:
+    """Places of the prompts, in the order in which they are decoded."""
+    return random.Random(0).sample(range(len(prompts)), len(prompts))
+
+
 def measure_prompts(
     target: Target,
     prompts: Sequence[Prompt],
@@ -184,31 +240,35 @@ def measure_prompts(
     max_new_tokens: int,
     kept: Measurements,
     asked: Asked,
+    together: bool = False,
 ) -> None:
     """Decode every prompt plainly and by each variant, in an order drawn anew for each text, after
     a warm-up that is thrown away; where the target samples, once with each seed. The prompts come
-    in a drawn order too.
+    in a drawn order too, and where the processes of the launch work `together` they are dealt over
+    them round robin.
 
     Each turn of a conversation is given its whole text, with plain decoding's own answers, so that
     all variants answer the same question.
     """
     dtype = str(target.table.dtype).removeprefix("torch.")
-    order = random.Random(0).sample(range(len(prompts)), len(prompts))
-    done = {line["id"] for line in kept.lines}
-    todo = [place for place in order if prompts[place].id not in done]
+    todo = [place for place in drawn_order(prompts) if prompts[place].id not in kept.done]
+    before = len(prompts) - len(todo)
+    alone = {} if not together or has_own_device() else {"shared_device": True}
+    if together:
+        todo, before = [place for n, place in enumerate(todo) if is_mine(n)], 0
     if todo:
         warm = asked.encode(prompts[todo[0]], target.tokenizer)
         short = min(max_new_tokens, WARM_UP_TOKENS)
         pairs = [(sampling, v) for sampling, own in variants.items() for v in (None, *own)]
         for sampling, variant in counted(pairs, "Warming up"):
             _decode(variant, target, warm, short, sampling, 0)
-    for place in counted(todo, f"Decoding ({dtype})", done=len(prompts) - len(todo)):
+    for place in counted(todo, f"Decoding ({dtype})", done=before):
         prompt, turns = prompts[place], list[dict[str, Any]]()
         for sampling, own in variants.items():
             for seed in seeds if sampling.temperature else [None]:
                 measure = partial(_measure_turn, target, own, sampling, seed, place, max_new_tokens)
                 turns += _converse(target, prompt, asked, measure)
-        kept.add({"id": prompt.id, "category": prompt.category, "turns": turns})
+        kept.add({"id": prompt.id, "category": prompt.category, **alone, "turns": turns})
 
 
 def _converse(

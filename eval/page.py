@@ -31,7 +31,6 @@ TEMPLATE = Path(__file__).with_name("report.html.jinja")
 
 def cells(result: dict[str, Any]) -> list[str]:
     """One result as a row of `COLUMNS`."""
-    low, high = result["speedup_interval"]
     shortest, longest = result["acceptance_length_interval"]
     of_rounds = result["decode_speedup"], result["predicted_decode_speedup"]
     equal = {None: "", True: "yes"}.get(result["equal_to_plain"])
@@ -42,11 +41,16 @@ def cells(result: dict[str, Any]) -> list[str]:
         str(result["texts"]),
         f"{result['acceptance_length']:.2f} ({shortest:.2f} to {longest:.2f})",
         ", ".join(f"{a:.2f}" for a in result["conditional_acceptance_rate"][:4]),
-        f"{result['speedup']:.2f} ({low:.2f} to {high:.2f})",
+        "" if result["speedup"] is None else _speedup(result),
         *("" if speedup is None else f"{speedup:.2f}" for speedup in of_rounds),
-        f"{result['tokens_per_second']:.1f}",
+        "" if result["tokens_per_second"] is None else f"{result['tokens_per_second']:.1f}",
         f"{result['diverged_share']:.0%} diverge" if equal is None else equal,
     ]
+
+
+def _speedup(result: dict[str, Any]) -> str:
+    low, high = result["speedup_interval"]
+    return f"{result['speedup']:.2f} ({low:.2f} to {high:.2f})"
 
 
 def decoder_name(result: dict[str, Any]) -> str:

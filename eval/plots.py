@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from headstart.eval.statistics import NO_HEAD, OWN_LENGTH, POSITIONS
+from headstart.eval.statistics import NO_HEAD, OWN_LENGTH, POSITIONS, merit
 
 Result = dict[str, Any]  # one of the report's
 INK = "#777679"  # text and axes: a page puts the color of its own text in its place
@@ -64,13 +64,14 @@ def figures(content: dict[str, Any], temperature: float | None = None) -> dict[s
         temperature = content["results"][0]["temperature"]
     results = [r for r in content["results"] if r["temperature"] == temperature]
     whole = [r for r in results if r["category"] == "all" and r["looping_texts"] == "with"]
+    timed = all(r["speedup"] is not None for r in whole)
     with style.context(["default", STYLE]):
         drawn = {
-            "speedup": speedup(whole, content["noise"]),
+            "speedup": speedup(whole, content["noise"]) if timed else None,
             "acceptance": acceptance(whole),
-            "categories": categories(results),
+            "categories": categories(results) if timed else None,
             "accepted": accepted(whole),
-            "time": time(whole),
+            "time": time(whole) if timed else None,
             "positions": positions(whole),
         }
     return {name: figure for name, figure in drawn.items() if figure is not None}
@@ -283,7 +284,7 @@ def group_name(result: Result) -> str:
 def _best(whole: Sequence[Result]) -> list[Result]:
     """The quickest K of each decoder and head; of many the quickest, in the report's order."""
     best: dict[tuple[str, str | None], Result] = {}
-    for r in sorted(whole, key=lambda r: -r["speedup"]):
+    for r in sorted(whole, key=merit, reverse=True):
         best.setdefault((r["decoder"], r["head"]), r)
     shown = list(best.values())[:SHOWN]
     return [r for r in whole if r in shown]

@@ -1,5 +1,6 @@
 """The evaluation: plain against assisted decoding, interleaved, and its report."""
 
+import json
 import resource
 from bisect import bisect
 from collections.abc import Mapping, Sequence
@@ -9,11 +10,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from transformers import PreTrainedModel
 
 from headstart.common.console import print_once
 from headstart.common.files import lock_folder
 from headstart.common.machine import environment
+from headstart.common.processes import processes_in
 from headstart.common.versions import skips_prefill
 from headstart.configs.schema import Config, EvalConfig
 from headstart.data.prompts import Prompt, check_prompt_set, limit_evenly, load_prompt_set
@@ -22,24 +25,39 @@ from headstart.eval.acceptance import AcceptanceCounts, zero_counts
 from headstart.eval.asked import asked_by_heads
 from headstart.eval.decoding import GREEDY, Decoded, DecoderVariant, make_variants
 from headstart.eval.draft_cost import Costs, longest_draft, measure_costs
-from headstart.eval.measurements import Asked, Measurements, Text, measure_prompts
+from headstart.eval.measurements import (
+    Asked,
+    Measurements,
+    Text,
+    drawn_order,
+    measure_prompts,
+)
 from headstart.eval.page import SCHEMA, print_report, write_report
 from headstart.eval.recorded import prompt_set
 from headstart.eval.statistics import (
     NO_HEAD,
     POSITIONS,
     interval,
+    merit,
     resampled,
     sampling_name,
     verdict,
 )
 from headstart.heads.assistant import check_pair, other_target
-from headstart.heads.loading import load_served, load_target
+from headstart.heads.loading import load_target, open_whole
 from headstart.heads.saving import load_assistant
 from headstart.heads.target import Target, model_fingerprint
 from headstart.heads.tokens import Sampling
 
+OTHER = "output_dir=DIR"  # how to name another folder
 EXAMPLES = 6  # texts that are shown token by token
+SPEEDS = [
+    "tokens_per_second", "baseline_tokens_per_second", "speedup", "speedup_interval",
+    "time_to_first_token", "baseline_time_to_first_token", "prefill_tokens_per_second",
+    "decode_tokens_per_second", "baseline_decode_tokens_per_second", "decode_speedup",
+    "drafting_share",
+]  # fmt: skip
+"""Fields of a result that are null where nothing was timed."""
 PER_TEXT = [
     "id", "turn", "seed", "category", "prompt_tokens", "plain_seconds", "plain_tokens", "seconds",
     "tokens", "rounds", "accepted",
@@ -56,9 +74,13 @@ def run_evaluation(
     asked: Asked | None = None,
     printed: bool = True,
     costs_budget: float | None = None,
+    together: bool = False,
 ) -> dict[str, Any]:
     """Evaluate heads on prompts, write report.json, .md and .html, print a table, and return what
     report.json holds.
+
+    Where processes of a launch that work together share a device nothing is timed: the report has
+    acceptance and texts, and no speeds.
 
     Args:
         target: in the dtype to measure.
@@ -71,6 +93,8 @@ def run_evaluation(
         printed: whether the table is printed; the caller may have more to do before.
         costs_budget: seconds after which the costs of a head are measured no longer, though less
             well; None: as long as it takes.
+        together: all processes of the launch call it, and share the prompts; the main one writes
+            the report, and all return it.
 
     Raises:
         ValueError: bad prompts, a head that does not fit the target, measurements of something
@@ -98,15 +122,35 @@ def run_evaluation(
         "own_sampling": asdict(target.own_sampling) if "model" in chosen.temperatures else None,
         "chat_template_kwargs": asked.chat_template_kwargs or None,  # as if earlier files had it
     }
-    with lock_folder(out, "output_dir=DIR"):
-        kept = Measurements(out / "measurements.jsonl", settings, resume)
-        variants = _prepare(target, heads, draft_models, chosen, samplings, kept, costs_budget)
-        measure_prompts(target, prompts, variants, chosen.seeds, chosen.max_new_tokens, kept, asked)
-        content = _content(target, prompts, variants, settings, kept, asked) | {
-            "warnings": warnings
-        }
-        write_report(content, out)
-    if printed:
+    state, path = PartialState(), out / "measurements.jsonl"
+    together = together and state.num_processes > 1
+    main = state.is_main_process or not together
+    with processes_in(out, OTHER) if together else lock_folder(out, OTHER):
+        if main:
+            kept = Measurements(path, settings, resume)
+            _find_costs(target, heads, chosen, kept, costs_budget)
+        if together:
+            state.wait_for_everyone()  # for what the main process has found there
+            if not main:
+                kept = Measurements.beside(path, settings, state.process_index)
+            state.wait_for_everyone()  # before it adds to it
+        variants = _variants(heads, draft_models, chosen, samplings, kept)
+        measure_prompts(
+            target, prompts, variants, chosen.seeds, chosen.max_new_tokens, kept, asked, together
+        )
+        if together:
+            state.wait_for_everyone()
+        if main:
+            kept.take_in([prompts[place].id for place in drawn_order(prompts)])
+            content = _content(target, prompts, variants, settings, kept, asked) | {
+                "warnings": warnings
+            }
+            if together:
+                content["environment"]["processes"] = state.num_processes
+            write_report(content, out)
+    if not main:
+        content = json.loads((out / "report.json").read_text(encoding="utf-8"))
+    if printed and main:
         print_report(content)
         print_once(f"The page: {out / 'report.html'}, beside it report.md and report.json")
     return content
@@ -127,14 +171,14 @@ def evaluate_heads(
     # Wrong settings are told before the weights are loaded.
     check_prompt_set(chosen.prompts)
     asked = asked_by_heads(list(heads.values()))
-    target = load_served(config.target, device)
+    target = open_whole(config.target, device)
     dtype = target.table.dtype
     assistants = {name: load_assistant(path, dtype, device) for name, path in heads.items()}
     name = str(dtype).removeprefix("torch.")
     models = {one: load_target(one, name, device=device).model for one in chosen.draft_models}
     return run_evaluation(
         target, assistants, chosen, config.output_dir,
-        resume=resume, draft_models=models, asked=asked,
+        resume=resume, draft_models=models, asked=asked, together=True,
     )  # fmt: skip
 
 
@@ -148,12 +192,12 @@ def _content(
 ) -> dict[str, Any]:
     """Of report.json."""
     measured: dict[tuple[Any, ...], list[Text]] = {}
-    found = []
+    found: list[dict[str, Any]] = []
     for alike in zip(*variants.values(), strict=True):  # a sampled one beside its greedy one
         for sampling, variant in zip(variants, alike, strict=True):
             texts = kept.texts(variant, sampling.temperature)
             measured[(*variant.key, sampling.temperature)] = texts
-            found += _results(variant, sampling, texts)
+            found += _results(variant, sampling, texts, kept.timed)
     first, most = next(iter(measured.values())), asked.max_prompt_tokens
     # Prompts that training would have cut; None: not known.
     longer = None if most is None else len({t.id for t in first if t.prompt_len > most})
@@ -165,7 +209,7 @@ def _content(
         | {"longer_than_trained": longer}
         | {"peak_process_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024},
         "costs": kept.found.get("costs", {}),
-        "noise": noise(first),
+        "noise": noise(first) if kept.timed else None,
         "verdict": verdict(found),
         "per_text_columns": PER_TEXT,
         "results": found,
@@ -210,23 +254,30 @@ def _check_models(
             )
 
 
-def _prepare(
+def _find_costs(
     target: Target,
+    heads: Mapping[str, PreTrainedModel],
+    chosen: EvalConfig,
+    kept: Measurements,
+    budget: float | None,
+) -> None:
+    """Measure what drafts cost, once for a report."""
+    if "costs" not in kept.found:
+        longest = longest_draft(chosen)
+        measured = {
+            name: measure_costs(target, head, longest, budget) for name, head in heads.items()
+        }
+        kept.find("costs", {n: {d: asdict(c) for d, c in m.items()} for n, m in measured.items()})
+
+
+def _variants(
     heads: Mapping[str, PreTrainedModel],
     draft_models: Mapping[str, PreTrainedModel],
     chosen: EvalConfig,
     samplings: Sequence[Sampling],
     kept: Measurements,
-    costs_budget: float | None,
 ) -> dict[Sampling, list[DecoderVariant]]:
-    """Measure what drafts cost, once for a report, and make the variants: for each sampling its
-    own, since they learn."""
-    if "costs" not in kept.found:
-        longest = longest_draft(chosen)
-        measured = {
-            name: measure_costs(target, head, longest, costs_budget) for name, head in heads.items()
-        }
-        kept.find("costs", {n: {d: asdict(c) for d, c in m.items()} for n, m in measured.items()})
+    """For each sampling its own variants, since they learn."""
     costs = {n: {d: Costs(**c) for d, c in m.items()} for n, m in kept.found["costs"].items()}
     return {
         sampling: make_variants(
@@ -237,9 +288,10 @@ def _prepare(
 
 
 def _results(
-    variant: DecoderVariant, sampling: Sampling, texts: Sequence[Text]
+    variant: DecoderVariant, sampling: Sampling, texts: Sequence[Text], timed: bool
 ) -> list[dict[str, Any]]:
-    """The results of one variant: all prompts and each category, with and without looping texts."""
+    """The results of one variant: all prompts and each category, with and without looping texts;
+    without speeds where they were not timed."""
     groups = {"all": list(texts)}
     categories = sorted({text.category for text in texts})
     if len(categories) > 1:
@@ -256,8 +308,11 @@ def _results(
                 "looping_texts": loops,
             }  # fmt: skip
             result = what | summarize(few, variant.num_assistant_tokens, variant.costs)
+            if not timed:
+                result |= dict.fromkeys(SPEEDS)
             if category == "all" and loops == "with":
-                result["per_text"] = [_row(text, variant.num_assistant_tokens) for text in few]
+                rows = [_row(text, variant.num_assistant_tokens) for text in few]
+                result["per_text"] = rows if timed else [_untimed(row) for row in rows]
             found.append(result)
     return found
 
@@ -391,6 +446,12 @@ def noise(texts: Sequence[Text]) -> dict[str, Any] | None:
     return {"texts": len(twice), "speedup": float(ratio[0]), "speedup_interval": interval(ratio)}
 
 
+def _untimed(row: list[Any]) -> list[Any]:
+    """A row of `PER_TEXT` without its times."""
+    pairs = zip(PER_TEXT, row, strict=True)
+    return [None if column.endswith("seconds") else value for column, value in pairs]
+
+
 def _row(text: Text, k: int) -> list[Any]:
     counts = text.assisted.counts(text.prompt_len, k)
     return [
@@ -408,7 +469,7 @@ def _examples(
 ) -> list[dict[str, Any]]:
     """Some texts of the quickest variant, token by token: accepted, bonus or rejected."""
     whole = [r for r in found if r["category"] == "all" and r["looping_texts"] == "with"]
-    best = max(whole, key=lambda r: r["speedup"])
+    best = max(whole, key=merit)
     names = ("decoder", "head", "num_assistant_tokens", "temperature")  # as in `DecoderVariant.key`
     variant = {name: best[name] for name in names}
     of_prompt = {text.id: text for text in reversed(measured[tuple(variant.values())])}

@@ -66,6 +66,10 @@ LOSSY = (
     "The stock decoder, sampling, does not keep to the target's distribution with a head: its "
     "figures are no advice. "
 )
+UNTIMED = (
+    "Acceptance alone: speedups are left out, since several processes shared a device. Measure "
+    "again in one process, or with a GPU for each, to see what pays."
+)
 OWN_LENGTH = ("heuristic", "cost", "hybrid")  # decoders that choose K themselves
 NO_HEAD = ("lookup", "draft-model")
 
@@ -81,12 +85,21 @@ def sampling_name(result: Mapping[str, Any]) -> str:
     return name if top_p == 1 else f"{name}, top-p {top_p:g}"
 
 
+def merit(result: Mapping[str, Any]) -> float:
+    """By which results are ranked: their speedup, or where none was measured their acceptance
+    length."""
+    speedup = result["speedup"]
+    return float(result["acceptance_length"] if speedup is None else speedup)
+
+
 def verdict(results: list[dict[str, Any]]) -> str:
     """What to use here, for each temperature, from the whole set and from its texts without loops.
 
     Args:
         results: of report.json (docs/reference/report.md).
     """
+    if any(r["speedup"] is None for r in results):
+        return UNTIMED
     temperatures = sorted({r["temperature"] for r in results})
     texts = []
     for t in temperatures:

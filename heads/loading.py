@@ -223,12 +223,16 @@ def load_served(t: TargetConfig, device: torch.device | str = "cpu") -> Target:
 def open_target(t: TargetConfig, device: torch.device | str = "cpu") -> Target:
     """`load_served` for all processes of the launch at once; with `t.sharded` the layers are split
     over them."""
-    state = join_processes()
-    with state.main_process_first():  # it downloads, or converts
-        target = load_served(t, device)
-    if t.sharded and state.num_processes > 1:
+    target = open_whole(t, device)
+    if t.sharded and join_processes().num_processes > 1:
         target.shard()
     return target
+
+
+def open_whole(t: TargetConfig, device: torch.device | str = "cpu") -> Target:
+    """`load_served` for all processes of the launch at once, whole in each."""
+    with join_processes().main_process_first():  # it downloads, or converts
+        return load_served(t, device)
 
 
 def check_target(t: TargetConfig) -> None:

@@ -216,7 +216,7 @@ class Target(TargetTokens):
         From here on every forward has to run in all processes at once: `in_step` and `idle`.
         """
         assert self.fingerprint  # of whole weights: it is remembered
-        split_layers(self.layers)
+        split_layers(self.model.get_decoder(), self.layers)
         self.sharded = True
 
     @contextmanager

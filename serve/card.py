@@ -136,7 +136,8 @@ def _metadata(p: Published, results: list[dict[str, Any]]) -> ModelCardData:
             f"{result['decoder']} decoder, K = {result['num_assistant_tokens']}, "
             f"{sampling_name(result)}, {result['texts']} texts{loops}"
         )
-        for metric in ("acceptance_length", "speedup"):
+        metrics = ("acceptance_length", "speedup")
+        for metric in (m for m in metrics if result[m] is not None):
             evaluated.append(EvalResult(
                 task_type="text-generation", dataset_args=shared, dataset_name=asked["name"],
                 dataset_type=asked["name"] if _is_on_the_hub(asked["name"]) else "prompts",

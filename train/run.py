@@ -3,6 +3,7 @@
 import gc
 import json
 import shlex
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,17 @@ from typing import Any
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import set_seed
+from transformers import PreTrainedModel
 
 from headstart.common.console import hidden_progress, kept_lines, phase, print_once
 from headstart.common.files import write_atomically
-from headstart.common.machine import environment, random_numbers_kept
-from headstart.common.processes import join_processes
+from headstart.common.machine import (
+    environment,
+    free_memory,
+    is_out_of_memory,
+    random_numbers_kept,
+)
+from headstart.common.processes import join_processes, reduce_in_float32
 from headstart.configs.schema import Config, EvalConfig
 from headstart.data.loader import usable
 from headstart.data.prepare import PlannedDocuments, plan_documents
@@ -27,7 +34,7 @@ from headstart.eval.page import print_report
 from headstart.eval.recorded import prompt_set, set_names, without_paths
 from headstart.eval.report import run_evaluation
 from headstart.heads.live import MEMORY
-from headstart.heads.loading import load_served, open_target
+from headstart.heads.loading import load_served, open_target, open_whole
 from headstart.heads.saving import draft_position_offset, load_assistant, load_assistant_config
 from headstart.heads.target import Target
 from headstart.train.estimate import (
@@ -63,18 +70,19 @@ def run(config: Config, resume: bool = False) -> None:
     the way how long it should take, what drafts have to beat, what is left, and what is next.
 
     The reports land in `eval/` (in the target's dtype) and, unless that is float32 already, in
-    `eval/exact/` (float32, where every text must equal plain greedy decoding).
+    `eval/exact/` (float32, where every text must equal plain greedy decoding; where memory is short
+    a line says that it was skipped).
 
     Raises:
         RuntimeError: it does not.
     """
     schedule = Schedule()
     train(config, resume, schedule)
-    if not PartialState().is_main_process:
-        return
+    state = PartialState()
     if config.eval is not None:
-        with run_folder(config.output_dir, "evaluating"):
-            _evaluate(config, config.eval, PartialState().device, schedule)
+        doing = run_folder(config.output_dir, "evaluating")
+        with doing if state.is_main_process else nullcontext():
+            _evaluate(config, config.eval, state.device, schedule)
     for line in next_commands(config):
         print_once(line)
 
@@ -103,6 +111,7 @@ def train(config: Config, resume: bool = False, schedule: Schedule | None = None
         log_with=None if config.wandb.mode == "disabled" else "wandb",
         project_dir=config.output_dir,
     )
+    reduce_in_float32(accelerator)
     if not accelerator.is_main_process:
         _train(config, resume, accelerator, None)
         return
@@ -275,20 +284,34 @@ def write_summary(
 
 
 def _evaluate(config: Config, chosen: EvalConfig, device: torch.device, schedule: Schedule) -> None:
-    folder, checked = config.output_dir / "eval", config.output_dir / "eval"
+    """Measure the run's best head, and check it in float32 where there is memory for that: else a
+    line says what was left out. Reports land in `eval/` and `eval/exact/`, and what became of the
+    check in summary.json.
+
+    Raises:
+        RuntimeError: a text of the check is not plain decoding's.
+    """
+    folder = config.output_dir / "eval"
+    exact: dict[str, Any] | None = None
+    checked, skipped = folder, None
     with schedule.phase(EVALUATION):
-        content = exact = _measure(config, config.target.dtype, chosen, folder, device)
+        content, needed = _measure(config, chosen, folder, device, together=True)
+        if not PartialState().is_main_process:
+            return  # the check is of a few prompts: the main process does it
         log_report(config, content)
-        if config.target.dtype != "float32" and chosen.fp32_check_prompts:
-            longest = [max(chosen.num_assistant_tokens)]
-            few = {"limit": chosen.fp32_check_prompts, "num_assistant_tokens": longest}
+        if config.target.dtype == "float32":
+            exact = content
+        elif chosen.fp32_check_prompts:
             checked = folder / "exact"
-            what = chosen.model_copy(update=few)
-            exact = _measure(config, "float32", what, checked, device, CHECK_COSTS)
+            exact, skipped = _measure_in_float32(config, chosen, checked, device, needed)
     print_report(content)
     print_once(f"The page: {folder / 'report.html'}, beside it report.md and report.json")
-    if config.target.dtype == "float32" or chosen.fp32_check_prompts:
+    if exact is not None:
         _check_lossless(exact, checked)
+        _note_check(config, "every text equals plain decoding's")
+    if skipped is not None:
+        _note_check(config, skipped)
+        print_once(skipped)
 
 
 CHECK_COSTS = 1.0
@@ -297,25 +320,80 @@ CHECK_COSTS = 1.0
 
 def _measure(
     config: Config,
-    dtype: str,
     what: EvalConfig,
     out: Path,
     device: torch.device,
+    together: bool = False,
     costs_budget: float | None = None,
-) -> dict[str, Any]:
-    """Evaluate the run's best head in a dtype: what the report holds."""
-    # The target of before, on a large one's GPU, would leave no room for this one.
+) -> tuple[dict[str, Any], int]:
+    """Evaluate the run's best head in the dtype of `config.target`, in this process or in all of
+    the launch `together`: what the report holds, and the bytes that the same takes in float32."""
+    # The target of before would leave no room for this one on a GPU. Cycles of references hold it,
+    # such as those of FSDP2's communication context, which go with a collection alone.
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    target = load_served(config.target.model_copy(update={"dtype": dtype}), device)
+    target = (open_whole if together else load_served)(config.target, device)
     head = config.output_dir / "head"
-    assistant = load_assistant(head, getattr(torch, dtype), device)
-    asked = asked_by_run(config.data)
-    heads = {str(head): assistant}
-    return run_evaluation(
-        target, heads, what, out, asked=asked, printed=False, costs_budget=costs_budget
+    assistant = load_assistant(head, getattr(torch, config.target.dtype), device)
+    asked, heads = asked_by_run(config.data), {str(head): assistant}
+    content = run_evaluation(
+        target, heads, what, out,
+        asked=asked, printed=False, together=together, costs_budget=costs_budget,
+    )  # fmt: skip
+    columns = content["per_text_columns"]
+    rows = [row for result in content["results"] for row in result.get("per_text", ())]
+    texts = [dict(zip(columns, row, strict=True)) for row in rows]
+    longest = max(text["prompt_tokens"] + text["plain_tokens"] for text in texts)
+    return content, float32_bytes(target, assistant, longest)
+
+
+def float32_bytes(target: Target, assistant: PreTrainedModel, tokens: int) -> int:
+    """Bytes of the weights of a target and its head in float32, and of the keys and values of so
+    many tokens; what a forward holds beside them comes on top."""
+    weights = sum(
+        p.numel() * (4 if p.is_floating_point() else p.element_size())
+        for model in (target.model, assistant)
+        for p in model.parameters()
     )
+    config = target.config
+    own = config.num_hidden_layers - getattr(config, "num_kv_shared_layers", 0)
+    values = 0
+    for layer_type, layer in zip(config.layer_types, config.per_layer_config[:own], strict=False):
+        rows = tokens if layer_type == "full_attention" else min(tokens, config.sliding_window)
+        values += 2 * layer.num_key_value_heads * layer.head_dim * rows
+    return weights + 4 * values
+
+
+def _measure_in_float32(
+    config: Config, chosen: EvalConfig, out: Path, device: torch.device, needed: int
+) -> tuple[dict[str, Any] | None, str | None]:
+    """What the report of the check holds, or why there is none: the run is good all the same."""
+    limit, longest = chosen.fp32_check_prompts, max(chosen.num_assistant_tokens)
+    skipped = "The check in float32, that every text equals plain decoding's, was skipped: "
+    again = ["headstart", "eval", str(config.output_dir / "head")]
+    again += ["--config", str(config.output_dir / "config.yaml"), "target.dtype=float32"]
+    again += [f"eval.limit={limit}", f"eval.num_assistant_tokens={longest}", f"output_dir={out}"]
+    elsewhere = f". Where there is as much: {shlex.join(again)}"
+    size = f"{needed / 2**30:.2f} GiB"
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    # On its way to a GPU a target is loaded into the memory of the CPU.
+    for place in dict.fromkeys([device, torch.device("cpu")]):
+        free = free_memory(place)
+        if free is not None and free < needed:
+            there = f"{free / 2**30:.2f} GiB are free on {place}"
+            return None, f"{skipped}it needs {size}, and {there}{elsewhere}"
+    target = config.target.model_copy(update={"dtype": "float32"})
+    few = chosen.model_copy(update={"limit": limit, "num_assistant_tokens": [longest]})
+    try:
+        checked = config.model_copy(update={"target": target})
+        return _measure(checked, few, out, device, costs_budget=CHECK_COSTS)[0], None
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+    return None, f"{skipped}{device} had less free than the {size} and more it needs{elsewhere}"
 
 
 def _check_lossless(content: dict[str, Any], out: Path) -> None:
@@ -327,3 +405,10 @@ def _check_lossless(content: dict[str, Any], out: Path) -> None:
             f"assisted decoding gave other text than plain decoding in float32, at a logit gap "
             f"of {gap:.3g}: this is a fault, see {out / 'report.json'}"
         )
+
+
+def _note_check(config: Config, outcome: str) -> None:
+    """Say in summary.json what became of the check."""
+    path = config.output_dir / "summary.json"
+    content = json.loads(path.read_text(encoding="utf-8")) | {"fp32_check": outcome}
+    write_atomically(path, json.dumps(content, indent=2) + "\n")

@@ -92,7 +92,8 @@ def log_report(config: Config, content: dict[str, Any]) -> None:
     for r in content["results"]:
         if r["category"] == "all" and r["looping_texts"] == "with":
             name = f"eval/{decoder_name(r)} K={r['num_assistant_tokens']}"
-            logged |= {f"{name}/{figure}": r[figure] for figure in LOGGED}
+            known = [figure for figure in LOGGED if r[figure] is not None]
+            logged |= {f"{name}/{figure}": r[figure] for figure in known}
     for name, figure in figures(content).items():
         picture = io.BytesIO()
         figure.savefig(picture, format="png", dpi=120, facecolor="white")

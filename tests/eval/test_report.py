@@ -13,7 +13,9 @@ from headstart.common.machine import machine_name
 from headstart.configs.schema import Decoder, EvalConfig
 from headstart.data.prompts import load_prompts
 from headstart.data.templates import encode_prompt
+from headstart.eval.compare import compare
 from headstart.eval.decoding import Decoded, decode
+from headstart.eval.measurements import Measurements
 from headstart.eval.report import run_evaluation
 from headstart.eval.statistics import RESAMPLES
 from headstart.heads.target import Target
@@ -323,6 +325,41 @@ def test_a_killed_evaluation_goes_on_with_what_is_missing(
     file.write_text("\n".join([lines[0], lines[1][:40], *lines[2:]]))
     with pytest.raises(ValueError, match="line 2 is damaged"):
         run_evaluation(tiny, heads, chosen, out, resume=True)
+
+
+def test_what_killed_processes_measured_is_taken_in(
+    tiny: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each process of a launch keeps a file of its own; a later one, of one process, decodes what
+    is in none of them, in the order of a run that was never stopped. Times of a shared device are
+    no speeds."""
+    chosen = settings(tmp_path, 4, max_new_tokens=10)
+    heads, out = {"h": half_trained_head(tiny)}, tmp_path / "out"
+    whole = run_evaluation(tiny, heads, chosen, out)
+    file, part = out / "measurements.jsonl", out / "measurements-process-1.jsonl"
+    lines = file.read_text().splitlines()
+    shared = json.dumps(json.loads(lines[2]) | {"shared_device": True})
+    file.write_text("\n".join([lines[0], lines[1], lines[3][:40]]))
+    part.write_text("\n".join([lines[0], shared, lines[4][:40]]))
+    prompts: list[str] = []
+    add = Measurements.add
+    monkeypatch.setattr(Measurements, "add", lambda s, x: (prompts.append(x["id"]), add(s, x)))
+    again = run_evaluation(tiny, heads, chosen, out, resume=True)
+    assert prompts == [json.loads(line)["id"] for line in lines[3:]]
+    assert not part.exists()
+    kept = [json.loads(line) for line in file.read_text().splitlines()[1:]]
+    assert [line["id"] for line in kept] == [json.loads(line)["id"] for line in lines[1:]]
+    for before, after in zip(whole["results"], again["results"], strict=True):
+        assert after["speedup"] is None
+        assert after["acceptance_length_interval"] == before["acceptance_length_interval"]
+    assert "shared a device" in again["verdict"]
+    assert {change.measure for change in compare(whole, again)} == {"acceptance length"}
+
+    part.write_text("\n".join([lines[0].replace('"target"', '"other"'), lines[3], ""]))
+    run_evaluation(tiny, heads, chosen, out)  # anew: of other settings nothing is taken in
+    aside = (out / "measurements.1.jsonl").read_text().splitlines()
+    assert len(aside) == 5
+    assert not part.exists()
 
 
 def test_the_command_measures_a_head_and_names_what_is_wrong(

@@ -2,8 +2,10 @@
 
 import json
 import os
+import platform
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from headstart.eval.report import SPEEDS
 from headstart.train.checkpoints import checkpoints
 from tests.helpers.runs import ROOT, metrics, weights
 
@@ -121,6 +124,129 @@ def test_a_split_head_over_a_split_target_trains_the_same_head(alone: Path, tmp_
     run("train", *shared, *halves)
     assert farthest(weights(tmp_path / "run"), whole) < 1e-6
     same_metrics(metrics(tmp_path / "run"), found)
+
+
+def test_a_whole_run_in_bfloat16_of_a_split_head_over_a_split_target(tmp_path: Path) -> None:
+    """It answers, trains, validates, saves, orders, exports, evaluates and checks in float32; from
+    the checkpoint in its midst it goes on to the same head."""
+    settings = [
+        "--config", "configs/tiny.yaml", *STEPS, "target.dtype=bfloat16", "target.sharded=true",
+        "train.mixed_precision=bf16", "train.batch_size=2", "eval.limit=3",
+        "eval.max_new_tokens=12", "eval.num_assistant_tokens=2", f"output_dir={tmp_path / 'run'}",
+        f"data.cache_dir={tmp_path / 'cache'}",
+    ]  # fmt: skip
+    script = ("tests/train/fsdp_on_cpu.py",)
+    done = launch("fsdp2", *settings, script=script)
+    assert done.returncode == 0, done.stdout + done.stderr
+    folder = tmp_path / "run"
+    whole, rows = weights(folder), metrics(folder)
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    assert [row["step"] for row in rows if "acceptance_length" in row] == [6, 12]
+    report = json.loads((folder / "eval" / "report.json").read_text())
+    assert report["environment"]["dtype"] == "bfloat16"
+    assert {result["texts"] for result in report["results"] if result["category"] == "all"} == {3}
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["fp32_check"] == "every text equals plain decoding's"
+
+    last = folder / "checkpoints" / "step-000012"
+    for path in last.iterdir():
+        path.unlink()
+    last.rmdir()
+    done = launch("fsdp2", *settings, "--resume", script=script)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "after step 6" in done.stdout
+    assert farthest(weights(folder), whole) == 0
+    same_metrics(metrics(folder), rows)
+
+
+def test_an_evaluation_dealt_over_processes_says_what_one_process_says(
+    alone: Path, tmp_path: Path
+) -> None:
+    """Texts, drafts and acceptance prompt by prompt, and every figure but the speeds, which two
+    processes on one CPU do not measure."""
+    settings = [
+        "eval", str(alone / "run" / "head"), "target.name=tiny-gemma4", "target.dtype=float32",
+        "eval.prompts=builtin:text_eval", "eval.limit=5", "eval.max_new_tokens=12",
+        "eval.num_assistant_tokens=2,3", "eval.temperatures=0,1", "eval.decoders=exact,lookup",
+    ]  # fmt: skip
+    run(*settings, f"output_dir={tmp_path / 'one'}")
+    both = [*settings, f"output_dir={tmp_path / 'two'}"]
+    done = launch("ddp", *both, script=("-m", "headstart.cli"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "several processes shared a device" in " ".join(done.stdout.split())
+    assert done.stdout.count("Evaluation: ") == 1, "the main process alone speaks"
+
+    kept = [f"{tmp_path / name}/measurements.jsonl" for name in ("one", "two")]
+    ours, theirs = ([json.loads(x) for x in Path(p).read_text().splitlines()[1:]] for p in kept)
+    assert len(theirs) == 5
+    for one, other in zip(ours, theirs, strict=True):
+        assert without_times(one) == without_times(other)
+    assert {path.name for path in (tmp_path / "two").glob("*.jsonl")} == {"measurements.jsonl"}
+
+    one, two = (json.loads((tmp_path / n / "report.json").read_text()) for n in ("one", "two"))
+    assert two["environment"]["processes"] == 2
+    assert two["noise"] is None
+    for a, b in zip(one["results"], two["results"], strict=True):
+        assert all(
+            a[key] is not None and b[key] is None for key in ("speedup", "tokens_per_second")
+        )
+        measured = a.keys() - {"per_text", "predicted_decode_speedup", *SPEEDS}
+        assert {key: a[key] for key in measured} == {key: b[key] for key in measured}
+
+
+def without_times(value: Any) -> Any:
+    """What decoding gave, but for how long it took and what it ran beside."""
+    if isinstance(value, dict):
+        told = {k: v for k, v in value.items() if "seconds" not in k and k != "shared_device"}
+        return {k: without_times(v) for k, v in told.items()}
+    return [without_times(item) for item in value] if isinstance(value, list) else value
+
+
+WAITS = """
+import sys, time
+from headstart.common.processes import join_processes
+join_processes()
+print("joined", flush=True)
+time.sleep(300)
+"""
+"""A process that is busy with something of its own, of which an exchange tells nothing."""
+
+
+@pytest.mark.parametrize("busy", ["alone", "training"])
+def test_a_killed_process_ends_the_other_which_names_it(busy: str, tmp_path: Path) -> None:
+    """On two nodes there is no launcher that would see it; here two processes without one."""
+    command = [sys.executable, "-c", WAITS]
+    if busy == "training":
+        command = [
+            sys.executable, "-m", "headstart.cli", "train", *TINY, "train.max_steps=100000",
+            "train.mixed_precision=no", f"data.cache_dir={tmp_path / 'cache'}",
+            f"output_dir={tmp_path / 'run'}",
+        ]  # fmt: skip
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(next(PORTS))}
+    both = []
+    for rank in ("0", "1"):
+        of_rank = shared | {"RANK": rank, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": "2"}
+        both.append(subprocess.Popen(
+            command, cwd=ROOT, env=environment() | of_rank, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        ))  # fmt: skip
+    first, second = both
+    try:
+        assert second.stdout is not None
+        if busy == "alone":
+            assert second.stdout.readline() == "joined\n"
+        until = time.monotonic() + 120
+        while busy == "training" and not (tmp_path / "run" / "metrics.jsonl").is_file():
+            assert time.monotonic() < until
+            time.sleep(0.5)
+        time.sleep(2)
+        second.kill()
+        _, said = first.communicate(timeout=60)
+    finally:
+        for process in both:
+            process.kill()
+    assert first.returncode == 1
+    assert f"process 1, on {platform.node()}, gives no sign of life any more" in said
 
 
 @pytest.mark.parametrize("sharded", ["false", "true"])
