@@ -139,31 +139,41 @@ def forward_bytes(text: Any, batch: int, length: int, width: int, cached: bool) 
     return int(tokens * (standing + max(moments)))
 
 
-def cache_bytes(text: Any, batch: int, rows: int, width: int, whole: bool) -> int:
+def cache_bytes(text: Any, batch: int, rows: int, width: int) -> int:
     """Of the keys and values of `rows` tokens in each of B texts; sliding layers keep their window
-    of them alone unless `whole`."""
-    total = 0
-    for i, layer_type in enumerate(text.layer_types):
-        slides = layer_type == "sliding_attention" and not whole
-        total += kv_bytes(text, i, width) * (min(rows, text.sliding_window) if slides else rows)
-    return batch * total
+    of them alone."""
+    return batch * sum(
+        kv_bytes(text, i, width) * layer_rows(text, i, rows) for i in range(text.num_hidden_layers)
+    )
+
+
+def layer_rows(text: Any, layer: int, rows: int) -> int:
+    """How many of the rows of a text a layer's cache keeps."""
+    slides = text.layer_types[layer] == "sliding_attention"
+    return min(rows, int(text.sliding_window)) if slides else rows
 
 
 def generation_bytes(text: Any, d: DataConfig, width: int, recorded: bool) -> int:
     """What answering a batch of the longest prompts holds beside the weights: the larger of the
     prefill and the end.
 
-    At the end: the cache; the hidden states of all tokens that are `recorded`; and the largest of a
-    layer's keys (a step copies them, with one row more), the logits of a step (of the target, in
-    float32, and as the sampling changes them: 18 bytes each), and the hidden states once more, as
-    one tensor.
+    `recorded` are the hidden states of all tokens, and all rows of the sliding layer that the head
+    attends to, beside its cache. At the end they are held with the cache, and with the largest of:
+    a layer's keys (a step copies them, with one row more); the logits of a step (of the target, in
+    float32, and as the sampling changes them: 18 bytes each); what is recorded once more, as one
+    tensor.
     """
     batch, rows = d.generation_batch_size, d.max_prompt_tokens + d.max_new_tokens - 1
+    kept = kv_bytes(text, source_layers(text)["sliding_attention"], width) * batch * recorded
     prefill = forward_bytes(text, batch, d.max_prompt_tokens, width, cached=True)
-    cache = cache_bytes(text, batch, rows, width, whole=recorded)
-    hidden = batch * rows * text.hidden_size * width * recorded
-    keys = max(kv_bytes(text, i, width) for i in range(text.num_hidden_layers)) // 2 * batch * rows
-    return max(prefill, cache + hidden + max(keys, 18 * batch * text.vocab_size, hidden))
+    cache = cache_bytes(text, batch, rows, width)
+    record = kept * rows + batch * rows * text.hidden_size * width * recorded
+    keys = max(
+        kv_bytes(text, i, width) // 2 * layer_rows(text, i, rows)
+        for i in range(text.num_hidden_layers)
+    )
+    last = cache + record + max(batch * keys, 18 * batch * text.vocab_size, record)
+    return max(prefill + kept * d.max_prompt_tokens, last)
 
 
 def forward_length(d: DataConfig) -> tuple[int, int]:
@@ -338,7 +348,7 @@ def check_bytes(config: Config, source: Any, size: TargetSize, head: HeadSize, t
     prompt, new = config.data.max_prompt_tokens, config.eval.max_new_tokens
     weights = 4 * (size.layers + size.rest + head.trained + head.frozen + table)
     prefill = forward_bytes(source, 1, prompt, 4, cached=True)
-    return int(weights + max(prefill, cache_bytes(source, 1, prompt + new, 4, whole=True)))
+    return int(weights + max(prefill, cache_bytes(source, 1, prompt + new, 4)))
 
 
 def host_bytes(config: Config, size: TargetSize, launch: Launch, width: int) -> int:

@@ -29,6 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
+from headstart.common.machine import environment
 from headstart.configs.loader import load_config
 from headstart.configs.schema import Config
 from headstart.data.conversations import answered
@@ -195,13 +196,17 @@ def answering_peak(live: LiveBytes, target: Target, config: Config) -> int:
     own = target.config.num_hidden_layers - getattr(target.config, "num_kv_shared_layers", 0)
     for i in range(own):
         layer = target.config.per_layer_config[i]
-        shape = (d.generation_batch_size, layer.num_key_value_heads, last - 1, layer.head_dim)
-        recorder.cache.update(torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype), i)
+        for rows in (last - 2, 1):  # the second lets go of what has left the window
+            shape = (d.generation_batch_size, layer.num_key_value_heads, rows, layer.head_dim)
+            pair = torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype)
+            recorder.cache.update(*pair, i)
+    del pair
     before = (d.generation_batch_size, last - 1, target.config.hidden_size)
     recorder.hidden.append(torch.empty(before, dtype=dtype))
     with live.measured():
         _one_token(target, config, last, recorder)
-        torch.cat(recorder.hidden, dim=1)  # as `Recorder.tensors` begins
+        as_one = torch.cat(recorder.hidden, dim=1), recorder.kept.rows()  # as `tensors` begins
+        del as_one
     return max(prefill, live.peak)
 
 
@@ -294,7 +299,8 @@ def main() -> None:
         config = load_config(None, [f"target.name=google/{name}-it", *SETTINGS])
         found[name] = fake_peaks(config)
         print(name, found[name], flush=True)
-    content = {"settings": SETTINGS, "peak_bytes": found}
+    where = environment(torch.device("cpu"))
+    content = {"settings": SETTINGS, "peak_bytes": found, "environment": where}
     Path(sys.argv[1]).write_text(json.dumps(content, indent=2) + "\n")
 
 
