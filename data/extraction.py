@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from transformers import DynamicCache, LogitsProcessor
+from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from headstart.common.console import progress_bar
 from headstart.common.processes import in_step, is_mine, processes_in
@@ -50,12 +51,36 @@ def top_logprobs(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tens
     return best.indices, best.values.float() - normalizer
 
 
+class KeptLayer(DynamicSlidingWindowLayer):
+    """A sliding layer of a cache that keeps all rows beside its window, which is what attention
+    sees."""
+
+    def __init__(self, sliding_window: int):
+        super().__init__(sliding_window)
+        self.new: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self.new.append((key_states, value_states))
+        seen: tuple[torch.Tensor, torch.Tensor] = super().update(
+            key_states, value_states, *args, **kwargs
+        )
+        return seen
+
+    def rows(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of all tokens, each [B, kv heads, T, head_dim]."""
+        keys, values = zip(*self.new, strict=True)
+        return torch.cat(keys, dim=2), torch.cat(values, dim=2)
+
+
 class Recorder(LogitsProcessor):
     """Keeps hidden states, keys, values and the teacher's top tokens of one `generate` call.
 
     As the first logits processor it sees the logits as the target emits them; a hook on the final
-    norm sees the hidden states; the cache that it brings keeps every row, beyond sliding windows
-    too. Use it as a context manager around `generate(**recorder.arguments(), ...)`.
+    norm sees the hidden states; the cache that it brings keeps every row of the two layers that a
+    head attends to, and the windows of other sliding layers. Use it as a context manager around
+    `generate(**recorder.arguments(), ...)`.
 
     Raises:
         RuntimeError: (in `generate`) the target left out rows of the prompt.
@@ -63,7 +88,10 @@ class Recorder(LogitsProcessor):
 
     def __init__(self, target: Target, top_k: int):
         self.target, self.top_k = target, top_k
-        self.cache = DynamicCache()  # without a config: no layer drops rows
+        self.cache = DynamicCache(config=target.config)
+        sliding = target.source_layers["sliding_attention"]
+        self.kept = KeptLayer(target.config.sliding_window)
+        self.cache.layers[sliding] = self.kept
         self.hidden: list[torch.Tensor] = []
         self.teacher: list[tuple[torch.Tensor, torch.Tensor]] = []
 
@@ -99,7 +127,11 @@ class Recorder(LogitsProcessor):
         hidden = torch.cat(self.hidden[: len(self.teacher)], dim=1)  # [B, W + S - 1, D]
         ids = torch.stack([ids for ids, _ in self.teacher], dim=1)  # [B, S, k]
         logprobs = torch.stack([logprobs for _, logprobs in self.teacher], dim=1)
-        sources = {t: self.cache.layers[i] for t, i in self.target.source_layers.items()}
+        full = self.cache.layers[self.target.source_layers["full_attention"]]
+        sources = {
+            "sliding_attention": self.kept.rows(),
+            "full_attention": (full.keys, full.values),
+        }
         shards: dict[str, list[torch.Tensor]] = {}
         for b, (prompt, response) in enumerate(zip(prompt_ids, responses, strict=True)):
             length, steps = len(prompt) + len(response), len(response)
@@ -111,10 +143,10 @@ class Recorder(LogitsProcessor):
                 "teacher_ids": _padded(ids[b, :steps].int(), len(prompt) - 1, length),
                 "teacher_logprobs": _padded(logprobs[b, :steps], len(prompt) - 1, length),
             }
-            for layer_type, layer in sources.items():
-                keys, values = layer.keys[b, :, seen], layer.values[b, :, seen]
-                document[f"{layer_type}.keys"] = _padded(keys.transpose(0, 1), 0, length)
-                document[f"{layer_type}.values"] = _padded(values.transpose(0, 1), 0, length)
+            for layer_type, pair in sources.items():
+                for what, rows in zip(("keys", "values"), pair, strict=True):
+                    ours = rows[b, :, seen].transpose(0, 1)
+                    document[f"{layer_type}.{what}"] = _padded(ours, 0, length)
             for name, tensor in document.items():
                 shards.setdefault(name, []).append(tensor.cpu())
         return {name: torch.cat(parts) for name, parts in shards.items()}

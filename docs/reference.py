@@ -1,6 +1,5 @@
 """What the documents say of commands, settings, recipes and memory: from the code itself."""
 
-import re
 from collections.abc import Callable
 from functools import cache
 from typing import Any, Literal, get_args, get_origin
@@ -132,18 +131,26 @@ def recipes() -> str:
 
 @cache  # seconds, whichever copy of the documents is looked at
 def memory() -> str:
-    """What a process holds all the time for each published Gemma 4, by `headstart train --plan`."""
+    """What a GPU holds at most with the recipe of each published Gemma 4, by the arithmetic of
+    `headstart train --plan`."""
     from headstart.heads.describe import SHAPES
-    from headstart.train.plan import plan
+    from headstart.train.memory import CHECK, host_bytes, peaks
+    from headstart.train.plan import LAUNCHES, run_shapes
 
     rows = []
-    for name in SHAPES:
-        lines = plan(load_config(None, [f"target.name=google/{name}-it", "target.dtype=bfloat16"]))
-        told = [lines[line] for line in ("target's weights", "head in training", "a process holds")]
-        rows.append([name.removeprefix("gemma-4-"), *re.findall(r"[\d.]+ [GM]iB", " ".join(told))])
+    for name in (shape.replace("gemma-4", "gemma4").lower() for shape in SHAPES):
+        told = ["target.dtype=bfloat16", "train.mixed_precision=bf16", "eval.fp32_check_prompts=4"]
+        config = load_config(name, told)
+        shapes = run_shapes(config)
+        alone, ddp, fsdp = (dict(peaks(config, shapes, how)) for how in LAUNCHES.values())
+        host = host_bytes(config, shapes.target, LAUNCHES["by DDP over 8"], 2)
+        counts = [one["answering"] for one in (alone, ddp)]
+        counts += [one["training"] for one in (alone, ddp, fsdp)]
+        counts += [alone[CHECK], host]
+        rows.append([f"`{name}`", *(f"{count / 2**30:.1f}" for count in counts)])
     header = (
-        "target | its layers | embeddings and the rest | head in training | alone or by DDP "
-        "| FSDP2 over 8 | and `target.sharded=true`"
+        "recipe, each GiB | answering, alone | in each of 8 | training, alone | by DDP over 8 | by "
+        "FSDP2 over 8 | the float32 check | loading 8 times: the machine's own"
     )
     return rows_of(header, rows)
 
@@ -155,7 +162,7 @@ def plan_lora() -> str:
 
     start = ["head.init_from=google/gemma-4-E4B-it-assistant", "head.lora={}"]
     lines = plan(load_config("gemma4-e4b", [*start, "target.dtype=bfloat16"]))
-    shown = ("head", "parameters trained", "a process holds", "tokens", "activation store")
+    shown = ("head", "parameters trained", "in training", "tokens", "activation store")
     return rows_of("of the plan | what it says", [[name, lines[name]] for name in shown])
 
 

@@ -5,6 +5,16 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from docs.tables import Results, interval, length, made_of, rows_of
+from headstart.configs.loader import load_config
+from headstart.configs.schema import DataConfig
+from headstart.train.memory import (
+    Launch,
+    extraction_bytes,
+    generation_bytes,
+    held_target,
+    peaks,
+)
+from headstart.train.plan import run_shapes
 
 
 @made_of("reference")
@@ -278,3 +288,48 @@ def releases(found: Results) -> str:
         release = r["head"].removeprefix("quickstart-").removesuffix("/head")
         rows.append([release, length(r), beside])
     return rows_of("trained on transformers | simulated acceptance length (95%) | difference", rows)
+
+
+@made_of("memory", "gpu-generation")
+def memory_checked(found: Results) -> str:
+    """The plan's peaks, and what the program's own functions hold over tensors without data; last
+    what was measured on a GPU."""
+    rows = []
+    for name, counted in found["memory"]["peak_bytes"].items():
+        told = [f"target.name=google/{name}-it", *found["memory"]["settings"]]
+        config = load_config(None, told)
+        shapes = run_shapes(config)
+        weights = held_target(shapes.target, 2, Launch(), sharded=False)
+        said = dict(peaks(config, shapes, Launch()))
+        said["extracting"] = weights + extraction_bytes(shapes.text, config.data, 2)
+        pairs = [(said[phase], counted[phase]) for phase in ("answering", "extracting", "training")]
+        worst = max(abs(plan / fake - 1) for plan, fake in pairs)
+        beside = max(abs((p - weights) / (f - counted["weights"]) - 1) for p, f in pairs)
+        cells = [f"{gib(plan)}, {gib(fake)}" for plan, fake in pairs]
+        rows.append([name.removeprefix("gemma-4-"), *cells, f"{worst:.1%}", f"{beside:.1%}"])
+    measured = found["gpu-generation"]["found"]
+    shapes = run_shapes(load_config(None, ["target.name=google/gemma-4-E4B-it"]))
+    asked = DataConfig(
+        max_prompt_tokens=measured["prompt_tokens"],
+        max_new_tokens=measured["new_tokens"],
+        generation_batch_size=measured["batch"],
+    )
+    weights = held_target(shapes.target, 2, Launch(), sharded=False)
+    plan = weights + generation_bytes(shapes.text, asked, 2, recorded=False)
+    seen = measured["cudnn off"]["peak_bytes"]
+    beside = abs((plan - weights) / (seen - weights) - 1)
+    what = (
+        f"E4B, {measured['batch']} prompts of {measured['prompt_tokens']} tokens, not recorded: "
+        "plan, and one H100 measured"
+    )
+    cells = [f"{gib(plan)}, {gib(seen)}", "", ""]
+    rows.append([what, *cells, f"{abs(plan / seen - 1):.1%}", f"{beside:.1%}"])
+    header = (
+        "target, each GiB | answering: plan, counted | extracting | training | largest difference "
+        "| without the weights"
+    )
+    return rows_of(header, rows)
+
+
+def gib(count: float) -> str:
+    return f"{count / 2**30:.2f}"

@@ -22,10 +22,24 @@ from headstart.heads.assistant import assistant_config
 from headstart.heads.describe import published_config, published_head
 from headstart.heads.loading import load_target_config
 from headstart.heads.saving import add_lora, load_assistant_config
-from headstart.heads.target import SUPPORTED, source_layers
+from headstart.heads.target import source_layers
+from headstart.train.memory import (
+    CHECK,
+    HeadSize,
+    Launch,
+    RunShapes,
+    host_bytes,
+    needed,
+    peaks,
+    target_size,
+)
 
-TRAINING_BYTES = 16  # a trained parameter: weight, gradient and two moments of four bytes each
-PROCESSES = 8  # that a plan says the memory of, beside one
+LAUNCHES = {
+    "alone": Launch(),
+    "by DDP over 8": Launch(8),
+    "by FSDP2 over 8": Launch(8, fsdp=True),
+}
+"""Ways to run whose memory a plan says."""
 
 
 def print_plan(config: Config, console: Console | None = None) -> None:
@@ -42,53 +56,38 @@ def plan(config: Config) -> dict[str, str]:
     Token counts are upper bounds: a response may end before `max_new_tokens`.
     """
     t, d, c = config.target, config.data, config.train
-    published = published_config(t.name)  # asks nobody: a plan needs no network
-    whole = published or load_target_config(t.name, t.revision, t.trust_remote_code)
-    source = whole.get_text_config()
-    head = _head_config(source, config.head)
+    shapes = run_shapes(config)
+    source, head, size = shapes.text, shapes.head, shapes.size
     text = head.text_config
-    with torch.device("meta"):
-        assistant = AutoModelForCausalLM.from_config(head)
     shared = text.vocab_size * text.hidden_size
-    trained = sum(p.numel() for p in assistant.parameters()) - shared
-    if text.hidden_size < source.hidden_size and not config.head.warm:
-        trained += source.hidden_size * text.hidden_size  # the projection of the low-rank tie
-    frozen = 0
-    if config.head.lora is not None:
-        add_lora(assistant, config.head.lora)
-        frozen, trained = trained, sum(p.numel() for p in assistant.parameters() if p.requires_grad)
-    elif parts := config.head.trainable_modules:
-        named = assistant.named_parameters()
-        chosen = sum(p.numel() for name, p in named if any(part in name for part in parts))
-        frozen, trained = trained - chosen, chosen
     width = 2 if t.dtype == "bfloat16" else 4
     token = bytes_per_token(source, width, d.teacher_top_k, d.storage)
     each = c.batch_size * c.gradient_accumulation_steps
-    k = c.num_speculative_steps
+    k, answered = c.num_speculative_steps, planned_answers(config)
     rows, later = each * c.max_anchors, each * (c.multi_step_anchors or c.max_anchors)
     return {
         "target": f"{t.name} ({source.model_type}, width {source.hidden_size}, "
         f"{source.num_hidden_layers} layers, {source.vocab_size:,} tokens, {t.dtype})",
         **(
             {"shapes": "as published (heads/describe.py); the text model alone"}
-            if published
+            if published_config(t.name)
             else {}
         ),
         "shared KV from layers": ", ".join(f"{i} ({k})" for k, i in source_layers(source).items()),
         "head": f"{text.num_hidden_layers} layers ({', '.join(text.layer_types)}), "
         f"width {text.hidden_size}, MLP {text.intermediate_size}",
-        "parameters trained": f"{trained:,}",
+        "parameters trained": f"{size.trained:,}",
         "parameters shared with the target": f"{shared:,}"
         if text.hidden_size == source.hidden_size
         else "none: a table of its own, frozen"
         if config.head.warm
         else "none: low-rank tie, materialized when saved",
         **_plan_clusters(head),
-        **_plan_memory(whole, width, trained * TRAINING_BYTES + frozen * 4),
-        **_plan_data(planned_answers(config), token),
+        **_plan_memory(config.model_copy(update={"data": answered}), shapes),
+        **_plan_data(answered, token),
         "rows a step": f"{rows:,} a process, {rows + later * (k - 1):,} drafts in {k} rounds",
         "steps": _plan_steps(c, d, each, rows),
-        **_plan_step(c, source, trained + frozen, rows, rows + later * (k - 1)),
+        **_plan_step(c, source, size.trained + size.frozen, rows, rows + later * (k - 1)),
     }
 
 
@@ -133,22 +132,74 @@ def _plan_step(c: Any, source: Any, trained: int, rows: int, drafts: int) -> dic
     }
 
 
-def _plan_memory(whole: Any, width: int, training: int) -> dict[str, str]:
-    """What a process holds all the time; `training` bytes are the head's."""
+def run_shapes(config: Config) -> RunShapes:
+    """The shapes of a run's target and head; of a published target without asking the network."""
+    t = config.target
+    published = published_config(t.name)
+    whole = published or load_target_config(t.name, t.revision, t.trust_remote_code)
+    text = whole.get_text_config()
+    head = _head_config(text, config.head)
+    return RunShapes(text, target_size(whole), head, head_size(head, text, config.head))
+
+
+def head_size(head: Any, source: Any, h: HeadConfig) -> HeadSize:
+    """Parameters of a head in training, counted on the meta device: without the table, and without
+    clusters, which are made of a head that is trained.
+
+    Args:
+        head: the assistant's configuration.
+        source: the target's text configuration.
+        h: of the run.
+    """
     with torch.device("meta"):
-        model = SUPPORTED[whole.model_type](whole)
-    sizes = {name: p.numel() * width for name, p in model.named_parameters()}
-    layers = sum(size for name, size in sizes.items() if ".layers." in name)
-    rest = sum(sizes.values()) - layers
-    return {
-        "target's weights": f"{_bytes(layers)} of layers, {_bytes(rest)} of embeddings and the "
-        "rest",
-        "head in training": f"{_bytes(training)} (weights, gradients, two moments, in float32)",
-        "a process holds": f"{_bytes(layers + rest + training)} alone or by DDP; "
-        f"{_bytes(layers + rest + training // PROCESSES)} by FSDP2 over {PROCESSES}, with "
-        f"target.sharded=true {_bytes(layers // PROCESSES + rest + training // PROCESSES)}; "
-        "batches and activations come on top",
+        assistant = AutoModelForCausalLM.from_config(head)
+    if assistant.masked_embedding is not None:
+        assistant.masked_embedding = None
+    text = head.text_config
+    table = text.vocab_size * text.hidden_size
+    every = sum(p.numel() for p in assistant.parameters()) - table
+    narrow = text.hidden_size < source.hidden_size
+    own = table if narrow and h.warm else 0
+    if narrow and not h.warm:
+        every += source.hidden_size * text.hidden_size  # the projection of the low-rank tie
+    if h.lora is not None:
+        add_lora(assistant, h.lora)
+        adapter = sum(p.numel() for p in assistant.parameters() if p.requires_grad)
+        return HeadSize(adapter, every, own)
+    if parts := h.trainable_modules:
+        named = assistant.named_parameters()
+        chosen = sum(p.numel() for name, p in named if any(part in name for part in parts))
+        return HeadSize(chosen, every - chosen, own)
+    return HeadSize(every, 0, own)
+
+
+def _plan_memory(config: Config, shapes: RunShapes) -> dict[str, str]:
+    """What a GPU holds at the fullest moment of each phase, and the machine beside it."""
+    width, target = 2 if config.target.dtype == "bfloat16" else 4, shapes.target
+    found = {name: dict(peaks(config, shapes, launch)) for name, launch in LAUNCHES.items()}
+    lines = {
+        "target's weights": f"{_bytes(target.layers * width)} of layers, "
+        f"{_bytes(target.rest * width)} of embeddings and the rest"
+        + ("; layers split where there are several processes" if config.target.sharded else ""),
+        "a GPU holds at most": _by_launch({name: needed(one) for name, one in found.items()}),
     }
+    for phase in found["alone"]:
+        last = " on the first; left out where that does not fit" if phase == CHECK else ""
+        in_each = _by_launch({name: one[phase] for name, one in found.items()})
+        lines[f"in {phase}"] = in_each + last
+    host = {name: host_bytes(config, target, how, width) for name, how in LAUNCHES.items()}
+    lines["loading takes of the machine's memory"] = _by_launch(host)
+    return lines
+
+
+def _by_launch(found: dict[str, int]) -> str:
+    """`3.00 GiB alone or by DDP over 8, 2.00 GiB by FSDP2 over 8`; one size where all are equal."""
+    if len(set(found.values())) == 1:
+        return _bytes(next(iter(found.values())))
+    names: dict[int, list[str]] = {}
+    for name, count in found.items():
+        names.setdefault(count, []).append(name)
+    return ", ".join(f"{_bytes(count)} {' or '.join(same)}" for count, same in names.items())
 
 
 def _plan_clusters(head: Any) -> dict[str, str]:

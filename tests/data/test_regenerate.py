@@ -1,13 +1,20 @@
 """Regeneration in process: what the target says, batched, resumed, and recorded on the way."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 import torch
-from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import (
+    DynamicCache,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from headstart.configs.schema import DataConfig, TargetConfig
 from headstart.data import regenerate as module
@@ -17,10 +24,17 @@ from headstart.data.conversations import (
     part_path,
     read_part,
 )
-from headstart.data.extraction import extract
+from headstart.data.extraction import Recorder, extract
 from headstart.data.prepare import deal_sampling
 from headstart.data.prompts import Prompt
-from headstart.data.regenerate import BLOCK, SamplingMixture, _inverse_cdf, make_jobs, regenerate
+from headstart.data.regenerate import (
+    BLOCK,
+    SamplingMixture,
+    _inverse_cdf,
+    answer,
+    make_jobs,
+    regenerate,
+)
 from headstart.data.store import ActivationStore
 from headstart.heads.loading import load_target_tokens
 from headstart.heads.target import Target
@@ -80,6 +94,38 @@ def test_recording_changes_no_conversation(tiny: Target, tmp_path: Path) -> None
     for recording in (False, True):
         regenerate(tiny, asked, CONFIG, 3, tmp_path / str(recording), recording)
     assert written(tmp_path / "True") == written(tmp_path / "False")
+
+
+@pytest.mark.parametrize("new_tokens", [3, 24])
+def test_a_recorder_keeps_all_rows_of_two_layers_and_windows_of_the_others(
+    new_tokens: int, target: Target
+) -> None:
+    """Texts and all that is recorded are to the bit those of a target that is not recorded, whose
+    sliding layers see their window; and those of a cache that keeps all rows of all layers: to the
+    bit as long as none has left a window, then to the rounding of sums over masked rows."""
+    asked = jobs(target, [0.0, 1.0] * 2, CONFIG)
+    window, layers = target.config.sliding_window, target.source_layers
+    if new_tokens == 3:
+        asked = [replace(job, prompt_ids=job.prompt_ids[: window - 3]) for job in asked]
+    ours, windows, whole = (Recorder(target, 4) for _ in range(3))
+    windows.cache, whole.cache = DynamicCache(config=target.config), DynamicCache()
+    texts = [answer(target, asked, new_tokens, 0, one) for one in (ours, windows, whole, None)]
+    assert texts[0] == texts[1] == texts[2] == texts[3]
+    for mine, its in zip(ours.hidden, windows.hidden, strict=True):
+        assert torch.equal(mine, its)
+    kept, full = layers["sliding_attention"], layers["full_attention"]
+    assert (whole.cache.layers[kept].keys.shape[2] > 3 * window) == (new_tokens == 24)
+    most = 0.0 if new_tokens == 3 else 1e-4
+    recorded = (*ours.kept.rows(), *_pair(ours.cache.layers[full]), torch.cat(ours.hidden, dim=1))
+    all_rows = (*_pair(whole.cache.layers[kept]), *_pair(whole.cache.layers[full]))
+    for one, other in zip(recorded, (*all_rows, torch.cat(whole.hidden, dim=1)), strict=True):
+        torch.testing.assert_close(one, other, rtol=most, atol=most)
+    sliding = [one for one in ours.cache.layers if isinstance(one, DynamicSlidingWindowLayer)]
+    assert max(one.keys.shape[2] for one in sliding) < window
+
+
+def _pair(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    return layer.keys, layer.values
 
 
 @pytest.mark.parametrize("kept", [slice(1, None), slice(-1, None), slice(0, -1)], ids=str)

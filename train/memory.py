@@ -1,0 +1,407 @@
+"""What a process holds in a GPU's memory at the fullest moment of each phase of a run, and what the
+machine holds beside it: arithmetic over configurations, without weights.
+
+Every term was compared with the storages that the program's own functions keep alive over tensors
+of these shapes without data (tests/helpers/fake_memory.py; docs/how-to/many-gpus.md has both side
+by side). Left out are the CUDA context (about half a GiB), what an allocator loses to fragments,
+and what a collective library keeps.
+
+Letters: B batch, T positions, D width, I MLP width, H query heads, G key heads, V vocabulary, L
+layers, N drafts of a batch, P parameters that are trained, C candidates.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from headstart.configs.schema import Config, DataConfig, TrainConfig
+from headstart.data.extraction import BATCH_TOKENS, LOGIT_ROWS
+from headstart.data.loader import pack
+from headstart.heads.target import SUPPORTED, source_layers
+from headstart.train.losses import EXACT_ROWS, SPARSE_ROWS
+
+MOMENTS = 8  # bytes of a trained parameter: two moments of AdamW in float32
+CANDIDATES_A_DRAFT = 4
+"""Tokens that a draft's teacher adds to the candidates of a step. In the real store of the
+quickstart it was 4.7 of 32 with 160 drafts a step, 3.5 with 1,280 and 2.2 with 5,120."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How many processes share the work, one a GPU, and how they share the head."""
+
+    processes: int = 1
+    fsdp: bool = False
+    """FSDP2; else DDP, where there are several."""
+
+
+@dataclass(frozen=True)
+class TargetSize:
+    """Parameters of a target."""
+
+    layers: int
+    """In all decoder layers."""
+    rest: int
+    """Embeddings, norms, and all else."""
+    largest_layer: int
+
+
+def target_size(config: Any) -> TargetSize:
+    """The parameters of a target, counted over its modules on the meta device.
+
+    Args:
+        config: the whole configuration, of a class in `SUPPORTED`.
+    """
+    with torch.device("meta"):
+        model = SUPPORTED[config.model_type](config)
+    layers: dict[str, int] = {}
+    rest = 0
+    for name, parameter in model.named_parameters():
+        before, found, after = name.partition(".layers.")
+        if found:
+            layer = f"{before}.{after.partition('.')[0]}"
+            layers[layer] = layers.get(layer, 0) + parameter.numel()
+        else:
+            rest += parameter.numel()
+    return TargetSize(sum(layers.values()), rest, max(layers.values()))
+
+
+def held_target(size: TargetSize, width: int, launch: Launch, sharded: bool) -> int:
+    """Bytes of a target of `width` bytes a value on each GPU.
+
+    A split one has, beside its share, one layer whole: once as it came over the network, once as
+    its parameters.
+    """
+    if not sharded or launch.processes == 1:
+        return (size.layers + size.rest) * width
+    return (size.layers // launch.processes + size.rest + 2 * size.largest_layer) * width
+
+
+def kv_bytes(text: Any, layer: int, width: int) -> int:
+    """Of the keys and values of a token in one layer; 0 where it shares those of another."""
+    if layer >= text.num_hidden_layers - getattr(text, "num_kv_shared_layers", 0):
+        return 0
+    own = text.per_layer_config[layer]
+    return int(2 * own.num_key_value_heads * own.head_dim * width)
+
+
+def copied_keys(text: Any, layer: Any) -> bool:
+    """Whether attention under a mask copies the keys and values for each query head: not where each
+    has its own, and not where all share one, which is looked at as many times."""
+    return bool(1 < layer.num_key_value_heads < text.num_attention_heads)
+
+
+def forward_bytes(text: Any, batch: int, length: int, width: int, cached: bool) -> int:
+    """What a target's forward over [B, T] padded tokens holds at its fullest moment, beside the
+    weights; all of it is in proportion to the tokens, but for the masks.
+
+    Held all through it: the embeddings, the inputs per layer, sines and cosines of both layer
+    types, two masks of a byte an entry, and with `cached` the keys and values so far. The fullest
+    moment is the largest of these, whose first terms are the hidden states that the frames of model
+    and layer still name:
+    - the norm of the inputs per layer, in float32, twice;
+    - the norm of the queries, likewise;
+    - attention: queries, result, and where heads share keys a copy of them for each; the mask as a
+      bias of the queries' dtype;
+    - the MLP: gate, up, and their product;
+    - the experts: as many rows as a token has experts, of input, of output, and twice of output
+      times its weight in float32.
+
+    Args:
+        text: the text configuration.
+        width: bytes of a value.
+        cached: whether a cache keeps the keys and values of all layers.
+    """
+    d, tokens, layers = text.hidden_size, batch * length, text.num_hidden_layers
+    norm = width + 4 * (width < 4) + 4  # its input, that in float32, and the square
+    inputs = layers * (getattr(text, "hidden_size_per_layer_input", 0) or 0)
+    heads = [text.per_layer_config[i].head_dim for i in source_layers(text).values()]
+    standing = d * width + inputs * width + 2 * sum(heads) * width + 2 * length
+    moments = [inputs * norm + d * width]
+    before = 0
+    for i in range(layers):
+        own, kv = text.per_layer_config[i], kv_bytes(text, i, width)
+        queries = text.num_attention_heads * own.head_dim
+        copies = 2 * copied_keys(text, own)
+        wide = getattr(text, "use_double_wide_mlp", False) and not kv
+        mlp = text.intermediate_size * (2 if wide else 1)
+        in_layer = [
+            2 * d * width + queries * norm,
+            2 * d * width + queries * width * (2 + copies) + length * width + kv,
+            3 * d * width + 3 * mlp * width + kv,
+        ]
+        if getattr(text, "enable_moe_block", False):
+            in_layer.append(5 * d * width + text.top_k_experts * d * (2 * width + 8) + kv)
+        moments.append(before + max(in_layer))
+        before += kv * cached
+    return int(tokens * (standing + max(moments)))
+
+
+def cache_bytes(text: Any, batch: int, rows: int, width: int) -> int:
+    """Of the keys and values of `rows` tokens in each of B texts; sliding layers keep their window
+    of them alone."""
+    return batch * sum(
+        kv_bytes(text, i, width) * layer_rows(text, i, rows) for i in range(text.num_hidden_layers)
+    )
+
+
+def layer_rows(text: Any, layer: int, rows: int) -> int:
+    """How many of the rows of a text a layer's cache keeps."""
+    slides = text.layer_types[layer] == "sliding_attention"
+    return min(rows, int(text.sliding_window)) if slides else rows
+
+
+def generation_bytes(text: Any, d: DataConfig, width: int, recorded: bool) -> int:
+    """What answering a batch of the longest prompts holds beside the weights: the larger of the
+    prefill and the end.
+
+    `recorded` are the hidden states of all tokens, and all rows of the sliding layer that the head
+    attends to, beside its cache. At the end they are held with the cache, and with the largest of:
+    a layer's keys (a step copies them, with one row more); the logits of a step (of the target, in
+    float32, and as the sampling changes them: 18 bytes each); what is recorded once more, as one
+    tensor.
+    """
+    batch, rows = d.generation_batch_size, d.max_prompt_tokens + d.max_new_tokens - 1
+    kept = kv_bytes(text, source_layers(text)["sliding_attention"], width) * batch * recorded
+    prefill = forward_bytes(text, batch, d.max_prompt_tokens, width, cached=True)
+    cache = cache_bytes(text, batch, rows, width)
+    record = kept * rows + batch * rows * text.hidden_size * width * recorded
+    keys = max(
+        kv_bytes(text, i, width) // 2 * layer_rows(text, i, rows)
+        for i in range(text.num_hidden_layers)
+    )
+    last = cache + record + max(batch * keys, 18 * batch * text.vocab_size, record)
+    return max(prefill + kept * d.max_prompt_tokens, last)
+
+
+def forward_length(d: DataConfig) -> tuple[int, int]:
+    """Texts of a forward of the extraction, and tokens of each, where they are longest."""
+    longest = longest_text(d)
+    return max(1, BATCH_TOKENS // longest), longest
+
+
+def longest_text(d: DataConfig) -> int:
+    """Tokens of the longest conversation, or piece of one."""
+    if d.conversations is None and d.store is None:
+        return min(d.max_tokens, d.max_prompt_tokens + d.max_new_tokens)
+    return d.max_tokens
+
+
+def extraction_bytes(text: Any, d: DataConfig, width: int) -> int:
+    """What one forward of `headstart extract` holds beside the weights, or the logits of some rows:
+    those in float32 of the rows before, and three of the target's dtype."""
+    forward = forward_bytes(text, *forward_length(d), width, cached=False)
+    return max(forward, LOGIT_ROWS * text.vocab_size * (4 + 3 * width))
+
+
+@dataclass(frozen=True)
+class StepShape:
+    """The batch of a step at its largest: conversations of the greatest length."""
+
+    batch: int
+    """B rows of keys and values."""
+    length: int
+    """T."""
+    rounds: list[int]
+    """Drafts of each round, in all B rows."""
+
+    @property
+    def drafts(self) -> int:
+        return sum(self.rounds)
+
+
+def step_shape(c: TrainConfig, d: DataConfig) -> StepShape:
+    """The largest batch that the configuration allows."""
+    longest = longest_text(d)
+    packs = pack([longest] * c.batch_size, c.max_packed_length or longest)
+    batch, members = len(packs), max(map(len, packs))
+    later = c.multi_step_anchors or c.max_anchors
+    each = [c.max_anchors] + [later] * (c.num_speculative_steps - 1)
+    return StepShape(batch, members * longest, [batch * members * anchors for anchors in each])
+
+
+def batch_bytes(source: Any, shape: StepShape, width: int, top_k: int) -> int:
+    """Of a batch: hidden states, keys and values of its texts, the teachers' tokens."""
+    kv = sum(kv_bytes(source, i, width) for i in source_layers(source).values())
+    tokens = shape.batch * shape.length
+    # Also of the anchors that do not go on; ids are int64.
+    teachers = max(shape.rounds) * len(shape.rounds) * top_k * (8 + 4)
+    return int(tokens * (kv + source.hidden_size * width) + teachers)
+
+
+def activation_bytes(head: Any, shape: StepShape, compute: int, checkpointing: bool) -> int:
+    """What the head's forward keeps for its backward pass.
+
+    Of a draft in a layer: four norms over D and one over the queries, each in float32 before and
+    after; what enters the products; gate, activation, up, and their product. Of a round in a layer,
+    where heads share keys, a copy of keys and values for each head. With `checkpointing` the inputs
+    of the layers, and one layer at a time.
+
+    Args:
+        head: the assistant's configuration.
+        compute: bytes of a value that products are computed in.
+    """
+    text, target_width = head.text_config, head.backbone_hidden_size
+    d, mlp = text.hidden_size, text.intermediate_size
+    total = 0
+    for drafts in shape.rounds:
+        layers = []
+        for i in range(text.num_hidden_layers):
+            own = text.per_layer_config[i]
+            queries = text.num_attention_heads * own.head_dim
+            each = d * (32 + 2 * compute) + queries * (8 + 2 * compute) + 4 * mlp * compute
+            copied = 2 * queries * compute * shape.batch * shape.length * copied_keys(text, own)
+            layers.append(drafts * each + copied)
+        kept = drafts * (2 * target_width * compute + d * (8 + compute))
+        if checkpointing:
+            kept += drafts * d * compute * len(layers) + max(layers) // len(shape.rounds)
+        else:
+            kept += sum(layers)
+        total += kept
+    return int(total)
+
+
+def candidate_count(source: Any, c: TrainConfig, shape: StepShape) -> int:
+    """C: the tokens that the sparse objective runs over in a step."""
+    drawn = c.likely_tokens + c.negatives + CANDIDATES_A_DRAFT * shape.drafts
+    return int(min(source.vocab_size, drawn))
+
+
+def objective_bytes(source: Any, c: TrainConfig, shape: StepShape, compute: int, width: int) -> int:
+    """What the losses hold: the candidates' rows of the table, the teacher's logits of them, and
+    those of the drafts that are looked at together, in seven tensors of float32."""
+    if c.vocabulary == "exact":
+        return int(EXACT_ROWS * source.vocab_size * 7 * 4)
+    candidates = candidate_count(source, c, shape)
+    rows = candidates * source.hidden_size * (width + (compute if compute != width else 0))
+    said = shape.drafts * candidates * (4 + width)
+    states = 2 * shape.drafts * source.hidden_size * 4
+    return int(rows + said + states + SPARSE_ROWS * candidates * 7 * 4)
+
+
+@dataclass(frozen=True)
+class HeadSize:
+    """Parameters of a head in training."""
+
+    trained: int
+    frozen: int = 0
+    """Without its table."""
+    table: int = 0
+    """In a table of its own, V x H; 0 where it shares the target's."""
+
+
+def head_step_bytes(
+    config: Config, source: Any, head: Any, size: HeadSize, launch: Launch, width: int
+) -> int:
+    """What training holds beside the target, at the fullest of three moments.
+
+    Held all through it: the batch, and of each trained parameter 4 bytes of weight, 8 of moments
+    and, with `train.ema_decay`, 4 of average; DDP has buckets for gradients, 4 more. Moments:
+    - the losses: weights as autocast copies them, all activations, candidates;
+    - the first gradients: those copies, a gradient of each in the same dtype, all activations;
+    - the optimizer: a gradient of 4 bytes, and as much of square roots of moments.
+
+    FSDP2 divides all of it by the processes, but for weights and gradients as they are gathered,
+    of two values each in the dtype that is computed in (weights and what they came in, or gradients
+    and what they leave in).
+    """
+    c, shape = config.train, step_shape(config.train, config.data)
+    compute = 2 if c.mixed_precision == "bf16" else 4
+    all_parameters = size.trained + size.frozen
+    copies = compute * all_parameters * (compute == 2)
+    gradients = compute * size.trained
+    held = (4 + MOMENTS + 4 * (c.ema_decay is not None)) * size.trained
+    held += 4 * (size.frozen + size.table)
+    kept, optimizer = 0, (4 + 4) * size.trained
+    if launch.fsdp and launch.processes > 1:
+        held, optimizer = held // launch.processes, optimizer // launch.processes
+        copies = gradients = compute * all_parameters
+        kept = 4 * size.trained // launch.processes
+    elif launch.processes > 1:
+        held += 4 * size.trained
+    batch = batch_bytes(source, shape, width, config.data.teacher_top_k)
+    activations = activation_bytes(head, shape, compute, c.activation_checkpointing)
+    losses = copies + activations + objective_bytes(source, c, shape, compute, width)
+    backward = copies + gradients + kept + activations
+    return int(held + batch + max(losses, backward, optimizer))
+
+
+def checkpoint_bytes(config: Config, size: HeadSize, launch: Launch) -> int:
+    """What a checkpoint holds beside the target: weights and moments, and under FSDP2 all of them
+    whole on every GPU, beside its share."""
+    each = 4 + MOMENTS + 4 * (config.train.ema_decay is not None)
+    whole = each * size.trained
+    share = whole // launch.processes if launch.fsdp and launch.processes > 1 else 0
+    return whole + share + 4 * (size.frozen + size.table)
+
+
+def check_bytes(config: Config, source: Any, size: TargetSize, head: HeadSize, table: int) -> int:
+    """What the float32 check at the end of a run holds, on the first GPU alone: target and head,
+    that with a table of its own, and a text of the longest prompt with its answer.
+
+    Args:
+        table: values of the head's table, V x H.
+    """
+    assert config.eval is not None
+    prompt, new = config.data.max_prompt_tokens, config.eval.max_new_tokens
+    weights = 4 * (size.layers + size.rest + head.trained + head.frozen + table)
+    prefill = forward_bytes(source, 1, prompt, 4, cached=True)
+    return int(weights + max(prefill, cache_bytes(source, 1, prompt + new, 4)))
+
+
+def host_bytes(config: Config, size: TargetSize, launch: Launch, width: int) -> int:
+    """Of the machine's own memory, all processes together: each loads the whole target before it
+    goes to its GPU, the first before the others; the check in float32 loads it once."""
+    weights = size.layers + size.rest
+    check = 4 * weights if needs_check(config, width) else 0
+    return max(weights * width * max(launch.processes - 1, 1), check)
+
+
+def needs_check(config: Config, width: int) -> bool:
+    """Whether the run ends with a check in float32, beside the evaluation in the target's dtype."""
+    return config.eval is not None and bool(config.eval.fp32_check_prompts) and width < 4
+
+
+CHECK = "the float32 check"
+"""The phase that is left out where it does not fit."""
+
+
+def needed(found: dict[str, int]) -> int:
+    """What of `peaks` a GPU has to have."""
+    return max(count for phase, count in found.items() if phase != CHECK)
+
+
+@dataclass(frozen=True)
+class RunShapes:
+    """What the memory of a run depends on, beside its settings."""
+
+    text: Any
+    """The target's text configuration."""
+    target: TargetSize
+    head: Any
+    """The assistant's configuration."""
+    size: HeadSize
+
+
+def peaks(config: Config, shapes: RunShapes, launch: Launch) -> Iterator[tuple[str, int]]:
+    """Name of each phase of a run that touches a GPU, and the bytes that it holds at its fullest on
+    each, the target's weights included."""
+    d, text, size = config.data, shapes.text, shapes.size
+    width = 2 if config.target.dtype == "bfloat16" else 4
+    target = held_target(shapes.target, width, launch, config.target.sharded)
+    extracting = extraction_bytes(text, d, width)
+    if d.store is None:
+        if d.conversations is None:
+            generating = generation_bytes(text, d, width, recorded=not d.online)
+            yield "answering", target + generating
+        if d.conversations is not None:
+            yield "extracting", target + extracting
+    step = head_step_bytes(config, text, shapes.head, size, launch, width)
+    yield "training", target + step + extracting * d.online
+    yield "a checkpoint", target + checkpoint_bytes(config, size, launch)
+    if needs_check(config, width):
+        of_head = shapes.head.text_config
+        table = of_head.vocab_size * of_head.hidden_size
+        yield CHECK, check_bytes(config, text, shapes.target, size, table)
