@@ -3,6 +3,7 @@
 import gc
 import json
 import shlex
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from transformers import PreTrainedModel
 from headstart.common.console import hidden_progress, kept_lines, phase, print_once
 from headstart.common.files import write_atomically
 from headstart.common.machine import (
+    deterministic_algorithms,
     environment,
     free_memory,
     is_out_of_memory,
@@ -107,16 +109,21 @@ def train(config: Config, resume: bool = False, schedule: Schedule | None = None
         project_dir=config.output_dir,
     )
     reduce_in_float32(accelerator)
-    if not accelerator.is_main_process:
-        _train(config, resume, accelerator, None)
-        return
-    with run_folder(config.output_dir, "training"):
-        open_run(config, resume, accelerator.num_processes)
-        _train(config, resume, accelerator, schedule)
+    with deterministic_algorithms(config.train.deterministic) as same_bits:
+        if not accelerator.is_main_process:
+            _train(config, resume, accelerator, None, same_bits)
+            return
+        with run_folder(config.output_dir, "training"):
+            open_run(config, resume, accelerator.num_processes)
+            _train(config, resume, accelerator, schedule, same_bits)
 
 
 def _train(
-    config: Config, resume: bool, accelerator: Accelerator, schedule: Schedule | None
+    config: Config,
+    resume: bool,
+    accelerator: Accelerator,
+    schedule: Schedule | None,
+    same_bits: Callable[[], None],
 ) -> None:
     run, seed = config.output_dir, config.seed
     set_seed(seed)
@@ -130,6 +137,7 @@ def _train(
     schedule = schedule or Schedule()
     with schedule.phase(TEXTS):
         training, validation = planned.prepare()
+    same_bits()
     counted = count_steps(config.train, len(usable(training)), accelerator.num_processes)
     config = config.model_copy(update={"train": counted})
     if accelerator.is_main_process:
