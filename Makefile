@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.headstart
-PACKAGES := common configs heads data eval train serve cli
+PACKAGES := common configs heads data eval train serve api cli
 CONFIG ?= configs/quickstart.yaml
 ARGS ?=
 # Releases of transformers that `make test-matrix` tests: the oldest, a middle and the newest one.

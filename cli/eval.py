@@ -16,26 +16,11 @@ HEADS = Argument(
 
 
 def _eval(args: argparse.Namespace) -> None:
-    from headstart.configs.schema import EvalConfig
-    from headstart.eval.asked import asked_by_heads
-    from headstart.eval.report import run_evaluation
-    from headstart.heads.loading import load_target, open_whole
-    from headstart.heads.saving import load_assistant
+    from headstart.eval.report import evaluate_heads
 
-    settings = read_settings(args)
-    chosen = settings.eval or EvalConfig()
-    # Wrong settings are told before the weights are loaded.
-    asked = asked_by_heads(args.head)
-    device = default_device()
-    target = open_whole(settings.target, device)
-    dtype = target.table.dtype
-    heads = {name: load_assistant(name, dtype, device) for name in args.head}
-    name = str(dtype).removeprefix("torch.")
-    models = {one: load_target(one, name, device=device).model for one in chosen.draft_models}
-    run_evaluation(
-        target, heads, chosen, settings.output_dir,
-        resume=args.resume, draft_models=models, asked=asked, together=True,
-    )  # fmt: skip
+    heads = {name: name for name in args.head}
+    config = read_settings(args).of_run()
+    evaluate_heads(heads, config, default_device(), args.resume, together=True)
 
 
 EVAL = Command(
@@ -53,7 +38,7 @@ EVAL = Command(
     settings=(
         "output_dir", "target.name", "target.adapters", "target.*", "eval.prompts",
         "eval.num_assistant_tokens", "eval.decoders", "eval.draft_models", "eval.temperatures",
-        "eval.top_p", "eval.top_k", "eval.max_new_tokens", "eval.limit",
+        "eval.top_p", "eval.top_k", "eval.seeds", "eval.max_new_tokens", "eval.limit",
     ),
     required=("output_dir",),
     flags=("--resume",),

@@ -67,6 +67,7 @@ INSTALL = Command(
 
 def _serve_check(args: argparse.Namespace) -> None:
     from headstart.data.prompts import limit_evenly, load_prompt_set
+    from headstart.eval.recorded import prompt_set
     from headstart.heads.loading import load_served, load_target_config
     from headstart.serve.engine_check import ServeCheck, print_serve_check, serve_check
     from headstart.serve.engines import engine_python
@@ -78,12 +79,14 @@ def _serve_check(args: argparse.Namespace) -> None:
         raise ValueError("serve-check writes the weights for the engine: no target.quantization")
     if len(chosen.num_assistant_tokens) != 1:
         raise ValueError("serve-check drafts with one K: eval.num_assistant_tokens=4")
-    prompts = limit_evenly(load_prompt_set(chosen.prompts), chosen.limit)
+    loaded = load_prompt_set(chosen.prompts)
+    prompts = limit_evenly(loaded, chosen.limit)
     target = load_served(t, default_device())
     config = load_target_config(t.name, t.revision, t.trust_remote_code)
     (tokens,) = chosen.num_assistant_tokens
     check = ServeCheck(args.engine, args.head, tokens, chosen.max_new_tokens, settings.export.dense)
-    print_serve_check(serve_check(target, config, check, prompts, settings.output_dir))
+    recorded = prompt_set(chosen.prompts, loaded)
+    print_serve_check(serve_check(target, config, check, prompts, settings.output_dir, recorded))
 
 
 SERVE_CHECK = Command(
@@ -115,9 +118,8 @@ def _publish(args: argparse.Namespace) -> None:
     if args.plan and "output_dir" not in given:
         raise ValueError("--plan writes the folder and uploads nothing: name it, output_dir=DIR")
     target = settings.target.name if "target.name" in given else None
-    what = Publication(
-        Path(args.run), args.repo_id, settings.publish, target, tuple(settings.target.adapters)
-    )
+    adapters = tuple(settings.target.adapters) or None
+    what = Publication(Path(args.run), args.repo_id, settings.publish, target, adapters)
     with temporary_folder() as temporary:
         out = settings.output_dir if "output_dir" in given else temporary / "folder"
         print_folder(build_folder(what, out), out, what.run)

@@ -17,6 +17,7 @@ from typing import TypeVar
 
 import torch
 from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import parse_flag_from_env, reduce
 from packaging.version import Version
 from torch.distributed.fsdp import FSDPModule
@@ -61,6 +62,23 @@ def wait_for_name(error: BaseException) -> None:
             print(f"headstart: {line}", file=sys.stderr)
             return
         time.sleep(1)
+
+
+@contextmanager
+def launch_kept() -> Iterator[None]:
+    """Within, accelerate knows of no settings that an earlier part of this process gave it, such as
+    the mixed precision of a trainer, which it would hold a second part to; afterwards it knows what
+    it knew before."""
+    states = [state._shared_state for state in (PartialState, AcceleratorState, GradientState)]
+    before = [dict(state) for state in states]
+    AcceleratorState._reset_state()
+    GradientState._reset_state()
+    try:
+        yield
+    finally:
+        for state, was in zip(states, before, strict=True):
+            state.clear()
+            state.update(was)
 
 
 def leave_processes() -> None:

@@ -427,13 +427,16 @@ class EvalConfig(Section):
     to 8."""
     draft_models: list[Place] = []
     """Small models of the target's vocabulary (folder or Hub id) for the decoder `draft-model`."""
-    temperatures: list[float] = [0.0]
-    """Temperatures of the sampling; 0 is greedy. Each is compared with plain decoding of its
-    own."""
+    temperatures: list[float | Literal["model"]] = [0.0]
+    """0 (greedy), above, or `model`: temperature, top-k and top-p of the target's own generation
+    configuration. Each is compared with plain decoding of its own."""
     top_p: float = Field(default=1.0, gt=0, le=1)
-    """Where the temperature is above 0: sample from the likeliest tokens with so much mass."""
+    """At the numbers above 0: sample from the likeliest tokens with so much mass."""
     top_k: PositiveInt | None = None
-    """Where the temperature is above 0: sample from so many likeliest tokens. None: from all."""
+    """At the numbers above 0: sample from so many likeliest tokens. None: from all."""
+    seeds: list[NonNegativeInt] = [0, 1]
+    """Seeds of the sampling. Each prompt is sampled once with each, and a result is over all of
+    them."""
     max_new_tokens: PositiveInt = 64
     """Tokens generated a prompt, or a turn of it."""
     limit: PositiveInt | None = None
@@ -443,13 +446,20 @@ class EvalConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> "EvalConfig":
-        if not self.temperatures or min(self.temperatures) < 0:
-            raise ValueError("temperatures needs one value or more: 0 (greedy), or above")
-        for name in ("temperatures", "decoders", "num_assistant_tokens", "draft_models"):
+        numbers = [t for t in self.temperatures if t != "model"]
+        if not self.temperatures or min(numbers, default=0) < 0:
+            raise ValueError("temperatures needs one value or more: 0 (greedy), above, or model")
+        if not self.seeds:
+            raise ValueError("seeds needs one value or more")
+        for name in ("temperatures", "decoders", "num_assistant_tokens", "draft_models", "seeds"):
             if len(set(getattr(self, name))) < len(getattr(self, name)):
                 raise ValueError(f"{name} names one twice: {getattr(self, name)}")
-        if max(self.temperatures) == 0 and (self.top_k is not None or self.top_p < 1):
-            raise ValueError("top_k and top_p are of sampling: give a temperature above 0 too")
+        if not any(numbers) and (self.top_k is not None or self.top_p < 1):
+            raise ValueError(
+                "top_k and top_p are of sampling: give a temperature above 0 too; model has its own"
+            )
+        if self.temperatures == [0] and self.seeds != [0, 1]:
+            raise ValueError("seeds are of sampling: give a temperature above 0 too, or model")
         if ("draft-model" in self.decoders) != bool(self.draft_models):
             raise ValueError("the decoder draft-model and draft_models go together: give both")
         return self

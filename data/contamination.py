@@ -100,7 +100,7 @@ class _Index:
         self.common: set[Shingle] = set()
         self.telling: list[int] = []
         for prompt in held_out:
-            for turn in _user_turns(prompt):
+            for turn in turn_words(prompt):
                 if shingles := _shingles(turn):
                     for shingle in shingles:
                         self.entries[shingle].append(len(self.ids))
@@ -109,8 +109,7 @@ class _Index:
 
     def look_up(self, prompt: Prompt) -> frozenset[Shingle]:
         """The shingles of a training prompt that an evaluation prompt has too."""
-        turns = _user_turns(prompt)
-        return frozenset(s for turn in turns for s in _shingles(turn) if s in self.entries)
+        return frozenset(s for s in shingles_of(prompt) if s in self.entries)
 
     def drop_common(self, found: dict[str, frozenset[Shingle]]) -> None:
         """Learn from all training prompts which shingles are a template's."""
@@ -140,9 +139,15 @@ class _Index:
         return prompt_id, share
 
 
+def shingles_of(prompt: Prompt) -> frozenset[Shingle]:
+    """Those of what users write in a prompt, in any turn: runs of `WORDS` words, case, form and
+    punctuation aside."""
+    return frozenset(s for turn in turn_words(prompt) for s in _shingles(turn))
+
+
 def _exact(prompt: Prompt, keys: dict[str, str]) -> str | None:
     """Id of the evaluation prompt that equals this one, or one of its turns."""
-    turns = _user_turns(prompt)
+    turns = turn_words(prompt)
     for key in (_key(prompt), *("".join(turn) for turn in turns)):
         if key and key in keys:
             return keys[key]
@@ -151,12 +156,12 @@ def _exact(prompt: Prompt, keys: dict[str, str]) -> str | None:
 
 def _key(prompt: Prompt) -> str:
     """What is equal of duplicates: all words, or the text itself where it has none ("+ - ?")."""
-    words = "".join("".join(turn) for turn in _user_turns(prompt))
+    words = "".join("".join(turn) for turn in turn_words(prompt))
     return words or "".join("".join(map(turn_text, prompt.messages)).split())
 
 
-def _user_turns(prompt: Prompt) -> list[list[str]]:
-    """The words of each user turn."""
+def turn_words(prompt: Prompt) -> list[list[str]]:
+    """The words of each user turn, case and form aside."""
     return [_words(turn_text(turn)) for turn in prompt.messages if turn["role"] == "user"]
 
 

@@ -125,7 +125,8 @@ def print_summary(summary: Summary) -> None:
     console = plain_console(None if sys.stdout.isatty() else 132)
     console.print(_counts(summary), _lengths(summary), sep="")
     for c in summary.examples:
-        heading = f"{c.id}: {c.category}, {len(c.ids):,} {summary.unit}, {c.trained:,} trained"
+        heading = f"{c.id}: {c.category}, {len(c.ids):,} {summary.unit}"
+        heading += f", {c.trained:,} trained" if c.trained else ""
         heading += "" if c.temperature is None else f", temperature {c.temperature:g}"
         heading += f", finish {c.finish_reason}" if c.finish_reason else ""
         pieces = (f"⟦{piece}⟧" if trained else piece for piece, trained in summary.pieces(c))
@@ -140,17 +141,16 @@ def _marked(text: str) -> str:
 
 def _counts(summary: Summary) -> Table:
     table = Table("", "")
-    for name in ("documents", summary.unit, f"trained {summary.unit}", "coverage"):
+    answered = any(summary.lengths["trained"])  # of prompts alone there is nothing to train on
+    names = ["documents", summary.unit]
+    for name in [*names, *([f"trained {summary.unit}", "coverage"] if answered else [])]:
         table.add_column(name, justify="right", no_wrap=True)
     for kind, counts in summary.groups.items():
         largest = sorted(counts.items(), key=lambda item: (-item[1][0], item[0]))
         for i, (name, (documents, length, trained)) in enumerate(largest[:MOST]):
-            numbers = (
-                f"{documents:,}",
-                f"{length:,}",
-                f"{trained:,}",
-                f"{trained / max(length, 1):.1%}",
-            )
+            numbers = [f"{documents:,}", f"{length:,}"]
+            if answered:
+                numbers += [f"{trained:,}", f"{trained / max(length, 1):.1%}"]
             table.add_row("" if i else kind, name, *numbers)
         if len(counts) > MOST:
             table.add_row("", f"… {len(counts) - MOST:,} more")

@@ -3,14 +3,14 @@
 
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from headstart.common.console import one_line, print_once
 from headstart.common.files import cache_dir
-from headstart.configs.schema import Config, DataConfig
+from headstart.configs.schema import Config, DataConfig, SourceConfig
 from headstart.configs.settings import ServerConfig
 from headstart.data.contamination import remove_contaminated
 from headstart.data.conversations import (
@@ -33,7 +33,6 @@ from headstart.data.prompts import (
     encode_usable,
     load_prompt_set,
     load_prompts,
-    split_by_source,
 )
 from headstart.data.regenerate import (
     Job,
@@ -43,12 +42,9 @@ from headstart.data.regenerate import (
     make_jobs,
     regenerate,
 )
-from headstart.data.store import (
-    ActivationStore,
-    Chosen,
-    Documents,
-    describe_store,
-)
+from headstart.data.sources import check_there
+from headstart.data.splits import LeftOut, cluster, hold_out
+from headstart.data.store import ActivationStore, Chosen, Documents, describe_store
 from headstart.data.templates import check_template, encode_conversation, encode_prompts
 from headstart.heads.loading import load_target_tokens, open_target
 from headstart.heads.target import Target
@@ -61,7 +57,7 @@ def prepare_documents(
     target: Target, data: DataConfig, seed: int, held_out: str | None
 ) -> tuple[Documents, Documents]:
     """Training and validation activations; validation text is greedy, of other sources and, as far
-    as the prompts go, other text.
+    as the prompts go, other text and other templates (`hold_out`).
 
     Whatever an earlier call has finished is reused. `seed` decides the choice of prompts, the
     sampling and the held-out sources; `held_out` are the prompts of the later evaluation, of which
@@ -71,7 +67,16 @@ def prepare_documents(
         ValueError: a source is missing, malformed or too small to hold out from, or a folder is
             of another target.
     """
-    return plan_documents(target, data, seed, held_out).prepare()
+    training, validation, _ = plan_documents(target, data, seed, held_out).prepare()
+    return training, validation
+
+
+class Prepared(NamedTuple):
+    """What `prepare_documents` returns, and what is on neither side of the split or on both."""
+
+    training: Documents
+    validation: Documents
+    left_out: LeftOut
 
 
 @dataclass(frozen=True)
@@ -100,42 +105,51 @@ class PlannedDocuments:
     held_out: str | None
     questions: list[Questions]
     """Of training and validation; none where `data` names texts that are there."""
+    sources: Sequence[tuple[SourceConfig, list[Prompt] | None]]
+    """What the training texts answer, and all prompts that were read there (None: not read); none
+    where that is not known of the texts that are there."""
+    left_out: LeftOut | None = None
+    """Of these prompts; None where there are none."""
 
-    def prepare(self) -> tuple[Documents, Documents]:
-        """Training and validation activations, as of `prepare_documents`."""
+    def prepare(self) -> Prepared:
+        """As of `prepare_documents`, and what the split left out."""
         if not self.questions:
             return _prepare_stored(self.target, self.data, self.seed, self.held_out)
+        assert self.left_out is not None, "there are prompts"
         training, validation = (
             _answered(self.target, asked, self.data, self.seed) for asked in self.questions
         )
-        return training, validation
+        return Prepared(training, validation, self.left_out)
 
 
 def plan_documents(
     target: Target, data: DataConfig, seed: int, held_out: str | None
 ) -> PlannedDocuments:
     """Read and deal the prompts of a run; arguments and errors as of `prepare_documents`."""
+    shipped = data.shipped and data.store is None
     data = taken_answers(target, data)
-    planned = PlannedDocuments(target, data, seed, held_out, [])
+    planned = PlannedDocuments(target, data, seed, held_out, [], [])
     if data.store is not None or data.conversations is not None:
-        return planned
-    sources = load_sources(data, held_out, target)
+        return replace(planned, sources=[(s, None) for s in data.prompts] if shipped else [])
+    loaded = [load_prompts(source, data.max_bad_rows) for source in data.prompts]
+    sources = load_sources(data, held_out, target, loaded)
     everything = [prompt for prompts, _ in sources for prompt in prompts]
-    _, validation = split_by_source(everything, data.validation_conversations, seed)
-    held = {prompt.source for prompt in validation}
-    left = [([p for p in prompts if p.source not in held], weight) for prompts, weight in sources]
-    unlike = [(_without_copies(prompts, validation), weight) for prompts, weight in left]
+    split = hold_out(everything, cluster(everything), data.validation_conversations, seed)
+    validation = [everything[i] for i in split.held_out]
+    kept = _without_copies([everything[i] for i in split.training], validation)
+    left = set(map(id, kept))
+    unlike = [([p for p in prompts if id(p) in left], weight) for prompts, weight in sources]
     training = deal_prompts(unlike, data, seed)
     questions = [
         _questions(target, training, data, seed, greedy=False),
         _questions(target, validation, data, seed, greedy=True),
     ]
-    return replace(planned, questions=questions)
+    read = list(zip(data.prompts, loaded, strict=True))
+    left_out = split.tell("prompts", copies=len(split.training) - len(kept))
+    return replace(planned, questions=questions, sources=read, left_out=left_out)
 
 
-def _prepare_stored(
-    target: Target, data: DataConfig, seed: int, held_out: str | None
-) -> tuple[Documents, Documents]:
+def _prepare_stored(target: Target, data: DataConfig, seed: int, held_out: str | None) -> Prepared:
     """From `data.store` or `data.conversations`."""
     data = data.model_copy(update={"chat_template_kwargs": template_variables(data)})
     stored = _open_stored(target, data)
@@ -143,30 +157,32 @@ def _prepare_stored(
     documents = without_contaminated(stored, asked, target, data, held_out)
     asked = [asked[i] for i in documents.which]
     entries = documents.entries
-    greedy = [entry for entry in entries if entry.temperature == 0]
+    greedy = [entry.temperature == 0 for entry in entries]
+    count = data.validation_conversations
     validation: list[Prompt] = []
-    held: list[int] = []
-    if greedy:
-        _, chosen = split_by_source(greedy, data.validation_conversations, seed)
-        sources = {entry.source for entry in chosen}
-        held = [i for i, e in enumerate(entries) if e.source in sources and e.temperature == 0]
-        repeated = [asked[i] for i in held]
+    if any(greedy):
+        split = hold_out(entries, cluster(asked), count, seed, among=greedy)
+        repeated = [asked[i] for i in split.held_out]
     else:
         print_once(
             "No greedy text of this target there to validate on: data.prompts are answered for it"
         )
         prompts = [prompt for group, _ in load_sources(data, held_out) for prompt in group]
-        _, validation = split_by_source(prompts, data.validation_conversations, seed)
-        sources = {prompt.source for prompt in validation}
+        both = [True] * len(prompts) + [False] * len(entries)
+        clusters = cluster([*prompts, *asked])
+        split = hold_out([*prompts, *entries], clusters, count, seed, among=both)
+        validation = [prompts[i] for i in split.held_out]
+        split = split.of_rest(len(prompts))
         repeated = _also_rendered(validation, target, data)
-    kept = [i for i, entry in enumerate(entries) if entry.source not in sources]
-    left = set(map(id, _without_copies([asked[i] for i in kept], repeated)))
-    training = Chosen(documents, [i for i in kept if id(asked[i]) in left])
+    kept = _without_copies([asked[i] for i in split.training], repeated)
+    left = set(map(id, kept))
+    left_out = split.tell("conversations", copies=len(split.training) - len(kept))
+    training = Chosen(documents, [i for i in split.training if id(asked[i]) in left])
     trained_on = _asked_for(training, data, seed)
-    if greedy:
-        return trained_on, Chosen(documents, held)
+    if any(greedy):
+        return Prepared(trained_on, Chosen(documents, split.held_out), left_out)
     questions = _questions(target, validation, data, seed, greedy=True)
-    return trained_on, _answered(target, questions, data, seed)
+    return Prepared(trained_on, _answered(target, questions, data, seed), left_out)
 
 
 def _open_stored(target: Target, data: DataConfig) -> ActivationStore | OnlineActivations:
@@ -220,27 +236,30 @@ def _asked_for(training: Documents, data: DataConfig, seed: int) -> Documents:
 
 
 def load_sources(
-    data: DataConfig, held_out: str | None, tokens: TargetTokens | None = None
+    data: DataConfig,
+    held_out: str | None,
+    tokens: TargetTokens | None = None,
+    loaded: list[list[Prompt]] | None = None,
 ) -> list[tuple[list[Prompt], float | None]]:
-    """The prompts of each source and its weight, without copies of evaluation prompts; prints how
-    many those are.
+    """The prompts of each source (`loaded`, where they are read already) and its weight, without
+    copies of evaluation prompts; prints how many those are.
 
     Raises:
         ValueError: a source is missing or malformed, or a prompt of the evaluation cannot be used
             with the target of `tokens`, which would be noticed only after the training.
     """
-    sources = [(load_prompts(s, data.max_bad_rows), s.weight) for s in data.prompts]
+    loaded = loaded or [load_prompts(source, data.max_bad_rows) for source in data.prompts]
     if held_out is None:
         print_once(NOT_CHECKED)
-        return sources
+        return [(own, source.weight) for own, source in zip(loaded, data.prompts, strict=True)]
     evaluation = load_prompt_set(held_out)
     if tokens is not None:
         encode_prompts(evaluation, tokens.tokenizer, data.chat_template_kwargs)
     cleaned = []
-    for (prompts, weight), source in zip(sources, data.prompts, strict=True):
+    for source, prompts in zip(data.prompts, loaded, strict=True):
         kept, found = remove_contaminated(prompts, evaluation)
         print_once(f"{source.path} against {held_out}: {found.describe()}")
-        cleaned.append((kept, weight))
+        cleaned.append((kept, source.weight))
     return cleaned
 
 
@@ -440,9 +459,11 @@ def run_extract(config: Config, conversations: str, device: Any) -> None:
         ValueError: bad conversations, a folder of another store, or too small a disk.
     """
     d, out = config.data, config.output_dir
-    target = open_target(config.target, device)
     folder = find_answers(conversations)
-    if (folder / MANIFEST).is_file():
+    if not (written := (folder / MANIFEST).is_file()):
+        check_there(conversations)
+    target = open_target(config.target, device)
+    if written:
         variables = template_variables(d.model_copy(update={"conversations": folder}))
         store = extract_folder(target, folder, d, out, variables)
     else:

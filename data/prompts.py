@@ -1,4 +1,4 @@
-"""Prompts: rows recognized, bad ones counted, sources mixed and split, sets kept apart."""
+"""Prompts: rows recognized, bad ones counted, sources mixed, sets kept apart."""
 
 import glob
 import random
@@ -7,10 +7,10 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from headstart.common.console import one_line, print_once
-from headstart.configs.schema import BUILTIN, SourceConfig
+from headstart.configs.schema import BUILTIN, DataConfig, SourceConfig
 from headstart.data.rows import (
     COLUMNS,
     IDS,
@@ -24,7 +24,7 @@ from headstart.data.rows import (
     unused_columns,
     user_turns,
 )
-from headstart.data.sources import HUB_ID, Place, Row, builtin_sets, read_rows
+from headstart.data.sources import HUB_ID, Place, Row, builtin_sets, check_there, read_rows
 
 HOPELESS = 1000
 """Bad rows without a single usable one after which nothing more is read."""
@@ -61,17 +61,7 @@ class Prompt:
         return "\n".join(turn_text(turn) for turn in self.question if "content" in turn)
 
 
-class Sourced(Protocol):
-    """What can be split by source: prompts, and conversations alike."""
-
-    @property
-    def source(self) -> str: ...
-    @property
-    def category(self) -> str: ...
-
-
 T = TypeVar("T")
-S = TypeVar("S", bound=Sourced)
 Reasons = defaultdict[str, list[str]]
 """Why rows cannot be used -> where such rows stand."""
 
@@ -268,45 +258,11 @@ def limit_evenly(prompts: list[Prompt], limit: int | None) -> list[Prompt]:
     by_category: dict[str, list[Prompt]] = {}
     for prompt in prompts:
         by_category.setdefault(prompt.category, []).append(prompt)
-    kept = {id(p) for p in _round_robin(list(by_category.values()))[:limit]}
+    kept = {id(p) for p in round_robin(list(by_category.values()))[:limit]}
     return [p for p in prompts if id(p) in kept]
 
 
-def split_by_source(
-    prompts: list[S], held_out: int, seed: int, key: str = "data.validation_conversations"
-) -> tuple[list[S], list[S]]:
-    """Split into (training, validation) such that no source is in both.
-
-    Whole sources are held out, drawn with `seed` and dealt over the categories; one with more
-    prompts than are still wanted stays in training. `key` is what the user gives the number of
-    prompts to hold out by.
-
-    Raises:
-        ValueError: too few prompts or sources to hold that many out.
-    """
-    groups: dict[str, list[S]] = {}
-    for prompt in prompts:
-        groups.setdefault(prompt.source, []).append(prompt)
-    by_category: dict[str, list[str]] = {}
-    for source in random.Random(seed).sample(sorted(groups), len(groups)):
-        by_category.setdefault(groups[source][0].category, []).append(source)
-    chosen: set[str] = set()
-    missing = held_out
-    for source in _round_robin(list(by_category.values())):
-        if len(groups[source]) <= missing:
-            chosen.add(source)
-            missing -= len(groups[source])
-    if missing or len(chosen) == len(groups):
-        raise ValueError(
-            f"cannot hold out {held_out} validation prompts of {len(prompts)} from "
-            f"{len(groups)} sources: whole sources are held out, so add prompts or sources, or "
-            f"lower {key}"
-        )
-    training = [p for p in prompts if p.source not in chosen]
-    return training, [p for p in prompts if p.source in chosen]
-
-
-def _round_robin(columns: list[list[T]]) -> list[T]:
+def round_robin(columns: list[list[T]]) -> list[T]:
     """The first of each column, then the second of each, and so on."""
     longest = max(map(len, columns), default=0)
     return [column[i] for i in range(longest) for column in columns if i < len(column)]
@@ -434,24 +390,45 @@ def load_prompt_set(name: str) -> list[Prompt]:
         ValueError: there is no such set or source, or it has an unusable row.
     """
     key, given, path = name.partition("=")
+    check_prompt_set(name)
     if key not in SETS:
-        known = name.startswith(BUILTIN) or _is_there(name)
-        if not known and ("/" not in name or not HUB_ID.fullmatch(name)):
-            sets = ", ".join([*SETS, *builtin_sets()])
-            raise ValueError(f"no prompt file {name}, and no prompt set: {sets}")
         return load_prompts(name)
     chosen = SETS[key]
+    source = SourceConfig(**chosen.source | ({"path": path} if given else {}))
     try:
-        if given and not _is_there(path):
-            raise ValueError(f"no prompt file {path}")
-        if not given and "path" not in chosen.source:
-            raise ValueError(f"{key} is not on the Hugging Face Hub")
-        source = SourceConfig(**chosen.source | ({"path": path} if given else {}))
         return load_prompts(source, adapt=lambda row: chosen.adapt({"category": key} | row))
     except ValueError as error:
-        raise ValueError(
-            f"{error}; {key} is published as {chosen.published}: give {key}=PATH"
-        ) from error
+        raise ValueError(_published(key, error)) from error
+
+
+def check_prompt_set(name: str) -> None:
+    """Raise `ValueError` where `load_prompt_set` would find nothing of that name; the Hub is not
+    asked, and nothing is read."""
+    key, given, path = name.partition("=")
+    if key in SETS:
+        if given and not _is_there(path):
+            raise ValueError(_published(key, f"no prompt file {path}"))
+        if not given and "path" not in SETS[key].source:
+            raise ValueError(_published(key, f"{key} is not on the Hugging Face Hub"))
+    elif name.startswith(BUILTIN):
+        check_there(name)
+    elif not _is_there(name) and ("/" not in name or not HUB_ID.fullmatch(name)):
+        sets = ", ".join([*SETS, *builtin_sets()])
+        raise ValueError(f"no prompt file {name}, and no prompt set: {sets}")
+
+
+def check_prompts(data: DataConfig, held_out: str | None) -> None:
+    """Raise `ValueError` where prompts of a run are missing, before its target is loaded; nothing
+    is read."""
+    if data.store is None and (data.conversations is None or data.shipped):
+        for source in data.prompts:
+            check_there(source.path)
+    if held_out is not None:
+        check_prompt_set(held_out)
+
+
+def _published(key: str, fault: object) -> str:
+    return f"{fault}; {key} is published as {SETS[key].published}: give {key}=PATH"
 
 
 def _is_there(path: str) -> bool:

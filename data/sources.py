@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import IO, Any, TextIO
 
 from headstart.common.console import print_once
-from headstart.common.files import cache_dir
+from headstart.common.files import cache_dir, write_atomically
 from headstart.configs.schema import BUILTIN, SourceConfig
 
 Row = dict[str, Any] | str
@@ -78,6 +78,7 @@ def read_rows(source: SourceConfig) -> Iterator[tuple[Place, Row]]:
     Raises:
         ValueError: a source that is missing, of an unknown kind, or that cannot be loaded.
     """
+    check_there(source.path)
     path = Path(source.path)
     if source.path.startswith(BUILTIN):
         yield from _builtin_rows(source.path)
@@ -86,12 +87,21 @@ def read_rows(source: SourceConfig) -> Iterator[tuple[Place, Row]]:
     elif path.exists() or glob.has_magic(source.path):
         for file in _files(path):
             yield from _file_rows(file)
-    elif is_hub_dataset(source.path):
-        yield from _hub_rows(source)
     else:
-        name = builtin_name(source.path)
-        hint = "" if name == source.path else f": {name} comes with Headstart"
-        raise ValueError(f"no prompt file {source.path}{hint}")
+        yield from _hub_rows(source)
+
+
+def check_there(path: str) -> None:
+    """Raise `ValueError` where a source's path is that of nothing here and cannot be a dataset's
+    id; the Hub is not asked, and no row is read."""
+    if path.startswith(BUILTIN):
+        builtin_files(path)
+    elif not (Path(path).exists() or glob.glob(path, recursive=True) or is_hub_dataset(path)):
+        name = builtin_name(path)
+        hint = "" if name == path else f": {name} comes with Headstart"
+        if glob.has_magic(path):
+            hint = f": nothing there that ends in {', '.join(FILES)}"
+        raise ValueError(f"no prompt file {path}{hint}")
 
 
 def builtin_sets() -> list[str]:
@@ -115,12 +125,16 @@ def _shipped_prompts() -> Any:
     return resources.files("headstart.data") / "prompts"
 
 
-def _builtin_rows(name: str) -> Iterator[tuple[Place, Row]]:
+def builtin_files(name: str) -> list[Any]:
+    """The files of the built-in prompts of a name, or pattern; `ValueError`: there are none."""
     chosen = fnmatch.filter(builtin_sets(), name)
     if not chosen:
         raise ValueError(f"no built-in prompts {name}: there are {', '.join(builtin_sets())}")
-    for one in chosen:
-        file = _shipped_prompts() / f"{one.removeprefix(BUILTIN)}.jsonl"
+    return [_shipped_prompts() / f"{one.removeprefix(BUILTIN)}.jsonl" for one in chosen]
+
+
+def _builtin_rows(name: str) -> Iterator[tuple[Place, Row]]:
+    for file in builtin_files(name):
         with resources.as_file(file) as path:
             yield from _file_rows(path)
 
@@ -357,6 +371,28 @@ def _without_nulls(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _without_nulls(v) for key, v in value.items() if v is not None}
     return [_without_nulls(v) for v in value] if isinstance(value, list) else value
+
+
+def write_rows(rows: Iterable[dict[str, Any]], path: Path) -> None:
+    """Write rows that are in memory as JSON lines, of which `read_rows` makes the same rows.
+
+    Raises:
+        ValueError: there is none, a value is not one of JSON, or the file holds other rows.
+    """
+    lines = []
+    for number, row in enumerate(rows):
+        try:
+            lines.append(json.dumps(_filled(row), ensure_ascii=False) + "\n")
+        except TypeError as error:
+            fix = "leave its column out (remove_columns)"
+            raise ValueError(f"row {number} cannot be written as JSON ({error}): {fix}") from error
+    if not lines:
+        raise ValueError("the data has no rows: give prompts, a column `messages` or `prompt`")
+    text = "".join(lines)
+    if path.is_file() and path.read_text(encoding="utf-8") != text:
+        raise ValueError(f"{path} holds other rows: name another folder, output_dir=DIR")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, text)
 
 
 HEAD = 4096  # bytes that are looked at

@@ -22,8 +22,8 @@ from headstart.configs.recipes import recipe_names
 
 OF_ROOT = ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")
 CODE = (
-    "common", "configs", "heads", "data", "eval", "train", "serve", "cli", "examples", "tests",
-    "docs",
+    "common", "configs", "heads", "data", "eval", "train", "serve", "api", "cli", "examples",
+    "tests", "docs",
 )  # fmt: skip
 """Folders whose files may name a page."""
 FENCE = re.compile(r"^( *)```(\w*)[^\n]*\n(.*?)^\1```$", re.DOTALL | re.MULTILINE)

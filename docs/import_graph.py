@@ -11,7 +11,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDERS = ("common", "configs", "heads", "data", "eval", "train", "serve", "cli")
+FOLDERS = ("common", "configs", "heads", "data", "eval", "train", "serve", "api", "cli")
 
 Graph = dict[str, list[str]]
 """Module, as `heads/target` -> the modules that it imports, sorted: sets of text have no order that

@@ -1,10 +1,12 @@
 """Tables of what was decoded: acceptance, speedups, what drafts cost, engines, one GPU."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 from docs.tables import Results, interval, length, made_of, rows_of
-from headstart.eval.compare import compare
+from headstart.eval import statistics
+from headstart.eval.compare import MEASURES, compare
+from headstart.eval.statistics import resampled, sampling_name
 
 NAMES = {
     "transformers": "stock (`transformers`)",
@@ -16,32 +18,45 @@ NAMES = {
 """Decoder -> what a table calls it."""
 
 
+def name_of(r: dict[str, Any]) -> str:
+    """The decoder of a result, and of a sampled one how."""
+    return NAMES[r["decoder"]] + (f", sampled: {sampling_name(r)}" if r["temperature"] else "")
+
+
 def speedup(r: dict[str, Any]) -> str:
     return interval(r["speedup"], r["speedup_interval"])
 
 
 def difference(before: Any, after: Any, decoders: tuple[str, str]) -> str:
-    """Of the acceptance lengths of two decoders, texts paired, as `headstart compare` has it."""
-    changes = compare(before, after, decoders)
+    """Of the greedy acceptance lengths of two decoders, texts paired, as `headstart compare` has
+    it."""
+    greedy = [report | {"results": whole(report)} for report in (before, after)]
+    changes = compare(greedy[0], greedy[1], decoders)
     found = next(c for c in changes if (c.category, c.measure) == ("all", "acceptance length"))
     return interval(found.after - found.before, found.interval, "+.3f")
 
 
 def equal(r: dict[str, Any]) -> str:
+    """Of greedy texts; sampled ones need not be."""
+    if r["equal_to_plain"] is None:
+        return ""
     return "all" if r["equal_to_plain"] else f"{1 - r['diverged_share']:.0%}"
 
 
-def whole(report: dict[str, Any], category: str = "all") -> list[dict[str, Any]]:
-    """The results of a report over all texts of a category, those that loop too."""
-    chosen = (r for r in report["results"] if r["category"] == category)
-    return [r for r in chosen if r["looping_texts"] == "with"]
+def whole(
+    report: dict[str, Any], category: str = "all", sampled: bool = False
+) -> list[dict[str, Any]]:
+    """The greedy, or the sampled, results of a report over all texts of a category, those that loop
+    too."""
+    chosen = (r for r in report["results"] if bool(r["temperature"]) == sampled)
+    return [r for r in chosen if r["category"] == category and r["looping_texts"] == "with"]
 
 
 def _with_and_without_loops(report: dict[str, Any]) -> Iterator[tuple[dict[str, Any], list[str]]]:
     for r in report["results"]:
         if r["category"] == "all":
             group = {"with": "all", "without": "no loops"}[r["looping_texts"]]
-            yield r, [NAMES[r["decoder"]], str(r["num_assistant_tokens"]), group, str(r["prompts"])]
+            yield r, [name_of(r), str(r["num_assistant_tokens"]), group, str(r["prompts"])]
 
 
 DECODERS = (
@@ -59,7 +74,7 @@ def decoder_table(report: dict[str, Any]) -> str:
 
 
 def category_table(report: dict[str, Any], lengths: Sequence[str]) -> str:
-    """Acceptance length of some decoders and speedup of all, by category."""
+    """Acceptance length of some decoders and speedup of all, by category; greedy."""
     shown = [r["decoder"] for r in whole(report)]
     header = ["category", *(f"length, `{d}`" for d in lengths), *(f"speedup, `{d}`" for d in shown)]
     rows = []
@@ -72,18 +87,68 @@ def category_table(report: dict[str, Any], lengths: Sequence[str]) -> str:
 
 @made_of("eval-64")
 def headline(found: Results) -> str:
-    """Five rows: what a README shows."""
+    """What a README shows: five greedy rows, and below them, where there are any, the sampled ones,
+    which have a plain decoding of their own."""
     results = {r["decoder"]: r for r in whole(found["eval-64"])}
-    plain = results["lookup"]["baseline_tokens_per_second"]
-    rows = [["plain decoding", "1", f"{plain:.0f}", "1"]]
-    for decoder in ("lookup", "transformers", "exact", "hybrid"):
-        r = results[decoder]
-        rows.append([
-            f"{NAMES[decoder]}, K = {r['num_assistant_tokens']}", length(r),
-            f"{r['tokens_per_second']:.0f}", speedup(r),
-        ])  # fmt: skip
+    drawn = whole(found["eval-64"], sampled=True)
+    shown = [results[decoder] for decoder in ("lookup", "transformers", "exact", "hybrid")]
+    rows: list[list[str]] = []
+    for way in dict.fromkeys(sampling_name(r) for r in [*shown, *drawn]):
+        own = [r for r in [*shown, *drawn] if sampling_name(r) == way]
+        plain = f"plain decoding, sampled: {way}" if own[0]["temperature"] else "plain decoding"
+        rows.append([plain, "1", f"{own[0]['baseline_tokens_per_second']:.0f}", "1"])
+        rows += [
+            [f"{name_of(r)}, K = {r['num_assistant_tokens']}", length(r),
+             f"{r['tokens_per_second']:.0f}", speedup(r)] for r in own
+        ]  # fmt: skip
     header = "decoder | acceptance length (95%) | tokens per second | speedup (95%)"
     return rows_of(header, rows)
+
+
+@made_of("overlap")
+def overlap(found: Results) -> str:
+    """Evaluation prompts that one training prompt holds large parts of, counted."""
+    found = found["overlap"]
+    rows = [
+        [f"`{row['evaluation']}`" if "evaluation" in row else "the reference head's",
+         ", ".join(f"`{name}`" for name in row["training"]), row["prompts"], row["from_70"],
+         row["from_30_to_70"]]
+        for row in [*found["sets"], found["report"]]
+    ]  # fmt: skip
+    header = "evaluation prompts | training prompts | number | sharing 70% and more | 30% to 70%"
+    return rows_of(header, rows)
+
+
+def measured(report: dict[str, Any], r: dict[str, Any], ids: Collection[str]) -> dict[str, Any]:
+    """What `length` and `speedup` read, of some prompts of a result."""
+    rows = [dict(zip(report["per_text_columns"], row, strict=True)) for row in r["per_text"]]
+    rows = [row for row in rows if row["id"] in ids]
+    names = [row["id"] for row in rows]
+    columns = ("rounds", "accepted", "tokens", "seconds", "plain_tokens", "plain_seconds")
+    sums = {column: resampled(names, [row[column] for row in rows]) for column in columns}
+    found: dict[str, Any] = {}
+    for key, name in (("acceptance_length", "acceptance length"), ("speedup", "speedup")):
+        values = MEASURES[name](sums)
+        found |= {key: float(values[0]), f"{key}_interval": statistics.interval(values)}
+    return found
+
+
+@made_of("eval-64", "overlap")
+def headline_overlap(found: Results) -> str:
+    """The headline's rows over all prompts, and over those that no training prompt is like."""
+    report, shares = found["eval-64"], found["overlap"]["report"]["shares"]
+    results = {r["decoder"]: r for r in whole(report)}
+    rows = []
+    for below, told in ((2.0, "all"), (0.7, "below 70%"), (0.3, "below 30%")):
+        ids = [name for name, share in shares.items() if share < below]
+        rows.append(["plain decoding", told, len(ids), "1", "1"])
+        for decoder in ("lookup", "transformers", "exact", "hybrid"):
+            r = results[decoder]
+            own = measured(report, r, ids)
+            name = f"{NAMES[decoder]}, K = {r['num_assistant_tokens']}"
+            rows.append([name, told, len(ids), length(own), speedup(own)])
+    header = "decoder | share of a training prompt | prompts | acceptance length (95%) | "
+    return rows_of(f"{header}speedup (95%)", rows)
 
 
 @made_of("eval-64")
@@ -137,8 +202,8 @@ def quickstart_phases(found: Results) -> str:
 @made_of("eval-t1")
 def eval_t1(found: Results) -> str:
     return rows_of("decoder | K | prompts | acceptance length (95%) | speedup (95%)", [
-        [NAMES[r["decoder"]], r["num_assistant_tokens"], r["prompts"], length(r), speedup(r)]
-        for r in whole(found["eval-t1"])
+        [name_of(r), r["num_assistant_tokens"], r["prompts"], length(r), speedup(r)]
+        for r in whole(found["eval-t1"], sampled=True)
     ])  # fmt: skip
 
 

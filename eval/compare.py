@@ -12,6 +12,7 @@ from rich.table import Table
 
 from headstart.common.console import one_line, wide_console
 from headstart.eval.page import SCHEMA, decoder_name
+from headstart.eval.recorded import describe_set, recorded_set
 from headstart.eval.statistics import OWN_LENGTH, interval, resampled
 
 ENOUGH = 5  # texts, below which prompts drawn with replacement tell nothing of others
@@ -79,8 +80,8 @@ def compare(
 ) -> list[Change]:
     """What changed from one report to another, or in the same one, for each variant that both have.
 
-    Sides are the same by decoder, K and temperature; by their head's name too, unless each report
-    has one head.
+    Sides are the same by decoder, K and sampling (temperature, top-k, top-p): a greedy one is never
+    laid beside a sampled one. By their head's name too, unless each report has one head.
 
     Args:
         before, after: of a report.json.
@@ -105,7 +106,9 @@ def compare(
             if all(few):
                 changes += _changes(variant, category, few[0], few[1], bool(shared))
     if not changes:
-        raise ValueError("the reports have no variant (decoder, K, temperature, head) in common")
+        raise ValueError(
+            "the reports have no variant (decoder, K, temperature, top-k, top-p, head) in common"
+        )
     return changes
 
 
@@ -116,21 +119,32 @@ def _pairs(
     one_head = all(len({r["head"] for r in results} - {None}) <= 1 for results in whole)
     for result, other in product(*whole):
         if decoders is None:
-            same = ["decoder", "num_assistant_tokens", "temperature"]
+            same = ["decoder", "num_assistant_tokens"]
         elif (result["decoder"], other["decoder"]) == decoders:
             own = any(name in OWN_LENGTH for name in decoders)
-            same = ["temperature"] if own else ["num_assistant_tokens", "temperature"]
+            same = [] if own else ["num_assistant_tokens"]
         else:
             continue
         same += [] if one_head or None in (result["head"], other["head"]) else ["head"]
-        if all(result[name] == other[name] for name in same):
+        alike = _sampling(before, result) == _sampling(after, other)
+        if alike and all(result[name] == other[name] for name in same):
             yield result, other
 
 
-def _table(content: dict[str, Any], result: dict[str, Any]) -> dict[tuple[str, int], Any]:
-    """(prompt id, turn) -> its row of `per_text` by column."""
+def _sampling(content: dict[str, Any], result: dict[str, Any]) -> tuple[Any, ...] | None:
+    """Temperature, top-k and top-p; None: greedy."""
+    if not result["temperature"]:
+        return None
+    # Reports of before have the last two among their settings.
+    where = result if "top_k" in result else content["environment"]
+    return result["temperature"], where["top_k"], where["top_p"]
+
+
+def _table(content: dict[str, Any], result: dict[str, Any]) -> dict[tuple[str, int, int], Any]:
+    """(prompt id, turn, seed) -> its row of `per_text` by column."""
     rows = [dict(zip(content["per_text_columns"], row, strict=True)) for row in result["per_text"]]
-    return {(row["id"], row["turn"]): row for row in rows}
+    # Greedy rows have no seed; reports of before sampled with one, and have no column of seeds.
+    return {(row["id"], row["turn"], row.get("seed") or 0): row for row in rows}
 
 
 def _changes(
@@ -153,16 +167,22 @@ def _changes(
 def _sums(rows: list[Any], seed: int) -> dict[str, np.ndarray]:
     """Sums of each column over the rows' prompts, and over prompts drawn with replacement."""
     ids = [row["id"] for row in rows]
-    numbers = [c for c, value in rows[0].items() if isinstance(value, int | float) and c != "turn"]
-    columns = [c for c in numbers if all(row[c] is not None for row in rows)]
+    names = ("id", "turn", "seed", "category")
+    # Where nothing was timed, rows have no seconds.
+    columns = [c for c in rows[0] if c not in names and all(row[c] is not None for row in rows)]
     return {c: resampled(ids, [row[c] for row in rows], seed) for c in columns}
 
 
 def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
-    """What else is not the same in the two reports: settings, machine, versions."""
+    """What else is not the same in the two reports: prompts, settings, machine, versions."""
     pair = before["environment"], after["environment"]
-    keys = [key for key in pair[0] if key in pair[1] and not key.startswith("peak")]
-    return [f"{k}: {pair[0][k]} -> {pair[1][k]}" for k in keys if pair[0][k] != pair[1][k]]
+    sets = [recorded_set(env) for env in pair]
+    known = all(one["sha256"] for one in sets)  # else their names have to do
+    lines = []
+    if len({one["sha256" if known else "name"] for one in sets}) > 1:
+        lines.append(f"prompts: {describe_set(sets[0])} -> {describe_set(sets[1])}")
+    keys = [k for k in pair[0] if k in pair[1] and not k.startswith(("peak", "prompts", "prompt_"))]
+    return lines + [f"{k}: {pair[0][k]} -> {pair[1][k]}" for k in keys if pair[0][k] != pair[1][k]]
 
 
 def print_changes(

@@ -18,7 +18,7 @@ from headstart.common.files import write_atomically
 from headstart.common.machine import environment
 from headstart.configs.schema import EvalConfig
 from headstart.data.conversations import stable_hash
-from headstart.data.prompts import limit_evenly, load_prompt_set
+from headstart.data.prompts import Prompt, limit_evenly, load_prompt_set
 from headstart.eval.decoding import Decoded, decode
 from headstart.eval.draft_cost import (
     COST_CONTEXT,
@@ -28,6 +28,7 @@ from headstart.eval.draft_cost import (
     measure_costs,
 )
 from headstart.eval.measurements import Asked, Text
+from headstart.eval.recorded import prompt_set
 from headstart.eval.report import summarize
 from headstart.heads.target import Target
 
@@ -55,20 +56,22 @@ def first_figures(
     Raises:
         ValueError: the prompts cannot be read.
     """
+    loaded = load_prompt_set(chosen.prompts)
     settings = {
         "target_fingerprint": target.fingerprint,
         "head": stable_hash(assistant.config.to_json_string()),
         "dtype": str(target.table.dtype).removeprefix("torch."),
         "chat_template_kwargs": asked.chat_template_kwargs,
         "context": COST_CONTEXT,
+        "prompt_set": prompt_set(chosen.prompts, loaded),
         **chosen.model_dump(
-            mode="json", include={"prompts", "num_assistant_tokens", "max_new_tokens", "limit"}
+            mode="json", include={"num_assistant_tokens", "max_new_tokens", "limit"}
         ),
     }
     if (there := _read(out / NAME)).get("settings") == settings:
         return there
     ks = chosen.num_assistant_tokens or [MAX_DRAFT_TOKENS]  # decoders may choose K themselves
-    looked_up = summarize(_texts(target, chosen, max(ks), asked), max(ks), None)
+    looked_up = summarize(_texts(target, loaded, chosen, max(ks), asked), max(ks), None)
     costs = measure_costs(target, assistant, longest_draft(chosen), BUDGET)
     kept = (
         "acceptance_length", "acceptance_length_interval", "speedup", "speedup_interval", "texts",
@@ -90,9 +93,11 @@ def first_figures(
     return _read(out / NAME)
 
 
-def _texts(target: Target, chosen: EvalConfig, k: int, asked: Asked) -> list[Text]:
+def _texts(
+    target: Target, loaded: list[Prompt], chosen: EvalConfig, k: int, asked: Asked
+) -> list[Text]:
     """Some prompts decoded plainly and by prompt lookup, as many as there is time for."""
-    prompts = limit_evenly(load_prompt_set(chosen.prompts), min(PROMPTS, chosen.limit or PROMPTS))
+    prompts = limit_evenly(loaded, min(PROMPTS, chosen.limit or PROMPTS))
     encoded = [asked.encode(prompt, target.tokenizer) for prompt in prompts]
     decode(target, encoded[0], WARM_UP_TOKENS, num_assistant_tokens=k)
     texts, began = list[Text](), time.perf_counter()
@@ -104,7 +109,7 @@ def _texts(target: Target, chosen: EvalConfig, k: int, asked: Asked) -> list[Tex
         done = {way: _decode(target, ids, chosen, way) for way in ways}
         plain, drafted = done[None], done[k]
         texts.append(
-            Text(prompt.id, 0, prompt.category, len(ids), plain, drafted, None, None, greedy=True)
+            Text(prompt.id, 0, prompt.category, len(ids), plain, drafted, None, None, seed=None)
         )
     return texts
 

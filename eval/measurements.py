@@ -18,7 +18,6 @@ from headstart.common.processes import has_own_device, is_mine
 from headstart.data.prompts import Prompt
 from headstart.data.templates import encode_prompt
 from headstart.eval.decoding import (
-    GREEDY,
     Decoded,
     DecoderVariant,
     Divergence,
@@ -47,7 +46,8 @@ class Asked:
 
 
 WARM_UP_TOKENS = 16
-VERSION = 4  # of the file; it rises when a field changes
+VERSION = 5  # of the file; it rises when a field changes
+SEEDS_APART = 1_000_003  # as of train/step.py: prompts of two seeds draw apart
 AGAIN_EVERY = 4  # plain decoding is measured twice on each fourth prompt: the noise
 
 
@@ -67,7 +67,8 @@ class Text:
     """Where greedy texts diverge: what the target thinks there."""
     again_seconds: float | None
     """Wall time of a second plain decoding, where there was one."""
-    greedy: bool
+    seed: int | None
+    """Of the sampling of both; None: greedy."""
 
     @property
     def loops(self) -> bool:
@@ -77,7 +78,9 @@ class Text:
     @property
     def diverged_at(self) -> int | None:
         """Index of the first token that differs from plain greedy decoding; None: equal."""
-        return divergence(self.plain.tokens, self.assisted.tokens) if self.greedy else None
+        if self.seed is not None:
+            return None
+        return divergence(self.plain.tokens, self.assisted.tokens)
 
 
 class Measurements:
@@ -147,7 +150,7 @@ class Measurements:
             file.write(json.dumps(line) + "\n")
 
     def texts(self, variant: DecoderVariant, temperature: float) -> list[Text]:
-        """What a variant made of all prompts at a temperature."""
+        """What a variant made of all prompts at a temperature, with every seed."""
         found = []
         for line in self.lines:
             for turn in line["turns"]:
@@ -160,7 +163,7 @@ class Measurements:
                     prompt_len=turn["prompt_len"], plain=Decoded(**turn["plain"]),
                     assisted=Decoded(**one["decoded"]),
                     divergence=None if why is None else Divergence(**why),
-                    again_seconds=turn["again_seconds"], greedy=temperature == 0,
+                    again_seconds=turn["again_seconds"], seed=turn["seed"],
                 ))  # fmt: skip
         return found
 
@@ -233,14 +236,16 @@ def measure_prompts(
     target: Target,
     prompts: Sequence[Prompt],
     variants: Mapping[Sampling, Sequence[DecoderVariant]],
+    seeds: Sequence[int],
     max_new_tokens: int,
     kept: Measurements,
     asked: Asked,
     together: bool = False,
 ) -> None:
     """Decode every prompt plainly and by each variant, in an order drawn anew for each text, after
-    a warm-up that is thrown away. The prompts come in a drawn order too, and where the processes of
-    the launch work `together` they are dealt over them round robin.
+    a warm-up that is thrown away; where the target samples, once with each seed. The prompts come
+    in a drawn order too, and where the processes of the launch work `together` they are dealt over
+    them round robin.
 
     Each turn of a conversation is given its whole text, with plain decoding's own answers, so that
     all variants answer the same question.
@@ -253,13 +258,16 @@ def measure_prompts(
         todo, before = [place for n, place in enumerate(todo) if is_mine(n)], 0
     if todo:
         warm = asked.encode(prompts[todo[0]], target.tokenizer)
-        for variant in counted([None, *next(iter(variants.values()))], "Warming up"):
-            _decode(variant, target, warm, min(max_new_tokens, WARM_UP_TOKENS), GREEDY, 0)
+        short = min(max_new_tokens, WARM_UP_TOKENS)
+        pairs = [(sampling, v) for sampling, own in variants.items() for v in (None, *own)]
+        for sampling, variant in counted(pairs, "Warming up"):
+            _decode(variant, target, warm, short, sampling, 0)
     for place in counted(todo, f"Decoding ({dtype})", done=before):
         prompt, turns = prompts[place], list[dict[str, Any]]()
         for sampling, own in variants.items():
-            measure = partial(_measure_turn, target, own, sampling, place, max_new_tokens)
-            turns += _converse(target, prompt, asked, measure)
+            for seed in seeds if sampling.temperature else [None]:
+                measure = partial(_measure_turn, target, own, sampling, seed, place, max_new_tokens)
+                turns += _converse(target, prompt, asked, measure)
         kept.add({"id": prompt.id, "category": prompt.category, **alone, "turns": turns})
 
 
@@ -286,27 +294,30 @@ def _measure_turn(
     target: Target,
     variants: Sequence[DecoderVariant],
     sampling: Sampling,
+    seed: int | None,
     place: int,
     max_new_tokens: int,
     ids: list[int],
 ) -> dict[str, Any]:
     again = place % AGAIN_EVERY == 0
     order: list[DecoderVariant | None] = [None, *variants, *([None] if again else [])]
-    random.Random(f"{sampling} {place} {len(ids)}").shuffle(order)
+    random.Random(f"{sampling} {seed} {place} {len(ids)}").shuffle(order)
+    draws = (seed or 0) * SEEDS_APART + place
     texts = [
-        (variant, _decode(variant, target, ids, max_new_tokens, sampling, place))
+        (variant, _decode(variant, target, ids, max_new_tokens, sampling, draws))
         for variant in order
     ]
     plain, *repeated = [decoded for variant, decoded in texts if variant is None]
     found = []
     for variant in variants:
         decoded, why = next(decoded for other, decoded in texts if other is variant), None
-        if not sampling.temperature:
+        if seed is None:
             why = explain_divergence(target, ids, plain.tokens, decoded.tokens)
         diverged = None if why is None else asdict(why)
         found.append({"variant": variant.key, "decoded": asdict(decoded), "divergence": diverged})
     return {
         "temperature": sampling.temperature,
+        "seed": seed,
         "prompt_len": len(ids),
         "plain": asdict(plain),
         "again_seconds": repeated[0].seconds if repeated else None,

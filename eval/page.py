@@ -17,6 +17,8 @@ from headstart.common.console import in_markdown, markdown_row, one_line, plain_
 from headstart.common.files import write_atomically
 from headstart.common.machine import machine_name
 from headstart.eval.plots import INK, STYLE, figures, group_name
+from headstart.eval.recorded import describe_set, recorded_set
+from headstart.eval.statistics import sampling_name
 
 COLUMNS = [
     "decoder", "K", "category", "texts", "acceptance length (95%)", "a_1 .. a_4", "speedup (95%)",
@@ -68,6 +70,11 @@ def title(content: dict[str, Any]) -> str:
     )
 
 
+def prompts_line(content: dict[str, Any]) -> str:
+    """Which prompts were asked."""
+    return f"Prompts: {describe_set(recorded_set(content['environment']))}"
+
+
 def by_head(content: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
     """The results of each head; those that need none come under their decoder's name."""
     found: dict[str, list[dict[str, Any]]] = {}
@@ -78,7 +85,7 @@ def by_head(content: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
 
 def report_warnings(content: dict[str, Any]) -> list[str]:
     """What it takes to read the tables, a sentence or two each."""
-    lines = [content["verdict"]]
+    lines = [content["verdict"], *_sampled(content)]
     if (noise := content["noise"]) is not None:
         low, high = noise["speedup_interval"]
         lines.append(
@@ -132,9 +139,24 @@ def print_report(content: dict[str, Any], console: Console | None = None) -> Non
                 table.add_row(*(row[column] for column in names))
         console.print(one_line(name))
         console.print(table)
-    console.print(one_line(content["verdict"]))
+    for line in (content["verdict"], *_sampled(content)):
+        console.print(one_line(line))
     if (line := _divergence(content)) is not None and FAULT in line:
         console.print(line)
+
+
+def _sampled(content: dict[str, Any]) -> list[str]:
+    """What sampled rows are, a sentence or two for each way to sample."""
+    ways = {sampling_name(r): r for r in content["results"] if r["temperature"]}
+    lines = []
+    for way, result in ways.items():
+        if seeds := result.get("seeds"):  # reports of before do not say
+            way += f", seeds {', '.join(map(str, seeds))}"
+        lines.append(
+            f"Rows with T={result['temperature']:g} are sampled, at {way}, and compared with plain "
+            "decoding that samples alike. Intervals are over prompts, each with all of its texts."
+        )
+    return lines
 
 
 FAULT = "a fault."  # ends what is said of texts that diverge for no reason
@@ -157,6 +179,7 @@ def _divergence(content: dict[str, Any]) -> str | None:
 def markdown(content: dict[str, Any]) -> str:
     """report.md: the same tables."""
     lines = ["# Evaluation", "", in_markdown(title(content)) + ".", ""]
+    lines += [in_markdown(prompts_line(content)) + ".", ""]
     for line in report_warnings(content):
         lines += [in_markdown(line), ""]
     for name, found in by_head(content).items():
@@ -179,9 +202,11 @@ def page(content: dict[str, Any]) -> str:
         warm = f" at temperature {temperature:g}" if temperature or len(temperatures) > 1 else ""
         drawn = figures(content, temperature)
         drawings[f"Figures{warm}"] = {name: _svg(f, f"{name}{i}") for name, f in drawn.items()}
+    asked = describe_set(recorded_set(content["environment"]))
     return template.render(
-        environment=content["environment"],
+        environment=content["environment"] | {"prompt_set": asked},
         title=title(content),
+        prompts_line=prompts_line(content),
         report_warnings=report_warnings(content),
         drawings=drawings,
         columns=COLUMNS,

@@ -302,7 +302,7 @@ def run_estimate(
                 compared = beside if category == "all" and beside is not replayed else None
                 found.append(result | _result(texts, compared))
     where = {
-        "target": target.name, "store": str(store), "texts": len(replayed),
+        "target": target.name, "store": store.resolve().name, "texts": len(replayed),
         "draft_position_offset": position,
     }  # fmt: skip
     content = {

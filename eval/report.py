@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from accelerate import PartialState
 from transformers import PreTrainedModel
 
@@ -17,11 +18,12 @@ from headstart.common.files import lock_folder
 from headstart.common.machine import environment
 from headstart.common.processes import processes_in
 from headstart.common.versions import skips_prefill
-from headstart.configs.schema import EvalConfig
-from headstart.data.prompts import Prompt, limit_evenly, load_prompt_set
+from headstart.configs.schema import Config, EvalConfig
+from headstart.data.prompts import Prompt, check_prompt_set, limit_evenly, load_prompt_set
 from headstart.data.templates import check_template, encode_prompts
 from headstart.eval.acceptance import AcceptanceCounts, zero_counts
-from headstart.eval.decoding import Decoded, DecoderVariant, make_variants
+from headstart.eval.asked import asked_by_heads
+from headstart.eval.decoding import GREEDY, Decoded, DecoderVariant, make_variants
 from headstart.eval.draft_cost import Costs, longest_draft, measure_costs
 from headstart.eval.measurements import (
     Asked,
@@ -31,15 +33,19 @@ from headstart.eval.measurements import (
     measure_prompts,
 )
 from headstart.eval.page import SCHEMA, print_report, write_report
+from headstart.eval.recorded import prompt_set
 from headstart.eval.statistics import (
     NO_HEAD,
     POSITIONS,
     interval,
     merit,
     resampled,
+    sampling_name,
     verdict,
 )
 from headstart.heads.assistant import check_pair, other_target
+from headstart.heads.loading import load_served, load_target, open_whole
+from headstart.heads.saving import load_assistant
 from headstart.heads.target import Target, model_fingerprint
 from headstart.heads.tokens import Sampling
 
@@ -53,7 +59,7 @@ SPEEDS = [
 ]  # fmt: skip
 """Fields of a result that are null where nothing was timed."""
 PER_TEXT = [
-    "id", "turn", "category", "prompt_tokens", "plain_seconds", "plain_tokens", "seconds",
+    "id", "turn", "seed", "category", "prompt_tokens", "plain_seconds", "plain_tokens", "seconds",
     "tokens", "rounds", "accepted",
 ]  # fmt: skip
 
@@ -67,6 +73,7 @@ def run_evaluation(
     draft_models: Mapping[str, PreTrainedModel] | None = None,
     asked: Asked | None = None,
     printed: bool = True,
+    costs_budget: float | None = None,
     together: bool = False,
 ) -> dict[str, Any]:
     """Evaluate heads on prompts, write report.json, .md and .html, print a table, and return what
@@ -84,6 +91,8 @@ def run_evaluation(
         draft_models: name -> small model of the target's vocabulary.
         asked: how the run of the heads asked its prompts, as these are asked; None: not known.
         printed: whether the table is printed; the caller may have more to do before.
+        costs_budget: seconds after which the costs of a head are measured no longer, though less
+            well; None: as long as it takes.
         together: all processes of the launch call it, and share the prompts; the main one writes
             the report, and all return it.
 
@@ -92,11 +101,13 @@ def run_evaluation(
             else to go on with, or another process at work in `out`.
     """
     asked, draft_models = asked or Asked(), draft_models or {}
+    samplings = _samplings(target, chosen)
     _check_models(target, heads, draft_models, chosen)
     warnings = {n: w for n, head in heads.items() if (w := other_target(target, head))}
     for name, warning in warnings.items():
         print_once(f"{name}: {warning}")
-    prompts = limit_evenly(load_prompt_set(chosen.prompts), chosen.limit)
+    loaded = load_prompt_set(chosen.prompts)
+    prompts = limit_evenly(loaded, chosen.limit)
     check_template(prompts, target)
     # One that cannot be used is named before all work.
     encode_prompts(prompts, target.tokenizer, asked.chat_template_kwargs)
@@ -106,7 +117,9 @@ def run_evaluation(
         "heads": list(heads),
         "head_fingerprints": {n: model_fingerprint(h, h.config) for n, h in heads.items()},
         "dtype": target.identity["dtype"],
-        **chosen.model_dump(mode="json", exclude={"fp32_check_prompts"}),
+        "prompt_set": prompt_set(chosen.prompts, loaded),
+        **chosen.model_dump(mode="json", exclude={"prompts", "fp32_check_prompts"}),
+        "own_sampling": asdict(target.own_sampling) if "model" in chosen.temperatures else None,
         "chat_template_kwargs": asked.chat_template_kwargs or None,  # as if earlier files had it
     }
     state, path = PartialState(), out / "measurements.jsonl"
@@ -115,14 +128,16 @@ def run_evaluation(
     with processes_in(out, OTHER) if together else lock_folder(out, OTHER):
         if main:
             kept = Measurements(path, settings, resume)
-            _find_costs(target, heads, chosen, kept)
+            _find_costs(target, heads, chosen, kept, costs_budget)
         if together:
             state.wait_for_everyone()  # for what the main process has found there
             if not main:
                 kept = Measurements.beside(path, settings, state.process_index)
             state.wait_for_everyone()  # before it adds to it
-        variants = _variants(heads, draft_models, chosen, kept)
-        measure_prompts(target, prompts, variants, chosen.max_new_tokens, kept, asked, together)
+        variants = _variants(heads, draft_models, chosen, samplings, kept)
+        measure_prompts(
+            target, prompts, variants, chosen.seeds, chosen.max_new_tokens, kept, asked, together
+        )
         if together:
             state.wait_for_everyone()
         if main:
@@ -141,6 +156,37 @@ def run_evaluation(
     return content
 
 
+def evaluate_heads(
+    heads: Mapping[str, str],
+    config: Config,
+    device: torch.device,
+    resume: bool = False,
+    together: bool = False,
+) -> dict[str, Any]:
+    """Load a target, heads and draft models and evaluate them, as `run_evaluation` says.
+
+    Args:
+        heads: what the report calls a head -> its folder or Hub id, or HEAD+ADAPTER.
+        config: of it the target, the evaluation and the folder to write.
+        device: where all of them run.
+        resume: go on with the prompts that are missing in the folder.
+        together: all processes of the launch call it.
+    """
+    chosen = config.eval or EvalConfig()
+    # Wrong settings are told before the weights are loaded.
+    check_prompt_set(chosen.prompts)
+    asked = asked_by_heads(list(heads.values()))
+    target = (open_whole if together else load_served)(config.target, device)
+    dtype = target.table.dtype
+    assistants = {name: load_assistant(path, dtype, device) for name, path in heads.items()}
+    name = str(dtype).removeprefix("torch.")
+    models = {one: load_target(one, name, device=device).model for one in chosen.draft_models}
+    return run_evaluation(
+        target, assistants, chosen, config.output_dir,
+        resume=resume, draft_models=models, asked=asked, together=together,
+    )  # fmt: skip
+
+
 def _content(
     target: Target,
     prompts: Sequence[Prompt],
@@ -152,11 +198,11 @@ def _content(
     """Of report.json."""
     measured: dict[tuple[Any, ...], list[Text]] = {}
     found: list[dict[str, Any]] = []
-    for sampling, own in variants.items():
-        for variant in own:
+    for alike in zip(*variants.values(), strict=True):  # a sampled one beside its greedy one
+        for sampling, variant in zip(variants, alike, strict=True):
             texts = kept.texts(variant, sampling.temperature)
             measured[(*variant.key, sampling.temperature)] = texts
-            found += _results(variant, sampling.temperature, texts, kept.timed)
+            found += _results(variant, sampling, texts, kept.timed)
     first, most = next(iter(measured.values())), asked.max_prompt_tokens
     # Prompts that training would have cut; None: not known.
     longer = None if most is None else len({t.id for t in first if t.prompt_len > most})
@@ -174,6 +220,23 @@ def _content(
         "results": found,
         "examples": _examples(target, prompts, measured, found),
     }
+
+
+def _samplings(target: Target, chosen: EvalConfig) -> list[Sampling]:
+    """Of `eval.temperatures`, each another temperature: by it a report tells them apart."""
+    found = []
+    for t in chosen.temperatures:
+        if t == "model":
+            found.append(target.own_sampling)
+        else:
+            found.append(Sampling(t, chosen.top_k, chosen.top_p) if t else GREEDY)
+    own = [way.temperature for way in found]
+    if len(set(own)) < len(own):
+        raise ValueError(
+            f"eval.temperatures={chosen.temperatures} names one twice: model is "
+            f"{sampling_name(asdict(target.own_sampling))} here. Measure them one by one"
+        )
+    return found
 
 
 def _check_models(
@@ -197,12 +260,18 @@ def _check_models(
 
 
 def _find_costs(
-    target: Target, heads: Mapping[str, PreTrainedModel], chosen: EvalConfig, kept: Measurements
+    target: Target,
+    heads: Mapping[str, PreTrainedModel],
+    chosen: EvalConfig,
+    kept: Measurements,
+    costs_budget: float | None,
 ) -> None:
     """Measure what drafts cost, once for a report."""
     if "costs" not in kept.found:
         longest = longest_draft(chosen)
-        measured = {name: measure_costs(target, head, longest) for name, head in heads.items()}
+        measured = {
+            name: measure_costs(target, head, longest, costs_budget) for name, head in heads.items()
+        }
         kept.find("costs", {n: {d: asdict(c) for d, c in m.items()} for n, m in measured.items()})
 
 
@@ -210,20 +279,21 @@ def _variants(
     heads: Mapping[str, PreTrainedModel],
     draft_models: Mapping[str, PreTrainedModel],
     chosen: EvalConfig,
+    samplings: Sequence[Sampling],
     kept: Measurements,
 ) -> dict[Sampling, list[DecoderVariant]]:
     """For each sampling its own variants, since they learn."""
     costs = {n: {d: Costs(**c) for d, c in m.items()} for n, m in kept.found["costs"].items()}
     return {
-        Sampling(temperature, chosen.top_k, chosen.top_p): make_variants(
+        sampling: make_variants(
             chosen.decoders, chosen.num_assistant_tokens, heads, draft_models, costs
         )
-        for temperature in chosen.temperatures
+        for sampling in samplings
     }
 
 
 def _results(
-    variant: DecoderVariant, temperature: float, texts: Sequence[Text], timed: bool
+    variant: DecoderVariant, sampling: Sampling, texts: Sequence[Text], timed: bool
 ) -> list[dict[str, Any]]:
     """The results of one variant: all prompts and each category, with and without looping texts;
     without speeds where they were not timed."""
@@ -238,7 +308,7 @@ def _results(
             if not few or (loops == "without" and len(few) == len(group)):
                 continue
             what = {
-                "head": variant.head, "decoder": variant.decoder, "temperature": temperature,
+                "head": variant.head, "decoder": variant.decoder, **asdict(sampling),
                 "num_assistant_tokens": variant.num_assistant_tokens, "category": category,
                 "looping_texts": loops,
             }  # fmt: skip
@@ -246,8 +316,8 @@ def _results(
             if not timed:
                 result |= dict.fromkeys(SPEEDS)
             if category == "all" and loops == "with":
-                rows = [_row(text, variant.num_assistant_tokens) for text in few]
-                result["per_text"] = rows if timed else [_untimed(row) for row in rows]
+                k = variant.num_assistant_tokens
+                result["per_text"] = [_row(text, k, timed) for text in few]
             found.append(result)
     return found
 
@@ -259,8 +329,10 @@ def summarize(texts: Sequence[Text], k: int, costs: Costs | None) -> dict[str, A
     counts = [text.assisted.counts(text.prompt_len, k) for text in texts]
     total = sum(counts, zero_counts(k))
     diverged = [text for text in texts if text.diverged_at is not None]
-    greedy = all(text.greedy for text in texts)
+    seeds = sorted({text.seed for text in texts if text.seed is not None})
+    greedy = not seeds
     return {
+        "seeds": seeds,
         "prompts": len({text.id for text in texts}),
         "texts": len(texts),
         "loops": sum(text.loops for text in texts),
@@ -379,18 +451,15 @@ def noise(texts: Sequence[Text]) -> dict[str, Any] | None:
     return {"texts": len(twice), "speedup": float(ratio[0]), "speedup_interval": interval(ratio)}
 
 
-def _untimed(row: list[Any]) -> list[Any]:
-    """A row of `PER_TEXT` without its times."""
-    pairs = zip(PER_TEXT, row, strict=True)
-    return [None if column.endswith("seconds") else value for column, value in pairs]
-
-
-def _row(text: Text, k: int) -> list[Any]:
+def _row(text: Text, k: int, timed: bool) -> list[Any]:
     counts = text.assisted.counts(text.prompt_len, k)
+    plain, assisted = (
+        round(decoded.seconds, 5) if timed else None for decoded in (text.plain, text.assisted)
+    )
     return [
-        text.id, text.turn, text.category, text.prompt_len, round(text.plain.seconds, 5),
-        len(text.plain.tokens), round(text.assisted.seconds, 5), len(text.assisted.tokens),
-        counts.rounds, sum(counts.accepted),
+        text.id, text.turn, text.seed, text.category, text.prompt_len, plain,
+        len(text.plain.tokens), assisted, len(text.assisted.tokens), counts.rounds,
+        sum(counts.accepted),
     ]  # fmt: skip
 
 

@@ -4,7 +4,7 @@ decoder to use here.
 Letters: K draft tokens, P prompts, S resamples.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -81,6 +81,17 @@ def merit(result: dict[str, Any]) -> float:
     return float(result["acceptance_length"] if speedup is None else speedup)
 
 
+def sampling_name(result: Mapping[str, Any]) -> str:
+    """How the target chose its tokens in a result of report.json."""
+    if not result["temperature"]:
+        return "greedy"
+    # Reports of before have top-k and top-p among the settings alone.
+    top_k, top_p = result.get("top_k"), result.get("top_p", 1.0)
+    name = f"temperature {result['temperature']:g}"
+    name += "" if top_k is None else f", top-k {top_k}"
+    return name if top_p == 1 else f"{name}, top-p {top_p:g}"
+
+
 def verdict(results: list[dict[str, Any]]) -> str:
     """What to use here, for each temperature, from the whole set and from its texts without loops.
 
@@ -95,7 +106,8 @@ def verdict(results: list[dict[str, Any]]) -> str:
         own = [r for r in results if r["temperature"] == t and r["category"] == "all"]
         # Sampling, the stock decoder draws neither from the target nor from the head.
         lossless = [r for r in own if r["decoder"] != "transformers" or t == 0]
-        mode = "" if len(temperatures) == 1 else f"At temperature {t:g}: " if t else "Greedy: "
+        mode = f"At {sampling_name(own[0])}: " if t else "Greedy: "
+        mode = "" if temperatures == [0] else mode
         advice = _advice(lossless) if lossless else "Measure the exact decoder."
         texts.append(mode + (LOSSY if len(lossless) < len(own) else "") + advice)
     return " ".join(texts)
@@ -111,7 +123,7 @@ def _advice(results: list[dict[str, Any]]) -> str:
     name = _name(best, several)
     gain = (
         f"{best['speedup']:.2f} times as fast as plain decoding "
-        f"(95% interval {low:.2f} to {high:.2f}, {best['prompts']} prompts)"
+        f"(95% interval {low:.2f} to {high:.2f}, {best['prompts']} prompts{_seeds(best)})"
     )
     if low > 1:
         text = f"Use {name}: {gain}."
@@ -129,6 +141,11 @@ def _advice(results: list[dict[str, Any]]) -> str:
         text += f"; without them the quickest is {_name(rival, several)}, {rival['speedup']:.2f} "
         text += f"({low:.2f} to {high:.2f})"
     return text + "."
+
+
+def _seeds(result: dict[str, Any]) -> str:
+    seeds = result.get("seeds", [])  # reports of before do not say
+    return f", each sampled {len(seeds)} times" if len(seeds) > 1 else ""
 
 
 def _name(result: dict[str, Any], several: bool) -> str:

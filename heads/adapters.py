@@ -23,6 +23,7 @@ from headstart.common.children import temporary_folder
 from headstart.common.console import print_once
 from headstart.common.signals import time_limit
 from headstart.heads.admission import MULTIMODAL, TOWERS, WRAPPERS, check_files, reading, renamed
+from headstart.heads.live import live_adapter
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -374,6 +375,8 @@ def add_adapters(model: PreTrainedModel, adapters: Sequence[str], merge: bool) -
 
 def adapter_folder(adapter: str) -> Path:
     """Where an adapter lies, undamaged, after it was downloaded where it has to be."""
+    if (live := live_adapter(adapter)) is not None:
+        return live
     path, revision = split_revision(adapter)
     if Path(path).is_dir():
         check_files(path)

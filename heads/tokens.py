@@ -101,7 +101,7 @@ class TargetTokens:
             raise ValueError(
                 f"{self.name}: its generation_config.json samples with temperature="
                 f"{temperature!r}, top_k={top_k!r}, top_p={top_p!r}, which cannot be: mend it, or "
-                "give numbers in data.temperatures in place of model"
+                "give numbers in data.temperatures or eval.temperatures in place of model"
             )
         return Sampling(temperature, top_k or None, top_p)
 

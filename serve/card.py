@@ -14,7 +14,8 @@ from headstart.common.machine import machine_name
 from headstart.configs.schema import Config, TargetConfig
 from headstart.data.sources import is_hub_dataset
 from headstart.eval.page import cells, title
-from headstart.eval.statistics import verdict
+from headstart.eval.recorded import describe_set, recorded_set
+from headstart.eval.statistics import sampling_name, verdict
 from headstart.heads.adapters import split_revision
 from headstart.heads.loading import BUILT_IN
 from headstart.heads.saving import draft_position_offset
@@ -56,6 +57,7 @@ def model_card(p: Published) -> str:
         ValueError: the report has no figures of this head.
     """
     env, head = p.report["environment"], p.head_name
+    asked = recorded_set(env)
     results = [r for r in p.report["results"] if r["head"] == head and r["category"] == "all"]
     if not results:
         raise ValueError(f"the report has no results of {head}")
@@ -71,6 +73,7 @@ def model_card(p: Published) -> str:
         served=p.served,
         env=env,
         setting=title(p.report),
+        prompts=asked,
         architecture=p.head_config.architectures[0],
         k=p.config.train.num_speculative_steps,
         adapters=[split_revision(adapter) for adapter in p.served.adapters],
@@ -87,7 +90,7 @@ def model_card(p: Published) -> str:
             )
             for engine in ENGINES if engine != "transformers"
         },
-        sources=", ".join(_prompts(p.config)),
+        sources=", ".join(_trained_on(p)),
         position=draft_position_offset(p.head_config),
     )  # fmt: skip
 
@@ -117,24 +120,27 @@ def _metadata(p: Published, results: list[dict[str, Any]]) -> ModelCardData:
     (adapter, merge, quantized, finetune) that is the nearest; it puts the head into the target's
     model tree."""
     env = p.report["environment"]
+    asked = recorded_set(env)
     # The Hub keeps one set of arguments for a dataset: what all results share. The rest is in the
     # metrics' names.
     shared = {
         "hardware": env["accelerator"] or env["processor"], "threads": env["threads"],
         "dtype": env["dtype"], "max_new_tokens": env["max_new_tokens"],
     }  # fmt: skip
+    if asked["sha256"]:
+        shared["prompts_sha256"] = asked["sha256"]
     evaluated = []
     for result in results:
         loops = {"with": "", "without": ", texts without loops"}[result["looping_texts"]]
         how = (
-            f"{result['decoder']} decoder, K = {result['num_assistant_tokens']}, temperature "
-            f"{result['temperature']:g}, {result['texts']} texts{loops}"
+            f"{result['decoder']} decoder, K = {result['num_assistant_tokens']}, "
+            f"{sampling_name(result)}, {result['texts']} texts{loops}"
         )
         metrics = ("acceptance_length", "speedup")
         for metric in (m for m in metrics if result[m] is not None):
             evaluated.append(EvalResult(
-                task_type="text-generation", dataset_args=shared, dataset_name=env["prompts"],
-                dataset_type=env["prompts"] if _is_on_the_hub(env["prompts"]) else "prompts",
+                task_type="text-generation", dataset_args=shared, dataset_name=asked["name"],
+                dataset_type=asked["name"] if _is_on_the_hub(asked["name"]) else "prompts",
                 metric_type=metric, metric_value=round(result[metric], 4),
                 metric_name=f"{metric.replace('_', ' ')} ({how})",
             ))  # fmt: skip
@@ -156,6 +162,13 @@ def _metadata(p: Published, results: list[dict[str, Any]]) -> ModelCardData:
 def _is_on_the_hub(prompts: str) -> bool:
     # A bare name may be that of a built-in set.
     return "/" in prompts and is_hub_dataset(prompts)
+
+
+def _trained_on(p: Published) -> list[str]:
+    """The training prompts with their SHA-256; of a run of before, which noted none, where they
+    came from."""
+    noted = p.summary["data"].get("prompt_sets")
+    return _prompts(p.config) if noted is None else [describe_set(one) for one in noted]
 
 
 def _prompts(config: Config) -> list[str]:

@@ -293,7 +293,12 @@ class ServeCheck:
 
 
 def serve_check(
-    target: Target, config: Any, check: ServeCheck, prompts: Sequence[Prompt], out: Path
+    target: Target,
+    config: Any,
+    check: ServeCheck,
+    prompts: Sequence[Prompt],
+    out: Path,
+    recorded: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Decode prompts with transformers, plainly and by the exact decoder, then in an engine without
     a head and with it; write serve-check.json.
@@ -304,6 +309,7 @@ def serve_check(
         check: engine, head and lengths.
         prompts: whose greedy texts are compared.
         out: folder; the engine's logs stay there.
+        recorded: the set that the prompts are of, by `prompt_set`; None: of none.
 
     Returns:
         The content of serve-check.json: acceptance of both sides by position, the share of texts
@@ -337,8 +343,8 @@ def serve_check(
             "engine_version": engine_version(check.engine),
             "engine_puts_drafts": DRAFT_POSITION_OFFSETS[check.engine],
             "head_trained_for_drafts": draft_position_offset(load_assistant_config(check.head)),
-            "dtype": dtype, "prompts": len(prompts), "num_assistant_tokens": k,
-            "dense": check.dense, "max_new_tokens": check.max_new_tokens,
+            "dtype": dtype, "prompts": len(prompts), "prompt_set": recorded,
+            "num_assistant_tokens": k, "dense": check.dense, "max_new_tokens": check.max_new_tokens,
             "chat_template_kwargs": asked.chat_template_kwargs,
         },
         **_compared(ours, counts, variants),

@@ -17,7 +17,6 @@ from huggingface_hub.utils import validate_repo_id
 from headstart.common.console import print_once
 from headstart.configs.schema import TargetConfig
 from headstart.configs.settings import PublishConfig
-from headstart.data.sources import IN_CHECKOUT, is_hub_dataset
 
 GEMMA_TERMS = {"license": "gemma", "license_link": "https://ai.google.dev/gemma/terms"}
 GOOGLES = "google/gemma-4-"  # begins the names of those that APACHE is of
@@ -97,49 +96,6 @@ def check_hub_id(name: str, what: str, fix: str) -> None:
     if here or not is_hub_id(name):
         why = "a path of this machine" if here else "not of the form ORG/NAME"
         raise ValueError(f"{what} {name} is no repository of the Hub ({why}): {fix}")
-
-
-def is_private(name: str) -> bool:
-    """Whether a name is a path that tells of the machine."""
-    return name.startswith(("/", "~", "../")) or Path(name).is_absolute()
-
-
-def is_local(name: str) -> bool:
-    """Whether what names a file, a folder or a repository of the Hub is a path that tells of the
-    folders it lies in, here or where a run was made."""
-    if is_private(name):
-        return True
-    on_the_hub = is_hub_dataset(name.partition("@")[0])  # models are named alike
-    # Of every checkout, and `builtin:NAME` of every machine: names that tell nothing.
-    return "/" in name and not on_the_hub and Path(name).parent != IN_CHECKOUT
-
-
-def without_paths(value: Any, names: dict[str, str]) -> Any:
-    """JSON without the paths of this machine, in its keys too.
-
-    Args:
-        value: of a report, of settings, or a text.
-        names: path -> what others know it by. Of another one that stands alone its last part is
-            left; within texts the working folder is left out and the home folder is `~`.
-    """
-    match value:
-        case dict():
-            return {without_paths(k, names): without_paths(v, names) for k, v in value.items()}
-        case list():
-            return [without_paths(item, names) for item in value]
-        case str():
-            return _without_paths(value, names)
-    return value
-
-
-def _without_paths(text: str, names: dict[str, str]) -> str:
-    if text in names:
-        return names[text]
-    for path in sorted((name for name in names if "/" in name), key=len, reverse=True):
-        text = text.replace(path, names[path])
-    if is_private(text) and "\n" not in text and len(Path(text).parts) > 1:
-        return Path(text).name
-    return text.replace(f"{Path.cwd()}/", "").replace(f"{Path.home()}/", "~/")
 
 
 def _is_of_the_network(error: BaseException) -> bool:

@@ -24,12 +24,14 @@ from headstart.configs.schema import Config, TargetConfig
 from headstart.configs.settings import PublishConfig
 from headstart.eval.compare import read_report
 from headstart.eval.page import write_report
+from headstart.eval.recorded import is_local, without_paths
 from headstart.heads.adapters import split_revision
+from headstart.heads.live import MEMORY
 from headstart.heads.loading import load_served, load_target_config, load_target_tokens, served_name
 from headstart.heads.saving import ADAPTER, MADE_FOR, load_assistant, load_assistant_config
 from headstart.heads.target import model_fingerprint
 from headstart.serve.card import Published, model_card
-from headstart.serve.hub import check_hub_id, is_hub_id, is_local, license_of, notice, without_paths
+from headstart.serve.hub import check_hub_id, is_hub_id, license_of, notice
 
 DEMO = {"gemma3-270m": "google/gemma-3-270m"}  # built-in name -> what it is on the Hub
 # What readers of heads and of adapters want, and all that is taken of their folders.
@@ -55,8 +57,8 @@ class Publication:
     options: PublishConfig = field(default_factory=PublishConfig)
     target: str | None = None
     """Where the target lies now; None: where the run has it."""
-    adapters: tuple[str, ...] = ()
-    """Where its adapters lie now; empty: where the run has them."""
+    adapters: tuple[str, ...] | None = None
+    """Where its adapters lie now; None: where the run has them."""
 
 
 class _Run:
@@ -270,8 +272,10 @@ def _load_target(
     Raises:
         ValueError: it is not there, or another target than the one that was evaluated.
     """
-    if what.target is not None or what.adapters:
-        moved: dict[str, Any] = {"adapters": list(what.adapters) or t.adapters}
+    if what.target is not None or what.adapters is not None:
+        moved: dict[str, Any] = {}
+        if what.adapters is not None:
+            moved["adapters"] = list(what.adapters)
         if what.target is not None:
             moved |= {"name": what.target, "revision": None}
         t = t.model_copy(update=moved)
@@ -325,13 +329,15 @@ def _public_names(
     # These may be names of the Hub too.
     named = [
         t.name, *t.adapters, config.head.init_from, *(source.path for source in data.prompts),
-        env["prompts"], *env["heads"], *env.get("draft_models", []),
+        *env["heads"], *env.get("draft_models", []),
     ]  # fmt: skip
+    if "prompts" in env:  # a report of before has their path
+        named.append(env["prompts"])
     if evaluation is not None:
         named += [evaluation.prompts, *evaluation.draft_models]
     places += filter(is_local, named)
     if what.options.base_models:  # which say what the target is to others
-        places += [name for name in (t.name, *t.adapters) if "/" in name]
+        places += [n for n in (t.name, *t.adapters) if "/" in n or n.startswith(MEMORY)]
     names = {place: Path(place).name for place in places}
     if t.name in names or Path(t.name).exists():
         names[t.name] = served.name

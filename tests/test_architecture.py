@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDERS = ("common", "configs", "heads", "data", "eval", "train", "serve", "cli")
+FOLDERS = ("common", "configs", "heads", "data", "eval", "train", "serve", "api", "cli")
 TESTS = ROOT / "tests"
 MODULES = [path for path in TESTS.rglob("*.py") if TESTS / "helpers" not in path.parents]
 
@@ -64,7 +64,7 @@ def test_folder_is_a_flat_package_of_few_files(folder: str) -> None:
     files = sorted((ROOT / folder).rglob("*.py"))
     nested = [str(path) for path in files if path.parent != ROOT / folder]
     assert nested == [], "a nested package would miss the wheel"
-    most = {"heads": 18, "train": 17}.get(folder, 14)
+    most = {"heads": 18, "train": 17, "data": 16}.get(folder, 14)
     assert len(files) <= 1 + most  # __init__.py and the rest
 
 

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMPTS = ROOT / "data" / "prompts"
-FOLDERS = ("common", "configs", "heads", "data", "eval", "train", "serve", "cli")
+FOLDERS = ("common", "configs", "heads", "data", "eval", "train", "serve", "api", "cli")
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ FOLDERS = (
     "eval",
     "train",
     "serve",
+    "api",
     "cli",
     "examples",
     "docs",

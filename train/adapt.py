@@ -9,6 +9,7 @@ import shlex
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +17,25 @@ import torch
 from accelerate import PartialState
 
 from headstart.common.console import print_once
-from headstart.common.files import StageCache, lock_folder, write_atomically
+from headstart.common.files import StageCache, expand_home, lock_folder, write_atomically
 from headstart.common.machine import environment
 from headstart.configs.schema import Config, EvalConfig, SourceConfig, TargetConfig
 from headstart.configs.settings import Settings
 from headstart.data.contamination import remove_contaminated
 from headstart.data.prepare import deal_sampling
-from headstart.data.prompts import Prompt, deal, limit_evenly, load_prompts, split_by_source
+from headstart.data.prompts import Prompt, deal, limit_evenly, load_prompts
 from headstart.data.regenerate import make_jobs, regenerate
+from headstart.data.sources import check_there
+from headstart.data.splits import cluster, hold_out
 from headstart.data.store import ActivationStore
 from headstart.eval.asked import asked_by_run
 from headstart.eval.decoding import decode
 from headstart.eval.page import as_json
+from headstart.eval.recorded import is_private, prompt_set, set_name, without_paths
 from headstart.eval.replay import ReplayedText, replay_texts
 from headstart.eval.report import run_evaluation
 from headstart.heads.assistant import check_pair, check_shapes
+from headstart.heads.live import MEMORY
 from headstart.heads.loading import (
     check_target,
     load_target_config,
@@ -67,7 +72,8 @@ def _base(a: Adaptation) -> TargetConfig | None:
     t, made = a.config.target, made_for(load_assistant_config(a.head))
     if a.options.base is not None:
         return TargetConfig(name=a.options.base, dtype=t.dtype)
-    if made is not None:
+    # One that was in memory is gone, or has been tuned since.
+    if made is not None and not made["name"].startswith(MEMORY):
         return noted_target(made).model_copy(update={"dtype": t.dtype})
     if t.adapters or t.quantization:
         return t.model_copy(update={"adapters": [], "quantization": None})
@@ -266,16 +272,18 @@ def adapt(
             "head.init_from=HEAD, which both take them all"
         )
     a = read_adaptation(settings, head)
+    loaded = load_kinds(a)
+    sets = {kind: [prompt_set(*pair) for pair in own] for kind, own in loaded.items()}
     if not (a.out / "notes.json").is_file():  # it would have been refused when it began
         check_before(a)
     with lock_folder(a.out):
-        notes = StageCache(a.out / "notes.json", _identity(a))
-        prompts = split_prompts(a)
+        notes = StageCache(a.out / "notes.json", _identity(a, sets, device))
+        prompts = split_prompts(a, loaded)
         write_held_out({kind: own for kind, (_, own) in prompts.items()}, a.out / HELD_OUT)
         stages = evaluate_baseline(a, prompts, notes, device)
         told = advice(compare_stages(stages))
         print_once(told)
-        content = {"advice": told}
+        content = {"advice": told, "prompt_sets": sets}
         if not a.options.measure_only:
             # Each opens the target for itself, so that training never holds a second one.
             notes.run_once("conversations", lambda: _conversations(a, prompts, notes))
@@ -289,37 +297,65 @@ def adapt(
         return _write(a, stages, content, notes=notes, command=command)
 
 
-def _identity(a: Adaptation) -> dict[str, Any]:
-    """What has to be the same for an adaptation to go on; its folder may move."""
+def _identity(a: Adaptation, sets: dict[str, list[dict[str, Any]]], device: Any) -> dict[str, Any]:
+    """What has to be the same for an adaptation to go on; its folder, and its prompts, may move."""
     own: Any = {"output_dir": True, "data": {"store", "cache_dir"}, "eval": True, "wandb": True}
     tree = a.config.model_dump(mode="json", exclude=own)
     tree["adapt"] = a.options.model_dump(mode="json", exclude={"measure_only"})
+    general = tree["adapt"]["general_prompts"]
+    sources = {"domain": tree["data"]["prompts"], "general": [general] if general else []}
+    for kind, own_sets in sets.items():
+        for source, recorded in zip(sources[kind], own_sets, strict=True):
+            del source["path"]
+            source |= {"prompt_set": recorded}
     asked = {"adaptation": SCHEMA, "head": a.head, "seed": tree.pop("seed")}
     asked["eval.num_assistant_tokens"] = a.num_assistant_tokens
+    if a.config.target.name.startswith(MEMORY):  # the name stays when it is tuned on
+        asked["target.fingerprint"] = open_target(a.config.target, device).fingerprint
     return asked | {f"{name}.{key}": v for name, part in tree.items() for key, v in part.items()}
 
 
-def split_prompts(a: Adaptation) -> dict[str, tuple[list[Prompt], list[Prompt]]]:
-    """Kind -> prompts to train on, and held out: no source and no copy is in both.
+Kinds = dict[str, list[tuple[SourceConfig, list[Prompt]]]]
+"""`domain`, and `general` where there are such prompts -> sources, and the prompts of each."""
+
+
+def load_kinds(a: Adaptation) -> Kinds:
+    """Read the prompts; `ValueError`: a set is missing or malformed."""
+    general, bad = a.options.general_prompts, a.config.data.max_bad_rows
+    sources = {"domain": a.config.data.prompts} | ({"general": [general]} if general else {})
+    for source in (one for own in sources.values() for one in own):  # before the first is read
+        check_there(source.path)
+    return {k: [(one, load_prompts(one, bad)) for one in own] for k, own in sources.items()}
+
+
+def split_prompts(a: Adaptation, kinds: Kinds) -> dict[str, tuple[list[Prompt], list[Prompt]]]:
+    """Kind -> prompts to train on, and held out: no source, no cluster of siblings (as far as there
+    is such a split) and no copy is in both.
 
     Raises:
-        ValueError: a set is missing, malformed or too small to hold out from.
+        ValueError: a set is too small to hold out from.
     """
-    general, held, bad = (
-        a.options.general_prompts,
-        a.options.held_out_prompts,
-        a.config.data.max_bad_rows,
-    )
-    sources = {"domain": a.config.data.prompts} | ({"general": [general]} if general else {})
-    loaded = {
-        k: [p for source in own for p in load_prompts(source, bad)] for k, own in sources.items()
-    }
-    parts = {}
+    held = a.options.held_out_prompts
+    loaded = {k: [p for _, prompts in own for p in prompts] for k, own in kinds.items()}
+    numbers = iter(cluster([prompt for own in loaded.values() for prompt in own]))
+    clusters = {kind: list(islice(numbers, len(own))) for kind, own in loaded.items()}
+    splits = {}
     for kind, own in loaded.items():
         try:
-            parts[kind] = split_by_source(own, held, a.config.seed, "adapt.held_out_prompts")
+            splits[kind] = hold_out(
+                own, clusters[kind], held, a.config.seed, "adapt.held_out_prompts"
+            )
         except ValueError as error:
-            raise ValueError(f"{_paths(sources[kind])}: {error}") from error
+            raise ValueError(f"{_paths(kinds[kind])}: {error}") from error
+    # Of one kind, siblings of what is held out of the other.
+    whole = {kind for kind, split in splits.items() if not split.straddling}
+    apart = {kind: {clusters[kind][i] for i in splits[kind].held_out} for kind in whole}
+    parts = {}
+    for kind, own in loaded.items():
+        others = set().union(*(found for name, found in apart.items() if name != kind))
+        split = splits[kind].without([i for i, c in enumerate(clusters[kind]) if c in others])
+        split.tell(f"{kind} prompts")
+        parts[kind] = ([own[i] for i in split.training], [own[i] for i in split.held_out])
     held_out = [prompt for _, own in parts.values() for prompt in own]
     found = {}
     for kind, (training, own) in parts.items():
@@ -329,15 +365,15 @@ def split_prompts(a: Adaptation) -> dict[str, tuple[list[Prompt], list[Prompt]]]
         )
         if not (kept or a.options.measure_only) and (kind == "domain" or a.options.general_share):
             raise ValueError(
-                f"{_paths(sources[kind])}: no prompt is left to train on, since all are copies of "
-                "those held out: add prompts, or lower adapt.held_out_prompts"
+                f"{_paths(kinds[kind])}: no prompt is left to train on, since all are copies or "
+                "siblings of those held out: add prompts, or lower adapt.held_out_prompts"
             )
         found[kind] = (kept, own)
     return found
 
 
-def _paths(sources: Sequence[SourceConfig]) -> str:
-    return ", ".join(source.path for source in sources)
+def _paths(sources: Sequence[tuple[SourceConfig, list[Prompt]]]) -> str:
+    return ", ".join(source.path for source, _ in sources)
 
 
 def _conversations(a: Adaptation, prompts: Any, notes: StageCache) -> int:
@@ -407,7 +443,7 @@ def _write(
     content = {
         "adaptation": SCHEMA,
         "environment": environment(PartialState().device),
-        "commands": [shlex.join(command)],
+        "commands": [shlex.join(map(expand_home, command))],
         "target": {
             **a.config.target.model_dump(mode="json"),
             "name": served_name(a.config.target),
@@ -423,6 +459,12 @@ def _write(
         "training": notes.found.get("training"),
     }
     content["verdict"] = outcome(content) if "adapted" in stages else content["advice"]
+    general = [a.options.general_prompts] if a.options.general_prompts else []
+    names = {one.path: set_name(one) for one in (*a.config.data.prompts, *general)}
+    t = a.config.target
+    others = (t.name, *t.adapters, a.head, str(a.out), a.options.base or "")
+    names |= {place: Path(place).name for place in others if is_private(place)}
+    content = without_paths(content, names)
     out = a.out
     write_atomically(out / "adapt.json", as_json(content))
     write_atomically(out / "adapt.md", adaptation_markdown(content))

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from headstart.common.console import in_markdown, markdown_row
 from headstart.common.files import atomic_file
 from headstart.eval.plots import STYLE
+from headstart.eval.recorded import describe_set
 from headstart.eval.replay import ReplayedText, describe_replayed, length_draws
 from headstart.eval.statistics import interval, resampled
 
@@ -202,6 +203,8 @@ def adaptation_markdown(content: dict[str, Any]) -> str:
     lines = ["# Adaptation of a draft head", "", told[0], "", told[1], ""]
     target, head = in_markdown(content["target"]["name"]), in_markdown(content["head"])
     lines += [f"Target: {target}. Head: {head}.", ""]
+    for kind, sets in content.get("prompt_sets", {}).items():  # reports of before do not say
+        lines += [f"Prompts, {kind}: {in_markdown(', '.join(map(describe_set, sets)))}.", ""]
     if kwargs := content.get("chat_template_kwargs"):
         asked = ", ".join(f"{name}={value}" for name, value in kwargs.items())
         lines += [f"All prompts are asked with {in_markdown(asked)}.", ""]

@@ -22,12 +22,13 @@ from headstart.data.conversations import Conversation, answered, read_folder
 from headstart.data.extraction import OnlineActivations, extract, forward_batches
 from headstart.data.loader import AnchorLoader, Batch, candidate_rows
 from headstart.data.prepare import deal_sampling
-from headstart.data.prompts import load_prompts
+from headstart.data.prompts import Prompt, load_prompts
 from headstart.data.regenerate import Job, make_jobs, regenerate
 from headstart.data.store import ActivationStore
 from headstart.data.templates import encode_prompts
 from headstart.eval.decoding import decode
 from headstart.eval.draft_cost import in_turns
+from headstart.eval.recorded import prompt_set
 from headstart.heads.loading import open_target
 from headstart.heads.target import Target
 from headstart.heads.unroll import DraftHead
@@ -53,12 +54,15 @@ def run_benchmark(name: str, config: Config, prompts: int, device: str, out: Pat
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
     data = config.data
+    source = data.prompts[0]
+    if name != "train":  # which takes the longest of all
+        source = source.model_copy(update={"limit": prompts})
+    rows = load_prompts(source, data.max_bad_rows)
+    recorded = prompt_set(source, rows)
     target = open_target(config.target, device)
     if name == "train":
-        settings, figures = bench_train(target, config, prompts)
+        settings, figures = bench_train(target, config, rows, prompts)
     else:
-        source = data.prompts[0].model_copy(update={"limit": prompts})
-        rows = load_prompts(source, data.max_bad_rows)
         jobs = make_jobs(rows, deal_sampling(data, target, rows), target, data)
         prompts = len(jobs)
         settings = {
@@ -72,6 +76,7 @@ def run_benchmark(name: str, config: Config, prompts: int, device: str, out: Pat
         "target": config.target.name,
         "dtype": str(target.table.dtype).removeprefix("torch."),
         "prompts": prompts,
+        "prompt_set": recorded,
     }
     content = {
         "benchmark": name,
@@ -243,7 +248,7 @@ PROMPT_TOKENS = 8  # of each text; the rest stands in for an answer
 
 
 def bench_train(
-    target: Target, config: Config, prompts: int
+    target: Target, config: Config, rows: list[Prompt], prompts: int
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """What a step of a recipe costs, over one batch of so many conversations.
 
@@ -255,7 +260,7 @@ def bench_train(
         The settings that count, and the figures of `bench_step`.
     """
     c = config.train
-    texts = conversations_of_text(target, config, prompts)
+    texts = conversations_of_text(target, config, rows, prompts)
     documents = OnlineActivations(target, texts, config.data)
     samples = sample_teacher_rows(documents, target.device)
     head = build_head(target, config, samples, documents, resumed=False)
@@ -276,9 +281,10 @@ def bench_train(
     return settings, bench_step(target, head, batch, texts, config, likely)
 
 
-def conversations_of_text(target: Target, config: Config, count: int) -> list[Conversation]:
+def conversations_of_text(
+    target: Target, config: Config, prompts: list[Prompt], count: int
+) -> list[Conversation]:
     """The longest prompts as conversations: some tokens given, all others taken as the answer."""
-    prompts = load_prompts(config.data.prompts[0], config.data.max_bad_rows)
     encoded = encode_prompts(prompts, target.tokenizer, config.data.chat_template_kwargs)
     longest = sorted(encoded, key=len, reverse=True)[:count]
     length = config.data.max_prompt_tokens

@@ -26,7 +26,7 @@ from headstart.eval.statistics import OWN_LENGTH
 from headstart.heads.assistant import Assistant
 from headstart.heads.target import Target
 from headstart.train.checkpoints import Progress, checkpoint_progress, checkpoints
-from headstart.train.ordering import DRAFTS, RECORD
+from headstart.train.ordering import RECORD, drafts_needed
 from headstart.train.probe import (
     Held,
     probe_answers,
@@ -244,10 +244,14 @@ def _ordering(
         return Phase(ORDERING, f"{size}, done", 0.0)
     costs = probe_ordering(config, planned.target, held, assistant)
     trained, validated = _documents(planned)
-    drafts = min(DRAFTS, 2 * trained * costs.drafts_a_document)  # at most two passes
+    passes = 2 * trained * costs.drafts_a_document  # at most two
+    drafts = min(drafts_needed(config.head.centroid_steps), passes)
     seconds = drafts * costs.draft + costs.usage + costs.clustering
     seconds += config.head.centroid_steps * costs.step
     return Phase(ORDERING, size, seconds + validated * costs.document)
+
+
+FLOAT32_BYTES = 2  # to those of bfloat16: what a token reads
 
 
 def _evaluation(config: Config, chosen: EvalConfig, target: Target, asked: Asked) -> Phase:
@@ -262,14 +266,16 @@ def _evaluation(config: Config, chosen: EvalConfig, target: Target, asked: Asked
         * (len(chosen.draft_models) if decoder == "draft-model" else 1)
         for decoder in chosen.decoders
     )
-    texts = sum(1 + len(p.later_turns) for p in prompts) * len(chosen.temperatures)
+    times = sum(1 if t == 0 else len(chosen.seeds) for t in chosen.temperatures)
+    texts = times * sum(1 + len(p.later_turns) for p in prompts)
     one = costs.prompt + (chosen.max_new_tokens - 1) * costs.step
     seconds = texts * (1 + ways + 1 / AGAIN_EVERY) * one
     turns, each = WARM_UP + COST_TURNS, 2 * longest_draft(chosen) + len(KINDS)
     seconds += turns * each * costs.step  # what a draft costs is measured first
     checked = 0.0
     if config.target.dtype != "float32" and chosen.fp32_check_prompts:
-        checked = min(chosen.fp32_check_prompts, len(prompts)) * (1 + len(chosen.decoders)) * one
+        texts = min(chosen.fp32_check_prompts, len(prompts))
+        checked = texts * (1 + len(chosen.decoders)) * one * FLOAT32_BYTES
     dtype = str(target.table.dtype).removeprefix("torch.")
     size = f"{len(prompts):,} prompts, {ways + 1} ways of up to {chosen.max_new_tokens:,} tokens"
     return Phase(EVALUATION, size, seconds + checked, bar=f"Decoding ({dtype})", beside_bar=checked)

@@ -48,7 +48,8 @@ from headstart.heads.unroll import DraftHead, served_position
 from headstart.train.run_folder import summary_text
 from headstart.train.step import draft_batch, learning_rate
 
-DRAFTS = 1 << 17  # of the training text, that clusters and centroids are made from
+DRAFTS = 1 << 17  # of the training text at most, that clusters and centroids are made from
+LEAST_DRAFTS = 1 << 15  # that clusters are made from, however few the centroids learn from
 DOCUMENTS = 8  # drafted from at once
 LIKELY_TOKENS = 24_576  # tokens whose mass the centroids learn
 STEP_DRAFTS = 256
@@ -58,18 +59,24 @@ TEMPERATURE = 1.3
 LEAST_MASS = 1e-7  # so that no cluster is ruled out because these drafts never needed it
 
 
+def drafts_needed(steps: int) -> int:
+    """How many drafts are made for so many steps of learning: each is read about once."""
+    return min(DRAFTS, max(LEAST_DRAFTS, steps * STEP_DRAFTS))
+
+
 @torch.no_grad()
 def drafts_of(
-    head: DraftHead, target: Target, training: Documents, config: Config
+    head: DraftHead, target: Target, training: Documents, config: Config, wanted: int
 ) -> TeacherSamples:
-    """States of the head at up to `DRAFTS` drafts of the training text, all rounds, and what the
-    target said there.
+    """States of the head at drafts of the training text, all rounds, and what the target said
+    there.
 
     Args:
         head: with a table of its own, of width H.
         target: that it drafts for.
         training: the text.
         config: the seed, and of `train` the anchors and rounds.
+        wanted: N, or as many as two passes over the text give.
 
     Returns:
         `hidden` [N, H] of the head; `ids`, `logprobs` [N, k] of the target.
@@ -88,18 +95,18 @@ def drafts_of(
     parts: list[tuple[torch.Tensor, ...]] = []
     count = 0
     with progress_bar() as bar:
-        task = bar.add_task("Drafting (drafts)", total=DRAFTS, status="")
+        task = bar.add_task("Drafting (drafts)", total=wanted, status="")
         for number in range(batches):
             batch = send_to_device(loader.batch(number), target.device)
             drafts = draft_batch(head, target, batch, torch.float32, c.draft_position_offset)
             teacher = drafts.teacher
             parts.append((drafts.states, teacher.ids.long(), teacher.logprobs))
             count += len(drafts.states)
-            expected = min(DRAFTS, count * batches // (number + 1))
-            bar.update(task, completed=min(count, DRAFTS), total=expected)
-            if count >= DRAFTS:
+            expected = min(wanted, count * batches // (number + 1))
+            bar.update(task, completed=min(count, wanted), total=expected)
+            if count >= wanted:
                 break
-    return TeacherSamples(*(torch.cat(part)[:DRAFTS] for part in zip(*parts, strict=True)))
+    return TeacherSamples(*(torch.cat(part)[:wanted] for part in zip(*parts, strict=True)))
 
 
 def learn_centroids(
@@ -292,7 +299,8 @@ def order_head(
         found["before"] = judged(assistant)
     if not order.rebuild and not order.steps:
         return assistant, found | {"after": judged(assistant)}
-    drafted = drafts_of(DraftHead(assistant), target, training, config)
+    wanted = drafts_needed(order.steps)
+    drafted = drafts_of(DraftHead(assistant), target, training, config, wanted)
     table = assistant.lm_head.weight
     usage = token_usage(lambda states: states @ table.T, drafted)
     clusters, top_k = _shape(assistant.config, order)

@@ -5,6 +5,7 @@ import json
 import shlex
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,15 @@ from headstart.common.processes import join_processes, reduce_in_float32
 from headstart.configs.schema import Config, EvalConfig
 from headstart.data.loader import usable
 from headstart.data.prepare import PlannedDocuments, plan_documents
+from headstart.data.prompts import check_prompts
+from headstart.data.splits import LeftOut
 from headstart.data.store import Documents
 from headstart.eval.asked import asked_by_run
 from headstart.eval.first_figures import first_figures, print_first_figures
 from headstart.eval.page import print_report
+from headstart.eval.recorded import prompt_set, set_names, without_paths
 from headstart.eval.report import run_evaluation
+from headstart.heads.live import MEMORY
 from headstart.heads.loading import load_served, open_target, open_whole
 from headstart.heads.saving import draft_position_offset, load_assistant, load_assistant_config
 from headstart.heads.target import Target
@@ -129,14 +134,16 @@ def _train(
     set_seed(seed)
     if config.head.warm:  # refused before anything is answered
         draft_position_offset(load_assistant_config(config.head.init_from))
-    target = open_target(config.target, accelerator.device)
     held_out = config.eval.prompts if config.eval else None
+    check_prompts(config.data, held_out)
+    target = open_target(config.target, accelerator.device)
     planned = plan_documents(target, config.data, seed, held_out)
+    prompt_sets = [prompt_set(*pair) for pair in planned.sources]
     if schedule is not None:
         look_ahead(config, planned, schedule)
     schedule = schedule or Schedule()
     with schedule.phase(TEXTS):
-        training, validation = planned.prepare()
+        training, validation, left_out = planned.prepare()
     same_bits()
     counted = count_steps(config.train, len(usable(training)), accelerator.num_processes)
     config = config.model_copy(update={"train": counted})
@@ -167,6 +174,8 @@ def _train(
             parameters=sum(p.numel() for p in state.head.trainable().values()),
             training=training,
             validation=validation,
+            left_out=left_out,
+            prompt_sets=prompt_sets,
             start=state.progress.start,
             ordered=ordered,
         )
@@ -207,6 +216,8 @@ def look_ahead(config: Config, planned: PlannedDocuments, schedule: Schedule) ->
 def next_commands(config: Config) -> list[str]:
     """What to do with the head of a finished run, a line for each command."""
     run, t = config.output_dir, config.target
+    if t.name.startswith(MEMORY):  # of which no other process knows
+        return []
     settings = [f"target.name={t.name}"]
     settings += [f"target.adapters=[{', '.join(t.adapters)}]"] if t.adapters else []
     settings += [] if t.merge_adapters else ["target.merge_adapters=false"]
@@ -230,6 +241,8 @@ def write_summary(
     parameters: int,
     training: Documents,
     validation: Documents,
+    left_out: LeftOut,
+    prompt_sets: list[dict[str, Any]],
     start: float,
     ordered: dict[str, Any] | None,
 ) -> dict[str, Any]:
@@ -240,12 +253,14 @@ def write_summary(
         target: that the head was distilled from.
         parameters: that were trained.
         training, validation: what it was trained and validated on.
+        left_out: for the sake of the validation.
+        prompt_sets: that the training texts answer, as far as that is known.
         start: acceptance length before training, of a head that was finished; 0: there was none.
         ordered: acceptance lengths and recall of its ordered embeddings, where it got some.
 
     Returns:
         The content: `best`, the validation that the head in `head/` comes from; all `validations`;
-        data, sizes, environment and configuration.
+        data, sizes, environment and configuration, without the folders of this machine.
     """
     rows = read_metrics(config.output_dir)
     validations = [{"step": 0, "acceptance_length": start}] if start else []
@@ -265,12 +280,15 @@ def write_summary(
             "answer_tokens": sum(entry.trained for entry in training.entries),
             "validation_documents": len(validation.entries),
             "validation_answer_tokens": sum(entry.trained for entry in validation.entries),
+            **asdict(left_out),
+            "prompt_sets": prompt_sets,
         },
         "environment": environment(target.device) | {"target": target.name},
         "config": config.model_dump(mode="json"),
     }
+    content = without_paths(content, set_names(config))
     write_atomically(config.output_dir / "summary.json", json.dumps(content, indent=2) + "\n")
-    return content
+    return dict(content)
 
 
 def _evaluate(config: Config, chosen: EvalConfig, device: torch.device, schedule: Schedule) -> None:
@@ -304,8 +322,17 @@ def _evaluate(config: Config, chosen: EvalConfig, device: torch.device, schedule
         print_once(skipped)
 
 
+CHECK_COSTS = 1.0
+"""Seconds that the check of the texts in float32 measures costs for: nobody decodes so."""
+
+
 def _measure(
-    config: Config, what: EvalConfig, out: Path, device: torch.device, together: bool = False
+    config: Config,
+    what: EvalConfig,
+    out: Path,
+    device: torch.device,
+    together: bool = False,
+    costs_budget: float | None = None,
 ) -> tuple[dict[str, Any], int]:
     """Evaluate the run's best head in the dtype of `config.target`, in this process or in all of
     the launch `together`: what the report holds, and the bytes that the same takes in float32."""
@@ -319,13 +346,12 @@ def _measure(
     assistant = load_assistant(head, getattr(torch, config.target.dtype), device)
     asked, heads = asked_by_run(config.data), {str(head): assistant}
     content = run_evaluation(
-        target, heads, what, out, asked=asked, printed=False, together=together
-    )
-    longest = max(
-        prompt + tokens
-        for result in content["results"]
-        for _, _, _, prompt, _, tokens, *_ in result.get("per_text", ())
-    )
+        target, heads, what, out,
+        asked=asked, printed=False, together=together, costs_budget=costs_budget,
+    )  # fmt: skip
+    texts = [row for result in content["results"] for row in result.get("per_text", ())]
+    columns = [content["per_text_columns"].index(name) for name in ("prompt_tokens", "tokens")]
+    longest = max(sum(row[column] for column in columns) for row in texts)
     return content, float32_bytes(target, assistant, longest)
 
 
@@ -369,7 +395,8 @@ def _measure_in_float32(
     target = config.target.model_copy(update={"dtype": "float32"})
     few = chosen.model_copy(update={"limit": limit, "num_assistant_tokens": [longest]})
     try:
-        return _measure(config.model_copy(update={"target": target}), few, out, device)[0], None
+        own = config.model_copy(update={"target": target})
+        return _measure(own, few, out, device, costs_budget=CHECK_COSTS)[0], None
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise

@@ -25,7 +25,9 @@ from headstart.common.files import write_atomically
 from headstart.common.machine import environment
 from headstart.configs.loader import dump_config, load_config
 from headstart.configs.schema import Config
+from headstart.data.conversations import stable_hash
 from headstart.data.store import ActivationStore
+from headstart.eval.recorded import set_names, without_paths
 from headstart.eval.replay import ReplayedText, length_draws, replay_texts, total_counts
 from headstart.eval.statistics import interval
 from headstart.heads.loading import open_target
@@ -65,6 +67,7 @@ def run_sweep(path: Path, out: Path, overrides: list[str]) -> dict[str, Any]:
         content: dict[str, Any] = {"sweep": 2, "environment": machine, **sweep}
         del content["runs"]
         content["results"] = summarize(found)
+        content = without_paths(content, set_names(config))
         write_atomically(out / "sweep.json", json.dumps(content, indent=2) + "\n")
         plot(content["results"], out / "sweep.png")
     print_table(content["results"])
@@ -74,7 +77,8 @@ def run_sweep(path: Path, out: Path, overrides: list[str]) -> dict[str, Any]:
 def train_and_evaluate(config: Config, target: Target, sweep: dict[str, Any]) -> dict[str, Any]:
     """What judged.json in the run's folder holds: the counts of each text."""
     eval_sets, k = sweep["eval_sets"], sweep["num_assistant_tokens"]
-    settings = {"config": dump_config(config), "eval_sets": eval_sets, "num_assistant_tokens": k}
+    asked = stable_hash(dump_config(config))
+    settings = {"config": asked, "eval_sets": eval_sets, "num_assistant_tokens": k}
     path = config.output_dir / "judged.json"
     if path.is_file():
         judged: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))

@@ -11,6 +11,7 @@ import pytest
 from headstart.cli.arguments import Command
 from headstart.cli.main import COMMANDS, main
 from headstart.configs.loader import load_config
+from headstart.heads import loading
 from headstart.heads.assistant import build_assistant
 from headstart.heads.loading import load_target
 from headstart.heads.unroll import DraftHead
@@ -203,6 +204,31 @@ def test_a_failure_is_one_line_on_stderr_and_exit_code_1(
     error = capsys.readouterr().err.strip().splitlines()
     assert message in error[-1]
     assert "Traceback" not in "".join(error)
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["train", "--config", "tiny", "data.prompts=absent.jsonl"],
+        ["train", "--config", "tiny", "eval.prompts=absent.jsonl"],
+        ["eval", "google/gemma-4-E2B-it-assistant", "eval.prompts=absent.jsonl"],
+        ["eval", "google/gemma-4-E2B-it-assistant", "eval.prompts=gsm8k=absent.jsonl"],
+        ["extract", "absent.jsonl"],
+        ["bench", "extract", "data.prompts=absent.jsonl"],
+    ],
+    ids=lambda argv: f"{argv[0]}: {argv[-1]}",
+)
+def test_missing_prompts_are_told_before_any_weights_are_loaded(
+    argv: list[str], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    def loaded(*_: object) -> None:
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr(loading, "_load", loaded)
+    out = [] if argv[0] == "bench" else [f"output_dir={tmp_path / 'out'}"]
+    assert main([*argv, *out]) == 1
+    assert "no prompt file absent.jsonl" in capsys.readouterr().err.strip().splitlines()[-1]
 
 
 def test_overrides_may_stand_between_options(

@@ -10,7 +10,7 @@ from headstart.configs.schema import DataConfig, SourceConfig
 from headstart.data.prepare import load_sources
 from headstart.data.prompts import load_prompt_set, load_prompts
 from headstart.data.sources import builtin_name, builtin_sets
-from headstart.serve.hub import is_local, without_paths
+from headstart.eval.recorded import is_local, without_paths
 from headstart.train.run_folder import RunRefused, open_run, what_differs
 from tests.helpers.runs import ROOT
 

@@ -332,6 +332,17 @@ def test_an_empty_file_holds_no_prompts(tmp_path: Path) -> None:
         printed(tmp_path / "empty.jsonl")
 
 
+def test_of_prompts_alone_nothing_is_counted_as_trained(tmp_path: Path) -> None:
+    path = tmp_path / "asked.jsonl"
+    row = {"prompt": "who are you?"}
+    path.write_text(json.dumps(row) + "\n")
+    alone = printed(path)
+    assert "trained" not in alone
+    assert "coverage" not in alone
+    path.write_text(json.dumps(row) + "\n" + json.dumps(row | {"response": "a head"}) + "\n")
+    assert "trained words" in printed(path)
+
+
 def test_lengths_are_given_by_nearest_rank(tmp_path: Path) -> None:
     path = tmp_path / "lengths.jsonl"
     path.write_text("".join(json.dumps({"text": "a " * n}) + "\n" for n in range(1, 101)))

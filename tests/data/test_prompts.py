@@ -1,5 +1,4 @@
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headstart.configs.schema import SourceConfig
-from headstart.data.prompts import Prompt, deal, limit_evenly, load_prompts, split_by_source
+from headstart.data.prompts import Prompt, deal, limit_evenly, load_prompts
 from headstart.data.templates import encode_prompt, shortened
 from headstart.heads.loading import byte_tokenizer
 
@@ -343,16 +342,6 @@ def test_a_source_with_nothing_left_cannot_be_dealt_from(weights: tuple[float | 
         deal([(full, weights[0]), ([], weights[1])], 4, seed=0)
 
 
-def test_whatever_has_a_source_and_a_category_can_be_split() -> None:
-    @dataclass(frozen=True)
-    class Talk:
-        source: str
-        category: str = "c"
-
-    training, validation = split_by_source([Talk("a"), Talk("a"), Talk("b")], 1, seed=0)
-    assert (training, validation) == ([Talk("a"), Talk("a")], [Talk("b")])
-
-
 def test_messages_go_through_the_template_and_raw_text_does_not(tmp_path: Path) -> None:
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = (
@@ -378,20 +367,6 @@ def test_a_long_prompt_keeps_its_beginning_of_sequence_and_its_end(tmp_path: Pat
     ids = shortened(encode_prompt(load_prompts(tmp_path / "p.jsonl")[0], tokenizer), 4)
     assert ids[0] == tokenizer.bos_token_id
     assert tokenizer.decode(ids[1:]) == "fgh"
-
-
-def test_no_source_is_both_trained_and_validated_on() -> None:
-    prompts = load_prompts(PROMPTS / "text_train.jsonl")
-    training, validation = split_by_source(prompts, 32, seed=0)
-    assert len(validation) == 32
-    assert not {p.source for p in training} & {p.source for p in validation}
-    categories = [p.category for p in validation]
-    assert min(categories.count(c) for c in ("code", "docs", "speech")) >= 8
-    assert len(training) + 32 == len(prompts)
-    with pytest.raises(ValueError, match="cannot hold out 4 validation prompts of 4"):
-        split_by_source(prompts[:4], 4, seed=0)
-    with pytest.raises(ValueError, match="prompts of 0 from 0 sources"):
-        split_by_source([], 4, seed=0)  # all were copies of evaluation prompts
 
 
 def test_a_limit_is_dealt_over_the_categories() -> None:

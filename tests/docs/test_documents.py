@@ -1,5 +1,6 @@
 """The check of the documents finds what is wrong with them: on a copy with one fault each."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 
 from docs.checks import OF_ROOT, bad_command, dead_pages, loose_figures, problems_of, slug
 from docs.make import check, main, stale_blocks, write
+from docs.tables_decoding import category_table, decoder_table, difference, headline
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICKSTART = "docs/tutorials/quickstart.md"
@@ -79,6 +81,35 @@ def test_a_changed_result_makes_its_tables_stale_until_they_are_written(copy: Pa
     ]
     assert write(copy) == [RESULTS]
     assert [*stale_blocks(copy, page)] == []
+
+
+def test_sampled_rows_stand_beside_greedy_ones_and_in_no_figure_of_theirs() -> None:
+    """Of a result file that has some, below plain decoding that samples alike."""
+    report = json.loads((ROOT / "docs" / "results" / "eval-64.json").read_text(encoding="utf-8"))
+    both = report | {"results": []}
+    for result in report["results"]:
+        both["results"].append(result)
+        if result["decoder"] == "exact":
+            both["results"].append(result | {
+                "temperature": 1.0, "top_k": 64, "top_p": 0.95, "seeds": [0, 1], "speedup": 1.234,
+                "acceptance_length": 1.234, "baseline_tokens_per_second": 11.4,
+                "tokens_per_second": 14.1, "equal_to_plain": None, "diverged_share": None,
+            })  # fmt: skip
+    sampled = "sampled: temperature 1, top-k 64, top-p 0.95"
+    greedy, rows = (headline({"eval-64": r}).splitlines() for r in (report, both))
+    assert rows[: len(greedy)] == greedy
+    plain, drawn = (row.split(" | ") for row in rows[len(greedy) :])
+    assert (plain[0], plain[2]) == (f"| plain decoding, {sampled}", "11")
+    assert drawn[0] == f"| clean-KV (`exact`), {sampled}, K = 4"
+    assert (drawn[1][:5], drawn[2], drawn[3][:4]) == ("1.234", "14", "1.23")
+    rows = decoder_table(both).splitlines()
+    of_exact = [row.split(" | ") for row in rows if "`exact`" in row]
+    assert [sampled in row[0] for row in of_exact] == [False, True] * (len(of_exact) // 2)
+    assert all(row[-1] == " |" for row in of_exact if sampled in row[0]), "equal to nothing"
+    lengths = ("transformers", "exact", "hybrid", "lookup")
+    assert category_table(both, lengths) == category_table(report, lengths)
+    pair = ("transformers", "exact")
+    assert difference(both, both, pair) == difference(report, report, pair)
 
 
 def test_a_page_that_code_or_a_message_names_has_to_be_there(copy: Path) -> None:

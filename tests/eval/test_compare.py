@@ -20,7 +20,8 @@ def report(
         "head": head, "decoder": decoder, "num_assistant_tokens": 4, "temperature": 0.0,
         "category": "all", "per_text": per_text,
     }  # fmt: skip
-    where = {"target": "t", "threads": 2} | environment
+    asked = {"name": "mine.jsonl", "sha256": "ab" * 32}
+    where = {"target": "t", "threads": 2, "prompt_set": asked} | environment
     return {
         "schema": 3, "environment": where, "per_text_columns": PER_TEXT, "results": [result]
     }  # fmt: skip
@@ -35,7 +36,7 @@ def texts(count: int, seconds: float, jitter: float, seed: int = 0) -> list[dict
         accepted = luck.randint(0, 2 * rounds)
         tokens = rounds + accepted + 1
         rows.append({
-            "id": f"p{i}", "turn": 0, "category": "ab"[i % 2], "prompt_tokens": 9,
+            "id": f"p{i}", "turn": 0, "seed": None, "category": "ab"[i % 2], "prompt_tokens": 9,
             "plain_seconds": tokens * 0.1, "plain_tokens": tokens,
             "seconds": rounds * seconds * (1 + rng.uniform(0, jitter)),
             "tokens": tokens, "rounds": rounds, "accepted": accepted,
@@ -106,6 +107,58 @@ def test_two_decoders_of_a_report_are_compared_text_by_text(
     assert "significant" in capsys.readouterr().out
     assert main(["compare", str(tmp_path)]) == 1
     assert "name a second report" in capsys.readouterr().err
+
+
+def sampled(content: dict[str, Any], **sampling: Any) -> dict[str, Any]:
+    """The report as if its results were sampled so."""
+    results = [result | sampling for result in content["results"]]
+    return content | {"results": results}
+
+
+def test_only_sides_that_choose_tokens_alike_are_compared() -> None:
+    """Not a sampled one with a greedy one, in two reports or in one, and not samples of another
+    top-k or top-p."""
+    rows, own = texts(8, 0.2, 0.0), {"temperature": 1.0, "top_k": 64, "top_p": 0.95}
+    greedy = report(rows)
+    drawn = sampled(greedy, **own)
+    assert {c.variant for c in compare(drawn, drawn)} == {"exact T=1 K=4"}
+    others = [
+        greedy,
+        *(sampled(greedy, **own | {k: v}) for k, v in (("top_k", 32), ("top_p", 1.0))),
+    ]
+    for other in others:
+        with pytest.raises(ValueError, match="in common"):
+            compare(drawn, other)
+    both = greedy | {"results": [*greedy["results"], *sampled(greedy, **own)["results"]]}
+    both["results"] += [r | {"decoder": "cost"} for r in both["results"]]
+    found = {c.variant for c in compare(both, both, ("exact", "cost"))}
+    assert found == {"exact K=4 -> cost K=4", "exact T=1 K=4 -> cost T=1 K=4"}
+    # Reports of before have top-k and top-p among their settings, and no column of seeds.
+    before = sampled(report(rows, top_k=64, top_p=0.95), temperature=1.0)
+    assert all(c.paired for c in compare(before, drawn))
+    with pytest.raises(ValueError, match="in common"):
+        compare(sampled(report(rows, top_k=None, top_p=0.95), temperature=1.0), drawn)
+
+
+def test_texts_are_paired_by_their_seeds() -> None:
+    def with_seeds(rows: list[dict[str, Any]], *seeds: int) -> dict[str, Any]:
+        content = report([row | {"seed": seed} for row in rows for seed in seeds])
+        return sampled(content, temperature=1.0, top_k=None, top_p=1.0)
+
+    rows = texts(8, 0.2, 0.0)
+    found = {c.measure: c for c in compare(with_seeds(rows, 0, 1), with_seeds(rows, 1, 2))
+             if c.category == "all"}  # fmt: skip
+    assert found["speedup"].texts == 8, "of the seed that both have"
+    assert found["speedup"].paired
+    whole = compare(with_seeds(rows, 0, 1), with_seeds(rows, 1, 0))
+    assert next(c for c in whole if c.category == "all").texts == 16
+    # Twice the texts of the same prompts are no surer.
+    other = texts(8, 0.2, 0.5, seed=3)
+    once, twice = (
+        next(c for c in compare(with_seeds(rows, *s), with_seeds(other, *s))
+             if (c.category, c.measure) == ("all", "speedup")) for s in ((0,), (0, 1))
+    )  # fmt: skip
+    assert once.interval == pytest.approx(twice.interval)
 
 
 def test_the_command_says_what_else_changed(

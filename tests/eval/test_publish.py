@@ -104,7 +104,7 @@ def test_the_card_holds_the_reports_figures_and_no_others(
     # One name a figure, and nothing that only some of them share beside them.
     assert len({r.metric_name for r in evaluated}) == len(evaluated)
     assert {tuple(r.dataset_args or ()) for r in evaluated} == {
-        ("hardware", "threads", "dtype", "max_new_tokens")
+        ("hardware", "threads", "dtype", "max_new_tokens", "prompts_sha256")
     }
     assert card.data.base_model == ["org/tiny"]
     assert card.data["base_model_relation"] == "finetune"

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,6 +17,7 @@ from headstart.eval.compare import compare
 from headstart.eval.decoding import Decoded, decode
 from headstart.eval.measurements import Measurements
 from headstart.eval.report import run_evaluation
+from headstart.eval.statistics import RESAMPLES
 from headstart.heads.target import Target
 from headstart.heads.tokens import Sampling
 from tests.helpers.heads import half_trained_head
@@ -162,8 +164,11 @@ def test_decoders_that_cannot_be_compared_are_refused(tiny: Target, tmp_path: Pa
         settings(tmp_path, 1, decoders=["draft-model"])
     with pytest.raises(ValueError, match="decoders names one twice"):
         settings(tmp_path, 1, decoders=["exact", "exact"])
-    with pytest.raises(ValueError, match="give a temperature above 0 too"):
-        settings(tmp_path, 1, top_k=5)
+    for sampled in ({"top_k": 5}, {"seeds": [5]}, {"temperatures": ["model"], "top_p": 0.5}):
+        with pytest.raises(ValueError, match="give a temperature above 0 too"):
+            settings(tmp_path, 1, **sampled)
+    with pytest.raises(ValueError, match="seeds names one twice"):
+        settings(tmp_path, 1, temperatures=[1.0], seeds=[5, 5])
     other = make_target("gemma3").model
     other.config.vocab_size = 7
     chosen = settings(tmp_path, 1, decoders=["draft-model"], draft_models=["small"])
@@ -173,24 +178,88 @@ def test_decoders_that_cannot_be_compared_are_refused(tiny: Target, tmp_path: Pa
 
 def test_sampled_texts_have_a_baseline_of_their_own(tiny: Target, tmp_path: Path) -> None:
     """Each temperature beside plain decoding at it; nothing parts, since nothing need be equal; a
-    second run draws the same."""
+    second run draws the same, and every seed its own."""
     chosen = settings(tmp_path, 2, temperatures=[0.0, 1.0], top_k=50, top_p=0.9)
     heads = {"h": half_trained_head(tiny)}
     content = run_evaluation(tiny, heads, chosen, tmp_path / "out")
     whole = [r for r in content["results"] if "per_text" in r]
-    assert [r["temperature"] for r in whole] == [0, 0, 1, 1]
-    assert [r["equal_to_plain"] for r in whole] == [True, True, None, None]
-    assert "At temperature 1: " in content["verdict"]
+    assert [(r["decoder"], r["temperature"]) for r in whole] == [
+        ("transformers", 0), ("transformers", 1), ("exact", 0), ("exact", 1)
+    ]  # fmt: skip
+    assert [r["equal_to_plain"] for r in whole] == [True, None, True, None]
+    assert [r["seeds"] for r in whole] == [[], [0, 1], [], [0, 1]]
+    assert [(r["prompts"], r["texts"]) for r in whole] == [(2, 2), (2, 4)] * 2
+    sampled = "temperature 1, top-k 50, top-p 0.9"
+    assert f"At {sampled}: " in content["verdict"]
+    for name in ("report.md", "report.html"):
+        text = (tmp_path / "out" / name).read_text()
+        assert "exact T=1" in text
+        assert sampled in text
     file = tmp_path / "out" / "measurements.jsonl"
 
     def texts() -> list[Any]:
         lines = [json.loads(line) for line in file.read_text().splitlines()[1:]]
-        return [[t["plain"]["tokens"] for t in line["turns"]] for line in lines]
+        return [
+            [[t["plain"]["tokens"], *(v["decoded"]["tokens"] for v in t["variants"])]
+             for t in line["turns"]] for line in lines
+        ]  # fmt: skip
 
     first = texts()
-    assert all(greedy != sampled for greedy, sampled in first)
+    for greedy, one, other in first:
+        assert greedy[0] == greedy[2] != one[0] != other[0]
+        assert one[2] != other[2]
     run_evaluation(tiny, heads, chosen, tmp_path / "out")
     assert texts() == first
+
+
+def test_two_seeds_of_a_prompt_are_one_prompt_in_the_intervals(
+    tiny: Target, tmp_path: Path
+) -> None:
+    """A result is over the texts of all seeds: its figures are of their sums, its intervals draw
+    prompts, each with all of its texts."""
+    chosen = settings(tmp_path, 5, temperatures=[1.0], decoders=["exact"], seeds=[3, 8])
+    content = run_evaluation(tiny, {"h": half_trained_head(tiny)}, chosen, tmp_path / "out")
+    (whole,) = [r for r in content["results"] if "per_text" in r]
+    rows = [dict(zip(content["per_text_columns"], t, strict=True)) for t in whole["per_text"]]
+    assert sorted((row["id"], row["seed"]) for row in rows) == sorted(
+        (p.id, seed) for p in load_prompts(chosen.prompts) for seed in (3, 8)
+    )
+    names = ("plain_seconds", "plain_tokens", "seconds", "tokens", "rounds", "accepted")
+    sums = {name: sum(row[name] for row in rows) for name in names}
+    assert whole["acceptance_length"] == 1 + sums["accepted"] / sums["rounds"]
+    speedup = (sums["plain_seconds"] / sums["plain_tokens"]) / (sums["seconds"] / sums["tokens"])
+    assert whole["speedup"] == pytest.approx(speedup, rel=1e-3)  # rows are rounded
+    # By hand: one row a prompt, its texts added up.
+    ids = list(dict.fromkeys(row["id"] for row in rows))
+    table = np.array([[sum(r[n] for r in rows if r["id"] == i) for n in names] for i in ids])
+    drawn = np.random.default_rng(0).multinomial(len(ids), [1 / len(ids)] * len(ids), RESAMPLES)
+    s = dict(zip(names, (drawn @ table).T, strict=True))
+    lengths = np.percentile(1 + s["accepted"] / s["rounds"], [2.5, 97.5])
+    assert whole["acceptance_length_interval"] == pytest.approx(lengths)
+    speedups = (s["plain_seconds"] / s["plain_tokens"]) / (s["seconds"] / s["tokens"])
+    wanted = np.percentile(speedups, [2.5, 97.5])
+    assert whole["speedup_interval"] == pytest.approx(wanted, rel=1e-3)
+
+
+def test_model_is_the_targets_own_sampling(tiny: Target, tmp_path: Path) -> None:
+    """Its own top-k and top-p, whatever those of the numbers are; two of one temperature could not
+    be told apart."""
+    tiny.generation.update(do_sample=True, temperature=0.9, top_k=64, top_p=0.95)
+    heads = {"h": half_trained_head(tiny)}
+    chosen = settings(
+        tmp_path, 2, temperatures=[0.0, "model", 0.5], top_k=3, decoders=["exact"], seeds=[0]
+    )
+    content = run_evaluation(tiny, heads, chosen, tmp_path / "out")
+    found = [r for r in content["results"] if "per_text" in r]
+    assert [(r["temperature"], r["top_k"], r["top_p"]) for r in found] == [
+        (0, None, 1), (0.9, 64, 0.95), (0.5, 3, 1)
+    ]  # fmt: skip
+    tiny.generation.update(top_k=32)
+    with pytest.raises(ValueError, match="with own_sampling="):
+        run_evaluation(tiny, heads, chosen, tmp_path / "out", resume=True)
+    twice = settings(tmp_path, 2, temperatures=[0.9, "model"])
+    with pytest.raises(ValueError, match=r"top-k 32, top-p 0\.95 here"):
+        run_evaluation(tiny, heads, twice, tmp_path / "out")
 
 
 def test_sampling_is_from_the_likeliest_tokens_alone(tiny: Target) -> None:
@@ -307,5 +376,8 @@ def test_the_command_measures_a_head_and_names_what_is_wrong(
     assert "prompt lookup, without a head" in (tmp_path / "out" / "report.md").read_text()
     assert main([*argv, "eval.decoders=exact,lockup"]) == 1
     assert "eval.decoders.1: Input should be 'transformers', 'exact'" in capsys.readouterr().err
+    assert main([*argv, "eval.decoders=lookup", "eval.temperatures=0,model", "eval.seeds=4"]) == 0
+    out = capsys.readouterr().out
+    assert all(text in out for text in ("lookup ", "lookup T=1 ", "seeds 4"))
     assert main([*argv, "eval.temperatures=0,0"]) == 1
     assert "temperatures names one twice" in capsys.readouterr().err

@@ -69,7 +69,7 @@ def decoded(rounds: list[tuple[int, int]], prompt_len: int, seconds: float) -> D
 def text(name: str, rounds: list[tuple[int, int]], plain: float, seconds: float) -> Text:
     assisted = decoded(rounds, 3, seconds)
     slow = decoded([(0, 0)] * (len(assisted.tokens) - 1), 3, plain)
-    return Text(name, 0, "c", 3, slow, assisted, None, plain * 1.1, True)
+    return Text(name, 0, "c", 3, slow, assisted, None, plain * 1.1, None)
 
 
 def test_the_figures_are_sums_over_texts_divided_once() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from headstart.configs.loader import load_settings
-from headstart.train.adapt import split_prompts
+from headstart.train.adapt import load_kinds, split_prompts
 from headstart.train.adapt_report import advice, compare_stages, headline, outcome
 from headstart.train.adaptation import Adaptation
 from tests.helpers.reports import texts
@@ -21,7 +21,8 @@ def prompt_file(folder: Path, *prompts: str) -> str:
 
 def split(prompts: str, *overrides: str) -> dict[str, Any]:
     settings = load_settings(None, [f"data.prompts={prompts}", *overrides])
-    return split_prompts(Adaptation("h", settings.of_run(), settings.adapt, 4, Path("out")))
+    asked = Adaptation("h", settings.of_run(), settings.adapt, 4, Path("out"))
+    return split_prompts(asked, load_kinds(asked))
 
 
 @pytest.mark.parametrize("count", [1, 5, 8])

@@ -174,7 +174,7 @@ def test_adapt_takes_what_it_is_told_before_what_the_head_was(
         found.append(a.config)
         raise ValueError("seen")
 
-    monkeypatch.setattr(adapting, "split_prompts", seen)
+    monkeypatch.setattr(adapting, "load_kinds", seen)
     command = ["adapt", str(thinking / "head"), f"target.name={folder / 'target'}"]
     command += ["data.prompts=p", f"output_dir={folder / 'none'}"]
     for more in ([], ["data.chat_template_kwargs={enable_thinking: false}"]):

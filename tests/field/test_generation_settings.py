@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 import torch
 
-from headstart.configs.schema import DataConfig
+from headstart.configs.schema import DataConfig, TargetConfig
 from headstart.data.extraction import Recorder
 from headstart.data.prepare import deal_sampling
 from headstart.data.regenerate import answer
 from headstart.eval.decoding import decode
-from headstart.heads.loading import load_target
+from headstart.heads.loading import load_target, load_target_tokens
 from headstart.heads.target import Target
 from headstart.heads.tokens import Sampling
 from tests.helpers.checkpoints import saved_target
@@ -109,6 +109,20 @@ def test_the_targets_own_sampling_is_still_there_to_ask_for(tmp_path: Path) -> N
     settings = {"do_sample": True, "temperature": 0.8, "top_k": 64, "top_p": 0.95}
     target = load_target(saved_target(tmp_path, generation=settings), "float32")
     assert target.own_sampling == Sampling(0.8, 64, 0.95)
+
+
+def test_the_built_in_gemma_samples_as_its_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its GGUF file has no generation settings; a folder that has none says nothing."""
+    folder = saved_target(tmp_path / "target", generation={})
+    (Path(folder) / "generation_config.json").unlink(missing_ok=True)
+    assert load_target(folder, "float32").own_sampling == Sampling(1.0)
+    monkeypatch.setattr("headstart.heads.loading.gemma3_270m_dir", lambda: Path(folder))
+    for found in (
+        load_target("gemma3-270m", "float32"), load_target_tokens(TargetConfig(name="gemma3-270m"))
+    ):  # fmt: skip
+        assert found.own_sampling == Sampling(1.0, 64, 0.95)
 
 
 @pytest.mark.parametrize(

@@ -77,7 +77,7 @@ def test_no_file_that_is_published_has_a_path_of_the_machine(home: Path, tmp_pat
     report = json.loads((out / "evaluation" / "report.json").read_text())
     original = json.loads((home / "run" / "eval" / "report.json").read_text())
     assert report["environment"]["target"] == "org/tiny"
-    assert report["environment"]["prompts"] == "eval.jsonl"
+    assert report["environment"]["prompt_set"]["name"] == "eval.jsonl"
     assert {r["head"] for r in report["results"]} == {REPO}
     figures = [[r["speedup"] for r in one["results"]] for one in (report, original)]
     assert figures[0] == figures[1]

@@ -34,6 +34,8 @@ TOKENS = 12
 K = 6
 TEXT = 1000  # new tokens a call
 SETTINGS: dict[str, Any] = {"do_sample": True, "temperature": 0.8, "top_k": 6, "eos_token_id": None}
+TOP_P = SETTINGS | {"temperature": 1.0, "top_k": 8, "top_p": 0.8}
+"""As Gemma's checkpoints sample, in the shape of a vocabulary of 12; each rules out tokens."""
 
 
 class Gemma4Markov(Gemma4ForCausalLM):
@@ -75,11 +77,24 @@ def chain() -> tuple[Gemma4Markov, Any]:
     return model, assistant
 
 
-def p_value(texts: list[list[int]], table: torch.Tensor) -> float:
-    """Of the transitions in `texts`, if they were drawn from the softmax that `SETTINGS` makes."""
-    logits = table / SETTINGS["temperature"]
-    least = logits.topk(SETTINGS["top_k"]).values[:, -1:]
-    p = logits.masked_fill(logits < least, -torch.inf).softmax(-1).double()
+def distribution(table: torch.Tensor, settings: dict[str, Any]) -> torch.Tensor:
+    """[V, V] probabilities of the next token, by hand: temperature, then top-k, then the likeliest
+    of what is left until they hold top-p."""
+    logits = table.double() / settings["temperature"]
+    least = logits.topk(settings["top_k"]).values[:, -1:]
+    p = logits.masked_fill(logits < least, -torch.inf).softmax(-1)
+    sizes, order = p.sort(descending=True)
+    likelier = sizes.cumsum(-1) - sizes  # mass of the tokens before each
+    kept = (likelier < settings.get("top_p", 1.0)).gather(1, order.argsort())
+    p = p * kept
+    return p / p.sum(-1, keepdim=True)
+
+
+def p_value(
+    texts: list[list[int]], table: torch.Tensor, settings: dict[str, Any] = SETTINGS
+) -> float:
+    """Of the transitions in `texts`, if they were drawn from the softmax that `settings` make."""
+    p = distribution(table, settings)
     counts = torch.zeros(TOKENS, TOKENS, dtype=torch.double)
     for text in texts:
         pairs = torch.tensor(text)
@@ -93,10 +108,12 @@ def p_value(texts: list[list[int]], table: torch.Tensor) -> float:
     return float(torch.special.gammaincc(freedom / 2, chi2 / 2))
 
 
-def sample(model: Gemma4Markov, assistant: Any, calls: int) -> list[list[int]]:
+def sample(
+    model: Gemma4Markov, assistant: Any, calls: int, settings: dict[str, Any] = SETTINGS
+) -> list[list[int]]:
     prompt = torch.tensor([[5, 6, 7]])
     mask = torch.ones_like(prompt)
-    settings = SETTINGS | {"max_new_tokens": TEXT, "assistant_model": assistant}
+    settings = settings | {"max_new_tokens": TEXT, "assistant_model": assistant}
     torch.manual_seed(1)
     with torch.inference_mode():
         texts = [model.generate(prompt, attention_mask=mask, **settings)[0] for _ in range(calls)]
@@ -104,9 +121,10 @@ def sample(model: Gemma4Markov, assistant: Any, calls: int) -> list[list[int]]:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("settings", [SETTINGS, TOP_P], ids=["top-k", "top-k and top-p"])
 @pytest.mark.parametrize("drawn", [False, True])
 def test_the_exact_decoder_samples_from_the_target(
-    drawn: bool, monkeypatch: pytest.MonkeyPatch
+    drawn: bool, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Drafts come from a chain of their own, drawn from it or its argmaxes: right most of the time,
     and cheap enough for 100,000 draws. Whatever is drafted, the text may not show it."""
@@ -123,11 +141,26 @@ def test_the_exact_decoder_samples_from_the_target(
     monkeypatch.setattr(Drafter, "draft", draft)
     how = ExactDecoding()
     with exact_decoding(model, how):
-        texts = sample(model, assistant, 100)
+        texts = sample(model, assistant, 100, settings)
     assert sum(len(text) - 1 for text in texts) == 100_000
     accepted = sum(r.accepted for r in how.rounds) / sum(len(r.drafts.tokens) for r in how.rounds)
     assert 0.1 < accepted < 0.9, "drafts that are always right, or never, make this test empty"
-    assert p_value(texts, model.table) > 0.01
+    assert p_value(texts, model.table, settings) > 0.01
+
+
+def test_drafts_of_a_head_are_judged_by_what_top_k_and_top_p_leave() -> None:
+    """The head itself, and the target's own sampling of a Gemma: 10,000 draws follow that
+    distribution, and neither the one without top-p nor the one without top-k."""
+    model, assistant = chain()
+    how = ExactDecoding()
+    with exact_decoding(model, how):
+        texts = sample(model, assistant, 10, TOP_P)
+    assert sum(r.accepted for r in how.rounds) > 1000
+    p = distribution(model.table, TOP_P)
+    assert (p > 0).sum(-1).min() < TOP_P["top_k"], "top-p rules out tokens too"
+    assert p_value(texts, model.table, TOP_P) > 0.01
+    assert p_value(texts, model.table, TOP_P | {"top_p": 1.0}) < 1e-6
+    assert p_value(texts, model.table, TOP_P | {"top_k": 1}) == 0
 
 
 def test_the_stock_decoder_does_not_sample_from_the_target() -> None:

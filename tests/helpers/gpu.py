@@ -129,7 +129,7 @@ def figures_of(report: dict[str, Any]) -> dict[str, Any]:
     where = report["environment"]
     return {
         "dtype": where["dtype"],
-        "prompts": Path(where["prompts"]).name,
+        "prompt_set": where["prompt_set"],
         "max_new_tokens": where["max_new_tokens"],
         "verdict": report["verdict"],
         "noise": report["noise"],

@@ -67,6 +67,7 @@ def report(results: list[dict[str, Any]], **other: Any) -> dict[str, Any]:
             "processor": "a processor",
             "heads": ["runs/a/head"],
             "draft_models": [],
+            "prompt_set": {"name": "mine.jsonl", "sha256": "ab" * 32},
             "peak_process_memory_bytes": 2_500_000_000,
         },
         "costs": {"runs/a/head": {"exact": {"c": 0.1, "v": [1.0, 1.1, 1.2]}}},

@@ -94,7 +94,7 @@ def test_every_module_is_imported_from_a_folder_of_hostile_modules(
     """As the command imports them: by a script that lies elsewhere."""
     names = [
         f"headstart.{folder}.{module.name}"
-        for folder in ("common", "configs", "heads", "data", "eval", "train", "serve", "cli")
+        for folder in ("common", "configs", "heads", "data", "eval", "train", "serve", "api", "cli")
         for module in pkgutil.iter_modules([str(ROOT / folder)])
         if module.name != "__main__"
     ]

@@ -101,7 +101,7 @@ def check_paths(out: Path) -> None:
     assert settings["eval"]["prompts"] == "eval.jsonl"
     assert load_config(out / "training_config.yaml").train.max_steps == 6
     report = json.loads((out / "evaluation" / "report.json").read_text())
-    assert report["environment"]["prompts"] == "eval.jsonl"
+    assert report["environment"]["prompt_set"]["name"] == "eval.jsonl"
 
 
 def test_no_relative_path_is_published(folder: Path, tmp_path: Path) -> None:
