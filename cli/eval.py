@@ -19,7 +19,8 @@ def _eval(args: argparse.Namespace) -> None:
     from headstart.eval.report import evaluate_heads
 
     heads = {name: name for name in args.head}
-    evaluate_heads(heads, read_settings(args).of_run(), default_device(), args.resume)
+    config = read_settings(args).of_run()
+    evaluate_heads(heads, config, default_device(), args.resume, together=True)
 
 
 EVAL = Command(

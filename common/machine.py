@@ -152,6 +152,32 @@ def random_numbers_kept(device: torch.device) -> Iterator[None]:
         np.random.set_state(of_numpy)
 
 
+@contextmanager
+def deterministic_algorithms(wanted: bool) -> Iterator[Callable[[], None]]:
+    """Within, cuBLAS can give the same bits each time, which it settles when it is first used; what
+    this yields lets all of torch do so from then on, or raise where it has no algorithm for that.
+    Afterwards all is as before.
+
+    Args:
+        wanted: False: nothing happens, and the call does nothing.
+    """
+    if not wanted:
+        yield lambda: None
+        return
+    before, workspace = torch.are_deterministic_algorithms_enabled(), os.environ.get(CUBLAS)
+    warned = torch.is_deterministic_algorithms_warn_only_enabled()
+    os.environ.setdefault(CUBLAS, ":4096:8")  # one of the two values that make it so
+    try:
+        yield lambda: torch.use_deterministic_algorithms(True)
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warned)
+        if workspace is None:
+            del os.environ[CUBLAS]
+
+
+CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
+
+
 def synchronize(device: torch.device) -> None:
     """Wait for what an accelerator has under way, so that a clock says what it took."""
     if device.type != "cpu":

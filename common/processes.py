@@ -156,12 +156,13 @@ def split_layers(model: torch.nn.Module, layers: Iterable[torch.nn.Module]) -> N
         raise RuntimeError(
             f"target.sharded needs torch 2.7 or newer, and this is {torch.__version__}"
         )
-    units = [fully_shard(layer, reshard_after_forward=True) for layer in layers]
+    whole = list(layers)
+    units = [fully_shard(layer, reshard_after_forward=True) for layer in whole]
     for unit, following in pairwise(units):
         unit.set_modules_to_forward_prefetch([following])
     # One root over them. Without it each layer is one: it gathers in streams of its own, after all
     # that came before it, and torch's allocator keeps a gathered layer for each of these streams.
-    split = {parameter for unit in units for parameter in unit.parameters()}
+    split = {parameter for layer in whole for parameter in layer.parameters()}
     fully_shard(model, ignored_params={p for p in model.parameters() if p not in split})
 
 

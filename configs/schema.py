@@ -380,6 +380,9 @@ class TrainConfig(Section):
     compile: bool = False
     """Compile the head's layers with `torch.compile`: minutes at the start, then faster steps on a
     GPU."""
+    deterministic: bool = False
+    """Train with algorithms that give the same bits each time, on a GPU too, where some are slower.
+    An operation that has none there stops the run and is named. Answers are not written so."""
     eval_steps: PositiveInt = 125
     """Steps between validations; each may make a new best head."""
     save_steps: PositiveInt = 150

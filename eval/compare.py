@@ -168,6 +168,7 @@ def _sums(rows: list[Any], seed: int) -> dict[str, np.ndarray]:
     """Sums of each column over the rows' prompts, and over prompts drawn with replacement."""
     ids = [row["id"] for row in rows]
     names = ("id", "turn", "seed", "category")
+    # Where nothing was timed, rows have no seconds.
     columns = [c for c in rows[0] if c not in names and all(row[c] is not None for row in rows)]
     return {c: resampled(ids, [row[c] for row in rows], seed) for c in columns}
 

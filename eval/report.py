@@ -44,7 +44,7 @@ from headstart.eval.statistics import (
     verdict,
 )
 from headstart.heads.assistant import check_pair, other_target
-from headstart.heads.loading import load_target, open_whole
+from headstart.heads.loading import load_served, load_target, open_whole
 from headstart.heads.saving import load_assistant
 from headstart.heads.target import Target, model_fingerprint
 from headstart.heads.tokens import Sampling
@@ -157,7 +157,11 @@ def run_evaluation(
 
 
 def evaluate_heads(
-    heads: Mapping[str, str], config: Config, device: torch.device, resume: bool = False
+    heads: Mapping[str, str],
+    config: Config,
+    device: torch.device,
+    resume: bool = False,
+    together: bool = False,
 ) -> dict[str, Any]:
     """Load a target, heads and draft models and evaluate them, as `run_evaluation` says.
 
@@ -166,19 +170,20 @@ def evaluate_heads(
         config: of it the target, the evaluation and the folder to write.
         device: where all of them run.
         resume: go on with the prompts that are missing in the folder.
+        together: all processes of the launch call it.
     """
     chosen = config.eval or EvalConfig()
     # Wrong settings are told before the weights are loaded.
     check_prompt_set(chosen.prompts)
     asked = asked_by_heads(list(heads.values()))
-    target = open_whole(config.target, device)
+    target = (open_whole if together else load_served)(config.target, device)
     dtype = target.table.dtype
     assistants = {name: load_assistant(path, dtype, device) for name, path in heads.items()}
     name = str(dtype).removeprefix("torch.")
     models = {one: load_target(one, name, device=device).model for one in chosen.draft_models}
     return run_evaluation(
         target, assistants, chosen, config.output_dir,
-        resume=resume, draft_models=models, asked=asked, together=True,
+        resume=resume, draft_models=models, asked=asked, together=together,
     )  # fmt: skip
 
 
@@ -259,13 +264,13 @@ def _find_costs(
     heads: Mapping[str, PreTrainedModel],
     chosen: EvalConfig,
     kept: Measurements,
-    budget: float | None,
+    costs_budget: float | None,
 ) -> None:
     """Measure what drafts cost, once for a report."""
     if "costs" not in kept.found:
         longest = longest_draft(chosen)
         measured = {
-            name: measure_costs(target, head, longest, budget) for name, head in heads.items()
+            name: measure_costs(target, head, longest, costs_budget) for name, head in heads.items()
         }
         kept.find("costs", {n: {d: asdict(c) for d, c in m.items()} for n, m in measured.items()})
 
@@ -311,8 +316,8 @@ def _results(
             if not timed:
                 result |= dict.fromkeys(SPEEDS)
             if category == "all" and loops == "with":
-                rows = [_row(text, variant.num_assistant_tokens) for text in few]
-                result["per_text"] = rows if timed else [_untimed(row) for row in rows]
+                k = variant.num_assistant_tokens
+                result["per_text"] = [_row(text, k, timed) for text in few]
             found.append(result)
     return found
 
@@ -446,18 +451,15 @@ def noise(texts: Sequence[Text]) -> dict[str, Any] | None:
     return {"texts": len(twice), "speedup": float(ratio[0]), "speedup_interval": interval(ratio)}
 
 
-def _untimed(row: list[Any]) -> list[Any]:
-    """A row of `PER_TEXT` without its times."""
-    pairs = zip(PER_TEXT, row, strict=True)
-    return [None if column.endswith("seconds") else value for column, value in pairs]
-
-
-def _row(text: Text, k: int) -> list[Any]:
+def _row(text: Text, k: int, timed: bool) -> list[Any]:
     counts = text.assisted.counts(text.prompt_len, k)
+    plain, assisted = (
+        round(decoded.seconds, 5) if timed else None for decoded in (text.plain, text.assisted)
+    )
     return [
-        text.id, text.turn, text.seed, text.category, text.prompt_len, round(text.plain.seconds, 5),
-        len(text.plain.tokens), round(text.assisted.seconds, 5), len(text.assisted.tokens),
-        counts.rounds, sum(counts.accepted),
+        text.id, text.turn, text.seed, text.category, text.prompt_len, plain,
+        len(text.plain.tokens), assisted, len(text.assisted.tokens), counts.rounds,
+        sum(counts.accepted),
     ]  # fmt: skip
 
 

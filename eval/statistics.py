@@ -74,6 +74,13 @@ OWN_LENGTH = ("heuristic", "cost", "hybrid")  # decoders that choose K themselve
 NO_HEAD = ("lookup", "draft-model")
 
 
+def merit(result: dict[str, Any]) -> float:
+    """By which results are ranked: their speedup, or where none was measured their acceptance
+    length."""
+    speedup = result["speedup"]
+    return float(result["acceptance_length"] if speedup is None else speedup)
+
+
 def sampling_name(result: Mapping[str, Any]) -> str:
     """How the target chose its tokens in a result of report.json."""
     if not result["temperature"]:
@@ -83,13 +90,6 @@ def sampling_name(result: Mapping[str, Any]) -> str:
     name = f"temperature {result['temperature']:g}"
     name += "" if top_k is None else f", top-k {top_k}"
     return name if top_p == 1 else f"{name}, top-p {top_p:g}"
-
-
-def merit(result: Mapping[str, Any]) -> float:
-    """By which results are ranked: their speedup, or where none was measured their acceptance
-    length."""
-    speedup = result["speedup"]
-    return float(result["acceptance_length"] if speedup is None else speedup)
 
 
 def verdict(results: list[dict[str, Any]]) -> str:

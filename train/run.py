@@ -3,6 +3,7 @@
 import gc
 import json
 import shlex
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -16,6 +17,7 @@ from transformers import PreTrainedModel
 from headstart.common.console import hidden_progress, kept_lines, phase, print_once
 from headstart.common.files import write_atomically
 from headstart.common.machine import (
+    deterministic_algorithms,
     environment,
     free_memory,
     is_out_of_memory,
@@ -112,16 +114,21 @@ def train(config: Config, resume: bool = False, schedule: Schedule | None = None
         project_dir=config.output_dir,
     )
     reduce_in_float32(accelerator)
-    if not accelerator.is_main_process:
-        _train(config, resume, accelerator, None)
-        return
-    with run_folder(config.output_dir, "training"):
-        open_run(config, resume, accelerator.num_processes)
-        _train(config, resume, accelerator, schedule)
+    with deterministic_algorithms(config.train.deterministic) as same_bits:
+        if not accelerator.is_main_process:
+            _train(config, resume, accelerator, None, same_bits)
+            return
+        with run_folder(config.output_dir, "training"):
+            open_run(config, resume, accelerator.num_processes)
+            _train(config, resume, accelerator, schedule, same_bits)
 
 
 def _train(
-    config: Config, resume: bool, accelerator: Accelerator, schedule: Schedule | None
+    config: Config,
+    resume: bool,
+    accelerator: Accelerator,
+    schedule: Schedule | None,
+    same_bits: Callable[[], None],
 ) -> None:
     run, seed = config.output_dir, config.seed
     set_seed(seed)
@@ -137,6 +144,7 @@ def _train(
     schedule = schedule or Schedule()
     with schedule.phase(TEXTS):
         training, validation, left_out = planned.prepare()
+    same_bits()
     counted = count_steps(config.train, len(usable(training)), accelerator.num_processes)
     config = config.model_copy(update={"train": counted})
     if accelerator.is_main_process:
@@ -341,10 +349,9 @@ def _measure(
         target, heads, what, out,
         asked=asked, printed=False, together=together, costs_budget=costs_budget,
     )  # fmt: skip
-    columns = content["per_text_columns"]
-    rows = [row for result in content["results"] for row in result.get("per_text", ())]
-    texts = [dict(zip(columns, row, strict=True)) for row in rows]
-    longest = max(text["prompt_tokens"] + text["plain_tokens"] for text in texts)
+    texts = [row for result in content["results"] for row in result.get("per_text", ())]
+    columns = [content["per_text_columns"].index(name) for name in ("prompt_tokens", "tokens")]
+    longest = max(sum(row[column] for column in columns) for row in texts)
     return content, float32_bytes(target, assistant, longest)
 
 
@@ -388,8 +395,8 @@ def _measure_in_float32(
     target = config.target.model_copy(update={"dtype": "float32"})
     few = chosen.model_copy(update={"limit": limit, "num_assistant_tokens": [longest]})
     try:
-        checked = config.model_copy(update={"target": target})
-        return _measure(checked, few, out, device, costs_budget=CHECK_COSTS)[0], None
+        own = config.model_copy(update={"target": target})
+        return _measure(own, few, out, device, costs_budget=CHECK_COSTS)[0], None
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise

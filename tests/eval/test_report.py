@@ -343,7 +343,12 @@ def test_what_killed_processes_measured_is_taken_in(
     part.write_text("\n".join([lines[0], shared, lines[4][:40]]))
     prompts: list[str] = []
     add = Measurements.add
-    monkeypatch.setattr(Measurements, "add", lambda s, x: (prompts.append(x["id"]), add(s, x)))
+
+    def note(kept: Measurements, line: dict[str, Any]) -> None:
+        prompts.append(line["id"])
+        add(kept, line)
+
+    monkeypatch.setattr(Measurements, "add", note)
     again = run_evaluation(tiny, heads, chosen, out, resume=True)
     assert prompts == [json.loads(line)["id"] for line in lines[3:]]
     assert not part.exists()
