@@ -153,7 +153,7 @@ class SamplingMixture(LogitsProcessor):
         """`scores` [B, V] -> the same with +inf at the chosen tokens."""
         chosen = scores.clone() if self.groups else scores
         for drawn, rows in self.groups.items():
-            rows = rows.to(scores.device)
+            rows = self.groups[drawn] = rows.to(scores.device)  # a GPU waits for a copy: one in all
             uniform = torch.rand(len(rows), 1, generator=self.generator).to(scores.device)
             # Row by row a CPU keeps the V values in its cache: a fifth of the time of all at once.
             parts = rows.split(1) if scores.device.type == "cpu" else (rows,)

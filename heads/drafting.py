@@ -135,16 +135,18 @@ class Drafter:
                     )  # fmt: skip
             state = assistant.model.norm(state)
             logits, ids = self._logits(state[0, 0])
+            # `best` [1], and `index_select`: an index without a dimension is read by the host.
             if warpers is None:
-                best = logits.argmax()
+                best = logits.argmax(-1, keepdim=True)
             else:
                 logits = _warped(logits, warpers)
-                best = torch.multinomial(logits.softmax(-1), 1)[0]
+                best = torch.multinomial(logits.softmax(-1), 1)
                 drawn_from.append(logits if ids is None else self._spread(logits, ids))
-            token = (best if ids is None else ids[best]).view(1, 1)
+            token = (best if ids is None else ids.index_select(0, best)).view(1, 1)
             tokens.append(int(token))
             if goes_on is not None:
-                confidences.append(float((logits[best] - logits.logsumexp(-1)).exp()))
+                chosen = logits.index_select(0, best)
+                confidences.append(float((chosen - logits.logsumexp(-1)).exp()))
             if len(tokens) >= limit or tokens[-1] in stops_after:
                 break
             if goes_on is not None and not goes_on(confidences):

@@ -185,7 +185,7 @@ def _accepted_in_a_row(
     beyond = drafts.anchor[drafts.round == 1]
     return {
         "accepted": hit[beyond].cumprod(-1).sum(),
-        "beyond": torch.tensor(float(len(beyond)), device=hits.device),
+        "beyond": (drafts.round == 1).sum().float(),
         "rows": (drafts.round == 0).sum().float(),
     }
 
