@@ -213,7 +213,8 @@ def _training(config: Config, planned: PlannedDocuments, held: Held, progress: P
         seconds = min(seconds, 60 * c.max_minutes - progress.seconds)
     there = f", {step:,} done" if step else ""
     early = ", fewer without gain" if c.early_stopping_patience is not None else ""
-    size = f"{c.max_steps - step:,} steps{there}{early}; {validations} validations"
+    size = f"{c.max_steps - step:,} steps{there}{early}; {validations} "
+    size += "validation" if validations == 1 else "validations"
     return Phase(TRAINING, size, costs.start + seconds, bar="Training")
 
 
