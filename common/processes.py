@@ -24,7 +24,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from headstart.common.files import lock_folder
-from headstart.common.heartbeat import BEAT, SILENCE, Heartbeat, is_lost_connection
+from headstart.common.heartbeat import SILENCE, Heartbeat, is_lost_connection
 
 PATIENCE = timedelta(days=2)
 """One process may generate for hours while others wait; of one that dies the heartbeat tells."""
@@ -56,7 +56,7 @@ def wait_for_name(error: BaseException) -> None:
     has left is named here, and of one that died the heartbeat tells, which ends this process."""
     if not _heartbeats or not is_lost_connection(error):
         return
-    until = time.monotonic() + SILENCE + 2 * BEAT
+    until = time.monotonic() + 2 * SILENCE  # long after the heartbeat would have told
     while time.monotonic() < until:
         if (line := _heartbeats[0].ended()) is not None:
             print(f"headstart: {line}", file=sys.stderr)

@@ -161,7 +161,9 @@ def plan_lora() -> str:
     from headstart.train.plan import plan
 
     start = ["head.init_from=google/gemma-4-E4B-it-assistant", "head.lora={}"]
-    lines = plan(load_config("gemma4-e4b", [*start, "target.dtype=bfloat16"]))
+    lines = plan(
+        load_config("gemma4-e4b", [*start, "target.dtype=bfloat16", "train.mixed_precision=bf16"])
+    )
     shown = ("head", "parameters trained", "in training", "tokens", "activation store")
     return rows_of("of the plan | what it says", [[name, lines[name]] for name in shown])
 

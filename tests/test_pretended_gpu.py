@@ -1,5 +1,5 @@
-"""The whole program on a pretended GPU (tests/pretended_gpu.py): devices, generators, and what its
-hot loops cost; and that the pretended GPU finds what it is there to find."""
+"""The whole program on a pretended GPU: devices, generators, and what its hot loops cost; and that the
+pretended GPU (tests/helpers/pretended_gpu.py) finds what it is there to find."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -25,12 +25,13 @@ from headstart.heads.tokens import Sampling
 from headstart.train import loop, ordering, step, validation
 from headstart.train.run import train
 from tests.helpers.models import FAMILIES, make_target
+from tests.helpers.pretended_gpu import DeviceFault, PretendedGpu, pretended_gpu
 from tests.helpers.prompts import conversations
 from tests.helpers.runs import metrics, tiny_config
-from tests.pretended_gpu import DeviceFault, PretendedGpu, pretended_gpu
 
 DTYPES = {"float32": "no", "bfloat16": "bf16"}  # of the target -> of training
-K, TOKENS = 3, 10
+K = 3
+TOKENS, FEW_TOKENS = 10, 6  # where rounds have a budget, and where not
 COSTS = Costs(0.05, [1.0, 1.02, 1.04, 1.06])
 DECODERS = ("transformers", "exact", "heuristic", "cost", "lookup", "hybrid")
 
@@ -91,7 +92,8 @@ def texts(target: Target, head: Any, gpu: PretendedGpu | None) -> dict[str, list
     prompt = conversations(4)[3].ids
     calls: dict[str, Callable[[], Decoded]] = {"plain": lambda: decode(target, prompt, TOKENS)}
     for v in variants:
-        calls[v.decoder] = partial(v.decode, target, prompt, TOKENS, greedy, 0)
+        tokens = TOKENS if f"round, {v.decoder}" in BUDGETS else FEW_TOKENS
+        calls[v.decoder] = partial(v.decode, target, prompt, tokens, greedy, 0)
     calls["exact, sampled"] = partial(exact.decode, target, prompt, TOKENS, drawn, 0)
     found = {}
     for name, call in calls.items():

@@ -51,7 +51,7 @@ def test_the_documents_are_as_they_should_be() -> None:
         (RESULTS, "<!-- END -->", "", "needs its <!-- END -->"),
         (RESULTS, "BEGIN: headline", "BEGIN: headlines", "nothing makes the block headlines"),
         (RESULTS, "One seed each.", "One seed each: 9.87.", "9.87 stands in no table"),
-        ("README.md", "a round to 1.58", "a round to 9.87", "9.87 stands in no table"),
+        ("README.md", "problems at 1.58", "problems at 9.87", "9.87 stands in no table"),
         (QUICKSTART, "(your-model.md)", "(my-model.md)", "my-model.md leads nowhere"),
         (QUICKSTART, "results.md#quickstart", "results.md#slowstart", "leads to no heading"),
         (MODEL, "gemma4-e4b --plan", "gemma4-e4b --sketch", "--sketch"),
