@@ -1,5 +1,5 @@
-"""The whole program on a pretended GPU: devices, generators, and what its hot loops cost; and that the
-pretended GPU (tests/helpers/pretended_gpu.py) finds what it is there to find."""
+"""The whole program on a pretended GPU (tests/helpers/pretended_gpu.py): devices, generators, what
+its hot loops cost; and that the pretended GPU finds what it is there to find."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
