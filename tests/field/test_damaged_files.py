@@ -141,7 +141,9 @@ def test_a_gguf_that_is_none_is_named(tmp_path: Path, content: bytes) -> None:
 
 def fails_at_once(tmp_path: Path, match: str, head: str, *overrides: str) -> None:
     """`adapt` refuses, and has written nothing."""
-    asked = ["data.prompts=domain.jsonl", "target.dtype=float32", f"output_dir={tmp_path / 'out'}"]
+    prompts = tmp_path / "domain.jsonl"
+    prompts.write_text('{"prompt": "Say A."}\n')
+    asked = [f"data.prompts={prompts}", "target.dtype=float32", f"output_dir={tmp_path / 'out'}"]
     settings = load_settings(None, [*asked, *overrides], adapt_defaults(head))
     with pytest.raises(ValueError, match=match):
         adapt(settings, head, "cpu", [])

@@ -136,7 +136,7 @@ def adapted(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> Adaptation:
         found.append(a)
         raise ValueError("seen")
 
-    monkeypatch.setattr(adapting, "check_before", seen)
+    monkeypatch.setattr(adapting, "load_kinds", seen)
     assert cli.main(["adapt", *map(str, arguments)]) == 1
     return found[0]
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from headstart.common import machine
+from headstart.common.processes import launch_kept
 from headstart.configs.loader import load_config
 from headstart.heads.loading import load_target
 from headstart.heads.saving import load_assistant_config
@@ -27,7 +28,8 @@ def test_a_run_is_of_the_dtype_that_the_machine_chooses(tmp_path: Path) -> None:
     )  # fmt: skip
     assert config.target.dtype == dtype
     assert config.train.mixed_precision == ("bf16" if dtype == "bfloat16" else "no")
-    run(config)
+    with launch_kept():  # tests before this one may have had another precision
+        run(config)
     assert load_config(tmp_path / "run" / "config.yaml").target.dtype == dtype
     assert str(load_assistant_config(tmp_path / "run" / "head").dtype) == f"torch.{dtype}"
     assert all(0 < row["loss"] < 20 for row in metrics(tmp_path / "run"))
