@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from headstart.common.versions import INSTALLED
-from headstart.configs.schema import Config
+from headstart.configs.schema import Config, Decoder
 from headstart.data import extraction, regenerate
 from headstart.data.extraction import extract
 from headstart.eval.decoding import Decoded, decode, make_variants
@@ -33,7 +33,7 @@ DTYPES = {"float32": "no", "bfloat16": "bf16"}  # of the target -> of training
 K = 3
 TOKENS, FEW_TOKENS = 10, 6  # where rounds have a budget, and where not
 COSTS = Costs(0.05, [1.0, 1.02, 1.04, 1.06])
-DECODERS = ("transformers", "exact", "heuristic", "cost", "lookup", "hybrid")
+DECODERS: tuple[Decoder, ...] = ("transformers", "exact", "heuristic", "cost", "lookup", "hybrid")
 
 
 def config_of(family: str, dtype: str, folder: Path, *more: str) -> Config:
@@ -269,7 +269,7 @@ def array_of_numpy(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(step, "loss_weight", lambda *args: torch.tensor(weight_of(*args).numpy()))
 
 
-MUTATIONS = {
+MUTATIONS: dict[Callable[[pytest.MonkeyPatch], None], str] = {
     mask_on_the_cpu: r"heads/unroll.py.*a tensor of the CPU meets one of the GPU",
     index_on_the_cpu: r"train/step.py.*an index of the CPU on a tensor of the GPU",
     generator_of_the_cpu: r"train/step.py.*a generator of the CPU for a tensor of the GPU",

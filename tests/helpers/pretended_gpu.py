@@ -38,10 +38,14 @@ WAITS = {
     "aten::multinomial": 2,  # are all finite, does any count
 }  # fmt: skip
 """Operations that wait for the device, as CUDA's own kernels do, and how often."""
-INDEXING = ("aten::index", "aten::_unsafe_index", "aten::index_put", "aten::index_put_")
-INDEXING += ("aten::_index_put_impl_",)
-FREE = ("aten::_unsafe_view", "aten::_reshape_alias", "aten::_local_scalar_dense")
-FREE += ("aten::empty", "aten::new_empty", "aten::_fused_sdp_choice", "aten::lift_fresh")
+INDEXING = (
+    "aten::index", "aten::_unsafe_index", "aten::index_put", "aten::index_put_",
+    "aten::_index_put_impl_",
+)  # fmt: skip
+FREE = (
+    "aten::_unsafe_view", "aten::_reshape_alias", "aten::_local_scalar_dense", "aten::empty",
+    "aten::new_empty", "aten::_fused_sdp_choice", "aten::lift_fresh",
+)  # fmt: skip
 """Operations beside views that start no kernel; names that begin so."""
 TYPES = "_foreach_supported_types"
 LIBRARIES = ("transformers.", "accelerate.")
@@ -147,16 +151,16 @@ _here: PretendedGpu | None = None  # there is one at a time, as there is one cud
 class OnGpu(torch.Tensor):
     """A tensor of the pretended GPU: the memory is the CPU's, in Python its device is cuda:0."""
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
-    device = property(lambda self: CUDA)  # type: ignore[assignment]
-    is_cuda = property(lambda self: True)  # type: ignore[assignment]
-    is_cpu = property(lambda self: False)  # type: ignore[assignment]
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    device = property(lambda self: CUDA)
+    is_cuda = property(lambda self: True)
+    is_cpu = property(lambda self: False)
 
     def get_device(self) -> int:
         return 0
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
@@ -288,7 +292,7 @@ class _Factories(TorchFunctionMode):
             self.gpu.fault(f"a generator of the CPU for a tensor of the GPU: {name}")
         moved = tuple(torch.device("cpu") if _is_cuda(x) else x for x in args)
         kept = {k: torch.device("cpu") if k == "device" else v for k, v in kwargs.items()}
-        if name == "to":
+        if name == "to" and isinstance(first, torch.Tensor):
             return self._carried(first, moved[1:], kept)
         result = func(*moved, **kept)
         if name in ("tensor", "as_tensor"):
