@@ -1,7 +1,7 @@
 """The whole program on a pretended GPU (tests/helpers/pretended_gpu.py): devices, generators, what
 its hot loops cost; and that the pretended GPU finds what it is there to find."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,7 @@ from headstart.heads.tokens import Sampling
 from headstart.train import loop, ordering, step, validation
 from headstart.train.run import train
 from tests.helpers.models import FAMILIES, make_target
-from tests.helpers.pretended_gpu import DeviceFault, PretendedGpu, pretended_gpu
+from tests.helpers.pretended_gpu import DeviceFault, PretendedGpu, Tally, pretended_gpu
 from tests.helpers.prompts import conversations
 from tests.helpers.runs import metrics, tiny_config
 
@@ -135,7 +135,7 @@ BUDGETS: dict[str, tuple[int, int, int]] = {
     "training step": (1240, 1437, 25),
     "batch of training": (0, 0, 12),
     "generated token": (745, 950, 2),
-    "recorded batch": (63, 63, 28),
+    "recorded batch": (65, 65, 28),
     "extracted batch": (750, 955, 24),
     "validation": (478, 593, 27),
     "step of ordering": (59, 59, 11),
@@ -152,16 +152,26 @@ down. A step is of three rounds, batches are of four texts, a validation is of t
 COUNTED_WITH = torch.__version__.startswith("2.13.") and INSTALLED.release[:2] == (5, 24)
 
 
-def check_budget(gpu: PretendedGpu, unit: str, dtype: str) -> None:
-    """What the unit of work mostly costs, its first and last ones left aside, is within budget."""
-    float32, bfloat16, waits = BUDGETS[unit]
-    tallies = sorted(gpu.units[unit], key=lambda tally: tally.waits.total())
-    middle = tallies[len(tallies) // 2].waits
-    found = "\n".join(f"{n} x {what}" for what, n in sorted(middle.items()))
-    assert middle.total() <= waits, f"{unit}: {middle.total()} waits, above {waits}:\n{found}"
-    most = float32 if dtype == "float32" else bfloat16
-    operations = median_high(tally.operations for tally in tallies)
-    assert operations <= most, f"{unit}: {operations} operations, above {most}"
+def cost(tallies: list[Tally]) -> tuple[int, Tally]:
+    """What a unit of work mostly costs, its first and last ones left aside: operations, and the
+    waits of one of them."""
+    by_waits = sorted(tallies, key=lambda tally: tally.waits.total())
+    return median_high(tally.operations for tally in tallies), by_waits[len(by_waits) // 2]
+
+
+def over_budget(gpu: PretendedGpu, units: Iterable[str], dtype: str) -> list[str]:
+    """A line for each budget that a unit of work goes beyond, with the places of its waits."""
+    lines = []
+    for unit in units:
+        float32, bfloat16, waits = BUDGETS[unit]
+        most = float32 if dtype == "float32" else bfloat16
+        operations, middle = cost(gpu.units[unit])
+        if operations > most:
+            lines.append(f"{unit}: {operations} operations, above {most}")
+        if (found := middle.waits.total()) > waits:
+            places = "".join(f"\n  {n} x {what}" for what, n in sorted(middle.waits.items()))
+            lines.append(f"{unit}: {found} waits, above {waits}:{places}")
+    return lines
 
 
 PAIRS = [(family, dtype) for dtype in DTYPES for family in FAMILIES]
@@ -185,8 +195,8 @@ def test_the_program_stays_on_the_gpu_and_within_its_budgets(
         watch_hot_loops(gpu, patch)
         there = run_all(config_of(family, dtype, tmp_path / "gpu"), "cuda:0", gpu)
     if COUNTED_WITH:
-        for unit in BUDGETS:
-            check_budget(gpu, unit, dtype)
+        over = over_budget(gpu, BUDGETS, dtype)
+        assert not over, "\n".join(over)
     if dtype == "float32":
         here = run_all(config_of(family, dtype, tmp_path / "cpu"), "cpu", None)
         assert there.losses == pytest.approx(here.losses, rel=1e-4)
@@ -289,7 +299,8 @@ def test_a_fault_is_found(
             mutation(patch)
             config = training_only(cpu_run.folder)
             train(config.model_copy(update={"output_dir": tmp_path}))
-        check_budget(gpu, "training step", "float32")
+        over = over_budget(gpu, ["training step"], "float32")
+        assert not over, "\n".join(over)
         losses = [row["loss"] for row in metrics(tmp_path)]
         assert losses == pytest.approx(cpu_run.losses, rel=1e-4), "other losses than on the CPU"
 

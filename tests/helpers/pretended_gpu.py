@@ -302,7 +302,7 @@ class _Factories(TorchFunctionMode):
             self.gpu.all.operations += 1
         return tree_map(on_gpu, result)
 
-    def _carried(self, tensor: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _carried(self, tensor: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """`tensor.to(*args, **kwargs)` for arguments that name the CPU in the GPU's place."""
         if isinstance(tensor, OnGpu):
             return tensor.to(*args, **kwargs)
