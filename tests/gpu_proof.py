@@ -198,7 +198,7 @@ def families(place: Place) -> dict[str, Any]:
         prompt = conversations(3)[2].ids
         plain = decode(there, prompt, 40).tokens
         ways: dict[str, dict[str, Any]] = {
-            "transformers": {}, "exact": {"how": ExactDecoding()},
+            "transformers": {}, "exact": {"decoding_config": ExactDecoding()},
         }  # fmt: skip
         same = {
             name: decode(there, prompt, 40, assistant, 3, **how).tokens == plain
