@@ -1,7 +1,8 @@
 """What a caller holds, as the settings by which the commands know it: a model in memory, rows, a
 configuration built in code, a head."""
 
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,14 +12,14 @@ import torch
 from transformers import PreTrainedModel
 
 from headstart.common.children import temporary_folder
-from headstart.common.files import atomic_folder, expand_home
+from headstart.common.files import atomic_folder, expand_home, write_atomically
 from headstart.common.machine import random_numbers_kept
 from headstart.common.processes import join_processes, launch_kept
 from headstart.configs.loader import Override, load_settings, read_yaml
 from headstart.configs.recipes import find_config
 from headstart.configs.schema import Config, SourceConfig
 from headstart.configs.settings import Settings
-from headstart.data.sources import write_rows
+from headstart.data.sources import without_nulls
 from headstart.heads.live import aliased, in_memory
 from headstart.heads.saving import load_assistant
 from headstart.heads.target import model_fingerprint
@@ -207,3 +208,25 @@ def _loaded(head: Any) -> PreTrainedModel:
             "train_head returned, or a Gemma4AssistantForCausalLM"
         )
     return model
+
+
+def write_rows(rows: Iterable[dict[str, Any]], path: Path) -> None:
+    """Write rows that are in memory as JSON lines, of which `read_rows` makes the same rows.
+
+    Raises:
+        ValueError: there is none, a value is not one of JSON, or the file holds other rows.
+    """
+    lines = []
+    for number, row in enumerate(rows):
+        try:
+            lines.append(json.dumps(without_nulls(row), ensure_ascii=False) + "\n")
+        except TypeError as error:
+            fix = "leave its column out (remove_columns)"
+            raise ValueError(f"row {number} cannot be written as JSON ({error}): {fix}") from error
+    if not lines:
+        raise ValueError("the data has no rows: give prompts, a column `messages` or `prompt`")
+    text = "".join(lines)
+    if path.is_file() and path.read_text(encoding="utf-8") != text:
+        raise ValueError(f"{path} holds other rows: name another folder, output_dir=DIR")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, text)

@@ -16,8 +16,16 @@ import unicodedata
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 
-from headstart.data.prompts import Prompt
+from headstart.common.console import print_once
+from headstart.configs.schema import DataConfig
+from headstart.data.extraction import OnlineActivations
+from headstart.data.prompts import Prompt, load_prompt_set
 from headstart.data.rows import turn_text
+from headstart.data.store import ActivationStore, Chosen
+from headstart.data.templates import encode_prompts
+from headstart.heads.target import Target
+
+NOT_CHECKED = "Contamination: not checked, there are no evaluation prompts (eval.prompts)"
 
 # Chosen on `data/prompts`. With one word in 20 changed, prompts of 20 words and more are found in
 # 159 of 163 cases; shingles of 8 words find 61, and shingles of 4 take strangers for near.
@@ -171,3 +179,42 @@ def _words(text: str) -> list[str]:
 
 def _shingles(words: list[str]) -> set[Shingle]:
     return {tuple(words[i : i + WORDS]) for i in range(len(words) - WORDS + 1)}
+
+
+def without_contaminated(
+    stored: ActivationStore | OnlineActivations,
+    asked: list[Prompt],
+    target: Target,
+    data: DataConfig,
+    held_out: str | None,
+) -> Chosen:
+    """The documents whose prompt, of those `asked`, is no copy of an evaluation prompt; prints how
+    many are."""
+    if held_out is None:
+        print_once(NOT_CHECKED)
+        return Chosen(stored, range(len(stored.entries)))
+    evaluation = also_rendered(load_prompt_set(held_out), target, data)
+    kept, found = remove_contaminated(asked, evaluation)
+    print_once(f"Conversations against {held_out}: {found.describe()}")
+    left = set(map(id, kept))
+    return Chosen(stored, [i for i, prompt in enumerate(asked) if id(prompt) in left])
+
+
+def stored_prompts(stored: ActivationStore | OnlineActivations, target: Target) -> list[Prompt]:
+    """What is stored are tokens, so a document's prompt is the text of all that the target did not
+    write, marks of the chat template included."""
+    decode = target.tokenizer.decode
+    texts = (decode(ids, skip_special_tokens=True) for ids in stored.prompts())
+    return [_as_prompt(entry.id, text) for entry, text in zip(stored.entries, texts, strict=True)]
+
+
+def also_rendered(prompts: list[Prompt], target: Target, data: DataConfig) -> list[Prompt]:
+    """The prompts as they are and as the template renders them: in both forms a stored one may
+    repeat them."""
+    encoded = encode_prompts(prompts, target.tokenizer, data.chat_template_kwargs)
+    texts = [target.tokenizer.decode(ids, skip_special_tokens=True) for ids in encoded]
+    return [*prompts, *(_as_prompt(p.id, t) for p, t in zip(prompts, texts, strict=True))]
+
+
+def _as_prompt(prompt_id: str, text: str) -> Prompt:
+    return Prompt(prompt_id, "", "", [{"role": "user", "content": text}], raw=True)

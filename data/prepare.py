@@ -12,7 +12,13 @@ from headstart.common.console import one_line, print_once
 from headstart.common.files import cache_dir
 from headstart.configs.schema import Config, DataConfig, SourceConfig
 from headstart.configs.settings import ServerConfig
-from headstart.data.contamination import remove_contaminated
+from headstart.data.contamination import (
+    NOT_CHECKED,
+    also_rendered,
+    remove_contaminated,
+    stored_prompts,
+    without_contaminated,
+)
 from headstart.data.conversations import (
     MANIFEST,
     Conversation,
@@ -49,8 +55,6 @@ from headstart.data.templates import check_template, encode_conversation, encode
 from headstart.heads.loading import load_target_tokens, open_target
 from headstart.heads.target import Target
 from headstart.heads.tokens import Sampling, TargetTokens
-
-NOT_CHECKED = "Contamination: not checked, there are no evaluation prompts (eval.prompts)"
 
 
 def prepare_documents(
@@ -173,7 +177,7 @@ def _prepare_stored(target: Target, data: DataConfig, seed: int, held_out: str |
         split = hold_out([*prompts, *entries], clusters, count, seed, among=both)
         validation = [prompts[i] for i in split.held_out]
         split = split.of_rest(len(prompts))
-        repeated = _also_rendered(validation, target, data)
+        repeated = also_rendered(validation, target, data)
     kept = _without_copies([asked[i] for i in split.training], repeated)
     left = set(map(id, kept))
     left_out = split.tell("conversations", copies=len(split.training) - len(kept))
@@ -327,45 +331,6 @@ def _answered(target: Target, asked: Questions, data: DataConfig, seed: int) -> 
     if extracted:
         return ActivationStore(asked.folder, target)
     return OnlineActivations(target, list(stream_folder(asked.folder, target)), data)
-
-
-def without_contaminated(
-    stored: ActivationStore | OnlineActivations,
-    asked: list[Prompt],
-    target: Target,
-    data: DataConfig,
-    held_out: str | None,
-) -> Chosen:
-    """The documents whose prompt, of those `asked`, is no copy of an evaluation prompt; prints how
-    many are."""
-    if held_out is None:
-        print_once(NOT_CHECKED)
-        return Chosen(stored, range(len(stored.entries)))
-    evaluation = _also_rendered(load_prompt_set(held_out), target, data)
-    kept, found = remove_contaminated(asked, evaluation)
-    print_once(f"Conversations against {held_out}: {found.describe()}")
-    left = set(map(id, kept))
-    return Chosen(stored, [i for i, prompt in enumerate(asked) if id(prompt) in left])
-
-
-def stored_prompts(stored: ActivationStore | OnlineActivations, target: Target) -> list[Prompt]:
-    """What is stored are tokens, so a document's prompt is the text of all that the target did not
-    write, marks of the chat template included."""
-    decode = target.tokenizer.decode
-    texts = (decode(ids, skip_special_tokens=True) for ids in stored.prompts())
-    return [_as_prompt(entry.id, text) for entry, text in zip(stored.entries, texts, strict=True)]
-
-
-def _also_rendered(prompts: list[Prompt], target: Target, data: DataConfig) -> list[Prompt]:
-    """The prompts as they are and as the template renders them: in both forms a stored one may
-    repeat them."""
-    encoded = encode_prompts(prompts, target.tokenizer, data.chat_template_kwargs)
-    texts = [target.tokenizer.decode(ids, skip_special_tokens=True) for ids in encoded]
-    return [*prompts, *(_as_prompt(p.id, t) for p, t in zip(prompts, texts, strict=True))]
-
-
-def _as_prompt(prompt_id: str, text: str) -> Prompt:
-    return Prompt(prompt_id, "", "", [{"role": "user", "content": text}], raw=True)
 
 
 def extract_folder(

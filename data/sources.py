@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import IO, Any, TextIO
 
 from headstart.common.console import print_once
-from headstart.common.files import cache_dir, write_atomically
+from headstart.common.files import cache_dir
 from headstart.configs.schema import BUILTIN, SourceConfig
 
 Row = dict[str, Any] | str
@@ -319,7 +319,7 @@ def _columnar_rows(path: Path, kind: str) -> Iterator[Row]:
     for row in datasets.load_dataset(
         kind, data_files=files, split="train", streaming=True, cache_dir=cache
     ):
-        yield _filled(row)
+        yield without_nulls(row)
 
 
 def _saved_rows(path: Path, split: str) -> Iterator[tuple[Place, Row]]:
@@ -333,7 +333,7 @@ def _saved_rows(path: Path, split: str) -> Iterator[tuple[Place, Row]]:
         if split not in rows:
             raise ValueError(f"{path} has no split {split}: set `split`, one of {list(rows)}")
         rows = rows[split]
-    yield from _numbered(path, map(_filled, rows))
+    yield from _numbered(path, map(without_nulls, rows))
 
 
 def _hub_rows(source: SourceConfig) -> Iterator[tuple[Place, Row]]:
@@ -346,7 +346,7 @@ def _hub_rows(source: SourceConfig) -> Iterator[tuple[Place, Row]]:
             streaming=source.streaming,
         )  # fmt: skip
         for number, row in enumerate(rows):
-            yield Place(source.path, number), _filled(row)
+            yield Place(source.path, number), without_nulls(row)
     # RuntimeError: the dataset is a script.
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise ValueError(
@@ -362,37 +362,16 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split("\nExample")[0].split()).rstrip(".")
 
 
-def _filled(row: dict[str, Any]) -> dict[str, Any]:
+def without_nulls(row: dict[str, Any]) -> dict[str, Any]:
+    """A row without the keys that Arrow adds, as None, to structs that lack them; a column that is
+    None stays."""
     return {column: _without_nulls(value) for column, value in row.items()}
 
 
 def _without_nulls(value: Any) -> Any:
-    """Without the keys that Arrow adds, as None, to the structs that lack them."""
     if isinstance(value, dict):
         return {key: _without_nulls(v) for key, v in value.items() if v is not None}
     return [_without_nulls(v) for v in value] if isinstance(value, list) else value
-
-
-def write_rows(rows: Iterable[dict[str, Any]], path: Path) -> None:
-    """Write rows that are in memory as JSON lines, of which `read_rows` makes the same rows.
-
-    Raises:
-        ValueError: there is none, a value is not one of JSON, or the file holds other rows.
-    """
-    lines = []
-    for number, row in enumerate(rows):
-        try:
-            lines.append(json.dumps(_filled(row), ensure_ascii=False) + "\n")
-        except TypeError as error:
-            fix = "leave its column out (remove_columns)"
-            raise ValueError(f"row {number} cannot be written as JSON ({error}): {fix}") from error
-    if not lines:
-        raise ValueError("the data has no rows: give prompts, a column `messages` or `prompt`")
-    text = "".join(lines)
-    if path.is_file() and path.read_text(encoding="utf-8") != text:
-        raise ValueError(f"{path} holds other rows: name another folder, output_dir=DIR")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, text)
 
 
 HEAD = 4096  # bytes that are looked at

@@ -26,7 +26,8 @@ from transformers import (
 
 from headstart.api import TrainedHead, train_head
 from headstart.configs.schema import Config, DataConfig, EvalConfig, TrainConfig
-from headstart.heads.loading import TINY_TARGETS, byte_tokenizer, gemma3_270m_dir, tiny_target
+from headstart.heads.gemma3_270m import gemma3_270m_dir
+from headstart.heads.loading import TINY_TARGETS, byte_tokenizer, tiny_target
 
 PROMPTS = Path(__file__).resolve().parents[1] / "data" / "prompts" / "chat_train.jsonl"
 LAYERS = ["q_proj", "v_proj", "up_proj", "down_proj"]  # that LoRA is put beside

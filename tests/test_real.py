@@ -14,7 +14,8 @@ from headstart.data.templates import encode_prompt
 from headstart.eval.acceptance import RecallCounts
 from headstart.eval.decoding import decode
 from headstart.heads.assistant import build_assistant, check_pair
-from headstart.heads.loading import GGUF_SHA256, check_sha256, gemma3_270m_dir, load_target
+from headstart.heads.gemma3_270m import GGUF_SHA256, check_sha256, gemma3_270m_dir
+from headstart.heads.loading import load_target
 from headstart.heads.ordered import (
     TeacherSamples,
     mean_centroids,
@@ -85,7 +86,7 @@ def test_the_second_start_converts_nothing(gemma: Target, monkeypatch: pytest.Mo
     def fail(*args: object) -> None:
         raise AssertionError("converted again")
 
-    monkeypatch.setattr("headstart.heads.loading._convert", fail)
+    monkeypatch.setattr("headstart.heads.gemma3_270m._convert", fail)
     assert (gemma3_270m_dir() / "model.safetensors").is_file()
 
 

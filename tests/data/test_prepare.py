@@ -9,15 +9,14 @@ import torch
 
 from headstart.configs.schema import Config, DataConfig, FilterConfig
 from headstart.configs.settings import ServerConfig
+from headstart.data.contamination import stored_prompts, without_contaminated
 from headstart.data.conversations import answered, finished_parts, read_part
 from headstart.data.extraction import OnlineActivations
 from headstart.data.prepare import (
     prepare_documents,
     run_extract,
     run_regenerate,
-    stored_prompts,
     stream_folder,
-    without_contaminated,
 )
 from headstart.data.prompts import Prompt
 from headstart.data.store import ActivationStore

@@ -357,7 +357,7 @@ def test_answers_survive_a_server_that_is_killed_and_started_again(
 ) -> None:
     from transformers import AutoTokenizer
 
-    from headstart.heads.loading import gemma3_270m_dir
+    from headstart.heads.gemma3_270m import gemma3_270m_dir
 
     tokenizer = AutoTokenizer.from_pretrained(gemma3_270m_dir())
     prompts = [tokenizer(p.text)["input_ids"][:64] for p in load_prompts(PROMPTS)[:6]]

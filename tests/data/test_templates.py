@@ -320,7 +320,7 @@ def test_the_last_span_follows_the_very_tokens_that_the_target_is_prompted_with(
 
 @pytest.mark.real
 def test_gemmas_tokenizer_does_not_merge_newlines_of_the_template_with_the_answers() -> None:
-    from headstart.heads.loading import gemma3_270m_dir
+    from headstart.heads.gemma3_270m import gemma3_270m_dir
 
     tokenizer = AutoTokenizer.from_pretrained(gemma3_270m_dir())
     tokenizer.chat_template = GEMMA3.replace(" | trim", "")

@@ -8,10 +8,9 @@ from transformers import Gemma2Config, Gemma3nTextConfig, Gemma4ForCausalLM, Pre
 
 from headstart.common import versions
 from headstart.common.versions import check_transformers
+from headstart.heads.gemma3_270m import _header_read_once, check_sha256
 from headstart.heads.loading import (
-    _header_read_once,
     byte_tokenizer,
-    check_sha256,
     gemma3_config,
     gemma4_text_config,
     load_target,
