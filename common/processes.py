@@ -7,18 +7,23 @@ import gc
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import parse_flag_from_env, reduce
+from accelerate.utils import (
+    broadcast_object_list,
+    gather_object,
+    parse_flag_from_env,
+    reduce,
+)
 from packaging.version import Version
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -109,6 +114,25 @@ def has_own_device() -> bool:
         return True
     here = int(os.environ.get("LOCAL_WORLD_SIZE", state.num_processes))
     return state.device.type != "cpu" and here <= torch.accelerator.device_count()
+
+
+def told_by_main(compute: Callable[[], T]) -> T:
+    """What the main process computes, in all processes; all must call it."""
+    state = PartialState()
+    told = [compute() if state.is_main_process else None]
+    return cast(T, broadcast_object_list(told)[0])
+
+
+def check_same_everywhere(what: str, value: str, fix: str) -> None:
+    """Raise `ValueError` in all processes, naming those that differ, unless all have the same
+    `value`; all must call it. The message calls it `what` and ends with `fix`."""
+    values = gather_object([value])
+    others = [str(rank) for rank, its in enumerate(values) if its != values[0]]
+    if others:
+        raise ValueError(
+            f"{what} is not the same in all processes: that of {', '.join(others)} differs from "
+            f"that of 0. {fix}"
+        )
 
 
 @contextmanager

@@ -333,7 +333,8 @@ def extract_tensors(
     tensors["teacher_ids"] = torch.zeros(len(taught), top_k, dtype=torch.int32)
     tensors["teacher_logprobs"] = torch.zeros(len(taught), top_k)
     for chunk in taught.nonzero()[:, 0].split(LOGIT_ROWS):
-        logits = target.logits(tensors["hidden"][chunk].to(target.device))
+        # Not in float32: it would cost as much as the best tokens do.
+        logits = target.own_logits(tensors["hidden"][chunk].to(target.device))
         best_ids, logprobs = top_logprobs(logits, top_k)
         tensors["teacher_ids"][chunk] = best_ids.int().cpu()
         tensors["teacher_logprobs"][chunk] = logprobs.cpu()

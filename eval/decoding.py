@@ -243,7 +243,7 @@ def make_variants(
         num_assistant_tokens: the K of those that keep to one.
         heads: name -> head.
         draft_models: name -> small model.
-        costs: head -> what `measure_costs` found.
+        costs: head -> what `measure_costs` found, of those where it was asked.
     """
     variants = list[DecoderVariant]()
     for decoder in decoders:
@@ -253,7 +253,7 @@ def make_variants(
             models = {None: None} if decoder == "lookup" else draft_models
         for name, model in models.items():
             cost: Costs | None = None
-            if decoder not in NO_HEAD:
+            if decoder not in NO_HEAD and name in costs:
                 cost = costs[name]["transformers" if decoder == "transformers" else "exact"]
             elif decoder == "lookup" and costs:
                 cost = Costs(0.0, next(iter(costs.values()))["transformers"].v)

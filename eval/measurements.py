@@ -129,8 +129,9 @@ class Measurements:
 
     @property
     def timed(self) -> bool:
-        """Whether nothing else of the launch ran on a device while it decoded."""
-        return not any(line.get("shared_device") for line in self.lines)
+        """Whether times were meant to count for all texts: no other process of the launch shared
+        the device of one."""
+        return not any(line.get("untimed") for line in self.lines)
 
     def _write(self) -> None:
         # Written anew: the last line may have been cut short by a kill.
@@ -241,11 +242,12 @@ def measure_prompts(
     kept: Measurements,
     asked: Asked,
     together: bool = False,
+    timed: bool = True,
 ) -> None:
     """Decode every prompt plainly and by each variant, in an order drawn anew for each text, after
-    a warm-up that is thrown away; where the target samples, once with each seed. The prompts come
-    in a drawn order too, and where the processes of the launch work `together` they are dealt over
-    them round robin.
+    a warm-up that is thrown away, unless no times are wanted (`timed`); where the target samples,
+    once with each seed. The prompts come in a drawn order too, and where the processes of the
+    launch work `together` they are dealt over them round robin.
 
     Each turn of a conversation is given its whole text, with plain decoding's own answers, so that
     all variants answer the same question.
@@ -253,10 +255,10 @@ def measure_prompts(
     dtype = str(target.table.dtype).removeprefix("torch.")
     todo = [place for place in drawn_order(prompts) if prompts[place].id not in kept.done]
     before = len(prompts) - len(todo)
-    alone = {} if not together or has_own_device() else {"shared_device": True}
+    alone = {} if timed and (not together or has_own_device()) else {"untimed": True}
     if together:
         todo, before = [place for n, place in enumerate(todo) if is_mine(n)], 0
-    if todo:
+    if todo and timed:
         warm = asked.encode(prompts[todo[0]], target.tokenizer)
         short = min(max_new_tokens, WARM_UP_TOKENS)
         pairs = [(sampling, v) for sampling, own in variants.items() for v in (None, *own)]

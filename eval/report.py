@@ -36,6 +36,7 @@ from headstart.eval.page import SCHEMA, print_report, write_report
 from headstart.eval.recorded import prompt_set
 from headstart.eval.statistics import (
     NO_HEAD,
+    OWN_LENGTH,
     POSITIONS,
     interval,
     merit,
@@ -58,6 +59,8 @@ SPEEDS = [
     "drafting_share",
 ]  # fmt: skip
 """Fields of a result that are null where nothing was timed."""
+ROUGH_COSTS = 1.0
+"""Seconds that are enough for costs which choose K and are shown nowhere."""
 PER_TEXT = [
     "id", "turn", "seed", "category", "prompt_tokens", "plain_seconds", "plain_tokens", "seconds",
     "tokens", "rounds", "accepted",
@@ -73,8 +76,8 @@ def run_evaluation(
     draft_models: Mapping[str, PreTrainedModel] | None = None,
     asked: Asked | None = None,
     printed: bool = True,
-    costs_budget: float | None = None,
     together: bool = False,
+    timed: bool = True,
 ) -> dict[str, Any]:
     """Evaluate heads on prompts, write report.json, .md and .html, print a table, and return what
     report.json holds.
@@ -91,10 +94,9 @@ def run_evaluation(
         draft_models: name -> small model of the target's vocabulary.
         asked: how the run of the heads asked its prompts, as these are asked; None: not known.
         printed: whether the table is printed; the caller may have more to do before.
-        costs_budget: seconds after which the costs of a head are measured no longer, though less
-            well; None: as long as it takes.
         together: all processes of the launch call it, and share the prompts; the main one writes
             the report, and all return it.
+        timed: False: texts and acceptance alone are wanted, in the least time.
 
     Raises:
         ValueError: bad prompts, a head that does not fit the target, measurements of something
@@ -128,7 +130,7 @@ def run_evaluation(
     with processes_in(out, OTHER) if together else lock_folder(out, OTHER):
         if main:
             kept = Measurements(path, settings, resume)
-            _find_costs(target, heads, chosen, kept, costs_budget)
+            _find_costs(target, heads, chosen, kept, timed)
         if together:
             state.wait_for_everyone()  # for what the main process has found there
             if not main:
@@ -136,8 +138,9 @@ def run_evaluation(
             state.wait_for_everyone()  # before it adds to it
         variants = _variants(heads, draft_models, chosen, samplings, kept)
         measure_prompts(
-            target, prompts, variants, chosen.seeds, chosen.max_new_tokens, kept, asked, together
-        )
+            target, prompts, variants, chosen.seeds, chosen.max_new_tokens, kept, asked, together,
+            timed,
+        )  # fmt: skip
         if together:
             state.wait_for_everyone()
         if main:
@@ -264,14 +267,14 @@ def _find_costs(
     heads: Mapping[str, PreTrainedModel],
     chosen: EvalConfig,
     kept: Measurements,
-    costs_budget: float | None,
+    timed: bool,
 ) -> None:
-    """Measure what drafts cost, once for a report."""
+    """Measure what drafts cost, once for a report; without times for the decoders alone that need
+    them to choose K, and roughly."""
     if "costs" not in kept.found:
-        longest = longest_draft(chosen)
-        measured = {
-            name: measure_costs(target, head, longest, costs_budget) for name, head in heads.items()
-        }
+        longest, budget = longest_draft(chosen), None if timed else ROUGH_COSTS
+        wanted = heads if timed or any(d in OWN_LENGTH for d in chosen.decoders) else {}
+        measured = {name: measure_costs(target, h, longest, budget) for name, h in wanted.items()}
         kept.find("costs", {n: {d: asdict(c) for d, c in m.items()} for n, m in measured.items()})
 
 

@@ -67,8 +67,8 @@ LOSSY = (
     "figures are no advice. "
 )
 UNTIMED = (
-    "Acceptance alone: speedups are left out, since several processes shared a device. Measure "
-    "again in one process, or with a GPU for each, to see what pays."
+    "Acceptance alone: nothing was timed, since texts alone were checked, or several processes "
+    "shared a device. To see what pays, run headstart eval in one process, or with a GPU for each."
 )
 OWN_LENGTH = ("heuristic", "cost", "hybrid")  # decoders that choose K themselves
 NO_HEAD = ("lookup", "draft-model")

@@ -28,7 +28,7 @@ from transformers import (
 from headstart.common import machine
 from headstart.common.children import temporary_folder
 from headstart.common.console import phase, print_once
-from headstart.common.processes import join_processes
+from headstart.common.processes import check_same_everywhere, join_processes, told_by_main
 from headstart.common.versions import check_transformers
 from headstart.configs.schema import Quantization, TargetConfig
 from headstart.heads.adapters import add_adapters, fit_adapter, tokenizer_folder
@@ -52,6 +52,7 @@ from headstart.heads.target import (
     Target,
     check_supported,
     checkpoint_settings,
+    weights_sample,
 )
 from headstart.heads.tokens import TargetTokens, complete_tokenizer
 
@@ -123,7 +124,7 @@ def _load(t: TargetConfig, device: torch.device | str) -> Target:
     check_transformers()
     config, tokenizer, name, commit = _described(t)
     dtype = getattr(torch, machine.natural_dtype() if t.dtype == "auto" else t.dtype)
-    bits = _quantization_arguments(t.quantization, device)
+    bits = _quantization_arguments(t.quantization)
     if t.name in TINY_TARGETS:
         if bits:
             raise ValueError(f"{t.quantization} is of weights in files; {t.name} has none to read")
@@ -139,14 +140,17 @@ def _load(t: TargetConfig, device: torch.device | str) -> Target:
         if options and bits:
             raise ValueError(f"{t.quantization} is not done to a GGUF file: leave it out")
         if options:
-            bits = {"quantization_config": GgufConfig(dequantize=True)}
+            placed: dict[str, Any] = {"quantization_config": GgufConfig(dequantize=True)}
+        else:
+            # Straight onto the device: no process holds all weights in the memory of the host.
+            placed = {"device_map": {"": str(device)}} | bits
         settings = _generation_settings(t, config)
         model = load_whole(
             SUPPORTED[config.model_type], t.name, path, dtype=dtype, revision=t.revision,
-            trust_remote_code=t.trust_remote_code, **options, **bits,
+            trust_remote_code=t.trust_remote_code, **options, **placed,
         )  # fmt: skip
         model.generation_config = settings
-        if "device_map" not in bits:
+        if options:
             model = model.to(device)
     model = add_adapters(model, t.adapters, t.merge_adapters)
     check_weights(model, name)
@@ -224,9 +228,18 @@ def open_target(t: TargetConfig, device: torch.device | str = "cpu") -> Target:
 
 
 def open_whole(t: TargetConfig, device: torch.device | str = "cpu") -> Target:
-    """`load_served` for all processes of the launch at once, whole in each."""
+    """`load_served` for all processes of the launch at once, whole in each.
+
+    Raises:
+        ValueError: `load_served` raises it, or the processes have different weights.
+    """
     with join_processes().main_process_first():  # it downloads, or converts
-        return load_served(t, device)
+        target = load_served(t, device)
+    fix = "Give all machines the same files, and name target.dtype where processors differ"
+    check_same_everywhere(f"target {target.name}", weights_sample(target.model), fix)
+    # Of all weights, which takes a minute for large ones: the main process tells the others.
+    target.fingerprint = told_by_main(lambda: target.fingerprint)
+    return target
 
 
 def check_target(t: TargetConfig) -> None:
@@ -298,9 +311,7 @@ def noted_target(note: Mapping[str, Any], name: str = "name") -> TargetConfig:
         return TargetConfig.model_validate({k: v for k, v in settings.items() if k in NOTED})
 
 
-def _quantization_arguments(
-    quantization: Quantization | None, device: torch.device | str
-) -> dict[str, Any]:
+def _quantization_arguments(quantization: Quantization | None) -> dict[str, Any]:
     """What `from_pretrained` is told of bits; nothing for `torchao-int8`, which comes after it.
     `ValueError`: the library is not installed."""
     if quantization is None:
@@ -317,7 +328,7 @@ def _quantization_arguments(
         load_in_8bit=eight, load_in_4bit=not eight, bnb_4bit_quant_type="nf4",
         bnb_4bit_compute_dtype=torch.bfloat16,
     )  # fmt: skip
-    return {"quantization_config": config, "device_map": {"": str(device)}}
+    return {"quantization_config": config}
 
 
 def quantize_layers(model: PreTrainedModel) -> None:

@@ -16,6 +16,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+from transformers.initialization import no_init_weights
 
 CLUSTER_TOKENS = 128  # tokens a cluster, where nobody says how many clusters
 KMEANS_ROUNDS = 8
@@ -253,7 +254,8 @@ def with_clusters(assistant: Any, clusters: int, top_k: int) -> Any:
     config.use_ordered_embeddings = True
     config.num_centroids, config.centroid_intermediate_top_k = clusters, top_k
     weights = assistant.state_dict()
-    larger = type(assistant)(config).to(assistant.device).eval()
+    with no_init_weights():  # all of them are loaded; a random table takes seconds
+        larger = type(assistant)(config).to(assistant.device).eval()
     own = {k: v for k, v in weights.items() if not is_of_clusters(k)}
     missing, unexpected = larger.load_state_dict(own, strict=False)
     assert not unexpected

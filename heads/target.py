@@ -169,6 +169,19 @@ SUPPORTED: dict[str, type[PreTrainedModel]] = {
 """`config.model_type` -> the class that hands out shared KV and takes an assistant."""
 
 
+SAMPLED = 256  # numbers of each weight, about, in `weights_sample`
+TOWERS = ("vision_tower", "audio_tower", "embed_vision", "embed_audio")
+"""Parts of multimodal classes that text never runs through."""
+
+
+def drop_towers(model: nn.Module) -> None:
+    """Let go of what reads images and sounds, in place: only text is run here."""
+    for module in list(model.modules()):
+        for name in TOWERS:
+            if module._modules.get(name) is not None:
+                module._modules[name] = None
+
+
 @dataclass(frozen=True)
 class Activations:
     """What the head sees of the target, for whole sequences."""
@@ -199,6 +212,7 @@ class Target(TargetTokens):
     ):
         check_supported(model.config)
         tie_equal_tables(model, name)
+        drop_towers(model)
         super().__init__(tokenizer, name, revision, model.generation_config, eos_token_ids)
         neutralize(model, name, self.eos_ids, tokenizer.pad_token_id)
         if model.device.type == "cuda":
@@ -325,18 +339,22 @@ class Target(TargetTokens):
         check_rows(hidden.shape[1], ids.shape[1])
         return Activations(hidden, shared_kv)
 
-    @torch.no_grad()
     def logits(self, hidden: torch.Tensor, table: torch.Tensor | None = None) -> torch.Tensor:
-        """Logits as the target emits them: `hidden` [..., D], post-norm -> float32 [..., V], or
-        [..., C] of the rows `table` [C, D] alone; soft-capped where the configuration says so.
-        Costs V floats a row: pass rows in chunks.
+        """`own_logits` in float32."""
+        return self.own_logits(hidden, table).float()
+
+    @torch.no_grad()
+    def own_logits(self, hidden: torch.Tensor, table: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits as the target emits them: `hidden` [..., D], post-norm -> [..., V], or [..., C] of
+        the rows `table` [C, D] alone, in the dtype of the table; soft-capped where the
+        configuration says so. Costs V numbers a row: pass rows in chunks.
         """
         table = self.table if table is None else table
         logits = torch.nn.functional.linear(hidden.to(table.dtype), table)
         # The soft cap comes before the cast, in the target's dtype, as in its own forward.
         if (cap := self.config.final_logit_softcapping) is not None:
             logits = torch.tanh(logits / cap) * cap
-        return logits.float()
+        return logits
 
 
 def source_layers(config: Any) -> dict[str, int]:
@@ -386,6 +404,18 @@ def model_fingerprint(model: nn.Module, config: Any, dtype: torch.dtype | None =
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         for part in raw_bytes(tensor):
             digest.update(part)
+    return digest.hexdigest()
+
+
+def weights_sample(model: nn.Module) -> str:
+    """SHA-256 over some numbers of each weight: other weights differ in it, as good as always, and
+    it costs no pass over all of them, as the fingerprint does."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        if type(tensor) is torch.Tensor:  # quantized ones, of a class of their own, have no rows
+            flat = tensor.detach().reshape(-1)
+            digest.update(next(raw_bytes(flat[:: max(flat.numel() // SAMPLED, 1)])))
     return digest.hexdigest()
 
 

@@ -322,17 +322,13 @@ def _evaluate(config: Config, chosen: EvalConfig, device: torch.device, schedule
         print_once(skipped)
 
 
-CHECK_COSTS = 1.0
-"""Seconds that the check of the texts in float32 measures costs for: nobody decodes so."""
-
-
 def _measure(
     config: Config,
     what: EvalConfig,
     out: Path,
     device: torch.device,
     together: bool = False,
-    costs_budget: float | None = None,
+    timed: bool = True,
 ) -> tuple[dict[str, Any], int]:
     """Evaluate the run's best head in the dtype of `config.target`, in this process or in all of
     the launch `together`: what the report holds, and the bytes that the same takes in float32."""
@@ -347,7 +343,7 @@ def _measure(
     asked, heads = asked_by_run(config.data), {str(head): assistant}
     content = run_evaluation(
         target, heads, what, out,
-        asked=asked, printed=False, together=together, costs_budget=costs_budget,
+        asked=asked, printed=False, together=together, timed=timed,
     )  # fmt: skip
     texts = [row for result in content["results"] for row in result.get("per_text", ())]
     columns = [content["per_text_columns"].index(name) for name in ("prompt_tokens", "tokens")]
@@ -396,7 +392,7 @@ def _measure_in_float32(
     few = chosen.model_copy(update={"limit": limit, "num_assistant_tokens": [longest]})
     try:
         own = config.model_copy(update={"target": target})
-        return _measure(own, few, out, device, costs_budget=CHECK_COSTS)[0], None
+        return _measure(own, few, out, device, timed=False)[0], None  # nobody decodes so
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise

@@ -338,7 +338,7 @@ def test_what_killed_processes_measured_is_taken_in(
     whole = run_evaluation(tiny, heads, chosen, out)
     file, part = out / "measurements.jsonl", out / "measurements-process-1.jsonl"
     lines = file.read_text().splitlines()
-    shared = json.dumps(json.loads(lines[2]) | {"shared_device": True})
+    shared = json.dumps(json.loads(lines[2]) | {"untimed": True})
     file.write_text("\n".join([lines[0], lines[1], lines[3][:40]]))
     part.write_text("\n".join([lines[0], shared, lines[4][:40]]))
     prompts: list[str] = []

@@ -6,18 +6,25 @@ import torch
 from packaging.version import Version
 from transformers import Gemma2Config, Gemma3nTextConfig, Gemma4ForCausalLM, PreTrainedConfig
 
-from headstart.common import versions
+from headstart.common import processes, versions
 from headstart.common.versions import check_transformers
+from headstart.configs.schema import TargetConfig
 from headstart.heads.gemma3_270m import _header_read_once, check_sha256
 from headstart.heads.loading import (
     byte_tokenizer,
     gemma3_config,
     gemma4_text_config,
     load_target,
+    open_whole,
     random_model,
 )
-from headstart.heads.target import Gemma3ForAssistedDecoding, Target
-from tests.helpers.models import make_target
+from headstart.heads.target import (
+    SUPPORTED,
+    Gemma3ForAssistedDecoding,
+    Target,
+    weights_sample,
+)
+from tests.helpers.models import FAMILIES, make_target
 
 pytestmark = pytest.mark.contract
 
@@ -67,6 +74,34 @@ def test_a_target_is_frozen_and_its_fingerprint_follows_its_weights() -> None:
     with torch.no_grad():
         other.layers[0].mlp.up_proj.weight[0, 0] += 1e-3
     assert same.fingerprint == target.fingerprint != other.fingerprint
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["gemma4-multimodal", "gemma4-unified-multimodal"])
+def test_what_reads_images_is_let_go_and_text_stays_as_it_was(family: str) -> None:
+    ids = torch.randint(4, 260, (1, 20))
+    config = FAMILIES[family]().config
+    if config.vision_config is None:
+        small = {"mm_embed_dim": 16, "output_proj_dims": 16, "mm_posemb_size": 4, "patch_size": 2}
+        config = type(config)(**(config.to_dict() | {"vision_config": small}))
+    model = random_model(lambda: SUPPORTED[config.model_type](config)).eval()
+    logits, before = model(ids).logits, sum(p.numel() for p in model.parameters())
+    target = Target(model, byte_tokenizer(), family)
+    assert torch.equal(target.model(ids).logits, logits)
+    assert sum(p.numel() for p in target.model.parameters()) < before
+    assert not any("vision" in name for name, _ in target.model.named_parameters())
+
+
+def test_processes_with_other_weights_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as two machines with a folder of one name each, and a checkpoint of its own in it."""
+    other = make_target("gemma3")
+    with torch.no_grad():
+        other.layers[0].mlp.up_proj.weight += 1e-3
+    theirs = weights_sample(other.model)
+    assert theirs != weights_sample(make_target("gemma3").model)
+    monkeypatch.setattr(processes, "gather_object", lambda mine: [*mine, theirs])
+    with pytest.raises(ValueError, match="not the same in all processes: that of 1 differs"):
+        open_whole(TargetConfig(name="tiny-gemma3"))
 
 
 @pytest.mark.parametrize(
