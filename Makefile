@@ -34,7 +34,7 @@ export PIP_REQUIRE_VIRTUALENV := 1
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help setup torch train test test-all test-unit test-matrix test-dtypes test-engines check format \
-	docs docs-check build clean links
+	docs docs-check build gpu-bundle clean links
 
 help: ## show this text
 	@echo "Headstart: a draft head for any Gemma model."
@@ -140,6 +140,11 @@ docs-check: $(STAMP) ## find stale tables, dead links and commands that do not p
 build: $(STAMP) ## build the wheel into dist/
 	@rm -rf build # setuptools would pack files that were deleted since the last build
 	$(BIN)/python -m build --quiet --wheel --no-isolation
+
+# Beside the checkout: GPU machines often have no network, and get both.
+gpu-bundle: $(STAMP) ## download the wheels that `python -m tests.gpu_proof` needs into ../gpu-bundle
+	rm -rf ../gpu-bundle
+	$(BIN)/python -m tests.helpers.gpu_bundle ../gpu-bundle
 
 clean: ## remove build outputs and caches (.venv and runs/ stay)
 	rm -rf build dist site ./*.egg-info .types .mypy_cache .ruff_cache .pytest_cache .hypothesis

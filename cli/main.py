@@ -164,6 +164,14 @@ def _one_line(error: Exception) -> str:
     return text if known else f"{type(error).__name__}: {text}"
 
 
+class _Version(argparse.Action):
+    """Looks it up when it is asked for: a checkout that is not installed has none, and runs."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *rest: Any, **more: Any) -> None:
+        print(f"headstart {version('headstart')}")
+        parser.exit()
+
+
 def _parser() -> argparse.ArgumentParser:
     parents = flag_parents()
     parser = argparse.ArgumentParser(
@@ -174,7 +182,7 @@ def _parser() -> argparse.ArgumentParser:
         parents=[parents["--debug"]],
         allow_abbrev=False,
     )
-    parser.add_argument("--version", action="version", version=f"headstart {version('headstart')}")
+    parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
     commands: Any = parser.add_subparsers(
         required=True, metavar="COMMAND", parser_class=CommandParser, title="commands"
     )

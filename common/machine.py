@@ -31,7 +31,8 @@ def natural_dtype() -> str:
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Versions, processor, threads and accelerator, for a report."""
+    """Versions, processor, threads, accelerator and whether its attention may be cuDNN's, for a
+    report."""
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -41,6 +42,9 @@ def environment(device: torch.device) -> dict[str, Any]:
         "cpu_count": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "accelerator": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "cudnn_attention": torch.backends.cuda.cudnn_sdp_enabled()
+        if device.type == "cuda"
+        else None,
     }
 
 
@@ -176,6 +180,23 @@ def deterministic_algorithms(wanted: bool) -> Iterator[Callable[[], None]]:
 
 
 CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
+
+
+def busy_seconds(device: torch.device, call: Callable[[], object]) -> float | None:
+    """Seconds that the kernels of a call work on a GPU, as CUDA notes their beginnings and ends;
+    None: no GPU, or the driver lets nobody look.
+
+    The span between two events on a stream would not do: it has the gaps in it in which the GPU
+    waits for the host.
+    """
+    if device.type != "cuda":
+        return None
+    kinds = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=kinds) as profile:
+        call()
+        torch.cuda.synchronize(device)
+    kernels = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    return sum(e.time_range.elapsed_us() for e in kernels) / 1e6 if kernels else None
 
 
 def synchronize(device: torch.device) -> None:

@@ -134,7 +134,7 @@ def memory() -> str:
     """What a GPU holds at most with the recipe of each published Gemma 4, by the arithmetic of
     `headstart train --plan`."""
     from headstart.heads.describe import SHAPES
-    from headstart.train.memory import CHECK, host_bytes, peaks
+    from headstart.train.memory import CHECK, peaks
     from headstart.train.plan import LAUNCHES, run_shapes
 
     rows = []
@@ -143,14 +143,13 @@ def memory() -> str:
         config = load_config(name, told)
         shapes = run_shapes(config)
         alone, ddp, fsdp = (dict(peaks(config, shapes, how)) for how in LAUNCHES.values())
-        host = host_bytes(config, shapes.target, LAUNCHES["by DDP over 8"], 2)
         counts = [one["answering"] for one in (alone, ddp)]
         counts += [one["training"] for one in (alone, ddp, fsdp)]
-        counts += [alone[CHECK], host]
+        counts += [alone[CHECK], ddp["loading"]]
         rows.append([f"`{name}`", *(f"{count / 2**30:.1f}" for count in counts)])
     header = (
         "recipe, each GiB | answering, alone | in each of 8 | training, alone | by DDP over 8 | by "
-        "FSDP2 over 8 | the float32 check | loading 8 times: the machine's own"
+        "FSDP2 over 8 | the float32 check | loading, in each"
     )
     return rows_of(header, rows)
 

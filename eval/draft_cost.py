@@ -27,7 +27,7 @@ from transformers.generation.candidate_generator import (
 
 from headstart.common.console import counted, plain_console
 from headstart.common.files import write_figures
-from headstart.common.machine import environment, machine_name, synchronize
+from headstart.common.machine import busy_seconds, environment, machine_name, synchronize
 from headstart.common.versions import CACHE
 from headstart.configs.schema import EvalConfig
 from headstart.eval.statistics import OWN_LENGTH
@@ -312,6 +312,24 @@ def measure_costs(
     }
 
 
+@torch.inference_mode()
+def busy_share(target: Target) -> float | None:
+    """Share of the time of a plain step of decoding in which the GPU works, rather than waits for
+    Python; None where that is not known, such as on a CPU."""
+    if target.device.type == "cpu":
+        return None
+    state = prepare(target, COST_CONTEXT)
+
+    def step() -> None:
+        state.step()
+        state.restore()
+
+    busy = busy_seconds(target.device, step)
+    if busy is None:
+        return None
+    return min(busy / min(_timed(target, step) for _ in range(COST_TURNS)), 1.0)
+
+
 def run_draft_benchmark(
     target: Target, assistant: PreTrainedModel, head_name: str, context: int, out: Path | None
 ) -> dict[str, Any]:
@@ -344,6 +362,7 @@ def run_draft_benchmark(
         "drafts_a_repeat": DRAFTS,
         "seconds": seconds,
         "ratios": cost_ratios(seconds),
+        "busy_share": busy_share(target),
     }
     print_draft_cost(content)
     write_figures(content, out)
@@ -368,6 +387,8 @@ def print_draft_cost(content: dict[str, Any]) -> None:
         table.add_row(str(k), *(f"{value:.2f}" for value in row))
     console.print(table)
     console.print(f"target step: {seconds['target_step'] * 1000:.2f} ms")
+    if (busy := content["busy_share"]) is not None:
+        console.print(f"of which the device works {busy:.0%}")
     for kind in kinds:
         step = seconds[f"draft_step_{kind}"] * 1000
         console.print(f"draft step, {KINDS[kind]}: {step:.2f} ms, c = {ratios[f'c_{kind}']:.3f}")

@@ -24,7 +24,7 @@ from headstart.data.templates import check_template, encode_prompts
 from headstart.eval.acceptance import AcceptanceCounts, zero_counts
 from headstart.eval.asked import asked_by_heads
 from headstart.eval.decoding import GREEDY, Decoded, DecoderVariant, make_variants
-from headstart.eval.draft_cost import Costs, longest_draft, measure_costs
+from headstart.eval.draft_cost import Costs, busy_share, longest_draft, measure_costs
 from headstart.eval.measurements import (
     Asked,
     Measurements,
@@ -218,7 +218,8 @@ def _content(
         | {"peak_process_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024},
         "costs": kept.found.get("costs", {}),
         "noise": noise(first) if kept.timed else None,
-        "verdict": verdict(found),
+        "busy_share": kept.found.get("busy_share"),
+        "verdict": verdict(found, kept.found.get("busy_share")),
         "per_text_columns": PER_TEXT,
         "results": found,
         "examples": _examples(target, prompts, measured, found),
@@ -269,8 +270,10 @@ def _find_costs(
     kept: Measurements,
     timed: bool,
 ) -> None:
-    """Measure what drafts cost, once for a report; without times for the decoders alone that need
-    them to choose K, and roughly."""
+    """Measure what drafts cost and how busy the device is, once for a report; without times for the
+    decoders alone that need costs to choose K, and roughly."""
+    if timed and "busy_share" not in kept.found:
+        kept.find("busy_share", busy_share(target))
     if "costs" not in kept.found:
         longest, budget = longest_draft(chosen), None if timed else ROUGH_COSTS
         wanted = heads if timed or any(d in OWN_LENGTH for d in chosen.decoders) else {}

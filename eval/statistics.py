@@ -70,6 +70,8 @@ UNTIMED = (
     "Acceptance alone: nothing was timed, since texts alone were checked, or several processes "
     "shared a device. To see what pays, run headstart eval in one process, or with a GPU for each."
 )
+HOST_BOUND = 0.5
+"""Share of a step's time: where the device works less, times are of Python more than of it."""
 OWN_LENGTH = ("heuristic", "cost", "hybrid")  # decoders that choose K themselves
 NO_HEAD = ("lookup", "draft-model")
 
@@ -92,11 +94,12 @@ def sampling_name(result: Mapping[str, Any]) -> str:
     return name if top_p == 1 else f"{name}, top-p {top_p:g}"
 
 
-def verdict(results: list[dict[str, Any]]) -> str:
+def verdict(results: list[dict[str, Any]], busy_share: float | None = None) -> str:
     """What to use here, for each temperature, from the whole set and from its texts without loops.
 
     Args:
         results: of report.json (docs/reference/report.md).
+        busy_share: of the time of a plain step, that in which the device worked; None: not known.
     """
     if any(r["speedup"] is None for r in results):
         return UNTIMED
@@ -110,6 +113,12 @@ def verdict(results: list[dict[str, Any]]) -> str:
         mode = "" if temperatures == [0] else mode
         advice = _advice(lossless) if lossless else "Measure the exact decoder."
         texts.append(mode + (LOSSY if len(lossless) < len(own) else "") + advice)
+    if busy_share is not None and busy_share < HOST_BOUND:
+        texts.append(
+            f"These speeds are host-bound: in a plain step the device worked {busy_share:.0%} of "
+            "the time, and waited for Python in the rest. A server that launches a step as one "
+            "graph has other costs, and another speedup."
+        )
     return " ".join(texts)
 
 

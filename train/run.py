@@ -382,8 +382,9 @@ def _measure_in_float32(
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    # On its way to a GPU a target is loaded into the memory of the CPU.
-    for place in dict.fromkeys([device, torch.device("cpu")]):
+    # The weights of a GGUF file are computed in the memory of the CPU on their way to a GPU.
+    on_cpu = [torch.device("cpu")] if config.target.name.endswith(".gguf") else []
+    for place in dict.fromkeys([device, *on_cpu]):
         free = free_memory(place)
         if free is not None and free < needed:
             there = f"{free / 2**30:.2f} GiB are free on {place}"

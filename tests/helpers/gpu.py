@@ -4,6 +4,7 @@ Letters: V vocabulary.
 """
 
 import contextlib
+import signal
 import time
 import warnings
 from collections import Counter
@@ -93,6 +94,26 @@ def kernels(call: Callable[[], object]) -> dict[str, Any]:
     events = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
     busy = sum(e.time_range.elapsed_us() for e in events) / 1e6
     return {"kernels": len(events), "busy_seconds": busy, "seconds": alone, "busy": busy / alone}
+
+
+class OverBudget(Exception):
+    """A section takes longer than it may."""
+
+
+@contextlib.contextmanager
+def within(seconds: int) -> Iterator[None]:
+    """Raise `OverBudget` within as soon as so many seconds are over and Python runs again."""
+
+    def over(signum: int, frame: object) -> None:
+        raise OverBudget(f"it took longer than its {seconds} seconds")
+
+    before = signal.signal(signal.SIGALRM, over)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def random_texts(target: Target, count: int, length: int) -> list[Conversation]:
