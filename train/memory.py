@@ -191,9 +191,9 @@ def longest_text(d: DataConfig) -> int:
 
 def extraction_bytes(text: Any, d: DataConfig, width: int) -> int:
     """What one forward of `headstart extract` holds beside the weights, or the logits of some rows:
-    those in float32 of the rows before, and three of the target's dtype."""
+    those of the rows before, and three while they are capped."""
     forward = forward_bytes(text, *forward_length(d), width, cached=False)
-    return max(forward, LOGIT_ROWS * text.vocab_size * (4 + 3 * width))
+    return max(forward, LOGIT_ROWS * text.vocab_size * 4 * width)
 
 
 @dataclass(frozen=True)
