@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from headstart.common.children import temporary_folder
 from headstart.common.console import print_once
 from headstart.common.signals import time_limit
-from headstart.heads.admission import MULTIMODAL, TOWERS, WRAPPERS, check_files, reading, renamed
+from headstart.heads.admission import MULTIMODAL, OF_TOWERS, WRAPPERS, check_files, reading, renamed
 from headstart.heads.live import live_adapter
 
 WEIGHTS = "adapter_model.safetensors"
@@ -171,14 +171,14 @@ def _places(keys: Sequence[str], model: PreTrainedModel) -> dict[str, str]:
         place = next((place for place in tried if _owner(place, owners) is not None), None)
         if place is not None:
             places[key] = PREFIX + place
-        elif not TOWERS.search(bare):
+        elif not OF_TOWERS.search(bare):
             lost.append(key)
     if lost:
         raise ValueError(
             f"{len(lost)} of its {len(keys)} weights match no module (first: {lost[0]}): it was "
             "made for another model, or another class of it; tune on this one"
         )
-    if all(TOWERS.search(place) for place in places.values()):
+    if all(OF_TOWERS.search(place) for place in places.values()):
         raise ValueError("it changes nothing that text passes through, only images or sound")
     return places
 

@@ -45,7 +45,7 @@ from transformers.utils import cached_file
 from headstart.common.console import print_once
 from headstart.common.processes import split_layers
 from headstart.common.versions import CACHE, INSTALLED, check_rows, skips_prefill
-from headstart.heads.admission import reading, tie_equal_tables
+from headstart.heads.admission import TOWERS, reading, tie_equal_tables
 from headstart.heads.tokens import TargetTokens
 
 SharedKV = dict[str, tuple[torch.Tensor, torch.Tensor]]
@@ -167,11 +167,6 @@ SUPPORTED: dict[str, type[PreTrainedModel]] = {
     "gemma4_unified_text": Gemma4UnifiedForCausalLM,
 }
 """`config.model_type` -> the class that hands out shared KV and takes an assistant."""
-
-
-SAMPLED = 256  # numbers of each weight, about, in `weights_sample`
-TOWERS = ("vision_tower", "audio_tower", "embed_vision", "embed_audio")
-"""Parts of multimodal classes that text never runs through."""
 
 
 def drop_towers(model: nn.Module) -> None:
@@ -405,6 +400,9 @@ def model_fingerprint(model: nn.Module, config: Any, dtype: torch.dtype | None =
         for part in raw_bytes(tensor):
             digest.update(part)
     return digest.hexdigest()
+
+
+SAMPLED = 256  # numbers of each weight, about
 
 
 def weights_sample(model: nn.Module) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import gpu_proof
+import tests.gpu_proof as gpu_proof
 from tests.helpers.gpu import Place
 
 

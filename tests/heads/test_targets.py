@@ -92,6 +92,17 @@ def test_what_reads_images_is_let_go_and_text_stays_as_it_was(family: str) -> No
     assert not any("vision" in name for name, _ in target.model.named_parameters())
 
 
+@torch.no_grad()
+def test_a_checkpoint_without_what_reads_images_is_loaded(tmp_path: Path) -> None:
+    """Such as one that was saved after it was let go; all other weights still have to be there."""
+    target = make_target("gemma4-multimodal")
+    target.model.save_pretrained(tmp_path)
+    target.tokenizer.save_pretrained(tmp_path)
+    again = load_target(str(tmp_path), "float32")
+    ids = torch.randint(4, 260, (1, 20))
+    assert torch.equal(again.model(ids).logits, target.model(ids).logits)
+
+
 def test_processes_with_other_weights_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Such as two machines with a folder of one name each, and a checkpoint of its own in it."""
     other = make_target("gemma3")

@@ -10,6 +10,7 @@ they have to be those of a run on the CPU.
 What it cannot find: memory, time, kernels that a GPU lacks, the rounding of a GPU's own.
 """
 
+import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -27,6 +28,7 @@ from accelerate.state import AcceleratorState, GradientState
 from torch.overrides import TorchFunctionMode
 from torch.utils import _foreach_utils
 from torch.utils._pytree import tree_map
+from transformers import modeling_utils
 
 from headstart.common.processes import join_processes
 
@@ -373,5 +375,8 @@ def _replaced(gpu: PretendedGpu) -> Iterator[None]:
         patch.object(torch.cuda, "memory_allocated", lambda *_: 0),
         patch.object(torch.cuda, "get_device_name", lambda *_: "pretended"),
         patch.object(torch.cuda, "get_device_capability", lambda *_: (9, 0)),
+        # Weights come onto the GPU in this thread: in another nobody pretends.
+        patch.dict(os.environ, HF_DEACTIVATE_ASYNC_LOAD="1"),
+        patch.object(modeling_utils, "caching_allocator_warmup", lambda *_: None),
     ):
         yield
