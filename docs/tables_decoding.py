@@ -189,6 +189,18 @@ def quickstart(found: Results) -> str:
     return decoder_table(found["quickstart"])
 
 
+@made_of("quickstart-vicuna-78", "quickstart-external-160")
+def development(found: Results) -> str:
+    """Of each development set: all of it, its categories, and what does not loop."""
+    rows = []
+    for name, report in zip(("dev_vicuna_78", "dev_external_160"), found.values(), strict=True):
+        for r in report["results"]:
+            if r["category"] == "all" or r["looping_texts"] == "with":
+                group = "no loops" if r["looping_texts"] == "without" else r["category"]
+                rows.append([f"`{name}`", group, r["prompts"], length(r), speedup(r)])
+    return rows_of("prompts | which | number | acceptance length (95%) | speedup (95%)", rows)
+
+
 @made_of("quickstart-phases", "quickstart-first-figures")
 def quickstart_phases(found: Results) -> str:
     """What `headstart train` has said that it would take, and what it took."""
