@@ -150,6 +150,9 @@ def _load(t: TargetConfig, device: torch.device | str) -> Target:
             trust_remote_code=t.trust_remote_code, **options, **placed,
         )  # fmt: skip
         model.generation_config = settings
+        if not bits:
+            # It is on one device. Where that is a CPU, peft would place it anew, on a GPU if it can.
+            vars(model).pop("hf_device_map", None)
         if options:
             model = model.to(device)
     model = add_adapters(model, t.adapters, t.merge_adapters)

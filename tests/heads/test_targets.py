@@ -99,6 +99,7 @@ def test_a_checkpoint_without_what_reads_images_is_loaded(tmp_path: Path) -> Non
     target.model.save_pretrained(tmp_path)
     target.tokenizer.save_pretrained(tmp_path)
     again = load_target(str(tmp_path), "float32")
+    assert not hasattr(again.model, "hf_device_map"), "peft would place it anew"
     ids = torch.randint(4, 260, (1, 20))
     assert torch.equal(again.model(ids).logits, target.model(ids).logits)
 
