@@ -151,7 +151,7 @@ def _load(t: TargetConfig, device: torch.device | str) -> Target:
         )  # fmt: skip
         model.generation_config = settings
         if not bits:
-            # It is on one device. Where that is a CPU, peft would place it anew, on a GPU if it can.
+            # It is on one device. From a CPU peft would move it, to a GPU if there is one.
             vars(model).pop("hf_device_map", None)
         if options:
             model = model.to(device)
