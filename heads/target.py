@@ -411,18 +411,25 @@ def weights_sample(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        if type(tensor) is torch.Tensor:  # quantized ones, of a class of their own, have no rows
-            flat = tensor.detach().reshape(-1)
-            digest.update(next(raw_bytes(flat[:: max(flat.numel() // SAMPLED, 1)])))
+        for plain in plain_tensors(tensor):
+            flat = plain.reshape(-1)
+            for part in raw_bytes(flat[:: max(flat.numel() // SAMPLED, 1)]):
+                digest.update(part)
     return digest.hexdigest()
 
 
 def raw_bytes(tensor: torch.Tensor) -> Iterator[Any]:
-    """The bytes of a tensor, or of the plain ones that a quantized tensor is made of."""
-    if hasattr(tensor, "__tensor_flatten__"):
-        names, _ = tensor.__tensor_flatten__()
-        for name in names:
-            yield from raw_bytes(getattr(tensor, name))
+    """The bytes of each of `plain_tensors`."""
+    for plain in plain_tensors(tensor):
+        flat = plain.cpu().contiguous().view(-1)
+        yield flat.view(torch.uint8).numpy().data if flat.numel() else b""
+
+
+def plain_tensors(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """A tensor of any shape, or the plain ones that a quantized tensor is made of."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        yield tensor.detach()
         return
-    flat = tensor.detach().cpu().contiguous().view(-1)
-    yield flat.view(torch.uint8).numpy().data if flat.numel() else b""
+    names, _ = tensor.__tensor_flatten__()
+    for name in names:
+        yield from plain_tensors(getattr(tensor, name))

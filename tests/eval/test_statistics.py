@@ -40,28 +40,25 @@ def test_the_verdict_follows_from_the_interval(interval: tuple[float, float], sa
     assert f"without them the quickest is {straight_best}" in text
 
 
+EXACT = {
+    "decoder": "exact", "num_assistant_tokens": 4, "category": "all", "prompts": 9, "loops": 0,
+    "head": "h", "temperature": 0.7, "looping_texts": "with",
+    "speedup": 1.2, "speedup_interval": [1.1, 1.3],
+}  # fmt: skip
+
+
 def test_speeds_of_a_device_that_waits_for_python_are_called_host_bound() -> None:
-    result = {
-        "decoder": "exact", "num_assistant_tokens": 4, "category": "all", "prompts": 9, "loops": 0,
-        "head": "h", "temperature": 0, "looping_texts": "with",
-        "speedup": 1.2, "speedup_interval": [1.1, 1.3],
-    }  # fmt: skip
-    assert "host-bound: in a plain step the device worked 23%" in verdict([result], 0.23)
-    assert verdict([result], 0.9) == verdict([result], None) == verdict([result])
+    assert "host-bound: in a plain step the device worked 23%" in verdict([EXACT], 0.23)
+    assert verdict([EXACT], 0.9) == verdict([EXACT], None) == verdict([EXACT])
 
 
 def test_a_decoder_that_changes_the_distribution_is_not_advised() -> None:
-    exact = {
-        "decoder": "exact", "num_assistant_tokens": 4, "category": "all", "prompts": 9, "loops": 0,
-        "head": "h", "temperature": 0.7, "looping_texts": "with",
-        "speedup": 1.2, "speedup_interval": [1.1, 1.3],
-    }  # fmt: skip
-    stock = exact | {"decoder": "transformers", "speedup": 2.0, "speedup_interval": [1.9, 2.1]}
-    text = verdict([stock, exact])
+    stock = EXACT | {"decoder": "transformers", "speedup": 2.0, "speedup_interval": [1.9, 2.1]}
+    text = verdict([stock, EXACT])
     assert "does not keep to the target's distribution" in text
     assert "Use the exact decoder" in text
     assert "Measure the exact decoder" in verdict([stock])
-    greedy = [r | {"temperature": 0} for r in (stock, exact)]
+    greedy = [r | {"temperature": 0} for r in (stock, EXACT)]
     assert verdict(greedy).startswith("Use the stock decoder")
 
 
