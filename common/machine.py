@@ -203,3 +203,20 @@ def synchronize(device: torch.device) -> None:
     """Wait for what an accelerator has under way, so that a clock says what it took."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
+
+
+class Readback:
+    """Values on their way from a device to the host, while a CUDA GPU goes on computing."""
+
+    def __init__(self, values: torch.Tensor):
+        overlaps = values.device.type == "cuda"
+        self._copied = torch.cuda.Event() if overlaps else None
+        self._values = values.to("cpu", non_blocking=overlaps)
+        if self._copied is not None:
+            self._copied.record()
+
+    def tolist(self) -> list[float]:
+        """The values, once they are there."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return list(self._values.tolist())

@@ -232,9 +232,9 @@ def inspect_store(folder: Path, examples: int, tokens: TargetTokens | None = Non
 
     def read() -> Iterator[Seen]:
         for number, path in enumerate(counted(paths, "Reading")):
-            # Those of `store` are verified, against the index too.
+            # Those of `store` are held against the index too.
             shard = store.shard(number) if store and small else Shard(path, made)
-            if small and not store:
+            if small:
                 shard.verify()
             for e, ids, mask in shard.texts():
                 edges = torch.nn.functional.pad(mask.int(), (1, 1)).diff().nonzero()[:, 0].tolist()

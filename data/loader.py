@@ -1,19 +1,57 @@
 """Batches of anchors, the rows of conversations that drafts begin from in training; each batch is a
 function of the seed and its number alone.
 
+Whatever depends on the texts, such as which drafts count, is settled here, on the CPU: a training
+step then has shapes that the host knows, and does not wait for its device.
+
 Letters: B rows of keys and values, each of one conversation or of several that are packed,
-R anchors in each, S of them drafted from beyond the first round, K rounds, T positions (padded), k
+R anchors in each, S of them drafted from beyond the first round, K rounds, T positions (padded), M
+of them (padded) whose hidden states are read, N drafts that count, P positions that teach them, k
 teacher tokens.
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
 
-from headstart.data.store import Document, Documents
-from headstart.heads.unroll import Rows, Texts
+from headstart.data.store import Document, Documents, Stored
+from headstart.heads.unroll import Rows, Texts, select
+
+
+class StoredTexts(NamedTuple):
+    """What a step reads of the texts, zero-padded, as it is stored."""
+
+    hidden: Stored
+    """[B, M, D] hidden states of the positions that anchors or their teachers stand at."""
+    kv: dict[str, tuple[Stored, Stored]]
+    """Layer type -> (keys, values), each [B, T, kv heads, head_dim]."""
+
+    def computed_in(self, dtype: torch.dtype) -> Texts:
+        """The rows, on the device where they are; keys and values in `dtype`."""
+        kv = {
+            t: (k.rows().to(dtype).transpose(1, 2), v.rows().to(dtype).transpose(1, 2))
+            for t, (k, v) in self.kv.items()
+        }
+        return Texts(self.hidden.rows(), kv)
+
+
+class CountedDrafts(NamedTuple):
+    """The N drafts of a batch that count, in the order of rounds, conversations and anchors."""
+
+    round: torch.Tensor
+    """[N] from 0."""
+    anchor: torch.Tensor
+    """[N] index into the B x R anchors."""
+    state: torch.Tensor
+    """[N] index of its state among those of all rounds, B x R and then K - 1 times B x S."""
+    positions: torch.Tensor
+    """[P] which of the B x M hidden states teach."""
+    taught_at: torch.Tensor
+    """[N] which of the P teaches each draft."""
+    of_round: tuple[int, ...]
+    """K counts."""
 
 
 class Batch(NamedTuple):
@@ -21,10 +59,9 @@ class Batch(NamedTuple):
 
     document_ids: list[list[str]]
     """B lists: the conversations of each row of keys and values."""
-    texts: Texts
-    """Zero-padded. Round k of an anchor learns what the target says at row `at + k`."""
+    texts: StoredTexts
     rows: Rows
-    """The anchors."""
+    """The anchors. Round k of one learns what the target says at row `at + k`."""
     teacher_ids: torch.Tensor
     """[B, R, K, k] what the target says after x_{<= t+k}."""
     teacher_logprobs: torch.Tensor
@@ -32,6 +69,7 @@ class Batch(NamedTuple):
     weights: torch.Tensor
     """[B, R, K] 1 where the predicted token is part of the response and the anchor goes on to
     that round, else 0."""
+    drafts: CountedDrafts
 
 
 def candidate_rows(document: Document) -> torch.Tensor:
@@ -63,39 +101,45 @@ def gather_rows(
         packs = pack(lengths, max_packed_length)
     count = max(1, *(sum(len(rows[i]) for i in members) for members in packs))
     on = max(1, *(sum(len(later[i]) for i in members) for members in packs))
-    gathered = []
+    gathered, hidden = [], []
     for members in packs:
-        parts, going_on, start, before = [], [], 0, 0
+        parts, going_on, read = [], [], []
+        start, before, places = 0, 0, 0
         for i in members:
-            parts.append(_rows_of(documents[i], rows[i], later[i], rounds, start))
+            part = _rows_of(documents[i], rows[i], later[i], rounds)
+            # Of the hidden states h_t and those that teach are read, and no others.
+            positions = torch.cat([part["at"], part["teacher"][part["weights"] > 0]]).unique()
+            part["hidden"] = torch.searchsorted(positions, part["at"]) + places
+            part["teacher"] = torch.searchsorted(positions, part["teacher"]) + places
+            part |= {"at": part["at"] + start, "starts": torch.full_like(part["at"], start)}
+            parts.append(part)
+            read.append(documents[i].activations["hidden"].at(positions))
             going_on.append(later[i] + before)
-            start += lengths[i]
-            before += len(rows[i])
+            start, before = start + lengths[i], before + len(rows[i])
+            places += len(positions)
         joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         filled = {name: _filled(tensor, count) for name, tensor in joined.items()}
         # Filled with -1: a place of its own, so that no anchor counts twice.
         gathered.append({**filled, "multi_step": _filled(torch.cat(going_on) + 1, on) - 1})
+        hidden.append(read)
     stacked = {name: torch.stack([row[name] for row in gathered]) for name in gathered[0]}
     packed = [[documents[i] for i in members] for members in packs]
-    kv = {
-        layer_type: (
-            _padded([[d.shared_kv[layer_type][0] for d in row] for row in packed]).transpose(1, 2),
-            _padded([[d.shared_kv[layer_type][1] for d in row] for row in packed]).transpose(1, 2),
-        )
-        for layer_type in documents[0].shared_kv
-    }
+    texts = StoredTexts(_padded(hidden), _kv_of(packed))
+    anchors = Rows(**{name: stacked.pop(name) for name in Rows._fields})
+    teacher = stacked.pop("teacher")
     return Batch(
         document_ids=[[d.id for d in row] for row in packed],
-        texts=Texts(_padded([[d.hidden for d in row] for row in packed]), kv),
-        rows=Rows(**{name: stacked.pop(name) for name in Rows._fields}),
+        texts=texts,
+        rows=anchors,
+        drafts=_counted(stacked["weights"], anchors, teacher, texts.hidden.values.shape[1]),
         **stacked,
     )
 
 
 def _rows_of(
-    document: Document, chosen: torch.Tensor, later: torch.Tensor, rounds: int, start: int
+    document: Document, chosen: torch.Tensor, later: torch.Tensor, rounds: int
 ) -> dict[str, torch.Tensor]:
-    """Tensors [R, ...] of the chosen rows of a document whose KV rows begin at `start`."""
+    """Tensors [R, ...] of the chosen rows of a document; `teacher` are the positions that teach."""
     last = len(document.ids) - 1
     # Position of draft k's teacher: t + k.
     at = chosen[:, None] + torch.arange(1, rounds + 1)
@@ -105,13 +149,47 @@ def _rows_of(
     written[:, 1:] &= torch.isin(torch.arange(len(chosen)), later)[:, None]
     at = at.clamp_max(last)
     return {
-        "at": chosen + start,
-        "starts": torch.full_like(chosen, start),
+        "at": chosen,
         "tokens": document.ids[at],
+        "teacher": at,
         "teacher_ids": document.teacher_ids[at].long(),
         "teacher_logprobs": document.teacher_logprobs[at],
         "weights": written.long().cumprod(-1).float(),
     }
+
+
+def _counted(
+    weights: torch.Tensor, rows: Rows, teacher: torch.Tensor, hidden_states: int
+) -> CountedDrafts:
+    """The drafts with a weight [B, R, K], taught at the places `teacher` [B, R, K] among the
+    `hidden_states` of their text."""
+    anchors = torch.arange(weights[..., 0].numel()).view(weights.shape[:2])
+    of_anchor, states, before = [], [], 0
+    for k in range(weights.shape[-1]):
+        which, kept = anchors, weights[..., k] > 0
+        if k:
+            # Places that only fill up repeat anchor 0 and do not count.
+            which = select(anchors, rows.multi_step)
+            kept = select(kept, rows.multi_step) & (rows.multi_step >= 0)
+        of_anchor.append(which[kept])
+        states.append(kept.flatten().nonzero()[:, 0] + before)
+        before += kept.numel()
+    anchor = torch.cat(of_anchor)
+    round_ = torch.cat([torch.full_like(one, k) for k, one in enumerate(of_anchor)])
+    text = torch.arange(len(teacher))[:, None, None] * hidden_states
+    # Once a position, not once a draft: the rounds of neighboring anchors learn from the same.
+    positions, at = (text + teacher).flatten(0, 1)[anchor, round_].unique(return_inverse=True)
+    return CountedDrafts(
+        round_, anchor, torch.cat(states), positions, at, tuple(map(len, of_anchor))
+    )
+
+
+def _kv_of(packed: list[list[Document]]) -> dict[str, tuple[Stored, Stored]]:
+    def padded(name: str) -> Stored:
+        return _padded([[document.activations[name] for document in row] for row in packed])
+
+    types = packed[0][0].layer_types
+    return {t: (padded(f"{t}.keys"), padded(f"{t}.values")) for t in types}
 
 
 def _filled(tensor: torch.Tensor, count: int) -> torch.Tensor:
@@ -119,16 +197,31 @@ def _filled(tensor: torch.Tensor, count: int) -> torch.Tensor:
     return torch.cat([tensor, tensor.new_zeros(count - len(tensor), *tensor.shape[1:])])
 
 
-def _padded(rows: list[list[torch.Tensor]]) -> torch.Tensor:
+def _padded(rows: list[list[Stored]]) -> Stored:
     """B lists of [T_i, ...], each list one row -> [B, T, ...], zero-padded."""
-    return pad_sequence([torch.cat(row) for row in rows], batch_first=True)
+    first = rows[0][0]
+    scale = None
+    if first.scale is not None:
+        scale = _zero_padded([[one.scale for one in row if one.scale is not None] for row in rows])
+    return Stored(_zero_padded([[one.values for one in row] for row in rows]), scale, first.dtype)
+
+
+def _zero_padded(rows: list[list[torch.Tensor]]) -> torch.Tensor:
+    longest = max(1, *(sum(map(len, row)) for row in rows))
+    padded = rows[0][0].new_zeros(len(rows), longest, *rows[0][0].shape[1:])
+    for places, row in zip(padded, rows, strict=True):
+        start = 0
+        for part in row:
+            places[start : start + len(part)] = part
+            start += len(part)
+    return padded
 
 
 def broken_documents(batch: Batch) -> list[str]:
     """Ids of the documents in rows of the batch whose activations are not all finite."""
     whole = torch.ones(len(batch.weights), dtype=torch.bool, device=batch.weights.device)
-    pairs = [tensor for pair in batch.texts.kv.values() for tensor in pair]
-    for tensor in (batch.texts.hidden, batch.teacher_logprobs, *pairs):
+    stored = [batch.texts.hidden, *(one for pair in batch.texts.kv.values() for one in pair)]
+    for tensor in (batch.teacher_logprobs, *(one.rows() for one in stored)):
         whole &= tensor.flatten(1).isfinite().all(1)
     rows = zip(batch.document_ids, whole.tolist(), strict=True)
     return [name for names, fine in rows if not fine for name in names]
@@ -181,7 +274,7 @@ class AnchorLoader:
         self.num_speculative_steps = num_speculative_steps
         self.max_packed_length, self.multi_step_anchors = max_packed_length, multi_step_anchors
         self.seed, self.rank, self.world_size = seed, rank, world_size
-        self._epoch, self._order_of_epoch = -1, list[int]()
+        self._order = lru_cache(2)(self._shuffled)  # batches of two epochs may be made at once
 
     def batch(self, number: int) -> Batch:
         """Batch `number` (from 0) of this process."""
@@ -203,13 +296,11 @@ class AnchorLoader:
             documents, rows, self.num_speculative_steps, self.max_packed_length, later
         )
 
-    def _order(self, epoch: int) -> Sequence[int]:
-        """Document indices in the order of an epoch; the last epoch asked for is remembered."""
-        if epoch != self._epoch:
-            generator = torch.Generator().manual_seed(self.seed * 7_919 + epoch)
-            shuffled = torch.randperm(len(self.usable), generator=generator).tolist()
-            self._epoch, self._order_of_epoch = epoch, [self.usable[i] for i in shuffled]
-        return self._order_of_epoch
+    def _shuffled(self, epoch: int) -> Sequence[int]:
+        """Document indices in the order of an epoch."""
+        generator = torch.Generator().manual_seed(self.seed * 7_919 + epoch)
+        order = torch.randperm(len(self.usable), generator=generator).tolist()
+        return [self.usable[i] for i in order]
 
 
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:

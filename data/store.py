@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from pydantic import TypeAdapter
@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from headstart.common.console import print_once
 from headstart.common.files import atomic_file, content_sha256, plain_name, write_atomically
 from headstart.configs.schema import DataConfig
+from headstart.data.verified import Verified
 from headstart.heads.admission import is_finite, reading
 from headstart.heads.target import SharedKV, Target, source_layers
 
@@ -32,6 +33,29 @@ FORMAT = 2  # raise it when a shard comes to hold something else
 Storage = Literal["target", "int8"]
 PLAIN = ("ids", "loss_mask", "teacher_ids", "teacher_logprobs")
 """Tensors that int8 storage leaves as they are."""
+SCALE = ".scale"  # ends the name of the scales of an int8 tensor
+
+
+class Stored(NamedTuple):
+    """Rows of activations as a store keeps them."""
+
+    values: torch.Tensor
+    """[..., n] in the target's dtype, or int8."""
+    scale: torch.Tensor | None
+    """[..., 1] float32, of int8 values; None: they are the rows."""
+    dtype: torch.dtype
+    """The target's."""
+
+    def at(self, places: torch.Tensor) -> "Stored":
+        """The rows at these places of the first axis."""
+        scale = None if self.scale is None else self.scale.index_select(0, places)
+        return Stored(self.values.index_select(0, places), scale, self.dtype)
+
+    def rows(self) -> torch.Tensor:
+        """[..., n] in the target's dtype, computed where the values are."""
+        if self.scale is None:
+            return self.values
+        return (self.values.float() * self.scale).to(self.dtype)
 
 
 @dataclass(frozen=True)
@@ -43,10 +67,9 @@ class Document:
     """[T] int64."""
     loss_mask: torch.Tensor
     """[T] bool: tokens that the target wrote, which the head learns to draft."""
-    hidden: torch.Tensor
-    """[T, D] post-norm hidden states."""
-    shared_kv: SharedKV
-    """Layer type -> (keys, values), each [T, kv heads, head_dim]."""
+    activations: dict[str, Stored]
+    """`hidden` [T, D], the post-norm hidden states, and of each layer type `TYPE.keys` and
+    `TYPE.values`, [T, kv heads, head_dim] each."""
     teacher_ids: torch.Tensor
     """[T, k] int32: the target's top tokens after position t, best first."""
     teacher_logprobs: torch.Tensor
@@ -58,18 +81,43 @@ class Document:
     """
 
     @staticmethod
-    def of(tensors: dict[str, torch.Tensor], document_id: str) -> "Document":
-        """From the tensors of its tokens, named as in a shard."""
-        types = sorted(name.removesuffix(".keys") for name in tensors if name.endswith(".keys"))
+    def of(
+        tensors: dict[str, torch.Tensor], document_id: str, dtype: torch.dtype | None = None
+    ) -> "Document":
+        """From the tensors of its tokens, named as in a shard; `dtype` is the target's, where they
+        are int8 with `NAME.scale` beside them."""
+        names = [name for name in tensors if name not in PLAIN and not name.endswith(SCALE)]
         return Document(
             id=document_id,
             ids=tensors["ids"].long(),
             loss_mask=tensors["loss_mask"],
-            hidden=tensors["hidden"],
-            shared_kv={t: (tensors[f"{t}.keys"], tensors[f"{t}.values"]) for t in types},
+            activations={
+                name: Stored(values, tensors.get(name + SCALE), dtype or values.dtype)
+                for name in names
+                for values in [tensors[name]]
+            },
             teacher_ids=tensors["teacher_ids"],
             teacher_logprobs=tensors["teacher_logprobs"],
         )
+
+    @property
+    def hidden(self) -> torch.Tensor:
+        """[T, D] post-norm hidden states, computed from what is stored."""
+        return self.activations["hidden"].rows()
+
+    @property
+    def shared_kv(self) -> SharedKV:
+        """Layer type -> (keys, values), each [T, kv heads, head_dim], likewise."""
+        return {
+            t: (self.activations[f"{t}.keys"].rows(), self.activations[f"{t}.values"].rows())
+            for t in self.layer_types
+        }
+
+    @property
+    def layer_types(self) -> list[str]:
+        """Those whose keys and values are there."""
+        ends = [name for name in self.activations if name.endswith(".keys")]
+        return sorted(name.removesuffix(".keys") for name in ends)
 
 
 @dataclass(frozen=True)
@@ -151,7 +199,7 @@ def write_shard(
     stored = {}
     for name, tensor in tensors.items():
         if settings["storage"] == "int8" and name not in PLAIN:
-            stored[name], stored[f"{name}.scale"] = to_int8(tensor)
+            stored[name], stored[name + SCALE] = to_int8(tensor)
         else:
             stored[name] = tensor
         if not is_finite(tensor):
@@ -218,13 +266,8 @@ class Shard:
     def read(self, start: int, entry: Entry) -> Document:
         """The document whose tokens begin at `start`."""
         span = slice(start, start + entry.length)
-        tensors = {n: self._file.get_slice(n)[span] for n in self.names if ".scale" not in n}
-        if self.settings["storage"] == "int8":
-            dtype = getattr(torch, self.settings["dtype"])
-            for name in [n for n in tensors if f"{n}.scale" in self.names]:
-                scale = self._file.get_slice(f"{name}.scale")[span]
-                tensors[name] = (tensors[name].float() * scale).to(dtype)
-        return Document.of(tensors, entry.id)
+        tensors = {name: self._file.get_slice(name)[span] for name in self.names}
+        return Document.of(tensors, entry.id, getattr(torch, self.settings["dtype"]))
 
     def texts(self) -> Iterator[tuple[Entry, torch.Tensor, torch.Tensor]]:
         """Each document's entry, token ids and loss mask, [T] each."""
@@ -326,7 +369,7 @@ class ActivationStore:
     """Random access to the documents of a finished store.
 
     Tensors are memory-mapped, a bounded number of shards at a time. Each shard is verified against
-    its checksum when it is first read.
+    its checksum when it is first read (`data/verified.py`).
 
     Args:
         folder: of the store.
@@ -353,7 +396,7 @@ class ActivationStore:
                     self._places.append((number, start))
                     start += entry.length
         self.entries: Sequence[Entry] = entries
-        self._verified: set[int] = set()
+        self._verified = Verified(folder)
         self.shard = lru_cache(OPEN_SHARDS)(self._open)
         """One of the shards by its number, verified; a bounded number of files stays open."""
 
@@ -364,8 +407,13 @@ class ActivationStore:
         """The documents with these indices."""
         documents = []
         for i in which:
-            number, start = self._places[i]
-            documents.append(self.shard(number).read(start, self.entries[i]))
+            (number, start), entry = self._places[i], self.entries[i]
+            shard = self.shard(number)
+            try:
+                documents.append(shard.read(start, entry))
+            except (OSError, SafetensorError) as e:
+                what = f"cannot be read at the document {entry.id} ({e})"
+                raise ValueError(refusal(shard.path, what)) from e
         return documents
 
     def prompts(self) -> Iterator[list[int]]:
@@ -380,11 +428,11 @@ class ActivationStore:
         if not path.is_file():
             raise ValueError(f"{path} is missing: run the command that made the store again")
         shard = Shard(path, self.settings)
-        if number not in self._verified:
-            if shard.sha256 != row["sha256"]:
-                raise ValueError(refusal(path, "is not the shard that the index names"))
+        if shard.sha256 != row["sha256"]:
+            raise ValueError(refusal(path, "is not the shard that the index names"))
+        if not self._verified.has(path, shard.sha256):
             shard.verify()
-            self._verified.add(number)
+            self._verified.add(path, shard.sha256)
         return shard
 
 

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import send_to_device
 from rich.table import Table
 from transformers import PreTrainedModel
 
@@ -24,6 +23,7 @@ from headstart.common.machine import environment
 from headstart.common.processes import in_step
 from headstart.configs.schema import DraftPositionOffset
 from headstart.data.loader import candidate_rows, gather_rows
+from headstart.data.prefetch import to_device
 from headstart.data.store import ActivationStore, Documents
 from headstart.eval.acceptance import AcceptanceCounts, RecallCounts, replay_rounds, zero_counts
 from headstart.eval.statistics import ends_in_loop, interval, resampled
@@ -75,7 +75,7 @@ def simulate_acceptance(
         if not documents:
             continue
         rows = [candidate_rows(d) for d in documents]
-        batch = send_to_device(gather_rows(documents, rows, rounds), target.device)
+        batch = gather_rows(documents, rows, rounds)
         wanted = torch.zeros_like(batch.rows.tokens)
         judged = batch.weights.bool()
         for b, (document, r) in enumerate(zip(documents, rows, strict=True)):
@@ -83,7 +83,8 @@ def simulate_acceptance(
             wanted[b, : len(r)] = document.ids[following.clamp_max(last)]
             # The last token before a text is cut is the target's own: nobody drafts it.
             if int(document.ids[last]) not in target.eos_ids:
-                judged[b, : len(r)] &= (following != last).to(judged.device)
+                judged[b, : len(r)] &= following != last
+        batch, wanted, judged = to_device((batch, wanted, judged), target.device)
         states = torch.stack(
             head(batch.texts.computed_in(head.dtype), batch.rows, target.embed, position), dim=2
         )  # [B, R, K, width of `draft_table`]

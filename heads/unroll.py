@@ -33,20 +33,18 @@ class Texts(NamedTuple):
     """What the target left behind of the texts in B rows: one text in each, or several, packed."""
 
     hidden: torch.Tensor
-    """[B, T, D] post-norm hidden states."""
+    """[B, T, D] post-norm hidden states, or [B, M, D] those of some positions."""
     kv: SharedKV
     """Layer type -> (keys, values), each [B, kv heads, T, head_dim]."""
-
-    def computed_in(self, dtype: torch.dtype) -> "Texts":
-        """The same with keys and values in another dtype."""
-        return self._replace(kv={t: (k.to(dtype), v.to(dtype)) for t, (k, v) in self.kv.items()})
 
 
 class Rows(NamedTuple):
     """The positions of `Texts` that are drafted from, and what each round reads there."""
 
     at: torch.Tensor
-    """[B, R] index of the row of t."""
+    """[B, R] index of the row of t among keys and values."""
+    hidden: torch.Tensor
+    """[B, R] index of h_t among the hidden states, of which not all may be there."""
     starts: torch.Tensor
     """[B, R] index of the first row of the same text; t is `at - starts`."""
     tokens: torch.Tensor
@@ -56,14 +54,15 @@ class Rows(NamedTuple):
 
     def going_on(self) -> "Rows":
         """Those that go on beyond the first round, S in place of R."""
-        at, starts, tokens = (select(one, self.multi_step) for one in self[:3])
-        return Rows(at, starts, tokens, self.multi_step)
+        at, hidden, starts, tokens = (select(one, self.multi_step) for one in self[:4])
+        return Rows(at, hidden, starts, tokens, self.multi_step)
 
 
 def all_rows(at: torch.Tensor, tokens: torch.Tensor) -> Rows:
-    """`Rows` at [B, R] of texts that are not packed, all of which read the K `tokens` [B, R, K]."""
+    """`Rows` at [B, R] of texts that are not packed and have all their hidden states; all rows read
+    the K `tokens` [B, R, K]."""
     places = torch.arange(at.shape[1], device=at.device).expand_as(at)
-    return Rows(at, torch.zeros_like(at), tokens, places)
+    return Rows(at, at, torch.zeros_like(at), tokens, places)
 
 
 def row_masks(rows: Rows, kv_len: int, sliding_window: int) -> dict[str, torch.Tensor]:
@@ -142,7 +141,7 @@ class DraftHead(nn.Module):
         """
         window = self.assistant.config.text_config.sliding_window
         length = next(iter(texts.kv.values()))[0].shape[2]
-        hidden = select(texts.hidden, rows.at).to(self.dtype)
+        hidden = select(texts.hidden, rows.hidden).to(self.dtype)
         states: list[torch.Tensor] = []
         for k in range(rows.tokens.shape[2]):
             if k == 1:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import send_to_device
 from rich.table import Table
 
 from headstart.common.children import temporary_folder
@@ -21,6 +20,7 @@ from headstart.configs.schema import Config, TrainConfig
 from headstart.data.conversations import Conversation, answered, read_folder
 from headstart.data.extraction import OnlineActivations, extract, forward_batches
 from headstart.data.loader import AnchorLoader, Batch, candidate_rows
+from headstart.data.prefetch import to_device
 from headstart.data.prepare import deal_sampling
 from headstart.data.prompts import Prompt, load_prompts
 from headstart.data.regenerate import Job, make_jobs, regenerate
@@ -272,7 +272,7 @@ def bench_train(
         config.seed,
         multi_step_anchors=c.multi_step_anchors,
     ).batch(0)
-    batch = send_to_device(batch, target.device)
+    batch = to_device(batch, target.device)
     likely = likely_tokens(target, samples, c)
     settings = {"head": config.head.model_dump()}
     settings |= c.model_dump(
@@ -386,4 +386,4 @@ def plain_loss(head: DraftHead, target: Target, batch: Batch, c: TrainConfig) ->
     losses = torch.nn.functional.kl_div(
         logits.log_softmax(-1), log_p, reduction="none", log_target=True
     ).sum(-1)
-    return (losses * c.step_loss_decay**drafts.round).sum()
+    return (losses * c.step_loss_decay**batch.drafts.round).sum()

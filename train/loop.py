@@ -6,17 +6,17 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import send_to_device
 
 from headstart.common.console import print_once, progress_bar
 from headstart.common.signals import Interrupted, stop_signals
 from headstart.configs.schema import Config
 from headstart.data.loader import AnchorLoader
+from headstart.data.prefetch import THREADS, Prefetch
 from headstart.data.store import Documents
 from headstart.heads.target import Target
 from headstart.train.checkpoints import RunState, save_checkpoint
 from headstart.train.run_folder import append_metrics
-from headstart.train.step import optimizer_step
+from headstart.train.step import StepResult, optimizer_step
 from headstart.train.validation import keep_if_better
 
 
@@ -61,31 +61,55 @@ def train_head(
     if config.head.warm and not progress.step:  # what finds nothing better ends with what it had
         progress.start = keep()
         print_once(f"Held-out acceptance length before training: {progress.start:.3f}")
+    accumulated = c.gradient_accumulation_steps
 
-    with progress_bar() as bar, stop_signals() as stop_requests:
+    def note(result: StepResult, validates: bool = False) -> float:
+        """Log what a step came to, and return how many signals to stop there were."""
+        numbers = range((result.step - 1) * accumulated, result.step * accumulated)
+        row = result.read(lambda: [loader.batch(n) for n in numbers], run)
+        progress.seconds += row.pop("seconds")
+        stop = row.pop("stop")
+        if validates:
+            row["acceptance_length"] = keep()
+        accelerator.log(row, step=result.step)
+        if accelerator.is_main_process:
+            append_metrics(run, {"step": result.step, **row})
+        status = status_text(row, progress.best, bar.tasks[task].speed)
+        bar.update(task, completed=result.step, status=status)
+        return stop
+
+    # Online activations come from the target itself, which has to run between the steps.
+    ahead = Prefetch(
+        loader.batch,
+        first=progress.step * accumulated,
+        device=accelerator.device,
+        threads=0 if config.data.online else THREADS,
+    )
+    with progress_bar() as bar, stop_signals() as stop_requests, ahead:
         task = bar.add_task("Training", total=c.max_steps, completed=progress.step, status="")
-        while not progress.ended(c):
-            began, accumulated = time.monotonic(), c.gradient_accumulation_steps
-            numbers = range(progress.step * accumulated, (progress.step + 1) * accumulated)
-            batches = [send_to_device(loader.batch(n), accelerator.device) for n in numbers]
-            row = optimizer_step(
-                state, batches, likely, target, config, accelerator, stop_requests=stop_requests
-            )
-            stop = row.pop("stop")
-            progress.seconds += _seconds_since(began, accelerator)
+        unread: StepResult | None = None
+        ended, stop, clock = progress.ended(c), 0.0, time.monotonic()
+        while not ended:
+            batches = [ahead.take() for _ in range(accumulated)]
+            began, clock = clock, time.monotonic()
+            result = optimizer_step(
+                state, batches, likely, target, config, accelerator,
+                stop_requests=stop_requests, seconds=clock - began,
+            )  # fmt: skip
+            if unread is not None:  # a step late: the device works on this one meanwhile
+                stop += note(unread)
+            unread, ended = result, progress.ended(c)
+            validates = progress.step % c.eval_steps == 0 or ended
+            saves = progress.step % c.save_steps == 0 or ended or stop
+            if not (validates or saves):
+                continue
 
-            if progress.step % c.eval_steps == 0 or progress.ended(c):
-                began = time.monotonic()
-                row["acceptance_length"] = keep()
-                progress.seconds += _seconds_since(began, accelerator)
-
-            accelerator.log(row, step=progress.step)
-            if accelerator.is_main_process:
-                append_metrics(run, {"step": progress.step, **row})
-            if progress.step % c.save_steps == 0 or progress.ended(c) or stop:
+            stop, unread = stop + note(result, validates), None
+            progress.seconds += _seconds_since(clock, accelerator)
+            clock = time.monotonic()
+            ended = validates and progress.ended(c)  # not before the head has been judged
+            if saves or ended or stop:
                 save_checkpoint(state, config, target)
-            status = status_text(row, progress.best, bar.tasks[task].speed)
-            bar.update(task, completed=progress.step, status=status)
             if stop:
                 raise Interrupted(f"stopped after step {progress.step}, saved; go on with --resume")
 

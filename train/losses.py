@@ -75,7 +75,7 @@ class Candidates:
     """[V] where each token stands in `ids`; -1: not among them."""
 
 
-def draw_candidates(kept: torch.Tensor, negatives: int, generator: torch.Generator) -> Candidates:
+def draw_candidates(kept: torch.Tensor, negatives: int, seed: int) -> Candidates:
     """The tokens kept, plus uniform negatives that stand in for the rest of V.
 
     Sums over the candidates, weighted, are unbiased for sums over all V tokens; with as many
@@ -86,17 +86,34 @@ def draw_candidates(kept: torch.Tensor, negatives: int, generator: torch.Generat
     Args:
         kept: [V] bool; the stored top tokens of every teacher must be among them.
         negatives: n, drawn without replacement from all other tokens.
-        generator: on the CPU, so that the draw is the same on every device and process.
+        seed: of the draw, which is the same on every device and process.
     """
-    rest = (~kept).nonzero()[:, 0].cpu()
-    drawn = rest[torch.randperm(len(rest), generator=generator)[:negatives]].to(kept.device)
-    own = kept.nonzero()[:, 0]
-    ids = torch.cat([own, drawn])
+    own = kept.nonzero()[:, 0]  # the one place where a step waits for its device
+    rest = len(kept) - len(own)
+    count = min(negatives, rest)
+    keys = _random_keys(len(kept), seed, kept.device).masked_fill(kept, torch.iinfo(torch.long).max)
+    ids = torch.cat([own, keys.topk(count, largest=False).indices])
     weights = torch.ones(len(ids), device=kept.device)
-    weights[len(own) :] = len(rest) / max(len(drawn), 1)
+    weights[len(own) :] = rest / max(count, 1)
     slot_of = torch.full_like(kept, -1, dtype=torch.long)
     slot_of[ids] = torch.arange(len(ids), device=kept.device)
     return Candidates(ids, weights, slot_of)
+
+
+def _random_keys(count: int, seed: int, device: torch.device) -> torch.Tensor:
+    """[count] int64, all different, whose order is random: SplitMix64 (Steele et al. 2014,
+    doi:10.1145/2714064.2660195) of the numbers from 0. Whole numbers are the same on every device,
+    which torch's generators are not."""
+    first = seed * count % (1 << 63)
+    z = (torch.arange(count, device=device) + first) * -7046029254386353131
+    for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685)):
+        z = (z ^ _shifted(z, shift)) * factor
+    return z ^ _shifted(z, 31)
+
+
+def _shifted(z: torch.Tensor, bits: int) -> torch.Tensor:
+    """Int64 as if without a sign, shifted to the right."""
+    return (z >> bits) & ((1 << (64 - bits)) - 1)
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,11 @@ import torch
 from headstart.configs.schema import Config, DataConfig, TrainConfig
 from headstart.data.extraction import BATCH_TOKENS, LOGIT_ROWS
 from headstart.data.loader import pack
+from headstart.data.prefetch import THREADS
 from headstart.heads.target import SUPPORTED, source_layers
 from headstart.train.losses import EXACT_ROWS, SPARSE_ROWS
 
+BATCHES = THREADS + 2  # that of the step, one for each thread of the loader, and one in waiting
 MOMENTS = 8  # bytes of a trained parameter: two moments of AdamW in float32
 CANDIDATES_A_DRAFT = 4
 """Tokens that a draft's teacher adds to the candidates of a step. In the real store of the
@@ -222,13 +224,20 @@ def step_shape(c: TrainConfig, d: DataConfig) -> StepShape:
     return StepShape(batch, members * longest, [batch * members * anchors for anchors in each])
 
 
-def batch_bytes(source: Any, shape: StepShape, width: int, top_k: int) -> int:
-    """Of a batch: hidden states, keys and values of its texts, the teachers' tokens."""
-    kv = sum(kv_bytes(source, i, width) for i in source_layers(source).values())
-    tokens = shape.batch * shape.length
+def batch_bytes(source: Any, shape: StepShape, width: int, data: DataConfig) -> int:
+    """Of the batches that are there at once: those made ahead, and that of the step, of which int8
+    is held twice, as it is stored and as the head reads it."""
+    kv = [source.per_layer_config[i] for i in source_layers(source).values()]
+    # Hidden states of anchors and of what teaches them alone: at most one each of a draft.
+    read = min(shape.length, (shape.rounds[0] + shape.drafts) // shape.batch)
+    rows = [(read, 1, source.hidden_size)]
+    rows += [(shape.length, 2 * layer.num_key_value_heads, layer.head_dim) for layer in kv]
+    int8 = data.storage == "int8"
+    stored = sum(t * n * (d + 4 if int8 else d * width) for t, n, d in rows) * shape.batch
+    computed = sum(t * n * d * width for t, n, d in rows) * shape.batch if int8 else 0
     # Also of the anchors that do not go on; ids are int64.
-    teachers = max(shape.rounds) * len(shape.rounds) * top_k * (8 + 4)
-    return int(tokens * (kv + source.hidden_size * width) + teachers)
+    teachers = max(shape.rounds) * len(shape.rounds) * data.teacher_top_k * (8 + 4)
+    return int(BATCHES * (stored + teachers) + computed)
 
 
 def activation_bytes(head: Any, shape: StepShape, compute: int, checkpointing: bool) -> int:
@@ -297,7 +306,7 @@ def head_step_bytes(
 ) -> int:
     """What training holds beside the target, at the fullest of three moments.
 
-    Held all through it: the batch, and of each trained parameter 4 bytes of weight, 8 of moments
+    Held all through it: batches, and of each trained parameter 4 bytes of weight, 8 of moments
     and, with `train.ema_decay`, 4 of average; DDP has buckets for gradients, 4 more. Moments:
     - the losses: weights as autocast copies them, all activations, candidates;
     - the first gradients: those copies, a gradient of each in the same dtype, all activations;
@@ -321,7 +330,7 @@ def head_step_bytes(
         kept = 4 * size.trained // launch.processes
     elif launch.processes > 1:
         held += 4 * size.trained
-    batch = batch_bytes(source, shape, width, config.data.teacher_top_k)
+    batch = batch_bytes(source, shape, width, config.data)
     activations = activation_bytes(head, shape, compute, c.activation_checkpointing)
     losses = copies + activations + objective_bytes(source, c, shape, compute, width)
     backward = copies + gradients + kept + activations

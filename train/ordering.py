@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import send_to_device
 
 from headstart.common.console import phase, progress_bar
 from headstart.common.files import check_empty
 from headstart.configs.schema import Config, HeadConfig
 from headstart.data.loader import AnchorLoader
+from headstart.data.prefetch import to_device
 from headstart.data.prepare import prepare_documents
 from headstart.data.store import Documents
 from headstart.eval.acceptance import RecallCounts
@@ -97,7 +97,7 @@ def drafts_of(
     with progress_bar() as bar:
         task = bar.add_task("Drafting (drafts)", total=wanted, status="")
         for number in range(batches):
-            batch = send_to_device(loader.batch(number), target.device)
+            batch = to_device(loader.batch(number), target.device)
             drafts = draft_batch(head, target, batch, torch.float32, c.draft_position_offset)
             teacher = drafts.teacher
             parts.append((drafts.states, teacher.ids.long(), teacher.logprobs))

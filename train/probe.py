@@ -13,13 +13,13 @@ from functools import partial
 from itertools import cycle, islice
 
 import torch
-from accelerate.utils import send_to_device
 
 from headstart.common.machine import synchronize
 from headstart.configs.schema import Config, DataConfig
 from headstart.data.conversations import Conversation, answered, trainable
 from headstart.data.extraction import OnlineActivations, Recorder
 from headstart.data.loader import AnchorLoader, Batch
+from headstart.data.prefetch import to_device
 from headstart.data.prepare import PlannedDocuments, stream_folder
 from headstart.data.regenerate import Job, answer
 from headstart.data.store import ActivationStore, Document, Entry
@@ -205,7 +205,7 @@ def probe_training(config: Config, planned: PlannedDocuments, held: Held) -> Tra
         start += _usage_seconds(target, samples)
     if c.activation_checkpointing:
         head.assistant.model.gradient_checkpointing_enable({"use_reentrant": False})
-    batch = send_to_device(_batch(config, held), target.device)
+    batch = to_device(_batch(config, held), target.device)
     likely = torch.arange(len(target.table), device=target.device) < c.likely_tokens
     optimizer = torch.optim.AdamW(head.trainable().values(), lr=1e-6)
     loss = partial(batch_loss, head, target, batch, config, likely)
@@ -264,7 +264,7 @@ def probe_ordering(
 ) -> OrderingCosts:
     """Draft a batch with a head that has clusters of no meaning, cluster a part of the vocabulary
     and learn for two steps."""
-    head, batch = DraftHead(assistant), send_to_device(_batch(config, held), target.device)
+    head, batch = DraftHead(assistant), to_device(_batch(config, held), target.device)
     position = config.train.draft_position_offset
     with torch.no_grad():
         draft = partial(draft_batch, head, target, batch, torch.float32, position)

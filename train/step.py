@@ -16,11 +16,11 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import extract_model_from_parallel, gather_object
 
+from headstart.common.machine import Readback
 from headstart.common.processes import full_tensor
 from headstart.configs.schema import Config, DraftPositionOffset, TrainConfig
 from headstart.data.loader import Batch, broken_documents
 from headstart.heads.target import Target
-from headstart.heads.unroll import select
 from headstart.train.checkpoints import RunState, checkpoints
 from headstart.train.losses import (
     OBJECTIVES,
@@ -34,12 +34,8 @@ from headstart.train.losses import (
 
 @dataclass(frozen=True)
 class BatchDrafts:
-    """The N drafts of a batch that count, in the order of rounds, conversations and anchors."""
+    """The N drafts of a batch that count, in the order of `CountedDrafts`."""
 
-    round: torch.Tensor
-    """[N] from 0."""
-    anchor: torch.Tensor
-    """[N] index into the B x R anchors."""
     states: torch.Tensor
     """[N, width] whose product with the head's `draft_table` [V, width] is the draft's logits."""
     teacher: Teacher
@@ -61,36 +57,17 @@ def draft_batch(
         dtype: of the shared KV; with bfloat16 under autocast, the weights staying float32.
         position: where the drafts stand.
     """
-    texts = batch.texts.computed_in(dtype)
+    texts, drafts = batch.texts.computed_in(dtype), batch.drafts
     with torch.autocast(batch.weights.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
         states = model(texts, batch.rows, target.embed, position)
-    b, r, rounds = batch.weights.shape
-    anchors = torch.arange(b * r, device=batch.weights.device).view(b, r)
-    counted, of_round, of_anchor = [], [], []
-    for k in range(rounds):
-        which, kept = anchors, batch.weights[..., k] > 0
-        if k:
-            # Places that only fill up repeat anchor 0 and do not count.
-            which = select(anchors, batch.rows.multi_step)
-            kept = select(kept, batch.rows.multi_step) & (batch.rows.multi_step >= 0)
-        counted.append(kept)
-        of_anchor.append(which[kept])
-        of_round.append(torch.full_like(of_anchor[-1], k))
-    anchor, round_ = torch.cat(of_anchor), torch.cat(of_round)
-    picked = torch.cat([s[kept] for s, kept in zip(states, counted, strict=True)])
-    return BatchDrafts(round_, anchor, picked, _teacher(batch, anchor, round_))
-
-
-def _teacher(batch: Batch, anchor: torch.Tensor, round_: torch.Tensor) -> Teacher:
-    """What the target says at row t + k of its texts, of draft k (from 1) of the anchor at row t:
-    `round_` counts from 0."""
-    hidden, anchors = batch.texts.hidden, batch.rows.at
-    row = anchors.flatten()[anchor] + round_ + 1
-    conversation, length = anchor // anchors.shape[1], hidden.shape[1]
-    positions, at = torch.unique(conversation * length + row, return_inverse=True)
-    ids = batch.teacher_ids.flatten(0, 1)[anchor, round_]
-    logprobs = batch.teacher_logprobs.flatten(0, 1)[anchor, round_]
-    return Teacher(hidden.flatten(0, 1)[positions], at, ids, logprobs)
+    teacher = Teacher(
+        hidden=texts.hidden.flatten(0, 1).index_select(0, drafts.positions),
+        at=drafts.taught_at,
+        ids=batch.teacher_ids.flatten(0, 1)[drafts.anchor, drafts.round],
+        logprobs=batch.teacher_logprobs.flatten(0, 1)[drafts.anchor, drafts.round],
+    )
+    flat = torch.cat([state.flatten(0, 1) for state in states])
+    return BatchDrafts(flat.index_select(0, drafts.state), teacher)
 
 
 def step_candidates(
@@ -117,8 +94,9 @@ def step_candidates(
         return None
     kept = likely.int()
     for batch in batches:
-        kept[batch.teacher_ids[batch.weights > 0]] = 1
-    return draw_candidates(reduce(kept) > 0, c.negatives, torch.Generator().manual_seed(seed))
+        ids = batch.teacher_ids.flatten(0, 1)[batch.drafts.anchor, batch.drafts.round]
+        kept.index_fill_(0, ids.flatten(), 1)
+    return draw_candidates(reduce(kept) > 0, c.negatives, seed)
 
 
 def batch_sums(
@@ -151,42 +129,40 @@ def batch_sums(
         found = exact_losses(drafts.states, target, teacher, *common)
     else:
         found = sparse_losses(drafts.states, target, teacher, candidates, *common)
-    weights = (c.step_loss_decay**drafts.round).float()
+    weights = (c.step_loss_decay**batch.drafts.round).float()
     if c.unroll == "reached":
-        weights = weights * _reached(found.drafts, drafts, batch)
+        weights = weights * _reached(found.drafts, batch)
     losses = {"loss_sum": (found.losses * weights).sum()}
-    return losses | _accepted_in_a_row(found.drafts == teacher.ids[:, 0], drafts, batch)
+    return losses | _accepted_in_a_row(found.drafts == teacher.ids[:, 0], batch)
 
 
-def _reached(ids: torch.Tensor, drafts: BatchDrafts, batch: Batch) -> torch.Tensor:
+def _reached(ids: torch.Tensor, batch: Batch) -> torch.Tensor:
     """[N] 1 where all earlier drafts of the round are the text's tokens, else 0.
 
     Args:
         ids: [N] tokens drafted.
     """
-    right = _by_anchor(ids, drafts, batch)[:, :-1] == batch.rows.tokens.flatten(0, 1)[:, 1:]
+    right = _by_anchor(ids, batch)[:, :-1] == batch.rows.tokens.flatten(0, 1)[:, 1:]
     reached = torch.cat([torch.ones_like(right[:, :1]), right.cumprod(-1)], dim=-1)
-    return reached[drafts.anchor, drafts.round].float()
+    return reached[batch.drafts.anchor, batch.drafts.round].float()
 
 
-def _by_anchor(values: torch.Tensor, drafts: BatchDrafts, batch: Batch) -> torch.Tensor:
+def _by_anchor(values: torch.Tensor, batch: Batch) -> torch.Tensor:
     """Values [N] of the drafts as [B x R, K], 0 where there is none."""
     b, r, rounds = batch.weights.shape
     table = values.new_zeros(b * r, rounds)
-    table[drafts.anchor, drafts.round] = values
+    table[batch.drafts.anchor, batch.drafts.round] = values
     return table
 
 
-def _accepted_in_a_row(
-    hits: torch.Tensor, drafts: BatchDrafts, batch: Batch
-) -> dict[str, torch.Tensor]:
+def _accepted_in_a_row(hits: torch.Tensor, batch: Batch) -> dict[str, torch.Tensor]:
     """The leading hits of the anchors that go beyond the first round, and how many anchors do."""
-    hit = _by_anchor(hits.float(), drafts, batch)
-    beyond = drafts.anchor[drafts.round == 1]
+    first, beyond = (*batch.drafts.of_round, 0)[:2]
+    hit = _by_anchor(hits.float(), batch)[batch.drafts.anchor[first : first + beyond]]
     return {
-        "accepted": hit[beyond].cumprod(-1).sum(),
-        "beyond": (drafts.round == 1).sum().float(),
-        "rows": (drafts.round == 0).sum().float(),
+        "accepted": hit.cumprod(-1).sum(),
+        "beyond": hits.new_full((), beyond, dtype=torch.float32),
+        "rows": hits.new_full((), first, dtype=torch.float32),
     }
 
 
@@ -198,7 +174,8 @@ def optimizer_step(
     config: Config,
     accelerator: Accelerator,
     stop_requests: Sequence[object] = (),
-) -> dict[str, float]:
+    seconds: float = 0.0,
+) -> "StepResult":
     """Take the next step over `batches`; all processes must call it.
 
     Args:
@@ -209,15 +186,11 @@ def optimizer_step(
         config: of the run.
         accelerator: that prepared the head.
         stop_requests: signals that this process has got; more may come in during the step.
+        seconds: since the step before, by the clock of the main process, which all go by.
 
     Returns:
-        Over all batches and processes: `loss`, the mean over the drafts, each with the weight of
-        its round; `batch_acceptance_length`, over the anchors of the step that go on beyond the
-        first round, drafts compared over its candidates alone, for watching; `learning_rate`;
-        `grad_norm` before it was clipped; `rows`, the anchors; `stop`, the number of signals.
-
-    Raises:
-        Diverged: a loss or a gradient is not finite; the step is not taken.
+        What can be read once the device is done with the step, and must be before anything of the
+        state is kept: the loss may not have been finite.
     """
     c, step = config.train, state.progress.step
     spent = state.progress.seconds / (60 * c.max_minutes) if c.max_minutes else 0.0
@@ -240,23 +213,58 @@ def optimizer_step(
         for name, value in sums.items():
             totals[name] = totals.get(name, torch.zeros_like(value)) + value.detach()
     clipped = accelerator.clip_grad_norm_(state.head.trainable().values(), c.max_grad_norm)
-    norm = float(full_tensor(clipped))
-    totals["stop"] = torch.tensor(float(len(stop_requests)), device=accelerator.device)
-    reduced = {name: float(accelerator.reduce(value)) for name, value in totals.items()}
-    if not all(map(math.isfinite, [norm, *reduced.values()])):
-        raise diverged(step + 1, norm, reduced, batches, config.output_dir)
     state.optimizer.step()
     state.optimizer.zero_grad()
     state.progress.step = step + 1
     state.average.update(step + 1)
-    return {
-        "loss": reduced["loss_sum"] / float(denominator),
-        "batch_acceptance_length": 1 + reduced["accepted"] / max(reduced["beyond"], 1),
-        "learning_rate": rate,
-        "grad_norm": norm,
-        "rows": reduced["rows"],
-        "stop": reduced["stop"],
-    }
+    told = [float(len(stop_requests)), seconds if accelerator.is_main_process else 0.0]
+    own = torch.stack([*totals.values(), *(weight.new_full((), one) for one in told)])
+    shared = torch.stack([denominator, full_tensor(clipped)])
+    return StepResult(
+        step + 1, rate, (*totals, "stop", "seconds", "weight", "gradient norm"),
+        Readback(torch.cat([accelerator.reduce(own), shared])),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step computed, over all batches and processes, on its way to the host."""
+
+    step: int
+    """From 1."""
+    learning_rate: float
+    names: tuple[str, ...]
+    values: Readback
+
+    def read(self, batches: Callable[[], list[Batch]], run: Path) -> dict[str, float]:
+        """Wait until it is there.
+
+        Args:
+            batches: gives those of this process once more, for an error.
+            run: the run folder.
+
+        Returns:
+            `loss`, the mean over the drafts, each with the weight of its round;
+            `batch_acceptance_length`, over the anchors of the step that go on beyond the first
+            round, drafts compared over its candidates alone, for watching; `learning_rate`;
+            `grad_norm` before it was clipped; `rows`, the anchors; `stop`, the number of signals;
+            `seconds`.
+
+        Raises:
+            Diverged: the loss or the gradient is not finite, in all processes.
+        """
+        found = dict(zip(self.names, self.values.tolist(), strict=True))
+        if not all(map(math.isfinite, found.values())):
+            raise diverged(self.step, found, batches(), run)
+        return {
+            "loss": found["loss_sum"] / found["weight"],
+            "batch_acceptance_length": 1 + found["accepted"] / max(found["beyond"], 1),
+            "learning_rate": self.learning_rate,
+            "grad_norm": found["gradient norm"],
+            "rows": found["rows"],
+            "stop": found["stop"],
+            "seconds": found["seconds"],
+        }
 
 
 def loss_weight(batch: Batch, step_loss_decay: float) -> torch.Tensor:
@@ -272,29 +280,26 @@ class Diverged(RuntimeError):
     """A loss or a gradient is not finite; the message names the documents and a way on."""
 
 
-def diverged(
-    step: int, norm: float, reduced: dict[str, float], batches: list[Batch], run: Path
-) -> Diverged:
-    """What to raise in place of taking `step`; all processes must call it.
+def diverged(step: int, found: dict[str, float], batches: list[Batch], run: Path) -> Diverged:
+    """What to raise where `step` has come to something that is not finite; all processes must call
+    it.
 
     Args:
-        step: that was not taken.
-        norm: of the gradient.
-        reduced: the step's sums.
+        step: from 1; nothing that it did has been kept.
+        found: the step's sums and norm.
         batches: of this process.
         run: the run folder.
     """
     names = gather_object([name for b in batches for row in b.document_ids for name in row])
     broken = gather_object([name for batch in batches for name in broken_documents(batch)])
-    odd = {"gradient norm": norm, **reduced}
-    what = ", ".join(f"{k} is {v}" for k, v in odd.items() if not math.isfinite(v))
+    what = ", ".join(f"{k} is {v}" for k, v in found.items() if not math.isfinite(v))
     cure = "lower train.learning_rate, or look at these documents"
     if broken:
         cure = f"activations of {_listed(broken)} are not finite: make their store again"
     saved = checkpoints(run / "checkpoints")
     last = f"the last good checkpoint is {saved[-1]}" if saved else "there is no checkpoint yet"
     return Diverged(
-        f"step {step} was not taken, {what}, over the documents {_listed(names)}; {last}; {cure}"
+        f"step {step} was not kept, {what}, over the documents {_listed(names)}; {last}; {cure}"
     )
 
 

@@ -35,7 +35,8 @@ def test_rows_pair_each_token_with_the_hidden_state_before_it(
     batch = gather_rows([document], [rows], rounds=3)
     for r, t in enumerate(rows.tolist()):
         assert batch.rows.at[0, r] == t
-        assert torch.equal(batch.texts.hidden[0, t], document.hidden[t])
+        hidden = batch.texts.hidden.rows()[0, batch.rows.hidden[0, r]]
+        assert torch.equal(hidden, document.hidden[t])
         for k in (1, 2, 3):
             if t + k + 1 >= 18:
                 assert batch.weights[0, r, k - 1] == 0, "nothing follows to be predicted"
@@ -89,7 +90,7 @@ def test_a_batch_depends_on_its_number_alone(documents: OnlineActivations) -> No
         first.batch(n)
     again, other = AnchorLoader(documents, 3, 4, 2, seed=5).batch(3), first.batch(4)
     assert torch.equal(first.batch(3).rows.at, again.rows.at)
-    assert torch.equal(first.batch(3).texts.hidden, again.texts.hidden)
+    assert torch.equal(first.batch(3).texts.hidden.rows(), again.texts.hidden.rows())
     assert not torch.equal(other.rows.tokens, again.rows.tokens)
 
 
@@ -101,12 +102,12 @@ def losses_by_token(
     how = (forward_kl, 1.0, torch.float32, target.table)
     said = exact_losses(drafts.states, target, drafts.teacher, *how)
     losses = torch.zeros(batch.weights[..., 0].numel(), batch.weights.shape[-1])
-    losses[drafts.anchor, drafts.round] = said.losses.detach()
+    losses[batch.drafts.anchor, batch.drafts.round] = said.losses.detach()
     losses = losses.view(batch.weights.shape)
     found = {}
     for b, r in batch.weights[..., 0].nonzero().tolist():
         kept = batch.weights[b, r].bool()
-        state = batch.texts.hidden[b, batch.rows.at[b, r], :4]
+        state = batch.texts.hidden.rows()[b, batch.rows.hidden[b, r], :4]
         found[tuple(state.tolist())] = losses[b, r][kept].tolist()
     return found
 
@@ -200,19 +201,20 @@ def test_every_draft_is_taught_by_the_target_at_its_own_place(
     )  # fmt: skip
     rounds = batch.weights.shape[-1]
     wanted = batch.weights.flatten().nonzero()[:, 0].tolist()
-    assert sorted((drafts.anchor * rounds + drafts.round).tolist()) == wanted
-    first, later = (int((drafts.round == k).sum()) for k in (0, 1))
+    assert sorted((batch.drafts.anchor * rounds + batch.drafts.round).tolist()) == wanted
+    first, later = (int((batch.drafts.round == k).sum()) for k in (0, 1))
     assert later < first
     assert later <= 6 * 4
     # And the states are those of the anchors that they are said to be of.
     b, r, _ = batch.weights.shape
     everything = batch.rows._replace(multi_step=torch.arange(r).expand(b, r))
     with torch.no_grad():
-        whole = head(batch.texts, everything, target.embed, 0)
+        texts = batch.texts.computed_in(torch.float32)
+        whole = head(texts, everything, target.embed, 0)
     for k in range(rounds):
-        of_round = drafts.round == k
+        of_round = batch.drafts.round == k
         torch.testing.assert_close(
             drafts.states[of_round].detach(),
-            whole[k].flatten(0, 1)[drafts.anchor[of_round]],
+            whole[k].flatten(0, 1)[batch.drafts.anchor[of_round]],
             atol=1e-5, rtol=1e-5,
         )  # fmt: skip

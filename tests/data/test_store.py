@@ -1,6 +1,7 @@
 """The store: a round trip, and every way in which a file can be wrong."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -246,3 +247,31 @@ def test_what_a_store_is_said_to_hold_is_what_its_files_hold(tmp_path: Path) -> 
         f"Activations: 2 documents, 40 tokens, {size:,.0f} bytes a token; "
         "the teacher's top 3 keep 95.00% of the mass"
     )
+
+
+def test_a_shard_is_verified_once_a_store_and_again_when_it_was_touched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_store(tmp_path / "a", [[3], [4]])
+    checked: list[str] = []
+    verify = Shard.verify
+
+    def noted(self: Shard) -> None:
+        checked.append(f"{self.path.parent.name} {self.path.name[6:11]}")
+        verify(self)
+
+    monkeypatch.setattr(Shard, "verify", noted)
+    early = ActivationStore(tmp_path / "a")  # opened before the others have verified anything
+    for _ in range(2):
+        assert len(ActivationStore(tmp_path / "a").read([0, 1])) == 2
+    early.read([0, 1])
+    assert checked == ["a 00000", "a 00001"]
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    ActivationStore(tmp_path / "b").read([0])
+    assert checked[2:] == ["b 00000"], "a copy is another file"
+    path = shard_path(tmp_path / "a", 1)
+    times = path.stat()
+    damage(path, path.stat().st_size - 3)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    with pytest.raises(ValueError, match="its SHA-256 does not match"):
+        ActivationStore(tmp_path / "a").read([1])

@@ -34,19 +34,26 @@ from headstart.configs.loader import load_config
 from headstart.configs.schema import Config
 from headstart.data.conversations import answered
 from headstart.data.extraction import Recorder, extract_tensors
-from headstart.data.loader import Batch
+from headstart.data.loader import Batch, CountedDrafts, StoredTexts
 from headstart.data.prompts import Prompt
 from headstart.data.regenerate import Job, SamplingMixture, answer
+from headstart.data.store import Stored
 from headstart.heads.assistant import build_assistant
 from headstart.heads.describe import SHAPES, published_config
 from headstart.heads.loading import byte_tokenizer
 from headstart.heads.target import SUPPORTED, Target
 from headstart.heads.tokens import Sampling
-from headstart.heads.unroll import DraftHead, Rows, Texts
+from headstart.heads.unroll import DraftHead, Rows
 from headstart.train import step
 from headstart.train.checkpoints import Average, Progress, RunState
 from headstart.train.losses import Candidates
-from headstart.train.memory import candidate_count, forward_length, step_shape
+from headstart.train.memory import (
+    BATCHES,
+    StepShape,
+    candidate_count,
+    forward_length,
+    step_shape,
+)
 from headstart.train.start import parameter_groups
 
 aten = torch.ops.aten
@@ -230,7 +237,7 @@ def training_peak(live: LiveBytes, target: Target, config: Config) -> int:
     optimizer = torch.optim.AdamW(groups, lr=c.learning_rate, foreach=True)  # as on a GPU
     average = Average(head.trainable(), c.ema_decay)
     state = RunState(head, head, optimizer, average, Progress())
-    batch = _batch(target, config)
+    batches = [_batch(target, config) for _ in range(BATCHES)]
     count = candidate_count(source, c, step_shape(c, config.data))
     drawn = Candidates(
         torch.zeros(count, dtype=torch.long),
@@ -241,7 +248,9 @@ def training_peak(live: LiveBytes, target: Target, config: Config) -> int:
     with patch.object(step, "step_candidates", lambda *_: drawn):
         for _ in range(2):
             with live.measured():
-                step.optimizer_step(state, [batch], likely, target, config, Accelerator(cpu=True))
+                step.optimizer_step(
+                    state, batches[:1], likely, target, config, Accelerator(cpu=True)
+                )
     return live.peak
 
 
@@ -251,21 +260,38 @@ def _batch(target: Target, config: Config) -> Batch:
     shape = step_shape(c, config.data)
     b, t, top_k = shape.batch, shape.length, config.data.teacher_top_k
     r, s = shape.rounds[0] // b, shape.rounds[1] // b
+    read = min(t, r + shape.drafts // b)
+
+    def stored(*size: int) -> Stored:
+        if config.data.storage == "target":
+            return Stored(torch.empty(size, dtype=dtype), None, dtype)
+        scale = torch.empty(*size[:-1], 1)
+        return Stored(torch.empty(size, dtype=torch.int8), scale, dtype)
+
     kv = {}
     for kind, i in target.source_layers.items():
         layer = target.config.per_layer_config[i]
-        size = (b, layer.num_key_value_heads, t, layer.head_dim)
-        kv[kind] = (torch.empty(size, dtype=dtype), torch.empty(size, dtype=dtype))
+        size = (b, t, layer.num_key_value_heads, layer.head_dim)
+        kv[kind] = (stored(*size), stored(*size))
     places = torch.zeros(b, r, dtype=torch.long)
     tokens, later = places.new_zeros(b, r, k), places.new_zeros(b, s)
     return Batch(
         document_ids=[],
-        texts=Texts(torch.empty(b, t, target.config.hidden_size, dtype=dtype), kv),
-        rows=Rows(places, places.clone(), tokens, later),
+        texts=StoredTexts(stored(b, read, target.config.hidden_size), kv),
+        rows=Rows(places, places.clone(), places.clone(), tokens, later),
         teacher_ids=places.new_zeros(b, r, k, top_k),
         teacher_logprobs=torch.zeros(b, r, k, top_k),
         weights=torch.ones(b, r, k),
+        drafts=_drafts(shape, b * read),
     )
+
+
+def _drafts(shape: StepShape, positions: int) -> CountedDrafts:
+    """All drafts of such a batch, each taught at a place of its own as far as there are any."""
+    n = shape.drafts
+    numbers, zeros = torch.zeros(n, dtype=torch.long), torch.zeros(n, dtype=torch.long)
+    taught = torch.zeros(min(n, positions), dtype=torch.long)
+    return CountedDrafts(numbers, zeros, zeros.clone(), taught, zeros.clone(), tuple(shape.rounds))
 
 
 PHASES = {

@@ -14,7 +14,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
@@ -161,6 +161,9 @@ class OnGpu(torch.Tensor):
     def get_device(self) -> int:
         return 0
 
+    def record_stream(self, stream: Any) -> None:
+        """For an allocator, which is not there."""
+
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -175,6 +178,26 @@ class OnGpu(torch.Tensor):
                 return on_gpu(func(args[0].float(), *args[1:], **kwargs).to(args[0].dtype))
             result = func(*args, **kwargs)
             return on_gpu(result) if isinstance(result, torch.Tensor) else tree_map(on_gpu, result)
+
+
+class _Pinned(torch.Tensor):
+    """A tensor in memory of the CPU that a GPU copies from by itself."""
+
+
+class _Stream:
+    """Order of work that is not there: all is done when it is asked for."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        pass
+
+    def record(self, *args: Any) -> None:
+        """As an event."""
+
+    def synchronize(self) -> None:
+        """Of an event that was recorded long before: no wait."""
+
+    def wait_event(self, event: Any) -> None:
+        """As a stream."""
 
 
 @cache
@@ -277,7 +300,8 @@ class _Factories(TorchFunctionMode):
             if name in ("numpy", "__array__"):
                 self.gpu.fault("numpy() of a tensor of the GPU")
             if name == "cpu" or (name == "to" and any(map(_is_cpu, asked))):
-                self.gpu.wait("copy to the CPU")
+                if not kwargs.get("non_blocking"):  # then into pinned memory
+                    self.gpu.wait("copy to the CPU")
                 there = on_cpu(first)
                 if name == "cpu":
                     return there
@@ -285,6 +309,8 @@ class _Factories(TorchFunctionMode):
             if name == "tolist":
                 self.gpu.wait("tolist")
                 return on_cpu(first).tolist()
+        if name == "pin_memory" and isinstance(first, torch.Tensor):
+            return _Pinned(first.clone())
         if name == "cuda" and isinstance(first, torch.Tensor):
             func, args, asked, name = torch.Tensor.to, (first, CUDA), [CUDA], "to"
         names_it = any(map(_is_cuda, (*args, kwargs.get("device"))))
@@ -308,7 +334,7 @@ class _Factories(TorchFunctionMode):
         """`tensor.to(*args, **kwargs)` for arguments that name the CPU in the GPU's place."""
         if isinstance(tensor, OnGpu):
             return tensor.to(*args, **kwargs)
-        if tensor.numel():
+        if tensor.numel() and not (isinstance(tensor, _Pinned) and kwargs.get("non_blocking")):
             self.gpu.wait("copy to the GPU")
         with torch._C._DisableTorchDispatch():
             there = tensor.to(*args, **kwargs)
@@ -356,6 +382,8 @@ def _replaced(gpu: PretendedGpu) -> Iterator[None]:
     """What a build of torch without CUDA cannot say or do of a GPU."""
     began = torch.autocast.__init__
     optimizer = import_module("torch.optim.optimizer")  # torch.optim takes the name away
+    clipping = import_module("torch.nn.utils.clip_grad")
+    grouped = clipping._group_tensors_by_device_and_dtype
 
     def autocast(self: Any, device_type: str, *args: Any, **kwargs: Any) -> None:
         began(self, "cpu" if device_type == "cuda" else device_type, *args, **kwargs)
@@ -363,13 +391,22 @@ def _replaced(gpu: PretendedGpu) -> Iterator[None]:
     def synchronize(*args: Any) -> None:
         gpu.wait("synchronize")
 
+    def by_device(*args: Any, **kwargs: Any) -> Any:
+        """Torch's own code in C++ takes the tensors for those of the CPU that they are."""
+        return {(CUDA, dtype): lists for (_, dtype), lists in grouped(*args, **kwargs).items()}
+
     with (
         patch.object(torch.autocast, "__init__", autocast),
+        patch.object(clipping, "_group_tensors_by_device_and_dtype", by_device),
         # Else every parameter would be updated by itself, as those of no known class are.
         patch.object(optimizer, TYPES, [torch.Tensor, torch.nn.Parameter, OnGpu]),
         patch.object(_foreach_utils, TYPES, [torch.Tensor, OnGpu]),
         patch.object(torch.accelerator, "synchronize", synchronize),
         patch.object(torch.cuda, "synchronize", synchronize),
+        patch.object(torch.cuda, "Event", _Stream),
+        patch.object(torch.cuda, "Stream", _Stream),
+        patch.object(torch.cuda, "current_stream", _Stream),
+        patch.object(torch.cuda, "stream", lambda _: nullcontext()),
         patch.object(torch.cuda, "reset_peak_memory_stats", lambda *_: None),
         patch.object(torch.cuda, "max_memory_allocated", lambda *_: 0),
         patch.object(torch.cuda, "memory_allocated", lambda *_: 0),

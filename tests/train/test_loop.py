@@ -122,7 +122,8 @@ def test_gradients_reach_all_of_the_head_and_none_of_the_target(
 def test_a_resumed_run_ends_as_an_uninterrupted_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """SIGTERM in the middle saves the step in hand; the rest is bit for bit the same."""
+    """SIGTERM in the middle of a step saves the one after it, by which all processes have heard; the
+    rest is bit for bit the same."""
     overrides = ["train.max_steps=20", "train.eval_steps=5", "train.save_steps=50"]
     overrides += [f"data.cache_dir={tmp_path / 'cache'}"]
     train(tiny_config(tmp_path / "whole", *overrides))
@@ -136,7 +137,7 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(
 
     monkeypatch.setattr(step_module, "learning_rate", stop_in_step_7)
     cut = tiny_config(tmp_path / "cut", *overrides)
-    with pytest.raises(Interrupted, match="stopped after step 7"):
+    with pytest.raises(Interrupted, match="stopped after step 8"):
         train(cut)
     with pytest.raises(ValueError, match="holds a run already: go on with --resume"):
         train(cut)
@@ -145,7 +146,7 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(
     ):
         train(tiny_config(tmp_path / "cut", *overrides, "train.max_steps=21"), resume=True)
     with (tmp_path / "cut" / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 8, "loss": 1.0}\n{"step": 9, "lo')  # what a kill leaves behind
+        file.write('{"step": 9, "loss": 1.0}\n{"step": 10, "lo')  # what a kill leaves behind
     train(tiny_config(tmp_path / "cut", *overrides, "eval.limit=3"), resume=True)
 
     ours, theirs = weights(tmp_path / "cut"), weights(tmp_path / "whole")

@@ -46,7 +46,7 @@ def by_anchor(head: DraftHead, target: Target, batch: Batch) -> tuple[Any, torch
         drafts.states, target, drafts.teacher, forward_kl, 1.0, torch.float32, target.table
     )
     tokens = torch.zeros(batch.rows.at.numel(), K, dtype=torch.long)
-    tokens[drafts.anchor, drafts.round] = found.drafts
+    tokens[batch.drafts.anchor, batch.drafts.round] = found.drafts
     return (drafts, found), tokens
 
 
@@ -56,9 +56,9 @@ def test_a_draft_is_reached_where_all_before_it_are_the_texts_tokens(target: Tar
     _, tokens = by_anchor(head, target, batch)
     tokens[::3, 0] += 1  # every third anchor misses at its first draft
     fed_as_text(batch, tokens)
-    (drafts, found), tokens = by_anchor(head, target, batch)
+    (_, found), tokens = by_anchor(head, target, batch)
     wanted, unreached = 0.0, 0
-    for loss, anchor, k in zip(found.losses, drafts.anchor, drafts.round, strict=True):
+    for loss, anchor, k in zip(found.losses, batch.drafts.anchor, batch.drafts.round, strict=True):
         text = batch.rows.tokens.flatten(0, 1)[anchor]
         if all(int(tokens[anchor, i]) == int(text[i + 1]) for i in range(k)):
             wanted += float(loss) * 0.8 ** int(k)
@@ -73,13 +73,14 @@ def test_a_draft_is_reached_where_all_before_it_are_the_texts_tokens(target: Tar
 def test_hits_after_a_miss_are_not_accepted(target: Target) -> None:
     """The teacher agrees with every draft but the second, of every other anchor the first too."""
     head, batch = noisy_head(target), batch_of(target)
-    (drafts, _), tokens = by_anchor(head, target, batch)
+    _, tokens = by_anchor(head, target, batch)
     best = tokens.clone()
     best[:, 1] += 1
     best[::2, 0] += 1
     batch.teacher_ids[..., 0] = best.view(*batch.rows.at.shape, K)
     c = TrainConfig(num_speculative_steps=K, vocabulary="exact", mixed_precision="no")
     sums = batch_sums(head, target, batch, c, None)
+    drafts = batch.drafts
     beyond = drafts.anchor[drafts.round == 1]
     assert (drafts.round == 2).any(), "some anchors have a hit after their miss"
     assert float(sums["accepted"]) == int((beyond % 2 == 1).sum()) > 0

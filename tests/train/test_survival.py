@@ -234,26 +234,26 @@ def test_a_nan_in_one_batch_stops_the_run_and_names_its_documents(
     damaged: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = json.loads((damaged / "checkpoints/step-000008/state.json").read_text())
-    batches: list[list[str]] = []
+    batches: dict[int, list[str]] = {}
     draw = loop.AnchorLoader.batch
 
     def noted(self: Any, number: int) -> Any:
         batch = draw(self, number)
-        batches.append([name for row in batch.document_ids for name in row])
-        if len(batches) == 3:
-            batch.texts.hidden[1] = torch.nan
+        batches[number] = [name for row in batch.document_ids for name in row]
+        if number == 10:
+            batch.texts.hidden.values[1] = torch.nan
         return batch
 
     monkeypatch.setattr(loop.AnchorLoader, "batch", noted)
     with pytest.raises(Diverged) as stop:
         train(config_of(damaged), resume=True)
     words = str(stop.value)
-    assert "step 11 was not taken" in words
-    assert f"over the documents {', '.join(batches[-1])}" in words
-    assert f"activations of {batches[-1][1]} are not finite" in words
+    assert "step 11 was not kept" in words
+    assert f"over the documents {', '.join(batches[10])}" in words
+    assert f"activations of {batches[10][1]} are not finite" in words
     assert f"the last good checkpoint is {damaged / 'checkpoints' / 'step-000008'}" in words
     assert read_status(damaged)["state"] == "failed"
-    assert "step 11 was not taken" in read_status(damaged)["why"]
+    assert "step 11 was not kept" in read_status(damaged)["why"]
     after = json.loads((damaged / "checkpoints/step-000008/state.json").read_text())
     assert before == after
     monkeypatch.undo()

@@ -33,7 +33,8 @@ def test_a_warm_head_starts_as_the_head_that_it_is_made_from(
     batch = rows_of(target)
     with torch.no_grad():
         states, theirs = (
-            one(batch.texts, batch.rows, target.embed, 0)[0] for one in (head, DraftHead(wanted))
+            one(batch.texts.computed_in(torch.float32), batch.rows, target.embed, 0)[0]
+            for one in (head, DraftHead(wanted))
         )
     logits = states @ head.draft_table(target.table).T
     torch.testing.assert_close(logits, theirs @ wanted.lm_head.weight.T)
