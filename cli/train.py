@@ -76,9 +76,14 @@ def _bench(args: argparse.Namespace) -> None:
 
     settings = read_settings(args)
     out = None if args.json is None else Path(args.json)
+    if args.what != "draft" and args.head is not None:
+        raise ValueError(f"bench {args.what} takes no head, and {args.head} was given")
+    if args.what == "loader":
+        from headstart.train.loader_benchmark import run_loader_benchmark
+
+        run_loader_benchmark(settings.of_run(), out)
+        return
     if args.what != "draft":
-        if args.head is not None:
-            raise ValueError(f"bench {args.what} takes no head, and {args.head} was given")
         count = settings.bench.prompts or (8 if args.what == "train" else 64)
         run_benchmark(args.what, settings.of_run(), count, default_device(), out)
         return
@@ -93,21 +98,21 @@ def _bench(args: argparse.Namespace) -> None:
     run_draft_benchmark(target, assistant, args.head, settings.bench.context, out)
 
 
+BENCHMARKS = ("extract", "regenerate", "loader", "train", "draft")
 BENCH = Command(
     "bench",
     "measure speed ratios on this machine",
     "Measure what a step costs against what it cannot do without, in one run, the variants taking "
     "turns; print the ratios. `extract`: storing activations, beside the bare forward and beside "
-    "regeneration. `regenerate`: answering prompts in batches, beside one by one. `train`: a "
-    "training step, beside the target's forward and the full-vocabulary objective. `draft`: draft "
-    "steps of a head and verifications, beside a step of the target, and from which acceptance "
-    "length on the head pays.",
+    "regeneration. `regenerate`: answering prompts in batches, beside one by one. `loader`: how "
+    "long a training step waits for its batch, over random activations of the target's shapes. "
+    "`train`: a training step, beside the target's forward and the full-vocabulary objective. "
+    "`draft`: draft steps of a head and verifications, beside a step of the target, and from which "
+    "acceptance length on the head pays.",
     "headstart bench draft runs/quickstart/head --json draft.json",
     _bench,
     arguments=(
-        Argument(
-            "WHAT", "what is measured", choices=("extract", "regenerate", "train", "draft")
-        ),
+        Argument("WHAT", "what is measured", choices=BENCHMARKS),
         Argument("HEAD", "of `draft`: folder or Hub id of a head", "?"),
     ),
     settings=(

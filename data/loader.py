@@ -146,7 +146,7 @@ def _rows_of(
     # It counts where the target wrote x_{t+k+1} and all between.
     written = document.loss_mask[(at + 1).clamp_max(last)] & (at < last)
     # And where the anchor goes on beyond the first round.
-    written[:, 1:] &= torch.isin(torch.arange(len(chosen)), later)[:, None]
+    written[:, 1:] &= torch.zeros(len(chosen), 1, dtype=torch.bool).index_fill_(0, later, True)
     at = at.clamp_max(last)
     return {
         "at": chosen,
@@ -208,12 +208,13 @@ def _padded(rows: list[list[Stored]]) -> Stored:
 
 def _zero_padded(rows: list[list[torch.Tensor]]) -> torch.Tensor:
     longest = max(1, *(sum(map(len, row)) for row in rows))
-    padded = rows[0][0].new_zeros(len(rows), longest, *rows[0][0].shape[1:])
+    padded = rows[0][0].new_empty(len(rows), longest, *rows[0][0].shape[1:])
     for places, row in zip(padded, rows, strict=True):
         start = 0
         for part in row:
             places[start : start + len(part)] = part
             start += len(part)
+        places[start:] = 0
     return padded
 
 

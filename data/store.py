@@ -13,7 +13,7 @@ import json
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -255,18 +255,22 @@ class Shard:
                     )
         self.names = sorted(self._file.keys())
 
+    @cached_property
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        """By name, memory-mapped."""
+        return {name: self._file.get_tensor(name) for name in self.names}
+
     def verify(self) -> None:
         """Raise `ValueError` unless header and tensors are those that were written."""
-        tensors = {name: self._file.get_tensor(name) for name in self.names}
-        if _digest(tensors, self._header) != self.sha256:
+        if _digest(self._tensors, self._header) != self.sha256:
             raise ValueError(refusal(self.path, "is damaged (its SHA-256 does not match)"))
-        if wrong := [name for name, tensor in tensors.items() if not is_finite(tensor)]:
+        if wrong := [name for name, tensor in self._tensors.items() if not is_finite(tensor)]:
             raise ValueError(refusal(self.path, f"holds NaN or infinity in {', '.join(wrong)}"))
 
     def read(self, start: int, entry: Entry) -> Document:
         """The document whose tokens begin at `start`."""
         span = slice(start, start + entry.length)
-        tensors = {name: self._file.get_slice(name)[span] for name in self.names}
+        tensors = {name: tensor[span] for name, tensor in self._tensors.items()}
         return Document.of(tensors, entry.id, getattr(torch, self.settings["dtype"]))
 
     def texts(self) -> Iterator[tuple[Entry, torch.Tensor, torch.Tensor]]:
