@@ -12,6 +12,7 @@ teacher tokens.
 
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -95,67 +96,110 @@ def gather_rows(
             place among them, ascending; None: all.
     """
     later = [torch.arange(len(chosen)) for chosen in rows] if later is None else later
-    lengths = [len(d.ids) for d in documents]
     packs = [[i] for i in range(len(documents))]
     if max_packed_length is not None:
-        packs = pack(lengths, max_packed_length)
-    count = max(1, *(sum(len(rows[i]) for i in members) for members in packs))
-    on = max(1, *(sum(len(later[i]) for i in members) for members in packs))
-    gathered, hidden = [], []
-    for members in packs:
-        parts, going_on, read = [], [], []
-        start, before, places = 0, 0, 0
-        for i in members:
-            part = _rows_of(documents[i], rows[i], later[i], rounds)
-            # Of the hidden states h_t and those that teach are read, and no others.
-            positions = torch.cat([part["at"], part["teacher"][part["weights"] > 0]]).unique()
-            part["hidden"] = torch.searchsorted(positions, part["at"]) + places
-            part["teacher"] = torch.searchsorted(positions, part["teacher"]) + places
-            part |= {"at": part["at"] + start, "starts": torch.full_like(part["at"], start)}
-            parts.append(part)
-            read.append(documents[i].activations["hidden"].at(positions))
-            going_on.append(later[i] + before)
-            start, before = start + lengths[i], before + len(rows[i])
-            places += len(positions)
-        joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        filled = {name: _filled(tensor, count) for name, tensor in joined.items()}
-        # Filled with -1: a place of its own, so that no anchor counts twice.
-        gathered.append({**filled, "multi_step": _filled(torch.cat(going_on) + 1, on) - 1})
-        hidden.append(read)
-    stacked = {name: torch.stack([row[name] for row in gathered]) for name in gathered[0]}
+        packs = pack([len(d.ids) for d in documents], max_packed_length)
     packed = [[documents[i] for i in members] for members in packs]
-    texts = StoredTexts(_padded(hidden), _kv_of(packed))
-    anchors = Rows(**{name: stacked.pop(name) for name in Rows._fields})
-    teacher = stacked.pop("teacher")
+    order = [i for members in packs for i in members]
+    # All texts one after another: a few operations do for all of them, however many there are.
+    ids, mask, teacher_ids, teacher_logprobs = (
+        torch.cat([getattr(documents[i], name) for i in order])
+        for name in ("ids", "loss_mask", "teacher_ids", "teacher_logprobs")
+    )
+    lengths, counts = [len(documents[i].ids) for i in order], [len(rows[i]) for i in order]
+    place = _places(packs, lengths, counts)
+    at = torch.cat([rows[i] for i in order]) + place.text
+    goes_on = torch.zeros(len(at), dtype=torch.bool)
+    goes_on[torch.cat([later[i] + n for i, n in zip(order, _before(counts), strict=True)])] = True
+    # Position of draft k's teacher: t + k.
+    teacher = at[:, None] + torch.arange(1, rounds + 1)
+    # It counts where the target wrote x_{t+k+1} and all between.
+    written = mask[(teacher + 1).minimum(place.last)] & (teacher < place.last)
+    # And where the anchor goes on beyond the first round.
+    written[:, 1:] &= goes_on[:, None]
+    weights = written.long().cumprod(-1).float()
+    teacher = teacher.minimum(place.last)
+    # Of the hidden states h_t and those that teach are read, and no others.
+    read = torch.cat([at, teacher[weights > 0]]).unique()
+    texts = StoredTexts(_hidden_of(packed, read), _kv_of(packed))
+    size = max(1, int(place.slot.max()) + 1 if len(at) else 1)
+
+    def dealt(values: torch.Tensor) -> torch.Tensor:
+        """[n, ...] of all anchors -> [B, R, ...]."""
+        table = values.new_zeros(len(packs), size, *values.shape[1:])
+        table[place.row, place.slot] = values
+        return table
+
+    anchors = Rows(
+        at=dealt(at - place.row_start),
+        hidden=dealt(torch.searchsorted(read, at) - torch.searchsorted(read, place.row_start)),
+        starts=dealt(place.text - place.row_start),
+        tokens=dealt(ids[teacher]),
+        multi_step=_multi_step(place, goes_on, len(packs)),
+    )
+    in_row = torch.searchsorted(read, teacher) - torch.searchsorted(read, place.row_start)[:, None]
+    weights = dealt(weights)
     return Batch(
         document_ids=[[d.id for d in row] for row in packed],
         texts=texts,
         rows=anchors,
-        drafts=_counted(stacked["weights"], anchors, teacher, texts.hidden.values.shape[1]),
-        **stacked,
+        teacher_ids=dealt(teacher_ids[teacher].long()),
+        teacher_logprobs=dealt(teacher_logprobs[teacher]),
+        weights=weights,
+        drafts=_counted(weights, anchors, dealt(in_row), texts.hidden.values.shape[1]),
     )
 
 
-def _rows_of(
-    document: Document, chosen: torch.Tensor, later: torch.Tensor, rounds: int
-) -> dict[str, torch.Tensor]:
-    """Tensors [R, ...] of the chosen rows of a document; `teacher` are the positions that teach."""
-    last = len(document.ids) - 1
-    # Position of draft k's teacher: t + k.
-    at = chosen[:, None] + torch.arange(1, rounds + 1)
-    # It counts where the target wrote x_{t+k+1} and all between.
-    written = document.loss_mask[(at + 1).clamp_max(last)] & (at < last)
-    # And where the anchor goes on beyond the first round.
-    written[:, 1:] &= torch.zeros(len(chosen), 1, dtype=torch.bool).index_fill_(0, later, True)
-    at = at.clamp_max(last)
-    return {
-        "at": chosen,
-        "tokens": document.ids[at],
-        "teacher": at,
-        "teacher_ids": document.teacher_ids[at].long(),
-        "teacher_logprobs": document.teacher_logprobs[at],
-        "weights": written.long().cumprod(-1).float(),
-    }
+class _Places(NamedTuple):
+    """Where the n anchors of texts that lie one after another belong."""
+
+    row: torch.Tensor
+    """[n] which of the B rows."""
+    slot: torch.Tensor
+    """[n] which of its R anchors."""
+    row_start: torch.Tensor
+    """[n] position at which that row begins."""
+    text: torch.Tensor
+    """[n] position at which the anchor's text begins."""
+    last: torch.Tensor
+    """[n, 1] last position of that text."""
+
+
+def _places(packs: list[list[int]], lengths: list[int], counts: list[int]) -> _Places:
+    """Of texts in the order of `packs`, with so many tokens and anchors each."""
+    of = torch.repeat_interleave(torch.tensor(counts))
+    row = torch.tensor([b for b, members in enumerate(packs) for _ in members])
+    lead = torch.tensor(_before([len(members) for members in packs]))[row]
+    text, anchors = torch.tensor(_before(lengths)), torch.tensor(_before(counts))
+    last = text + torch.tensor(lengths) - 1
+    slot = torch.arange(len(of)) - anchors[lead][of]
+    return _Places(row[of], slot, text[lead][of], text[of], last[of, None])
+
+
+def _before(sizes: list[int]) -> list[int]:
+    """The sum of all sizes before each."""
+    return [0, *accumulate(sizes)][:-1]
+
+
+def _multi_step(place: _Places, goes_on: torch.Tensor, rows: int) -> torch.Tensor:
+    """[B, S] which of the R anchors of each row go on; filled with -1: a place of its own, so that
+    no anchor counts twice."""
+    row, slot = place.row[goes_on], place.slot[goes_on]
+    each = torch.bincount(row, minlength=rows)
+    rank = torch.arange(len(row)) - (each.cumsum(0) - each)[row]
+    table = torch.full((rows, max(1, int(each.max()))), -1)
+    table[row, rank] = slot
+    return table
+
+
+def _hidden_of(packed: list[list[Document]], read: torch.Tensor) -> Stored:
+    """Hidden states at the positions `read` of all texts, ascending."""
+    edges = torch.tensor([0, *accumulate(len(d.ids) for row in packed for d in row)])
+    own = iter(read.tensor_split(torch.searchsorted(read, edges[1:-1])))
+    starts = iter(edges.tolist())
+    return _padded(
+        [[d.activations["hidden"].at(next(own) - next(starts)) for d in row] for row in packed]
+    )
 
 
 def _counted(
@@ -190,11 +234,6 @@ def _kv_of(packed: list[list[Document]]) -> dict[str, tuple[Stored, Stored]]:
 
     types = packed[0][0].layer_types
     return {t: (padded(f"{t}.keys"), padded(f"{t}.values")) for t in types}
-
-
-def _filled(tensor: torch.Tensor, count: int) -> torch.Tensor:
-    """[n, ...] -> [count, ...] with zeros: a weight of 0, and row 0, which sees itself."""
-    return torch.cat([tensor, tensor.new_zeros(count - len(tensor), *tensor.shape[1:])])
 
 
 def _padded(rows: list[list[Stored]]) -> Stored:
