@@ -32,7 +32,12 @@ from headstart.eval.recorded import prompt_set
 from headstart.heads.loading import open_target
 from headstart.heads.target import Target
 from headstart.heads.unroll import DraftHead
-from headstart.train.start import build_head, likely_tokens, sample_teacher_rows
+from headstart.train.start import (
+    build_head,
+    likely_tokens,
+    make_optimizer,
+    sample_teacher_rows,
+)
 from headstart.train.step import batch_sums, draft_batch, loss_weight, step_candidates
 
 SINGLE = 8  # prompts answered one by one, spread over the lengths
@@ -312,7 +317,7 @@ def bench_step(
     """
     c = config.train
 
-    optimizer = torch.optim.AdamW(head.trainable().values(), lr=1e-6)
+    optimizer = make_optimizer(head, c)
     sparse = partial(batch_loss, head, target, batch, config, likely)
     step = partial(take_step, head, optimizer, batch, c, sparse)
     plain = partial(

@@ -256,8 +256,9 @@ def load_checkpoint(state: RunState, path: Path, target: Target) -> None:
     for key, value in load_file(path / "optimizer.safetensors").items():
         name, _, moment = key.rpartition(".")
         parameter = parameters[name]
-        # The count of steps is no moment: AdamW keeps it on the CPU.
-        placed = placed_like(value, parameter) if value.shape == parameter.shape else value
+        # The count of steps is no moment: it is whole in every process.
+        alike = value.shape == parameter.shape
+        placed = placed_like(value, parameter) if alike else value.to(parameter.device)
         state.optimizer.state[parameter][moment] = placed
     if values := state.average.values:
         for name, value in load_file(path / "average.safetensors").items():

@@ -310,7 +310,7 @@ def head_step_bytes(
     and, with `train.ema_decay`, 4 of average; DDP has buckets for gradients, 4 more. Moments:
     - the losses: weights as autocast copies them, all activations, candidates;
     - the first gradients: those copies, a gradient of each in the same dtype, all activations;
-    - the optimizer: a gradient of 4 bytes, and as much of square roots of moments.
+    - the optimizer, which is one kernel: a gradient of 4 bytes.
 
     FSDP2 divides all of it by the processes, but for weights and gradients as they are gathered,
     of two values each in the dtype that is computed in (weights and what they came in, or gradients
@@ -323,7 +323,7 @@ def head_step_bytes(
     gradients = compute * size.trained
     held = (4 + MOMENTS + 4 * (c.ema_decay is not None)) * size.trained
     held += 4 * (size.frozen + size.table)
-    kept, optimizer = 0, (4 + 4) * size.trained
+    kept, optimizer = 0, 4 * size.trained
     if launch.fsdp and launch.processes > 1:
         held, optimizer = held // launch.processes, optimizer // launch.processes
         copies = gradients = compute * all_parameters

@@ -37,7 +37,7 @@ from headstart.heads.target import Target
 from headstart.heads.unroll import DraftHead, served_position
 from headstart.train.benchmark import batch_loss, take_step
 from headstart.train.ordering import learn_centroids
-from headstart.train.start import build_head, sample_teacher_rows
+from headstart.train.start import build_head, make_optimizer, sample_teacher_rows
 from headstart.train.step import draft_batch
 
 ENOUGH = 6.0
@@ -207,7 +207,7 @@ def probe_training(config: Config, planned: PlannedDocuments, held: Held) -> Tra
         head.assistant.model.gradient_checkpointing_enable({"use_reentrant": False})
     batch = to_device(_batch(config, held), target.device)
     likely = torch.arange(len(target.table), device=target.device) < c.likely_tokens
-    optimizer = torch.optim.AdamW(head.trainable().values(), lr=1e-6)
+    optimizer = make_optimizer(head, c)
     loss = partial(batch_loss, head, target, batch, config, likely)
     step = seconds_of(target, partial(take_step, head, optimizer, batch, c, loss, 0))
     if config.data.online and held.seconds_per_token is not None:

@@ -54,7 +54,7 @@ from headstart.train.memory import (
     forward_length,
     step_shape,
 )
-from headstart.train.start import parameter_groups
+from headstart.train.start import make_optimizer
 
 aten = torch.ops.aten
 
@@ -233,8 +233,7 @@ def training_peak(live: LiveBytes, target: Target, config: Config) -> int:
     dense = {"use_ordered_embeddings": False, "num_centroids": None}
     with patch.object(PreTrainedModel, "to", lambda self, *_: self):  # it is there already
         head = DraftHead(build_assistant(target, config.head.model_copy(update=dense)))
-    groups = parameter_groups(head, c.weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=c.learning_rate, foreach=True)  # as on a GPU
+    optimizer = make_optimizer(head, c)
     average = Average(head.trainable(), c.ema_decay)
     state = RunState(head, head, optimizer, average, Progress())
     batches = [_batch(target, config) for _ in range(BATCHES)]

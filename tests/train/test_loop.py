@@ -122,8 +122,8 @@ def test_gradients_reach_all_of_the_head_and_none_of_the_target(
 def test_a_resumed_run_ends_as_an_uninterrupted_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """SIGTERM in the middle of a step saves the one after it, by which all processes have heard; the
-    rest is bit for bit the same."""
+    """SIGTERM in the middle of a step saves the one after it, by which all processes have heard;
+    the rest is bit for bit the same."""
     overrides = ["train.max_steps=20", "train.eval_steps=5", "train.save_steps=50"]
     overrides += [f"data.cache_dir={tmp_path / 'cache'}"]
     train(tiny_config(tmp_path / "whole", *overrides))
