@@ -1,6 +1,7 @@
 """What texts come to: sums, intervals, what was predicted, and the verdict in words."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -59,7 +60,7 @@ def test_speeds_of_a_device_that_waits_for_python_are_called_host_bound() -> Non
 
 
 def test_a_baseline_slower_than_a_verification_is_said_to_be_slow() -> None:
-    costs = {
+    costs: dict[str, dict[str, dict[str, Any]]] = {
         "h": {"transformers": {"c": 0.1, "v": [1.0, 0.97, 1.2]}, "exact": {"c": 0.1, "v": [1.0]}}
     }
     assert least_verification({}) is None
