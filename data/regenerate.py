@@ -34,7 +34,7 @@ from headstart.data.store import (
     write_shard,
 )
 from headstart.data.templates import check_template, encode_prompt, shortened
-from headstart.heads.cpu_kernels import fast_grouped_query_attention, plain_strides
+from headstart.heads.kernels import fast_kernels
 from headstart.heads.target import Target
 from headstart.heads.tokens import Sampling, TargetTokens
 
@@ -305,8 +305,7 @@ def answer(
     )
     # The recorder is to see the logits as the target emits them.
     processors = [mixture] if recorder is None else [recorder, mixture]
-    quick = fast_grouped_query_attention(target.config)
-    with plain_strides(target.model), quick, recorder or nullcontext():
+    with fast_kernels(target.model), recorder or nullcontext():
         output = target.model.generate(
             **inputs,
             generation_config=settings,

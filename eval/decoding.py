@@ -22,7 +22,6 @@ from headstart.configs.schema import Decoder
 from headstart.eval.acceptance import AcceptanceCounts
 from headstart.eval.draft_cost import MAX_DRAFT_TOKENS, Costs
 from headstart.eval.statistics import NO_HEAD, OWN_LENGTH
-from headstart.heads.cpu_kernels import plain_strides
 from headstart.heads.decoder import (
     Constant,
     CostRule,
@@ -33,6 +32,7 @@ from headstart.heads.decoder import (
     exact_decoding,
     stock_decoding,
 )
+from headstart.heads.kernels import fast_kernels
 from headstart.heads.target import Target
 from headstart.heads.tokens import Sampling
 
@@ -120,10 +120,10 @@ def decode(
     on_cuda = target.device.type == "cuda"
     if on_cuda:
         torch.cuda.reset_peak_memory_stats(target.device)
-    # Plain strides on all variants, plain decoding too: the half second that a CPU otherwise takes
-    # for the first token in bfloat16 is nobody's merit.
-    lean = plain_strides(target.model)
-    with drafting, lean, _watch(target.model) as seen, torch.inference_mode():
+    # On all variants, plain decoding too: what kernels gain is no decoder's merit.
+    own = nullcontext() if assistant is None else fast_kernels(assistant)
+    fast = fast_kernels(target.model)
+    with drafting, fast, own, _watch(target.model) as seen, torch.inference_mode():
         synchronize(target.device)
         start = time.perf_counter()
         output = target.model.generate(
@@ -343,7 +343,7 @@ def _last_logits(target: Target, ids: list[int], first: int, rows: int) -> torch
     given = torch.tensor([ids], device=target.device)
     edges = [0, *range(first, len(ids), rows), len(ids)]
     logits = torch.empty(0)
-    with plain_strides(target.model):
+    with fast_kernels(target.model):
         for start, end in pairwise(edges):
             logits = target.model(
                 input_ids=given[:, start:end],

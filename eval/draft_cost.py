@@ -12,7 +12,7 @@ Letters: T tokens of context, K draft tokens, D target width.
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,11 +30,11 @@ from headstart.common.files import write_figures
 from headstart.common.machine import busy_seconds, environment, machine_name, synchronize
 from headstart.common.versions import CACHE
 from headstart.configs.schema import EvalConfig
-from headstart.eval.statistics import OWN_LENGTH
+from headstart.eval.statistics import OWN_LENGTH, slow_baseline
 from headstart.heads.assistant import check_pair
-from headstart.heads.cpu_kernels import fast_small_batch_linear
 from headstart.heads.decoder import stock_decoding
 from headstart.heads.drafting import CleanKV, Drafter
+from headstart.heads.kernels import fast_kernels
 from headstart.heads.target import Target
 
 MAX_DRAFT_TOKENS = 8  # verifications are measured for K = 1 .. 8
@@ -169,7 +169,8 @@ def measure(
     longest: int = MAX_DRAFT_TOKENS,
     budget: float | None = None,
 ) -> dict[str, Any]:
-    """Seconds of each variant, the variants taking turns, every other turn in reverse order.
+    """Seconds of each variant, the variants taking turns, every other turn in reverse order. All
+    of them run on the same kernels, as in an evaluation.
 
     Args:
         state: from `prepare`.
@@ -180,29 +181,27 @@ def measure(
         budget: seconds after which no further turn begins, once there is one that counts.
 
     Returns:
-        The `middle` of the turns: `target_step`, `verification` and `verification_exact` (the exact
-        decoder's; lists, K = 1 to `longest`),
+        The `middle` of the turns: `target_step`, `verification` (a list, K = 1 to `longest`),
         `draft_step_dense` and `draft_step_exact_dense` and, for a head with ordered embeddings,
         `draft_step_ordered` and `draft_step_exact_ordered`.
     """
     verified = range(1, longest + 1)
-    model, variants = state.target.model, _variants(state, assistant, verified)
+    variants = _variants(state, assistant, verified)
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     began = time.perf_counter()
     for turn in counted(range(WARM_UP + (turns or TURNS)), "Measuring (turns)"):
         if budget is not None and turn > WARM_UP and time.perf_counter() - began > budget:
             break
-        for name in list(variants) if turn % 2 == 0 else reversed(variants):
-            with fast_small_batch_linear(model) if "exact" in name else nullcontext():
+        with fast_kernels(state.target.model), fast_kernels(assistant):
+            for name in list(variants) if turn % 2 == 0 else reversed(variants):
                 taken = _timed(state.target, variants[name])
-            state.restore()
-            if turn >= WARM_UP:
-                seconds[name].append(taken)
+                state.restore()
+                if turn >= WARM_UP:
+                    seconds[name].append(taken)
     found = {name: middle(values) for name, values in seconds.items()}
     return {
         "target_step": found["target_step"],
         "verification": [found[f"verification of {k}"] for k in verified],
-        "verification_exact": [found[f"verification_exact of {k}"] for k in verified],
         **{name: taken / DRAFTS for name, taken in found.items() if name.startswith("draft_step")},
     }
 
@@ -224,8 +223,7 @@ def _variants(
         "draft_step_dense": draft_dense,
         "draft_step_exact_dense": partial(state.draft_exact, dense, DRAFTS),
     }
-    for name in ("verification", "verification_exact"):
-        variants |= {f"{name} of {k}": partial(state.verify, k) for k in verified}
+    variants |= {f"verification of {k}": partial(state.verify, k) for k in verified}
     if assistant.config.use_ordered_embeddings:
         ordered = Drafter(assistant, embed)
         variants["draft_step_ordered"] = partial(state.draft, assistant, DRAFTS)
@@ -248,8 +246,8 @@ def cost_ratios(seconds: dict[str, Any]) -> dict[str, Any]:
     Returns:
         `c_dense`, `c_ordered`, `c_exact_dense`, `c_exact_ordered`: a draft step / a target step, by
         the stock draft loop and by the exact decoder's. `ordered_over_dense`,
-        `exact_ordered_over_exact_dense`: of the draft steps. `v` and `v_exact`: a verification of K
-        draft tokens / a target step, lists from K = 1 on. `break_even_KIND`: K*c + v(K), from which
+        `exact_ordered_over_exact_dense`: of the draft steps. `v`: a verification of K draft tokens
+        / a target step, a list from K = 1 on. `break_even_KIND`: K*c + v(K), from which
         acceptance length on assisted decoding is quicker than plain decoding, lists too. Those with
         `ordered` in their name only for a head with ordered embeddings.
     """
@@ -259,11 +257,9 @@ def cost_ratios(seconds: dict[str, Any]) -> dict[str, Any]:
     for loop in ("", "exact_"):
         if f"{loop}ordered" in c:
             ratios[f"{loop}ordered_over_{loop}dense"] = c[f"{loop}ordered"] / c[f"{loop}dense"]
-    for loop in ("", "_exact"):
-        ratios[f"v{loop}"] = [taken / step for taken in seconds[f"verification{loop}"]]
+    ratios["v"] = v = [taken / step for taken in seconds["verification"]]
     for kind in c:
-        costs = ratios["v_exact" if kind.startswith("exact") else "v"]
-        ratios[f"break_even_{kind}"] = [k * c[kind] + cost for k, cost in enumerate(costs, start=1)]
+        ratios[f"break_even_{kind}"] = [k * c[kind] + cost for k, cost in enumerate(v, start=1)]
     return ratios
 
 
@@ -308,7 +304,7 @@ def measure_costs(
     kind = "ordered" if assistant.config.use_ordered_embeddings else "dense"
     return {
         "transformers": Costs(ratios[f"c_{kind}"], [1.0, *ratios["v"]]),
-        "exact": Costs(ratios[f"c_exact_{kind}"], [1.0, *ratios["v_exact"]]),
+        "exact": Costs(ratios[f"c_exact_{kind}"], [1.0, *ratios["v"]]),
     }
 
 
@@ -324,10 +320,11 @@ def busy_share(target: Target) -> float | None:
         state.step()
         state.restore()
 
-    busy = busy_seconds(target.device, step)
-    if busy is None:
-        return None
-    return min(busy / min(_timed(target, step) for _ in range(COST_TURNS)), 1.0)
+    with fast_kernels(target.model):
+        busy = busy_seconds(target.device, step)
+        if busy is None:
+            return None
+        return min(busy / min(_timed(target, step) for _ in range(COST_TURNS)), 1.0)
 
 
 def run_draft_benchmark(
@@ -374,7 +371,7 @@ def print_draft_cost(content: dict[str, Any]) -> None:
     where, seconds, ratios = content["environment"], content["seconds"], content["ratios"]
     kinds = [kind for kind in KINDS if f"c_{kind}" in ratios]
     console = plain_console()
-    names = ["K", "v(K)", "v(K), exact decoder", *(f"K*c + v(K), {KINDS[k]}" for k in kinds)]
+    names = ["K", "v(K)", *(f"K*c + v(K), {KINDS[k]}" for k in kinds)]
     table = Table(
         *(Column(name, justify="right") for name in names),
         title=f"draft: {where['head']} for {where['target']}, {where['dtype']}, "
@@ -382,10 +379,12 @@ def print_draft_cost(content: dict[str, Any]) -> None:
         caption=f"Medians of {content['repeats']} turns. The head pays from an acceptance length "
         "of K*c + v(K) on.",
     )  # fmt: skip
-    columns = [ratios[name] for name in ("v", "v_exact", *(f"break_even_{k}" for k in kinds))]
+    columns = [ratios[name] for name in ("v", *(f"break_even_{k}" for k in kinds))]
     for k, row in enumerate(zip(*columns, strict=True), start=1):
         table.add_row(str(k), *(f"{value:.2f}" for value in row))
     console.print(table)
+    if (line := slow_baseline(min(ratios["v"]))) is not None:
+        console.print(line)
     console.print(f"target step: {seconds['target_step'] * 1000:.2f} ms")
     if (busy := content["busy_share"]) is not None:
         console.print(f"of which the device works {busy:.0%}")

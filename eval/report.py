@@ -39,6 +39,7 @@ from headstart.eval.statistics import (
     OWN_LENGTH,
     POSITIONS,
     interval,
+    least_verification,
     merit,
     resampled,
     sampling_name,
@@ -209,6 +210,8 @@ def _content(
     first, most = next(iter(measured.values())), asked.max_prompt_tokens
     # Prompts that training would have cut; None: not known.
     longer = None if most is None else len({t.id for t in first if t.prompt_len > most})
+    costs = kept.found.get("costs", {})
+    verification = least_verification(costs) if kept.timed else None
     return {
         "schema": SCHEMA,
         "environment": environment(target.device)
@@ -216,10 +219,11 @@ def _content(
         | {"prefill_skips_layers": skips_prefill(target.config)}
         | {"longer_than_trained": longer}
         | {"peak_process_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024},
-        "costs": kept.found.get("costs", {}),
+        "costs": costs,
         "noise": noise(first) if kept.timed else None,
         "busy_share": kept.found.get("busy_share"),
-        "verdict": verdict(found, kept.found.get("busy_share")),
+        "least_verification": verification,
+        "verdict": verdict(found, kept.found.get("busy_share"), verification),
         "per_text_columns": PER_TEXT,
         "results": found,
         "examples": _examples(target, prompts, measured, found),

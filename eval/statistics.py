@@ -72,6 +72,8 @@ UNTIMED = (
 )
 HOST_BOUND = 0.5
 """Share of a step's time: where the device works less, times are of Python more than of it."""
+SAME = 0.95
+"""v(K) below which a verification is quicker than a plain step by more than noise."""
 OWN_LENGTH = ("heuristic", "cost", "hybrid")  # decoders that choose K themselves
 NO_HEAD = ("lookup", "draft-model")
 
@@ -94,12 +96,23 @@ def sampling_name(result: Mapping[str, Any]) -> str:
     return name if top_p == 1 else f"{name}, top-p {top_p:g}"
 
 
-def verdict(results: list[dict[str, Any]], busy_share: float | None = None) -> str:
+def least_verification(costs: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> float | None:
+    """The least v(K) of a report's `costs` from K = 1 on, in plain steps; None: none is known."""
+    measured = [cost["v"][1:] for of_head in costs.values() for cost in of_head.values()]
+    return min((v for one in measured for v in one), default=None)
+
+
+def verdict(
+    results: list[dict[str, Any]],
+    busy_share: float | None = None,
+    verification: float | None = None,
+) -> str:
     """What to use here, for each temperature, from the whole set and from its texts without loops.
 
     Args:
         results: of report.json (docs/reference/report.md).
         busy_share: of the time of a plain step, that in which the device worked; None: not known.
+        verification: `least_verification`; None: not known.
     """
     if any(r["speedup"] is None for r in results):
         return UNTIMED
@@ -119,7 +132,20 @@ def verdict(results: list[dict[str, Any]], busy_share: float | None = None) -> s
             "the time, and waited for Python in the rest. A server that launches a step as one "
             "graph has other costs, and another speedup."
         )
+    if (line := slow_baseline(verification)) is not None:
+        texts.append(line)
     return " ".join(texts)
+
+
+def slow_baseline(verification: float | None) -> str | None:
+    """That plain decoding is slower than it has to be, where a verification, which computes more,
+    takes less time (in plain steps); None: it is not."""
+    if verification is None or verification >= SAME:
+        return None
+    return (
+        f"Plain decoding is not at this machine's best: verifying drafts took {verification:.2f} "
+        "of a plain step, though it computes more. That part of a speedup is no merit of drafts."
+    )
 
 
 def _advice(results: list[dict[str, Any]]) -> str:

@@ -2,8 +2,7 @@
 rules for how many tokens to draft in a round.
 
 Loop, caches, logits processors and stopping criteria are those of `generate`; only the drafts come
-from here, and on a CPU the order of the loops by which a verification multiplies
-(`fast_small_batch_linear`).
+from here, and the kernels on which target and head run (`fast_kernels`).
 The head sees clean KV (`CleanKV`). Greedy drafts are its argmaxes. Where the target samples the
 head samples too, and hands out what it drew from: what speculative sampling (Leviathan et al. 2023,
 arXiv 2211.17192) asks for to be lossless. Drafts that are no samples, those looked up, go without
@@ -20,7 +19,7 @@ Letters: K draft tokens of a round, k of them drafted so far, V vocabulary, n to
 import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any, ClassVar, Literal, Protocol
@@ -41,8 +40,8 @@ from transformers.generation.candidate_generator import (
     PromptLookupCandidateGenerator,
 )
 
-from headstart.heads.cpu_kernels import fast_small_batch_linear, plain_strides
 from headstart.heads.drafting import CleanKV, Drafter, Drafts
+from headstart.heads.kernels import fast_kernels
 
 BINS = 8  # of confidence, each with an acceptance rate of its own
 OPTIMISTIC_PRIOR = 0.8  # acceptance rate of a place not tried yet: high, so that it is tried
@@ -316,13 +315,15 @@ class ExactCandidateGenerator(CandidateGenerator):
         # One token of the budget is the target's own.
         budget = self.max_length - input_ids.shape[1] - 1
         source, drafts = self._draft(input_ids, hidden, budget)
-        drawn_from = drafts.logits
-        drafts = replace(drafts, logits=None)  # megabytes, which the rounds would keep
+        drawn_from, drafted = drafts.logits, drafts.on_device
+        # Megabytes, which the rounds would keep.
+        drafts = replace(drafts, logits=None, on_device=None)
         self.round = Round(source, drafts, time.perf_counter() - start)
         self.text_length = input_ids.shape[1]
         self.decoding_config.rounds.append(self.round)
-        drafted = torch.tensor([drafts.tokens], dtype=input_ids.dtype, device=input_ids.device)
-        candidates = torch.cat([input_ids, drafted], dim=1)
+        if drafted is None:
+            drafted = torch.tensor(drafts.tokens, dtype=input_ids.dtype)
+        candidates = torch.cat([input_ids, drafted.to(input_ids.device)[None]], dim=1)
         return candidates, None if drawn_from is None else drawn_from[None]
 
     def _draft(
@@ -375,6 +376,7 @@ def exact_decoding(
     outer = target.__dict__.get("_get_candidate_generator")  # of an exact_decoding around this one
     stock = target._get_candidate_generator
     drafters: dict[int, Drafter] = {}
+    kernels = ExitStack()  # of the heads
 
     def generator(**kwargs: Any) -> CandidateGenerator:
         assistant = kwargs["assistant_model"]
@@ -382,6 +384,7 @@ def exact_decoding(
             return stock(**kwargs)
         if id(assistant) not in drafters:
             drafters[id(assistant)] = Drafter(assistant, target.get_input_embeddings())
+            kernels.enter_context(fast_kernels(assistant))
         mask = kwargs["model_kwargs"].get("attention_mask")
         padding = 0 if mask is None else int((mask == 0).sum())
         length = decoding_config.length
@@ -400,7 +403,7 @@ def exact_decoding(
 
     target._get_candidate_generator = generator
     try:
-        with fast_small_batch_linear(target), plain_strides(target):
+        with kernels, fast_kernels(target):
             yield
     finally:
         del target._get_candidate_generator

@@ -3,7 +3,8 @@
 Same layers, same arithmetic as `Gemma4AssistantForCausalLM.forward` of transformers 5.20 to 5.24,
 without what that forward does anew for every draft: masks (one row sees all the KV that it is
 given), rotary embeddings (the position stays), and logits over the whole vocabulary of which a head
-with ordered embeddings looks at some thousand.
+with ordered embeddings looks at some thousand. Unless somebody asks for confidences, the host waits
+for the device once a round.
 
 Letters: T rows of KV, D target width, H head width, V vocabulary, C clusters, M tokens looked at.
 """
@@ -16,7 +17,7 @@ import torch
 from torch import nn
 from transformers import LogitsProcessor
 
-from headstart.heads.cpu_kernels import fast_grouped_query_attention
+from headstart.heads.kernels import few_row_linear, quick_rows
 from headstart.heads.saving import Assistant
 from headstart.heads.target import SharedKV
 
@@ -74,6 +75,8 @@ class Drafts:
     """Probability of each in what it was chosen from; empty where nobody asked."""
     logits: torch.Tensor | None = None
     """[K, V] of what each was drawn from, minus infinity where it could not be; None: argmaxes."""
+    on_device: torch.Tensor | None = None
+    """[K] the tokens on the head's device; None: they were not drafted there."""
 
 
 class Drafter:
@@ -86,6 +89,8 @@ class Drafter:
         self.layers = list(zip(types, assistant.model.layers, strict=True))
         embedder = assistant.masked_embedding if assistant.config.use_ordered_embeddings else None
         self.embedder = embedder
+        table = assistant.lm_head.weight
+        self.quick = quick_rows(table.dtype) if table.device.type == "cpu" else frozenset[int]()
         self.members = None  # [C, tokens a cluster]
         if embedder is not None:
             self.members = embedder.token_ordering.long().view(embedder.num_centroids, -1)
@@ -109,7 +114,8 @@ class Drafter:
             kv: of all tokens before `token`.
             limit: K at most.
             stops_after: tokens that end a text, and so a draft.
-            goes_on: asked after each draft, with the confidences so far; None: to the limit.
+            goes_on: asked after each draft, with the confidences so far; None: to the limit, and
+                the draft is cut after one of `stops_after` at the end.
             warpers: draw each draft from the head's distribution, shaped by these, none of which
                 reads the tokens so far; None: take its best token.
         """
@@ -118,21 +124,22 @@ class Drafter:
         device, dtype = own.device, own.dtype
         source = next(self.embed.parameters()).device  # a target and its head may be apart
         shared = {t: (k.to(device, dtype), v.to(device, dtype)) for t, (k, v) in kv.shared.items()}
-        position = torch.tensor([[kv.rows]], device=device)
+        position = torch.full((1, 1), kv.rows, device=device)  # unlike `tensor`, without a wait
         hidden = hidden.to(device, dtype)
         rotary = {t: assistant.model.rotary_emb(hidden, position, t) for t in kv.shared}
-        tokens: list[int] = []
+        tokens: list[torch.Tensor] = []
         confidences: list[float] = []
         drawn_from: list[torch.Tensor] = []
-        while True:
+        state: torch.Tensor | None = None
+        for _ in range(limit):
+            hidden = hidden if state is None else assistant.post_projection(state)
             embedded = self.embed(token.to(source)).to(device, dtype)
             state = assistant.pre_projection(torch.cat([embedded, hidden], dim=-1))
-            with fast_grouped_query_attention(assistant.config.text_config):
-                for layer_type, layer in self.layers:
-                    state = layer(
-                        state, shared_kv_states=shared, position_embeddings=rotary[layer_type],
-                        attention_mask=None,
-                    )  # fmt: skip
+            for layer_type, layer in self.layers:
+                state = layer(
+                    state, shared_kv_states=shared, position_embeddings=rotary[layer_type],
+                    attention_mask=None,
+                )  # fmt: skip
             state = assistant.model.norm(state)
             logits, ids = self._logits(state[0, 0])
             # `best` [1], and `index_select`: an index without a dimension is read by the host.
@@ -140,19 +147,20 @@ class Drafter:
                 best = logits.argmax(-1, keepdim=True)
             else:
                 logits = _warped(logits, warpers)
-                best = torch.multinomial(logits.softmax(-1), 1)
+                best = _drawn(logits)
                 drawn_from.append(logits if ids is None else self._spread(logits, ids))
             token = (best if ids is None else ids.index_select(0, best)).view(1, 1)
-            tokens.append(int(token))
+            tokens.append(token[0])
             if goes_on is not None:
                 chosen = logits.index_select(0, best)
                 confidences.append(float((chosen - logits.logsumexp(-1)).exp()))
-            if len(tokens) >= limit or tokens[-1] in stops_after:
-                break
-            if goes_on is not None and not goes_on(confidences):
-                break
-            hidden = assistant.post_projection(state)
-        return Drafts(tokens, confidences, torch.stack(drawn_from) if drawn_from else None)
+                if int(token) in stops_after or not goes_on(confidences):
+                    break
+        drafted = torch.cat(tokens)
+        found = drafted.tolist()
+        kept = next((k for k, one in enumerate(found, 1) if one in stops_after), len(found))
+        scores = torch.stack(drawn_from[:kept]) if drawn_from else None
+        return Drafts(found[:kept], confidences, scores, drafted[:kept])
 
     def _spread(self, logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """Logits [M] of tokens [M] as [V], minus infinity elsewhere."""
@@ -164,10 +172,22 @@ class Drafter:
         """Logits [M] of the tokens [M] looked at for a state [H]; None: the whole vocabulary."""
         table = self.assistant.lm_head.weight
         if self.embedder is None or self.members is None:
-            return _products(table, state), None
+            return self._products(table, state), None
         best = self.embedder.centroids(state).topk(self.embedder.centroid_intermediate_top_k)
         ids = self.members[best.indices].flatten()
-        return _products(table.index_select(0, ids), state), ids
+        return self._products(table.index_select(0, ids), state), ids
+
+    def _products(self, table: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+        """[M, H] @ [H] -> [M], as a linear layer: in bfloat16 on a CPU `@` takes half as long
+        again."""
+        return few_row_linear(self.quick, table, None, state[None])[0]
+
+
+def _drawn(logits: torch.Tensor) -> torch.Tensor:
+    """[1] the place in logits [M] of a token drawn from their softmax. What `torch.multinomial`
+    does, and draws alike, without its checks, for which the host waits."""
+    likely = logits.softmax(-1)
+    return (likely / torch.empty_like(likely).exponential_()).argmax(-1, keepdim=True)
 
 
 def _warped(logits: torch.Tensor, warpers: Sequence[LogitsProcessor]) -> torch.Tensor:
@@ -176,8 +196,3 @@ def _warped(logits: torch.Tensor, warpers: Sequence[LogitsProcessor]) -> torch.T
     for warper in warpers:
         scores = warper(nothing, scores)
     return scores[0]
-
-
-def _products(table: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
-    """[M, H] @ [H] -> [M], as a linear layer: in bfloat16 on a CPU `@` takes half as long again."""
-    return nn.functional.linear(state[None], table)[0]

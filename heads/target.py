@@ -46,6 +46,7 @@ from headstart.common.console import print_once
 from headstart.common.processes import split_layers
 from headstart.common.versions import CACHE, INSTALLED, check_rows, skips_prefill
 from headstart.heads.admission import TOWERS, reading, tie_equal_tables
+from headstart.heads.kernels import fast_kernels
 from headstart.heads.tokens import TargetTokens
 
 SharedKV = dict[str, tuple[torch.Tensor, torch.Tensor]]
@@ -323,12 +324,13 @@ class Target(TargetTokens):
         if isinstance(self.model, Gemma3ForAssistedDecoding):
             # A cache without a config keeps every row of the sliding layers too.
             cache = DynamicCache()
-            outputs = self.model.model(ids, mask, use_cache=True, **{CACHE: cache})
+            with fast_kernels(self.model):
+                outputs = self.model.model(ids, mask, use_cache=True, **{CACHE: cache})
             shared_kv = self.model.shared_kv_states(cache, ids.shape[1])
         else:
-            outputs = self.model.model(
-                input_ids=ids, attention_mask=mask, use_cache=False, return_shared_kv_states=True
-            )
+            of_rows = {"use_cache": False, "return_shared_kv_states": True}
+            with fast_kernels(self.model):
+                outputs = self.model.model(input_ids=ids, attention_mask=mask, **of_rows)
             shared_kv = dict(outputs.shared_kv_states)
         hidden = outputs.last_hidden_state
         check_rows(hidden.shape[1], ids.shape[1])

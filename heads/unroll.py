@@ -21,6 +21,7 @@ from torch import nn
 
 from headstart.common.versions import ALL_ROWS
 from headstart.configs.schema import DraftPositionOffset
+from headstart.heads.kernels import fast_kernels
 from headstart.heads.ordered import token_clusters
 from headstart.heads.saving import Assistant
 from headstart.heads.target import SharedKV
@@ -149,14 +150,15 @@ class DraftHead(nn.Module):
             if k < 2:  # the rows are the same from the second round on
                 masks, positions = row_masks(rows, length, window), positions_of(rows, position)
             inputs = torch.cat([embed(rows.tokens[:, :, k]).to(self.dtype), hidden], dim=-1)
-            state = self.assistant.model(
-                inputs_embeds=self.assistant.pre_projection(inputs),
-                attention_mask=masks,
-                position_ids=positions,
-                shared_kv_states=texts.kv,
-                use_cache=False,
-                **ALL_ROWS,
-            ).last_hidden_state
+            with fast_kernels(self.assistant):
+                state = self.assistant.model(
+                    inputs_embeds=self.assistant.pre_projection(inputs),
+                    attention_mask=masks,
+                    position_ids=positions,
+                    shared_kv_states=texts.kv,
+                    use_cache=False,
+                    **ALL_ROWS,
+                ).last_hidden_state
             hidden = self.assistant.post_projection(state)
             states.append(state if self.projection is None else state @ self.projection.T)
         return states

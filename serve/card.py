@@ -84,6 +84,7 @@ def model_card(p: Published) -> str:
         verdict=verdict(
             [r for r in p.report["results"] if r["head"] in (head, None)],
             p.report.get("busy_share"),
+            p.report.get("least_verification"),
         ),
         gemma=p.target_config.model_type[:6],
         engines={

@@ -133,19 +133,19 @@ def run_all(config: Config, device: str, gpu: PretendedGpu | None) -> Outcome:
 
 
 BUDGETS: dict[str, tuple[int, int, int]] = {
-    "training step": (1240, 1437, 1),
+    "training step": (1093, 1290, 1),
     "batch of training": (0, 0, 0),
-    "generated token": (745, 950, 2),
+    "generated token": (425, 441, 2),
     "recorded batch": (65, 65, 28),
-    "extracted batch": (750, 955, 24),
-    "validation": (478, 593, 27),
+    "extracted batch": (437, 453, 24),
+    "validation": (315, 439, 27),
     "step of ordering": (59, 59, 11),
-    "round, plain": (712, 917, 1),
-    "round, transformers": (1163, 1486, 7),
-    "round, exact": (1084, 1395, 8),
-    "exact draft of 3, greedy": (343, 448, 4),
-    "exact draft of 3, sampled": (353, 461, 10),
-    "exact draft of 1, by confidence": (127, 166, 3),
+    "round, plain": (392, 408, 1),
+    "round, transformers": (687, 722, 7),
+    "round, exact": (606, 629, 4),
+    "exact draft of 3, greedy": (180, 186, 1),
+    "exact draft of 3, sampled": (196, 205, 1),
+    "exact draft of 1, by confidence": (74, 80, 3),
 }
 """Unit of work -> operations in float32, in bfloat16, and waits: what it costs today in the family
 in which it costs most (a mixture of experts, mostly), with the releases below. They may only go

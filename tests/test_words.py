@@ -27,7 +27,7 @@ RETIRED = {
     "measure_before": "evaluate_baseline", "measure_again": "evaluate_adapted",
     "alone_in": "lock_folder", "only_one_in": "lock_folder", "is_held": "is_locked",
     "whole_folder": "atomic_folder", "whole_file": "atomic_file", "whole_weights": "full_weights",
-    "weights_first": "linear_weights_first", "quick_few_rows": "fast_small_batch_linear",
+    "weights_first": "linear_weights_first", "quick_few_rows": "fast_kernels",
     "single_query_attention": "grouped_query_attention", "judged_on": "eval_sets",
     "obstacles": "incompatibilities", "HOPED": "OPTIMISTIC_PRIOR", "stale_acceptance_length": "",
     "served_config": "TargetConfig",

@@ -31,7 +31,7 @@ from tests.helpers.models import make_target
 from tests.helpers.stock import K, prefill, stock_drafts
 
 pytestmark = pytest.mark.usefixtures("quick")
-VERIFICATIONS = ("verification", "verification_exact")
+
 CONTEXTS = (5, 20)  # within the sliding window of 8 and beyond it
 
 
@@ -119,39 +119,49 @@ def test_every_side_takes_each_turn_once(tiny: Target, monkeypatch: pytest.Monke
     for name in ("step", "verify", "draft", "draft_exact"):
         note(name)
     seconds = measure(prepare(tiny, 6), assistant)
-    variants = 1 + 2 * MAX_DRAFT_TOKENS + 4  # verifications by both decoders
+    variants = 1 + MAX_DRAFT_TOKENS + 4
     assert len(calls) == (WARM_UP + 2) * variants
     turns = [calls[i : i + variants] for i in range(0, len(calls), variants)]
     assert all(len(turn) == variants for turn in turns)
-    assert all(len(set(turn)) == variants - MAX_DRAFT_TOKENS for turn in turns)
+    assert all(len(set(turn)) == variants for turn in turns)
     assert turns[1] == turns[0][::-1]
     assert len(seconds["verification"]) == MAX_DRAFT_TOKENS
-    assert len(seconds["verification_exact"]) == MAX_DRAFT_TOKENS
 
 
-def test_the_exact_verifications_multiply_as_the_exact_decoder_does(
+def test_all_that_is_measured_runs_on_the_same_kernels(
     tiny: Target, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("headstart.heads.cpu_kernels.is_quicker", lambda dtype: True)
-    seen: list[bool] = []
-    real = DecodeState.verify
+    monkeypatch.setattr("headstart.heads.kernels.is_quicker", lambda dtype, rows: True)
+    assistant = ordered_head(tiny.config)
+    seen: dict[str, bool] = {}
+    fused = [
+        module
+        for model in (tiny.model, assistant)
+        for module in model.modules()
+        if type(module) is torch.nn.Linear or type(module).__name__.endswith("RMSNorm")
+    ]
 
-    def note(state: DecodeState, k: int) -> Any:
-        layers = [m for m in tiny.model.modules() if type(m) is torch.nn.Linear]
-        seen.append(all("forward" in layer.__dict__ for layer in layers))
-        return real(state, k)
+    def note(name: str) -> None:
+        real = getattr(DecodeState, name)
 
-    monkeypatch.setattr(DecodeState, "verify", note)
-    measure(prepare(tiny, 6), ordered_head(tiny.config), turns=1)
-    turn = [False] * MAX_DRAFT_TOKENS + [True] * MAX_DRAFT_TOKENS
-    assert seen[: len(turn)] == turn
+        def noted(state: DecodeState, *args: Any) -> Any:
+            seen[name] = all("forward" in module.__dict__ for module in fused)
+            return real(state, *args)
+
+        monkeypatch.setattr(DecodeState, name, noted)
+
+    names = ("step", "verify", "draft", "draft_exact")
+    for name in names:
+        note(name)
+    measure(prepare(tiny, 6), assistant, turns=1)
+    assert seen == dict.fromkeys(names, True)
+    assert not any("forward" in module.__dict__ for module in fused)
 
 
 def test_a_round_breaks_even_where_its_drafts_and_its_verification_do() -> None:
     seconds = {
         "target_step": 2.0,
         "verification": [2.2, 2.5, 3.0],
-        "verification_exact": [2.0, 2.2, 2.4],
         "draft_step_dense": 0.5,
         "draft_step_ordered": 0.2,
         "draft_step_exact_dense": 0.4,
@@ -162,14 +172,13 @@ def test_a_round_breaks_even_where_its_drafts_and_its_verification_do() -> None:
     assert ratios["c_ordered"] == 0.1
     assert ratios["ordered_over_dense"] == pytest.approx(0.4)
     assert ratios["v"] == [1.1, 1.25, 1.5]
-    assert ratios["v_exact"] == [1.0, 1.1, 1.2]
     assert ratios["break_even_dense"] == pytest.approx([1.35, 1.75, 2.25])
     assert ratios["break_even_ordered"] == pytest.approx([1.2, 1.45, 1.8])
     assert ratios["exact_ordered_over_exact_dense"] == pytest.approx(0.25)
-    assert ratios["break_even_exact_ordered"] == pytest.approx([1.05, 1.2, 1.35])
+    assert ratios["break_even_exact_ordered"] == pytest.approx([1.15, 1.35, 1.65])
     del seconds["draft_step_ordered"], seconds["draft_step_exact_ordered"]
     assert cost_ratios(seconds).keys() == {
-        "c_dense", "c_exact_dense", "v", "v_exact", "break_even_dense", "break_even_exact_dense"
+        "c_dense", "c_exact_dense", "v", "break_even_dense", "break_even_exact_dense"
     }  # fmt: skip
 
 
@@ -181,7 +190,7 @@ def test_a_head_without_ordered_embeddings_is_measured_dense(
     content = run_draft_benchmark(target, assistant, "head", 4, tmp_path / "a" / "b.json")
     assert json.loads((tmp_path / "a" / "b.json").read_text()) == content
     kinds = {"draft_step_dense", "draft_step_exact_dense"}
-    assert content["seconds"].keys() == {"target_step", *VERIFICATIONS} | kinds
+    assert content["seconds"].keys() == {"target_step", "verification"} | kinds
     assert content["repeats"] == 2
     assert "draft step, ordered" not in capsys.readouterr().out
 

@@ -1,6 +1,7 @@
 """What texts come to: sums, intervals, what was predicted, and the verdict in words."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -8,7 +9,13 @@ from headstart.eval.decoding import Decoded
 from headstart.eval.draft_cost import Costs
 from headstart.eval.measurements import Text
 from headstart.eval.report import noise, summarize
-from headstart.eval.statistics import ends_in_loop, interval, resampled, verdict
+from headstart.eval.statistics import (
+    ends_in_loop,
+    interval,
+    least_verification,
+    resampled,
+    verdict,
+)
 
 
 def test_a_text_that_ends_in_a_loop_is_told_from_one_that_does_not() -> None:
@@ -50,6 +57,18 @@ EXACT = {
 def test_speeds_of_a_device_that_waits_for_python_are_called_host_bound() -> None:
     assert "host-bound: in a plain step the device worked 23%" in verdict([EXACT], 0.23)
     assert verdict([EXACT], 0.9) == verdict([EXACT], None) == verdict([EXACT])
+
+
+def test_a_baseline_slower_than_a_verification_is_said_to_be_slow() -> None:
+    costs: dict[str, dict[str, dict[str, Any]]] = {
+        "h": {"transformers": {"c": 0.1, "v": [1.0, 0.97, 1.2]}, "exact": {"c": 0.1, "v": [1.0]}}
+    }
+    assert least_verification({}) is None
+    assert verdict([EXACT], None, least_verification(costs)) == verdict([EXACT])
+    costs["h"]["exact"]["v"] = [1.0, 1.1, 0.76]
+    found = verdict([EXACT], None, least_verification(costs))
+    assert found.startswith(verdict([EXACT]))
+    assert "not at this machine's best: verifying drafts took 0.76 of a plain step" in found
 
 
 def test_a_decoder_that_changes_the_distribution_is_not_advised() -> None:

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from headstart.configs.schema import TargetConfig
 from headstart.eval.decoding import decode
 from headstart.heads.adapters import split_revision
-from headstart.heads.cpu_kernels import fast_small_batch_linear
 from headstart.heads.decoder import ExactDecoding
+from headstart.heads.kernels import fast_kernels
 from headstart.heads.loading import (
     byte_tokenizer,
     gemma3_config,
@@ -119,7 +119,7 @@ def test_a_target_in_int8_drafts_and_keeps_its_text(name: str) -> None:
     plain = decode(target, ids, 12)
     assisted = decode(target, ids, 12, head.assistant, 3, ExactDecoding())
     assert assisted.tokens == plain.tokens
-    with fast_small_batch_linear(target.model):
+    with fast_kernels(target.model):
         torch.testing.assert_close(target.activations(IDS).hidden, near, atol=1e-4, rtol=1e-4)
 
 

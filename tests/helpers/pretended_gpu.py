@@ -49,6 +49,9 @@ FREE = (
     "aten::new_empty", "aten::_fused_sdp_choice", "aten::lift_fresh",
 )  # fmt: skip
 """Operations beside views that start no kernel; names that begin so."""
+IN_ONE_PIECE = ("rms_norm",)
+"""Functions of torch that a GPU has one kernel for, where a CPU's are made of others. What their
+gradients take there is not known here: those count by the CPU's operations."""
 TYPES = "_foreach_supported_types"
 LIBRARIES = ("transformers.", "accelerate.")
 COPIES = ("aten::copy_", "aten::_to_copy")
@@ -309,6 +312,11 @@ class _Factories(TorchFunctionMode):
             if name == "tolist":
                 self.gpu.wait("tolist")
                 return on_cpu(first).tolist()
+            if name in IN_ONE_PIECE:
+                before = self.gpu.all.operations
+                result = func(*args, **kwargs)
+                self.gpu.all.operations = before + 1
+                return result
         if name == "pin_memory" and isinstance(first, torch.Tensor):
             return _Pinned(first.clone())
         if name == "cuda" and isinstance(first, torch.Tensor):

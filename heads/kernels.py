@@ -1,0 +1,222 @@
+"""Kernels that do in one piece what transformers' layers do in many, around a target or a head.
+
+RMSNorm is one kernel of torch's in place of eight or nine operations, which are most of what a step
+of decoding starts.
+
+Query heads that share a key head are given to torch's attention as rows over that key head, in
+place of a copy of the keys for each of them. From transformers 5.23 on it is done there too, for a
+single row under a mask. Without a mask, as in drafts, torch is told to share the keys, and on a CPU
+in bfloat16 its kernel packs them for every head all the same (docs/upstream.md).
+
+Linear layers over a few rows, on a CPU: `x @ W.T` over one to nine rows is a shape for which some
+CPU libraries have no kernel of their own. `W @ x.T` is the same product in another order of loops.
+On an EPYC with AVX-512 MKL reads the LM head of Gemma 3 270M in float32 at 12 GB/s for one row; the
+other way, with the row taken twice, at 33 GB/s.
+
+Whoever compares decoders puts all of them within: what these kernels gain is no decoder's merit.
+
+Letters: B batch, H query heads, G key heads, R query rows, T rows of keys, D head width.
+"""
+
+import timeit
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import lru_cache, partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+
+@contextmanager
+def fast_kernels(model: PreTrainedModel) -> Iterator[None]:
+    """Within, a model runs on these kernels, in training too.
+
+    The values are those of its own layers up to the rounding of another order of sums; those of the
+    norms are the same bit for bit on a CPU. Left alone are layers whose forward somebody replaced,
+    linear layers of other classes or with quantized weights, compiled layers (the compiler joins
+    operations itself), models that run another attention than transformers' `sdpa`, and models that
+    are trained with gradient checkpointing, whose layers run again outside.
+    """
+    if any(m.training and getattr(m, "gradient_checkpointing", False) for m in model.modules()):
+        yield
+        return
+    replaced = {module: forward for module in _layers(model) if (forward := _fast_forward(module))}
+    for module, forward in replaced.items():
+        module.forward = forward
+    with ExitStack() as undo:
+        for module in replaced:
+            undo.callback(delattr, module, "forward")
+        undo.enter_context(_grouped_heads(model.config.get_text_config()))
+        undo.enter_context(_rows_without_gaps(model.get_output_embeddings()))
+        yield
+
+
+def _layers(module: nn.Module) -> Iterator[nn.Module]:
+    """A module and all within it, but for what is compiled."""
+    if module._compiled_call_impl is None:
+        yield module
+        for child in module.children():
+            yield from _layers(child)
+
+
+def _fast_forward(module: nn.Module) -> Callable[..., torch.Tensor] | None:
+    """What the module is to run in place of its own forward; None: it keeps that."""
+    if "forward" in module.__dict__:
+        return None
+    match type(module).__name__:
+        case "Gemma4RMSNorm" | "Gemma4UnifiedRMSNorm":
+            return partial(gemma4_norm, module)
+        case "Gemma3RMSNorm":
+            return partial(gemma3_norm, module)
+    if (
+        type(module) is nn.Linear
+        and type(module.weight) is nn.Parameter  # torchao keeps the layer and changes the weight
+        and module.weight.device.type == "cpu"
+        and (rows := quick_rows(module.weight.dtype))
+    ):
+        return partial(few_row_linear, rows, module.weight, module.bias)
+    return None
+
+
+def gemma4_norm(module: Any, x: torch.Tensor) -> torch.Tensor:
+    """The forward of a `Gemma4RMSNorm` over [..., width]."""
+    return _rms_norm(x, module.weight if module.with_scale else None, module.eps)
+
+
+def gemma3_norm(module: Any, x: torch.Tensor) -> torch.Tensor:
+    """The forward of a `Gemma3RMSNorm` over [..., width], which scales by 1 + weight."""
+    return _rms_norm(x, 1.0 + module.weight.float(), module.eps)
+
+
+def _rms_norm(x: torch.Tensor, scale: torch.Tensor | None, eps: float) -> torch.Tensor:
+    if scale is None or scale.dtype == x.dtype:
+        return F.rms_norm(x, x.shape[-1:], scale, eps)
+    # torch has no one kernel for two dtypes.
+    return F.rms_norm(x.float(), x.shape[-1:], scale.float(), eps).type_as(x)
+
+
+FEW = range(1, 10)  # rows: a token and up to 8 drafts
+TRIAL = (16384, 640)  # of weights: more than a cache holds, as the table of a target is
+TRIAL_TURNS = 5
+WORTH = 0.8  # share of the time that it has to take at most, or the stock order stays
+
+
+def few_row_linear(
+    quick: frozenset[int], weight: torch.Tensor, bias: torch.Tensor | None, x: torch.Tensor
+) -> torch.Tensor:
+    """`F.linear(x, weight, bias)`, with the weights first where x [..., in] has one of the `quick`
+    numbers of rows and no gradients are kept."""
+    if x.numel() // x.shape[-1] in quick and not torch.is_grad_enabled():
+        return linear_weights_first(weight, bias, x)
+    return F.linear(x, weight, bias)
+
+
+def linear_weights_first(
+    weight: torch.Tensor, bias: torch.Tensor | None, x: torch.Tensor
+) -> torch.Tensor:
+    """`F.linear(x, weight, bias)`, x [..., in] and weight [out, in], by way of `weight @ x.T`.
+    Returns [..., out], contiguous."""
+    rows = x.numel() // x.shape[-1]
+    given = x.reshape(rows, -1)
+    if rows == 1:  # is taken twice: over one column BLAS runs a slower kernel
+        given = given.repeat(2, 1)
+    product = torch.mm(weight, given.T)[:, :rows].T.contiguous()
+    product = product if bias is None else product + bias
+    return product.view(*x.shape[:-1], -1)
+
+
+@lru_cache
+def is_quicker(dtype: torch.dtype, rows: int) -> bool:
+    """Whether this machine's CPU is quicker with the weights first; tried once, in a twentieth of a
+    second."""
+    weight, x = torch.ones(TRIAL, dtype=dtype), torch.ones(rows, TRIAL[1], dtype=dtype)
+    sides = (lambda: F.linear(x, weight), lambda: linear_weights_first(weight, None, x))
+    with torch.no_grad():
+        stock, ours = (min(timeit.repeat(side, number=1, repeat=TRIAL_TURNS)) for side in sides)
+    return ours < WORTH * stock
+
+
+def quick_rows(dtype: torch.dtype) -> frozenset[int]:
+    """The numbers of rows for which `is_quicker`; none for what is no floating dtype."""
+    return frozenset(rows for rows in FEW if dtype.is_floating_point and is_quicker(dtype, rows))
+
+
+NAME = "headstart_grouped_query"
+
+
+def grouped_query_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' `sdpa_attention_forward`: for queries [B, H, R, D], keys and values
+    [B, G, T, D] and a mask [B or 1, 1, R, T] or None, the output [B, R, H, D] and no weights.
+
+    A group's heads are rows, with a mask of their own each, as long as those masks are smaller than
+    copies of the keys and values would be: a long prefill is left to transformers, and so are
+    several rows without a mask, which it may take for causal.
+    """
+    b, heads, rows, width = query.shape
+    groups = key.shape[1]
+    mask = attention_mask
+    shared = rows == 1 if mask is None else mask.shape[1] == 1
+    if not shared or rows > 2 * groups * width:
+        return sdpa_attention_forward(
+            module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    grouped = query.reshape(b, groups, heads // groups * rows, width)
+    if mask is not None:
+        mask = mask.repeat(1, 1, heads // groups, 1)
+    seen = F.scaled_dot_product_attention(
+        grouped, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling
+    )
+    return seen.reshape(b, heads, rows, width).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(NAME, grouped_query_attention)
+AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+@contextmanager
+def _grouped_heads(config: Any) -> Iterator[None]:
+    """Within, layers that read this text configuration attend by `grouped_query_attention`."""
+    stock = config._attn_implementation
+    if stock != "sdpa":
+        yield
+        return
+    config._attn_implementation = NAME
+    try:
+        yield
+    finally:
+        config._attn_implementation = stock
+
+
+@contextmanager
+def _rows_without_gaps(lm_head: nn.Module | None) -> Iterator[None]:
+    """Within, an LM head on a CPU is given its rows without gaps between them.
+
+    A prefill cuts the last row out of each sequence. Over rows that lie apart torch's linear runs
+    one product a sequence on a CPU, a minute for 64 prompts of Gemma 3 270M; and over a single one
+    that remembers its sequence's stride it takes 40 times as long in bfloat16, half a second. Such
+    a row passes for contiguous, so that `contiguous()` would leave it as it is.
+    """
+    if lm_head is None or next(lm_head.parameters()).device.type != "cpu":
+        yield
+        return
+    hook = lm_head.register_forward_pre_hook(
+        lambda module, args: (args[0].clone(memory_format=torch.contiguous_format),)
+    )
+    try:
+        yield
+    finally:
+        hook.remove()

@@ -1,0 +1,255 @@
+"""What runs in one piece gives the numbers of what transformers runs in many: on whole models of
+every family, forwards and gradients; and it is put back."""
+
+from contextlib import suppress
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
+from transformers.models.gemma4.modeling_gemma4 import Gemma4RMSNorm
+
+from headstart.common.versions import CUTS_ROWS
+from headstart.heads import kernels
+from headstart.heads.kernels import (
+    FEW,
+    fast_kernels,
+    grouped_query_attention,
+    is_quicker,
+    linear_weights_first,
+)
+from headstart.heads.target import Target
+from tests.helpers.heads import noisy_head
+
+
+@pytest.fixture
+def quicker(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine where the other order pays for every number of rows."""
+    monkeypatch.setattr("headstart.heads.kernels.is_quicker", lambda dtype, rows: True)
+
+
+def replaced(model: nn.Module) -> list[str]:
+    """Classes of the modules that run another forward than their own."""
+    return [type(m).__name__ for m in model.modules() if "forward" in m.__dict__]
+
+
+def norms() -> list[Any]:
+    return [Gemma4RMSNorm(40), Gemma4RMSNorm(40, with_scale=False), Gemma3RMSNorm(40, 1e-5)]
+
+
+@pytest.mark.parametrize("place", range(3))
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 1, 40), (2, 7, 40), (2, 3, 4, 40)])
+def test_a_norm_in_one_piece_is_the_same_bit_for_bit(
+    place: int, weights: torch.dtype, dtype: torch.dtype, shape: tuple[int, ...]
+) -> None:
+    """Its gradients up to the order of sums; also where training in bfloat16 casts on the way."""
+    torch.manual_seed(0)
+    norm = norms()[place].to(weights)
+    for weight in norm.parameters():
+        nn.init.normal_(weight, std=2.0)
+    fast = kernels._fast_forward(norm)
+    assert fast is not None
+    x = (5 * torch.randn(shape)).to(dtype).requires_grad_()
+    for context in (torch.autocast("cpu", enabled=False), torch.autocast("cpu", torch.bfloat16)):
+        with context:
+            ours, stock = fast(x), norm(x)
+        assert ours.dtype == stock.dtype
+        assert torch.equal(ours, stock)
+        wanted, found = (
+            torch.autograd.grad((y.float() ** 3).sum(), [x, *norm.parameters()])
+            for y in (stock, ours)
+        )
+        exact = dtype == weights == torch.float32
+        tolerance = {"rtol": 1e-4, "atol": 1e-4} if exact else {"rtol": 0.02, "atol": 0.02}
+        for a, b in zip(found, wanted, strict=True):
+            scale = b.float().abs().max().clamp_min(1.0)
+            torch.testing.assert_close(a.float() / scale, b.float() / scale, **tolerance)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 40])
+@pytest.mark.parametrize("masked", [False, True])
+def test_grouped_heads_attend_as_the_stock_attention_does(
+    rows: int, masked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gradients too; and no key is copied, but for a long prefill and rows without a mask."""
+    torch.manual_seed(0)
+    layer: Any = nn.Module()
+    layer.num_key_value_groups, layer.is_causal = 4, True
+    # As a layer hands them over: heads and rows swapped in place.
+    query = torch.randn(2, rows, 8, 16).transpose(1, 2).requires_grad_()
+    key, value = (torch.randn(2, 2, 70, 16, requires_grad=True) for _ in range(2))
+    mask = torch.rand(2, 1, rows, 70) > 0.3 if masked else None
+    if mask is not None:
+        mask[..., 0] = True
+    heads: list[int] = []
+    stock = F.scaled_dot_product_attention
+
+    def noted(query: torch.Tensor, key: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        heads.append(key.shape[1])
+        return stock(query, key, *args, **kwargs)
+
+    wanted, _ = sdpa_attention_forward(layer, query, key, value, mask, scaling=0.3)
+    monkeypatch.setattr(kernels.F, "scaled_dot_product_attention", noted)
+    found, _ = grouped_query_attention(layer, query, key, value, mask, scaling=0.3)
+    assert found.shape == wanted.shape
+    assert found.is_contiguous()
+    torch.testing.assert_close(found, wanted, atol=1e-6, rtol=1e-5)
+    for a, b in zip(
+        *(torch.autograd.grad((y**2).sum(), [query, key, value]) for y in (found, wanted)),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+    if masked or rows == 1:
+        assert heads == [2]
+
+
+def test_a_long_prefill_is_left_to_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There a mask for each head would be larger than copies of the keys."""
+    called: list[int] = []
+
+    def stock(module: Any, query: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        called.append(query.shape[2])
+        return query, None
+
+    monkeypatch.setattr(kernels, "sdpa_attention_forward", stock)
+    layer: Any = nn.Module()
+    key = torch.randn(1, 1, 80, 16)
+    for rows in (32, 33):
+        mask = torch.ones(1, 1, rows, 80, dtype=torch.bool)
+        grouped_query_attention(layer, torch.randn(1, 4, rows, 16), key, key, mask)
+    assert called == [33]
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 2), (1, 5), (5,), (2, 4), (1, 9), (3, 7)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_product_is_that_of_linear(shape: tuple[int, ...], bias: bool) -> None:
+    torch.manual_seed(0)
+    weight, x = torch.randn(33, 17), torch.randn(*shape, 17)
+    extra = torch.randn(33) if bias else None
+    found = linear_weights_first(weight, extra, x)
+    torch.testing.assert_close(found, F.linear(x, weight, extra))
+    assert found.is_contiguous()
+
+
+@pytest.mark.usefixtures("quicker")
+def test_linear_layers_take_few_rows_the_other_way_and_are_put_back(tiny: Target) -> None:
+    """Not those of other classes, nor one whose forward somebody else replaced, nor where gradients
+    are kept."""
+
+    class Other(nn.Linear):
+        pass
+
+    model = tiny.model
+    plain, other, hooked = nn.Linear(4, 3), Other(4, 3), nn.Linear(4, 3)
+    model.extra = nn.ModuleList([plain, other, hooked])
+    theirs = hooked.forward = lambda x: x  # type: ignore[method-assign, assignment]
+    x = torch.randn(3, 4)
+    wanted = plain(x)
+    with suppress(RuntimeError), fast_kernels(model):
+        assert "forward" in plain.__dict__
+        assert "forward" not in other.__dict__
+        assert hooked.forward is theirs
+        assert torch.equal(plain(x), wanted)
+        with torch.no_grad():
+            torch.testing.assert_close(plain(x), wanted)
+        with fast_kernels(model):  # one text within another
+            assert "forward" in plain.__dict__
+        assert "forward" in plain.__dict__
+        assert tiny.config._attn_implementation == kernels.NAME
+        raise RuntimeError("as when generate fails")
+    assert hooked.forward is theirs
+    del model.extra
+    assert not replaced(model)
+    assert tiny.config._attn_implementation == "sdpa"
+
+
+def test_the_quick_product_is_timed_once_for_each_dtype_and_number_of_rows() -> None:
+    is_quicker.cache_clear()
+    first = [is_quicker(torch.float32, rows) for rows in FEW]
+    assert [is_quicker(torch.float32, rows) for rows in FEW] == first
+    assert is_quicker.cache_info().misses == len(FEW)
+    assert 1 in FEW, "plain decoding takes the quickest too"
+
+
+@pytest.mark.usefixtures("quicker")
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_target_generates_the_same_text_within(padded: bool, target: Target) -> None:
+    first = [0, 0, 5, 6, 7, 8] if padded else [3, 4, 5, 6, 7, 8]
+    ids = torch.tensor([first, [9, 8, 7, 6, 5, 4]])
+
+    def text() -> tuple[list[list[int]], torch.Tensor]:
+        output = target.model.generate(
+            ids, attention_mask=(ids > 0).long(), max_new_tokens=20, do_sample=False,
+            eos_token_id=None, output_logits=True, return_dict_in_generate=True,
+        )  # fmt: skip
+        return output.sequences.tolist(), torch.stack(output.logits)
+
+    plain, plain_logits = text()
+    with fast_kernels(target.model):
+        fast, logits = text()
+    assert fast == plain
+    torch.testing.assert_close(logits, plain_logits, atol=1e-4, rtol=1e-4)
+    assert not replaced(target.model)
+
+
+def test_a_target_has_the_same_gradients_within(target: Target) -> None:
+    ids = torch.tensor([[3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13]])
+    weights = [p for p in target.model.parameters() if p.is_floating_point()]
+    for weight in weights:
+        weight.requires_grad_()
+
+    def gradients() -> list[torch.Tensor | None]:
+        loss = target.model(ids).logits.logsumexp(-1).sum()
+        return list(torch.autograd.grad(loss, weights, allow_unused=True))
+
+    stock = gradients()
+    with fast_kernels(target.model):
+        assert any(name.endswith("RMSNorm") for name in replaced(target.model))
+        fast = gradients()
+    for weight, a, b in zip(weights, fast, stock, strict=True):
+        weight.requires_grad_(False)
+        assert (a is None) == (b is None)
+        if a is not None and b is not None:
+            torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
+
+
+def test_layers_that_run_again_or_are_compiled_keep_their_own(tiny: Target) -> None:
+    head = noisy_head(tiny).assistant
+    head.model.layers[0].compile()
+    with fast_kernels(head):
+        assert not replaced(head.model.layers[0])
+        assert replaced(head.model.layers[1])
+    head.train()
+    head.model.gradient_checkpointing_enable({"use_reentrant": False})
+    with fast_kernels(head):
+        assert not replaced(head)
+        assert head.config.text_config._attn_implementation == "sdpa"
+
+
+def test_the_lm_head_is_given_rows_without_gaps(target: Target) -> None:
+    """A prefill's last row has the stride of its sequence, though it passes for contiguous."""
+    seen: list[tuple[int, ...]] = []
+    head = target.model.get_output_embeddings()
+    ids = torch.tensor([[5, 6, 7, 8]])
+
+    def run() -> None:
+        # After the hook of `fast_kernels`: it sees what the layer is given.
+        note = head.register_forward_pre_hook(lambda module, args: seen.append(args[0].stride()))
+        with torch.no_grad():
+            target.model(ids, logits_to_keep=1)
+        note.remove()
+
+    width = target.config.hidden_size
+    with fast_kernels(target.model):
+        run()
+    assert seen == [(width, width, 1)]
+    run()
+    # Where layers share keys the row was cut out before them.
+    alone = CUTS_ROWS and getattr(target.config, "num_kv_shared_layers", 0) > 0
+    gap = width if alone else 4 * width
+    assert seen[1] == (gap, width, 1), "transformers mends it: _rows_without_gaps can go"
