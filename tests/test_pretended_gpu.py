@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import Gemma4ForCausalLM
 
 from headstart.common.versions import INSTALLED
 from headstart.configs.schema import Config, Decoder
@@ -18,12 +19,20 @@ from headstart.data.extraction import extract
 from headstart.eval.decoding import Decoded, decode, make_variants
 from headstart.eval.draft_cost import Costs
 from headstart.heads import drafting, unroll
-from headstart.heads.loading import load_served
+from headstart.heads.describe import SHAPES
+from headstart.heads.loading import (
+    VOCAB_SIZE,
+    byte_tokenizer,
+    gemma4_text_config,
+    load_served,
+    random_model,
+)
 from headstart.heads.saving import load_assistant
 from headstart.heads.target import Target
 from headstart.heads.tokens import Sampling
 from headstart.train import loop, ordering, step, validation
 from headstart.train.run import train
+from tests.helpers.heads import ordered_head
 from tests.helpers.models import FAMILIES, make_target
 from tests.helpers.pretended_gpu import DeviceFault, PretendedGpu, Tally, pretended_gpu
 from tests.helpers.prompts import conversations
@@ -280,7 +289,7 @@ def array_of_numpy(patch: pytest.MonkeyPatch) -> None:
 
 
 MUTATIONS: dict[Callable[[pytest.MonkeyPatch], None], str] = {
-    mask_on_the_cpu: r"heads/unroll.py.*a tensor of the CPU meets one of the GPU",
+    mask_on_the_cpu: r"heads/kernels.py.*a tensor of the CPU meets one of the GPU",
     index_on_the_cpu: r"train/step.py.*an index of the CPU on a tensor of the GPU",
     generator_of_the_cpu: r"train/step.py.*a generator of the CPU for a tensor of the GPU",
     item_in_the_step: r"training step: 2 waits, above 1:(.|\n)*train/step.py.*scalar_dense",
@@ -306,3 +315,33 @@ def test_a_fault_is_found(
 
     with pytest.raises((DeviceFault, AssertionError), match=MUTATIONS[mutation]):
         on_the_gpu()
+
+
+def test_launches_of_the_layers_of_e4b() -> None:
+    """Operations of a decoding step and of a draft after the first one, ordered and of two layers,
+    in bfloat16: narrow layers, but as many and of the kinds that the published model has."""
+    narrow = {"hidden_size": 64, "intermediate_size": 64, "vocab_size": VOCAB_SIZE}
+    narrow |= {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCAB_SIZE}
+    kept = (
+        "layer_types", "num_hidden_layers", "num_kv_shared_layers", "num_attention_heads",
+        "num_key_value_heads", "sliding_window",
+    )  # fmt: skip
+    shape = {key: SHAPES["gemma-4-E4B"][key] for key in kept} | narrow
+    config = gemma4_text_config(**shape)
+    prompt, found = list(range(5, 40)), dict[str, Any]()
+    with pytest.MonkeyPatch.context() as patch, pretended_gpu() as gpu:
+        watch_hot_loops(gpu, patch)
+        model = random_model(lambda: Gemma4ForCausalLM(config)).to(torch.bfloat16).to("cuda")
+        target = Target(model, byte_tokenizer(), "e4b")
+        head = ordered_head(config, num_hidden_layers=2).to(torch.bfloat16).to("cuda")
+        handle = model.register_forward_pre_hook(gpu.marked("step", lambda *_: None))
+        decode(target, prompt, 8)
+        handle.remove()
+        for k in (2, 3):
+            (variant,) = make_variants(["exact"], [k], {"head": head}, {}, {})
+            variant.decode(target, prompt, 12, Sampling(0.0), 0)
+            found[f"draft {k}"] = cost(gpu.units[f"exact draft of {k}, greedy"])[0]
+    draft = found["draft 3"] - found["draft 2"]
+    if COUNTED_WITH:
+        assert cost(gpu.units["step"])[0] <= 1455, "3824 with norms in pieces"
+        assert draft <= 55, "143 with norms in pieces"
