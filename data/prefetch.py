@@ -13,7 +13,7 @@ from headstart.data.loader import Batch
 
 THREADS = 3
 """A batch of E4B takes about twice as long to put together as a step of its head takes on an H100
-(docs/performance.md)."""
+(docs/explanation/performance.md)."""
 
 T = TypeVar("T")
 Made: TypeAlias = tuple[Batch, torch.cuda.Event | None]

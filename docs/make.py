@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import docs.tables_decoding
-import docs.tables_training  # noqa: F401  both keep what makes their blocks in TABLES
+import docs.tables_training  # noqa: F401  they keep what makes their blocks in TABLES
 from docs.checks import dead_pages, documents, problems_of
 from docs.reference import REFERENCE
 from docs.tables import TABLES, make_table

@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import BaseModel
 
 from docs.tables import rows_of
+from docs.tables_limits import limits_h100
 from headstart.cli.arguments import FLAGS, Argument, Command, setting_row
 from headstart.cli.main import COMMANDS
 from headstart.configs.keys import describe_setting, known_keys, section_at
@@ -173,5 +174,6 @@ REFERENCE: dict[str, Callable[[], str]] = {
     "recipes": recipes,
     "memory": memory,
     "plan-lora": plan_lora,
+    "limits-h100": limits_h100,
 }
 """Block -> what makes it."""

@@ -33,7 +33,7 @@ from headstart.train.plan import run_shapes
 
 STEP = 0.012
 """Seconds of a head's training step for E4B on an H100, calculated from its launches at 3 to 4
-microseconds each (docs/performance.md): the shortest that a loader has to keep up with."""
+microseconds each (docs/explanation/performance.md): the shortest that a loader has to keep up with."""
 STEPS = 100
 SHARDS, DOCUMENTS = 4, 16  # documents a shard
 

@@ -1,0 +1,91 @@
+"""Tables of how near each phase is to what its machine can do: measured, and by calculation."""
+
+from typing import Any
+
+from docs.tables import Results, made_of, rows_of
+from headstart.configs.loader import load_config
+from headstart.data.extraction import BATCH_TOKENS
+from headstart.heads.describe import published_config, target_step_weights
+from headstart.heads.target import source_layers
+from headstart.train.memory import kv_bytes
+
+
+@made_of("limits")
+def machine_rates(found: Results) -> str:
+    rates = found["limits"]
+    return rows_of("dtype | matrix products | copies, read and written", [
+        [name, f"{flops / 1e9:,.0f} GFLOP/s", f"{moved / 1e9:.1f} GB/s"]
+        for (name, flops), moved in zip(
+            rates["gemm_flops_per_second"].items(),
+            rates["memory_bytes_per_second"].values(),
+            strict=True,
+        )
+    ])  # fmt: skip
+
+
+@made_of(
+    "bench-regenerate", "bench-regenerate-float32", "bench-extract", "bench-extract-float32",
+    "bench-train-bf16", "bench-train", "bench-draft-bf16", "bench-draft", "bench-loader",
+)  # fmt: skip
+def limits_measured(found: Results) -> str:
+    def ratios(name: str, key: str) -> list[str]:
+        by_dtype = {c["environment"]["dtype"]: c["ratios"] for n, c in found.items() if name in n}
+        return [f"{by_dtype[dtype][key]:.2f}" for dtype in ("float32", "bfloat16")]
+
+    loader = found["bench-loader"]["ratios"]
+    return rows_of("phase | limit | measured (`key`) | float32 | bfloat16", [
+        ["generation, batches of 64", "matrix products",
+         "products alone / all (`regenerate_over_gemm`)",
+         *ratios("bench-regenerate", "regenerate_over_gemm")],
+        ["extraction", "matrix products", "products alone / all (`extract_over_gemm`)",
+         *ratios("bench-extract", "extract_over_gemm")],
+        ["shards of activations", "the target", "share in which it waits for files (`write_share`)",
+         *ratios("bench-extract", "write_share")],
+        ["training step", "matrix products",
+         "an anchor / a token of the target's forward (`step_over_forward`)",
+         *ratios("bench-train", "step_over_forward")],
+        ["draft", "Python, and the weights that it reads",
+         "a draft step / a step of the target (`c_exact_ordered`)",
+         *ratios("bench-draft", "c_exact_ordered")],
+        ["loader, E4B shapes", "Python's lock", "share of a step of 12 ms that waits "
+         "(`loader_wait_share`)", "", f"{loader['loader_wait_share']:.2f}"],
+    ])  # fmt: skip
+
+
+FLOPS, BANDWIDTH = 989e12, 3.35e12  # H100 SXM, bfloat16 without sparsity, by NVIDIA's data sheet
+LAUNCH = 5e-6  # seconds of the host for an operation of PyTorch, assumed
+STEPS = {"gemma-4-E4B": 1455, "gemma-4-31B": 1960}
+"""Operations of a decoding step, counted as tests/test_pretended_gpu.py does, over narrow layers."""
+CONTEXT = 1024
+
+
+def limits_h100() -> str:
+    """What a decoding step and an extracting forward take on an H100, by what could limit them."""
+    rows = []
+    for name, recipe in (("gemma-4-E4B", "gemma4-e4b"), ("gemma-4-31B", "gemma4-31b")):
+        source = published_config(f"google/{name}")
+        assert source is not None
+        batch = load_config(recipe).data.generation_batch_size
+        weights = target_step_weights(source)
+        cache = batch * _cache_bytes(source)
+        for what, tokens, moved in (
+            (f"decoding step of {batch} texts", batch, 2 * weights + cache),
+            ("decoding step of one text", 1, 2 * weights + cache // batch),
+            (f"extracting forward of {BATCH_TOKENS:,} tokens", BATCH_TOKENS, 2 * weights),
+        ):
+            limits = {
+                "memory": moved / BANDWIDTH,
+                "matrix products": 2 * weights * tokens / FLOPS,
+                "launches": STEPS[name] * LAUNCH,
+            }
+            cells = [f"{seconds * 1000:.1f}" for seconds in limits.values()]
+            rows.append([name, what, *cells, max(limits, key=lambda one: limits[one])])
+    return rows_of("target | what | memory, ms | products, ms | launches, ms | limit", rows)
+
+
+def _cache_bytes(source: Any) -> int:
+    """Keys and values of a text of `CONTEXT` tokens that a decoding step reads."""
+    last = max(source_layers(source).values())
+    rows = {"full_attention": CONTEXT, "sliding_attention": min(CONTEXT, source.sliding_window)}
+    kinds = source.layer_types[: last + 1]
+    return sum(kv_bytes(source, i, 2) * rows[kind] for i, kind in enumerate(kinds))
