@@ -13,14 +13,13 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from transformers import DynamicCache, LogitsProcessor
-from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from headstart.common.console import progress_bar
 from headstart.common.processes import in_step, is_mine, processes_in
-from headstart.common.versions import CACHE, all_prompt_rows, check_rows
+from headstart.common.versions import check_rows
 from headstart.configs.schema import DataConfig
 from headstart.data.conversations import MANIFEST, Conversation, trainable
+from headstart.data.kv_cache import generation_cache
 from headstart.data.store import (
     ActivationStore,
     Document,
@@ -52,68 +51,38 @@ def top_logprobs(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tens
     return best.indices, best.values.float() - normalizer
 
 
-class KeptLayer(DynamicSlidingWindowLayer):
-    """A sliding layer of a cache that keeps all rows beside its window, which is what attention
-    sees."""
+class Recorder:
+    """Keeps hidden states, keys, values and the teacher's top tokens of one batch that `answer`
+    writes.
 
-    def __init__(self, sliding_window: int):
-        super().__init__(sliding_window)
-        self.new: list[tuple[torch.Tensor, torch.Tensor]] = []
+    It brings the cache, which keeps every row of the two layers that a head attends to, and the
+    windows of other sliding layers.
 
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        self.new.append((key_states, value_states))
-        seen: tuple[torch.Tensor, torch.Tensor] = super().update(
-            key_states, value_states, *args, **kwargs
-        )
-        return seen
-
-    def rows(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of all tokens, each [B, kv heads, T, head_dim]."""
-        keys, values = zip(*self.new, strict=True)
-        return torch.cat(keys, dim=2), torch.cat(values, dim=2)
-
-
-class Recorder(LogitsProcessor):
-    """Keeps hidden states, keys, values and the teacher's top tokens of one `generate` call.
-
-    As the first logits processor it sees the logits as the target emits them; a hook on the final
-    norm sees the hidden states; the cache that it brings keeps every row of the two layers that a
-    head attends to, and the windows of other sliding layers. Use it as a context manager around
-    `generate(**recorder.arguments(), ...)`.
-
-    Raises:
-        RuntimeError: (in `generate`) the target left out rows of the prompt.
+    Args:
+        room: tokens that will run of each text, padding included.
     """
 
-    def __init__(self, target: Target, top_k: int):
+    def __init__(self, target: Target, top_k: int, room: int):
         self.target, self.top_k = target, top_k
-        self.cache = DynamicCache(config=target.config)
-        sliding = target.source_layers["sliding_attention"]
-        self.kept = KeptLayer(target.config.sliding_window)
-        self.cache.layers[sliding] = self.kept
+        self.kept = target.source_layers["sliding_attention"]
+        self.cache = generation_cache(target.config, room, keeps_all=self.kept)
         self.hidden: list[torch.Tensor] = []
         self.teacher: list[tuple[torch.Tensor, torch.Tensor]] = []
 
-    def arguments(self) -> dict[str, Any]:
-        """Keywords for `generate`."""
-        return {CACHE: self.cache, **all_prompt_rows(self.target.device)}
+    def note(self, hidden: torch.Tensor, logits: torch.Tensor, tokens: int) -> None:
+        """Keep what one forward gave.
 
-    def __enter__(self) -> "Recorder":
-        self._hook = self.target.final_norm.register_forward_hook(
-            lambda module, inputs, output: self.hidden.append(output)
-        )
-        return self
+        Args:
+            hidden: [B, T, D] of its tokens.
+            logits: [B, V] after the last of them, as the target emits them.
+            tokens: W + S, all that have run of each text.
 
-    def __exit__(self, *error: Any) -> None:
-        self._hook.remove()
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """`scores` [B, V], unchanged; `input_ids` [B, W + tokens so far]."""
-        check_rows(sum(block.shape[1] for block in self.hidden), input_ids.shape[1])
-        self.teacher.append(top_logprobs(scores, self.top_k))
-        return scores
+        Raises:
+            RuntimeError: the target left out rows.
+        """
+        self.hidden.append(hidden)
+        check_rows(sum(block.shape[1] for block in self.hidden), tokens)
+        self.teacher.append(top_logprobs(logits, self.top_k))
 
     def tensors(
         self, prompt_ids: list[list[int]], responses: list[list[int]]
@@ -124,14 +93,12 @@ class Recorder(LogitsProcessor):
         row reads it.
         """
         width = self.hidden[0].shape[1]
-        # Forwards after the last token were for other processes' sake.
-        hidden = torch.cat(self.hidden[: len(self.teacher)], dim=1)  # [B, W + S - 1, D]
+        hidden = torch.cat(self.hidden, dim=1)  # [B, W + S - 1, D]
         ids = torch.stack([ids for ids, _ in self.teacher], dim=1)  # [B, S, k]
         logprobs = torch.stack([logprobs for _, logprobs in self.teacher], dim=1)
-        full = self.cache.layers[self.target.source_layers["full_attention"]]
         sources = {
-            "sliding_attention": self.kept.rows(),
-            "full_attention": (full.keys, full.values),
+            layer_type: self.cache.layers[i].rows()
+            for layer_type, i in self.target.source_layers.items()
         }
         shards: dict[str, list[torch.Tensor]] = {}
         for b, (prompt, response) in enumerate(zip(prompt_ids, responses, strict=True)):

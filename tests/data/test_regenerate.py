@@ -107,7 +107,7 @@ def test_a_recorder_keeps_all_rows_of_two_layers_and_windows_of_the_others(
     window, layers = target.config.sliding_window, target.source_layers
     if new_tokens == 3:
         asked = [replace(job, prompt_ids=job.prompt_ids[: window - 3]) for job in asked]
-    ours, windows, whole = (Recorder(target, 4) for _ in range(3))
+    ours, windows, whole = (Recorder(target, 4, 64) for _ in range(3))
     windows.cache, whole.cache = DynamicCache(config=target.config), DynamicCache()
     texts = [answer(target, asked, new_tokens, 0, one) for one in (ours, windows, whole, None)]
     assert texts[0] == texts[1] == texts[2] == texts[3]
