@@ -7,6 +7,7 @@ D target width, k teacher tokens, V vocabulary.
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from headstart.common.console import progress_bar
 from headstart.common.processes import in_step, is_mine, processes_in
 from headstart.common.versions import check_rows
 from headstart.configs.schema import DataConfig
+from headstart.data.background_writer import BackgroundWriter
 from headstart.data.conversations import MANIFEST, Conversation, trainable
 from headstart.data.kv_cache import generation_cache
 from headstart.data.store import (
@@ -25,7 +27,9 @@ from headstart.data.store import (
     Document,
     Entry,
     Shard,
+    Storage,
     check_space,
+    on_cpu,
     read_index,
     shard_path,
     shard_paths,
@@ -85,7 +89,10 @@ class Recorder:
         self.teacher.append(top_logprobs(logits, self.top_k))
 
     def tensors(
-        self, prompt_ids: list[list[int]], responses: list[list[int]]
+        self,
+        prompt_ids: list[list[int]],
+        responses: list[list[int]],
+        storage: Storage = "target",
     ) -> dict[str, torch.Tensor]:
         """The tensors of one shard (`data/store.py`), documents in the order of the batch.
 
@@ -116,7 +123,8 @@ class Recorder:
                     ours = rows[b, :, seen].transpose(0, 1)
                     document[f"{layer_type}.{what}"] = _padded(ours, 0, length)
             for name, tensor in document.items():
-                shards.setdefault(name, []).append(tensor.cpu())
+                for stored, there in on_cpu(name, tensor, storage).items():
+                    shards.setdefault(stored, []).append(there)
         return {name: torch.cat(parts) for name, parts in shards.items()}
 
 
@@ -181,12 +189,14 @@ def extract(
             there = sum(path.stat().st_size for path in shard_paths(folder))
             check_space(folder, stored_bytes(target, config) * tokens - there)
         task = bar.add_task("Extracting (tokens)", total=tokens, status="")
-        for pending in in_step(mine(), target.sharded):
-            path, pieces = pending or (folder, [])
-            tensors = extract_tensors(target, pieces, config.teacher_top_k)
-            if pieces:
-                index.unlink(missing_ok=True)
-                write_shard(path, tensors, entries_of(pieces, tensors), settings)
+        with BackgroundWriter() as writer:
+            for pending in in_step(mine(), target.sharded):
+                path, pieces = pending or (folder, [])
+                tensors = extract_tensors(target, pieces, config.teacher_top_k, config.storage)
+                if pieces:
+                    index.unlink(missing_ok=True)
+                    entries = entries_of(pieces, tensors)
+                    writer.put(partial(write_shard, path, tensors, entries, settings))
         PartialState().wait_for_everyone()
         if PartialState().is_main_process:
             noted = {"chat_template_kwargs": variables} if variables else {}
@@ -282,7 +292,7 @@ def _entry(c: Conversation, top_k_mass: float | None) -> Entry:
 
 @torch.no_grad()  # a split target keeps buffers of its first forward: no inference tensors
 def extract_tensors(
-    target: Target, conversations: list[Conversation], top_k: int
+    target: Target, conversations: list[Conversation], top_k: int, storage: Storage = "target"
 ) -> dict[str, torch.Tensor]:
     """The tensors of one shard (`data/store.py`), [N, ...] over the tokens of the conversations.
 
@@ -293,21 +303,12 @@ def extract_tensors(
         if batch is None:
             target.idle()
             continue
-        for i, part in zip(batch, _run(target, [conversations[i] for i in batch]), strict=True):
+        ran = _run(target, [conversations[i] for i in batch], top_k, storage)
+        for i, part in zip(batch, ran, strict=True):
             parts[i] = part
     if not parts:
         return {}
-    tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    taught = torch.cat([_taught(c) for c in conversations])
-    tensors["teacher_ids"] = torch.zeros(len(taught), top_k, dtype=torch.int32)
-    tensors["teacher_logprobs"] = torch.zeros(len(taught), top_k)
-    for chunk in taught.nonzero()[:, 0].split(LOGIT_ROWS):
-        # Not in float32: it would cost as much as the best tokens do.
-        logits = target.own_logits(tensors["hidden"][chunk].to(target.device))
-        best_ids, logprobs = top_logprobs(logits, top_k)
-        tensors["teacher_ids"][chunk] = best_ids.int().cpu()
-        tensors["teacher_logprobs"][chunk] = logprobs.cpu()
-    return tensors
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def forward_batches(conversations: list[Conversation]) -> Iterator[list[int]]:
@@ -319,22 +320,51 @@ def forward_batches(conversations: list[Conversation]) -> Iterator[list[int]]:
         by_length = by_length[size:]
 
 
-def _run(target: Target, conversations: list[Conversation]) -> list[dict[str, torch.Tensor]]:
-    """Ids, mask, hidden states and shared KV of each conversation, from one padded forward."""
+def _run(
+    target: Target, conversations: list[Conversation], top_k: int, storage: Storage
+) -> list[dict[str, torch.Tensor]]:
+    """The tensors of each conversation, from one padded forward."""
     rows = [torch.tensor(c.ids) for c in conversations]
     padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(target.device)
-    lengths = torch.tensor([len(row) for row in rows], device=target.device)
-    kept = torch.arange(padded.shape[1], device=target.device) < lengths[:, None]
+    lengths = [len(row) for row in rows]
+    length_of = torch.tensor(lengths, device=target.device)
+    kept = torch.arange(padded.shape[1], device=target.device) < length_of[:, None]
     seen = target.activations(padded, kept.long())
+    taught = [_taught(c).nonzero()[:, 0] for c in conversations]
+    teachers = _teachers(target, seen.hidden, taught, top_k)
     parts = []
     for b, (c, row) in enumerate(zip(conversations, rows, strict=True)):
         part = {"ids": row.int(), "loss_mask": _loss_mask(c)}
-        part["hidden"] = seen.hidden[b, : len(row)].cpu()
+        device_side = {"hidden": seen.hidden[b, : len(row)]}
         for layer_type, (keys, values) in seen.shared_kv.items():
-            part[f"{layer_type}.keys"] = keys[b, :, : len(row)].transpose(0, 1).cpu()
-            part[f"{layer_type}.values"] = values[b, :, : len(row)].transpose(0, 1).cpu()
+            device_side[f"{layer_type}.keys"] = keys[b, :, : len(row)].transpose(0, 1)
+            device_side[f"{layer_type}.values"] = values[b, :, : len(row)].transpose(0, 1)
+        for name, tensor in device_side.items():
+            part |= on_cpu(name, tensor, storage)
+        for name, found in zip(("teacher_ids", "teacher_logprobs"), teachers[b], strict=True):
+            part[name] = found.new_zeros(len(row), top_k).index_copy_(0, taught[b], found)
         parts.append(part)
     return parts
+
+
+def _teachers(
+    target: Target, hidden: torch.Tensor, taught: list[torch.Tensor], top_k: int
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Of hidden states [B, T, D], while they are on the device: the ids [n, k] int32 and
+    log-probabilities [n, k] of the target's best tokens after the `taught` places [n] of each
+    text, on the CPU."""
+    width = hidden.shape[1]
+    places = torch.cat([b * width + where for b, where in enumerate(taught)]).to(hidden.device)
+    ids, logprobs = [], []
+    for rows in hidden.flatten(0, 1)[places].split(LOGIT_ROWS):
+        # Not in float32: it would cost as much as the best tokens do.
+        best_ids, best = top_logprobs(target.own_logits(rows), top_k)
+        ids.append(best_ids.int())
+        logprobs.append(best)
+    none = hidden.new_zeros(0, top_k, dtype=torch.float32)
+    counts = [len(where) for where in taught]
+    found_ids = torch.cat([none.int(), *ids]).cpu().split(counts)
+    return list(zip(found_ids, torch.cat([none, *logprobs]).cpu().split(counts), strict=True))
 
 
 def _loss_mask(c: Conversation) -> torch.Tensor:

@@ -5,6 +5,7 @@ Letters: B batch, V vocabulary.
 
 from collections.abc import Iterator
 from dataclasses import astuple, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from headstart.common.console import print_once, progress_bar
 from headstart.common.processes import in_step, is_mine, processes_in
 from headstart.common.versions import CACHE, skips_prefill
 from headstart.configs.schema import DataConfig
+from headstart.data.background_writer import BackgroundWriter
 from headstart.data.conversations import (
     Conversation,
     answered,
@@ -107,6 +109,11 @@ def batches_of(jobs: list[Job], config: DataConfig) -> list[list[Job]]:
     """The jobs of each part, in order."""
     size = config.generation_batch_size
     return [jobs[i : i + size] for i in range(0, len(jobs), size)]
+
+
+def tokens_that_run(jobs: list[Job], max_new_tokens: int) -> int:
+    """Of each text of a batch, padding included, at most: nothing runs on the last token."""
+    return max(len(job.prompt_ids) for job in jobs) + max_new_tokens - 1
 
 
 def conversations_of(
@@ -224,7 +231,7 @@ def regenerate(
     folder: Path,
     extract: bool,
     description: str = "Generating",
-) -> None:
+) -> float:
     """Let the target answer in process, and keep what it computes on the way where asked to.
 
     What an earlier call with the same settings has finished stays as it is.
@@ -235,6 +242,9 @@ def regenerate(
         folder: for one Parquet part and, with `extract`, one shard of activations a batch.
         extract: whether to write the activation store from the same forwards.
         description: label of the progress bar.
+
+    Returns:
+        Seconds for which the target waited until files were written.
 
     Raises:
         ValueError: the folder was begun with other settings, or its disk is too small.
@@ -261,28 +271,47 @@ def regenerate(
         total, left = (sum(len(batches[n]) for n in numbers) for numbers in (mine, missing))
         task = bar.add_task(description, total=total, completed=total - left, status="")
         tokens = 0
-        for pending in in_step(missing, target.sharded):
-            if pending is None:
-                answer(target, [_IDLE], 1, seed, None)
-                continue
-            batch = batches[pending]
-            (folder / "index.json").unlink(missing_ok=True)
-            room = max(len(job.prompt_ids) for job in batch) + config.max_new_tokens - 1
-            recorder = Recorder(target, config.teacher_top_k, room) if extract else None
-            responses = answer(target, batch, config.max_new_tokens, seed + pending, recorder)
-            written = conversations_of(batch, responses, target.eos_ids)
-            if recorder is not None:
-                # First the shard, then the text: where the text is, the shard is whole.
-                tensors = recorder.tensors([job.prompt_ids for job in batch], responses)
-                entries = entries_of(written, tensors)
-                write_shard(shard_path(folder, pending), tensors, entries, settings)
-            path = part_path(folder, pending)
-            write_part(path, written, target.tokenizer, target.name, target.revision)
-            tokens += sum(c.trained for c in written)
-            bar.update(task, advance=len(written), status=f"{tokens:,} tokens")
+        with BackgroundWriter() as writer:
+            for pending in in_step(missing, target.sharded):
+                if pending is None:
+                    answer(target, [_IDLE], 1, seed, None)
+                    continue
+                batch = batches[pending]
+                (folder / "index.json").unlink(missing_ok=True)
+                recorder = None
+                if extract:
+                    room = tokens_that_run(batch, config.max_new_tokens)
+                    recorder = Recorder(target, config.teacher_top_k, room)
+                responses = answer(target, batch, config.max_new_tokens, seed + pending, recorder)
+                written = conversations_of(batch, responses, target.eos_ids)
+                tensors = None
+                if recorder is not None:
+                    prompts = [job.prompt_ids for job in batch]
+                    tensors = recorder.tensors(prompts, responses, config.storage)
+                writer.put(partial(_write, folder, pending, written, tensors, target, settings))
+                tokens += sum(c.trained for c in written)
+                bar.update(task, advance=len(written), status=f"{tokens:,} tokens")
         PartialState().wait_for_everyone()
         if extract and PartialState().is_main_process and not (folder / "index.json").is_file():
             write_index(folder, [shard_path(folder, i) for i in range(len(batches))], settings)
+    return writer.waited
+
+
+def _write(
+    folder: Path,
+    number: int,
+    conversations: list[Conversation],
+    tensors: dict[str, torch.Tensor] | None,
+    target: Target,
+    settings: dict[str, Any],
+) -> None:
+    """Write what one batch gave: its shard, where there are activations, and its part."""
+    if tensors is not None:
+        # First the shard, then the text: where the text is, the shard is whole.
+        entries = entries_of(conversations, tensors)
+        write_shard(shard_path(folder, number), tensors, entries, settings)
+    path = part_path(folder, number)
+    write_part(path, conversations, target.tokenizer, target.name, target.revision)
 
 
 def _check_space(
@@ -313,11 +342,11 @@ def answer(
     prompts, mask = inputs["input_ids"], inputs["attention_mask"]
     quick = fast_grouped_query_attention(target.config)
     with plain_strides(target.model), quick:
-        output = _decode(target, prompts, mask, mixture, max_new_tokens, recorder)
+        output = generate_tokens(target, prompts, mask, mixture, max_new_tokens, recorder)
     return [cut_after(response, target.eos_ids) for response in output.tolist()]
 
 
-def _decode(
+def generate_tokens(
     target: Target,
     ids: torch.Tensor,
     mask: torch.Tensor,
@@ -325,20 +354,21 @@ def _decode(
     max_new_tokens: int,
     recorder: Recorder | None,
 ) -> torch.Tensor:
-    """Tokens after `ids` [B, W], padded on the left (`mask` [B, W]: 0 there) -> [B, S], until every
-    row has an end-of-sequence token or there are `max_new_tokens`; padding after a row's end.
+    """What follows texts [B, W], padded on the left (`mask` [B, W]: 0 there), of which the last
+    `ids` [B, T] have yet to run -> [B, S], until every row has an end-of-sequence token or there
+    are `max_new_tokens`; padding after a row's end.
 
     `generate` of transformers would do: it copies the logits to float32, and ids, mask and cache
     anew at every step, a third of the time of a step of Gemma 3 270M.
     """
-    room = ids.shape[1] + max_new_tokens - 1
+    room = mask.shape[1] + max_new_tokens - 1  # as `tokens_that_run`
     cache = recorder.cache if recorder is not None else generation_cache(target.config, room)
     # Layers that share keys need run on the last token alone, but where all rows are recorded.
     skips = recorder is None and skips_prefill(target.config)
     kept: dict[str, Any] = {"logits_to_keep": 1} if skips else {}
     decoder, pad = target.model.get_decoder(), target.tokenizer.pad_token_id
     ends = torch.tensor(target.eos_ids, device=ids.device)
-    positions = (mask.cumsum(-1) - 1).clamp_min(0)
+    positions = (mask.cumsum(-1) - 1).clamp_min(0)[:, -ids.shape[1] :]
     mask = torch.nn.functional.pad(mask, (0, max_new_tokens - 1), value=1)  # [B, room]
     ongoing = mask.new_ones(len(ids), dtype=torch.bool)
     chosen: list[torch.Tensor] = []
