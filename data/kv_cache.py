@@ -12,6 +12,8 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+SLACK = 128  # rows
+
 
 class _Rows:
     """Keys or values of one layer: a buffer [B, G, room, D], filled from its beginning.
@@ -71,13 +73,13 @@ class FullLayer(DynamicLayer):
 
 
 class WindowLayer(DynamicSlidingWindowLayer):
-    """A sliding layer. Its buffer is of twice the window, or of `room` rows where those are fewer,
-    so that it moves its window once in so many steps; or, with `keeps_all`, of `room` rows, all of
-    which `rows` tells, beside its window, which is what attention sees."""
+    """A sliding layer. Its buffer is of its window and `SLACK` rows more, so that it moves the
+    window once in so many steps, or of `room` rows where those are fewer. With `keeps_all` it is of
+    `room` rows, all of which `rows` tells; attention sees the window alone there too."""
 
     def __init__(self, sliding_window: int, room: int, keeps_all: bool = False):
         super().__init__(sliding_window)
-        room = room if keeps_all else min(room, buffer_rows(sliding_window))
+        room = room if keeps_all else min(room, sliding_window + SLACK)
         self._rows = tuple(_Rows(room, sliding_window - 1) for _ in range(2))
 
     def update(
@@ -93,11 +95,6 @@ class WindowLayer(DynamicSlidingWindowLayer):
     def rows(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of all tokens that are kept, each [B, G, T, D]."""
         return self._rows[0].last(self._rows[0].room), self._rows[1].last(self._rows[1].room)
-
-
-def buffer_rows(sliding_window: int) -> int:
-    """Rows in the buffer of a sliding layer, where texts are longer."""
-    return 2 * sliding_window
 
 
 def _begin(layer: DynamicLayer, key_states: torch.Tensor) -> None:

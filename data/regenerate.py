@@ -3,6 +3,7 @@
 Letters: B batch, V vocabulary.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import astuple, dataclass
 from functools import partial
@@ -162,24 +163,31 @@ class SamplingMixture:
         # A GPU waits for each copy: one of each in all.
         self.uniform = {g: torch.stack(numbers).to(device) for g, numbers in drawn.items()}
         self.places = {g: torch.tensor(rows, device=device) for g, rows in self.rows.items()}
-        self.greedy = [i for i, s in enumerate(sampling) if s.temperature == 0]
 
     def __call__(self, logits: torch.Tensor, step: int) -> torch.Tensor:
         """`logits` [B, V] and the step, from 0 -> the tokens [B]."""
-        if logits.device.type != "cpu":
-            chosen = logits.argmax(-1)
-            for drawn, places in self.places.items():
-                uniform = self.uniform[drawn][step]
-                chosen[places] = _draw(logits[places].float(), drawn, uniform)
-            return chosen
-        # Row by row a CPU keeps the V values in its cache: a fifth of the time of all at once.
-        chosen = torch.empty(len(logits), dtype=torch.long)
-        for i in self.greedy:
-            chosen[i] = logits[i].argmax()
+        chosen = _argmax(logits)
         for drawn, rows in self.rows.items():
-            for i, uniform in zip(rows, self.uniform[drawn][step].split(1), strict=True):
-                chosen[i] = _draw(logits[i : i + 1].float(), drawn, uniform)[0]
+            uniform = self.uniform[drawn][step]
+            if logits.device.type == "cpu":
+                # Row by row a CPU keeps the V values in its cache: a fifth of the time of all.
+                pairs = zip(rows, uniform.split(1), strict=True)
+                tokens = [_draw(logits[i : i + 1].float(), drawn, u) for i, u in pairs]
+                chosen[self.places[drawn]] = torch.cat(tokens)
+            else:
+                chosen[self.places[drawn]] = _draw(
+                    logits[self.places[drawn]].float(), drawn, uniform
+                )
         return chosen
+
+
+def _argmax(logits: torch.Tensor) -> torch.Tensor:
+    """`logits.argmax(-1)` of [B, V], the first of equals, by way of the best of each block: a CPU
+    finds a largest value in a tenth of the time that it takes to find its place."""
+    blocks = logits.view(len(logits), -1, math.gcd(logits.shape[-1], BLOCK))
+    best = blocks.amax(-1).argmax(-1, keepdim=True)  # [B, 1]
+    inside = blocks.take_along_dim(best[..., None], 1)[:, 0].argmax(-1)
+    return best[:, 0] * blocks.shape[-1] + inside
 
 
 def _draw(logits: torch.Tensor, drawn: Sampling, uniform: torch.Tensor) -> torch.Tensor:

@@ -30,6 +30,7 @@ from headstart.data.prompts import Prompt
 from headstart.data.regenerate import (
     BLOCK,
     SamplingMixture,
+    _argmax,
     _inverse_cdf,
     answer,
     make_jobs,
@@ -363,6 +364,14 @@ def test_the_mixture_draws_from_the_distribution_of_each_row(sampling: Sampling)
     assert not observed[expected == 0].any()
     kept = expected > 0
     assert float(((observed - expected)[kept] ** 2 / expected[kept]).sum()) < 24.3
+
+
+@pytest.mark.parametrize("vocabulary", [7, 96, 3 * BLOCK, 3 * BLOCK + 64])
+def test_the_best_token_is_the_first_of_equals(vocabulary: int) -> None:
+    torch.manual_seed(0)
+    for logits in (torch.randn(50, vocabulary), torch.randint(3, (50, vocabulary)).bfloat16()):
+        first = (logits == logits.amax(-1, keepdim=True)).long().cumsum(-1).clamp_max(1).sum(-1)
+        assert torch.equal(_argmax(logits), vocabulary - first)
 
 
 def test_the_place_among_many_weights_is_that_of_one_running_sum() -> None:
