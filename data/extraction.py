@@ -325,46 +325,42 @@ def _run(
 ) -> list[dict[str, torch.Tensor]]:
     """The tensors of each conversation, from one padded forward."""
     rows = [torch.tensor(c.ids) for c in conversations]
-    padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(target.device)
     lengths = [len(row) for row in rows]
-    length_of = torch.tensor(lengths, device=target.device)
-    kept = torch.arange(padded.shape[1], device=target.device) < length_of[:, None]
-    seen = target.activations(padded, kept.long())
-    taught = [_taught(c).nonzero()[:, 0] for c in conversations]
-    teachers = _teachers(target, seen.hidden, taught, top_k)
-    parts = []
-    for b, (c, row) in enumerate(zip(conversations, rows, strict=True)):
-        part = {"ids": row.int(), "loss_mask": _loss_mask(c)}
-        device_side = {"hidden": seen.hidden[b, : len(row)]}
-        for layer_type, (keys, values) in seen.shared_kv.items():
-            device_side[f"{layer_type}.keys"] = keys[b, :, : len(row)].transpose(0, 1)
-            device_side[f"{layer_type}.values"] = values[b, :, : len(row)].transpose(0, 1)
-        for name, tensor in device_side.items():
-            part |= on_cpu(name, tensor, storage)
-        for name, found in zip(("teacher_ids", "teacher_logprobs"), teachers[b], strict=True):
-            part[name] = found.new_zeros(len(row), top_k).index_copy_(0, taught[b], found)
-        parts.append(part)
-    return parts
+    padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    kept = torch.arange(padded.shape[1]) < torch.tensor(lengths)[:, None]
+    seen = target.activations(padded.to(target.device), kept.long().to(target.device))
+    taught = torch.cat([_taught(c) for c in conversations])
+    places = kept.flatten().nonzero()[:, 0]
+    teachers = _teachers(target, seen.hidden.flatten(0, 1), places[taught], top_k)
+    # One copy of each for all conversations: a GPU waits for each.
+    there = places.to(target.device)
+    tensors = on_cpu("hidden", seen.hidden.flatten(0, 1)[there], storage)
+    for layer_type, pair in seen.shared_kv.items():
+        for what, heads in zip(("keys", "values"), pair, strict=True):
+            of_tokens = heads.transpose(1, 2).flatten(0, 1)[there]
+            tensors |= on_cpu(f"{layer_type}.{what}", of_tokens, storage)
+    for name, found in zip(("teacher_ids", "teacher_logprobs"), teachers, strict=True):
+        tensors[name] = found.new_zeros(len(places), top_k)
+        tensors[name][taught] = found
+    tensors["ids"] = torch.cat(rows).int()
+    tensors["loss_mask"] = torch.cat([_loss_mask(c) for c in conversations])
+    split = {name: tensor.split(lengths) for name, tensor in tensors.items()}
+    return [{name: parts[b] for name, parts in split.items()} for b in range(len(rows))]
 
 
 def _teachers(
-    target: Target, hidden: torch.Tensor, taught: list[torch.Tensor], top_k: int
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Of hidden states [B, T, D], while they are on the device: the ids [n, k] int32 and
-    log-probabilities [n, k] of the target's best tokens after the `taught` places [n] of each
-    text, on the CPU."""
-    width = hidden.shape[1]
-    places = torch.cat([b * width + where for b, where in enumerate(taught)]).to(hidden.device)
-    ids, logprobs = [], []
-    for rows in hidden.flatten(0, 1)[places].split(LOGIT_ROWS):
+    target: Target, hidden: torch.Tensor, places: torch.Tensor, top_k: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of hidden states [N, D], while they are on the device: the ids [n, k] int32 and
+    log-probabilities [n, k] of the target's best tokens after those at `places` [n], on the CPU."""
+    ids = [hidden.new_zeros(0, top_k, dtype=torch.int32)]
+    logprobs = [hidden.new_zeros(0, top_k, dtype=torch.float32)]
+    for rows in hidden[places.to(hidden.device)].split(LOGIT_ROWS):
         # Not in float32: it would cost as much as the best tokens do.
         best_ids, best = top_logprobs(target.own_logits(rows), top_k)
         ids.append(best_ids.int())
         logprobs.append(best)
-    none = hidden.new_zeros(0, top_k, dtype=torch.float32)
-    counts = [len(where) for where in taught]
-    found_ids = torch.cat([none.int(), *ids]).cpu().split(counts)
-    return list(zip(found_ids, torch.cat([none, *logprobs]).cpu().split(counts), strict=True))
+    return torch.cat(ids).cpu(), torch.cat(logprobs).cpu()
 
 
 def _loss_mask(c: Conversation) -> torch.Tensor:

@@ -35,7 +35,7 @@ class _Rows:
         start = 0 if self.before is None else max(self.end - self.before, 0)
         end = self.end + new.shape[2]
         if end <= self.room:
-            self.buffer[:, :, self.end : end] = new
+            self.buffer.narrow(2, self.end, new.shape[2]).copy_(new)
             self.end = end
             return self.buffer[:, :, start:end]
         if self.before is None:

@@ -166,7 +166,7 @@ class SamplingMixture:
 
     def __call__(self, logits: torch.Tensor, step: int) -> torch.Tensor:
         """`logits` [B, V] and the step, from 0 -> the tokens [B]."""
-        chosen = _argmax(logits)
+        chosen = _argmax(logits) if logits.device.type == "cpu" else logits.argmax(-1)
         for drawn, rows in self.rows.items():
             uniform = self.uniform[drawn][step]
             if logits.device.type == "cpu":
@@ -401,7 +401,7 @@ def generate_tokens(
             recorder.note(outputs.last_hidden_state, logits, end)
         token = mixture(logits, len(chosen)).where(ongoing, pad)
         chosen.append(token)
-        ongoing &= ~torch.isin(token, ends)
+        ongoing &= (token[:, None] != ends).all(-1)
         ids, positions = token[:, None], positions[:, -1:] + 1
     return torch.stack(chosen, dim=1)
 
