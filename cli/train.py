@@ -83,6 +83,11 @@ def _bench(args: argparse.Namespace) -> None:
 
         run_loader_benchmark(settings.of_run(), out)
         return
+    if args.what == "limits":
+        from headstart.eval.limits import run_limits
+
+        run_limits(default_device(), out)
+        return
     if args.what != "draft":
         count = settings.bench.prompts or (8 if args.what == "train" else 64)
         run_benchmark(args.what, settings.of_run(), count, default_device(), out)
@@ -98,17 +103,18 @@ def _bench(args: argparse.Namespace) -> None:
     run_draft_benchmark(target, assistant, args.head, settings.bench.context, out)
 
 
-BENCHMARKS = ("extract", "regenerate", "loader", "train", "draft")
+BENCHMARKS = ("extract", "regenerate", "loader", "train", "draft", "limits")
 BENCH = Command(
     "bench",
     "measure speed ratios on this machine",
     "Measure what a step costs against what it cannot do without, in one run, the variants taking "
-    "turns; print the ratios. `extract`: storing activations, beside the bare forward and beside "
-    "regeneration. `regenerate`: answering prompts in batches, beside one by one. `loader`: how "
-    "long a training step waits for its batch, over random activations of the target's shapes. "
-    "`train`: a training step, beside the target's forward and the full-vocabulary objective. "
-    "`draft`: draft steps of a head and verifications, beside a step of the target, and from which "
-    "acceptance length on the head pays.",
+    "turns; print the ratios. `extract`: storing activations, beside the bare forward, beside "
+    "regeneration and beside the matrix products alone. `limits`: the machine's rates of matrix "
+    "products and of memory. `loader`: how long a training step waits for its batch, over random "
+    "activations of the target's shapes. `regenerate`: answering prompts in batches, beside one by "
+    "one and beside the products alone. `train`: a training step, beside the target's forward and "
+    "the full-vocabulary objective. `draft`: draft steps of a head and verifications, beside a "
+    "step of the target, and from which acceptance length on the head pays.",
     "headstart bench draft runs/quickstart/head --json draft.json",
     _bench,
     arguments=(

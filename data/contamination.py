@@ -18,10 +18,11 @@ from dataclasses import dataclass, field
 
 from headstart.common.console import print_once
 from headstart.configs.schema import DataConfig
+from headstart.data.documents import Chosen
 from headstart.data.extraction import OnlineActivations
 from headstart.data.prompts import Prompt, load_prompt_set
 from headstart.data.rows import turn_text
-from headstart.data.store import ActivationStore, Chosen
+from headstart.data.store import ActivationStore
 from headstart.data.templates import encode_prompts
 from headstart.heads.target import Target
 

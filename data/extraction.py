@@ -7,26 +7,28 @@ D target width, k teacher tokens, V vocabulary.
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from transformers import DynamicCache, LogitsProcessor
-from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from headstart.common.console import progress_bar
 from headstart.common.processes import in_step, is_mine, processes_in
-from headstart.common.versions import CACHE, all_prompt_rows, check_rows
+from headstart.common.versions import check_rows
 from headstart.configs.schema import DataConfig
+from headstart.data.background_writer import BackgroundWriter
 from headstart.data.conversations import MANIFEST, Conversation, trainable
+from headstart.data.documents import Document, Entry
+from headstart.data.kv_cache import generation_cache
 from headstart.data.store import (
     ActivationStore,
-    Document,
-    Entry,
     Shard,
+    Storage,
     check_space,
+    on_cpu,
     read_index,
     shard_path,
     shard_paths,
@@ -52,86 +54,57 @@ def top_logprobs(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tens
     return best.indices, best.values.float() - normalizer
 
 
-class KeptLayer(DynamicSlidingWindowLayer):
-    """A sliding layer of a cache that keeps all rows beside its window, which is what attention
-    sees."""
+class Recorder:
+    """Keeps hidden states, keys, values and the teacher's top tokens of one batch that `answer`
+    writes.
 
-    def __init__(self, sliding_window: int):
-        super().__init__(sliding_window)
-        self.new: list[tuple[torch.Tensor, torch.Tensor]] = []
+    It brings the cache, which keeps every row of the two layers that a head attends to, and the
+    windows of other sliding layers.
 
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        self.new.append((key_states, value_states))
-        seen: tuple[torch.Tensor, torch.Tensor] = super().update(
-            key_states, value_states, *args, **kwargs
-        )
-        return seen
-
-    def rows(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of all tokens, each [B, kv heads, T, head_dim]."""
-        keys, values = zip(*self.new, strict=True)
-        return torch.cat(keys, dim=2), torch.cat(values, dim=2)
-
-
-class Recorder(LogitsProcessor):
-    """Keeps hidden states, keys, values and the teacher's top tokens of one `generate` call.
-
-    As the first logits processor it sees the logits as the target emits them; a hook on the final
-    norm sees the hidden states; the cache that it brings keeps every row of the two layers that a
-    head attends to, and the windows of other sliding layers. Use it as a context manager around
-    `generate(**recorder.arguments(), ...)`.
-
-    Raises:
-        RuntimeError: (in `generate`) the target left out rows of the prompt.
+    Args:
+        room: tokens that will run of each text, padding included.
     """
 
-    def __init__(self, target: Target, top_k: int):
+    def __init__(self, target: Target, top_k: int, room: int):
         self.target, self.top_k = target, top_k
-        self.cache = DynamicCache(config=target.config)
-        sliding = target.source_layers["sliding_attention"]
-        self.kept = KeptLayer(target.config.sliding_window)
-        self.cache.layers[sliding] = self.kept
+        self.kept = target.source_layers["sliding_attention"]
+        self.cache = generation_cache(target.config, room, keeps_all=self.kept)
         self.hidden: list[torch.Tensor] = []
         self.teacher: list[tuple[torch.Tensor, torch.Tensor]] = []
 
-    def arguments(self) -> dict[str, Any]:
-        """Keywords for `generate`."""
-        return {CACHE: self.cache, **all_prompt_rows(self.target.device)}
+    def note(self, hidden: torch.Tensor, logits: torch.Tensor, tokens: int) -> None:
+        """Keep what one forward gave.
 
-    def __enter__(self) -> "Recorder":
-        self._hook = self.target.final_norm.register_forward_hook(
-            lambda module, inputs, output: self.hidden.append(output)
-        )
-        return self
+        Args:
+            hidden: [B, T, D] of its tokens.
+            logits: [B, V] after the last of them, as the target emits them.
+            tokens: W + S, all that have run of each text.
 
-    def __exit__(self, *error: Any) -> None:
-        self._hook.remove()
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """`scores` [B, V], unchanged; `input_ids` [B, W + tokens so far]."""
-        check_rows(sum(block.shape[1] for block in self.hidden), input_ids.shape[1])
-        self.teacher.append(top_logprobs(scores, self.top_k))
-        return scores
+        Raises:
+            RuntimeError: the target left out rows.
+        """
+        self.hidden.append(hidden)
+        check_rows(sum(block.shape[1] for block in self.hidden), tokens)
+        self.teacher.append(top_logprobs(logits, self.top_k))
 
     def tensors(
-        self, prompt_ids: list[list[int]], responses: list[list[int]]
+        self,
+        prompt_ids: list[list[int]],
+        responses: list[list[int]],
+        storage: Storage = "target",
     ) -> dict[str, torch.Tensor]:
-        """The tensors of one shard (`data/store.py`), documents in the order of the batch.
+        """The tensors of one shard (`data/documents.py`), documents in the order of the batch.
 
         The target never ran on the last token of a response: its row holds zeros, and no training
         row reads it.
         """
         width = self.hidden[0].shape[1]
-        # Forwards after the last token were for other processes' sake.
-        hidden = torch.cat(self.hidden[: len(self.teacher)], dim=1)  # [B, W + S - 1, D]
+        hidden = torch.cat(self.hidden, dim=1)  # [B, W + S - 1, D]
         ids = torch.stack([ids for ids, _ in self.teacher], dim=1)  # [B, S, k]
         logprobs = torch.stack([logprobs for _, logprobs in self.teacher], dim=1)
-        full = self.cache.layers[self.target.source_layers["full_attention"]]
         sources = {
-            "sliding_attention": self.kept.rows(),
-            "full_attention": (full.keys, full.values),
+            layer_type: self.cache.layers[i].rows()
+            for layer_type, i in self.target.source_layers.items()
         }
         shards: dict[str, list[torch.Tensor]] = {}
         for b, (prompt, response) in enumerate(zip(prompt_ids, responses, strict=True)):
@@ -149,7 +122,8 @@ class Recorder(LogitsProcessor):
                     ours = rows[b, :, seen].transpose(0, 1)
                     document[f"{layer_type}.{what}"] = _padded(ours, 0, length)
             for name, tensor in document.items():
-                shards.setdefault(name, []).append(tensor.cpu())
+                for stored, there in on_cpu(name, tensor, storage).items():
+                    shards.setdefault(stored, []).append(there)
         return {name: torch.cat(parts) for name, parts in shards.items()}
 
 
@@ -214,12 +188,14 @@ def extract(
             there = sum(path.stat().st_size for path in shard_paths(folder))
             check_space(folder, stored_bytes(target, config) * tokens - there)
         task = bar.add_task("Extracting (tokens)", total=tokens, status="")
-        for pending in in_step(mine(), target.sharded):
-            path, pieces = pending or (folder, [])
-            tensors = extract_tensors(target, pieces, config.teacher_top_k)
-            if pieces:
-                index.unlink(missing_ok=True)
-                write_shard(path, tensors, entries_of(pieces, tensors), settings)
+        with BackgroundWriter() as writer:
+            for pending in in_step(mine(), target.sharded):
+                path, pieces = pending or (folder, [])
+                tensors = extract_tensors(target, pieces, config.teacher_top_k, config.storage)
+                if pieces:
+                    index.unlink(missing_ok=True)
+                    entries = entries_of(pieces, tensors)
+                    writer.put(partial(write_shard, path, tensors, entries, settings))
         PartialState().wait_for_everyone()
         if PartialState().is_main_process:
             noted = {"chat_template_kwargs": variables} if variables else {}
@@ -315,9 +291,9 @@ def _entry(c: Conversation, top_k_mass: float | None) -> Entry:
 
 @torch.no_grad()  # a split target keeps buffers of its first forward: no inference tensors
 def extract_tensors(
-    target: Target, conversations: list[Conversation], top_k: int
+    target: Target, conversations: list[Conversation], top_k: int, storage: Storage = "target"
 ) -> dict[str, torch.Tensor]:
-    """The tensors of one shard (`data/store.py`), [N, ...] over the tokens of the conversations.
+    """The tensors of one shard (`data/documents.py`), [N, ...] over the tokens of the conversations.
 
     The LM head runs on rows whose next token the assistant wrote alone: the others teach nothing.
     """
@@ -326,21 +302,12 @@ def extract_tensors(
         if batch is None:
             target.idle()
             continue
-        for i, part in zip(batch, _run(target, [conversations[i] for i in batch]), strict=True):
+        ran = _run(target, [conversations[i] for i in batch], top_k, storage)
+        for i, part in zip(batch, ran, strict=True):
             parts[i] = part
     if not parts:
         return {}
-    tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    taught = torch.cat([_taught(c) for c in conversations])
-    tensors["teacher_ids"] = torch.zeros(len(taught), top_k, dtype=torch.int32)
-    tensors["teacher_logprobs"] = torch.zeros(len(taught), top_k)
-    for chunk in taught.nonzero()[:, 0].split(LOGIT_ROWS):
-        # Not in float32: it would cost as much as the best tokens do.
-        logits = target.own_logits(tensors["hidden"][chunk].to(target.device))
-        best_ids, logprobs = top_logprobs(logits, top_k)
-        tensors["teacher_ids"][chunk] = best_ids.int().cpu()
-        tensors["teacher_logprobs"][chunk] = logprobs.cpu()
-    return tensors
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def forward_batches(conversations: list[Conversation]) -> Iterator[list[int]]:
@@ -352,22 +319,47 @@ def forward_batches(conversations: list[Conversation]) -> Iterator[list[int]]:
         by_length = by_length[size:]
 
 
-def _run(target: Target, conversations: list[Conversation]) -> list[dict[str, torch.Tensor]]:
-    """Ids, mask, hidden states and shared KV of each conversation, from one padded forward."""
+def _run(
+    target: Target, conversations: list[Conversation], top_k: int, storage: Storage
+) -> list[dict[str, torch.Tensor]]:
+    """The tensors of each conversation, from one padded forward."""
     rows = [torch.tensor(c.ids) for c in conversations]
-    padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(target.device)
-    lengths = torch.tensor([len(row) for row in rows], device=target.device)
-    kept = torch.arange(padded.shape[1], device=target.device) < lengths[:, None]
-    seen = target.activations(padded, kept.long())
-    parts = []
-    for b, (c, row) in enumerate(zip(conversations, rows, strict=True)):
-        part = {"ids": row.int(), "loss_mask": _loss_mask(c)}
-        part["hidden"] = seen.hidden[b, : len(row)].cpu()
-        for layer_type, (keys, values) in seen.shared_kv.items():
-            part[f"{layer_type}.keys"] = keys[b, :, : len(row)].transpose(0, 1).cpu()
-            part[f"{layer_type}.values"] = values[b, :, : len(row)].transpose(0, 1).cpu()
-        parts.append(part)
-    return parts
+    lengths = [len(row) for row in rows]
+    padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    kept = torch.arange(padded.shape[1]) < torch.tensor(lengths)[:, None]
+    seen = target.activations(padded.to(target.device), kept.long().to(target.device))
+    taught = torch.cat([_taught(c) for c in conversations])
+    places = kept.flatten().nonzero()[:, 0]
+    teachers = _teachers(target, seen.hidden.flatten(0, 1), places[taught], top_k)
+    # One copy of each for all conversations: a GPU waits for each.
+    there = places.to(target.device)
+    tensors = on_cpu("hidden", seen.hidden.flatten(0, 1)[there], storage)
+    for layer_type, pair in seen.shared_kv.items():
+        for what, heads in zip(("keys", "values"), pair, strict=True):
+            of_tokens = heads.transpose(1, 2).flatten(0, 1)[there]
+            tensors |= on_cpu(f"{layer_type}.{what}", of_tokens, storage)
+    for name, found in zip(("teacher_ids", "teacher_logprobs"), teachers, strict=True):
+        tensors[name] = found.new_zeros(len(places), top_k)
+        tensors[name][taught] = found
+    tensors["ids"] = torch.cat(rows).int()
+    tensors["loss_mask"] = torch.cat([_loss_mask(c) for c in conversations])
+    split = {name: tensor.split(lengths) for name, tensor in tensors.items()}
+    return [{name: parts[b] for name, parts in split.items()} for b in range(len(rows))]
+
+
+def _teachers(
+    target: Target, hidden: torch.Tensor, places: torch.Tensor, top_k: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of hidden states [N, D], while they are on the device: the ids [n, k] int32 and
+    log-probabilities [n, k] of the target's best tokens after those at `places` [n], on the CPU."""
+    ids = [hidden.new_zeros(0, top_k, dtype=torch.int32)]
+    logprobs = [hidden.new_zeros(0, top_k, dtype=torch.float32)]
+    for rows in hidden[places.to(hidden.device)].split(LOGIT_ROWS):
+        # Not in float32: it would cost as much as the best tokens do.
+        best_ids, best = top_logprobs(target.own_logits(rows), top_k)
+        ids.append(best_ids.int())
+        logprobs.append(best)
+    return torch.cat(ids).cpu(), torch.cat(logprobs).cpu()
 
 
 def _loss_mask(c: Conversation) -> torch.Tensor:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import torch
 
-from headstart.data.store import Document, Documents, Stored
+from headstart.data.documents import Document, Documents, Stored
 from headstart.heads.unroll import Rows, Texts, select
 
 

@@ -31,6 +31,7 @@ from headstart.data.conversations import (
     template_variables,
     tokens_when_cut,
 )
+from headstart.data.documents import Chosen, Documents
 from headstart.data.extraction import OnlineActivations, extract
 from headstart.data.marks import lost_thought
 from headstart.data.prompts import (
@@ -50,7 +51,7 @@ from headstart.data.regenerate import (
 )
 from headstart.data.sources import check_there
 from headstart.data.splits import LeftOut, cluster, hold_out
-from headstart.data.store import ActivationStore, Chosen, Documents, describe_store
+from headstart.data.store import ActivationStore, describe_store
 from headstart.data.templates import check_template, encode_conversation, encode_prompts
 from headstart.heads.loading import load_target_tokens, open_target
 from headstart.heads.target import Target

@@ -12,10 +12,10 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal
 
 import torch
 from pydantic import TypeAdapter
@@ -25,118 +25,13 @@ from safetensors.torch import save_file
 from headstart.common.console import print_once
 from headstart.common.files import atomic_file, content_sha256, plain_name, write_atomically
 from headstart.configs.schema import DataConfig
+from headstart.data.documents import PLAIN, SCALE, Document, Entry
 from headstart.data.verified import Verified
 from headstart.heads.admission import is_finite, reading
-from headstart.heads.target import SharedKV, Target, source_layers
+from headstart.heads.target import Target, source_layers
 
 FORMAT = 2  # raise it when a shard comes to hold something else
 Storage = Literal["target", "int8"]
-PLAIN = ("ids", "loss_mask", "teacher_ids", "teacher_logprobs")
-"""Tensors that int8 storage leaves as they are."""
-SCALE = ".scale"  # ends the name of the scales of an int8 tensor
-
-
-class Stored(NamedTuple):
-    """Rows of activations as a store keeps them."""
-
-    values: torch.Tensor
-    """[..., n] in the target's dtype, or int8."""
-    scale: torch.Tensor | None
-    """[..., 1] float32, of int8 values; None: they are the rows."""
-    dtype: torch.dtype
-    """The target's."""
-
-    def at(self, places: torch.Tensor) -> "Stored":
-        """The rows at these places of the first axis."""
-        scale = None if self.scale is None else self.scale.index_select(0, places)
-        return Stored(self.values.index_select(0, places), scale, self.dtype)
-
-    def rows(self) -> torch.Tensor:
-        """[..., n] in the target's dtype, computed where the values are."""
-        if self.scale is None:
-            return self.values
-        return (self.values.float() * self.scale).to(self.dtype)
-
-
-@dataclass(frozen=True)
-class Document:
-    """One conversation with its activations; T tokens."""
-
-    id: str
-    ids: torch.Tensor
-    """[T] int64."""
-    loss_mask: torch.Tensor
-    """[T] bool: tokens that the target wrote, which the head learns to draft."""
-    activations: dict[str, Stored]
-    """`hidden` [T, D], the post-norm hidden states, and of each layer type `TYPE.keys` and
-    `TYPE.values`, [T, kv heads, head_dim] each."""
-    teacher_ids: torch.Tensor
-    """[T, k] int32: the target's top tokens after position t, best first."""
-    teacher_logprobs: torch.Tensor
-    """[T, k] float32 at temperature 1. Rows from which nothing is to be learned hold zeros: those
-    whose next token `loss_mask` leaves out.
-
-    Of a text recorded while it was written the last row of all activations holds zeros too: the
-    target never ran on its last token, and no training row reads it.
-    """
-
-    @staticmethod
-    def of(
-        tensors: dict[str, torch.Tensor], document_id: str, dtype: torch.dtype | None = None
-    ) -> "Document":
-        """From the tensors of its tokens, named as in a shard; `dtype` is the target's, where they
-        are int8 with `NAME.scale` beside them."""
-        names = [name for name in tensors if name not in PLAIN and not name.endswith(SCALE)]
-        return Document(
-            id=document_id,
-            ids=tensors["ids"].long(),
-            loss_mask=tensors["loss_mask"],
-            activations={
-                name: Stored(values, tensors.get(name + SCALE), dtype or values.dtype)
-                for name in names
-                for values in [tensors[name]]
-            },
-            teacher_ids=tensors["teacher_ids"],
-            teacher_logprobs=tensors["teacher_logprobs"],
-        )
-
-    @property
-    def hidden(self) -> torch.Tensor:
-        """[T, D] post-norm hidden states, computed from what is stored."""
-        return self.activations["hidden"].rows()
-
-    @property
-    def shared_kv(self) -> SharedKV:
-        """Layer type -> (keys, values), each [T, kv heads, head_dim], likewise."""
-        return {
-            t: (self.activations[f"{t}.keys"].rows(), self.activations[f"{t}.values"].rows())
-            for t in self.layer_types
-        }
-
-    @property
-    def layer_types(self) -> list[str]:
-        """Those whose keys and values are there."""
-        ends = [name for name in self.activations if name.endswith(".keys")]
-        return sorted(name.removesuffix(".keys") for name in ends)
-
-
-@dataclass(frozen=True)
-class Entry:
-    """What the index says of a document, without its tensors."""
-
-    id: str
-    category: str
-    source: str
-    """Where the text comes from; documents of one source never straddle training and held-out."""
-    length: int
-    """T."""
-    trained: int
-    """Tokens in the loss mask."""
-    temperature: float | None
-    """At which the target wrote it; 0 greedy, None not known."""
-    top_k_mass: float | None
-    """Mean probability that the stored top k tokens hold, over the rows whose next token the target
-    wrote; None: not known, or there is no such row."""
 
 
 NOTED = {"target", "config", "chat_template_kwargs"}
@@ -171,6 +66,15 @@ def to_int8(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (rows.float() / scale).round().to(torch.int8), scale
 
 
+def on_cpu(name: str, tensor: torch.Tensor, storage: Storage) -> dict[str, torch.Tensor]:
+    """A tensor of a shard in the machine's memory, as it is stored: quantized where it was, so that
+    fewer bytes leave the device."""
+    if storage == "int8" and name not in PLAIN:
+        values, scale = to_int8(tensor)
+        return {name: values.cpu(), name + SCALE: scale.cpu()}
+    return {name: tensor.cpu()}
+
+
 def shard_path(folder: Path, number: int) -> Path:
     return folder / f"shard-{number:05d}.safetensors"
 
@@ -187,8 +91,8 @@ def write_shard(
 
     Args:
         path: from `shard_path`.
-        tensors: name -> [N, ...], in the target's dtype; see `Document` for the names, keys and
-            values being called `TYPE.keys` and `TYPE.values`.
+        tensors: name -> [N, ...], in the target's dtype, or as `on_cpu` gives them; see `Document`
+            for the names, keys and values being called `TYPE.keys` and `TYPE.values`.
         entries: of the documents, in the order of their tokens.
         settings: from `shard_settings`.
 
@@ -198,13 +102,14 @@ def write_shard(
     """
     stored = {}
     for name, tensor in tensors.items():
-        if settings["storage"] == "int8" and name not in PLAIN:
-            stored[name], stored[name + SCALE] = to_int8(tensor)
-        else:
+        if tensor.dtype == torch.int8 or name.endswith(SCALE):  # quantized before
             stored[name] = tensor
-        if not is_finite(tensor):
+        else:
+            stored |= on_cpu(name, tensor, settings["storage"])
+        if not is_finite(tensor):  # the scale of a row tells too
             raise ValueError(
-                f"{path} is not written: its {name}, out of the target, hold NaN or infinity. "
+                f"{path} is not written: its {name.removesuffix(SCALE)}, out of the target, hold "
+                "NaN or infinity. "
                 "`headstart check` says more of the target; in bfloat16 try target.dtype=float32"
             )
     stored = {name: tensor.contiguous() for name, tensor in stored.items()}
@@ -297,15 +202,6 @@ def refusal(path: Path, what: str) -> str:
 ENTRIES = TypeAdapter(list[Entry])
 OPEN_SHARDS = 32  # memory maps held at once
 SAID_ABOVE = 1 << 20  # bytes
-
-
-class Documents(Protocol):
-    """Activations of documents, wherever they come from."""
-
-    entries: Sequence[Entry]
-
-    def read(self, which: Sequence[int]) -> list[Document]:
-        """The documents with these indices."""
 
 
 def bytes_per_token(config: Any, width: int, top_k: int, storage: Storage) -> int:
@@ -480,18 +376,6 @@ def check_made_for(index: dict[str, Any], target: Target, folder: Path) -> None:
                 f"{folder} was made for {index['target']} with {key} {index[key][:12]}, and this "
                 f"target, {target.name}, has {wanted[:12]}: extract a store for it"
             )
-
-
-class Chosen:
-    """Some of the documents of a larger collection."""
-
-    def __init__(self, documents: Documents, which: Sequence[int]):
-        self.documents, self.which = documents, which
-        self.entries: Sequence[Entry] = [documents.entries[i] for i in which]
-
-    def read(self, which: Sequence[int]) -> list[Document]:
-        """The documents with these indices among the chosen ones."""
-        return self.documents.read([self.which[i] for i in which])
 
 
 def describe_store(store: ActivationStore) -> str:

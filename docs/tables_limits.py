@@ -55,7 +55,7 @@ def limits_measured(found: Results) -> str:
 FLOPS, BANDWIDTH = 989e12, 3.35e12  # H100 SXM, bfloat16 without sparsity, by NVIDIA's data sheet
 LAUNCH = 5e-6  # seconds of the host for an operation of PyTorch, assumed
 STEPS = {"gemma-4-E4B": 1455, "gemma-4-31B": 1960}
-"""Operations of a decoding step, counted as tests/test_pretended_gpu.py does, over narrow layers."""
+"""Operations of a decoding step, counted as in tests/test_pretended_gpu.py, over narrow layers."""
 CONTEXT = 1024
 
 

@@ -346,8 +346,10 @@ class Target(TargetTokens):
         the rows `table` [C, D] alone, in the dtype of the table; soft-capped where the
         configuration says so. Costs V numbers a row: pass rows in chunks.
         """
-        table = self.table if table is None else table
-        logits = torch.nn.functional.linear(hidden.to(table.dtype), table)
+        if table is None:  # as a module, so that contexts around the target find it
+            logits = self.model.get_output_embeddings()(hidden.to(self.table.dtype))
+        else:
+            logits = torch.nn.functional.linear(hidden.to(table.dtype), table)
         # The soft cap comes before the cast, in the target's dtype, as in its own forward.
         if (cap := self.config.final_logit_softcapping) is not None:
             logits = torch.tanh(logits / cap) * cap

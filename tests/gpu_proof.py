@@ -30,7 +30,7 @@ from headstart.data.conversations import answered
 from headstart.data.extraction import OnlineActivations, Recorder, extract, extract_tensors
 from headstart.data.loader import AnchorLoader
 from headstart.data.prompts import Prompt
-from headstart.data.regenerate import Job, answer
+from headstart.data.regenerate import Job, answer, tokens_that_run
 from headstart.eval.decoding import decode
 from headstart.eval.draft_cost import DecodeState, cost_ratios, measure, prepare
 from headstart.heads.assistant import build_assistant, set_table
@@ -210,7 +210,7 @@ def families(place: Place, found: Found) -> None:
             Job(c.id, Prompt(c.id, "", "", [], raw=True), c.ids[:8], Sampling(0.0) if i else drawn)
             for i, c in enumerate(conversations(4))
         ]
-        recorder = Recorder(there, 16)
+        recorder = Recorder(there, 16, tokens_that_run(jobs, 24))
         responses = answer(there, jobs, 24, 0, recorder)
         recorded = recorder.tensors([job.prompt_ids for job in jobs], responses)
         texts = [
@@ -279,7 +279,8 @@ def generation(place: Place, found: Found) -> None:
         ("cudnn off", False, False), ("cudnn on", True, False),
         ("cudnn off, recorded", False, True),
     ):  # fmt: skip
-        recorder = Recorder(target, 64 if place.real else 16) if recorded else None
+        top_k, room = 64 if place.real else 16, tokens_that_run(jobs, new)
+        recorder = Recorder(target, top_k, room) if recorded else None
         if place.real:
             torch.cuda.reset_peak_memory_stats()
         synchronize(device)

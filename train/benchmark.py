@@ -4,6 +4,8 @@ Letters: N drafts, D target width, V vocabulary.
 """
 
 import resource
+import time
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -28,6 +30,7 @@ from headstart.data.store import ActivationStore
 from headstart.data.templates import encode_prompts
 from headstart.eval.decoding import decode
 from headstart.eval.draft_cost import in_turns
+from headstart.eval.limits import products_counted, seconds_of
 from headstart.eval.recorded import prompt_set
 from headstart.heads.loading import open_target
 from headstart.heads.target import Target
@@ -97,20 +100,27 @@ def bench_extract(target: Target, jobs: list[Job], config: Config) -> dict[str, 
 
     Returns:
         `extract_over_forward`: extraction to disk / the bare forward with its LM head over the
-        same tokens in the same batches. `fused_over_regenerate`: `extract` without
-        conversations / `regenerate`. Tokens a second of all four. `stepwise`: what decoding step by
-        step changes in the stored values.
+        same tokens in the same batches. `extract_over_gemm`: the products of matrices in it,
+        alone / extraction to disk. `fused_over_regenerate`: `extract` without conversations /
+        `regenerate`. `write_share`: of the former, the share in which the target waits for files.
+        Tokens a second of all four. `stepwise`: what decoding step by step changes in the stored
+        values.
     """
     data, seed = config.data, config.seed
+    waited: list[float] = []
+    counted: dict[int, Counter[tuple[int, int]]] = {}
     with temporary_folder() as work:
 
         def generating(extracting: bool) -> Callable[[int], None]:
             def run(turn: int) -> None:
                 folder = work / f"{extracting}-{turn}"
-                regenerate(
+                began = time.perf_counter()
+                seconds = regenerate(
                     target, jobs, data, seed, folder,
                     extract=extracting, description="  answering",
                 )  # fmt: skip
+                if extracting:
+                    waited.append(seconds / (time.perf_counter() - began))
 
             return run
 
@@ -120,7 +130,9 @@ def bench_extract(target: Target, jobs: list[Job], config: Config) -> dict[str, 
         tokens = sum(len(row.ids) for row in rows)
 
         def extracting(turn: int) -> None:
-            extract(target, rows, tokens, data, work / f"store-{turn}")
+            with products_counted(target) as forwards:
+                extract(target, rows, tokens, data, work / f"store-{turn}")
+            counted[turn] = forwards
 
         forward, stored = in_turns(target, lambda turn: bare_forwards(target, rows), extracting)
         difference = stepwise_difference(
@@ -130,7 +142,9 @@ def bench_extract(target: Target, jobs: list[Job], config: Config) -> dict[str, 
     return {
         "ratios": {
             "extract_over_forward": stored / forward,
+            "extract_over_gemm": seconds_of(target, counted[0]) / stored,
             "fused_over_regenerate": fused / alone,
+            "write_share": min(waited),
         },
         "tokens_per_second": {
             "forward with LM head": tokens / forward,
@@ -150,17 +164,21 @@ def bench_regenerate(target: Target, jobs: list[Job], config: Config) -> dict[st
 
     Returns:
         `batched_over_single`: tokens a second of `regenerate` / of one-by-one greedy `generate`.
+        `regenerate_over_gemm`: the products of matrices in `regenerate`, alone / all of it.
     """
     chosen = jobs[:: max(1, len(jobs) // SINGLE)]
     singles: list[int] = []
+    counted: dict[int, Counter[tuple[int, int]]] = {}
     with temporary_folder() as work:
 
         def batched(turn: int) -> None:
             folder = work / str(turn)
-            regenerate(
-                target, jobs, config.data, config.seed, folder,
-                extract=False, description="  batched",
-            )  # fmt: skip
+            with products_counted(target) as forwards:
+                regenerate(
+                    target, jobs, config.data, config.seed, folder,
+                    extract=False, description="  batched",
+                )  # fmt: skip
+            counted[turn] = forwards
 
         def one_by_one(turn: int) -> None:
             singles.clear()
@@ -173,7 +191,10 @@ def bench_regenerate(target: Target, jobs: list[Job], config: Config) -> dict[st
         tokens = sum(row.trained for row in read_folder(work / "0"))
     rates = {"batched": tokens / seconds, "one by one": sum(singles) / seconds_single}
     return {
-        "ratios": {"batched_over_single": rates["batched"] / rates["one by one"]},
+        "ratios": {
+            "batched_over_single": rates["batched"] / rates["one by one"],
+            "regenerate_over_gemm": seconds_of(target, counted[0]) / seconds,
+        },
         "tokens_per_second": rates,
         "one_by_one_prompts": len(singles),
     }

@@ -10,7 +10,7 @@ Letters: B batch, T positions, D width, I MLP width, H query heads, G key heads,
 layers, N drafts of a batch, P parameters that are trained, C candidates.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch
 
 from headstart.configs.schema import Config, DataConfig, TrainConfig
 from headstart.data.extraction import BATCH_TOKENS, LOGIT_ROWS
+from headstart.data.kv_cache import SLACK
 from headstart.data.loader import pack
 from headstart.data.prefetch import THREADS
 from headstart.heads.target import SUPPORTED, source_layers
@@ -95,7 +96,9 @@ def copied_keys(text: Any, layer: Any) -> bool:
     return bool(1 < layer.num_key_value_heads < text.num_attention_heads)
 
 
-def forward_bytes(text: Any, batch: int, length: int, width: int, cached: bool) -> int:
+def forward_bytes(
+    text: Any, batch: int, length: int, width: int, cached: Sequence[int] | None
+) -> int:
     """What a target's forward over [B, T] padded tokens holds at its fullest moment, beside the
     weights; all of it is in proportion to the tokens, but for the masks.
 
@@ -114,7 +117,8 @@ def forward_bytes(text: Any, batch: int, length: int, width: int, cached: bool) 
     Args:
         text: the text configuration.
         width: bytes of a value.
-        cached: whether a cache keeps the keys and values of all layers.
+        cached: for how many tokens of each text the cache of each layer has room; None: there is
+            no cache.
     """
     d, tokens, layers = text.hidden_size, batch * length, text.num_hidden_layers
     norm = width + 4 * (width < 4) + 4  # its input, that in float32, and the square
@@ -125,6 +129,7 @@ def forward_bytes(text: Any, batch: int, length: int, width: int, cached: bool) 
     before = 0
     for i in range(layers):
         own, kv = text.per_layer_config[i], kv_bytes(text, i, width)
+        kv = kv * cached[i] // length if cached else kv
         queries = text.num_attention_heads * own.head_dim
         copies = 2 * copied_keys(text, own)
         wide = getattr(text, "use_double_wide_mlp", False) and not kv
@@ -137,45 +142,35 @@ def forward_bytes(text: Any, batch: int, length: int, width: int, cached: bool) 
         if getattr(text, "enable_moe_block", False):
             in_layer.append(5 * d * width + text.top_k_experts * d * (2 * width + 8) + kv)
         moments.append(before + max(in_layer))
-        before += kv * cached
+        before += kv if cached else 0
     return int(tokens * (standing + max(moments)))
 
 
-def cache_bytes(text: Any, batch: int, rows: int, width: int) -> int:
-    """Of the keys and values of `rows` tokens in each of B texts; sliding layers keep their window
-    of them alone."""
-    return batch * sum(
-        kv_bytes(text, i, width) * layer_rows(text, i, rows) for i in range(text.num_hidden_layers)
-    )
-
-
-def layer_rows(text: Any, layer: int, rows: int) -> int:
-    """How many of the rows of a text a layer's cache keeps."""
-    slides = text.layer_types[layer] == "sliding_attention"
-    return min(rows, int(text.sliding_window)) if slides else rows
+def cached_rows(text: Any, rows: int, slack: int = 0) -> list[int]:
+    """For how many of the rows of a text the cache of each layer has room: of sliding layers the
+    window and `slack` rows alone."""
+    most = int(text.sliding_window) + slack
+    return [min(rows, most) if t == "sliding_attention" else rows for t in text.layer_types]
 
 
 def generation_bytes(text: Any, d: DataConfig, width: int, recorded: bool) -> int:
     """What answering a batch of the longest prompts holds beside the weights: the larger of the
     prefill and the end.
 
-    `recorded` are the hidden states of all tokens, and all rows of the sliding layer that the head
-    attends to, beside its cache. At the end they are held with the cache, and with the largest of:
-    a layer's keys (a step copies them, with one row more); the logits of a step (of the target, in
-    float32, and as the sampling changes them: 18 bytes each); what is recorded once more, as one
-    tensor.
+    Its cache is there whole from the prefill on: of sliding layers a window and some rows more,
+    but with `recorded` all rows of the one that a head attends to. Recorded are the hidden states
+    of all tokens too. At the end they are held with the cache, and with the larger of: the logits
+    of a step (of the target, and twice in float32 while they are drawn from); the hidden states
+    once more, as one tensor.
     """
     batch, rows = d.generation_batch_size, d.max_prompt_tokens + d.max_new_tokens - 1
-    kept = kv_bytes(text, source_layers(text)["sliding_attention"], width) * batch * recorded
-    prefill = forward_bytes(text, batch, d.max_prompt_tokens, width, cached=True)
-    cache = cache_bytes(text, batch, rows, width)
-    record = kept * rows + batch * rows * text.hidden_size * width * recorded
-    keys = max(
-        kv_bytes(text, i, width) // 2 * layer_rows(text, i, rows)
-        for i in range(text.num_hidden_layers)
-    )
-    last = cache + record + max(batch * keys, 18 * batch * text.vocab_size, record)
-    return max(prefill + kept * d.max_prompt_tokens, last)
+    room = cached_rows(text, rows, SLACK)
+    if recorded:
+        room[source_layers(text)["sliding_attention"]] = rows
+    cache = batch * sum(kv_bytes(text, i, width) * n for i, n in enumerate(room))
+    hidden = batch * rows * text.hidden_size * width * recorded
+    last = cache + hidden + max((width + 8) * batch * text.vocab_size, hidden)
+    return max(forward_bytes(text, batch, d.max_prompt_tokens, width, room), last)
 
 
 def forward_length(d: DataConfig) -> tuple[int, int]:
@@ -192,10 +187,13 @@ def longest_text(d: DataConfig) -> int:
 
 
 def extraction_bytes(text: Any, d: DataConfig, width: int) -> int:
-    """What one forward of `headstart extract` holds beside the weights, or the logits of some rows:
-    those of the rows before, and three while they are capped."""
-    forward = forward_bytes(text, *forward_length(d), width, cached=False)
-    return max(forward, LOGIT_ROWS * text.vocab_size * 4 * width)
+    """What one forward of `headstart extract` holds beside the weights, or what a head sees of it
+    with the logits of some rows, three of them while they are capped."""
+    batch, length = forward_length(d)
+    forward = forward_bytes(text, batch, length, width, cached=None)
+    kv = sum(kv_bytes(text, i, width) for i in source_layers(text).values())
+    seen = batch * length * (text.hidden_size * width + kv)
+    return max(forward, seen + LOGIT_ROWS * text.vocab_size * 3 * width)
 
 
 @dataclass(frozen=True)
@@ -356,8 +354,9 @@ def check_bytes(config: Config, source: Any, size: TargetSize, head: HeadSize, t
     assert config.eval is not None
     prompt, new = config.data.max_prompt_tokens, config.eval.max_new_tokens
     weights = 4 * (size.layers + size.rest + head.trained + head.frozen + table)
-    prefill = forward_bytes(source, 1, prompt, 4, cached=True)
-    return int(weights + max(prefill, cache_bytes(source, 1, prompt + new, 4)))
+    prefill = forward_bytes(source, 1, prompt, 4, cached=[prompt] * source.num_hidden_layers)
+    rows = cached_rows(source, prompt + new)
+    return int(weights + max(prefill, sum(kv_bytes(source, i, 4) * n for i, n in enumerate(rows))))
 
 
 def needs_check(config: Config, width: int) -> bool:

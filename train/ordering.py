@@ -19,10 +19,10 @@ from accelerate import PartialState
 from headstart.common.console import phase, progress_bar
 from headstart.common.files import check_empty
 from headstart.configs.schema import Config, HeadConfig
+from headstart.data.documents import Documents
 from headstart.data.loader import AnchorLoader
 from headstart.data.prefetch import to_device
 from headstart.data.prepare import prepare_documents
-from headstart.data.store import Documents
 from headstart.eval.acceptance import RecallCounts
 from headstart.eval.asked import as_the_head_was
 from headstart.eval.replay import Simulated, simulate_acceptance

@@ -17,12 +17,13 @@ import torch
 from headstart.common.machine import synchronize
 from headstart.configs.schema import Config, DataConfig
 from headstart.data.conversations import Conversation, answered, trainable
+from headstart.data.documents import Document, Entry
 from headstart.data.extraction import OnlineActivations, Recorder
 from headstart.data.loader import AnchorLoader, Batch
 from headstart.data.prefetch import to_device
 from headstart.data.prepare import PlannedDocuments, stream_folder
-from headstart.data.regenerate import Job, answer
-from headstart.data.store import ActivationStore, Document, Entry
+from headstart.data.regenerate import Job, answer, tokens_that_run
+from headstart.data.store import ActivationStore
 from headstart.eval.decoding import decode
 from headstart.eval.replay import simulate_acceptance
 from headstart.heads.assistant import Assistant
@@ -86,15 +87,14 @@ class AnsweringCosts:
 class _Clock(Recorder):
     """Notes when each token was due."""
 
-    def __init__(self, target: Target, top_k: int):
-        super().__init__(target, top_k)
+    def __init__(self, target: Target, top_k: int, room: int):
+        super().__init__(target, top_k, room)
         self.times = [time.perf_counter()]
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        found = super().__call__(input_ids, scores)
+    def note(self, hidden: torch.Tensor, logits: torch.Tensor, tokens: int) -> None:
+        super().note(hidden, logits, tokens)
         synchronize(self.target.device)
         self.times.append(time.perf_counter())
-        return found
 
     def seconds(self) -> tuple[float, float]:
         """Until the first token, and of a step after it."""
@@ -106,7 +106,7 @@ def probe_answers(target: Target, jobs: list[Job], data: DataConfig) -> Answerin
     """Answer a few prompts whole, then few and a batch of short ones."""
 
     def timed(some: list[Job]) -> tuple[float, float]:
-        clock = _Clock(target, data.teacher_top_k)
+        clock = _Clock(target, data.teacher_top_k, tokens_that_run(some, TOKENS))
         answer(target, some, TOKENS, 0, clock)
         return clock.seconds()
 

@@ -25,11 +25,11 @@ from headstart.common.machine import (
 )
 from headstart.common.processes import join_processes, reduce_in_float32
 from headstart.configs.schema import Config, EvalConfig
+from headstart.data.documents import Documents
 from headstart.data.loader import usable
 from headstart.data.prepare import PlannedDocuments, plan_documents
 from headstart.data.prompts import check_prompts
 from headstart.data.splits import LeftOut
-from headstart.data.store import Documents
 from headstart.eval.asked import asked_by_run
 from headstart.eval.first_figures import first_figures, print_first_figures
 from headstart.eval.page import print_report

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 
 from headstart.common.console import phase, print_once
 from headstart.configs.schema import Config, HeadConfig, TrainConfig
-from headstart.data.store import Documents
+from headstart.data.documents import Documents
 from headstart.heads.assistant import Assistant, build_assistant, set_table, warm_assistant
 from headstart.heads.ordered import TeacherSamples, cluster_count, token_usage, with_clusters
 from headstart.heads.saving import add_lora

@@ -8,7 +8,7 @@ from accelerate import Accelerator, PartialState
 from headstart.common.processes import full_tensor, full_weights
 from headstart.configs.schema import Config
 from headstart.data.conversations import template_variables
-from headstart.data.store import Documents
+from headstart.data.documents import Documents
 from headstart.eval.replay import simulate_acceptance
 from headstart.heads.saving import (
     kept_notes,

@@ -22,6 +22,7 @@ from headstart.data.conversations import (
     read_part,
     write_part,
 )
+from headstart.data.documents import Entry
 from headstart.data.extraction import extract
 from headstart.data.inspection import (
     Summary,
@@ -31,7 +32,12 @@ from headstart.data.inspection import (
     inspect_store,
 )
 from headstart.data.regenerate import regenerate
-from headstart.data.store import Entry, shard_path, shard_settings, write_index, write_shard
+from headstart.data.store import (
+    shard_path,
+    shard_settings,
+    write_index,
+    write_shard,
+)
 from headstart.heads.loading import load_target
 from tests.helpers.prompts import conversations, jobs
 

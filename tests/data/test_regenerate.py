@@ -30,6 +30,7 @@ from headstart.data.prompts import Prompt
 from headstart.data.regenerate import (
     BLOCK,
     SamplingMixture,
+    _argmax,
     _inverse_cdf,
     answer,
     make_jobs,
@@ -64,6 +65,20 @@ def test_a_greedy_response_is_what_the_target_says_one_token_at_a_time(
             hidden = tiny.activations(torch.tensor([ids])).hidden[:, -1]
             assert token == int(tiny.logits(hidden).argmax())
             ids.append(token)
+
+
+def test_answers_are_those_of_generate(target: Target) -> None:
+    """Of texts of several lengths, some beyond the sliding window and some that end early."""
+    asked = jobs(target, [0.0] * 5, CONFIG)
+    free = answer(target, asked, 24, 0, None)
+    target.eos_ids[:] = sorted({*target.eos_ids, free[0][7], free[3][2]})
+    found = answer(target, asked, 24, 0, None)
+    assert len({len(ids) for ids in found}) > 1
+    for job, ids in zip(asked, found, strict=True):
+        alone = target.model.generate(
+            torch.tensor([job.prompt_ids]), max_new_tokens=24, eos_token_id=target.eos_ids
+        )
+        assert ids == alone[0, len(job.prompt_ids) :].tolist()
 
 
 @pytest.mark.parametrize("extract", [False, True])
@@ -107,7 +122,7 @@ def test_a_recorder_keeps_all_rows_of_two_layers_and_windows_of_the_others(
     window, layers = target.config.sliding_window, target.source_layers
     if new_tokens == 3:
         asked = [replace(job, prompt_ids=job.prompt_ids[: window - 3]) for job in asked]
-    ours, windows, whole = (Recorder(target, 4) for _ in range(3))
+    ours, windows, whole = (Recorder(target, 4, 64) for _ in range(3))
     windows.cache, whole.cache = DynamicCache(config=target.config), DynamicCache()
     texts = [answer(target, asked, new_tokens, 0, one) for one in (ours, windows, whole, None)]
     assert texts[0] == texts[1] == texts[2] == texts[3]
@@ -116,7 +131,8 @@ def test_a_recorder_keeps_all_rows_of_two_layers_and_windows_of_the_others(
     kept, full = layers["sliding_attention"], layers["full_attention"]
     assert (whole.cache.layers[kept].keys.shape[2] > 3 * window) == (new_tokens == 24)
     most = 0.0 if new_tokens == 3 else 1e-4
-    recorded = (*ours.kept.rows(), *_pair(ours.cache.layers[full]), torch.cat(ours.hidden, dim=1))
+    keeps_all: Any = ours.cache.layers[kept]
+    recorded = (*keeps_all.rows(), *_pair(ours.cache.layers[full]), torch.cat(ours.hidden, dim=1))
     all_rows = (*_pair(whole.cache.layers[kept]), *_pair(whole.cache.layers[full]))
     for one, other in zip(recorded, (*all_rows, torch.cat(whole.hidden, dim=1)), strict=True):
         torch.testing.assert_close(one, other, rtol=most, atol=most)
@@ -333,8 +349,9 @@ def test_the_mixture_draws_from_the_distribution_of_each_row(sampling: Sampling)
     torch.manual_seed(0)
     logits = torch.randn(8)
     draws = 20_000
-    mixture = SamplingMixture([GREEDY] + [sampling] * draws, seed=1)
-    chosen = mixture(torch.zeros(1, 1, dtype=torch.long), logits.repeat(draws + 1, 1)).argmax(-1)
+    ways = [GREEDY] + [sampling] * draws
+    mixture = SamplingMixture(ways, seed=1, steps=1, device=torch.device("cpu"))
+    chosen = mixture(logits.repeat(draws + 1, 1), 0)
     assert int(chosen[0]) == int(logits.argmax())
     warpers = [TemperatureLogitsWarper(sampling.temperature)]
     warpers += [TopKLogitsWarper(sampling.top_k)] if sampling.top_k else []
@@ -347,6 +364,14 @@ def test_the_mixture_draws_from_the_distribution_of_each_row(sampling: Sampling)
     assert not observed[expected == 0].any()
     kept = expected > 0
     assert float(((observed - expected)[kept] ** 2 / expected[kept]).sum()) < 24.3
+
+
+@pytest.mark.parametrize("vocabulary", [7, 96, 3 * BLOCK, 3 * BLOCK + 64])
+def test_the_best_token_is_the_first_of_equals(vocabulary: int) -> None:
+    torch.manual_seed(0)
+    for logits in (torch.randn(50, vocabulary), torch.randint(3, (50, vocabulary)).bfloat16()):
+        first = (logits == logits.amax(-1, keepdim=True)).long().cumsum(-1).clamp_max(1).sum(-1)
+        assert torch.equal(_argmax(logits), vocabulary - first)
 
 
 def test_the_place_among_many_weights_is_that_of_one_running_sum() -> None:
@@ -378,7 +403,7 @@ def test_nothing_of_ours_stays_in_a_target_whose_generation_fails(
     def fail(*args: Any, **kwargs: Any) -> None:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(tiny.model, "generate", fail)
+    monkeypatch.setattr(tiny.model.get_decoder(), "forward", fail)
     with pytest.raises(RuntimeError, match="out of memory"):
         regenerate(tiny, jobs(tiny, [0.0], CONFIG), CONFIG, 0, tmp_path, extract=True)
     assert not tiny.final_norm._forward_hooks

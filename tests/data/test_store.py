@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headstart.configs.schema import DataConfig
+from headstart.data.documents import Entry
 from headstart.data.extraction import extract
 from headstart.data.store import (
     ActivationStore,
-    Entry,
     Shard,
     bytes_per_token,
     check_space,

@@ -9,7 +9,7 @@ import torch
 from headstart.configs.schema import DataConfig, TargetConfig
 from headstart.data.extraction import Recorder
 from headstart.data.prepare import deal_sampling
-from headstart.data.regenerate import answer
+from headstart.data.regenerate import answer, tokens_that_run
 from headstart.eval.decoding import decode
 from headstart.heads.loading import load_target, load_target_tokens
 from headstart.heads.target import Target
@@ -58,7 +58,7 @@ def test_greedy_text_and_what_is_recorded_of_it_are_the_targets_own(
     wanted = greedy(target, PROMPT, 12)
     assert decode(target, PROMPT, 12).tokens == wanted
     [job] = jobs(target, [0.0], DataConfig())
-    recorder = Recorder(target, 4)
+    recorder = Recorder(target, 4, tokens_that_run([job], 12))
     [written] = answer(target, [job], 12, 0, recorder)
     assert written == greedy(target, job.prompt_ids, 12)
     tensors = recorder.tensors([job.prompt_ids], [written])

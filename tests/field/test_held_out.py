@@ -9,9 +9,9 @@ import pytest
 
 from headstart.configs.schema import DataConfig, SourceConfig
 from headstart.data.conversations import Conversation, answered
+from headstart.data.documents import Documents
 from headstart.data.extraction import extract
 from headstart.data.prepare import prepare_documents
-from headstart.data.store import Documents
 from headstart.heads.loading import load_target
 from headstart.heads.target import Target
 

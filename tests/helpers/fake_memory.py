@@ -33,11 +33,10 @@ from headstart.common.machine import environment
 from headstart.configs.loader import load_config
 from headstart.configs.schema import Config
 from headstart.data.conversations import answered
+from headstart.data.documents import Stored
 from headstart.data.extraction import Recorder, extract_tensors
 from headstart.data.loader import Batch, CountedDrafts, StoredTexts
-from headstart.data.prompts import Prompt
-from headstart.data.regenerate import Job, SamplingMixture, answer
-from headstart.data.store import Stored
+from headstart.data.regenerate import SamplingMixture, generate_tokens
 from headstart.heads.assistant import build_assistant
 from headstart.heads.describe import SHAPES, published_config
 from headstart.heads.loading import byte_tokenizer
@@ -178,28 +177,33 @@ class _Enough(Exception):
     """A token has been chosen: its value would be asked for next."""
 
 
-def _one_token(target: Target, config: Config, prompt: int, recorder: Recorder) -> None:
-    """Answer a batch of prompts of so many tokens with one token each, half of them sampled."""
-    sampled = [Sampling(0.0), Sampling(1.0, 64, 0.95)] * config.data.generation_batch_size
-    question, stock = Prompt("a", "", "", [], raw=True), SamplingMixture.__call__
-    jobs = [Job("a", question, [1] * prompt, way) for way in sampled]
+def _one_token(target: Target, config: Config, recorder: Recorder, run: int, given: int) -> None:
+    """Go on with a batch by one token, half of them sampled: texts of `given` tokens, of which the
+    last `run` have yet to run."""
+    count, stock = config.data.generation_batch_size, SamplingMixture.__call__
+    sampled = ([Sampling(0.0), Sampling(1.0, 64, 0.95)] * count)[:count]
 
-    def once(self: SamplingMixture, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        stock(self, ids, scores)
+    def once(self: SamplingMixture, logits: torch.Tensor, step: int) -> torch.Tensor:
+        stock(self, logits, step)
         raise _Enough
 
     with patch.object(SamplingMixture, "__call__", once), contextlib.suppress(_Enough):
-        answer(target, jobs[: len(jobs) // 2], 1, 0, recorder)
+        mixture = SamplingMixture(sampled, 0, 1, target.device)
+        ids, mask = (torch.ones(count, n, dtype=torch.long) for n in (run, given))
+        with torch.no_grad():
+            generate_tokens(target, ids, mask, mixture, 1, recorder)
 
 
 def answering_peak(live: LiveBytes, target: Target, config: Config) -> int:
     """Of the prefill and of the last step of a batch whose prompts and answers have the greatest
     length, recorded."""
     d = config.data
+    last = d.max_prompt_tokens + d.max_new_tokens - 1
     with live.measured():
-        _one_token(target, config, d.max_prompt_tokens, Recorder(target, d.teacher_top_k))
-    prefill, last = live.peak, d.max_prompt_tokens + d.max_new_tokens - 1
-    recorder, dtype = Recorder(target, d.teacher_top_k), target.table.dtype
+        recorder = Recorder(target, d.teacher_top_k, last)
+        _one_token(target, config, recorder, d.max_prompt_tokens, d.max_prompt_tokens)
+    prefill = live.peak
+    recorder, dtype = Recorder(target, d.teacher_top_k, last), target.table.dtype
     own = target.config.num_hidden_layers - getattr(target.config, "num_kv_shared_layers", 0)
     for i in range(own):
         layer = target.config.per_layer_config[i]
@@ -211,8 +215,8 @@ def answering_peak(live: LiveBytes, target: Target, config: Config) -> int:
     before = (d.generation_batch_size, last - 1, target.config.hidden_size)
     recorder.hidden.append(torch.empty(before, dtype=dtype))
     with live.measured():
-        _one_token(target, config, last, recorder)
-        as_one = torch.cat(recorder.hidden, dim=1), recorder.kept.rows()  # as `tensors` begins
+        _one_token(target, config, recorder, 1, last)
+        as_one = torch.cat(recorder.hidden, dim=1)  # as `tensors` begins
         del as_one
     return max(prefill, live.peak)
 

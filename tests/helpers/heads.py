@@ -9,9 +9,9 @@ from transformers import Gemma4AssistantForCausalLM, PreTrainedModel
 
 from headstart.configs.schema import DataConfig, HeadConfig, TrainConfig
 from headstart.data.conversations import answered
+from headstart.data.documents import Document
 from headstart.data.extraction import OnlineActivations
 from headstart.data.loader import Batch, candidate_rows, gather_rows
-from headstart.data.store import Document
 from headstart.eval.decoding import decode
 from headstart.heads.assistant import assistant_config, build_assistant
 from headstart.heads.loading import VOCAB_SIZE

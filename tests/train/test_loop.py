@@ -12,9 +12,9 @@ from accelerate.state import AcceleratorState
 
 from headstart.common.signals import Interrupted
 from headstart.configs.schema import HeadConfig, TrainConfig
+from headstart.data.documents import Document
 from headstart.data.loader import candidate_rows, gather_rows
 from headstart.data.prepare import prepare_documents
-from headstart.data.store import Document
 from headstart.eval.decoding import decode
 from headstart.eval.replay import simulate_acceptance
 from headstart.heads.assistant import build_assistant
