@@ -293,7 +293,7 @@ def _entry(c: Conversation, top_k_mass: float | None) -> Entry:
 def extract_tensors(
     target: Target, conversations: list[Conversation], top_k: int, storage: Storage = "target"
 ) -> dict[str, torch.Tensor]:
-    """The tensors of one shard (`data/documents.py`), [N, ...] over the tokens of the conversations.
+    """Tensors of one shard (`data/documents.py`), [N, ...] over the tokens of the conversations.
 
     The LM head runs on rows whose next token the assistant wrote alone: the others teach nothing.
     """

@@ -31,8 +31,8 @@ from headstart.heads.target import source_layers
 from headstart.train.plan import run_shapes
 
 STEP = 0.012
-"""Seconds of a training step of E4B's head on an H100, calculated from some 2,800 operations at 4 to
-5 microseconds each (docs/explanation/performance.md): what a loader has to keep up with."""
+"""Seconds of a training step of E4B's head on an H100, calculated from some 2,800 operations at 4
+to 5 microseconds each (docs/explanation/performance.md): what a loader has to keep up with."""
 STEPS = 100
 SHARDS, DOCUMENTS = 4, 16  # documents a shard
 
