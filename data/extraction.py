@@ -19,7 +19,7 @@ from headstart.common.console import progress_bar
 from headstart.common.processes import in_step, is_mine, processes_in
 from headstart.common.versions import check_rows
 from headstart.configs.schema import DataConfig
-from headstart.data.background_writer import BackgroundWriter
+from headstart.data.background import BackgroundWriter
 from headstart.data.conversations import MANIFEST, Conversation, trainable
 from headstart.data.documents import Document, Entry
 from headstart.data.kv_cache import generation_cache

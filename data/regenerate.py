@@ -17,7 +17,7 @@ from headstart.common.console import print_once, progress_bar
 from headstart.common.processes import in_step, is_mine, processes_in
 from headstart.common.versions import CACHE, skips_prefill
 from headstart.configs.schema import DataConfig
-from headstart.data.background_writer import BackgroundWriter
+from headstart.data.background import BackgroundWriter
 from headstart.data.conversations import (
     Conversation,
     answered,

@@ -22,9 +22,9 @@ from headstart.common.files import write_figures
 from headstart.common.machine import environment
 from headstart.common.processes import in_step
 from headstart.configs.schema import DraftPositionOffset
+from headstart.data.background import to_device
 from headstart.data.documents import Documents
 from headstart.data.loader import candidate_rows, gather_rows
-from headstart.data.prefetch import to_device
 from headstart.data.store import ActivationStore
 from headstart.eval.acceptance import AcceptanceCounts, RecallCounts, replay_rounds, zero_counts
 from headstart.eval.statistics import ends_in_loop, interval, resampled

@@ -14,7 +14,7 @@ from transformers import Gemma4ForCausalLM
 
 from headstart.common.versions import INSTALLED
 from headstart.configs.schema import Config, Decoder
-from headstart.data import extraction, prefetch, regenerate
+from headstart.data import background, extraction, regenerate
 from headstart.data.extraction import extract
 from headstart.eval.decoding import Decoded, decode, make_variants
 from headstart.eval.draft_cost import Costs
@@ -68,7 +68,7 @@ def watch_hot_loops(gpu: PretendedGpu, patch: pytest.MonkeyPatch) -> None:
         patch.setattr(of, name, how(unit, getattr(of, name)))
 
     per("training step", loop, "optimizer_step", gpu.counted)
-    per("batch of training", prefetch, "to_device", gpu.counted)
+    per("batch of training", background, "to_device", gpu.counted)
     patch.setattr(loop, "THREADS", 0)  # only this thread pretends
     per("generated token", regenerate.SamplingMixture, "__call__", gpu.marked)
     per("recorded batch", extraction.Recorder, "tensors", gpu.counted)

@@ -19,10 +19,10 @@ from headstart.common.console import plain_console
 from headstart.common.files import write_figures
 from headstart.common.machine import environment, machine_name, peak_memory
 from headstart.configs.schema import Config, TrainConfig
+from headstart.data.background import to_device
 from headstart.data.conversations import Conversation, answered, read_folder
 from headstart.data.extraction import OnlineActivations, extract, forward_batches
 from headstart.data.loader import AnchorLoader, Batch, candidate_rows
-from headstart.data.prefetch import to_device
 from headstart.data.prepare import deal_sampling
 from headstart.data.prompts import Prompt, load_prompts
 from headstart.data.regenerate import Job, make_jobs, regenerate

@@ -17,9 +17,9 @@ from headstart.common.console import plain_console
 from headstart.common.files import write_figures
 from headstart.common.machine import environment, machine_name
 from headstart.configs.schema import Config
+from headstart.data.background import THREADS, Prefetch
 from headstart.data.documents import PLAIN, Entry
 from headstart.data.loader import AnchorLoader
-from headstart.data.prefetch import THREADS, Prefetch
 from headstart.data.store import (
     FORMAT,
     ActivationStore,

@@ -10,9 +10,9 @@ from accelerate import Accelerator
 from headstart.common.console import print_once, progress_bar
 from headstart.common.signals import Interrupted, stop_signals
 from headstart.configs.schema import Config
+from headstart.data.background import THREADS, Prefetch
 from headstart.data.documents import Documents
 from headstart.data.loader import AnchorLoader
-from headstart.data.prefetch import THREADS, Prefetch
 from headstart.heads.target import Target
 from headstart.train.checkpoints import RunState, save_checkpoint
 from headstart.train.run_folder import append_metrics

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 
 from headstart.configs.schema import Config, DataConfig, TrainConfig
+from headstart.data.background import THREADS
 from headstart.data.extraction import BATCH_TOKENS, LOGIT_ROWS
 from headstart.data.kv_cache import SLACK
 from headstart.data.loader import pack
-from headstart.data.prefetch import THREADS
 from headstart.heads.target import SUPPORTED, source_layers
 from headstart.train.losses import EXACT_ROWS, SPARSE_ROWS
 

@@ -19,9 +19,9 @@ from accelerate import PartialState
 from headstart.common.console import phase, progress_bar
 from headstart.common.files import check_empty
 from headstart.configs.schema import Config, HeadConfig
+from headstart.data.background import to_device
 from headstart.data.documents import Documents
 from headstart.data.loader import AnchorLoader
-from headstart.data.prefetch import to_device
 from headstart.data.prepare import prepare_documents
 from headstart.eval.acceptance import RecallCounts
 from headstart.eval.asked import as_the_head_was

@@ -16,11 +16,11 @@ import torch
 
 from headstart.common.machine import synchronize
 from headstart.configs.schema import Config, DataConfig
+from headstart.data.background import to_device
 from headstart.data.conversations import Conversation, answered, trainable
 from headstart.data.documents import Document, Entry
 from headstart.data.extraction import OnlineActivations, Recorder
 from headstart.data.loader import AnchorLoader, Batch
-from headstart.data.prefetch import to_device
 from headstart.data.prepare import PlannedDocuments, stream_folder
 from headstart.data.regenerate import Job, answer, tokens_that_run
 from headstart.data.store import ActivationStore

@@ -10,9 +10,9 @@ import torch
 from accelerate.utils import recursively_apply
 
 from headstart.configs.schema import DataConfig
+from headstart.data.background import Prefetch
 from headstart.data.extraction import extract
 from headstart.data.loader import AnchorLoader, Batch
-from headstart.data.prefetch import Prefetch
 from headstart.data.store import ActivationStore, shard_path
 from tests.helpers.models import make_target
 from tests.helpers.prompts import conversations
