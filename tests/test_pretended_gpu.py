@@ -158,10 +158,10 @@ BUDGETS: dict[str, tuple[int, int, int]] = {
 }
 """Unit of work -> operations in float32, in bfloat16, and waits: what it costs today in the family
 in which it costs most (a mixture of experts, mostly), with the releases below. They may only go
-down. A step is of three rounds, batches are of four texts, a validation is of two. An extracted batch has
-its teachers' logits within it. A token costs more operations of a mixture of experts than it did
-in `generate`, which copies the weights of each row's experts to save them: for many rows too much
-memory."""
+down. A step is of three rounds, batches are of four texts, a validation is of two. An extracted
+batch has its teachers' logits within it. In a mixture of experts a token costs more operations than
+it did in `generate`, which copies the weights of each row's experts to save them: for many rows too
+much memory."""
 COUNTED_WITH = torch.__version__.startswith("2.13.") and INSTALLED.release[:2] == (5, 24)
 
 
