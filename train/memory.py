@@ -188,12 +188,12 @@ def longest_text(d: DataConfig) -> int:
 
 def extraction_bytes(text: Any, d: DataConfig, width: int) -> int:
     """What one forward of `headstart extract` holds beside the weights, or what a head sees of it
-    with the logits of some rows, three of them while they are capped."""
+    with the logits of some rows, four of them while they are capped."""
     batch, length = forward_length(d)
     forward = forward_bytes(text, batch, length, width, cached=None)
     kv = sum(kv_bytes(text, i, width) for i in source_layers(text).values())
     seen = batch * length * (text.hidden_size * width + kv)
-    return max(forward, seen + LOGIT_ROWS * text.vocab_size * 3 * width)
+    return max(forward, seen + LOGIT_ROWS * text.vocab_size * 4 * width)
 
 
 @dataclass(frozen=True)
