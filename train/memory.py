@@ -242,9 +242,9 @@ def activation_bytes(head: Any, shape: StepShape, compute: int, checkpointing: b
     """What the head's forward keeps for its backward pass.
 
     Of a draft in a layer: four norms over D and one over the queries, each in float32 before and
-    after; what enters the products; gate, activation, up, and their product. Of a round in a layer,
-    where heads share keys, a copy of keys and values for each head. With `checkpointing` the inputs
-    of the layers, and one layer at a time.
+    after; what enters the products; gate, activation, up, and their product. With `checkpointing`
+    the inputs of the layers, and one layer at a time, which there runs on transformers' own
+    attention: where heads share keys, with a copy of keys and values for each head.
 
     Args:
         head: the assistant's configuration.
@@ -259,8 +259,10 @@ def activation_bytes(head: Any, shape: StepShape, compute: int, checkpointing: b
             own = text.per_layer_config[i]
             queries = text.num_attention_heads * own.head_dim
             each = d * (32 + 2 * compute) + queries * (8 + 2 * compute) + 4 * mlp * compute
-            copied = 2 * queries * compute * shape.batch * shape.length * copied_keys(text, own)
-            layers.append(drafts * each + copied)
+            copied = checkpointing and copied_keys(text, own)
+            layers.append(
+                drafts * each + 2 * queries * compute * shape.batch * shape.length * copied
+            )
         kept = drafts * (2 * target_width * compute + d * (8 + compute))
         if checkpointing:
             kept += drafts * d * compute * len(layers) + max(layers) // len(shape.rounds)
