@@ -140,6 +140,12 @@ class DraftHead(nn.Module):
             K of [B, R, D], from the second on [B, S, D], or of width H where a narrow head was
             loaded: their product with `draft_table` is the draft's logits.
         """
+        with fast_kernels(self.assistant):
+            return self._run(texts, rows, embed, position)
+
+    def _run(
+        self, texts: Texts, rows: Rows, embed: Embed, position: DraftPositionOffset
+    ) -> list[torch.Tensor]:
         window = self.assistant.config.text_config.sliding_window
         length = next(iter(texts.kv.values()))[0].shape[2]
         hidden = select(texts.hidden, rows.hidden).to(self.dtype)
@@ -150,15 +156,14 @@ class DraftHead(nn.Module):
             if k < 2:  # the rows are the same from the second round on
                 masks, positions = row_masks(rows, length, window), positions_of(rows, position)
             inputs = torch.cat([embed(rows.tokens[:, :, k]).to(self.dtype), hidden], dim=-1)
-            with fast_kernels(self.assistant):
-                state = self.assistant.model(
-                    inputs_embeds=self.assistant.pre_projection(inputs),
-                    attention_mask=masks,
-                    position_ids=positions,
-                    shared_kv_states=texts.kv,
-                    use_cache=False,
-                    **ALL_ROWS,
-                ).last_hidden_state
+            state = self.assistant.model(
+                inputs_embeds=self.assistant.pre_projection(inputs),
+                attention_mask=masks,
+                position_ids=positions,
+                shared_kv_states=texts.kv,
+                use_cache=False,
+                **ALL_ROWS,
+            ).last_hidden_state
             hidden = self.assistant.post_projection(state)
             states.append(state if self.projection is None else state @ self.projection.T)
         return states

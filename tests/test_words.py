@@ -30,7 +30,8 @@ RETIRED = {
     "weights_first": "linear_weights_first", "quick_few_rows": "fast_kernels",
     "single_query_attention": "grouped_query_attention", "judged_on": "eval_sets",
     "obstacles": "incompatibilities", "HOPED": "OPTIMISTIC_PRIOR", "stale_acceptance_length": "",
-    "served_config": "TargetConfig",
+    "served_config": "TargetConfig", "plain_strides": "fast_kernels",
+    "fast_small_batch_linear": "fast_kernels", "fast_grouped_query_attention": "fast_kernels",
 }  # fmt: skip
 """Identifier or key -> what took its place; empty: it left the product."""
 

@@ -1,6 +1,7 @@
 """The evaluation: what is compared with what, and that the report says what was measured."""
 
 import json
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ from headstart.data.prompts import load_prompts
 from headstart.data.templates import encode_prompt
 from headstart.eval.compare import compare
 from headstart.eval.decoding import Decoded, decode
+from headstart.eval.draft_cost import Costs
 from headstart.eval.measurements import Measurements
 from headstart.eval.report import run_evaluation
-from headstart.eval.statistics import RESAMPLES
+from headstart.eval.statistics import RESAMPLES, slow_baseline
 from headstart.heads.target import Target
 from headstart.heads.tokens import Sampling
 from tests.helpers.heads import half_trained_head
@@ -155,6 +157,21 @@ def test_heads_small_models_and_decoders_are_compared_in_one_run(
         prompt = next(p for p in load_prompts(chosen.prompts) if p.id == example["id"])
         tokens = decode(tiny, encode_prompt(prompt, tiny.tokenizer), 24).tokens
         assert kept == "".join(tiny.tokenizer.decode([token]) for token in tokens)
+
+
+def test_a_report_says_that_its_baseline_is_slower_than_a_verification(
+    tiny: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    costs = {"transformers": Costs(0.1, [1.0, 0.76, 1.1]), "exact": Costs(0.1, [1.0, 0.97, 1.1])}
+    monkeypatch.setattr("headstart.eval.report.measure_costs", lambda *args: costs)
+    chosen = settings(tmp_path, 2, max_new_tokens=6)
+    content = run_evaluation(tiny, {"h": half_trained_head(tiny)}, chosen, tmp_path / "out")
+    assert content["least_verification"] == 0.76
+    line = slow_baseline(0.76)
+    assert line is not None
+    for name in ("report.md", "report.html"):
+        text = unescape((tmp_path / "out" / name).read_text(encoding="utf-8"))
+        assert line in " ".join(text.split())
 
 
 def test_decoders_that_cannot_be_compared_are_refused(tiny: Target, tmp_path: Path) -> None:
