@@ -27,9 +27,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 
 @contextmanager
@@ -39,8 +39,8 @@ def fast_kernels(model: PreTrainedModel) -> Iterator[None]:
     The values are those of its own layers up to the rounding of another order of sums; those of the
     norms are the same bit for bit on a CPU. Left alone are layers whose forward somebody replaced,
     linear layers of other classes or with quantized weights, compiled layers (the compiler joins
-    operations itself), models that run another attention than transformers' `sdpa`, and models that
-    are trained with gradient checkpointing, whose layers run again outside.
+    operations itself), the attention of models that run another than transformers' `sdpa`, and
+    models that are trained with gradient checkpointing, whose layers run again outside.
     """
     if any(m.training and getattr(m, "gradient_checkpointing", False) for m in model.modules()):
         yield
@@ -51,7 +51,7 @@ def fast_kernels(model: PreTrainedModel) -> Iterator[None]:
     with ExitStack() as undo:
         for module in replaced:
             undo.callback(delattr, module, "forward")
-        undo.enter_context(_grouped_heads(model.config.get_text_config()))
+        undo.enter_context(_grouped_heads())
         undo.enter_context(_rows_without_gaps(model.get_output_embeddings()))
         yield
 
@@ -146,9 +146,6 @@ def quick_rows(dtype: torch.dtype) -> frozenset[int]:
     return frozenset(rows for rows in FEW if dtype.is_floating_point and is_quicker(dtype, rows))
 
 
-NAME = "headstart_grouped_query"
-
-
 def grouped_query_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -183,22 +180,20 @@ def grouped_query_attention(
     return seen.reshape(b, heads, rows, width).transpose(1, 2).contiguous(), None
 
 
-AttentionInterface.register(NAME, grouped_query_attention)
-AttentionMaskInterface.register(NAME, sdpa_mask)
-
-
 @contextmanager
-def _grouped_heads(config: Any) -> Iterator[None]:
-    """Within, layers that read this text configuration attend by `grouped_query_attention`."""
-    stock = config._attn_implementation
-    if stock != "sdpa":
-        yield
-        return
-    config._attn_implementation = NAME
+def _grouped_heads() -> Iterator[None]:
+    """Within, models that run `sdpa` attend by `grouped_query_attention`.
+
+    It takes the place of transformers' function rather than a name of its own: what a model does
+    about masks depends on whether it is called `sdpa` (`Gemma4TextModel` of 5.23 and newer would
+    lose the order of tokens where it leaves out rows without a mask).
+    """
+    stock = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    ALL_ATTENTION_FUNCTIONS["sdpa"] = grouped_query_attention
     try:
         yield
     finally:
-        config._attn_implementation = stock
+        ALL_ATTENTION_FUNCTIONS["sdpa"] = stock
 
 
 @contextmanager

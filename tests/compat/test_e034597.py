@@ -18,6 +18,7 @@ from headstart.eval.replay import simulate_acceptance
 from headstart.heads.loading import load_target
 from headstart.heads.saving import draft_position_offset, load_assistant, load_assistant_config
 from headstart.heads.unroll import DraftHead
+from headstart.train.losses import Candidates
 from headstart.train.run import train
 from tests.helpers.runs import metrics
 
@@ -36,12 +37,25 @@ def test_a_head_is_accepted_on_a_store_as_it_was() -> None:
     assert draft_position_offset(load_assistant_config(FILES / "run" / "head")) == "mixed"
 
 
+def drawn_as_then(kept: torch.Tensor, negatives: int, seed: int) -> Candidates:
+    """Candidates of a step of then, whose negatives were another draw: all else is as it was."""
+    rest = (~kept).nonzero()[:, 0]
+    order = torch.randperm(len(rest), generator=torch.Generator().manual_seed(seed))
+    ids = torch.cat([kept.nonzero()[:, 0], rest[order[:negatives]]])
+    weights = torch.ones(len(ids))
+    weights[int(kept.sum()) :] = len(rest) / min(negatives, len(rest))
+    slot_of = torch.full_like(kept, -1, dtype=torch.long)
+    slot_of[ids] = torch.arange(len(ids))
+    return Candidates(ids, weights, slot_of)
+
+
 def test_a_run_goes_on_from_a_checkpoint_with_the_losses_that_it_had(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     work = tmp_path / "work"
     shutil.copytree(FILES, work)
     monkeypatch.chdir(work)
+    monkeypatch.setattr("headstart.train.step.draw_candidates", drawn_as_then)
     told = metrics(FILES / "run")
     train(load_saved(Path("run/config.yaml")), resume=True)
     found = metrics(Path("run"))

@@ -37,6 +37,23 @@ def test_assisted_greedy_text_equals_plain_greedy_text_in_float32(family: str) -
     assert accepted > 0, "a head that is never accepted makes this test empty"
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_lookup_and_a_small_model_draft_plain_text_from_the_prompt_on(family: str) -> None:
+    """Both draft before the target has run: its prefill has several rows to keep, which is where a
+    model may leave rows and masks out."""
+    target, small = make_target(family), make_target("gemma3").model
+    generator, drafted = torch.Generator().manual_seed(0), 0
+    for length in (5, 14, 29, 34, 44, 59):
+        ids = torch.randint(4, 260, (length,), generator=generator).tolist()
+        ids[-3:] = ids[:3]  # for the lookup to find
+        plain = decode(target, ids, 12).tokens
+        for assistant in (None, small):
+            found = decode(target, ids, 12, assistant, 2)
+            assert found.tokens == plain
+            drafted += len(found.forwards) and found.forwards[0][1] > length
+    assert drafted > 6
+
+
 @pytest.mark.parametrize("decoding_config", [None, ExactDecoding()], ids=["stock", "exact"])
 def test_a_draft_length_is_of_one_call_and_changes_nothing_of_the_head(
     decoding_config: ExactDecoding | None, tiny: Target

@@ -65,7 +65,7 @@ def test_the_list_says_how_each_run_stands(root: Path, capsys: pytest.CaptureFix
     assert "8 / 8" in lines["good"]
     assert f"{best:.3f}" in lines["good"]
     assert "stopped" in lines["stopped"]
-    assert "6 / 8" in lines["stopped"]
+    assert "7 / 8" in lines["stopped"]
     assert "failed" in lines["failed"]
     assert "killed" in lines["killed"]
     assert "training" in lines["busy"]
@@ -90,8 +90,8 @@ def test_one_run_is_shown_with_a_picture_and_a_way_to_go_on(
     (root / "stopped" / "progress.png").unlink(missing_ok=True)
     assert main(["runs", "show", str(root / "stopped")]) == 0
     text = " ".join(capsys.readouterr().out.split())
-    assert "6 of 8" in text
-    assert "step-000004, step-000006" in text
+    assert "7 of 8" in text
+    assert "step-000004, step-000007" in text
     assert "--resume" in text
     picture = Image.open(root / "stopped" / "progress.png")
     assert len(set(picture.convert("RGB").getdata())) > 50, "something is drawn"
