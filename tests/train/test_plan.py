@@ -67,11 +67,13 @@ def test_an_adapter_is_what_a_plan_says_is_trained() -> None:
     start = [*GPU, "head.init_from=google/gemma-4-E4B-it-assistant"]
     (path,) = (one for one in RECIPES if one.stem == "gemma4-e4b")
     whole = plan(load_config(path, start))
-    one, two = (plan(load_config(path, [*start, f"head.lora={{r: {r}}}"])) for r in (8, 16))
+    one, two, wide = (
+        plan(load_config(path, [*start, f"head.lora={{r: {r}}}"])) for r in (8, 16, 128)
+    )
     small, large = (int(p["parameters trained"].replace(",", "")) for p in (one, two))
     assert large == 2 * small
     assert small < int(whole["parameters trained"].replace(",", "")) / 10
-    assert one["in training"] != two["in training"]
+    assert one["in training"] != wide["in training"]
     parts = plan(load_config(path, [*start, "head.trainable_modules=[pre_projection]"]))
     assert int(parts["parameters trained"].replace(",", "")) == 2 * 2560 * 256
 
