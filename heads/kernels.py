@@ -33,8 +33,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 
 @contextmanager
-def fast_kernels(model: PreTrainedModel) -> Iterator[None]:
+def fast_kernels(model: PreTrainedModel, few_rows: bool = True) -> Iterator[None]:
     """Within, a model runs on these kernels, in training too.
+
+    Without `few_rows` linear layers stay as they are: which form is quicker is tried in each
+    process, and what is stored must have the same bits in all of them.
 
     The values are those of its own layers up to the rounding of another order of sums; those of the
     norms are the same bit for bit on a CPU. Left alone are layers whose forward somebody replaced,
@@ -45,7 +48,11 @@ def fast_kernels(model: PreTrainedModel) -> Iterator[None]:
     if any(m.training and getattr(m, "gradient_checkpointing", False) for m in model.modules()):
         yield
         return
-    replaced = {module: forward for module in _layers(model) if (forward := _fast_forward(module))}
+    replaced = {
+        module: forward
+        for module in _layers(model)
+        if (few_rows or type(module) is not nn.Linear) and (forward := _fast_forward(module))
+    }
     for module, forward in replaced.items():
         module.forward = forward
     with ExitStack() as undo:
