@@ -153,6 +153,12 @@ def quick_rows(dtype: torch.dtype) -> frozenset[int]:
     return frozenset(rows for rows in FEW if dtype.is_floating_point and is_quicker(dtype, rows))
 
 
+def groups_heads(rows: int, groups: int, width: int) -> bool:
+    """Whether so many query rows are attended to by the group: masks [R, T] for each of its heads
+    are then smaller than copies of the keys and values [G, T, D]."""
+    return rows <= 2 * groups * width
+
+
 def grouped_query_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -174,7 +180,7 @@ def grouped_query_attention(
     groups = key.shape[1]
     mask = attention_mask
     shared = rows == 1 if mask is None else mask.shape[1] == 1
-    if not shared or rows > 2 * groups * width:
+    if not (shared and groups_heads(rows, groups, width)):
         return sdpa_attention_forward(
             module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs
         )

@@ -21,6 +21,7 @@ from headstart.data.background import THREADS
 from headstart.data.extraction import BATCH_TOKENS, LOGIT_ROWS
 from headstart.data.kv_cache import SLACK
 from headstart.data.loader import pack
+from headstart.heads.kernels import groups_heads
 from headstart.heads.target import SUPPORTED, source_layers
 from headstart.train.losses import EXACT_ROWS, SPARSE_ROWS
 
@@ -109,7 +110,8 @@ def forward_bytes(
     - the norm of the inputs per layer, in float32, twice;
     - the norm of the queries, likewise;
     - attention: queries, result, and where heads share keys a copy of them for each; the mask as a
-      bias of the queries' dtype;
+      bias of the queries' dtype. Where heads are grouped (`groups_heads`), in place of the copies:
+      queries and result in the order of groups, the result turned back, a mask for each head;
     - the MLP: gate, up, and their product;
     - the experts: as many rows as a token has experts, of input, of output, and twice of output
       times its weight in float32.
@@ -131,12 +133,15 @@ def forward_bytes(
         own, kv = text.per_layer_config[i], kv_bytes(text, i, width)
         kv = kv * cached[i] // length if cached else kv
         queries = text.num_attention_heads * own.head_dim
-        copies = 2 * copied_keys(text, own)
+        attention = queries * width * (2 + 2 * copied_keys(text, own)) + length * width
+        groups = own.num_key_value_heads
+        if copied_keys(text, own) and groups_heads(length, groups, own.head_dim):
+            attention = queries * width * 5 + text.num_attention_heads // groups * length
         wide = getattr(text, "use_double_wide_mlp", False) and not kv
         mlp = text.intermediate_size * (2 if wide else 1)
         in_layer = [
             2 * d * width + queries * norm,
-            2 * d * width + queries * width * (2 + copies) + length * width + kv,
+            2 * d * width + attention + kv,
             3 * d * width + 3 * mlp * width + kv,
         ]
         if getattr(text, "enable_moe_block", False):
@@ -188,12 +193,13 @@ def longest_text(d: DataConfig) -> int:
 
 def extraction_bytes(text: Any, d: DataConfig, width: int) -> int:
     """What one forward of `headstart extract` holds beside the weights, or what a head sees of it
-    with the logits of some rows, four of them while they are capped."""
+    with the hidden states once more and the logits of some rows, three of them while they are
+    capped."""
     batch, length = forward_length(d)
     forward = forward_bytes(text, batch, length, width, cached=None)
     kv = sum(kv_bytes(text, i, width) for i in source_layers(text).values())
-    seen = batch * length * (text.hidden_size * width + kv)
-    return max(forward, seen + LOGIT_ROWS * text.vocab_size * 4 * width)
+    seen = batch * length * (2 * text.hidden_size * width + kv)
+    return max(forward, seen + LOGIT_ROWS * text.vocab_size * 3 * width)
 
 
 @dataclass(frozen=True)
