@@ -13,8 +13,8 @@ from accelerate.utils import recursively_apply, send_to_device
 from headstart.data.loader import Batch
 
 THREADS = 3
-"""A batch of E4B takes about twice as long to put together as a step of its head takes on an H100
-(docs/explanation/performance.md)."""
+"""One makes a batch of E4B in nearly the time that a step of its head takes on an H100 by
+calculation (docs/explanation/performance.md)."""
 
 T = TypeVar("T")
 Made: TypeAlias = tuple[Batch, torch.cuda.Event | None]

@@ -48,9 +48,9 @@ class CountedDrafts(NamedTuple):
     state: torch.Tensor
     """[N] index of its state among those of all rounds, B x R and then K - 1 times B x S."""
     positions: torch.Tensor
-    """[P] which of the B x M hidden states teach."""
-    taught_at: torch.Tensor
-    """[N] which of the P teaches each draft."""
+    """[P] which of the B x M hidden states are some draft's teacher."""
+    teacher: torch.Tensor
+    """[N] which of the P positions is the teacher of each draft."""
     of_round: tuple[int, ...]
     """K counts."""
 

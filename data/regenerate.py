@@ -348,7 +348,7 @@ def answer(
     ).to(target.device)
     mixture = SamplingMixture([job.sampling for job in jobs], seed, max_new_tokens, target.device)
     prompts, mask = inputs["input_ids"], inputs["attention_mask"]
-    with fast_kernels(target.model, few_rows=False):
+    with fast_kernels(target.model, small_batch=False):
         output = generate_tokens(target, prompts, mask, mixture, max_new_tokens, recorder)
     return [cut_after(response, target.eos_ids) for response in output.tolist()]
 

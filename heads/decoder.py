@@ -403,7 +403,7 @@ def exact_decoding(
 
     target._get_candidate_generator = generator
     try:
-        with kernels, fast_kernels(target):
+        with fast_kernels(target), kernels:
             yield
     finally:
         del target._get_candidate_generator

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from transformers import LogitsProcessor
 
-from headstart.heads.kernels import few_row_linear, quick_rows
+from headstart.heads.kernels import quick_rows, small_batch_linear
 from headstart.heads.saving import Assistant
 from headstart.heads.target import SharedKV
 
@@ -180,7 +180,7 @@ class Drafter:
     def _products(self, table: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
         """[M, H] @ [H] -> [M], as a linear layer: in bfloat16 on a CPU `@` takes half as long
         again."""
-        return few_row_linear(self.quick, table, None, state[None])[0]
+        return small_batch_linear(self.quick, table, None, state[None])[0]
 
 
 def _drawn(logits: torch.Tensor) -> torch.Tensor:

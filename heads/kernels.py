@@ -33,11 +33,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 
 @contextmanager
-def fast_kernels(model: PreTrainedModel, few_rows: bool = True) -> Iterator[None]:
+def fast_kernels(model: PreTrainedModel, small_batch: bool = True) -> Iterator[None]:
     """Within, a model runs on these kernels, in training too.
 
-    Without `few_rows` linear layers stay as they are: which form is quicker is tried in each
-    process, and what is stored must have the same bits in all of them.
+    Without `small_batch` linear layers stay as they are: which form is quicker over few rows is
+    tried in each process, and what is stored must have the same bits in all of them.
 
     The values are those of its own layers up to the rounding of another order of sums; those of the
     norms are the same bit for bit on a CPU. Left alone are layers whose forward somebody replaced,
@@ -51,7 +51,7 @@ def fast_kernels(model: PreTrainedModel, few_rows: bool = True) -> Iterator[None
     replaced = {
         module: forward
         for module in _layers(model)
-        if (few_rows or type(module) is not nn.Linear) and (forward := _fast_forward(module))
+        if (small_batch or type(module) is not nn.Linear) and (forward := _fast_forward(module))
     }
     for module, forward in replaced.items():
         module.forward = forward
@@ -86,7 +86,7 @@ def _fast_forward(module: nn.Module) -> Callable[..., torch.Tensor] | None:
         and module.weight.device.type == "cpu"
         and (rows := quick_rows(module.weight.dtype))
     ):
-        return partial(few_row_linear, rows, module.weight, module.bias)
+        return partial(small_batch_linear, rows, module.weight, module.bias)
     return None
 
 
@@ -113,7 +113,7 @@ TRIAL_TURNS = 5
 WORTH = 0.8  # share of the time that it has to take at most, or the stock order stays
 
 
-def few_row_linear(
+def small_batch_linear(
     quick: frozenset[int], weight: torch.Tensor, bias: torch.Tensor | None, x: torch.Tensor
 ) -> torch.Tensor:
     """`F.linear(x, weight, bias)`, with the weights first where x [..., in] has one of the `quick`

@@ -140,7 +140,7 @@ class DraftHead(nn.Module):
             K of [B, R, D], from the second on [B, S, D], or of width H where a narrow head was
             loaded: their product with `draft_table` is the draft's logits.
         """
-        with fast_kernels(self.assistant, few_rows=False):
+        with fast_kernels(self.assistant, small_batch=False):
             return self._run(texts, rows, embed, position)
 
     def _run(

@@ -62,7 +62,7 @@ def draft_batch(
         states = model(texts, batch.rows, target.embed, position)
     teacher = Teacher(
         hidden=texts.hidden.flatten(0, 1).index_select(0, drafts.positions),
-        at=drafts.taught_at,
+        at=drafts.teacher,
         ids=batch.teacher_ids.flatten(0, 1)[drafts.anchor, drafts.round],
         logprobs=batch.teacher_logprobs.flatten(0, 1)[drafts.anchor, drafts.round],
     )

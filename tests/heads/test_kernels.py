@@ -14,7 +14,9 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.gemma4.modeling_gemma4 import Gemma4RMSNorm
 
 from headstart.common.versions import CUTS_ROWS
+from headstart.eval.decoding import decode
 from headstart.heads import kernels
+from headstart.heads.decoder import ExactDecoding, exact_decoding
 from headstart.heads.kernels import (
     FEW,
     fast_kernels,
@@ -230,6 +232,21 @@ def test_layers_that_run_again_or_are_compiled_keep_their_own(tiny: Target) -> N
     with fast_kernels(head):
         assert not replaced(head)
         assert ALL_ATTENTION_FUNCTIONS["sdpa"] is sdpa_attention_forward
+
+
+@pytest.mark.parametrize("decoding_config", [None, ExactDecoding()], ids=["stock", "exact"])
+def test_decoding_leaves_nothing_behind(
+    tiny: Target, decoding_config: ExactDecoding | None
+) -> None:
+    """The contexts of target and head end in the reverse order, whichever began within which."""
+    head = noisy_head(tiny).assistant
+    decode(tiny, [5, 6, 7], 8, head, 2, decoding_config)
+    with exact_decoding(tiny.model):
+        head.generation_config.num_assistant_tokens = 2
+        tiny.model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=8, assistant_model=head)
+    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is sdpa_attention_forward
+    assert not replaced(tiny.model)
+    assert not replaced(head)
 
 
 def test_the_lm_head_is_given_rows_without_gaps(target: Target) -> None:

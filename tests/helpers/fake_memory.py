@@ -300,11 +300,13 @@ def _batch(target: Target, config: Config) -> Batch:
 
 
 def _drafts(shape: StepShape, positions: int) -> CountedDrafts:
-    """All drafts of such a batch, each taught at a place of its own as far as there are any."""
+    """All drafts of such a batch, each with a teacher of its own as far as there are any."""
     n = shape.drafts
     numbers, zeros = torch.zeros(n, dtype=torch.long), torch.zeros(n, dtype=torch.long)
-    taught = torch.zeros(min(n, positions), dtype=torch.long)
-    return CountedDrafts(numbers, zeros, zeros.clone(), taught, zeros.clone(), tuple(shape.rounds))
+    teachers = torch.zeros(min(n, positions), dtype=torch.long)
+    return CountedDrafts(
+        numbers, zeros, zeros.clone(), teachers, zeros.clone(), tuple(shape.rounds)
+    )
 
 
 PHASES = {
