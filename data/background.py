@@ -12,9 +12,10 @@ from accelerate.utils import recursively_apply, send_to_device
 
 from headstart.data.loader import Batch
 
-THREADS = 3
-"""One makes a batch of E4B in nearly the time that a step of its head takes on an H100 by
-calculation (docs/explanation/performance.md)."""
+THREADS = 1
+"""One makes a batch of E4B in the time that a step of its head takes on an H100 by calculation
+(docs/explanation/performance.md). Three wait no less for one another at Python's lock, and took 6
+to 9% of a step on two cores."""
 
 T = TypeVar("T")
 Made: TypeAlias = tuple[Batch, torch.cuda.Event | None]
