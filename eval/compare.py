@@ -11,7 +11,7 @@ import numpy as np
 from rich.table import Table
 
 from headstart.common.console import one_line, wide_console
-from headstart.eval.page import SCHEMA, decoder_name
+from headstart.eval.page import READ, decoder_name
 from headstart.eval.recorded import describe_set, recorded_set
 from headstart.eval.statistics import OWN_LENGTH, interval, resampled
 
@@ -67,10 +67,10 @@ def read_report(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is damaged: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} is damaged: it holds no report")
-    if content.get("schema") != SCHEMA:
+    if content.get("schema") not in READ:
         raise ValueError(
-            f"{path} has schema {content.get('schema')}, not {SCHEMA}: measure again with this "
-            "version"
+            f"{path} has schema {content.get('schema')}, this version reads "
+            f"{' and '.join(map(str, READ))}: measure again with it"
         )
     return content
 

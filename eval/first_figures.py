@@ -27,9 +27,10 @@ from headstart.eval.draft_cost import (
     longest_draft,
     measure_costs,
 )
+from headstart.eval.figures import summarize
 from headstart.eval.measurements import Asked, Text
 from headstart.eval.recorded import prompt_set
-from headstart.eval.report import summarize
+from headstart.eval.spans import spans_of_tokens
 from headstart.heads.target import Target
 
 PROMPTS = 4  # of the evaluation
@@ -108,9 +109,10 @@ def _texts(
         ways: list[int | None] = [None, k] if number % 2 == 0 else [k, None]
         done = {way: _decode(target, ids, chosen, way) for way in ways}
         plain, drafted = done[None], done[k]
-        texts.append(
-            Text(prompt.id, 0, prompt.category, len(ids), plain, drafted, None, None, seed=None)
-        )
+        texts.append(Text(
+            prompt.id, 0, prompt.category, len(ids), plain, drafted, None, None, seed=None,
+            spans=spans_of_tokens(target.tokenizer, ids, drafted.tokens),
+        ))  # fmt: skip
     return texts
 
 

@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from itertools import count, islice
+from itertools import count, groupby, islice
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from headstart.eval.decoding import (
     divergence,
     explain_divergence,
 )
+from headstart.eval.spans import spans_of_tokens
 from headstart.eval.statistics import ends_in_loop
 from headstart.heads.target import Target
 from headstart.heads.tokens import Sampling
@@ -46,7 +47,7 @@ class Asked:
 
 
 WARM_UP_TOKENS = 16
-VERSION = 5  # of the file; it rises when a field changes
+VERSION = 6  # of the file; it rises when a field changes
 SEEDS_APART = 1_000_003  # as of train/step.py: prompts of two seeds draw apart
 AGAIN_EVERY = 4  # plain decoding is measured twice on each fourth prompt: the noise
 
@@ -69,6 +70,8 @@ class Text:
     """Wall time of a second plain decoding, where there was one."""
     seed: int | None
     """Of the sampling of both; None: greedy."""
+    spans: list[str]
+    """What each token of the assisted text belongs to, of `SPANS`."""
 
     @property
     def loops(self) -> bool:
@@ -165,6 +168,7 @@ class Measurements:
                     assisted=Decoded(**one["decoded"]),
                     divergence=None if why is None else Divergence(**why),
                     again_seconds=turn["again_seconds"], seed=turn["seed"],
+                    spans=[span for span, count in one["spans"] for _ in range(count)],
                 ))  # fmt: skip
         return found
 
@@ -316,7 +320,11 @@ def _measure_turn(
         if seed is None:
             why = explain_divergence(target, ids, plain.tokens, decoded.tokens)
         diverged = None if why is None else asdict(why)
-        found.append({"variant": variant.key, "decoded": asdict(decoded), "divergence": diverged})
+        spans = spans_of_tokens(target.tokenizer, ids, decoded.tokens)
+        found.append({
+            "variant": variant.key, "decoded": asdict(decoded), "divergence": diverged,
+            "spans": [(span, len(list(same))) for span, same in groupby(spans)],
+        })  # fmt: skip
     return {
         "temperature": sampling.temperature,
         "seed": seed,

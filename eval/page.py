@@ -18,14 +18,15 @@ from headstart.common.files import write_atomically
 from headstart.common.machine import machine_name
 from headstart.eval.plots import INK, STYLE, figures, group_name
 from headstart.eval.recorded import describe_set, recorded_set
-from headstart.eval.statistics import sampling_name
+from headstart.eval.statistics import merit, sampling_name
 
 COLUMNS = [
     "decoder", "K", "category", "texts", "acceptance length (95%)", "a_1 .. a_4", "speedup (95%)",
     "without prefill", "predicted", "tok/s", "equal",
 ]  # fmt: skip
 LEFT = ("decoder", "category")
-SCHEMA = 3  # of report.json; it rises when a key changes
+SCHEMA = 4  # of report.json; it rises when a key changes
+READ = (3, SCHEMA)  # which are read; 3 lacks `by_span` and `by_context`
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
 
 
@@ -176,6 +177,64 @@ def _divergence(content: dict[str, Any]) -> str | None:
     )
 
 
+SPAN_COLUMNS = ["span", "tokens", "rounds", "acceptance length", "a_1 .. a_4", "predicted speedup",
+                "share of the steps saved"]  # fmt: skip
+CONTEXT_COLUMNS = [
+    "tokens before the round",
+    "rounds",
+    "acceptance length",
+    "texts",
+    "speedup (95%)",
+]
+Rows = list[list[str]]
+
+
+def breakdowns(content: dict[str, Any]) -> list[tuple[str, list[str], Rows]]:
+    """Tables of the quickest variant over all texts: heading, columns and rows."""
+    whole = [
+        r for r in content["results"] if r["category"] == "all" and r["looping_texts"] == "with"
+    ]
+    best = max(whole, key=merit)
+    of = f"{decoder_name(best)}, K = {best['num_assistant_tokens']}"
+    tables: list[tuple[str, list[str], Rows]] = []
+    if "by_span" in best:  # reports of before lack both
+        tables.append((f"What the text is ({of})", SPAN_COLUMNS, _span_rows(best["by_span"])))
+        rows = _context_rows(best["by_context"])
+        tables.append((f"Length of the context ({of})", CONTEXT_COLUMNS, rows))
+    return tables
+
+
+def _span_rows(spans: list[dict[str, Any]]) -> Rows:
+    def form(value: float | None, form: str) -> str:
+        return "" if value is None else format(value, form)
+
+    return [
+        [
+            s["span"],
+            str(s["tokens"]),
+            str(s["rounds"]),
+            form(s["acceptance_length"], ".2f"),
+            ", ".join(f"{a:.2f}" for a in s["conditional_acceptance_rate"][:4]),
+            form(s["predicted_decode_speedup"], ".2f"),
+            form(s["saved_share"], ".0%"),
+        ]
+        for s in spans
+    ]
+
+
+def _context_rows(groups: list[dict[str, Any]]) -> Rows:
+    return [
+        [
+            f"from {group['from']}",
+            str(group["rounds"]),
+            f"{group['acceptance_length']:.2f}",
+            str(group["texts"]),
+            "" if group["speedup"] is None else _speedup(group),
+        ]
+        for group in groups
+    ]
+
+
 def markdown(content: dict[str, Any]) -> str:
     """report.md: the same tables."""
     lines = ["# Evaluation", "", in_markdown(title(content)) + ".", ""]
@@ -187,6 +246,10 @@ def markdown(content: dict[str, Any]) -> str:
         lines += [f"## {in_markdown(name)}", ""]
         lines += [markdown_row(COLUMNS), f"| {' | '.join(aligned)} |"]
         lines += [*(markdown_row(cells(result)) for result in found), ""]
+    for heading, columns, rows in breakdowns(content):
+        aligned = ["---", *["---:"] * (len(columns) - 1)]
+        lines += [f"## {heading}", "", markdown_row(columns), f"| {' | '.join(aligned)} |"]
+        lines += [*(markdown_row(row) for row in rows), ""]
     return "\n".join([*lines, "report.json has every figure; report.html shows them.", ""])
 
 
@@ -215,6 +278,7 @@ def page(content: dict[str, Any]) -> str:
             head: [(r["category"] == "all" and r["looping_texts"] == "with", cells(r)) for r in own]
             for head, own in by_head(content).items()
         },
+        breakdowns=breakdowns(content),
         examples=content["examples"],
     )
 

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from headstart.eval.statistics import NO_HEAD, OWN_LENGTH, POSITIONS, merit
+from headstart.eval.statistics import CONTEXTS, NO_HEAD, OWN_LENGTH, POSITIONS, merit
 
 Result = dict[str, Any]  # one of the report's
 INK = "#777679"  # text and axes: a page puts the color of its own text in its place
@@ -73,6 +73,8 @@ def figures(content: dict[str, Any], temperature: float | None = None) -> dict[s
             "accepted": accepted(whole),
             "time": time(whole) if timed else None,
             "positions": positions(whole),
+            "contexts": contexts(whole),
+            "spans": spans(whole),
         }
     return {name: figure for name, figure in drawn.items() if figure is not None}
 
@@ -244,20 +246,53 @@ def time(whole: Sequence[Result]) -> Figure:
 
 def positions(whole: Sequence[Result]) -> Figure | None:
     """Acceptance length of the rounds that begin after so many new tokens."""
-    variants = _best(whole)
-    edges = sorted({group["from"] for r in variants for group in r["by_position"]})
+    return _lengths(whole, "by_position", POSITIONS, "new tokens before the round")
+
+
+def contexts(whole: Sequence[Result]) -> Figure | None:
+    """The same after so many tokens of prompt and text."""
+    return _lengths(whole, "by_context", CONTEXTS, "tokens of prompt and text before the round")
+
+
+def _lengths(
+    whole: Sequence[Result], groups: str, bounds: Sequence[int], what: str
+) -> Figure | None:
+    """Acceptance length over `groups` of the results, which begin at some of `bounds`."""
+    variants = [r for r in _best(whole) if groups in r]  # reports of before lack some
+    edges = sorted({group["from"] for r in variants for group in r[groups]})
     if len(edges) < 2:
         return None
     figure = Figure(figsize=(WIDTH, 3.6), layout="constrained")
     axes = figure.subplots()
     for variant, look in zip(variants, _looks(variants), strict=True):
-        x = [edges.index(group["from"]) for group in variant["by_position"]]
-        lengths = [group["acceptance_length"] for group in variant["by_position"]]
+        x = [edges.index(group["from"]) for group in variant[groups]]
+        lengths = [group["acceptance_length"] for group in variant[groups]]
         axes.plot(x, lengths, markersize=5, **look)
-    ends = dict(pairwise(POSITIONS))
+    ends = dict(pairwise(bounds))
     names = [f"{edge} to {ends[edge] - 1}" if edge in ends else f"from {edge}" for edge in edges]
     axes.set_xticks(range(len(edges)), names)
-    axes.set(xlabel="new tokens before the round", ylabel="acceptance length")
+    axes.set(xlabel=what, ylabel="acceptance length")
+    figure.legend(loc="outside lower center", ncols=3)
+    return figure
+
+
+def spans(whole: Sequence[Result]) -> Figure | None:
+    """Acceptance length of the rounds that begin in thoughts, code, JSON, tool calls and prose."""
+    variants = [r for r in _best(whole) if "by_span" in r]  # reports of before lack it
+    names = _names(s["span"] for r in variants for s in r["by_span"] if s["rounds"])
+    if len(names) < 2:
+        return None
+    height = 1 + 0.25 * -(-len(variants) // 3) + len(names) * (0.12 + 0.11 * len(variants))
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    axes = figure.subplots()
+    for i, (variant, look) in enumerate(zip(variants, _looks(variants), strict=True)):
+        found = [s for s in variant["by_span"] if s["rounds"]]
+        dodge = 0.8 * (i - (len(variants) - 1) / 2) / len(variants)
+        y = [names.index(s["span"]) + dodge for s in found]
+        lengths = [s["acceptance_length"] for s in found]
+        axes.plot(lengths, y, linestyle="", markersize=5, **look)
+    axes.set_yticks(range(len(names)), names)
+    axes.set(xlabel="acceptance length", ylim=(len(names) - 0.5, -0.5))
     figure.legend(loc="outside lower center", ncols=3)
     return figure
 

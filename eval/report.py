@@ -2,13 +2,11 @@
 
 import json
 import resource
-from bisect import bisect
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import PartialState
 from transformers import PreTrainedModel
@@ -21,10 +19,10 @@ from headstart.common.versions import skips_prefill
 from headstart.configs.schema import Config, EvalConfig
 from headstart.data.prompts import Prompt, check_prompt_set, limit_evenly, load_prompt_set
 from headstart.data.templates import check_template, encode_prompts
-from headstart.eval.acceptance import AcceptanceCounts, zero_counts
 from headstart.eval.asked import asked_by_heads
-from headstart.eval.decoding import GREEDY, Decoded, DecoderVariant, make_variants
+from headstart.eval.decoding import GREEDY, DecoderVariant, make_variants
 from headstart.eval.draft_cost import Costs, busy_share, longest_draft, measure_costs
+from headstart.eval.figures import noise, summarize
 from headstart.eval.measurements import (
     Asked,
     Measurements,
@@ -37,11 +35,8 @@ from headstart.eval.recorded import prompt_set
 from headstart.eval.statistics import (
     NO_HEAD,
     OWN_LENGTH,
-    POSITIONS,
-    interval,
     least_verification,
     merit,
-    resampled,
     sampling_name,
     verdict,
 )
@@ -325,140 +320,13 @@ def _results(
             result = what | summarize(few, variant.num_assistant_tokens, variant.costs)
             if not timed:
                 result |= dict.fromkeys(SPEEDS)
+                for context in result["by_context"]:
+                    context |= {"speedup": None, "speedup_interval": None}
             if category == "all" and loops == "with":
                 k = variant.num_assistant_tokens
                 result["per_text"] = [_row(text, k, timed) for text in few]
             found.append(result)
     return found
-
-
-def summarize(texts: Sequence[Text], k: int, costs: Costs | None) -> dict[str, Any]:
-    """The figures of one result of report.json (docs/reference/report.md explains each): of the
-    texts of a variant that drafts K in a round at most, at these costs (None: no speedup is
-    predicted)."""
-    counts = [text.assisted.counts(text.prompt_len, k) for text in texts]
-    total = sum(counts, zero_counts(k))
-    diverged = [text for text in texts if text.diverged_at is not None]
-    seeds = sorted({text.seed for text in texts if text.seed is not None})
-    greedy = not seeds
-    return {
-        "seeds": seeds,
-        "prompts": len({text.id for text in texts}),
-        "texts": len(texts),
-        "loops": sum(text.loops for text in texts),
-        **_acceptance([text.id for text in texts], counts, total),
-        **_speed(texts),
-        "predicted_decode_speedup": None if costs is None else _predicted_speedup(texts, costs),
-        "equal_to_plain": not diverged if greedy else None,
-        "diverged_share": len(diverged) / len(texts) if greedy else None,
-        "diverged": [
-            {"id": t.id, "turn": t.turn, "token": t.diverged_at}
-            | asdict(t.divergence)
-            | {"within_rounding": t.divergence.within_rounding}
-            for t in diverged
-            if t.divergence is not None
-        ],
-        "new_tokens": sum(len(text.assisted.tokens) for text in texts),
-        "target_forwards": sum(len(text.assisted.forwards) for text in texts),
-        "baseline_target_forwards": sum(len(text.plain.forwards) for text in texts),
-        "rounds": total.rounds,
-        "drafted": total.drafted,
-        "reached": list(total.reached),
-        "accepted": list(total.accepted),
-        "accepted_histogram": total.accepted_histogram,
-        "by_position": _by_position(texts),
-    }
-
-
-def _acceptance(
-    ids: Sequence[str], counts: Sequence[AcceptanceCounts], total: AcceptanceCounts
-) -> dict[str, Any]:
-    rounds = np.maximum(resampled(ids, [c.rounds for c in counts]), 1)
-    reached = np.maximum(resampled(ids, [c.reached for c in counts]), 1)
-    accepted = resampled(ids, [c.accepted for c in counts])
-    intervals = np.percentile((accepted / reached)[1:], [2.5, 97.5], axis=0).T
-    return {
-        "acceptance_length": total.acceptance_length,
-        "acceptance_length_interval": interval(1 + accepted.sum(axis=1) / rounds),
-        "acceptance_rate": total.acceptance_rate,
-        "conditional_acceptance_rate": total.conditional_acceptance_rate,
-        "conditional_acceptance_rate_interval": intervals.tolist(),
-        "cumulative_acceptance_rate": total.cumulative_acceptance_rate,
-    }
-
-
-def _speed(texts: Sequence[Text]) -> dict[str, Any]:
-    assisted, plain = [t.assisted for t in texts], [t.plain for t in texts]
-    ids = [text.id for text in texts]
-    # [1 + S] seconds and tokens of both.
-    (seconds, tokens), (plain_seconds, plain_tokens) = (
-        (resampled(ids, [t.seconds for t in own]), resampled(ids, [len(t.tokens) for t in own]))
-        for own in (assisted, plain)
-    )
-    speedup = (plain_seconds / plain_tokens) / (seconds / tokens)
-    rate, plain_rate = _decode_rate(assisted), _decode_rate(plain)
-    prefill = sum(t.first_token_seconds for t in assisted)
-    drafting = sum(t.drafting_seconds or 0.0 for t in assisted)
-    peaks = [t.peak_memory_bytes for t in assisted if t.peak_memory_bytes is not None]
-    return {
-        "tokens_per_second": float(tokens[0] / seconds[0]),
-        "baseline_tokens_per_second": float(plain_tokens[0] / plain_seconds[0]),
-        "speedup": float(speedup[0]),
-        "speedup_interval": interval(speedup),
-        "time_to_first_token": prefill / len(texts),
-        "baseline_time_to_first_token": sum(t.first_token_seconds for t in plain) / len(texts),
-        "prefill_tokens_per_second": sum(t.prompt_len for t in texts) / prefill,
-        "decode_tokens_per_second": rate,
-        "baseline_decode_tokens_per_second": plain_rate,
-        "decode_speedup": rate / plain_rate if rate and plain_rate else None,
-        "target_forwards_per_token": sum(len(t.forwards) for t in assisted)
-        / sum(len(t.tokens) for t in assisted),
-        "drafting_share": drafting / sum(t.seconds for t in assisted) if drafting else None,
-        "peak_memory_bytes": max(peaks, default=None),
-    }
-
-
-def _decode_rate(texts: Sequence[Decoded]) -> float | None:
-    """Tokens a second after the first one; None: there are none."""
-    seconds = sum(text.seconds - text.first_token_seconds for text in texts)
-    tokens = sum(len(text.tokens) - 1 for text in texts)
-    return tokens / seconds if tokens and seconds > 0 else None
-
-
-def _predicted_speedup(texts: Sequence[Text], costs: Costs) -> float | None:
-    """Of the rounds, from their drafts and what those cost, to lay beside `decode_speedup`."""
-    rounds = [pair for text in texts for pair in text.assisted.rounds(text.prompt_len)]
-    cost = sum(costs.of_round(proposed) for proposed, _ in rounds)
-    cost -= costs.c * sum(text.assisted.looked_up for text in texts)  # nobody drafted those
-    return sum(1 + accepted for _, accepted in rounds) / cost if cost else None
-
-
-def _by_position(texts: Sequence[Text]) -> list[dict[str, Any]]:
-    """Acceptance of the rounds that begin after so many new tokens."""
-    rounds, accepted = [0] * len(POSITIONS), [0] * len(POSITIONS)
-    for text in texts:
-        pairs = text.assisted.rounds(text.prompt_len)
-        for (cached, _), (_, n) in zip(text.assisted.forwards[1:], pairs, strict=True):
-            group = bisect(POSITIONS, cached - text.prompt_len + 1) - 1
-            rounds[group] += 1
-            accepted[group] += n
-    return [
-        {"from": edge, "rounds": r, "acceptance_length": 1 + n / r}
-        for edge, r, n in zip(POSITIONS, rounds, accepted, strict=True)
-        if r
-    ]
-
-
-def noise(texts: Sequence[Text]) -> dict[str, Any] | None:
-    """Plain decoding against itself, in the texts of any one variant: what a speedup of 1 looks
-    like here. None: never done twice."""
-    twice = [text for text in texts if text.again_seconds is not None]
-    if not twice:
-        return None
-    ids = [text.id for text in twice]
-    ratio = resampled(ids, [text.plain.seconds for text in twice])
-    ratio /= resampled(ids, [text.again_seconds for text in twice])
-    return {"texts": len(twice), "speedup": float(ratio[0]), "speedup_interval": interval(ratio)}
 
 
 def _row(text: Text, k: int, timed: bool) -> list[Any]:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 RESAMPLES = 2000
+CONTEXTS = [0, *(2**n for n in range(9, 18))]  # tokens before a round, prompt included: likewise
 POSITIONS = [0, 16, 32, 64, 128, 256, 512, 1024]  # new tokens before a round: edges of the groups
 
 

@@ -150,7 +150,7 @@ def test_accelerate_launch_and_the_console_command_run_the_same_code(tmp_path: P
     settings += ["eval.limit=1", "eval.num_assistant_tokens=2,4", "eval.max_new_tokens=6"]
     result = run(BIN / "headstart", "eval", head, *settings, f"output_dir={out}")
     assert result.returncode == 0, result.stderr
-    assert json.loads((out / "report.json").read_text())["schema"] == 3
+    assert json.loads((out / "report.json").read_text())["schema"] == 4
 
 
 def test_the_pieces_of_the_data_pipeline_from_the_command_line(tmp_path: Path) -> None:

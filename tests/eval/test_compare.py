@@ -23,7 +23,7 @@ def report(
     asked = {"name": "mine.jsonl", "sha256": "ab" * 32}
     where = {"target": "t", "threads": 2, "prompt_set": asked} | environment
     return {
-        "schema": 3, "environment": where, "per_text_columns": PER_TEXT, "results": [result]
+        "schema": 4, "environment": where, "per_text_columns": PER_TEXT, "results": [result]
     }  # fmt: skip
 
 

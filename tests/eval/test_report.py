@@ -47,7 +47,7 @@ def test_the_report_holds_the_schema_that_others_read(tiny: Target, tmp_path: Pa
     chosen = settings(tmp_path, 5, limit=4, num_assistant_tokens=[2, 3], max_new_tokens=20)
     run_evaluation(tiny, {"heads/x": half_trained_head(tiny)}, chosen, tmp_path / "out")
     content = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert content["schema"] == 3
+    assert content["schema"] == 4
     assert content["environment"]["dtype"] == "float32"
     assert content["verdict"] in (tmp_path / "out" / "report.md").read_text()
     assert content["noise"]["texts"] == 1
@@ -69,6 +69,12 @@ def test_the_report_holds_the_schema_that_others_read(tiny: Target, tmp_path: Pa
         histogram = r["accepted_histogram"]
         assert sum(histogram) == r["rounds"] == sum(p["rounds"] for p in r["by_position"])
         assert sum(n * count for n, count in enumerate(histogram)) == sum(r["accepted"])
+        assert sum(c["rounds"] for c in r["by_context"]) == r["rounds"]
+        assert sum(c["texts"] for c in r["by_context"]) == r["texts"]
+        for total, count in (("new_tokens", "tokens"), ("rounds", "rounds"), ("drafted",) * 2):
+            assert sum(span[count] for span in r["by_span"]) == r[total]
+        for name in ("reached", "accepted"):
+            assert np.sum([span[name] for span in r["by_span"]], axis=0).tolist() == r[name]
         assert r["target_forwards"] == r["rounds"] + r["texts"]
         assert r["target_forwards_per_token"] == r["target_forwards"] / r["new_tokens"]
         assert r["new_tokens"] == sum(r["accepted"]) + r["rounds"] + r["texts"]

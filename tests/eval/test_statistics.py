@@ -7,8 +7,8 @@ import pytest
 
 from headstart.eval.decoding import Decoded
 from headstart.eval.draft_cost import Costs
+from headstart.eval.figures import noise, summarize
 from headstart.eval.measurements import Text
-from headstart.eval.report import noise, summarize
 from headstart.eval.statistics import (
     ends_in_loop,
     interval,
@@ -95,7 +95,8 @@ def decoded(rounds: list[tuple[int, int]], prompt_len: int, seconds: float) -> D
 def text(name: str, rounds: list[tuple[int, int]], plain: float, seconds: float) -> Text:
     assisted = decoded(rounds, 3, seconds)
     slow = decoded([(0, 0)] * (len(assisted.tokens) - 1), 3, plain)
-    return Text(name, 0, "c", 3, slow, assisted, None, plain * 1.1, None)
+    spans = ["prose" if i < 3 else "code" for i in range(len(assisted.tokens))]
+    return Text(name, 0, "c", 3, slow, assisted, None, plain * 1.1, None, spans)
 
 
 def test_the_figures_are_sums_over_texts_divided_once() -> None:
@@ -119,6 +120,36 @@ def test_the_figures_are_sums_over_texts_divided_once() -> None:
     again = noise(texts)
     assert again is not None
     assert again["speedup"] == pytest.approx(1 / 1.1)
+
+
+def test_each_draft_belongs_to_the_span_where_it_stands_and_each_round_to_that_of_its_first() -> (
+    None
+):
+    """By hand: the first three tokens are prose; the round from token 1 on drafts 1 to 3."""
+    costs = Costs(0.1, [1.0, 1.2, 1.4, 1.5])
+    texts = [text("a", [(3, 3), (3, 1)], 8.0, 4.0)]
+    prose, code = (
+        {name: value for name, value in span.items() if value is not None}
+        for span in sorted(summarize(texts, 3, costs)["by_span"], key=lambda s: -s["tokens"])[::-1]
+    )
+    assert (prose["span"], prose["tokens"], prose["rounds"], prose["drafted"]) == ("prose", 3, 1, 2)
+    assert (code["span"], code["tokens"], code["rounds"], code["drafted"]) == ("code", 4, 1, 4)
+    assert (prose["reached"], prose["accepted"]) == ([1, 1, 0], [1, 1, 0])
+    assert (code["reached"], code["accepted"]) == ([1, 1, 1], [1, 0, 1])
+    assert (prose["acceptance_length"], code["acceptance_length"]) == (4.0, 2.0)
+    assert prose["predicted_decode_speedup"] == pytest.approx(4 / 1.8)
+    assert prose["saved_share"] == pytest.approx((4 - 1.8) / (6 - 3.6))
+    assert code["saved_share"] == pytest.approx((2 - 1.8) / (6 - 3.6))
+
+
+def test_rounds_are_grouped_by_context_and_speeds_by_prompt() -> None:
+    long = replace(text("b", [(3, 0)], 6.0, 2.0), prompt_len=600)
+    moved = [(0, 600), *((600 + cached - 3, n) for cached, n in long.assisted.forwards[1:])]
+    long = replace(long, assisted=replace(long.assisted, forwards=moved))
+    found = summarize([text("a", [(3, 3), (3, 1)], 8.0, 4.0), long], 3, None)["by_context"]
+    assert [(c["from"], c["rounds"], c["texts"]) for c in found] == [(0, 2, 1), (512, 1, 1)]
+    assert [c["acceptance_length"] for c in found] == [3.0, 1.0]
+    assert [c["speedup"] for c in found] == [2.0, 3.0]
 
 
 def test_a_round_beyond_the_measured_costs_goes_on_as_they_did_last() -> None:
