@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 import transformers
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
@@ -27,13 +26,6 @@ def skips_prefill(config: Any) -> bool:
     alone in some layers. Decoding with a head, which asks for hidden states, runs on all of it."""
     # Gemma 3 shares no keys and has no such field.
     return CUTS_ROWS and getattr(config, "num_kv_shared_layers", 0) > 0
-
-
-def all_prompt_rows(device: torch.device) -> dict[str, torch.Tensor]:
-    """Keywords for `generate` that let every layer run on every row of the prompt, in all releases:
-    where the rows that have logits are named one by one, here the last, none is cut.
-    """
-    return {"logits_to_keep": torch.tensor([-1], device=device)}
 
 
 def check_rows(rows: int, tokens: int) -> None:

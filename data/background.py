@@ -69,6 +69,8 @@ class Prefetch:
     ) -> None:
         if self.threads:
             self.pool.shutdown(wait=True, cancel_futures=True)
+            # Threads that are begun later take the number that was set last, by whichever thread.
+            torch.set_num_threads(torch.get_num_threads())
 
     def take(self) -> Batch:
         """The next batch, on the device.

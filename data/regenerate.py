@@ -373,7 +373,8 @@ def generate_tokens(
     # Layers that share keys need run on the last token alone, but where all rows are recorded.
     skips = recorder is None and skips_prefill(target.config)
     kept: dict[str, Any] = {"logits_to_keep": 1} if skips else {}
-    decoder, pad = target.model.get_decoder(), target.tokenizer.pad_token_id
+    # Not the decoder alone: a model with images has a forward around it, as in `activations`.
+    decoder, pad = target.model.model, target.tokenizer.pad_token_id
     ends = torch.tensor(target.eos_ids, device=ids.device)
     positions = (mask.cumsum(-1) - 1).clamp_min(0)[:, -ids.shape[1] :]
     mask = torch.nn.functional.pad(mask, (0, max_new_tokens - 1), value=1)  # [B, room]

@@ -11,7 +11,7 @@ Letters: N tokens of a shard, T tokens of a document, D target width, k teacher 
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -292,9 +292,15 @@ class Verified:
             self._read_on()
         return note in self._known
 
-    def add(self, file: Path, sha256: str) -> None:
-        """Note that the file is of this checksum."""
+    def verify(self, file: Path, sha256: str, verify: Callable[[], None]) -> None:
+        """Have a file verified to be of this checksum, if it was not, and note it; not where
+        somebody changed the file meanwhile."""
+        if self.has(file, sha256):
+            return
         note = _note(file, sha256)
+        verify()
+        if _note(file, sha256) != note:
+            return
         self._known.add(note)
         try:
             with self.path.open("ab") as notes:
@@ -386,9 +392,7 @@ class ActivationStore:
         shard = Shard(path, self.settings)
         if shard.sha256 != row["sha256"]:
             raise ValueError(refusal(path, "is not the shard that the index names"))
-        if not self._verified.has(path, shard.sha256):
-            shard.verify()
-            self._verified.add(path, shard.sha256)
+        self._verified.verify(path, shard.sha256, shard.verify)
         return shard
 
 

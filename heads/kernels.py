@@ -19,9 +19,11 @@ Letters: B batch, H query heads, G key heads, R query rows, T rows of keys, D he
 """
 
 import timeit
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import lru_cache, partial
+from threading import Lock
 from typing import Any
 
 import torch
@@ -48,17 +50,14 @@ def fast_kernels(model: PreTrainedModel, small_batch: bool = True) -> Iterator[N
     if any(m.training and getattr(m, "gradient_checkpointing", False) for m in model.modules()):
         yield
         return
-    replaced = {
-        module: forward
-        for module in _layers(model)
-        if (small_batch or type(module) is not nn.Linear) and (forward := _fast_forward(module))
-    }
-    for module, forward in replaced.items():
-        module.forward = forward
     with ExitStack() as undo:
-        for module in replaced:
-            undo.callback(delattr, module, "forward")
-        undo.enter_context(_grouped_heads())
+        for module in _layers(model):
+            if type(module) is nn.Linear and not small_batch:
+                continue
+            if (forward := _fast_forward(module)) is not None:
+                undo.callback(module.__dict__.pop, "forward", None)  # first: a signal may come
+                module.forward = forward
+        undo.enter_context(_grouped_heads(model))
         undo.enter_context(_rows_without_gaps(model.get_output_embeddings()))
         yield
 
@@ -86,8 +85,12 @@ def _fast_forward(module: nn.Module) -> Callable[..., torch.Tensor] | None:
         and module.weight.device.type == "cpu"
         and (rows := quick_rows(module.weight.dtype))
     ):
-        return partial(small_batch_linear, rows, module.weight, module.bias)
+        return partial(_linear, rows, module)
     return None
+
+
+def _linear(quick: frozenset[int], module: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    return small_batch_linear(quick, module.weight, module.bias, x)
 
 
 def gemma4_norm(module: Any, x: torch.Tensor) -> torch.Tensor:
@@ -179,8 +182,9 @@ def grouped_query_attention(
     b, heads, rows, width = query.shape
     groups = key.shape[1]
     mask = attention_mask
-    shared = rows == 1 if mask is None else mask.shape[1] == 1
-    if not (shared and groups_heads(rows, groups, width)):
+    shared = rows == 1 if mask is None else mask.shape[1:3] == (1, rows)
+    unknown = any(kwargs.get(name) is not None for name in ("position_bias", "softcap"))
+    if unknown or not (shared and groups_heads(rows, groups, width)):
         return sdpa_attention_forward(
             module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs
         )
@@ -190,23 +194,43 @@ def grouped_query_attention(
     seen = F.scaled_dot_product_attention(
         grouped, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling
     )
-    return seen.reshape(b, heads, rows, width).transpose(1, 2).contiguous(), None
+    return seen.reshape(b, heads, rows, -1).transpose(1, 2).contiguous(), None
+
+
+_grouped = Counter[nn.Module]()
+"""Modules of the models whose heads are grouped, and by how many contexts."""
+_turn = Lock()  # contexts of several threads may overlap
+
+
+def _attention(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
+    """`grouped_query_attention` in those models, transformers' own in all others."""
+    run = grouped_query_attention if module in _grouped else sdpa_attention_forward
+    return run(module, *args, **kwargs)
 
 
 @contextmanager
-def _grouped_heads() -> Iterator[None]:
-    """Within, models that run `sdpa` attend by `grouped_query_attention`.
+def _grouped_heads(model: nn.Module) -> Iterator[None]:
+    """Within, a model that runs `sdpa` attends by `grouped_query_attention`.
 
     It takes the place of transformers' function rather than a name of its own: what a model does
     about masks depends on whether it is called `sdpa` (`Gemma4TextModel` of 5.23 and newer would
     lose the order of tokens where it leaves out rows without a mask).
     """
-    stock = ALL_ATTENTION_FUNCTIONS["sdpa"]
-    ALL_ATTENTION_FUNCTIONS["sdpa"] = grouped_query_attention
+    own = list(model.modules())
+    with _turn:
+        if not _grouped and ALL_ATTENTION_FUNCTIONS["sdpa"] is sdpa_attention_forward:
+            ALL_ATTENTION_FUNCTIONS["sdpa"] = _attention
+        _grouped.update(own)
     try:
         yield
     finally:
-        ALL_ATTENTION_FUNCTIONS["sdpa"] = stock
+        with _turn:
+            _grouped.subtract(own)
+            for module in own:
+                if not _grouped[module]:
+                    del _grouped[module]
+            if not _grouped and ALL_ATTENTION_FUNCTIONS["sdpa"] is _attention:
+                ALL_ATTENTION_FUNCTIONS["sdpa"] = sdpa_attention_forward
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from headstart.common.children import temporary_folder
 from headstart.common.console import plain_console
 from headstart.common.files import write_figures
 from headstart.common.machine import environment, machine_name, peak_memory
+from headstart.common.versions import skips_prefill
 from headstart.configs.schema import Config, TrainConfig
 from headstart.data.background import to_device
 from headstart.data.conversations import Conversation, answered, read_folder
@@ -164,7 +165,8 @@ def bench_regenerate(target: Target, jobs: list[Job], config: Config) -> dict[st
 
     Returns:
         `batched_over_single`: tokens a second of `regenerate` / of one-by-one greedy `generate`.
-        `regenerate_over_gemm`: the products of matrices in `regenerate`, alone / all of it.
+        `regenerate_over_gemm`: the products of matrices in `regenerate`, alone / all of it; not for
+        targets that skip layers in a prefill, whose products are fewer than are counted.
     """
     chosen = jobs[:: max(1, len(jobs) // SINGLE)]
     singles: list[int] = []
@@ -190,11 +192,11 @@ def bench_regenerate(target: Target, jobs: list[Job], config: Config) -> dict[st
         seconds, seconds_single = in_turns(target, batched, one_by_one)
         tokens = sum(row.trained for row in read_folder(work / "0"))
     rates = {"batched": tokens / seconds, "one by one": sum(singles) / seconds_single}
+    ratios = {"batched_over_single": rates["batched"] / rates["one by one"]}
+    if not skips_prefill(target.config):
+        ratios["regenerate_over_gemm"] = seconds_of(target, counted[0]) / seconds
     return {
-        "ratios": {
-            "batched_over_single": rates["batched"] / rates["one by one"],
-            "regenerate_over_gemm": seconds_of(target, counted[0]) / seconds,
-        },
+        "ratios": ratios,
         "tokens_per_second": rates,
         "one_by_one_prompts": len(singles),
     }

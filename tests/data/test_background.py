@@ -2,6 +2,7 @@
 
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,17 @@ def test_batches_made_ahead_are_those_that_are_asked_for(folder: Path, threads: 
             assert all(torch.equal(a, b) for a, b in pairs)
     names = [thread.name for thread in threading.enumerate()]
     assert not [name for name in names if name.startswith("batches")]
+
+
+def test_threads_that_begin_later_have_as_many_of_torch_as_before(folder: Path) -> None:
+    own = torch.get_num_threads()
+    torch.set_num_threads(3)
+    with Prefetch(loader_of(folder).batch, first=0, device=CPU) as ahead:
+        ahead.take()
+    with ThreadPoolExecutor(1) as pool:
+        found = pool.submit(torch.get_num_threads).result()
+    torch.set_num_threads(own)
+    assert found == 3
 
 
 def test_no_more_batches_are_in_memory_than_the_plan_counts(folder: Path) -> None:

@@ -10,11 +10,15 @@ import pytest
 import torch
 from transformers import (
     DynamicCache,
+    Gemma4Config,
+    Gemma4ForConditionalGeneration,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
 from transformers.cache_utils import DynamicSlidingWindowLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from headstart.configs.schema import DataConfig, TargetConfig
 from headstart.data import regenerate as module
@@ -29,6 +33,7 @@ from headstart.data.prepare import deal_sampling
 from headstart.data.prompts import Prompt
 from headstart.data.regenerate import (
     BLOCK,
+    Job,
     SamplingMixture,
     _argmax,
     _inverse_cdf,
@@ -37,10 +42,15 @@ from headstart.data.regenerate import (
     regenerate,
 )
 from headstart.data.store import ActivationStore
-from headstart.heads.loading import load_target_tokens
+from headstart.heads.loading import (
+    byte_tokenizer,
+    gemma4_text_config,
+    load_target_tokens,
+    random_model,
+)
 from headstart.heads.target import Target
 from headstart.heads.tokens import Sampling
-from tests.helpers.models import FAMILIES, make_target
+from tests.helpers.models import FAMILIES, VISION, make_target
 from tests.helpers.prompts import conversations, jobs, prompts
 from tests.helpers.runs import interrupt_second_call
 
@@ -403,9 +413,30 @@ def test_nothing_of_ours_stays_in_a_target_whose_generation_fails(
     def fail(*args: Any, **kwargs: Any) -> None:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(tiny.model.get_decoder(), "forward", fail)
+    failing = tiny.model.get_decoder()
+    monkeypatch.setattr(failing, "forward", fail)
     with pytest.raises(RuntimeError, match="out of memory"):
         regenerate(tiny, jobs(tiny, [0.0], CONFIG), CONFIG, 0, tmp_path, extract=True)
-    assert not tiny.final_norm._forward_hooks
+    assert not [m for m in tiny.model.modules() if "forward" in m.__dict__ and m is not failing]
+    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is sdpa_attention_forward
     assert not tiny.model.get_output_embeddings()._forward_pre_hooks
     assert json.loads((tmp_path / "conversations.json").read_text())["parts"] == 1
+
+
+def test_a_target_of_images_answers_as_generate_does_where_it_writes_their_tokens() -> None:
+    """Its forward puts the embedding of padding in the place of such tokens; so does extraction."""
+    model = random_model(
+        lambda: Gemma4ForConditionalGeneration(
+            Gemma4Config(text_config=gemma4_text_config().to_dict(), image_token_id=77, **VISION)
+        )
+    )
+    target = Target(model, byte_tokenizer(), "with images")
+    target.eos_ids.clear()
+    prompt = [5, 6, 77, 8, 9, 10, 11]
+    asked = [Job("0", Prompt("0", "", "", [], raw=True), prompt, Sampling(0.0))]
+    ids = torch.tensor([prompt])
+    generated = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False,
+        eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    assert answer(target, asked, 12, 0, None) == generated[:, len(prompt) :].tolist()

@@ -249,6 +249,23 @@ def test_what_a_store_is_said_to_hold_is_what_its_files_hold(tmp_path: Path) -> 
     )
 
 
+def test_a_shard_that_changes_while_it_is_verified_is_not_noted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_store(tmp_path, [[3], [4]])
+    verify = Shard.verify
+
+    def overtaken(self: Shard) -> None:
+        verify(self)
+        damage(self.path, self.path.stat().st_size - 3)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Shard, "verify", overtaken)
+        ActivationStore(tmp_path).read([0])
+    with pytest.raises(ValueError, match="its SHA-256 does not match"):
+        ActivationStore(tmp_path).read([0])
+
+
 def test_a_shard_is_verified_once_a_store_and_again_when_it_was_touched(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -26,6 +26,7 @@ from headstart.heads.kernels import (
 )
 from headstart.heads.target import Target
 from tests.helpers.heads import noisy_head
+from tests.helpers.models import make_target
 
 
 @pytest.fixture
@@ -163,7 +164,7 @@ def test_linear_layers_take_few_rows_the_other_way_and_are_put_back(tiny: Target
         with fast_kernels(model):  # one text within another
             assert "forward" in plain.__dict__
         assert "forward" in plain.__dict__
-        assert ALL_ATTENTION_FUNCTIONS["sdpa"] is grouped_query_attention
+        assert ALL_ATTENTION_FUNCTIONS["sdpa"] is kernels._attention
         raise RuntimeError("as when generate fails")
     assert hooked.forward is theirs
     del model.extra
@@ -232,6 +233,65 @@ def test_layers_that_run_again_or_are_compiled_keep_their_own(tiny: Target) -> N
     with fast_kernels(head):
         assert not replaced(head)
         assert ALL_ATTENTION_FUNCTIONS["sdpa"] is sdpa_attention_forward
+
+
+def test_a_signal_on_the_way_in_leaves_nothing_behind(
+    tiny: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward, made = kernels._fast_forward, list[nn.Module]()
+
+    def interrupted(module: nn.Module) -> Any:
+        made.append(module)
+        if len(made) == 9:
+            raise KeyboardInterrupt
+        return forward(module)
+
+    monkeypatch.setattr(kernels, "_fast_forward", interrupted)
+    with pytest.raises(KeyboardInterrupt), fast_kernels(tiny.model):
+        pass
+    assert not replaced(tiny.model)
+
+
+def test_attention_of_other_models_stays_as_it_is_however_contexts_overlap(
+    tiny: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As those of two threads may: the first to begin is the first to end."""
+    grouped = list[nn.Module]()
+
+    def noted(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        grouped.append(module)
+        return grouped_query_attention(module, *args, **kwargs)
+
+    monkeypatch.setattr(kernels, "grouped_query_attention", noted)
+    other, third = make_target("gemma3"), make_target("gemma4-kv-sharing")
+    first, second = fast_kernels(tiny.model), fast_kernels(other.model)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    for target in (tiny, other, third):
+        target.model(torch.tensor([[5, 6, 7]]))
+    assert grouped
+    assert set(grouped) <= set(other.model.modules())
+    second.__exit__(None, None, None)
+    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is sdpa_attention_forward
+
+
+def test_attention_takes_masks_that_are_the_same_for_all_rows(tiny: Target) -> None:
+    ids = torch.tensor([[5, 6, 7, 8]])
+    mask = torch.tensor([[[[0.0, -1.0, -2.0, 0.0]]]])
+    masks = dict.fromkeys(set(tiny.config.layer_types), mask)
+    with torch.no_grad():
+        stock = tiny.model(ids, attention_mask=masks).logits
+        with fast_kernels(tiny.model):
+            assert (tiny.model(ids, attention_mask=masks).logits - stock).abs().max() < 1e-5
+
+
+@pytest.mark.usefixtures("quicker")
+def test_weights_that_are_exchanged_within_are_used() -> None:
+    model = make_target("gemma4").model
+    with fast_kernels(model), torch.no_grad():
+        model.lm_head.weight = nn.Parameter(torch.zeros_like(model.lm_head.weight))
+        assert not model(torch.tensor([[5, 6, 7]])).logits.any()
 
 
 @pytest.mark.parametrize("decoding_config", [None, ExactDecoding()], ids=["stock", "exact"])
