@@ -193,6 +193,12 @@ def grouped_query_attention(
     return seen.reshape(b, heads, rows, width).transpose(1, 2).contiguous(), None
 
 
+def copied_keys(text: Any, layer: Any) -> bool:
+    """Whether attention under a mask copies the keys and values for each query head: not where each
+    has its own, and not where all share one, which is looked at as many times."""
+    return bool(1 < layer.num_key_value_heads < text.num_attention_heads)
+
+
 @contextmanager
 def _grouped_heads() -> Iterator[None]:
     """Within, models that run `sdpa` attend by `grouped_query_attention`.
