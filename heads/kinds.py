@@ -224,7 +224,7 @@ class HeadKind(ABC):
         """Add to a saved head what other readers than transformers want."""
 
 
-BUILT_IN = ("assistant",)
+BUILT_IN = ("assistant", "parallel")
 """Kinds that come with Headstart, each in the file of heads/ that has its name."""
 _registered: dict[str, HeadKind] = {}
 
