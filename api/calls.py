@@ -21,9 +21,9 @@ from headstart.configs.loader import Override
 from headstart.configs.schema import Config
 from headstart.configs.settings import PublishConfig, Settings
 from headstart.eval.report import evaluate_heads
-from headstart.heads.assistant import check_shapes
 from headstart.heads.decoder import exact_decoding
 from headstart.heads.live import aliased, as_target_class, check_model
+from headstart.heads.pairing import check_shapes
 from headstart.heads.saving import load_assistant
 from headstart.serve.hub import upload
 from headstart.serve.publish import Publication, build_folder, print_folder

@@ -20,6 +20,7 @@ from headstart.configs.recipes import find_config
 from headstart.configs.schema import Config, SourceConfig
 from headstart.configs.settings import Settings
 from headstart.data.sources import without_nulls
+from headstart.heads.kinds import is_head
 from headstart.heads.live import aliased, in_memory
 from headstart.heads.saving import load_assistant
 from headstart.heads.target import model_fingerprint
@@ -202,7 +203,7 @@ def assistant_of(head: Any, dtype: torch.dtype, device: torch.device) -> PreTrai
 
 def _loaded(head: Any) -> PreTrainedModel:
     model = head.model if isinstance(head, TrainedHead) else head
-    if not (isinstance(model, PreTrainedModel) and "assistant" in model.config.model_type):
+    if not (isinstance(model, PreTrainedModel) and is_head(model.config)):
         raise ValueError(
             f"a {type(model).__name__} is no draft head: give a folder or Hub id of one, what "
             "train_head returned, or a Gemma4AssistantForCausalLM"

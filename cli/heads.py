@@ -1,4 +1,4 @@
-"""The commands around finished draft heads: describe and order."""
+"""The commands around draft heads: their kinds, and describe and order of finished ones."""
 
 import argparse
 
@@ -29,6 +29,23 @@ DESCRIBE = Command(
     arguments=(HEAD,),
     settings=("target.name", "target.revision", "target.trust_remote_code"),
     unnamed=(("target.name", "null"),),
+)
+
+
+def _heads(args: argparse.Namespace) -> None:
+    from headstart.heads.describe import print_kinds
+
+    print_kinds()
+
+
+HEADS = Command(
+    "heads",
+    "see the kinds of draft heads",
+    "`kinds` prints the kinds of heads that head.kind takes: what each reads of the target, what a "
+    "draft of it costs, and what serves it.",
+    "headstart heads kinds",
+    _heads,
+    arguments=(Argument("ACTION", "what to do", choices=("kinds",)),),
 )
 
 

@@ -24,7 +24,7 @@ from headstart.cli.arguments import (
 from headstart.cli.configs import CONFIGS
 from headstart.cli.data import EXTRACT, INSPECT, REGENERATE
 from headstart.cli.eval import CHECK, COMPARE, EVAL, SIMULATE
-from headstart.cli.heads import DESCRIBE, ORDER
+from headstart.cli.heads import DESCRIBE, HEADS, ORDER
 from headstart.cli.retired import renamed_command, renamed_flags
 from headstart.cli.serve import EXPORT, INSTALL, PUBLISH, SERVE_CHECK
 from headstart.cli.train import ADAPT, BENCH, RUNS, TRAIN
@@ -34,7 +34,7 @@ from headstart.common.signals import Ended, tidy_ends
 
 COMMANDS: tuple[Command, ...] = (
     TRAIN, ADAPT, EVAL, SIMULATE, COMPARE, CHECK, REGENERATE, EXTRACT, INSPECT, DESCRIBE, ORDER,
-    EXPORT, SERVE_CHECK, INSTALL, PUBLISH, RUNS, CONFIGS, BENCH,
+    HEADS, EXPORT, SERVE_CHECK, INSTALL, PUBLISH, RUNS, CONFIGS, BENCH,
 )  # fmt: skip
 
 

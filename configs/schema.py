@@ -122,15 +122,19 @@ class LoraConfig(Section):
 
 
 class HeadConfig(Section):
+    kind: str = "assistant"
+    """Kind of head (`headstart heads kinds` lists them). That of a finished head in `init_from` is
+    its own."""
     num_hidden_layers: PositiveInt | None = None
-    """Depth, in decoder layers. The last attends as `full_attention`, the others as `sliding`.
-    None: 2."""
+    """Depth: of an assistant in decoder layers, of which the last attends as `full_attention` and
+    the others as `sliding` (None: 2); of other kinds docs/how-to/new-head.md says."""
     hidden_size: PositiveInt | None = None
     """Width. None: the target's width, which ties the table as it is; narrower: low-rank tie."""
     intermediate_size: PositiveInt | None = None
-    """MLP width. None: that of the target's source layer for a full-width head, else 4 x width."""
+    """MLP width. None: of an assistant that of the target's source layer for a full-width head,
+    else 4 x width."""
     num_attention_heads: PositiveInt | None = None
-    """Query heads. None: the target's number."""
+    """Query heads, of a kind that has some. None: the target's number."""
     init_from: Place = "target"
     """Weights at step 0: `target`, its own source layers (full width only); `random`; or a finished
     head, by folder or Hub id, such as google/gemma-4-E4B-it-assistant, whose shapes are kept."""
@@ -166,6 +170,8 @@ class HeadConfig(Section):
         shapes = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads")
         if self.warm and (given := [key for key in shapes if getattr(self, key) is not None]):
             raise ValueError(f"{given[0]} is that of the head in init_from: leave it out")
+        if self.warm and self.kind != "assistant":
+            raise ValueError("kind is that of the head in init_from: leave it out")
         if self.on_existing_clusters is not None and not self.warm:
             raise ValueError(
                 "on_existing_clusters are those of a finished head: name it in init_from"

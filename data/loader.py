@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 
 from headstart.data.documents import Document, Documents, Stored
-from headstart.heads.unroll import Rows, Texts, select
+from headstart.heads.kinds import Rows, Texts, select
 
 
 class StoredTexts(NamedTuple):

@@ -13,8 +13,9 @@ from headstart.common.console import kept_lines, plain_console, print_once
 from headstart.configs.schema import DataConfig, TargetConfig
 from headstart.data.prompts import SETS, Prompt, load_prompt_set, load_prompts
 from headstart.data.templates import check_template, encode_conversation, encode_prompt
-from headstart.heads.assistant import check_pair, other_target
+from headstart.heads.kinds import kind_of
 from headstart.heads.loading import load_served
+from headstart.heads.pairing import check_pair, other_target
 from headstart.heads.saving import load_assistant
 from headstart.heads.target import Target
 
@@ -107,11 +108,9 @@ def _head(name: str, target: Target) -> str:
     check_pair(target, head)
     if warning := other_target(target, head):
         print_once(warning)
-    text = head.config.text_config
     weights = sum(weight.numel() for weight in head.parameters())
     lm_head = "ordered embeddings" if head.config.use_ordered_embeddings else "a full LM head"
-    layers = f"{text.num_hidden_layers} layers of width {text.hidden_size}"
-    return f"{weights:,} weights, {layers}, {lm_head}"
+    return f"{weights:,} weights, {kind_of(head.config).describe(head.config)}, {lm_head}"
 
 
 def _prompts(name: str, target: Target, data: DataConfig) -> str:

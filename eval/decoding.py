@@ -33,6 +33,7 @@ from headstart.heads.decoder import (
     stock_decoding,
 )
 from headstart.heads.kernels import fast_kernels
+from headstart.heads.kinds import runs_in_transformers
 from headstart.heads.target import Target
 from headstart.heads.tokens import Sampling
 
@@ -236,7 +237,8 @@ def make_variants(
     draft_models: Mapping[str, PreTrainedModel],
     costs: Mapping[str, dict[str, Costs]],
 ) -> list[DecoderVariant]:
-    """Each decoder with each head and each K; those that choose K themselves once for each head.
+    """Each decoder with each head and each K; those that choose K themselves once for each head,
+    and transformers' own with the heads that it runs.
 
     Args:
         decoders: what to compare.
@@ -252,11 +254,13 @@ def make_variants(
         if decoder in NO_HEAD:
             models = {None: None} if decoder == "lookup" else draft_models
         for name, model in models.items():
+            if decoder == "transformers" and not runs_in_transformers(model.config):
+                continue
             cost: Costs | None = None
             if decoder not in NO_HEAD and name in costs:
                 cost = costs[name]["transformers" if decoder == "transformers" else "exact"]
             elif decoder == "lookup" and costs:
-                cost = Costs(0.0, next(iter(costs.values()))["transformers"].v)
+                cost = Costs(0.0, next(iter(costs.values()))["exact"].v)
             variants += [
                 DecoderVariant(decoder, name, k, model, _drafting(decoder, cost), cost) for k in ks
             ]

@@ -31,10 +31,11 @@ from headstart.common.machine import busy_seconds, environment, machine_name, sy
 from headstart.common.versions import CACHE
 from headstart.configs.schema import EvalConfig
 from headstart.eval.statistics import OWN_LENGTH, slow_baseline
-from headstart.heads.assistant import check_pair
-from headstart.heads.decoder import stock_decoding
-from headstart.heads.drafting import CleanKV, Drafter
+from headstart.heads.decoder import stock_decoding, verified
+from headstart.heads.drafting import Drafter
 from headstart.heads.kernels import fast_kernels
+from headstart.heads.kinds import DraftState, Verified, kind_of, runs_in_transformers
+from headstart.heads.pairing import check_pair
 from headstart.heads.target import Target
 
 MAX_DRAFT_TOKENS = 8  # verifications are measured for K = 1 .. 8
@@ -57,8 +58,8 @@ class DecodeState:
     cache: DynamicCache
     outputs: Any
     """Of the target's forward over token T, as the stock decoder hands them to the head."""
-    kv: CleanKV
-    """Its keys and values as the exact decoder does."""
+    seen: tuple[Verified, Verified]
+    """Of the forwards over the context and over token T, as the exact decoder does."""
 
     def step(self) -> torch.Tensor:
         """Decode one token plainly, as `generate` does: the next token, [1, 1]."""
@@ -86,11 +87,19 @@ class DecodeState:
         )
         return candidates[:, ids.shape[1] :]
 
-    def draft_exact(self, drafter: Drafter, num_assistant_tokens: int) -> list[int]:
-        """Draft K tokens after token T + 1 as the exact decoder does."""
+    def begin(self, drafter: Drafter) -> DraftState:
+        """What drafting after token T + 1 begins with, each time anew."""
+        begun = drafter.new_text()
+        for seen in self.seen:
+            begun.commit(seen)
+        return begun
+
+    def draft_exact(
+        self, drafter: Drafter, begun: DraftState, num_assistant_tokens: int
+    ) -> list[int]:
+        """Draft K tokens after token T + 1 as the exact decoder does, from what `begin` gave."""
         token, k = self.ids[:, self.context + 1 : self.context + 2], num_assistant_tokens
-        hidden = self.outputs.hidden_states[-1]
-        return drafter.draft(token, hidden, self.kv, k, frozenset(), goes_on=None).tokens
+        return drafter.draft(token, begun, k, frozenset(), goes_on=None).tokens
 
     def restore(self) -> None:
         """Take the rows after the context out of the cache again."""
@@ -126,12 +135,13 @@ def prepare(target: Target, context: int) -> DecodeState:
     cache = DynamicCache(config=target.config)
     cache.activate_past_recording()  # as the stock assisted decoder does: sliding layers can be cut
     prefill = _forward(target, cache, ids[:, :context], logits_to_keep=1, **FOR_DRAFTS)
-    kv = CleanKV(target.config.sliding_window)
-    kv.take(prefill.shared_kv_states, context, context)
     cache.crop(0)
     outputs = _forward(target, cache, ids[:, : context + 1], **FOR_DRAFTS)
-    kv.take(outputs.shared_kv_states, 1, 1)
-    state = DecodeState(target, ids, context, cache, outputs, kv)
+    seen = (
+        verified(prefill, ids[:, :context]),
+        verified(outputs, ids[:, context : context + 1]),
+    )
+    state = DecodeState(target, ids, context, cache, outputs, seen)
     state.restore()
     return state
 
@@ -183,7 +193,8 @@ def measure(
     Returns:
         The `middle` of the turns: `target_step`, `verification` (a list, K = 1 to `longest`),
         `draft_step_dense` and `draft_step_exact_dense` and, for a head with ordered embeddings,
-        `draft_step_ordered` and `draft_step_exact_ordered`.
+        `draft_step_ordered` and `draft_step_exact_ordered`; those of the stock decoder, without
+        `exact` in their names, only for a head that it can run.
     """
     verified = range(1, longest + 1)
     variants = _variants(state, assistant, verified)
@@ -199,10 +210,11 @@ def measure(
                 if turn >= WARM_UP:
                     seconds[name].append(taken)
     found = {name: middle(values) for name, values in seconds.items()}
+    drafts = drafts_timed(assistant)
     return {
         "target_step": found["target_step"],
         "verification": [found[f"verification of {k}"] for k in verified],
-        **{name: taken / DRAFTS for name, taken in found.items() if name.startswith("draft_step")},
+        **{name: taken / drafts for name, taken in found.items() if name.startswith("draft_step")},
     }
 
 
@@ -210,25 +222,32 @@ def _variants(
     state: DecodeState, assistant: PreTrainedModel, verified: range
 ) -> dict[str, Callable[[], object]]:
     """What is measured, by name."""
-    embed = state.target.model.get_input_embeddings()
+    embed, drafts = state.target.model.get_input_embeddings(), drafts_timed(assistant)
+    stock = runs_in_transformers(assistant.config)
     with dense_lm_head(assistant):
         dense = Drafter(assistant, embed)
 
     def draft_dense() -> None:
         with dense_lm_head(assistant):
-            state.draft(assistant, DRAFTS)
+            state.draft(assistant, drafts)
 
-    variants: dict[str, Callable[[], object]] = {
-        "target_step": state.step,
-        "draft_step_dense": draft_dense,
-        "draft_step_exact_dense": partial(state.draft_exact, dense, DRAFTS),
-    }
+    exact = partial(state.draft_exact, dense, state.begin(dense), drafts)
+    variants: dict[str, Callable[[], object]] = {"target_step": state.step}
+    variants |= {"draft_step_dense": draft_dense} if stock else {}
+    variants |= {"draft_step_exact_dense": exact}
     variants |= {f"verification of {k}": partial(state.verify, k) for k in verified}
     if assistant.config.use_ordered_embeddings:
         ordered = Drafter(assistant, embed)
-        variants["draft_step_ordered"] = partial(state.draft, assistant, DRAFTS)
-        variants["draft_step_exact_ordered"] = partial(state.draft_exact, ordered, DRAFTS)
+        if stock:
+            variants["draft_step_ordered"] = partial(state.draft, assistant, drafts)
+        begun = state.begin(ordered)
+        variants["draft_step_exact_ordered"] = partial(state.draft_exact, ordered, begun, drafts)
     return variants
+
+
+def drafts_timed(assistant: PreTrainedModel) -> int:
+    """Drafts of the rounds that are timed: `DRAFTS`, or as many as the head can make."""
+    return min(DRAFTS, kind_of(assistant.config).most_drafts(assistant.config) or DRAFTS)
 
 
 def _timed(target: Target, call: Callable[[], object]) -> float:
@@ -292,7 +311,8 @@ def measure_costs(
     longest: int = MAX_DRAFT_TOKENS,
     budget: float | None = None,
 ) -> dict[str, Costs]:
-    """Costs by the stock decoder, `transformers`, and by the exact one, `exact`.
+    """Costs by the exact decoder, `exact`, and by the stock one, `transformers`, where that runs
+    such a head.
 
     The least of some turns counts: other work on the machine only ever adds to a time, and a rule
     that is fed one disturbed v(K) avoids that K for good. `longest` is the largest K, and `budget`
@@ -302,9 +322,11 @@ def measure_costs(
     seconds = measure(state, assistant, COST_TURNS, min, longest, budget)
     ratios = cost_ratios(seconds)
     kind = "ordered" if assistant.config.use_ordered_embeddings else "dense"
+    names = {"transformers": f"c_{kind}", "exact": f"c_exact_{kind}"}
     return {
-        "transformers": Costs(ratios[f"c_{kind}"], [1.0, *ratios["v"]]),
-        "exact": Costs(ratios[f"c_exact_{kind}"], [1.0, *ratios["v"]]),
+        decoder: Costs(ratios[name], [1.0, *ratios["v"]])
+        for decoder, name in names.items()
+        if name in ratios
     }
 
 
@@ -356,7 +378,7 @@ def run_draft_benchmark(
         "benchmark": "draft",
         "environment": environment(target.device) | what,
         "repeats": TURNS,
-        "drafts_a_repeat": DRAFTS,
+        "drafts_a_repeat": drafts_timed(assistant),
         "seconds": seconds,
         "ratios": cost_ratios(seconds),
         "busy_share": busy_share(target),

@@ -87,8 +87,8 @@ def first_figures(
             "time_to_first_token": looked_up["baseline_time_to_first_token"],
         },
         "lookup": {"num_assistant_tokens": max(ks)} | {key: looked_up[key] for key in kept},
-        "break_even": {name: _break_even(costs[name], ks) for name in DECODERS},
-        "draft_step": {name: costs[name].c for name in DECODERS},
+        "break_even": {name: _break_even(costs[name], ks) for name in DECODERS if name in costs},
+        "draft_step": {name: costs[name].c for name in DECODERS if name in costs},
     }
     write_atomically(out / NAME, json.dumps(content, indent=2) + "\n")
     return _read(out / NAME)

@@ -28,7 +28,7 @@ from headstart.data.loader import candidate_rows, gather_rows
 from headstart.data.store import ActivationStore
 from headstart.eval.acceptance import AcceptanceCounts, RecallCounts, replay_rounds, zero_counts
 from headstart.eval.statistics import ends_in_loop, interval, resampled
-from headstart.heads.assistant import check_pair
+from headstart.heads.pairing import check_pair
 from headstart.heads.target import Target
 from headstart.heads.unroll import DraftHead
 

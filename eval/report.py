@@ -40,8 +40,9 @@ from headstart.eval.statistics import (
     sampling_name,
     verdict,
 )
-from headstart.heads.assistant import check_pair, other_target
+from headstart.heads.kinds import check_drafts, kind_of, runs_in_transformers
 from headstart.heads.loading import load_served, load_target, open_whole
+from headstart.heads.pairing import check_pair, other_target
 from headstart.heads.saving import load_assistant
 from headstart.heads.target import Target, model_fingerprint
 from headstart.heads.tokens import Sampling
@@ -251,8 +252,18 @@ def _check_models(
     needing = [name for name in chosen.decoders if name not in NO_HEAD]
     if needing and not heads:
         raise ValueError(f"the decoder {needing[0]} needs a head: name one or more")
-    for head in heads.values():
+    for name, head in heads.items():
         check_pair(target, head)
+        if any(decoder not in OWN_LENGTH for decoder in needing):
+            check_drafts(head.config, chosen.num_assistant_tokens, "eval.num_assistant_tokens")
+        if "transformers" in needing and not runs_in_transformers(head.config):
+            kind = kind_of(head.config).name
+            if needing == ["transformers"]:
+                raise ValueError(
+                    f"transformers' own decoder cannot run {name}, a {kind} head: give "
+                    "eval.decoders=exact"
+                )
+            print_once(f"{name} is a {kind} head, which transformers' own decoder cannot run")
     for name, model in draft_models.items():
         size = model.config.get_text_config().vocab_size
         if size != target.config.vocab_size:

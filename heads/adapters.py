@@ -23,6 +23,7 @@ from headstart.common.children import temporary_folder
 from headstart.common.console import print_once
 from headstart.common.signals import time_limit
 from headstart.heads.admission import MULTIMODAL, OF_TOWERS, WRAPPERS, check_files, reading, renamed
+from headstart.heads.kinds import is_head
 from headstart.heads.live import live_adapter
 
 WEIGHTS = "adapter_model.safetensors"
@@ -305,7 +306,7 @@ def _check_arrival(wrapped: Any, folder: Path, name: str) -> None:
 def _outcome(model: PreTrainedModel) -> torch.Tensor:
     """What an adapter has to change: the logits [1, T, V] of a target for some tokens, from all
     over its vocabulary; all weights of a head, which reads more than tokens."""
-    if "assistant" in model.config.model_type:
+    if is_head(model.config):
         return torch.cat([weight.detach().flatten().float() for weight in model.parameters()])
     rows = model.config.get_text_config().vocab_size
     ids = torch.arange(rows // 16, rows, rows // 8, device=model.device)[None]

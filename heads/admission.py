@@ -357,7 +357,8 @@ def check_values(config: Any, name: str) -> None:
     values = {k: v for k, v in config.to_dict().items() if k in ABOVE_ZERO | ROPE}
     if not getattr(config, "enable_moe_block", False):  # Gemma 3 has no such field
         values.pop("top_k_experts", None)
-    for layer_type, rope in config.rope_parameters.items():
+    # A head without attention has none.
+    for layer_type, rope in getattr(config, "rope_parameters", {}).items():
         values |= {f"{layer_type}: {key}": rope[key] for key in ROPE & rope.keys()}
     for key, value in values.items():
         most = AT_MOST.get(key.rpartition(" ")[2], math.inf)

@@ -1,10 +1,24 @@
-"""Building, starting, saving and checking native Gemma 4 assistants.
+"""The kind `assistant`: transformers' native assistants of Gemma 4, which attend to the target's
+keys and values, and feed their own hidden state back.
 
-Letters: D target width, H head width, V vocabulary.
+Row t of a training text pairs the embedding of token x_{t+1} with the target's hidden state h_t,
+stands at position t + 1 (in vLLM at t, which a head can be trained for), sees KV rows j <= t, and
+predicts what the target says after x_{<= t+1}. In round k the row reads token x_{t+k} and the
+head's own hidden state of round k - 1; position and KV stay.
+
+`unroll` mirrors `SinglePositionMultiTokenCandidateGenerator.get_candidates` and
+`Gemma4AssistantForCausalLM.create_attention_masks` of transformers 5.20 to 5.24. A `DraftState`
+runs the same layers, with the same arithmetic, without what the stock forward does anew for every
+draft: masks (one row sees all the KV that it is given), and rotary embeddings (the position stays).
+
+Letters: B rows of keys and values, T positions, R rows drafted from in each, K rounds, D target
+width, H head width, V vocabulary.
 """
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeAlias, cast, get_args
 
 import torch
 from torch import nn
@@ -18,12 +32,14 @@ from transformers import (
     PreTrainedModel,
 )
 
-from headstart.common.console import print_once
-from headstart.configs.schema import HeadConfig
+from headstart.common.versions import ALL_ROWS
+from headstart.configs.schema import DraftPositionOffset, Engine, HeadConfig
+from headstart.heads.kernels import copied_keys
+from headstart.heads.kinds import DraftMemory, Embed, HeadKind, Rows, Texts, Verified, select
 from headstart.heads.ordered import cluster_count
-from headstart.heads.saving import Assistant, load_assistant, made_for
-from headstart.heads.target import Target, source_layers
+from headstart.heads.target import SharedKV, Target, source_layers
 
+Assistant: TypeAlias = Gemma4AssistantForCausalLM | Gemma4UnifiedAssistantForCausalLM
 OF_TARGET = (
     "vocab_size", "sliding_window", "max_position_embeddings", "hidden_activation", "rms_norm_eps",
     "bos_token_id", "eos_token_id", "pad_token_id",
@@ -84,52 +100,6 @@ def assistant_config(source: Any, head: HeadConfig) -> Any:
     return Gemma4AssistantConfig(text_config=Gemma4TextConfig(**text), **own)
 
 
-def build_assistant(target: Target, head: HeadConfig) -> Assistant:
-    """A native assistant in float32 on the target's device, its table tied to the target's.
-
-    A full-width head holds the target's own table as parameter (frozen, not copied). A narrower
-    one holds an empty table: `DraftHead` goes through its projection, and only `save_assistant`
-    materializes the product.
-    """
-    config = assistant_config(target.config, head)
-    unified = isinstance(config, Gemma4UnifiedAssistantConfig)
-    cls = Gemma4UnifiedAssistantForCausalLM if unified else Gemma4AssistantForCausalLM
-    assistant = cls(config).to(target.device)
-    width = config.text_config.hidden_size
-    full_width = width == target.config.hidden_size
-    # Empty rather than meta: accelerate can move an empty tensor, but no meta tensor.
-    empty = nn.Parameter(torch.empty(0, width, device=target.device), requires_grad=False)
-    set_table(assistant, target.table if full_width else empty)
-    with torch.no_grad(), target.full_source_layers():
-        _start(assistant, target, whole=head.init_from == "target" and full_width)
-    return assistant
-
-
-def warm_assistant(target: Target, path: str | Path) -> Assistant:
-    """The finished head at `path`, a folder or a Hub id, in float32 to train on, with a dense LM
-    head: clusters come after the trunk.
-
-    Its table is frozen: a head as wide as the target is tied to this target's, a narrower one keeps
-    its own.
-
-    Raises:
-        ValueError: there is no head at `path`, or it does not fit the target.
-    """
-    assistant: Any = load_assistant(path, torch.float32, target.device)
-    check_pair(target, assistant)
-    assistant.config.use_ordered_embeddings, assistant.masked_embedding = False, None
-    full_width = assistant.config.text_config.hidden_size == target.config.hidden_size
-    own = nn.Parameter(assistant.lm_head.weight.detach(), requires_grad=False)
-    set_table(assistant, target.table if full_width else own)
-    return cast(Assistant, assistant)
-
-
-def set_table(assistant: Assistant, table: nn.Parameter) -> None:
-    """Tie the head's embeddings and LM head to `table` [V, H], or to an empty one."""
-    assistant.model.embed_tokens.weight = table
-    assistant.lm_head.weight = table
-
-
 def _scale(norm: nn.Module) -> torch.Tensor:
     """The factor that a norm applies: Gemma 3 stores w of a `1 + w` norm, Gemma 4 the factor."""
     weight = cast(torch.Tensor, norm.weight).float()
@@ -177,41 +147,82 @@ def _start(assistant: Assistant, target: Target, whole: bool) -> None:
         assistant.post_projection.weight.copy_(identity)
 
 
-def check_pair(target: Target, assistant: PreTrainedModel) -> None:
-    """Raise `ValueError`, naming both values, where a head cannot belong to the target; say where
-    it is only of another class than the heads of such a target."""
-    check_shapes(target.config, assistant.config, target.name)
-    kinds = [config.model_type for config in (target.config, assistant.config)]
-    if len({kind.startswith("gemma4_unified") for kind in kinds}) > 1:
-        print_once(
-            f"this head is a {kinds[1]}, and {target.name} a {kinds[0]}: it drafts the same here, "
-            "but other engines choose their code by the class; see that it is of this target"
-        )
+def row_masks(rows: Rows, kv_len: int, sliding_window: int) -> dict[str, torch.Tensor]:
+    """Which KV rows each training row sees, per layer type.
+
+    The sliding mask of the stock assistant is inclusive (`distance <= sliding_window` from the
+    newest row), so it shows one row more than a Gemma decoder layer: `t - window <= j <= t`.
+
+    Args:
+        rows: R of each text; others may be packed before it.
+        kv_len: T, KV rows.
+        sliding_window: of the configuration.
+
+    Returns:
+        Layer type -> bool [B, 1, R, T], True where visible.
+    """
+    t = rows.at[:, None, :, None]
+    j = torch.arange(kv_len, device=rows.at.device)
+    full = (j <= t) & (j >= rows.starts[:, None, :, None])
+    return {"full_attention": full, "sliding_attention": full & (j >= t - sliding_window)}
 
 
-def check_shapes(source: Any, head: Any, name: str) -> None:
-    """`check_pair` of the configurations: `source` of the target's text part, `name` what to call
-    the target."""
-    text, layers = head.text_config, source_layers(source)
-    pairs = [
-        ("backbone_hidden_size", head.backbone_hidden_size, source.hidden_size),
-        ("vocab_size", text.vocab_size, source.vocab_size),
-        ("sliding_window", text.sliding_window, source.sliding_window),
-    ]
-    for i, layer_type in enumerate(text.layer_types):
-        of_layers = f"of its {layer_type} layers"
-        mine, its = text.per_layer_config[i], source.per_layer_config[layers[layer_type]]
-        for key in ("head_dim", "num_key_value_heads"):
-            pairs.append((f"{key} {of_layers}", getattr(mine, key), getattr(its, key)))
-        # Its queries meet keys that the target has rotated.
-        mine, its = (_rotation(config.rope_parameters[layer_type]) for config in (text, source))
-        pairs.append((f"rope_parameters {of_layers}", mine, its))
-    for key, value, of_target in pairs:
-        if value != of_target:
-            raise ValueError(
-                f"this head does not fit {name}: its {key} is {value}, and the target has "
-                f"{of_target} there"
-            )
+def positions_of(rows: Rows, position: DraftPositionOffset) -> torch.Tensor:
+    """[B, R] RoPE positions of the drafts: of the newest token as in transformers and llama.cpp, or
+    one earlier as in vLLM. With "mixed", the rows of a text take turns by whether t is odd, so that
+    it does not matter how texts are dealt over batches and processes, or packed."""
+    t = rows.at - rows.starts
+    match position:
+        case 0:
+            return t + 1
+        case -1:
+            return t
+        case "mixed":
+            return t + t % 2
+
+
+class CleanKV:
+    """The target's keys and values as the head saw them in training, kept from round to round.
+
+    What the target hands out ends with the rows of rejected drafts, and begins past the sliding
+    window one row late where a round accepted nothing (docs/upstream.md). Here the rejected rows
+    are cut off, and of the sliding rows as many are kept as a training row sees:
+    `sliding_window + 1`.
+
+    Args:
+        sliding_window: of the head.
+        padding: tokens of padding at the left of the prompt, which no head sees.
+    """
+
+    def __init__(self, sliding_window: int, padding: int = 0):
+        self.sliding_rows = sliding_window + 1
+        self.padding = padding
+        self.rows = 0
+        """T, without padding."""
+        self.shared: SharedKV = {}
+        """Layer type -> (keys, values), each [1, kv heads, rows, head_dim], of valid rows alone."""
+
+    def take(self, shared_kv: Any, given: int, valid: int) -> None:
+        """Take the rows of one target forward.
+
+        Args:
+            shared_kv: `shared_kv_states` of its output.
+            given: tokens that the forward was given; its newest rows are theirs.
+            valid: how many of them, from the first on, belong to the text.
+        """
+        ends = {t: keys.shape[2] - given + valid for t, (keys, _) in shared_kv.items()}
+        self.rows = ends["full_attention"] - self.padding
+        for layer_type, pair in shared_kv.items():
+            end = ends[layer_type]
+            if layer_type == "full_attention":
+                rows = [tensor[:, :, self.padding : end] for tensor in pair]
+            elif (kept := min(self.rows, self.sliding_rows)) <= valid or not self.shared:
+                rows = [tensor[:, :, max(0, end - kept) : end] for tensor in pair]
+            else:
+                older = [tensor[:, :, valid - kept :] for tensor in self.shared[layer_type]]
+                newer = [tensor[:, :, end - valid : end] for tensor in pair]
+                rows = [torch.cat(both, dim=2) for both in zip(older, newer, strict=True)]
+            self.shared[layer_type] = (rows[0], rows[1])
 
 
 def _rotation(rope: dict[str, Any]) -> dict[str, Any]:
@@ -220,42 +231,151 @@ def _rotation(rope: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in rope.items() if v not in nothing.get(k, (None,))}
 
 
-def other_target(target: Target, assistant: PreTrainedModel) -> str | None:
-    """A warning, naming both, where a head was made for another target than this one; None: it
-    was not, or does not say.
-
-    What it notes of its target is compared (weights of another dtype have another fingerprint: the
-    names then), and its table, where it is as wide as the target's and so should be the same.
-    """
-    made, mine = made_for(assistant.config), target.identity
-    if made is not None:
-        key = "fingerprint" if made["dtype"] == mine["dtype"] else "name"
-        if made[key] != mine[key]:
-            return (
-                f"this head was trained for {made['name']} (fingerprint "
-                f"{str(made['fingerprint'])[:12]}, {made['dtype']}), not for {mine['name']} "
-                f"({str(mine['fingerprint'])[:12]}, {mine['dtype']}): expect fewer accepted "
-                "drafts; `headstart adapt` trains it on"
-            )
-    if other := _other_rows(target.table, assistant.get_input_embeddings().weight):
-        return (
-            f"this head is as wide as {target.name}, and {other:,} rows of its table differ from "
-            "those of the target: it was made for another, or before the target's table was "
-            "trained; expect fewer accepted drafts; `headstart adapt` trains it on with the "
-            "target's own"
-        )
-    return None
+def write_global_keys(path: Path) -> None:
+    """Add `global_head_dim`, and `num_global_key_value_heads` where it differs, to the config.json
+    of a head or a Gemma 4: transformers >= 5.19 writes `per_layer_config` alone, and other engines
+    read the former."""
+    config = json.loads(path.read_text())
+    text = config.get("text_config", config)
+    full: dict[str, int] = next(iter(text.get("per_layer_config", {}).values()), {})
+    text["global_head_dim"] = full.get("head_dim", text["head_dim"])
+    if "num_key_value_heads" in full:
+        text["num_global_key_value_heads"] = full["num_key_value_heads"]
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
-@torch.no_grad()
-def _other_rows(table: torch.Tensor, own: torch.Tensor) -> int:
-    """How many rows of a head's table [V, H] are not those of the target's [V, D]; 0 where it is
-    narrower. Either may have been rounded to bfloat16."""
-    if table.shape != own.shape:
-        return 0
-    other = 0
-    for some, mine in zip(table.split(8192), own.to(table.device).split(8192), strict=True):
-        some, mine = some.bfloat16(), mine.bfloat16()
-        equal = torch.isclose(some, mine, rtol=2**-6, atol=1e-6)  # two steps of bfloat16
-        other += int((~equal.all(dim=-1)).sum())
-    return other
+class AssistantState:
+    """Drafting with a head that has a table of its own, and the target's clean KV."""
+
+    def __init__(self, model: Any, embed: Embed, padding: int):
+        self.model, self.embed = model, embed
+        types = model.config.text_config.layer_types
+        self.layers = list(zip(types, model.model.layers, strict=True))
+        self.kv = CleanKV(model.config.text_config.sliding_window, padding)
+        self.hidden = torch.empty(0)
+        """[1, 1, D] the target's, of the token before the newest."""
+
+    def commit(self, seen: Verified) -> None:
+        valid = seen.tokens.shape[1]
+        self.kv.take(seen.shared_kv, seen.hidden.shape[1], valid)
+        self.hidden = seen.hidden[:, valid - 1 : valid]
+
+    def begin(self) -> None:
+        own = self.model.pre_projection.weight
+        device, dtype = own.device, own.dtype
+        shared = self.kv.shared  # a target and its head may be apart
+        self.shared = {
+            t: (k.to(device, dtype), v.to(device, dtype)) for t, (k, v) in shared.items()
+        }
+        # Unlike `tensor`, without a wait.
+        position = torch.full((1, 1), self.kv.rows, device=device)
+        hidden = self.hidden.to(device, dtype)
+        self.rotary = {t: self.model.model.rotary_emb(hidden, position, t) for t in shared}
+        self.previous = hidden
+        self.state: torch.Tensor | None = None
+
+    def step(self, token: torch.Tensor) -> torch.Tensor:
+        if self.state is not None:
+            self.previous = self.model.post_projection(self.state)
+        pair = torch.cat([self.embed(token), self.previous], dim=-1)
+        state: torch.Tensor = self.model.pre_projection(pair)
+        for layer_type, layer in self.layers:
+            state = layer(
+                state, shared_kv_states=self.shared, position_embeddings=self.rotary[layer_type],
+                attention_mask=None,
+            )  # fmt: skip
+        state = self.model.model.norm(state)
+        self.state = state
+        return state
+
+
+class AssistantKind(HeadKind):
+    name = "assistant"
+    model_types = ("gemma4_assistant", "gemma4_unified_assistant")
+    reads = "the last hidden state, keys and values of the last layer of each type, tokens"
+    costs = "all of its layers a draft"
+    engines = get_args(Engine)
+    reads_kv = has_position = True
+    tables = ("model.embed_tokens.weight", "lm_head.weight")
+
+    def configure(self, source: Any, head: HeadConfig, drafts: int) -> Any:
+        return assistant_config(source, head)
+
+    def model_class(self, config: Any) -> type[PreTrainedModel]:
+        unified = config.model_type == "gemma4_unified_assistant"
+        return Gemma4UnifiedAssistantForCausalLM if unified else Gemma4AssistantForCausalLM
+
+    def init_weights(self, model: Any, target: Target, from_target: bool) -> None:
+        full_width = model.config.text_config.hidden_size == target.config.hidden_size
+        _start(model, target, whole=from_target and full_width)
+
+    def unroll(
+        self, model: Any, texts: Texts, rows: Rows, embed: Embed, position: DraftPositionOffset
+    ) -> list[torch.Tensor]:
+        window = model.config.text_config.sliding_window
+        length = next(iter(texts.kv.values()))[0].shape[2]
+        dtype = model.pre_projection.weight.dtype
+        hidden = select(texts.hidden, rows.hidden).to(dtype)
+        states: list[torch.Tensor] = []
+        for k in range(rows.tokens.shape[2]):
+            if k == 1:
+                hidden, rows = select(hidden, rows.multi_step), rows.going_on()
+            if k < 2:  # the rows are the same from the second round on
+                masks, positions = row_masks(rows, length, window), positions_of(rows, position)
+            inputs = torch.cat([embed(rows.tokens[:, :, k]).to(dtype), hidden], dim=-1)
+            state = model.model(
+                inputs_embeds=model.pre_projection(inputs),
+                attention_mask=masks,
+                position_ids=positions,
+                shared_kv_states=texts.kv,
+                use_cache=False,
+                **ALL_ROWS,
+            ).last_hidden_state
+            hidden = model.post_projection(state)
+            states.append(state)
+        return states
+
+    def draft_state(self, model: Any, embed: Embed, padding: int) -> AssistantState:
+        return AssistantState(model, embed, padding)
+
+    def layers(self, model: Any) -> Sequence[nn.Module]:
+        return cast(Sequence[nn.Module], model.model.layers)
+
+    def describe(self, config: Any) -> str:
+        text = config.text_config
+        types = ", ".join(one.removesuffix("_attention") for one in text.layer_types)
+        size = f"width {text.hidden_size}, MLP {text.intermediate_size}"
+        return f"{text.num_hidden_layers} layers ({types}), {size}"
+
+    def draft_memory(self, config: Any, compute: int) -> DraftMemory:
+        text, target_width = config.text_config, config.backbone_hidden_size
+        d, mlp = text.hidden_size, text.intermediate_size
+        layers, copied = [], []
+        for i in range(text.num_hidden_layers):
+            own = text.per_layer_config[i]
+            queries = text.num_attention_heads * own.head_dim
+            # Four norms over D and one over the queries, each in float32 before and after; what
+            # enters the products; gate, activation, up, and their product.
+            layers.append(d * (32 + 2 * compute) + queries * (8 + 2 * compute) + 4 * mlp * compute)
+            copied.append(2 * queries * compute * copied_keys(text, own))
+        return DraftMemory(layers, 2 * target_width * compute + d * (8 + compute), copied)
+
+    def mismatches(self, source: Any, config: Any) -> list[tuple[str, Any, Any]]:
+        text, layers = config.text_config, source_layers(source)
+        pairs = super().mismatches(source, config)
+        pairs.append(("sliding_window", text.sliding_window, source.sliding_window))
+        for i, layer_type in enumerate(text.layer_types):
+            of_layers = f"of its {layer_type} layers"
+            mine, its = text.per_layer_config[i], source.per_layer_config[layers[layer_type]]
+            for key in ("head_dim", "num_key_value_heads"):
+                pairs.append((f"{key} {of_layers}", getattr(mine, key), getattr(its, key)))
+            # Its queries meet keys that the target has rotated.
+            mine, its = (_rotation(one.rope_parameters[layer_type]) for one in (text, source))
+            pairs.append((f"rope_parameters {of_layers}", mine, its))
+        return pairs
+
+    def write_more(self, folder: Path) -> None:
+        write_global_keys(folder / "config.json")
+
+
+KIND = AssistantKind()

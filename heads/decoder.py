@@ -3,10 +3,11 @@ rules for how many tokens to draft in a round.
 
 Loop, caches, logits processors and stopping criteria are those of `generate`; only the drafts come
 from here, and the kernels on which target and head run (`fast_kernels`).
-The head sees clean KV (`CleanKV`). Greedy drafts are its argmaxes. Where the target samples the
-head samples too, and hands out what it drew from: what speculative sampling (Leviathan et al. 2023,
-arXiv 2211.17192) asks for to be lossless. Drafts that are no samples, those looked up, go without
-logits: the loop then samples from the target and compares, which is lossless for them.
+The head sees what is valid of each forward of the target, and keeps nothing of rejected drafts
+(`DraftState`; of an assistant, `CleanKV`). Greedy drafts are its argmaxes. Where the target samples
+the head samples too, and hands out what it drew from: what speculative sampling (Leviathan et al.
+2023, arXiv 2211.17192) asks for to be lossless. Drafts that are no samples, those looked up, go
+without logits: the loop then samples from the target and compares, which is lossless for them.
 docs/upstream.md has what the stock generator does otherwise.
 
 Speedup at K draft tokens is tau / (K*c + v(K)), in steps of the target (c a draft step, v(K)
@@ -40,8 +41,9 @@ from transformers.generation.candidate_generator import (
     PromptLookupCandidateGenerator,
 )
 
-from headstart.heads.drafting import CleanKV, Drafter, Drafts
+from headstart.heads.drafting import Drafter, Drafts
 from headstart.heads.kernels import fast_kernels
+from headstart.heads.kinds import Verified, check_drafts, is_head, kind_of
 
 BINS = 8  # of confidence, each with an acceptance rate of its own
 OPTIMISTIC_PRIOR = 0.8  # acceptance rate of a place not tried yet: high, so that it is tried
@@ -268,10 +270,6 @@ class ExactCandidateGenerator(CandidateGenerator):
     processors count; `padding` tokens stand at the left of the prompt."""
 
     requires_model_outputs: bool = True
-    model_kwargs_overrides: dict[str, Any] = {  # noqa: RUF012 (as transformers declares it)
-        "output_hidden_states": True,
-        "return_shared_kv_states": True,
-    }
 
     def __init__(
         self,
@@ -283,8 +281,8 @@ class ExactCandidateGenerator(CandidateGenerator):
         processors: LogitsProcessorList,
     ):
         self.drafter, self.decoding_config, self.length = drafter, decoding_config, length
-        window = drafter.assistant.config.text_config.sliding_window
-        self.kv = CleanKV(window, padding)
+        self.model_kwargs_overrides = for_drafts(drafter.assistant)
+        self.state = drafter.new_text(padding)
         self.max_length = generation_config.max_length
         ends = generation_config._eos_token_tensor
         self.stops_after = frozenset([] if ends is None else ends.flatten().tolist())
@@ -310,11 +308,10 @@ class ExactCandidateGenerator(CandidateGenerator):
         # The prefill was given the prompt, a round its newest token and the drafts.
         given = model_outputs.hidden_states[-1].shape[1]
         valid = given if self.round is None else n_last_matches + 1
-        self.kv.take(model_outputs.shared_kv_states, given, valid)
-        hidden = model_outputs.hidden_states[-1][:, valid - 1 : valid]
+        self.state.commit(verified(model_outputs, input_ids[:, -1 - valid : -1]))
         # One token of the budget is the target's own.
         budget = self.max_length - input_ids.shape[1] - 1
-        source, drafts = self._draft(input_ids, hidden, budget)
+        source, drafts = self._draft(input_ids, budget)
         drawn_from, drafted = drafts.logits, drafts.on_device
         # Megabytes, which the rounds would keep.
         drafts = replace(drafts, logits=None, on_device=None)
@@ -327,19 +324,18 @@ class ExactCandidateGenerator(CandidateGenerator):
         return candidates, None if drawn_from is None else drawn_from[None]
 
     def _draft(
-        self, input_ids: torch.Tensor, hidden: torch.Tensor, budget: int
+        self, input_ids: torch.Tensor, budget: int
     ) -> tuple[Literal["head", "lookup", "none"], Drafts]:
         if (lookup := self.decoding_config.lookup) is not None:
             lookup.find(input_ids, self.max_length, budget)
             if found := lookup.best():
                 return "lookup", Drafts(found, [])
-        limit = min(self.length.limit(), budget)
+        limit = min(self.length.limit(), budget, self.drafter.most or budget)
         if limit <= 0:
             return "none", Drafts([], [])
         return "head", self.drafter.draft(
             input_ids[:, -1:],
-            hidden,
-            self.kv,
+            self.state,
             limit=limit,
             stops_after=self.stops_after,
             goes_on=self.length.goes_on,
@@ -358,6 +354,20 @@ class ExactCandidateGenerator(CandidateGenerator):
         if self.round.source != "lookup":
             drafts = self.round.drafts
             self.length.update(drafts.confidences, len(drafts.tokens), self.round.accepted)
+
+
+def for_drafts(assistant: PreTrainedModel) -> dict[str, bool]:
+    """What a forward of the target is asked for, beside its logits, so that a head can draft."""
+    asked = {"output_hidden_states": True}
+    if kind_of(assistant.config).reads_kv:
+        asked["return_shared_kv_states"] = True
+    return asked
+
+
+def verified(outputs: Any, tokens: torch.Tensor) -> Verified:
+    """What a head takes of a forward of the target that was asked `for_drafts`; `tokens` [1, v] are
+    those of it that belong to the text."""
+    return Verified(tokens, outputs.hidden_states[-1], outputs.get("shared_kv_states") or {})
 
 
 @contextmanager
@@ -380,7 +390,7 @@ def exact_decoding(
 
     def generator(**kwargs: Any) -> CandidateGenerator:
         assistant = kwargs["assistant_model"]
-        if assistant is None or "Assistant" not in type(assistant).__name__:
+        if assistant is None or not is_head(assistant.config):
             return stock(**kwargs)
         if id(assistant) not in drafters:
             drafters[id(assistant)] = Drafter(assistant, target.get_input_embeddings())
@@ -396,6 +406,8 @@ def exact_decoding(
                     "generation_config, or give a rule of headstart.heads.decoder"
                 )
             length = Constant(tokens)
+        if type(length) is Constant:
+            check_drafts(assistant.config, [length.num_assistant_tokens], "num_assistant_tokens")
         return ExactCandidateGenerator(
             drafters[id(assistant)], decoding_config, length, padding, kwargs["generation_config"],
             kwargs["logits_processor"],

@@ -29,7 +29,8 @@ from transformers.utils import cached_file
 from headstart.common.console import plain_console
 from headstart.configs.schema import HeadConfig
 from headstart.heads.admission import reading
-from headstart.heads.assistant import check_shapes
+from headstart.heads.kinds import head_kinds, kind_of
+from headstart.heads.pairing import check_shapes
 from headstart.heads.saving import load_assistant_config
 from headstart.heads.target import SUPPORTED
 
@@ -83,7 +84,7 @@ def describe(path: str | Path, target_config: Any | None = None) -> dict[str, An
     config = load_assistant_config(path)
     with reading(str(path), "is no head that can be described"):
         file, tensors = _header(path)
-        text, target_width = config.text_config, config.backbone_hidden_size
+        text, target_width = config.get_text_config(), config.backbone_hidden_size
         width, vocab_size = text.hidden_size, text.vocab_size
         tied, table = width == target_width, vocab_size * width
         counted = sum(t.size for t in tensors if not t.name.endswith(BUFFERS))
@@ -95,7 +96,8 @@ def describe(path: str | Path, target_config: Any | None = None) -> dict[str, An
             num_assistant_tokens = GenerationConfig.from_pretrained(path).num_assistant_tokens
         figures: dict[str, Any] = {
             "architecture": config.architectures[0],
-            "layer_types": ", ".join(text.layer_types),
+            "kind": kind_of(config).name,
+            "shape": kind_of(config).describe(config),
             "hidden_size": width,
             "target_hidden_size": target_width,
             "vocab_size": vocab_size,
@@ -119,12 +121,13 @@ def describe(path: str | Path, target_config: Any | None = None) -> dict[str, An
 
 def _cost(config: Any, tensors: list[_Tensor], target_config: Any | None) -> dict[str, Any]:
     """`draft_step`, `target_step` and `c`."""
-    text = config.text_config
+    text = config.get_text_config()
     of_table = next(t for t in tensors if t.part == "table")
     # One dtype for head and target: the decoder loads the head in that of the target.
     value = of_table.bytes / of_table.size
+    trunk = sum(t.bytes for t in tensors if t.part in ("layers", "projections"))
     draft = {
-        "trunk": sum(t.bytes for t in tensors if t.part in ("layers", "projections")),
+        "trunk": round(trunk * kind_of(config).draft_share(config)),
         "lm_head_dense": of_table.bytes,
     }
     if config.use_ordered_embeddings:
@@ -176,6 +179,18 @@ def _rows(figures: dict[str, Any], before: str = "") -> Iterator[tuple[str, str]
             yield name, f"{value:.3f}"
         else:
             yield name, f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def print_kinds() -> None:
+    """Print the kinds of heads as one table: what each reads of the target, what a draft of it
+    costs, and what serves it beside Headstart's own decoder."""
+    table = Table(title="Kinds of draft heads: head.kind=NAME", title_justify="left")
+    for column in ("name", "reads of the target", "a draft costs", "served by"):
+        table.add_column(column, no_wrap=column == "name")
+    for name, kind in head_kinds().items():
+        engines = ", ".join(kind.engines) or "Headstart alone: no engine takes one"
+        table.add_row(name, kind.reads, kind.costs, engines)
+    plain_console().print(table)
 
 
 _ALL: dict[str, Any] = {

@@ -1,12 +1,10 @@
-"""One round of drafting, lean: what does not change within the round is computed once.
+"""One round of drafting with a head of any kind: what the kind's `DraftState` says of each draft
+becomes a token.
 
-Same layers, same arithmetic as `Gemma4AssistantForCausalLM.forward` of transformers 5.20 to 5.24,
-without what that forward does anew for every draft: masks (one row sees all the KV that it is
-given), rotary embeddings (the position stays), and logits over the whole vocabulary of which a head
-with ordered embeddings looks at some thousand. Unless somebody asks for confidences, the host waits
-for the device once a round.
+Of a head with ordered embeddings the logits of some thousand tokens are computed, and not of the
+whole vocabulary. Unless somebody asks for confidences, the host waits for the device once a round.
 
-Letters: T rows of KV, D target width, H head width, V vocabulary, C clusters, M tokens looked at.
+Letters: D target width, H head width, V vocabulary, C clusters, M tokens looked at.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,52 +16,7 @@ from torch import nn
 from transformers import LogitsProcessor
 
 from headstart.heads.kernels import quick_rows, small_batch_linear
-from headstart.heads.saving import Assistant
-from headstart.heads.target import SharedKV
-
-
-class CleanKV:
-    """The target's keys and values as the head saw them in training, kept from round to round.
-
-    What the target hands out ends with the rows of rejected drafts, and begins past the sliding
-    window one row late where a round accepted nothing (docs/upstream.md). Here the rejected rows
-    are cut off, and of the sliding rows as many are kept as a training row sees:
-    `sliding_window + 1`.
-
-    Args:
-        sliding_window: of the head.
-        padding: tokens of padding at the left of the prompt, which no head sees.
-    """
-
-    def __init__(self, sliding_window: int, padding: int = 0):
-        self.sliding_rows = sliding_window + 1
-        self.padding = padding
-        self.rows = 0
-        """T, without padding."""
-        self.shared: SharedKV = {}
-        """Layer type -> (keys, values), each [1, kv heads, rows, head_dim], of valid rows alone."""
-
-    def take(self, shared_kv: Any, given: int, valid: int) -> None:
-        """Take the rows of one target forward.
-
-        Args:
-            shared_kv: `shared_kv_states` of its output.
-            given: tokens that the forward was given; its newest rows are theirs.
-            valid: how many of them, from the first on, belong to the text.
-        """
-        ends = {t: keys.shape[2] - given + valid for t, (keys, _) in shared_kv.items()}
-        self.rows = ends["full_attention"] - self.padding
-        for layer_type, pair in shared_kv.items():
-            end = ends[layer_type]
-            if layer_type == "full_attention":
-                rows = [tensor[:, :, self.padding : end] for tensor in pair]
-            elif (kept := min(self.rows, self.sliding_rows)) <= valid or not self.shared:
-                rows = [tensor[:, :, max(0, end - kept) : end] for tensor in pair]
-            else:
-                older = [tensor[:, :, valid - kept :] for tensor in self.shared[layer_type]]
-                newer = [tensor[:, :, end - valid : end] for tensor in pair]
-                rows = [torch.cat(both, dim=2) for both in zip(older, newer, strict=True)]
-            self.shared[layer_type] = (rows[0], rows[1])
+from headstart.heads.kinds import DraftState, kind_of
 
 
 @dataclass(frozen=True)
@@ -80,13 +33,14 @@ class Drafts:
 
 
 class Drafter:
-    """Drafts with one head in the native format, with a table of its own (`load_assistant`), and
-    the target's input embeddings, which scale."""
+    """Drafts with one head, with a table of its own (`load_assistant`), and the target's input
+    embeddings, which scale."""
 
-    def __init__(self, assistant: Assistant, embed: nn.Module):
-        self.assistant, self.embed = assistant, embed
-        types = assistant.config.text_config.layer_types
-        self.layers = list(zip(types, assistant.model.layers, strict=True))
+    def __init__(self, assistant: Any, embed: nn.Module):
+        self.assistant, self.embed_tokens = assistant, embed
+        self.kind = kind_of(assistant.config)
+        self.most = self.kind.most_drafts(assistant.config)
+        """K at most; None: any number."""
         embedder = assistant.masked_embedding if assistant.config.use_ordered_embeddings else None
         self.embedder = embedder
         table = assistant.lm_head.weight
@@ -95,12 +49,21 @@ class Drafter:
         if embedder is not None:
             self.members = embedder.token_ordering.long().view(embedder.num_centroids, -1)
 
+    def new_text(self, padding: int = 0) -> DraftState:
+        """What drafting along a text begins with, whose prompt has so many tokens of padding at its
+        left."""
+        return self.kind.draft_state(self.assistant, self._embed, padding)
+
+    def _embed(self, token: torch.Tensor) -> torch.Tensor:
+        table = self.assistant.lm_head.weight
+        source = next(self.embed_tokens.parameters()).device  # a target and its head may be apart
+        return self.embed_tokens(token.to(source)).to(table.device, table.dtype)
+
     @torch.no_grad()
     def draft(
         self,
         token: torch.Tensor,
-        hidden: torch.Tensor,
-        kv: CleanKV,
+        state: DraftState,
         limit: int,
         stops_after: frozenset[int],
         goes_on: Callable[[list[float]], bool] | None,
@@ -110,8 +73,7 @@ class Drafter:
 
         Args:
             token: [1, 1] the newest token, on which the target has not run.
-            hidden: [1, 1, D] the target's post-norm hidden state of the token before it.
-            kv: of all tokens before `token`.
+            state: from `new_text`, which has seen all tokens before `token`.
             limit: K at most.
             stops_after: tokens that end a text, and so a draft.
             goes_on: asked after each draft, with the confidences so far; None: to the limit, and
@@ -119,29 +81,12 @@ class Drafter:
             warpers: draw each draft from the head's distribution, shaped by these, none of which
                 reads the tokens so far; None: take its best token.
         """
-        assistant = self.assistant
-        own = assistant.pre_projection.weight
-        device, dtype = own.device, own.dtype
-        source = next(self.embed.parameters()).device  # a target and its head may be apart
-        shared = {t: (k.to(device, dtype), v.to(device, dtype)) for t, (k, v) in kv.shared.items()}
-        position = torch.full((1, 1), kv.rows, device=device)  # unlike `tensor`, without a wait
-        hidden = hidden.to(device, dtype)
-        rotary = {t: assistant.model.rotary_emb(hidden, position, t) for t in kv.shared}
         tokens: list[torch.Tensor] = []
         confidences: list[float] = []
         drawn_from: list[torch.Tensor] = []
-        state: torch.Tensor | None = None
+        state.begin()
         for _ in range(limit):
-            hidden = hidden if state is None else assistant.post_projection(state)
-            embedded = self.embed(token.to(source)).to(device, dtype)
-            state = assistant.pre_projection(torch.cat([embedded, hidden], dim=-1))
-            for layer_type, layer in self.layers:
-                state = layer(
-                    state, shared_kv_states=shared, position_embeddings=rotary[layer_type],
-                    attention_mask=None,
-                )  # fmt: skip
-            state = assistant.model.norm(state)
-            logits, ids = self._logits(state[0, 0])
+            logits, ids = self._logits(state.step(token)[0, 0])
             # `best` [1], and `index_select`: an index without a dimension is read by the host.
             if warpers is None:
                 best = logits.argmax(-1, keepdim=True)

@@ -208,6 +208,12 @@ def _attention(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[torch.Tens
     return run(module, *args, **kwargs)
 
 
+def copied_keys(text: Any, layer: Any) -> bool:
+    """Whether attention under a mask copies the keys and values for each query head: not where each
+    has its own, and not where all share one, which is looked at as many times."""
+    return bool(1 < layer.num_key_value_heads < text.num_attention_heads)
+
+
 @contextmanager
 def _grouped_heads(model: nn.Module) -> Iterator[None]:
     """Within, a model that runs `sdpa` attends by `grouped_query_attention`.

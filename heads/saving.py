@@ -11,17 +11,12 @@ import copy
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeAlias, get_args
+from typing import Any, get_args
 
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from transformers import (
-    Gemma4AssistantForCausalLM,
-    Gemma4UnifiedAssistantForCausalLM,
-    GenerationConfig,
-    PreTrainedModel,
-)
+from transformers import GenerationConfig, PreTrainedModel
 
 from headstart.common.files import atomic_folder, drop_remote_code
 from headstart.configs.schema import DraftPositionOffset, LoraConfig
@@ -35,6 +30,7 @@ from headstart.heads.admission import (
     load_whole,
     reading,
 )
+from headstart.heads.kinds import head_kinds, is_head, kind_of
 
 MADE_FOR = "headstart_target"  # in config.json, where other readers leave it alone
 OFFSET = "headstart_draft_position_offset"  # there too: `TrainConfig.draft_position_offset`
@@ -42,11 +38,10 @@ OFFSET_BEFORE = "headstart_rope_position"  # in heads of earlier versions, which
 BEFORE: dict[str, DraftPositionOffset] = {"newest": 0, "one_earlier": -1, "both": "mixed"}
 OF_OTHERS: DraftPositionOffset = 0  # where transformers and Google's heads put drafts
 VARIABLES = "headstart_chat_template_kwargs"  # there too: of the texts that it was trained on
-Assistant: TypeAlias = Gemma4AssistantForCausalLM | Gemma4UnifiedAssistantForCausalLM
 
 
 def save_assistant(
-    assistant: Assistant,
+    assistant: PreTrainedModel,
     table: torch.Tensor,
     folder: Path,
     num_assistant_tokens: int,
@@ -72,7 +67,8 @@ def save_assistant(
     weights = assistant.state_dict() if weights is None else weights
     state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in weights.items()}
     # Detached, or `assign` would turn the target's own table into a trainable parameter.
-    state["model.embed_tokens.weight"] = state["lm_head.weight"] = table.detach().to(dtype)
+    kind, saved_table = kind_of(assistant.config), table.detach().to(dtype)
+    state |= dict.fromkeys(kind.tables, saved_table)
     config = copy.deepcopy(assistant.config)
     for key, value in (notes or {}).items():
         setattr(config, key, value)
@@ -88,23 +84,10 @@ def save_assistant(
     native.config.dtype = dtype
     with atomic_folder(folder) as work:
         native.save_pretrained(work)
-        write_global_keys(work / "config.json")
+        kind.write_more(work)
         if beside is not None:
             beside(work)
         drop_remote_code(work)
-
-
-def write_global_keys(path: Path) -> None:
-    """Add `global_head_dim`, and `num_global_key_value_heads` where it differs, to the config.json
-    of a head or a Gemma 4: transformers >= 5.19 writes `per_layer_config` alone, and other engines
-    read the former."""
-    config = json.loads(path.read_text())
-    text = config.get("text_config", config)
-    full: dict[str, int] = next(iter(text.get("per_layer_config", {}).values()), {})
-    text["global_head_dim"] = full.get("head_dim", text["head_dim"])
-    if "num_key_value_heads" in full:
-        text["num_global_key_value_heads"] = full["num_key_value_heads"]
-    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def split_pair(path: str | Path) -> tuple[str, str | None]:
@@ -128,8 +111,7 @@ def load_assistant(
     head, adapter = split_pair(path)
     config = load_assistant_config(head)
     name, revision = split_revision(head)
-    unified = config.model_type == "gemma4_unified_assistant"
-    cls: Any = Gemma4UnifiedAssistantForCausalLM if unified else Gemma4AssistantForCausalLM
+    cls: Any = kind_of(config).model_class(config)
     # An adapter is added in float32 and rounded once, as the head was that it was saved beside.
     first = dtype if adapter is None else torch.float32
     model = load_whole(cls, head, name, revision=revision, dtype=first)
@@ -148,11 +130,13 @@ def made_for(config: Any) -> dict[str, Any] | None:
 
 def draft_position_offset(config: Any) -> DraftPositionOffset:
     """Where the drafts of a head stood in training; of heads of other makers, which do not say,
-    `OF_OTHERS`.
+    and of kinds whose drafts stand nowhere, `OF_OTHERS`.
 
     Raises:
         ValueError: it says what is no offset; or it is a head of Headstart, and does not say.
     """
+    if not kind_of(config).has_position:
+        return OF_OTHERS
     noted: Any = getattr(config, OFFSET, None)
     if noted is not None:
         return _known(OFFSET, noted, {offset: offset for offset in get_args(DraftPositionOffset)})
@@ -178,7 +162,10 @@ def _known(key: str, value: Any, offsets: Mapping[Any, DraftPositionOffset]) -> 
 def kept_notes(config: Any, identity: Mapping[str, Any]) -> dict[str, Any]:
     """What config.json says of a head that keeps its training: the target that it is saved for
     (`Target.identity`), and where its drafts stand, which heads of other makers leave out."""
-    return {MADE_FOR: identity, OFFSET: draft_position_offset(config)}
+    notes: dict[str, Any] = {MADE_FOR: identity}
+    if kind_of(config).has_position:
+        notes[OFFSET] = draft_position_offset(config)
+    return notes
 
 
 def trained_notes(
@@ -191,7 +178,7 @@ def trained_notes(
         position: of its drafts.
         variables: of the chat template with which its texts were asked.
     """
-    notes: dict[str, Any] = {OFFSET: position}
+    notes: dict[str, Any] = {OFFSET: position} if kind_of(config).has_position else {}
     if variables or noted_variables(config) is not None:
         notes[VARIABLES] = dict(variables)
     return notes
@@ -213,20 +200,24 @@ def load_assistant_config(path: str | Path) -> Any:
     name, revision = split_revision(path)
     if (Path(name) / "head" / "config.json").is_file():
         raise ValueError(f"{name} is a run folder: its head is {Path(name) / 'head'}")
+    head_kinds()  # makes their types of configuration known to transformers
     with reading(f"no draft head at {path}"):
         check_files(name)
         config = load_model_config(str(path), name, revision, trust_remote_code=False)
-    if "assistant" not in config.model_type:
-        raise ValueError(f"{path} is a {config.model_type} model, not a Gemma 4 assistant")
+    if not is_head(config):
+        raise ValueError(
+            f"{path} is a {config.model_type} model, not a Gemma 4 assistant or a head of another "
+            "kind (`headstart heads kinds` lists them)"
+        )
     with reading(path, "cannot be a head"):
-        check_values(config.text_config, path)
+        check_values(config.get_text_config(), path)
     return config
 
 
 ADAPTER = "adapter"  # its name within the model, and of its folder beside the head
 
 
-def add_lora(assistant: Assistant, lora: LoraConfig) -> None:
+def add_lora(assistant: PreTrainedModel, lora: LoraConfig) -> None:
     """Put a fresh adapter beside linear layers of a head, in place; it alone is trained then. peft
     raises `ValueError` where the head has no layers of these names."""
     from peft import inject_adapter_in_model

@@ -28,6 +28,7 @@ from transformers import (
     DynamicCache,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    Gemma4AssistantForCausalLM,
     Gemma4ForCausalLM,
     Gemma4ForConditionalGeneration,
     Gemma4UnifiedForCausalLM,
@@ -97,7 +98,7 @@ class Gemma3ForAssistedDecoding(Gemma3ForCausalLM):
 
     def _get_candidate_generator(self, **kwargs: Any) -> CandidateGenerator:
         assistant = kwargs.get("assistant_model")
-        if assistant is None or not type(assistant).__name__.startswith("Gemma4Assistant"):
+        if not isinstance(assistant, Gemma4AssistantForCausalLM):
             return super()._get_candidate_generator(**kwargs)
         return SinglePositionMultiTokenCandidateGenerator(
             assistant_model=assistant,

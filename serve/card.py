@@ -17,6 +17,7 @@ from headstart.eval.page import cells, title
 from headstart.eval.recorded import describe_set, recorded_set
 from headstart.eval.statistics import sampling_name, verdict
 from headstart.heads.adapters import split_revision
+from headstart.heads.kinds import kind_of, runs_in_transformers
 from headstart.heads.loading import BUILT_IN
 from headstart.heads.saving import draft_position_offset
 from headstart.serve.engines import ENGINES, engine_warnings, incompatibilities
@@ -95,7 +96,10 @@ def model_card(p: Published) -> str:
             for engine in ENGINES if engine != "transformers"
         },
         sources=", ".join(_trained_on(p)),
-        position=draft_position_offset(p.head_config),
+        stock=runs_in_transformers(p.head_config),
+        position=draft_position_offset(p.head_config)
+        if kind_of(p.head_config).has_position
+        else None,
     )  # fmt: skip
 
 

@@ -39,14 +39,10 @@ from headstart.data.templates import encode_prompts
 from headstart.eval.acceptance import AcceptanceCounts, zero_counts
 from headstart.eval.asked import asked_by_heads
 from headstart.eval.decoding import Decoded, decode, divergence
-from headstart.heads.assistant import check_pair
+from headstart.heads.assistant import write_global_keys
 from headstart.heads.decoder import ExactDecoding
-from headstart.heads.saving import (
-    draft_position_offset,
-    load_assistant,
-    load_assistant_config,
-    write_global_keys,
-)
+from headstart.heads.pairing import check_pair
+from headstart.heads.saving import draft_position_offset, load_assistant, load_assistant_config
 from headstart.heads.target import Gemma3ForAssistedDecoding, Target
 from headstart.serve.engines import (
     DRAFT_POSITION_OFFSETS,

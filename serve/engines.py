@@ -17,7 +17,8 @@ from transformers import PreTrainedTokenizerBase
 from headstart.common.children import run_python
 from headstart.common.files import cache_dir, check_empty, drop_remote_code
 from headstart.configs.schema import Engine
-from headstart.heads.assistant import check_shapes
+from headstart.heads.kinds import kind_of
+from headstart.heads.pairing import check_shapes
 from headstart.heads.saving import draft_position_offset, load_assistant, save_assistant
 
 ENGINES: tuple[Engine, ...] = get_args(Engine)
@@ -35,6 +36,9 @@ def incompatibilities(engine: Engine, head: Any, target: Any) -> list[str]:
         head: configuration of a head in the native format.
         target: configuration of its target (`load_target_config`), whole, not its text part alone.
     """
+    if engine not in kind_of(head).engines:
+        name = kind_of(head).name
+        return [f"{engine} serves no {name} head: Headstart's clean-KV decoder alone runs one"]
     found = []
     text = head.text_config
     if missing := {"sliding_attention", "full_attention"} - set(text.layer_types):
@@ -76,6 +80,8 @@ def incompatibilities(engine: Engine, head: Any, target: Any) -> list[str]:
 
 def engine_warnings(engine: Engine, head: Any) -> list[str]:
     """What an engine does with a head that it takes, where its user should know: a line each."""
+    if engine not in kind_of(head).engines:
+        return []
     found, trained = [], draft_position_offset(head)
     if trained not in ("mixed", DRAFT_POSITION_OFFSETS[engine]):
         how: dict[Any, str] = {0: "at the newest token", -1: "one before the newest token"}

@@ -26,6 +26,7 @@ from headstart.eval.compare import read_report
 from headstart.eval.page import write_report
 from headstart.eval.recorded import is_local, without_paths
 from headstart.heads.adapters import split_revision
+from headstart.heads.kinds import kind_of
 from headstart.heads.live import MEMORY
 from headstart.heads.loading import load_served, load_target_config, load_target_tokens, served_name
 from headstart.heads.saving import ADAPTER, MADE_FOR, load_assistant, load_assistant_config
@@ -242,7 +243,8 @@ def _evaluated(report: dict[str, Any], head: Path) -> _Evaluated:
         )
     if other := report.get("warnings", {}).get(name):
         raise ValueError(f"the report is of another target: {other}. On its own, {again}")
-    own = sum(p.numel() for n, p in assistant.named_parameters() if "embed_tokens" not in n)
+    tables = kind_of(assistant.config).tables
+    own = sum(p.numel() for n, p in assistant.named_parameters() if n not in tables)
     return _Evaluated(name, mine, dtype, own)
 
 

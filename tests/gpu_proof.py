@@ -33,8 +33,8 @@ from headstart.data.prompts import Prompt
 from headstart.data.regenerate import Job, answer, tokens_that_run
 from headstart.eval.decoding import decode
 from headstart.eval.draft_cost import DecodeState, cost_ratios, measure, prepare
-from headstart.heads.assistant import build_assistant, set_table
 from headstart.heads.decoder import ExactDecoding
+from headstart.heads.pairing import build_assistant, set_table
 from headstart.heads.target import Target
 from headstart.heads.tokens import Sampling
 from headstart.train import losses

@@ -18,7 +18,7 @@ from headstart.data import background, extraction, regenerate
 from headstart.data.extraction import extract
 from headstart.eval.decoding import Decoded, decode, make_variants
 from headstart.eval.draft_cost import Costs
-from headstart.heads import drafting, unroll
+from headstart.heads import assistant, drafting
 from headstart.heads.describe import SHAPES
 from headstart.heads.loading import (
     VOCAB_SIZE,
@@ -241,9 +241,9 @@ def cpu_run(tmp_path_factory: pytest.TempPathFactory) -> CpuRun:
 
 
 def mask_on_the_cpu(patch: pytest.MonkeyPatch) -> None:
-    masks = unroll.row_masks
+    masks = assistant.row_masks
     there = lambda *args: {name: mask.cpu() for name, mask in masks(*args).items()}  # noqa: E731
-    patch.setattr(unroll, "row_masks", there)
+    patch.setattr(assistant, "row_masks", there)
 
 
 def index_on_the_cpu(patch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,6 @@ from headstart.data.store import ActivationStore
 from headstart.data.templates import encode_prompt
 from headstart.eval.acceptance import RecallCounts
 from headstart.eval.decoding import decode
-from headstart.heads.assistant import build_assistant, check_pair
 from headstart.heads.gemma3_270m import GGUF_SHA256, check_sha256, gemma3_270m_dir
 from headstart.heads.loading import load_target
 from headstart.heads.ordered import (
@@ -23,6 +22,7 @@ from headstart.heads.ordered import (
     token_clusters,
     token_usage,
 )
+from headstart.heads.pairing import build_assistant, check_pair
 from headstart.heads.saving import load_assistant, save_assistant
 from headstart.heads.target import Target
 from headstart.heads.tokens import Sampling

@@ -34,7 +34,6 @@ from headstart.eval.page import as_json
 from headstart.eval.recorded import is_private, prompt_set, set_name, without_paths
 from headstart.eval.replay import ReplayedText, replay_texts
 from headstart.eval.report import run_evaluation
-from headstart.heads.assistant import check_pair, check_shapes
 from headstart.heads.live import MEMORY
 from headstart.heads.loading import (
     check_target,
@@ -43,6 +42,7 @@ from headstart.heads.loading import (
     open_target,
     served_name,
 )
+from headstart.heads.pairing import check_pair, check_shapes
 from headstart.heads.saving import (
     load_assistant,
     load_assistant_config,

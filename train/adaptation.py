@@ -8,6 +8,7 @@ from headstart.configs.defaults import ADAPT
 from headstart.configs.schema import Config, EvalConfig
 from headstart.configs.settings import AdaptConfig, Settings
 from headstart.eval.asked import as_the_head_was
+from headstart.heads.kinds import kind_of
 from headstart.heads.saving import draft_position_offset, load_assistant_config
 
 HELD_OUT = "held_out.jsonl"  # in the report's folder: the prompts that are measured on
@@ -16,12 +17,16 @@ HELD_OUT = "held_out.jsonl"  # in the report's folder: the prompts that are meas
 def adapt_defaults(head: str) -> list[tuple[str, Any]]:
     """Settings of an adaptation of the head, by folder or Hub id, where nobody says otherwise."""
     start = load_assistant_config(head)
-    return [
+    found = [
         *ADAPT,
         ("head.init_from", head),
         ("head.use_ordered_embeddings", start.use_ordered_embeddings),
         ("train.draft_position_offset", draft_position_offset(start)),
     ]
+    if (most := kind_of(start).most_drafts(start)) is not None:
+        found.append(("train.num_speculative_steps", most))
+        found.append(("eval.num_assistant_tokens", [min(most, 4)]))
+    return found
 
 
 @dataclass(frozen=True)

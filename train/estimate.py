@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -23,7 +24,6 @@ from headstart.data.store import read_index, shard_paths
 from headstart.eval.draft_cost import COST_TURNS, KINDS, WARM_UP, longest_draft
 from headstart.eval.measurements import AGAIN_EVERY, Asked
 from headstart.eval.statistics import OWN_LENGTH
-from headstart.heads.assistant import Assistant
 from headstart.heads.target import Target
 from headstart.train.checkpoints import Progress, checkpoint_progress, checkpoints
 from headstart.train.ordering import RECORD, drafts_needed
@@ -128,7 +128,7 @@ TEXTS, TRAINING, ORDERING, EVALUATION = "texts", "training", "ordering", "evalua
 
 
 def estimate_run(
-    config: Config, planned: PlannedDocuments, assistant: Assistant, asked: Asked
+    config: Config, planned: PlannedDocuments, assistant: Any, asked: Asked
 ) -> list[Phase]:
     """Probe what the run costs here; phases whose work is there already take no time.
 
@@ -236,7 +236,7 @@ def _ordering(
     config: Config,
     planned: PlannedDocuments,
     held: Held,
-    assistant: Assistant,
+    assistant: Any,
     progress: Progress,
 ) -> Phase:
     clusters = int(assistant.config.num_centroids)

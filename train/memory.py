@@ -21,7 +21,8 @@ from headstart.data.background import THREADS
 from headstart.data.extraction import BATCH_TOKENS, LOGIT_ROWS
 from headstart.data.kv_cache import SLACK
 from headstart.data.loader import pack
-from headstart.heads.kernels import groups_heads
+from headstart.heads.kernels import copied_keys, groups_heads
+from headstart.heads.kinds import kind_of
 from headstart.heads.target import SUPPORTED, source_layers
 from headstart.train.losses import EXACT_ROWS, SPARSE_ROWS
 
@@ -89,12 +90,6 @@ def kv_bytes(text: Any, layer: int, width: int) -> int:
         return 0
     own = text.per_layer_config[layer]
     return int(2 * own.num_key_value_heads * own.head_dim * width)
-
-
-def copied_keys(text: Any, layer: Any) -> bool:
-    """Whether attention under a mask copies the keys and values for each query head: not where each
-    has its own, and not where all share one, which is looked at as many times."""
-    return bool(1 < layer.num_key_value_heads < text.num_attention_heads)
 
 
 def forward_bytes(
@@ -247,31 +242,24 @@ def batch_bytes(source: Any, shape: StepShape, width: int, data: DataConfig) -> 
 def activation_bytes(head: Any, shape: StepShape, compute: int, checkpointing: bool) -> int:
     """What the head's forward keeps for its backward pass.
 
-    Of a draft in a layer: four norms over D and one over the queries, each in float32 before and
-    after; what enters the products; gate, activation, up, and their product. With `checkpointing`
-    the inputs of the layers, and one layer at a time, which there runs on transformers' own
-    attention: where heads share keys, with a copy of keys and values for each head.
+    With `checkpointing` the inputs of the layers, and one layer at a time, which there runs on
+    transformers' own attention: where heads share keys, with a copy of keys and values for each
+    head.
 
     Args:
-        head: the assistant's configuration.
+        head: its configuration.
         compute: bytes of a value that products are computed in.
     """
-    text, target_width = head.text_config, head.backbone_hidden_size
-    d, mlp = text.hidden_size, text.intermediate_size
+    width = head.get_text_config().hidden_size
+    one = kind_of(head).draft_memory(head, compute)
     total = 0
     for drafts in shape.rounds:
-        layers = []
-        for i in range(text.num_hidden_layers):
-            own = text.per_layer_config[i]
-            queries = text.num_attention_heads * own.head_dim
-            each = d * (32 + 2 * compute) + queries * (8 + 2 * compute) + 4 * mlp * compute
-            copied = checkpointing and copied_keys(text, own)
-            layers.append(
-                drafts * each + 2 * queries * compute * shape.batch * shape.length * copied
-            )
-        kept = drafts * (2 * target_width * compute + d * (8 + compute))
+        cells = shape.batch * shape.length * checkpointing
+        pairs = zip(one.layers, one.copied_keys, strict=True)
+        layers = [drafts * each + cells * copied for each, copied in pairs]
+        kept = drafts * one.beside
         if checkpointing:
-            kept += drafts * d * compute * len(layers) + max(layers) // len(shape.rounds)
+            kept += drafts * width * compute * len(layers) + max(layers) // len(shape.rounds)
         else:
             kept += sum(layers)
         total += kept
@@ -389,7 +377,7 @@ class RunShapes:
     """The target's text configuration."""
     target: TargetSize
     head: Any
-    """The assistant's configuration."""
+    """The head's configuration."""
     size: HeadSize
 
 
@@ -412,6 +400,6 @@ def peaks(config: Config, shapes: RunShapes, launch: Launch) -> Iterator[tuple[s
     yield "training", target + step + extracting * d.online
     yield "a checkpoint", target + checkpoint_bytes(config, size, launch)
     if needs_check(config, width):
-        of_head = shapes.head.text_config
+        of_head = shapes.head.get_text_config()
         table = of_head.vocab_size * of_head.hidden_size
         yield CHECK, check_bytes(config, text, shapes.target, size, table)

@@ -26,7 +26,6 @@ from headstart.data.prepare import prepare_documents
 from headstart.eval.acceptance import RecallCounts
 from headstart.eval.asked import as_the_head_was
 from headstart.eval.replay import Simulated, simulate_acceptance
-from headstart.heads.assistant import check_pair
 from headstart.heads.ordered import (
     TeacherSamples,
     cluster_count,
@@ -34,9 +33,9 @@ from headstart.heads.ordered import (
     token_usage,
     with_clusters,
 )
+from headstart.heads.pairing import check_pair
 from headstart.heads.saving import (
     ADAPTER,
-    Assistant,
     draft_position_offset,
     kept_notes,
     load_assistant,
@@ -263,13 +262,13 @@ def reorder(path: str, target: Target, config: Config, order: Order, out: Path) 
 
 
 def order_head(
-    assistant: Assistant,
+    assistant: Any,
     target: Target,
     training: Documents,
     validation: Documents,
     config: Config,
     order: Order,
-) -> tuple[Assistant, dict[str, Any]]:
+) -> tuple[Any, dict[str, Any]]:
     """A head with ordered embeddings, made from its own drafts of the training text.
 
     Args:
@@ -284,7 +283,7 @@ def order_head(
         clusters and dense, by replaying rounds over held-out texts, and the recall of the clusters.
     """
 
-    def judged(assistant: Assistant) -> dict[str, Any]:
+    def judged(assistant: Any) -> dict[str, Any]:
         everything, k = range(len(validation.entries)), config.train.num_speculative_steps
         position = served_position(config.train.draft_position_offset)
         with phase("Replaying held-out texts"):
@@ -328,12 +327,12 @@ def _shape(config: Any, order: Order) -> tuple[int, int]:
     """Clusters, and how many of them a draft reads."""
     top_k = order.centroid_intermediate_top_k or config.centroid_intermediate_top_k
     known = config.num_centroids if config.use_ordered_embeddings else None
-    return cluster_count(config.text_config.vocab_size, order.num_centroids or known, top_k), top_k
+    return cluster_count(
+        config.get_text_config().vocab_size, order.num_centroids or known, top_k
+    ), top_k
 
 
-def _with_earlier_clusters(
-    assistant: Assistant, h: HeadConfig, order: Order
-) -> tuple[Assistant, Order]:
+def _with_earlier_clusters(assistant: Any, h: HeadConfig, order: Order) -> tuple[Any, Order]:
     """A trained head with the clusters of the head that it started from, which stay or learn on;
     unchanged where that one had none or new ones are asked for."""
     config = load_assistant_config(h.init_from)
@@ -349,9 +348,7 @@ def _with_earlier_clusters(
     return assistant, Order(False, None, None, steps)
 
 
-def _save(
-    assistant: Assistant, target: Target, config: Config, found: dict[str, Any], out: Path
-) -> None:
+def _save(assistant: Any, target: Target, config: Config, found: dict[str, Any], out: Path) -> None:
     tokens = assistant.generation_config.num_assistant_tokens or config.train.num_speculative_steps
 
     def beside(work: Path) -> None:

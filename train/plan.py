@@ -18,10 +18,11 @@ from headstart.data.conversations import (
     tokens_when_cut,
 )
 from headstart.data.store import bytes_per_token, read_index
-from headstart.heads.assistant import assistant_config
 from headstart.heads.describe import published_config, published_head
+from headstart.heads.kinds import kind_of
 from headstart.heads.loading import load_target_config
-from headstart.heads.saving import add_lora, load_assistant_config
+from headstart.heads.pairing import head_config
+from headstart.heads.saving import add_lora
 from headstart.heads.target import source_layers
 from headstart.train.memory import (
     CHECK,
@@ -57,7 +58,7 @@ def plan(config: Config) -> dict[str, str]:
     t, d, c = config.target, config.data, config.train
     shapes = run_shapes(config)
     source, head, size = shapes.text, shapes.head, shapes.size
-    text = head.text_config
+    text, kind = head.get_text_config(), kind_of(head)
     shared = text.vocab_size * text.hidden_size
     width = 2 if t.dtype == "bfloat16" else 4
     token = bytes_per_token(source, width, d.teacher_top_k, d.storage)
@@ -73,8 +74,7 @@ def plan(config: Config) -> dict[str, str]:
             else {}
         ),
         "shared KV from layers": ", ".join(f"{i} ({k})" for k, i in source_layers(source).items()),
-        "head": f"{text.num_hidden_layers} layers ({', '.join(text.layer_types)}), "
-        f"width {text.hidden_size}, MLP {text.intermediate_size}",
+        "head": f"{kind.name}: {kind.describe(head)}",
         "parameters trained": f"{size.trained:,}",
         "parameters shared with the target": f"{shared:,}"
         if text.hidden_size == source.hidden_size
@@ -86,7 +86,13 @@ def plan(config: Config) -> dict[str, str]:
         **_plan_data(answered, token),
         "rows a step": f"{rows:,} a process, {rows + later * (k - 1):,} drafts in {k} rounds",
         "steps": _plan_steps(c, d, each, rows),
-        **_plan_step(c, source, size.trained + size.frozen, rows, rows + later * (k - 1)),
+        **_plan_step(
+            c,
+            source,
+            round((size.trained + size.frozen) * kind.draft_share(head)),
+            rows,
+            rows + later * (k - 1),
+        ),
     }
 
 
@@ -99,13 +105,9 @@ def _plan_steps(c: TrainConfig, d: DataConfig, each: int, rows: int) -> str:
     return f"{math.ceil(c.num_epochs * d.num_conversations / each):,}: {passes}"
 
 
-def _head_config(source: Any, h: HeadConfig) -> Any:
+def _head_config(source: Any, h: HeadConfig, drafts: int) -> Any:
     """From the shapes of the target, or of the head that it starts from."""
-    if not h.warm:
-        return assistant_config(source, h)
-    if (shape := published_head(h.init_from)) is not None:
-        return assistant_config(source, shape)
-    return load_assistant_config(h.init_from)
+    return head_config(source, published_head(h.init_from) or h, drafts)
 
 
 def _plan_step(c: Any, source: Any, trained: int, rows: int, drafts: int) -> dict[str, str]:
@@ -137,7 +139,7 @@ def run_shapes(config: Config) -> RunShapes:
     published = published_config(t.name)
     whole = published or load_target_config(t.name, t.revision, t.trust_remote_code)
     text = whole.get_text_config()
-    head = _head_config(text, config.head)
+    head = _head_config(text, config.head, config.train.num_speculative_steps)
     return RunShapes(text, target_size(whole), head, head_size(head, text, config.head))
 
 
@@ -154,7 +156,7 @@ def head_size(head: Any, source: Any, h: HeadConfig) -> HeadSize:
         assistant = AutoModelForCausalLM.from_config(head)
     if assistant.masked_embedding is not None:
         assistant.masked_embedding = None
-    text = head.text_config
+    text = head.get_text_config()
     table = text.vocab_size * text.hidden_size
     every = sum(p.numel() for p in assistant.parameters()) - table
     narrow = text.hidden_size < source.hidden_size
@@ -202,7 +204,7 @@ def _by_launch(found: dict[str, int]) -> str:
 def _plan_clusters(head: Any) -> dict[str, str]:
     if not head.use_ordered_embeddings:
         return {"LM head": "dense: every draft reads the whole table"}
-    size = head.text_config.vocab_size // head.num_centroids
+    size = head.get_text_config().vocab_size // head.num_centroids
     return {
         "LM head": f"ordered embeddings: {head.num_centroids:,} clusters of {size:,} tokens, a "
         f"draft reads {head.centroid_intermediate_top_k:,} of them"

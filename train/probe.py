@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import cycle, islice
+from typing import Any
 
 import torch
 
@@ -26,7 +27,6 @@ from headstart.data.regenerate import Job, answer, tokens_that_run
 from headstart.data.store import ActivationStore
 from headstart.eval.decoding import decode
 from headstart.eval.replay import simulate_acceptance
-from headstart.heads.assistant import Assistant
 from headstart.heads.ordered import (
     USAGE_ROWS,
     TeacherSamples,
@@ -204,7 +204,7 @@ def probe_training(config: Config, planned: PlannedDocuments, held: Held) -> Tra
     if c.vocabulary == "sparse":
         start += _usage_seconds(target, samples)
     if c.activation_checkpointing:
-        head.assistant.model.gradient_checkpointing_enable({"use_reentrant": False})
+        head.assistant.gradient_checkpointing_enable({"use_reentrant": False})
     batch = to_device(_batch(config, held), target.device)
     likely = torch.arange(len(target.table), device=target.device) < c.likely_tokens
     optimizer = make_optimizer(head, c)
@@ -259,9 +259,7 @@ class OrderingCosts:
     """Of a document in judging the outcome."""
 
 
-def probe_ordering(
-    config: Config, target: Target, held: Held, assistant: Assistant
-) -> OrderingCosts:
+def probe_ordering(config: Config, target: Target, held: Held, assistant: Any) -> OrderingCosts:
     """Draft a batch with a head that has clusters of no meaning, cluster a part of the vocabulary
     and learn for two steps."""
     head, batch = DraftHead(assistant), to_device(_batch(config, held), target.device)

@@ -35,8 +35,11 @@ from headstart.eval.first_figures import first_figures, print_first_figures
 from headstart.eval.page import print_report
 from headstart.eval.recorded import prompt_set, set_names, without_paths
 from headstart.eval.report import run_evaluation
+from headstart.eval.statistics import NO_HEAD, OWN_LENGTH
+from headstart.heads.kinds import check_drafts
 from headstart.heads.live import MEMORY
 from headstart.heads.loading import load_served, open_target, open_whole
+from headstart.heads.pairing import head_config
 from headstart.heads.saving import draft_position_offset, load_assistant, load_assistant_config
 from headstart.heads.target import Target
 from headstart.train.estimate import (
@@ -132,11 +135,14 @@ def _train(
 ) -> None:
     run, seed = config.output_dir, config.seed
     set_seed(seed)
-    if config.head.warm:  # refused before anything is answered
+    if config.head.warm:  # refused before anything is loaded
         draft_position_offset(load_assistant_config(config.head.init_from))
     held_out = config.eval.prompts if config.eval else None
     check_prompts(config.data, held_out)
     target = open_target(config.target, accelerator.device)
+    head = head_config(target.config, config.head, config.train.num_speculative_steps)
+    if config.eval is not None and not set(config.eval.decoders) <= {*OWN_LENGTH, *NO_HEAD}:
+        check_drafts(head, config.eval.num_assistant_tokens, "eval.num_assistant_tokens")
     planned = plan_documents(target, config.data, seed, held_out)
     prompt_sets = [prompt_set(*pair) for pair in planned.sources]
     if schedule is not None:
@@ -197,7 +203,8 @@ def look_ahead(config: Config, planned: PlannedDocuments, schedule: Schedule) ->
     target, asked = planned.target, asked_by_run(config.data)
     with random_numbers_kept(target.device):
         with phase("Measuring how long it will take"), hidden_progress(), kept_lines():
-            assistant = untrained_assistant(target, config.head)
+            drafts = config.train.num_speculative_steps
+            assistant = untrained_assistant(target, config.head, drafts)
             schedule.phases = estimate_run(config, planned, assistant, asked)
         schedule.folder = config.output_dir
         schedule.write()

@@ -4,6 +4,7 @@ Letters: D target width, H head width, V vocabulary, N tokens.
 """
 
 import math
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -11,8 +12,9 @@ from accelerate import Accelerator
 from headstart.common.console import phase, print_once
 from headstart.configs.schema import Config, HeadConfig, TrainConfig
 from headstart.data.documents import Documents
-from headstart.heads.assistant import Assistant, build_assistant, set_table, warm_assistant
+from headstart.heads.kinds import kind_of
 from headstart.heads.ordered import TeacherSamples, cluster_count, token_usage, with_clusters
+from headstart.heads.pairing import build_assistant, set_table, warm_assistant
 from headstart.heads.saving import add_lora
 from headstart.heads.target import Target
 from headstart.heads.unroll import DraftHead
@@ -131,9 +133,9 @@ def start_run(
         likely = likely_tokens(target, samples, c)
     optimizer = make_optimizer(head, c)
     if c.activation_checkpointing:
-        head.assistant.model.gradient_checkpointing_enable({"use_reentrant": False})
+        head.assistant.gradient_checkpointing_enable({"use_reentrant": False})
     if c.compile:
-        for layer in head.assistant.model.layers:
+        for layer in kind_of(head.assistant.config).layers(head.assistant):
             layer.compile(dynamic=True)
     model, optimizer = accelerator.prepare(head, optimizer)
     average = Average(head.trainable(), c.ema_decay)
@@ -185,26 +187,28 @@ def build_head(
     if h.use_ordered_embeddings:
         cluster_count(len(target.table), h.num_centroids, h.centroid_intermediate_top_k)
     dense = h.model_copy(update={"use_ordered_embeddings": False, "num_centroids": None})
-    assistant = build_assistant(target, dense)
-    width = assistant.config.text_config.hidden_size
+    assistant = build_assistant(target, dense, config.train.num_speculative_steps)
+    width = assistant.config.get_text_config().hidden_size
     projection: torch.Tensor | None = None
     if width < target.config.hidden_size:
         if resumed:
             projection = torch.zeros(target.config.hidden_size, width)
         else:
-            projection = _start_tie(target, samples, validation, width)
+            projection, down = _start_tie(target, samples, validation, width)
+            with torch.no_grad():
+                kind_of(assistant.config).init_narrow(assistant, down)
     return train_only(DraftHead(assistant, projection).to(target.device), h.trainable_modules)
 
 
-def untrained_assistant(target: Target, h: HeadConfig) -> Assistant:
+def untrained_assistant(target: Target, h: HeadConfig, drafts: int) -> Any:
     """A head of the shape that a run's will be served in, in float32, to see what it costs: of what
-    weights and of which clusters does not matter to that.
+    weights and of which clusters does not matter to that; `drafts` is K.
 
     Raises:
         ValueError: it cannot be built.
     """
     if not h.warm:
-        assistant = build_assistant(target, h)
+        assistant = build_assistant(target, h, drafts)
         if not len(assistant.lm_head.weight):  # a narrow head goes by a projection in training
             table = torch.zeros(len(target.table), assistant.lm_head.weight.shape[1])
             set_table(assistant, torch.nn.Parameter(table.to(target.device), requires_grad=False))
@@ -239,8 +243,8 @@ def train_only(head: DraftHead, parts: list[str]) -> DraftHead:
 
 def _start_tie(
     target: Target, samples: TeacherSamples, validation: Documents, width: int
-) -> torch.Tensor:
-    """[D, H] the projection that a low-rank tie starts from."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """[D, H] the projection that a low-rank tie starts from, and [H, D] that of hidden states."""
     weights = samples.token_weights(len(target.table)) + 1e-9
     start = low_rank_start(target.table, samples.hidden, weights, width)
     unseen = sample_teacher_rows(validation, target.device, AGREEMENT_ROWS).hidden
@@ -249,7 +253,7 @@ def _start_tie(
         f"Low-rank tie of width {width}: its start keeps the target's best token on "
         f"{agreement:.1%} of held-out rows"
     )
-    return start[0]
+    return start
 
 
 def likely_tokens(target: Target, samples: TeacherSamples, c: TrainConfig) -> torch.Tensor:

@@ -12,8 +12,8 @@ from headstart.cli.arguments import Command
 from headstart.cli.main import COMMANDS, main
 from headstart.configs.loader import load_config
 from headstart.heads import loading
-from headstart.heads.assistant import build_assistant
 from headstart.heads.loading import load_target
+from headstart.heads.pairing import build_assistant
 from headstart.heads.unroll import DraftHead
 from headstart.train.plan import plan
 

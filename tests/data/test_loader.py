@@ -9,7 +9,7 @@ from headstart.configs.schema import DataConfig, HeadConfig
 from headstart.data.conversations import Conversation, answered, cut
 from headstart.data.extraction import OnlineActivations
 from headstart.data.loader import AnchorLoader, Batch, candidate_rows, gather_rows, pack
-from headstart.heads.assistant import build_assistant
+from headstart.heads.pairing import build_assistant
 from headstart.heads.target import Target
 from headstart.heads.unroll import DraftHead
 from headstart.train.losses import exact_losses, forward_kl

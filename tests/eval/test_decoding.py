@@ -14,9 +14,10 @@ from headstart.data.extraction import OnlineActivations
 from headstart.eval.decoding import decode
 from headstart.eval.replay import simulate_acceptance
 from headstart.heads.decoder import ExactDecoding
+from headstart.heads.kinds import Texts, all_rows
 from headstart.heads.ordered import with_clusters
 from headstart.heads.target import Target
-from headstart.heads.unroll import DraftHead, Texts, all_rows
+from headstart.heads.unroll import DraftHead
 from tests.helpers.heads import greedy_document, half_trained_head, order_by_target
 from tests.helpers.models import make_target
 

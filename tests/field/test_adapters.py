@@ -9,8 +9,8 @@ import torch
 from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 
 from headstart.configs.schema import HeadConfig, TargetConfig
-from headstart.heads.assistant import build_assistant
 from headstart.heads.loading import byte_tokenizer, check_target, load_target, tiny_target
+from headstart.heads.pairing import build_assistant
 from headstart.heads.saving import load_assistant, save_assistant
 from headstart.heads.target import Target
 from tests.helpers.checkpoints import (

@@ -9,7 +9,6 @@ import torch
 
 from headstart.configs.loader import load_settings
 from headstart.configs.schema import HeadConfig, TargetConfig
-from headstart.heads.assistant import build_assistant
 from headstart.heads.loading import (
     byte_tokenizer,
     check_target,
@@ -17,6 +16,7 @@ from headstart.heads.loading import (
     load_target_config,
     tiny_target,
 )
+from headstart.heads.pairing import build_assistant
 from headstart.heads.saving import load_assistant_config, save_assistant
 from headstart.heads.target import Target
 from headstart.train.adapt import adapt

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from headstart.heads.assistant import check_pair, other_target
+from headstart.heads.pairing import check_pair, other_target
 from headstart.heads.saving import load_assistant
 from tests.helpers.checkpoints import rewrite, saved_head, text_part
 from tests.helpers.models import make_target

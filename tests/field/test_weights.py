@@ -8,8 +8,8 @@ import torch
 from transformers import Gemma4Config, Gemma4ForConditionalGeneration
 
 from headstart.configs.schema import HeadConfig
-from headstart.heads.assistant import build_assistant
 from headstart.heads.loading import byte_tokenizer, load_target, tiny_target
+from headstart.heads.pairing import build_assistant
 from headstart.heads.saving import load_assistant, save_assistant
 from headstart.heads.target import Target
 from tests.helpers.checkpoints import checkpoint, configure, family, logits, rename, rewrite

@@ -7,7 +7,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from headstart.configs.schema import HeadConfig
-from headstart.heads.assistant import build_assistant, check_pair
+from headstart.heads.kinds import Texts, all_rows
+from headstart.heads.pairing import build_assistant, check_pair
 from headstart.heads.saving import (
     draft_position_offset,
     load_assistant,
@@ -15,7 +16,7 @@ from headstart.heads.saving import (
     trained_notes,
 )
 from headstart.heads.target import Target
-from headstart.heads.unroll import DraftHead, Texts, all_rows
+from headstart.heads.unroll import DraftHead
 from headstart.train.start import low_rank_agreement, low_rank_start
 from tests.helpers.checkpoints import configure, saved_head
 from tests.helpers.models import make_target

@@ -10,9 +10,9 @@ from transformers import Gemma4AssistantForCausalLM, GenerationConfig
 
 from headstart.cli.main import main
 from headstart.configs.schema import HeadConfig
-from headstart.heads.assistant import build_assistant
 from headstart.heads.describe import describe, target_step_weights
 from headstart.heads.loading import gemma4_text_config, load_target_config, tiny_config
+from headstart.heads.pairing import build_assistant
 from headstart.heads.saving import save_assistant
 from headstart.heads.target import Target
 from headstart.heads.unroll import DraftHead

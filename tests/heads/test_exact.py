@@ -8,21 +8,15 @@ import torch
 from transformers import GenerationConfig
 
 from headstart.heads.decoder import (
-    Constant,
-    CostRule,
-    DraftLength,
     ExactDecoding,
     Heuristic,
-    Lookup,
     exact_decoding,
 )
-from headstart.heads.drafting import Drafter
 from headstart.heads.ordered import with_clusters
 from headstart.heads.target import Target
 from headstart.heads.unroll import DraftHead
 from tests.helpers.heads import greedy_document, order_by_target, overfit
 from tests.helpers.models import make_target
-from tests.helpers.stock import training_logits
 
 pytestmark = [pytest.mark.contract, pytest.mark.usefixtures("linear_weights_first")]
 K = 3
@@ -50,74 +44,6 @@ def half_trained_head(target: Target, clusters: int | None = None) -> Any:
         order_by_target(head.assistant, target, target.table)
     head.assistant.generation_config = GenerationConfig(num_assistant_tokens=K)
     return head.assistant
-
-
-@torch.no_grad()
-def test_every_round_equals_the_training_rows(
-    target: Target, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """All families, within and beyond the sliding window, after rejections and without: the logits
-    of each draft are those of the parallel training forward over clean activations."""
-    with torch.enable_grad():
-        assistant = half_trained_head(target)
-    recorded: list[list[torch.Tensor]] = []  # of each round
-    own, draft = Drafter._logits, Drafter.draft
-
-    def record(self: Drafter, state: torch.Tensor) -> Any:
-        logits, ids = own(self, state)
-        recorded[-1].append(logits.clone())
-        return logits, ids
-
-    def begin(*args: Any, **kwargs: Any) -> Any:
-        recorded.append([])
-        return draft(*args, **kwargs)
-
-    monkeypatch.setattr(Drafter, "_logits", record)
-    monkeypatch.setattr(Drafter, "draft", begin)
-    ids, how = greedy_document(target)[0], ExactDecoding()
-    with exact_decoding(target.model, how):
-        text = ids + generate(target, ids, 40, assistant_model=assistant)
-    accepted = [r.accepted for r in how.rounds]
-    assert {0} < set(accepted), "some drafts have to be accepted, some rejected"
-    seen, length = target.activations(torch.tensor([text])), len(ids) + 1
-    for r in how.rounds:
-        drafted = r.drafts.tokens
-        if not drafted:
-            assert length == len(text) - 1, "only the last token leaves no room for a draft"
-            break
-        fed = torch.tensor([[text[length - 1], *drafted[:-1]]])
-        row = torch.tensor([length - 2])
-        wanted = training_logits(target, DraftHead(assistant), seen, row, fed)[:, 0]
-        found = torch.stack(recorded.pop(0)[: len(drafted)])  # those after a stop are cut off
-        torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-5)
-        length += r.accepted + 1
-    assert not recorded
-
-
-RULES: list[DraftLength | None] = [
-    None, Constant(2), Heuristic(4), CostRule(0.1, [1, 1.1, 1.15, 1.2, 1.25]),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_text_is_that_of_plain_greedy_decoding(family: str) -> None:
-    """With every rule, dense and through clusters, the text looked up or not."""
-    target = make_target(family)
-    prompts = [greedy_document(target)[0], *([5 + i] * (4 + 9 * i) for i in range(2))]
-    plain = [generate(target, ids, 40) for ids in prompts]
-    found: set[str] = set()
-    for clusters in (None, 20):
-        assistant, accepted = half_trained_head(target, clusters), 0
-        for rule in RULES:
-            lookup = Lookup(rule) if isinstance(rule, CostRule) else None
-            how = ExactDecoding(rule, lookup)
-            with exact_decoding(target.model, how):
-                for ids, text in zip(prompts, plain, strict=True):
-                    assert generate(target, ids, 40, assistant_model=assistant) == text
-            accepted += sum(r.accepted for r in how.rounds)
-            found |= {r.source for r in how.rounds}
-        assert accepted > 0, "a head that is never accepted makes this test empty"
-    assert {"head", "lookup"} <= found
 
 
 @pytest.mark.parametrize(

@@ -19,11 +19,12 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from headstart.common.versions import CACHE
 from headstart.configs.schema import HeadConfig
-from headstart.heads.assistant import build_assistant
 from headstart.heads.decoder import ExactDecoding, exact_decoding
-from headstart.heads.drafting import CleanKV, Drafter, Drafts
+from headstart.heads.drafting import Drafter, Drafts
+from headstart.heads.kinds import Verified, head_kinds
 from headstart.heads.loading import byte_tokenizer, gemma4_text_config
 from headstart.heads.ordered import with_clusters
+from headstart.heads.pairing import build_assistant
 from headstart.heads.target import Target
 from headstart.heads.unroll import DraftHead
 from tests.helpers.heads import noisy_head, order_by_target
@@ -61,7 +62,7 @@ class Gemma4Markov(Gemma4ForCausalLM):
         return outputs
 
 
-def chain() -> tuple[Gemma4Markov, Any]:
+def chain(kind: str = "assistant") -> tuple[Gemma4Markov, Any]:
     """The target and a head."""
     config = gemma4_text_config(
         vocab_size=TOKENS, hidden_size=16, intermediate_size=16, num_hidden_layers=2,
@@ -72,7 +73,9 @@ def chain() -> tuple[Gemma4Markov, Any]:
     torch.manual_seed(0)
     model = Gemma4Markov(config).eval()
     model.table = 3 * torch.randn(TOKENS, TOKENS)
-    assistant = build_assistant(Target(model, byte_tokenizer(), "chain"), HeadConfig()).eval()
+    assistant = build_assistant(
+        Target(model, byte_tokenizer(), "chain"), HeadConfig(kind=kind), K
+    ).eval()
     assistant.generation_config = GenerationConfig(num_assistant_tokens=K)
     return model, assistant
 
@@ -148,10 +151,11 @@ def test_the_exact_decoder_samples_from_the_target(
     assert p_value(texts, model.table, settings) > 0.01
 
 
-def test_drafts_of_a_head_are_judged_by_what_top_k_and_top_p_leave() -> None:
+@pytest.mark.parametrize("kind", head_kinds())
+def test_drafts_of_a_head_are_judged_by_what_top_k_and_top_p_leave(kind: str) -> None:
     """The head itself, and the target's own sampling of a Gemma: 10,000 draws follow that
     distribution, and neither the one without top-p nor the one without top-k."""
-    model, assistant = chain()
+    model, assistant = chain(kind)
     how = ExactDecoding()
     with exact_decoding(model, how):
         texts = sample(model, assistant, 10, TOP_P)
@@ -182,14 +186,11 @@ def test_a_head_with_clusters_draws_from_what_it_hands_out(tiny: Target) -> None
     order_by_target(head.assistant, tiny, tiny.table)
     drafter = Drafter(head.assistant, tiny.model.get_input_embeddings())
     ids = torch.arange(5, 15)[None]
-    seen, kv = tiny.activations(ids), CleanKV(tiny.config.sliding_window)
-    kv.take(seen.shared_kv, 10, 10)
+    seen, state = tiny.activations(ids), drafter.new_text()
+    state.commit(Verified(ids, seen.hidden, seen.shared_kv))
     warpers = [TemperatureLogitsWarper(1.5), TopKLogitsWarper(6)]
     torch.manual_seed(0)
-    drafts = [
-        drafter.draft(ids[:, -1:], seen.hidden[:, -1:], kv, 1, frozenset(), None, warpers)
-        for _ in range(4000)
-    ]
+    drafts = [drafter.draft(ids[:, -1:], state, 1, frozenset(), None, warpers) for _ in range(4000)]
     handed = drafts[0].logits
     assert handed is not None
     assert handed.shape == (1, len(tiny.table))

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from headstart.configs.schema import DraftPositionOffset
-from headstart.heads.assistant import check_pair
+from headstart.heads.kinds import Texts, all_rows
+from headstart.heads.pairing import check_pair
 from headstart.heads.saving import load_assistant, save_assistant
 from headstart.heads.target import Target
-from headstart.heads.unroll import Texts, all_rows
 from tests.helpers.heads import noisy_head
 from tests.helpers.models import make_target
 from tests.helpers.stock import K, prefill, stock_drafts, training_logits

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from headstart.configs.schema import HeadConfig
-from headstart.heads.assistant import build_assistant
 from headstart.heads.loading import byte_tokenizer, random_model, tiny_target
+from headstart.heads.pairing import build_assistant
 from headstart.heads.saving import save_assistant
 from headstart.heads.target import Target
 from tests.helpers.models import FAMILIES

@@ -37,12 +37,13 @@ from headstart.data.documents import Stored
 from headstart.data.extraction import Recorder, extract_tensors
 from headstart.data.loader import Batch, CountedDrafts, StoredTexts
 from headstart.data.regenerate import SamplingMixture, generate_tokens
-from headstart.heads.assistant import build_assistant
 from headstart.heads.describe import SHAPES, published_config
+from headstart.heads.kinds import Rows
 from headstart.heads.loading import byte_tokenizer
+from headstart.heads.pairing import build_assistant
 from headstart.heads.target import SUPPORTED, Target
 from headstart.heads.tokens import Sampling
-from headstart.heads.unroll import DraftHead, Rows
+from headstart.heads.unroll import DraftHead
 from headstart.train import step
 from headstart.train.checkpoints import Average, Progress, RunState
 from headstart.train.losses import Candidates

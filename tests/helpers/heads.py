@@ -13,7 +13,7 @@ from headstart.data.documents import Document
 from headstart.data.extraction import OnlineActivations
 from headstart.data.loader import Batch, candidate_rows, gather_rows
 from headstart.eval.decoding import decode
-from headstart.heads.assistant import assistant_config, build_assistant
+from headstart.heads.assistant import assistant_config
 from headstart.heads.loading import VOCAB_SIZE
 from headstart.heads.ordered import (
     TeacherSamples,
@@ -21,6 +21,7 @@ from headstart.heads.ordered import (
     token_usage,
     with_clusters,
 )
+from headstart.heads.pairing import build_assistant
 from headstart.heads.saving import load_assistant, save_assistant
 from headstart.heads.target import Target
 from headstart.heads.unroll import DraftHead
@@ -72,20 +73,23 @@ def overfit(
     steps: int,
     rounds: int,
     shift: int = 0,
+    kind: str = "assistant",
 ) -> DraftHead:
     """Train a head on one text; `shift` pairs tokens with later hidden states."""
-    key = (_weights(target), tuple(document.ids.tolist()), steps, rounds, shift)
+    key = (_weights(target), tuple(document.ids.tolist()), steps, rounds, shift, kind)
     if key not in _heads:
-        head = _train_on(target, document, steps, rounds, shift)
+        head = _train_on(target, document, steps, rounds, shift, kind)
         _heads[key] = head, torch.get_rng_state()
     head, state = _heads[key]
     torch.set_rng_state(state)  # as if it had been trained now
     return deepcopy(head)
 
 
-def _train_on(target: Target, document: Document, steps: int, rounds: int, shift: int) -> DraftHead:
+def _train_on(
+    target: Target, document: Document, steps: int, rounds: int, shift: int, kind: str
+) -> DraftHead:
     torch.manual_seed(0)
-    head = DraftHead(build_assistant(target, HeadConfig()))
+    head = DraftHead(build_assistant(target, HeadConfig(kind=kind), rounds))
     batch = gather_rows([document], [candidate_rows(document)], rounds)
 
     def later(module: Any, args: Any) -> Any:

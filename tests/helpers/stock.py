@@ -8,9 +8,10 @@ from transformers.generation.candidate_generator import (
     SinglePositionMultiTokenCandidateGenerator,
 )
 
-from headstart.heads.saving import Assistant
+from headstart.heads.assistant import Assistant
+from headstart.heads.kinds import Texts, all_rows
 from headstart.heads.target import Activations, Target
-from headstart.heads.unroll import DraftHead, Texts, all_rows
+from headstart.heads.unroll import DraftHead
 
 K = 3
 

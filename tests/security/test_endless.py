@@ -33,13 +33,13 @@ from headstart.data.prompts import prompt_of
 from headstart.data.sources import Place, read_rows
 from headstart.data.templates import encode_prompt
 from headstart.heads.adapters import add_adapters
-from headstart.heads.assistant import build_assistant
 from headstart.heads.loading import (
     byte_tokenizer,
     load_target,
     load_target_config,
     load_target_tokens,
 )
+from headstart.heads.pairing import build_assistant
 from headstart.heads.saving import load_assistant, save_assistant
 from headstart.train import tracking
 from headstart.train.checkpoints import checkpoint_config

@@ -13,8 +13,8 @@ from headstart.common.files import atomic_file, atomic_folder
 from headstart.configs.loader import save_config
 from headstart.configs.schema import HeadConfig
 from headstart.eval.asked import asked_by_heads
-from headstart.heads.assistant import build_assistant
 from headstart.heads.loading import byte_tokenizer, load_target, tiny_target
+from headstart.heads.pairing import build_assistant
 from headstart.heads.saving import load_assistant, save_assistant
 from headstart.heads.target import Target
 from headstart.serve import publish

@@ -186,7 +186,7 @@ def test_texts_that_are_there_are_extracted_or_read(tmp_path: Path) -> None:
 def test_first_figures_are_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = tiny_config(tmp_path, *SHORT, *DENSE)
     target = load_target("tiny-gemma4", "float32")
-    assistant = untrained_assistant(target, config.head).eval()
+    assistant = untrained_assistant(target, config.head, 3).eval()
     assert config.eval is not None
     content = first_figures(target, assistant, config.eval, Asked(), tmp_path)
     assert set(content["break_even"]["exact"]) == {"2", "4"}

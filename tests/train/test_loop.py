@@ -17,9 +17,9 @@ from headstart.data.loader import candidate_rows, gather_rows
 from headstart.data.prepare import prepare_documents
 from headstart.eval.decoding import decode
 from headstart.eval.replay import simulate_acceptance
-from headstart.heads.assistant import build_assistant
 from headstart.heads.loading import load_target
 from headstart.heads.ordered import TeacherSamples, set_order, token_usage, with_clusters
+from headstart.heads.pairing import build_assistant
 from headstart.heads.saving import load_assistant, save_assistant
 from headstart.heads.target import Target
 from headstart.heads.unroll import DraftHead

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 
 from headstart.common.signals import Interrupted
 from headstart.configs.schema import HeadConfig, LoraConfig
-from headstart.heads.assistant import other_target
 from headstart.heads.loading import load_target
+from headstart.heads.pairing import other_target
 from headstart.heads.saving import (
     draft_position_offset,
     load_assistant,

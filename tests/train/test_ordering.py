@@ -9,9 +9,9 @@ import torch
 
 from headstart.cli.main import main
 from headstart.configs.schema import HeadConfig
-from headstart.heads.assistant import build_assistant
 from headstart.heads.loading import load_target
 from headstart.heads.ordered import is_of_clusters
+from headstart.heads.pairing import build_assistant
 from headstart.heads.saving import load_assistant, save_assistant
 from headstart.train import ordering
 from headstart.train.ordering import TEMPERATURE, cluster_mass

@@ -50,7 +50,7 @@ def test_a_warm_start_from_the_published_assistant_has_a_plan(path: Path) -> Non
     name = load_config(path, GPU).target.name
     config = load_config(path, [*GPU, f"head.init_from={name}-assistant"])
     lines = plan(config)
-    assert lines["head"].startswith("4 layers (sliding_attention, sliding_attention, sliding_att")
+    assert lines["head"].startswith("assistant: 4 layers (sliding, sliding, sliding, full)")
     small = "E2B" in name or "E4B" in name
     assert lines["head"].endswith("width 256, MLP 2048" if small else "width 1024, MLP 8192")
     assert lines["LM head"].startswith("ordered" if small else "dense")

@@ -8,8 +8,8 @@ import torch
 
 from headstart.configs.schema import HeadConfig
 from headstart.data.loader import Batch, candidate_rows, gather_rows
-from headstart.heads.assistant import warm_assistant
 from headstart.heads.loading import load_target
+from headstart.heads.pairing import warm_assistant
 from headstart.heads.saving import draft_position_offset, load_assistant
 from headstart.heads.target import Target
 from headstart.heads.unroll import DraftHead
