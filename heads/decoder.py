@@ -215,6 +215,8 @@ class ExactDecoding:
     """Drafts from the text itself, in rounds where they promise more than the head."""
     rounds: list[Round] = field(default_factory=list)
     """The rounds since it was emptied last, oldest first."""
+    draft_position_offset: Literal[0, -1] = 0
+    """Where drafts stand (RoPE): at the newest token, or one before it as in vLLM."""
 
 
 class Lookup:
@@ -344,6 +346,7 @@ class ExactCandidateGenerator(CandidateGenerator):
             stops_after=self.stops_after,
             goes_on=self.length.goes_on,
             warpers=self.warpers,
+            offset=self.decoding_config.draft_position_offset,
         )
 
     def update_candidate_strategy(

@@ -105,6 +105,7 @@ class Drafter:
         stops_after: frozenset[int],
         goes_on: Callable[[list[float]], bool] | None,
         warpers: Sequence[LogitsProcessor] | None = None,
+        offset: int = 0,
     ) -> Drafts:
         """Draft up to `limit` tokens, at least one.
 
@@ -118,13 +119,15 @@ class Drafter:
                 the draft is cut after one of `stops_after` at the end.
             warpers: draw each draft from the head's distribution, shaped by these, none of which
                 reads the tokens so far; None: take its best token.
+            offset: of the drafts' position from that of `token`.
         """
         assistant = self.assistant
         own = assistant.pre_projection.weight
         device, dtype = own.device, own.dtype
         source = next(self.embed.parameters()).device  # a target and its head may be apart
         shared = {t: (k.to(device, dtype), v.to(device, dtype)) for t, (k, v) in kv.shared.items()}
-        position = torch.full((1, 1), kv.rows, device=device)  # unlike `tensor`, without a wait
+        # Unlike `tensor`, without a wait.
+        position = torch.full((1, 1), kv.rows + offset, device=device)
         hidden = hidden.to(device, dtype)
         rotary = {t: assistant.model.rotary_emb(hidden, position, t) for t in kv.shared}
         tokens: list[torch.Tensor] = []

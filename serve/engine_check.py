@@ -3,7 +3,7 @@ worth there (`headstart serve-check`).
 
 The engine runs on loopback, with a head and without: it is started, asked, and stopped by process
 id. All speak HTTP, and count rounds and accepted drafts by position for all requests together
-(`/metrics`). llama.cpp and mlx-vlm are served by programs beside this file.
+(`/metrics`). llama.cpp, mlx-vlm and LiteRT-LM are served by programs beside this file.
 """
 
 import http.client
@@ -19,7 +19,7 @@ import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from rich.table import Column, Table
@@ -58,8 +58,9 @@ from headstart.serve.engines import (
     engine_version,
     export_for_engine,
 )
+from headstart.serve.litert import BUNDLE, LitertExport, export_for_litert
 
-FOLDER = Path(__file__).parent.absolute()  # of the programs that serve llama.cpp and mlx-vlm
+FOLDER = Path(__file__).parent.absolute()  # of the programs that serve engines without a server
 # Between this process and an engine: when the pipe between them ends, because this process ended in
 # whatever way, SIGKILL included, so does the engine with all processes of its session.
 WATCH = """
@@ -166,6 +167,9 @@ class EngineServer:
                 arguments = [program, model, str(port), str(context), str(threads), *drafts]
             case "mlx":
                 arguments = [str(FOLDER / "mlx_server.py"), model, str(port), *drafts]
+            case "litert":
+                program = str(FOLDER / "litert_server.py")
+                arguments = [program, model, str(port), str(threads), *drafts[1:]]
             case _:
                 self.environment |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
                 arguments = [
@@ -266,7 +270,7 @@ class EngineServer:
 
 def counts_of_metrics(metrics: str) -> Counts:
     """Of `/metrics`, in Prometheus' text format."""
-    name = r"^(?:vllm|llamacpp|mlx):spec_decode_num_"
+    name = r"^(?:vllm|llamacpp|mlx|litert):spec_decode_num_"
     rounds = re.findall(name + r"drafts_total(?:{[^}]*})? (\S+)$", metrics, re.M)
     accepted = re.findall(
         name + r'accepted_tokens_per_pos_total{[^}]*position="(\d+)"[^}]*} (\S+)$', metrics, re.M
@@ -290,6 +294,8 @@ class ServeCheck:
     max_new_tokens: int
     dense: bool
     """Leave ordered embeddings out, for transformers too."""
+    dtype: Literal["float32", "int8"] = "float32"
+    """Of LiteRT-LM's weights."""
 
 
 def serve_check(
@@ -322,10 +328,10 @@ def serve_check(
     asked = asked_by_heads([check.head])
     out.mkdir(parents=True, exist_ok=True)
     with temporary_folder() as temporary:
-        head, served_target, served_head = _written(target, config, check, temporary)
         k = check.num_assistant_tokens
         ids = encode_prompts(prompts, target.tokenizer, asked.chat_template_kwargs)
         context = max(map(len, ids)) + check.max_new_tokens + k + SPARE
+        head, served_target, served_head = _written(target, config, check, context, temporary)
         ours, counts = _by_transformers(target, head, check, ids)
         dtype = str(target.identity["dtype"])
         variants: dict[str, tuple[list[Answer], Counts]] = {}
@@ -345,6 +351,7 @@ def serve_check(
             "head_trained_for_drafts": draft_position_offset(load_assistant_config(check.head)),
             "dtype": dtype, "prompts": len(prompts), "prompt_set": recorded,
             "num_assistant_tokens": k, "dense": check.dense, "max_new_tokens": check.max_new_tokens,
+            "engine_dtype": check.dtype if check.engine == "litert" else dtype,
             "chat_template_kwargs": asked.chat_template_kwargs,
         },
         **_compared(ours, counts, variants),
@@ -354,10 +361,10 @@ def serve_check(
 
 
 def _written(
-    target: Target, config: Any, check: ServeCheck, folder: Path
+    target: Target, config: Any, check: ServeCheck, context: int, folder: Path
 ) -> tuple[Path, Path, Path]:
     """The head for transformers, as the engine gets it; target and head as the engine reads
-    them."""
+    them, for texts of up to `context` tokens."""
     dtype = target.table.dtype
     head, model, gguf = folder / "head", folder / "target", folder / "target.gguf"
     ordered = load_assistant_config(check.head).use_ordered_embeddings
@@ -368,6 +375,11 @@ def _written(
     export_for_engine(
         check.head, check.engine, config, target.tokenizer, head, dense=check.dense, dtype=dtype
     )
+    if check.engine == "litert":
+        k, bundle = check.num_assistant_tokens, folder / "litert"
+        how = LitertExport(k, context, check.dtype)
+        export_for_litert(head, config, lambda: target, bundle, how, by_ids=True)
+        return head, bundle / BUNDLE, bundle / BUNDLE
     target.model.save_pretrained(model)
     target.tokenizer.save_pretrained(model)
     drop_remote_code(model)
@@ -386,10 +398,12 @@ def _written(
 def _by_transformers(
     target: Target, head: Path, check: ServeCheck, ids: Sequence[list[int]]
 ) -> tuple[dict[str, list[Answer]], AcceptanceCounts]:
-    """Plain and exact decoding of each prompt, in turn, and the acceptance of the latter."""
+    """Plain and exact decoding of each prompt, in turn, and acceptance where drafts stand as in the
+    engine."""
     assistant = load_assistant(head, target.table.dtype, target.device)
     check_pair(target, assistant)
     decoding_config, k, n = ExactDecoding(), check.num_assistant_tokens, check.max_new_tokens
+    as_there = ExactDecoding(draft_position_offset=DRAFT_POSITION_OFFSETS[check.engine])
     found: dict[str, list[Answer]] = {"plain": [], "assisted": []}
     counts = zero_counts(k)
     for prompt in counted(ids, "transformers (texts)"):
@@ -397,7 +411,7 @@ def _by_transformers(
         drafted = decode(target, prompt, n, assistant, k, decoding_config)
         for name, text in (("plain", plain), ("assisted", drafted)):
             found[name].append(Answer.of(text.tokens, target.eos_ids, n, text.seconds))
-        longer = decode(target, prompt, n + k + 1, assistant, k, decoding_config)
+        longer = decode(target, prompt, n + k + 1, assistant, k, as_there)
         counts += as_engine_counts(longer, len(prompt), n, k, check.engine)
     return found, counts
 
