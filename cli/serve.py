@@ -28,8 +28,10 @@ def _export(args: argparse.Namespace) -> None:
             args.head, config, lambda: load_served(whole), out, chosen
         )
     else:
-        if export.dtype == "int8":
-            raise ValueError("export.dtype=int8 is for litert: give bfloat16 or float32")
+        given = settings.given(["export.num_assistant_tokens", "export.cache_length"])
+        if given or export.dtype == "int8":
+            named = given[0] if given else "export.dtype=int8"
+            raise ValueError(f"{named} is of litert's file: leave it out for {args.engine}")
         if t.adapters:
             raise ValueError(
                 f"{args.engine} gets the head alone: merge target.adapters into a folder that the "

@@ -57,10 +57,10 @@ from headstart.serve.engines import (
     engine_python,
     engine_version,
     export_for_engine,
+    server_arguments,
 )
-from headstart.serve.litert import BUNDLE, LitertExport, export_for_litert
+from headstart.serve.litert import BUNDLE, LitertExport, export_for_litert, logged_rate
 
-FOLDER = Path(__file__).parent.absolute()  # of the programs that serve engines without a server
 # Between this process and an engine: when the pipe between them ends, because this process ended in
 # whatever way, SIGKILL included, so does the engine with all processes of its session.
 WATCH = """
@@ -159,29 +159,11 @@ class EngineServer:
         python = engine_python(engine)
         self.folder = home_of(python)
         """Where it runs: the current folder may hold anything."""
-        model = str(target.absolute())
-        drafts = [] if head is None else [str(head.absolute()), str(num_assistant_tokens)]
-        match engine:
-            case "llama.cpp":
-                program = str(FOLDER / "llama_server.py")
-                arguments = [program, model, str(port), str(context), str(threads), *drafts]
-            case "mlx":
-                arguments = [str(FOLDER / "mlx_server.py"), model, str(port), *drafts]
-            case "litert":
-                program = str(FOLDER / "litert_server.py")
-                arguments = [program, model, str(port), str(threads), *drafts[1:]]
-            case _:
-                self.environment |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
-                arguments = [
-                    "-m", "vllm.entrypoints.openai.api_server", "--model", model,
-                    "--served-model-name", "target", "--host", "127.0.0.1", "--port", str(port),
-                    "--dtype", dtype, "--max-model-len", str(context), "--max-num-seqs", "1",
-                    "--no-enable-prefix-caching",
-                ]  # fmt: skip
-                if head is not None:
-                    mtp: dict[str, Any] = {"method": "mtp", "model": drafts[0]}
-                    mtp["num_speculative_tokens"] = num_assistant_tokens
-                    arguments += ["--speculative-config", json.dumps(mtp)]
+        if engine == "vllm":
+            self.environment |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
+        arguments = server_arguments(
+            engine, target, head, num_assistant_tokens, port, context, dtype, threads
+        )
         self.command = python_command(python, *arguments)
 
     def __enter__(self) -> "EngineServer":
@@ -341,6 +323,7 @@ def serve_check(
                 log=out / f"{name}.log", dtype=dtype, threads=torch.get_num_threads(),
             ) as server:  # fmt: skip
                 variants[name] = _ask(server, ids, check.max_new_tokens, f"{check.engine}, {name}")
+                told = server.read_counts()  # the warm-up's too
     content = {
         "schema": SCHEMA,
         "environment": environment(target.device)
@@ -356,6 +339,10 @@ def serve_check(
         },
         **_compared(ours, counts, variants),
     }  # fmt: skip
+    if check.engine == "litert":
+        rate = sum(told.by_position) / max(told.rounds * k, 1)
+        whole = not content["ended_texts"]
+        content["log_acceptance_rate"] = logged_rate(out / "assisted.log", rate, whole)
     write_figures(content, out / "serve-check.json")
     return content
 

@@ -205,6 +205,44 @@ def end_of(said: str) -> str:
     return " ".join(said.split())[-600:]
 
 
+FOLDER = Path(__file__).parent.absolute()  # of the programs that serve engines without a server
+
+
+def server_arguments(
+    engine: Engine,
+    target: Path,
+    head: Path | None,
+    num_assistant_tokens: int,
+    port: int,
+    context: int,
+    dtype: str,
+    threads: int,
+) -> list[str]:
+    """What the Python of an engine's environment is told to serve on loopback; arguments as of
+    `EngineServer`."""
+    model = str(target.absolute())
+    drafts = [] if head is None else [str(head.absolute()), str(num_assistant_tokens)]
+    match engine:
+        case "llama.cpp":
+            program = str(FOLDER / "llama_server.py")
+            return [program, model, str(port), str(context), str(threads), *drafts]
+        case "mlx":
+            return [str(FOLDER / "mlx_server.py"), model, str(port), *drafts]
+        case "litert":  # the head is in the target's file
+            return [str(FOLDER / "litert_server.py"), model, str(port), str(threads), *drafts[1:]]
+    arguments = [
+        "-m", "vllm.entrypoints.openai.api_server", "--model", model,
+        "--served-model-name", "target", "--host", "127.0.0.1", "--port", str(port),
+        "--dtype", dtype, "--max-model-len", str(context), "--max-num-seqs", "1",
+        "--no-enable-prefix-caching",
+    ]  # fmt: skip
+    if drafts:
+        mtp: dict[str, Any] = {"method": "mtp", "model": drafts[0]}
+        mtp["num_speculative_tokens"] = num_assistant_tokens
+        arguments += ["--speculative-config", json.dumps(mtp)]
+    return arguments
+
+
 GGUF = "head.gguf"
 GGUF_TYPES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 DRAFTS = 4  # tokens a round, of a head that does not say

@@ -7,6 +7,7 @@ that it needs is written here, as safetensors and JSON.
 
 import copy
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,7 +109,6 @@ def export_for_litert(
         RuntimeError: the conversion failed, with the end of what it said.
     """
     check_empty(out)
-    python = engine_python("litert")
     head = load_assistant_config(path)
     text = config.get_text_config()
     check_shapes(text, head, "the target")
@@ -119,15 +119,19 @@ def export_for_litert(
             f"export.cache_length={export.cache_length} is above the {most} positions of the "
             f"target: export.cache_length={most}"
         )
+    python = engine_python("litert")
     with atomic_folder(out) as work:
         parts = work / "parts"
         _write_parts(path, load(), parts, export, by_ids)
         with phase("Converting for LiteRT-LM"):
             done = run_python(python, str(CONVERT), str(parts), str(work / BUNDLE))
-        if done.returncode == NO_ROOM:
-            raise OSError(end_of(done.stderr.splitlines()[-1]))
         if done.returncode:
-            raise RuntimeError(f"the conversion for LiteRT-LM failed: {end_of(done.stderr)}")
+            said = end_of((done.stderr.strip().splitlines() or [""])[-1])
+            if done.returncode == NO_ROOM:
+                raise OSError(said)
+            raise RuntimeError(
+                f"the conversion for LiteRT-LM failed (exit status {done.returncode}): {said}"
+            )
         for file in sorted(parts.rglob("*"), reverse=True):
             file.rmdir() if file.is_dir() else file.unlink()
         parts.rmdir()
@@ -216,6 +220,30 @@ def _first_token(target: Target) -> int | None:
     first: int | None = target.tokenizer.bos_token_id
     begins = target.tokenizer("a")["input_ids"][:1] == [first]
     return first if begins or "bos_token" in (target.tokenizer.chat_template or "") else None
+
+
+def logged_rate(log: Path, counted: float, whole: bool) -> float:
+    """The share of all drafts that were accepted, as the engine's log has it in its end.
+
+    Args:
+        log: of the engine, which has ended.
+        counted: the same by the server's count (`litert_server.py`).
+        whole: whether that has all drafts: a text that ended by itself hides some.
+
+    Raises:
+        RuntimeError: the log has none, or another one.
+    """
+    text = log.read_text(encoding="utf-8", errors="replace")
+    found = re.findall(r"MTP Drafter - Success rate: (\S+)", text)
+    if not found:
+        raise RuntimeError(f"LiteRT-LM did not draft: {log} has no success rate")
+    rate = float(found[-1])
+    if whole and abs(rate - counted) > 1e-4:
+        raise RuntimeError(
+            f"LiteRT-LM accepted {rate:.4f} of the drafts by its log, and {counted:.4f} by what it "
+            f"handed out: {log}"
+        )
+    return rate
 
 
 def tokenizer_by_ids(vocab_size: int) -> Tokenizer:

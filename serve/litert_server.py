@@ -28,17 +28,15 @@ def main() -> None:
     accepted: list[int] = []
 
     def decode(prompt: list[int], most: int) -> list[int]:
-        tokens: list[int] = []
         with engine.create_session(
             apply_prompt_template=False, max_output_tokens=most, sampler_config=greedy
         ) as session:
             session.run_prefill([" ".join(map(str, prompt))])
-            for number, answer in enumerate(session.run_decode_async()):
-                piece = list(map(int, answer.texts[0].split()))
-                tokens += piece
-                print("round", number, piece, flush=True)
-                accepted.append(len(piece) - 1)
-        return tokens[:most]
+            pieces = [answer.texts[0].split() for answer in session.run_decode_async()]
+        # The newest token waits for the next: the first piece is of the target's own first token
+        # and a round, each other of a round, and what waited in the end comes by itself.
+        accepted.extend(len(piece) - 1 for piece in pieces[:-1])
+        return [int(word) for piece in pieces for word in piece][:most]
 
     def metrics() -> str:
         """Rounds and accepted drafts by position, as vLLM and llama.cpp name them."""
