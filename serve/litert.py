@@ -8,6 +8,7 @@ that it needs is written here, as safetensors and JSON.
 import copy
 import json
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +21,11 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 
 from headstart.common.children import run_python
-from headstart.common.console import phase
+from headstart.common.console import phase, print_once
 from headstart.common.files import atomic_folder, check_empty
 from headstart.configs.schema import TargetConfig
 from headstart.configs.settings import ExportConfig
-from headstart.heads.assistant import check_shapes
+from headstart.heads.assistant import check_shapes, other_target
 from headstart.heads.drafting import CleanKV, Drafter
 from headstart.heads.saving import (
     Assistant,
@@ -132,9 +133,7 @@ def export_for_litert(
             raise RuntimeError(
                 f"the conversion for LiteRT-LM failed (exit status {done.returncode}): {said}"
             )
-        for file in sorted(parts.rglob("*"), reverse=True):
-            file.rmdir() if file.is_dir() else file.unlink()
-        parts.rmdir()
+        shutil.rmtree(parts)
     return engine_warnings("litert", head)
 
 
@@ -144,6 +143,8 @@ def _write_parts(
     """Write what the converter reads: `target`, `head`, `tokenizer.json` and `export.json`."""
     _write_text_model(target, folder / "target")
     assistant: Any = load_assistant(path, torch.float32)
+    if (warning := other_target(target, assistant)) is not None:
+        print_once(warning)
     if export.dense:
         assistant.config.use_ordered_embeddings, assistant.masked_embedding = False, None
     k = export.num_assistant_tokens or assistant.generation_config.num_assistant_tokens or DRAFTS

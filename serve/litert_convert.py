@@ -45,7 +45,7 @@ TOLERANCE = 5e-4
 
 def attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor,
-    scaling: float = 1.0, **_: Any,
+    scaling: float = 1.0, **others: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
     """Attention over a cache whose values are transposed, as the engine keeps them.
 
@@ -58,7 +58,7 @@ def attend(
     Returns:
         [1, N, heads, d], and no weights.
     """
-    _, heads, rows, width = query.shape
+    heads, rows, width = query.shape[1:]
     share = heads // key.shape[1]
     query = query.reshape(1, key.shape[1], share * rows, width) * scaling
     scores = torch.matmul(query, key.transpose(2, 3)) + torch.cat([mask] * share, dim=2)
@@ -163,13 +163,19 @@ class Drafter(nn.Module):
         int8: hold the table of ordered embeddings as int8, a scale a row.
     """
 
+    members: Tensor
+    """[C, M, H] the table, cluster by cluster."""
+    scale: Tensor
+    """[C, M] of its rows, where they are int8."""
+    place: Tensor
+    """[V] where each token's row is among them."""
+
     def __init__(self, head: Any, sources: dict[str, int], int8: bool = False):
         super().__init__()
         self.head, self.sources = head, sources
         embedder = head.masked_embedding
         if embedder is not None:
             order = embedder.token_ordering.long()
-            # The table with each cluster in one piece, and where each token's logit is then.
             members = head.lm_head.weight.detach()[order]
             if int8:
                 scale = members.abs().amax(dim=1, keepdim=True).clamp_min(1e-8) / 127

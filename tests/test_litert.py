@@ -92,7 +92,7 @@ def test_the_exported_drafter_is_the_head_past_the_sliding_window_too(
     export_for_litert(path, target.model.config, lambda: target, out, LitertExport(K, LENGTH))
     assert [file.name for file in out.iterdir()] == [BUNDLE]
 
-    drafts = {}
+    drafts: dict[str, Draft] = {}
     for rows in (5, 40):  # the window is 8
         ids = torch.randint(4, 260, (1, rows + 1), generator=torch.Generator().manual_seed(rows))
         seen = target.activations(ids[:, :-1])

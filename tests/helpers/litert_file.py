@@ -36,4 +36,8 @@ def tokens(bundle: str, texts: str) -> None:
 
 
 if __name__ == "__main__":
-    {"draft": draft, "tokens": tokens}[sys.argv[1]](*sys.argv[2:])
+    what, *arguments = sys.argv[1:]
+    if what == "draft":
+        draft(*arguments)
+    else:
+        tokens(*arguments)
