@@ -2,10 +2,11 @@
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from headstart.cli.arguments import Argument, Command, default_device, read_settings
 
-INSTALLABLE = ("vllm", "llama.cpp", "mlx")
+INSTALLABLE = ("vllm", "llama.cpp", "mlx", "litert")
 HEAD = Argument("HEAD", "folder or Hub id of a draft head, or HEAD+ADAPTER")
 
 
@@ -13,17 +14,33 @@ def _export(args: argparse.Namespace) -> None:
     import torch
 
     from headstart.common.console import print_once
-    from headstart.heads.loading import load_target_config, load_target_tokens
+    from headstart.heads.loading import load_served, load_target_config, load_target_tokens
     from headstart.serve.engines import export_for_engine
+    from headstart.serve.litert import export_for_litert, litert_export
 
     settings = read_settings(args)
     t, export, out = settings.target, settings.export, settings.output_dir
     config = load_target_config(t.name, t.revision, t.trust_remote_code)
-    tokens = load_target_tokens(t)
-    engine_warnings = export_for_engine(
-        args.head, args.engine, config, tokens.tokenizer, out,
-        dense=export.dense, dtype=getattr(torch, export.dtype),
-    )  # fmt: skip
+    if args.engine == "litert":
+        chosen = litert_export(export, t, export.num_assistant_tokens, export.cache_length)
+        whole = t.model_copy(update={"dtype": "float32"})
+        engine_warnings = export_for_litert(
+            args.head, config, lambda: load_served(whole), out, chosen
+        )
+    else:
+        given = settings.given(["export.num_assistant_tokens", "export.cache_length"])
+        if given or export.dtype == "int8":
+            named = given[0] if given else "export.dtype=int8"
+            raise ValueError(f"{named} is of litert's file: leave it out for {args.engine}")
+        if t.adapters:
+            raise ValueError(
+                f"{args.engine} gets the head alone: merge target.adapters into a folder that the "
+                "engine loads"
+            )
+        engine_warnings = export_for_engine(
+            args.head, args.engine, config, load_target_tokens(t).tokenizer, out,
+            dense=export.dense, dtype=getattr(torch, export.dtype or "bfloat16"),
+        )  # fmt: skip
     for remark in engine_warnings:
         print_once(remark)
     for path in sorted(out.iterdir()):
@@ -33,15 +50,15 @@ def _export(args: argparse.Namespace) -> None:
 EXPORT = Command(
     "export",
     "write a head as a serving engine wants it",
-    "Write a head for an engine, with its target's tokenizer. What the engine would refuse is "
-    "found before, and said with how to fix it.",
+    "Write a head for an engine, with its target's tokenizer; for litert the target too, both in "
+    "one file. What the engine would refuse is found before, and said with how to fix it.",
     "headstart export runs/mine/head vllm target.name=ORG/my-gemma export.dense=true "
     "output_dir=head-vllm",
     _export,
     arguments=(HEAD, Argument("ENGINE", "what serves it", choices=("transformers", *INSTALLABLE))),
     settings=(
         "output_dir", "target.name", "target.revision", "target.trust_remote_code",
-        "target.chat_template", "export.dense", "export.dtype",
+        "target.adapters", "target.chat_template", "export.*",
     ),
     required=("output_dir", "target.name"),
 )  # fmt: skip
@@ -58,7 +75,7 @@ INSTALL = Command(
     "install",
     "install a serving engine into an environment of its own",
     "Install an engine into an environment of its own below the user's cache (HEADSTART_CACHE): "
-    "vllm takes about 3 GB, the others 1 GB each.",
+    "vllm takes about 3 GB, litert 2.3 GB, the others 1 GB each.",
     "headstart install llama.cpp",
     _install,
     arguments=(Argument("ENGINE", "which one", choices=INSTALLABLE),),
@@ -81,10 +98,16 @@ def _serve_check(args: argparse.Namespace) -> None:
         raise ValueError("serve-check drafts with one K: eval.num_assistant_tokens=4")
     loaded = load_prompt_set(chosen.prompts)
     prompts = limit_evenly(loaded, chosen.limit)
+    if args.engine == "litert" and t.dtype == "auto":  # that of the engine
+        t = t.model_copy(update={"dtype": "float32"})
     target = load_served(t, default_device())
     config = load_target_config(t.name, t.revision, t.trust_remote_code)
     (tokens,) = chosen.num_assistant_tokens
-    check = ServeCheck(args.engine, args.head, tokens, chosen.max_new_tokens, settings.export.dense)
+    dtype: Any = settings.export.dtype or "float32"
+    if settings.export.dtype is not None and (args.engine != "litert" or dtype == "bfloat16"):
+        raise ValueError("the engine gets target.dtype; litert float32, or export.dtype=int8")
+    dense = settings.export.dense
+    check = ServeCheck(args.engine, args.head, tokens, chosen.max_new_tokens, dense, dtype)
     recorded = prompt_set(chosen.prompts, loaded)
     print_serve_check(serve_check(target, config, check, prompts, settings.output_dir, recorded))
 
@@ -101,7 +124,7 @@ SERVE_CHECK = Command(
     arguments=(HEAD, Argument("ENGINE", "which one", choices=INSTALLABLE)),
     settings=(
         "output_dir", "target.name", "target.adapters", "target.*", "eval.prompts", "eval.limit",
-        "eval.num_assistant_tokens", "eval.max_new_tokens", "export.dense",
+        "eval.num_assistant_tokens", "eval.max_new_tokens", "export.dense", "export.dtype",
     ),
     defaults=(("eval.num_assistant_tokens", [4]), ("eval.limit", 16)),
     required=("output_dir",),

@@ -410,7 +410,7 @@ class TrainConfig(Section):
         return self
 
 
-Engine = Literal["transformers", "vllm", "llama.cpp", "mlx"]
+Engine = Literal["transformers", "vllm", "llama.cpp", "mlx", "litert"]
 """What serves a head (serve/engines.py)."""
 
 

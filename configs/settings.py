@@ -99,8 +99,13 @@ class ExportConfig(Section):
 
     dense: bool = False
     """Leave ordered embeddings out: drafts read the whole table."""
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Dtype of its weights (`headstart export` alone)."""
+    dtype: Literal["bfloat16", "float32", "int8"] | None = None
+    """Dtype of its weights, in serve-check for litert alone; int8: of linear layers and tables, for
+    litert alone. None: bfloat16, for litert float32."""
+    num_assistant_tokens: PositiveInt | None = None
+    """K that litert's file is made for (`headstart export` alone). None: as the head says, or 4."""
+    cache_length: PositiveInt = 4096
+    """Tokens of prompt and answer that litert's file has room for (`headstart export` alone)."""
 
 
 class PublishConfig(Section):

@@ -284,12 +284,15 @@ SERVED = (
 )
 
 
+PAIRS = {"gemma3-270m": "Gemma 3 270M", "gemma3-270m-int8": "Gemma 3 270M, int8"}
+
+
 def served_row(name: str, r: dict[str, Any]) -> list[str]:
     pair = name.removeprefix("serve-").removesuffix(f"-{r['environment']['engine']}")
     lengths, speed = r["acceptance_length"], r["tokens_per_second"]
     same = min(r["equal_texts"].values())
     return [
-        {"gemma3-270m": "Gemma 3 270M"}.get(pair, f"tiny, {pair}"), r["environment"]["engine"],
+        PAIRS.get(pair, f"tiny, {pair}"), r["environment"]["engine"],
         *(f"{lengths[side]:.3f}" for side in ("transformers", "engine")),
         *(f"{speed[f'engine_{side}']:.0f}" for side in ("plain", "assisted")),
         "all" if same == 1 else f"{same:.0%}",
@@ -301,8 +304,13 @@ def served(found: Results) -> str:
     return rows_of(SERVED, [served_row(name, r) for name, r in found.items()])
 
 
-@made_of("serve-gemma3-270m-*")
+@made_of("serve-gemma3-270m-vllm")
 def served_real(found: Results) -> str:
+    return rows_of(SERVED, [served_row(name, r) for name, r in found.items()])
+
+
+@made_of("serve-gemma3-270m*litert")
+def served_litert(found: Results) -> str:
     return rows_of(SERVED, [served_row(name, r) for name, r in found.items()])
 
 

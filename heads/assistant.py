@@ -247,8 +247,8 @@ def write_global_keys(path: Path) -> None:
 class AssistantState:
     """Drafting with a head that has a table of its own, and the target's clean KV."""
 
-    def __init__(self, model: Any, embed: Embed, padding: int):
-        self.model, self.embed = model, embed
+    def __init__(self, model: Any, embed: Embed, padding: int, offset: int):
+        self.model, self.embed, self.offset = model, embed, offset
         types = model.config.text_config.layer_types
         self.layers = list(zip(types, model.model.layers, strict=True))
         self.kv = CleanKV(model.config.text_config.sliding_window, padding)
@@ -268,7 +268,7 @@ class AssistantState:
             t: (k.to(device, dtype), v.to(device, dtype)) for t, (k, v) in shared.items()
         }
         # Unlike `tensor`, without a wait.
-        position = torch.full((1, 1), self.kv.rows, device=device)
+        position = torch.full((1, 1), self.kv.rows + self.offset, device=device)
         hidden = self.hidden.to(device, dtype)
         self.rotary = {t: self.model.model.rotary_emb(hidden, position, t) for t in shared}
         self.previous = hidden
@@ -335,8 +335,8 @@ class AssistantKind(HeadKind):
             states.append(state)
         return states
 
-    def draft_state(self, model: Any, embed: Embed, padding: int) -> AssistantState:
-        return AssistantState(model, embed, padding)
+    def draft_state(self, model: Any, embed: Embed, padding: int, offset: int) -> AssistantState:
+        return AssistantState(model, embed, padding, offset)
 
     def layers(self, model: Any) -> Sequence[nn.Module]:
         return cast(Sequence[nn.Module], model.model.layers)

@@ -217,6 +217,8 @@ class ExactDecoding:
     """Drafts from the text itself, in rounds where they promise more than the head."""
     rounds: list[Round] = field(default_factory=list)
     """The rounds since it was emptied last, oldest first."""
+    draft_position_offset: Literal[0, -1] = 0
+    """Where drafts stand (RoPE): at the newest token, or one before it as in vLLM."""
 
 
 class Lookup:
@@ -282,7 +284,7 @@ class ExactCandidateGenerator(CandidateGenerator):
     ):
         self.drafter, self.decoding_config, self.length = drafter, decoding_config, length
         self.model_kwargs_overrides = for_drafts(drafter.assistant)
-        self.state = drafter.new_text(padding)
+        self.state = drafter.new_text(padding, decoding_config.draft_position_offset)
         self.max_length = generation_config.max_length
         ends = generation_config._eos_token_tensor
         self.stops_after = frozenset([] if ends is None else ends.flatten().tolist())

@@ -49,10 +49,10 @@ class Drafter:
         if embedder is not None:
             self.members = embedder.token_ordering.long().view(embedder.num_centroids, -1)
 
-    def new_text(self, padding: int = 0) -> DraftState:
+    def new_text(self, padding: int = 0, offset: int = 0) -> DraftState:
         """What drafting along a text begins with, whose prompt has so many tokens of padding at its
-        left."""
-        return self.kind.draft_state(self.assistant, self._embed, padding)
+        left; `offset` as of `HeadKind.draft_state`."""
+        return self.kind.draft_state(self.assistant, self._embed, padding, offset)
 
     def _embed(self, token: torch.Tensor) -> torch.Tensor:
         table = self.assistant.lm_head.weight

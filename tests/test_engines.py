@@ -1,4 +1,4 @@
-"""Real serving engines with tiny Gemma 4 pairs, trained from nothing: `make test-engines`."""
+"""Real serving engines with tiny pairs, trained from nothing: `make test-engines`."""
 
 import hashlib
 import json
@@ -10,23 +10,30 @@ from safetensors.torch import load_file
 
 from headstart.cli.main import main
 from headstart.serve.engines import GGUF, Engine, engine_python, install_engine
-from tests.helpers.tiny_pair import KINDS, write_multimodal, write_pair
+from tests.helpers.tiny_pair import GEMMA4, KINDS, write_multimodal, write_pair
 
 pytestmark = pytest.mark.engines
 
 
-@pytest.fixture(scope="module", params=KINDS)
-def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    folder = tmp_path_factory.getbasetemp() / "pairs"
-    return list(map(str, write_pair(request.param, folder)))
+def pair_of(kind: str, factory: pytest.TempPathFactory) -> list[str]:
+    """Folders of a target and a head, made once."""
+    return list(map(str, write_pair(kind, factory.getbasetemp() / "pairs")))
 
 
-@pytest.mark.parametrize("engine", ["llama.cpp", "vllm", "mlx"])
+OF_KIND: dict[str, tuple[Engine, ...]] = {
+    **dict.fromkeys(GEMMA4, ("llama.cpp", "vllm", "mlx", "litert")),
+    "gemma3": ("litert",),
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "engine"), [(kind, engine) for kind in KINDS for engine in OF_KIND[kind]]
+)
 def test_an_engine_says_what_transformers_says_and_accepts_as_much(
-    pair: list[str], engine: Engine, tmp_path: Path
+    kind: str, engine: Engine, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     install_engine(engine)
-    target, head = pair
+    target, head = pair_of(kind, tmp_path_factory)
     if engine == "mlx":
         target = str(write_multimodal(Path(target), tmp_path / "multimodal"))
     settings = [f"target.name={target}", "target.dtype=float32", "eval.limit=16"]
@@ -40,10 +47,13 @@ def test_an_engine_says_what_transformers_says_and_accepts_as_much(
     assert rates["engine"] == pytest.approx(rates["transformers"], abs=0.04)
 
 
-def test_an_exported_gguf_holds_the_heads_weights(pair: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", GEMMA4)
+def test_an_exported_gguf_holds_the_heads_weights(
+    kind: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     """Every tensor of the file is one of the head's, bit for bit, and none is missing."""
     install_engine("llama.cpp")
-    target, head = pair
+    target, head = pair_of(kind, tmp_path_factory)
     out = tmp_path / "out"
     settings = [f"target.name={target}", "export.dtype=float32", f"output_dir={out}"]
     assert main(["export", head, "llama.cpp", *settings]) == 0

@@ -29,6 +29,7 @@ def config_of(target: Target, **head: Any) -> Any:
         ("llama.cpp", "gemma4", {}, "as wide as its target"),
         ("llama.cpp", "gemma3", {"hidden_size": 24}, "Gemma 4 targets alone"),
         ("mlx", "gemma4", {"hidden_size": 24}, "multimodal"),
+        ("litert", "gemma4-moe", {}, "a mixture of experts is not exported"),
     ],
 )  # fmt: skip
 def test_a_head_that_an_engine_cannot_load_is_refused_by_name(
@@ -97,8 +98,21 @@ def test_an_export_that_cannot_be_leaves_everything_as_it_was(
     wrong = {
         ("vllm", "target.name=tiny-gemma4"): (start, "is not empty"),
         ("vllm", "target.name=tiny-gemma3"): (tmp_path / "out", "does not fit"),
+        ("vllm", "target.name=tiny-gemma4", "export.dtype=int8"): (tmp_path / "out", "of litert"),
+        ("vllm", "target.name=tiny-gemma4", "export.num_assistant_tokens=2"): (
+            tmp_path / "out", "of litert",
+        ),
+        ("vllm", "target.name=tiny-gemma4", "target.adapters=[a]"): (tmp_path / "out", "merge"),
         ("llama.cpp", "target.name=tiny-gemma4"): (tmp_path / "out", "headstart install"),
-    }
+        ("litert", "target.name=tiny-gemma3"): (tmp_path / "out", "does not fit"),
+        ("litert", "target.name=tiny-gemma4"): (tmp_path / "out", "1024 positions"),
+        ("litert", "target.name=tiny-gemma4", "export.cache_length=64"): (
+            tmp_path / "out", "headstart install",
+        ),
+        ("litert", "target.name=tiny-gemma4", "export.dtype=bfloat16"): (
+            tmp_path / "out", "float32, or int8",
+        ),
+    }  # fmt: skip
     for options, (out, says) in wrong.items():
         assert main([*command, f"output_dir={out}", *options]) == 1
         assert says in capsys.readouterr().err
@@ -107,7 +121,7 @@ def test_an_export_that_cannot_be_leaves_everything_as_it_was(
 
 @pytest.mark.parametrize(
     ("trained", "told"),
-    [(0, {"vllm", "mlx"}), (-1, {"transformers", "llama.cpp"})],
+    [(0, {"vllm", "mlx", "litert"}), (-1, {"transformers", "llama.cpp"})],
 )
 def test_an_engine_that_puts_drafts_elsewhere_is_told(trained: int, told: set[str]) -> None:
     config = config_of(make_target("gemma4"))

@@ -1,7 +1,8 @@
-"""Tiny Gemma 4 targets and draft heads for them, trained from nothing on text in a minute or two:
-they agree often enough, and not always, that an engine's acceptance means something.
+"""Tiny targets and draft heads for them, trained from nothing on text in a minute or two: they
+agree often enough, and not always, that an engine's acceptance means something.
 
-Two kinds: `shared` (KV sharing, per-layer embeddings, soft cap) and `plain` (none of them).
+Kinds: of Gemma 4 `shared` (KV sharing, per-layer embeddings, soft cap) and `plain` (none of them),
+and `gemma3`.
 """
 
 import json
@@ -19,6 +20,7 @@ from tokenizers import (
     trainers,
 )
 from transformers import (
+    Gemma3ForCausalLM,
     Gemma4Config,
     Gemma4ForCausalLM,
     Gemma4ForConditionalGeneration,
@@ -26,25 +28,28 @@ from transformers import (
 )
 
 from headstart.configs.loader import load_config
-from headstart.heads.loading import gemma4_text_config
+from headstart.heads.loading import gemma3_config, gemma4_text_config
 from headstart.train.run import train
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPTS = ROOT / "data" / "prompts" / "text_train.jsonl"
-KINDS = ("shared", "plain")
+GEMMA4 = ("shared", "plain")
+KINDS = (*GEMMA4, "gemma3")
 VOCABULARY = 512
 SHAPE: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 128,
     "intermediate_size": 256,
     "head_dim": 32,  # a size that engines have kernels for
-    "global_head_dim": 64,
     "sliding_window": 64,
     "max_position_embeddings": 2048,
     "initializer_range": 0.02,
     "bos_token_id": 2,
     "eos_token_id": 1,
     "pad_token_id": 0,
+}
+OF_GEMMA4: dict[str, Any] = {
+    "global_head_dim": 64,
     "rope_parameters": {
         "full_attention": {
             "rope_type": "proportional", "rope_theta": 1_000_000.0, "partial_rotary_factor": 0.25,
@@ -80,6 +85,11 @@ def tokenizer_of(training: list[str]) -> PreTrainedTokenizerFast:
         special_tokens=[*specials, *(f"<0x{byte:02X}>" for byte in range(256))],
     )  # fmt: skip
     tokenizer.train_from_iterator(training, trainer)
+    # The trainer makes control tokens of the bytes, which no text may hold.
+    content = json.loads(tokenizer.to_str())
+    added = content["added_tokens"]
+    content["added_tokens"] = [one for one in added if not one["content"].startswith("<0x")]
+    tokenizer = Tokenizer.from_str(json.dumps(content))
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<bos> $A", special_tokens=[("<bos>", 2)]
     )
@@ -95,7 +105,11 @@ def write_target(kind: str, folder: Path, steps: int = 500, seed: int = 0) -> No
     stream = [i for text in training for i in tokenizer(text)["input_ids"]]
     ids = torch.tensor(stream[: len(stream) // 128 * 128]).view(-1, 128)
     shared = SHARED if kind == "shared" else {"final_logit_softcapping": None}
-    model: Any = Gemma4ForCausalLM(gemma4_text_config(**SHAPE, **shared))
+    model: Any
+    if kind == "gemma3":
+        model = Gemma3ForCausalLM(gemma3_config(**SHAPE, query_pre_attn_scalar=32))
+    else:
+        model = Gemma4ForCausalLM(gemma4_text_config(**SHAPE, **OF_GEMMA4, **shared))
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = 3e-3 * min(1, (step + 1) / 20) * (1 - 0.9 * step / steps)
@@ -159,4 +173,6 @@ if __name__ == "__main__":
 
     for kind in KINDS:
         target, head = write_pair(kind, Path(sys.argv[1]))
-        print(target, write_multimodal(target, target.with_name("multimodal")), head)
+        print(target, head)
+        if kind in GEMMA4:
+            print(write_multimodal(target, target.with_name("multimodal")))
