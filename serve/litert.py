@@ -125,7 +125,8 @@ def export_for_litert(
             done = run_python(python, str(CONVERT), str(parts), str(work / BUNDLE))
         if done.returncode:
             said = end_of((done.stderr.strip().splitlines() or [""])[-1])
-            if done.returncode == NO_ROOM:
+            # The second is what the graphs' writer says, which ends the program.
+            if done.returncode == NO_ROOM or "IO failure on output stream" in said:
                 raise OSError(said)
             raise RuntimeError(
                 f"the conversion for LiteRT-LM failed (exit status {done.returncode}): {said}"

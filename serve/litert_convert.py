@@ -49,8 +49,8 @@ def attend(
 ) -> tuple[Tensor, None]:  # fmt: skip
     """Attention over a cache whose values are transposed, as the engine keeps them.
 
-    Query heads that share a key head are rows of one product: keys repeated by `expand`, as
-    transformers does it, are converted wrongly without an error (docs/upstream.md).
+    Query heads that share a key head are rows of one product: with repeated keys, as transformers
+    does it, scores are converted wrongly without an error (docs/upstream.md).
 
     Args:
         query: [1, heads, N, d]. key: [1, G, T, d]. value: [1, G, d, T]. mask: [1, 1, N, T].

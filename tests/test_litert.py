@@ -100,8 +100,11 @@ def test_the_exported_drafter_is_the_head_past_the_sliding_window_too(
         seen = target.activations(ids[:, :-1])
         drafts |= {f"{rows}-{k}": d for k, d in enumerate(drafts_of(path, target, ids, seen))}
     calls = tmp_path / "calls.safetensors"
-    inputs = {f"{n}.{k}": v.contiguous() for n, d in drafts.items() for k, v in d.inputs.items()}
-    save_file(inputs, calls)
+    keep = torch.contiguous_format  # a copy each: a file holds no tensor twice
+    save_file({
+        f"{name}.{key}": tensor.clone(memory_format=keep)
+        for name, draft in drafts.items() for key, tensor in draft.inputs.items()
+    }, calls)  # fmt: skip
     run_helper("draft", out / BUNDLE, tmp_path / "parts", calls)
     found = load_file(calls)
     for name, draft in drafts.items():
