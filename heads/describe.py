@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from rich.table import Table
+from rich.table import Column, Table
 from safetensors import safe_open
 from torch import nn
 from transformers import Gemma4TextConfig, Gemma4UnifiedTextConfig, GenerationConfig
@@ -160,6 +160,8 @@ def _header(path: str | Path) -> tuple[Path, list[_Tensor]]:
 def print_description(head: str, figures: dict[str, Any]) -> None:
     """Print what `describe` returns of the folder or Hub id `head` as one table."""
     table = Table(
+        Column(no_wrap=True),
+        Column(),
         title=f"Draft head {head}",
         show_header=False,
         caption="A step reads these bytes of weights, each once, at batch 1; rows of the KV cache, "

@@ -8,7 +8,7 @@ from headstart.configs.defaults import ADAPT
 from headstart.configs.schema import Config, EvalConfig
 from headstart.configs.settings import AdaptConfig, Settings
 from headstart.eval.asked import as_the_head_was
-from headstart.heads.kinds import kind_of
+from headstart.heads.kinds import check_drafts, kind_of
 from headstart.heads.saving import draft_position_offset, load_assistant_config
 
 HELD_OUT = "held_out.jsonl"  # in the report's folder: the prompts that are measured on
@@ -17,16 +17,15 @@ HELD_OUT = "held_out.jsonl"  # in the report's folder: the prompts that are meas
 def adapt_defaults(head: str) -> list[tuple[str, Any]]:
     """Settings of an adaptation of the head, by folder or Hub id, where nobody says otherwise."""
     start = load_assistant_config(head)
-    found = [
-        *ADAPT,
+    of_head: list[tuple[str, Any]] = [
         ("head.init_from", head),
         ("head.use_ordered_embeddings", start.use_ordered_embeddings),
         ("train.draft_position_offset", draft_position_offset(start)),
     ]
     if (most := kind_of(start).most_drafts(start)) is not None:
-        found.append(("train.num_speculative_steps", most))
-        found.append(("eval.num_assistant_tokens", [min(most, 4)]))
-    return found
+        of_head.append(("train.num_speculative_steps", most))
+        of_head.append(("eval.num_assistant_tokens", [min(most, 4)]))
+    return [*of_head, *ADAPT]  # of one key the first counts
 
 
 @dataclass(frozen=True)
@@ -69,12 +68,16 @@ def read_adaptation(settings: Settings, head: str) -> Adaptation:
         )
     if len(chosen.num_assistant_tokens) != 1:
         raise ValueError("adapt measures at one draft length: eval.num_assistant_tokens=4")
+    start, tokens = load_assistant_config(head), chosen.num_assistant_tokens
+    check_drafts(start, tokens, "eval.num_assistant_tokens")
+    limited = kind_of(start).most_drafts(start) is not None
+    judged = {"num_assistant_tokens": tokens} if limited else {}
     out, data = settings.output_dir, as_the_head_was(d, head)
     # Training keeps no copy of what is held out.
     update = {
         "output_dir": out / "run",
         "data": data.model_copy(update={"store": out / "answers"}),
-        "eval": EvalConfig(prompts=str(out / HELD_OUT)),
+        "eval": EvalConfig.model_validate({"prompts": str(out / HELD_OUT)} | judged),
     }
     config = settings.of_run().model_copy(update=update)
     return Adaptation(head, config, settings.adapt, chosen.num_assistant_tokens[0], out)
