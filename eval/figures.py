@@ -204,7 +204,9 @@ def _by_span(texts: Sequence[Text], k: int, costs: Costs | None) -> list[dict[st
             "accepted": accepted[span].tolist(),
             "conditional_acceptance_rate": (accepted[span] / np.maximum(reached[span], 1)).tolist(),
             "predicted_decode_speedup": emitted[span] / steps[span] if steps[span] else None,
-            "saved_share": (emitted[span] - steps[span]) / whole if steps[span] and whole else None,
+            "saved_share": (emitted[span] - steps[span]) / whole
+            if steps[span] and whole > 0
+            else None,
         }
         for span in SPANS
         if tokens[span]
