@@ -174,7 +174,7 @@ def test_the_command_says_what_else_changed(
     assert main(["compare", str(tmp_path), str(tmp_path / "b")]) == 1
     assert "no report at" in capsys.readouterr().err
     (tmp_path / "report.json").write_text('{"schema": 1}')
-    with pytest.raises(ValueError, match="has schema 1, not 3"):
+    with pytest.raises(ValueError, match="has schema 1"):
         read_report(tmp_path)
     with pytest.raises(ValueError, match="in common"):
         compare(report(texts(2, 0.2, 0.1)), report(texts(2, 0.2, 0.1), decoder="cost"))

@@ -123,7 +123,7 @@ def test_a_number_that_is_none_is_refused() -> None:
 @pytest.fixture
 def any_head(monkeypatch: pytest.MonkeyPatch) -> None:
     """The configuration of a head is there, whatever its name."""
-    head = SimpleNamespace(use_ordered_embeddings=True)
+    head = SimpleNamespace(use_ordered_embeddings=True, model_type="gemma4_assistant")
     for module in (adaptation, asked):
         monkeypatch.setattr(module, "load_assistant_config", lambda path: head)
 
