@@ -91,12 +91,13 @@ def test_every_command_runs_from_a_folder_of_hostile_modules(ran: Path) -> None:
 def test_every_module_is_imported_from_a_folder_of_hostile_modules(
     ran: Path, tmp_path: Path
 ) -> None:
-    """As the command imports them: by a script that lies elsewhere."""
+    """As the command imports them: by a script that lies elsewhere. Not what runs in the environment
+    of an engine, whose packages it imports."""
     names = [
         f"headstart.{folder}.{module.name}"
         for folder in ("common", "configs", "heads", "data", "eval", "train", "serve", "api", "cli")
         for module in pkgutil.iter_modules([str(ROOT / folder)])
-        if module.name != "__main__"
+        if module.name not in ("__main__", "litert_convert", "litert_server")
     ]
     assert len(names) > 50
     script = tmp_path / "script.py"
