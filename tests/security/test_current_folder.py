@@ -91,8 +91,8 @@ def test_every_command_runs_from_a_folder_of_hostile_modules(ran: Path) -> None:
 def test_every_module_is_imported_from_a_folder_of_hostile_modules(
     ran: Path, tmp_path: Path
 ) -> None:
-    """As the command imports them: by a script that lies elsewhere. Not what runs in the environment
-    of an engine, whose packages it imports."""
+    """As the command imports them: by a script that lies elsewhere. Not what runs in an engine's
+    environment, whose packages it imports."""
     names = [
         f"headstart.{folder}.{module.name}"
         for folder in ("common", "configs", "heads", "data", "eval", "train", "serve", "api", "cli")
