@@ -22,7 +22,7 @@ def _export(args: argparse.Namespace) -> None:
     t, export, out = settings.target, settings.export, settings.output_dir
     config = load_target_config(t.name, t.revision, t.trust_remote_code)
     if args.engine == "litert":
-        chosen = litert_export(export, t, export.num_assistant_tokens, export.cache_length)
+        chosen = litert_export(export, t)
         whole = t.model_copy(update={"dtype": "float32"})
         engine_warnings = export_for_litert(
             args.head, config, lambda: load_served(whole), out, chosen

@@ -19,6 +19,7 @@ from transformers import (
 from transformers import (
     initialization as init,
 )
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.gemma4_assistant.modeling_gemma4_assistant import (
     Gemma4AssistantMaskedEmbedder,
 )
@@ -108,7 +109,7 @@ class DraftModel(PreTrainedModel, GenerationMixin):
             init.zeros_(module.token_ordering)
 
 
-class ResidualBlock(nn.Module):
+class ResidualBlock(GradientCheckpointingLayer):
     """x + W_2 silu(W_1 norm(x)), over [..., H]."""
 
     def __init__(self, width: int, inner: int, eps: float):

@@ -22,7 +22,7 @@ from headstart.heads.saving import (
 )
 from headstart.heads.target import Target
 
-DRAFTS = 4  # K that a head is built for where nobody says
+DRAFTS = 4  # K, where nobody says
 
 
 def head_config(source: Any, head: HeadConfig, drafts: int) -> Any:

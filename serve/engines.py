@@ -18,7 +18,7 @@ from headstart.common.children import run_python
 from headstart.common.files import cache_dir, check_empty, drop_remote_code
 from headstart.configs.schema import Engine
 from headstart.heads.kinds import kind_of
-from headstart.heads.pairing import check_shapes
+from headstart.heads.pairing import DRAFTS, check_shapes
 from headstart.heads.saving import draft_position_offset, load_assistant, save_assistant
 
 ENGINES: tuple[Engine, ...] = get_args(Engine)
@@ -251,7 +251,6 @@ def server_arguments(
 
 GGUF = "head.gguf"
 GGUF_TYPES = {torch.float32: "f32", torch.bfloat16: "bf16"}
-DRAFTS = 4  # tokens a round, of a head that does not say
 
 
 def export_for_engine(

@@ -29,12 +29,11 @@ from headstart.configs.settings import ExportConfig
 from headstart.heads.assistant import write_global_keys
 from headstart.heads.drafting import Drafter
 from headstart.heads.kinds import Verified
-from headstart.heads.pairing import check_shapes, other_target
+from headstart.heads.pairing import DRAFTS, check_shapes, other_target
 from headstart.heads.saving import load_assistant, load_assistant_config, save_assistant
 from headstart.heads.target import Target, source_layers
 from headstart.serve.engines import (
     DRAFT_POSITION_OFFSETS,
-    DRAFTS,
     end_of,
     engine_python,
     engine_warnings,
@@ -61,9 +60,7 @@ class LitertExport:
     """Leave ordered embeddings out: drafts read the whole table."""
 
 
-def litert_export(
-    export: ExportConfig, target: TargetConfig, num_assistant_tokens: int | None, cache_length: int
-) -> LitertExport:
+def litert_export(export: ExportConfig, target: TargetConfig) -> LitertExport:
     """How the file is made, of settings.
 
     Raises:
@@ -74,7 +71,7 @@ def litert_export(
     if export.dtype == "bfloat16":
         raise ValueError("LiteRT-LM runs no bfloat16 on a CPU: export.dtype=float32, or int8")
     dtype = export.dtype or "float32"
-    return LitertExport(num_assistant_tokens, cache_length, dtype, export.dense)
+    return LitertExport(export.num_assistant_tokens, export.cache_length, dtype, export.dense)
 
 
 def export_for_litert(
@@ -102,7 +99,7 @@ def export_for_litert(
 
     Raises:
         ValueError: the engine is not installed, the head does not fit the target, or one of them
-            is not exported, with the cure; `out` holds something.
+            is not exported, with the fix; `out` holds something.
         OSError: the disk is full.
         RuntimeError: the conversion failed, with the end of what it said.
     """

@@ -156,6 +156,24 @@ def test_drafts_of_the_decoder_equal_the_training_rows(
     assert not recorded
 
 
+@each_kind
+def test_checkpointed_activations_give_the_same_gradients(kind: str, tiny: Target) -> None:
+    text = greedy_document(tiny)[1].ids
+    head = DraftHead(build_assistant(tiny, HeadConfig(kind=kind), K)).train()
+    seen = tiny.activations(text[None])
+    rows = torch.arange(3, 9)
+    fed = torch.stack([text[rows + k] for k in range(1, K + 1)], dim=1)
+    found = []
+    for checkpointed in (False, True):
+        if checkpointed:
+            head.assistant.gradient_checkpointing_enable({"use_reentrant": False})
+        head.zero_grad()
+        training_logits(tiny, head, seen, rows, fed).logsumexp(-1).sum().backward()
+        found.append({n: p.grad for n, p in head.named_parameters() if p.grad is not None})
+    assert found[0]
+    torch.testing.assert_close(found[0], found[1])
+
+
 RULES: list[DraftLength | None] = [
     None, Constant(2), Heuristic(4), CostRule(0.1, [1, 1.1, 1.15, 1.2, 1.25]),
 ]  # fmt: skip
