@@ -89,22 +89,23 @@ def _serve_check(args: argparse.Namespace) -> None:
     from headstart.serve.engine_check import ServeCheck, print_serve_check, serve_check
     from headstart.serve.engines import engine_python
 
-    settings = read_settings(args)
+    litert = args.engine == "litert"
+    settings = read_settings(args, [("target.dtype", "float32")] if litert else [])
     t, chosen = settings.target, settings.eval
     engine_python(args.engine)  # before the weights are loaded
     if t.quantization is not None:
         raise ValueError("serve-check writes the weights for the engine: no target.quantization")
+    if litert and t.dtype != "float32":
+        raise ValueError("LiteRT-LM computes in float32 on a CPU: leave target.dtype out")
     if len(chosen.num_assistant_tokens) != 1:
         raise ValueError("serve-check drafts with one K: eval.num_assistant_tokens=4")
     loaded = load_prompt_set(chosen.prompts)
     prompts = limit_evenly(loaded, chosen.limit)
-    if args.engine == "litert" and t.dtype == "auto":  # that of the engine
-        t = t.model_copy(update={"dtype": "float32"})
     target = load_served(t, default_device())
     config = load_target_config(t.name, t.revision, t.trust_remote_code)
     (tokens,) = chosen.num_assistant_tokens
     dtype: Any = settings.export.dtype or "float32"
-    if settings.export.dtype is not None and (args.engine != "litert" or dtype == "bfloat16"):
+    if settings.export.dtype is not None and (not litert or dtype == "bfloat16"):
         raise ValueError("the engine gets target.dtype; litert float32, or export.dtype=int8")
     dense = settings.export.dense
     check = ServeCheck(args.engine, args.head, tokens, chosen.max_new_tokens, dense, dtype)

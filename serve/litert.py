@@ -155,6 +155,11 @@ def _write_parts(
                 f"{target.name} has no tokenizer.json, which LiteRT-LM reads: save its tokenizer "
                 "with transformers' fast class"
             )
+        if not target.tokenizer.chat_template:
+            print_once(
+                f"{target.name} has no chat template: give `litert-lm run` --no-template, or "
+                "export with target.chat_template=FILE"
+            )
     settings = {
         "num_assistant_tokens": k,
         "cache_length": export.cache_length,

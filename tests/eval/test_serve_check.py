@@ -3,11 +3,15 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
+from headstart.cli.main import main
 from headstart.eval.acceptance import AcceptanceCounts
 from headstart.eval.decoding import Decoded
+from headstart.heads.target import Target
 from headstart.serve import engine_check
 from headstart.serve.engine_check import (
     Answer,
@@ -162,3 +166,25 @@ def test_the_figures_of_an_engine_are_those_of_its_texts() -> None:
         "engine_plain_to_transformers_plain": 0.5,
         "engine_assisted_to_transformers_plain": 1,
     }
+
+
+def test_litert_is_compared_with_a_target_in_its_own_dtype(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where a processor computes in bfloat16, which the engine does not."""
+    checked: list[Target] = []
+
+    def serve_check(target: Target, *rest: Any) -> dict[str, Any]:
+        checked.append(target)
+        return {}
+
+    monkeypatch.setattr("headstart.common.machine.natural_dtype", lambda: "bfloat16")
+    monkeypatch.setattr("headstart.serve.engines.engine_python", lambda engine: Path())
+    monkeypatch.setattr(engine_check, "serve_check", serve_check)
+    monkeypatch.setattr(engine_check, "print_serve_check", lambda content: None)
+    given = ["serve-check", "head", "litert", "target.name=tiny-gemma3", f"output_dir={tmp_path}"]
+    assert main(given) == 0
+    assert checked[0].table.dtype is torch.float32
+    assert main([*given, "target.dtype=bfloat16"]) == 1
+    assert "leave target.dtype out" in capsys.readouterr().err
+    assert len(checked) == 1
