@@ -99,16 +99,18 @@ def _serve_check(args: argparse.Namespace) -> None:
         raise ValueError("LiteRT-LM computes in float32 on a CPU: leave target.dtype out")
     if len(chosen.num_assistant_tokens) != 1:
         raise ValueError("serve-check drafts with one K: eval.num_assistant_tokens=4")
+    dtype: Any = settings.export.dtype or "float32"
+    if settings.export.dtype is not None and (not litert or dtype == "bfloat16"):
+        raise ValueError("the engine gets target.dtype; litert float32, or export.dtype=int8")
+    (tokens,) = chosen.num_assistant_tokens
+    several = tuple(n for n in chosen.concurrency if n > 1)
+    check = ServeCheck(
+        args.engine, args.head, tokens, chosen.max_new_tokens, settings.export.dense, dtype, several
+    )
     loaded = load_prompt_set(chosen.prompts)
     prompts = limit_evenly(loaded, chosen.limit)
     target = load_served(t, default_device())
     config = load_target_config(t.name, t.revision, t.trust_remote_code)
-    (tokens,) = chosen.num_assistant_tokens
-    dtype: Any = settings.export.dtype or "float32"
-    if settings.export.dtype is not None and (not litert or dtype == "bfloat16"):
-        raise ValueError("the engine gets target.dtype; litert float32, or export.dtype=int8")
-    dense = settings.export.dense
-    check = ServeCheck(args.engine, args.head, tokens, chosen.max_new_tokens, dense, dtype)
     recorded = prompt_set(chosen.prompts, loaded)
     print_serve_check(serve_check(target, config, check, prompts, settings.output_dir, recorded))
 
@@ -118,16 +120,18 @@ SERVE_CHECK = Command(
     "compare a real engine with transformers",
     "Start an engine on this machine with the target, and again with the head; compare its greedy "
     "texts with those of transformers token by token, and its acceptance with that of the exact "
-    "decoder, and measure tokens per second with the head and without. serve-check.json and the "
-    "engine's logs are in output_dir.",
+    "decoder, and measure tokens per second with the head and without; with vllm and "
+    "eval.concurrency=1,4,16 for so many texts at once too. serve-check.json and the engine's logs "
+    "are in output_dir.",
     "headstart serve-check runs/quickstart/head vllm export.dense=true output_dir=check",
     _serve_check,
     arguments=(HEAD, Argument("ENGINE", "which one", choices=INSTALLABLE)),
     settings=(
         "output_dir", "target.name", "target.adapters", "target.*", "eval.prompts", "eval.limit",
-        "eval.num_assistant_tokens", "eval.max_new_tokens", "export.dense", "export.dtype",
+        "eval.num_assistant_tokens", "eval.max_new_tokens", "eval.concurrency", "export.dense",
+        "export.dtype",
     ),
-    defaults=(("eval.num_assistant_tokens", [4]), ("eval.limit", 16)),
+    defaults=(("eval.num_assistant_tokens", [4]), ("eval.limit", 16), ("eval.concurrency", [1])),
     required=("output_dir",),
 )  # fmt: skip
 

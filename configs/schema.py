@@ -447,6 +447,9 @@ class EvalConfig(Section):
     """Tokens generated a prompt, or a turn of it."""
     limit: PositiveInt | None = None
     """Prompts measured, dealt evenly over the categories. None: all of them."""
+    concurrency: list[PositiveInt] = [4, 16]
+    """Numbers of texts decoded at once, as by a server: what the head is worth there is predicted,
+    and by `headstart serve-check` measured."""
     fp32_check_prompts: NonNegativeInt = 4
     """Prompts checked in float32 for equality with plain greedy decoding. 0: no check."""
 
@@ -457,7 +460,8 @@ class EvalConfig(Section):
             raise ValueError("temperatures needs one value or more: 0 (greedy), above, or model")
         if not self.seeds:
             raise ValueError("seeds needs one value or more")
-        for name in ("temperatures", "decoders", "num_assistant_tokens", "draft_models", "seeds"):
+        several = ("temperatures", "decoders", "num_assistant_tokens", "draft_models", "seeds")
+        for name in (*several, "concurrency"):
             if len(set(getattr(self, name))) < len(getattr(self, name)):
                 raise ValueError(f"{name} names one twice: {getattr(self, name)}")
         if not any(numbers) and (self.top_k is not None or self.top_p < 1):

@@ -6,7 +6,7 @@ a head pays.
 
 All are measured from one state of decoding, to which each returns.
 
-Letters: T tokens of context, K draft tokens, D target width.
+Letters: B texts, T tokens of context, K draft tokens, D target width.
 """
 
 import statistics
@@ -106,11 +106,11 @@ class DecodeState:
         self.cache.crop(self.context - self.cache.get_seq_length())
 
     def _go_on(self, tokens: int, **kwargs: Any) -> Any:
-        return _forward(self.target, self.cache, self.ids[:, : self.context + tokens], **kwargs)
+        return forward(self.target, self.cache, self.ids[:, : self.context + tokens], **kwargs)
 
 
-def _forward(target: Target, cache: DynamicCache, ids: torch.Tensor, **kwargs: Any) -> Any:
-    """Run the target over the last of `ids` [1, T], those that the cache does not hold yet."""
+def forward(target: Target, cache: DynamicCache, ids: torch.Tensor, **kwargs: Any) -> Any:
+    """Run the target over the last of `ids` [B, T], those that the cache does not hold yet."""
     return target.model(
         input_ids=ids[:, cache.get_seq_length() :],
         attention_mask=torch.ones_like(ids),
@@ -120,23 +120,27 @@ def _forward(target: Target, cache: DynamicCache, ids: torch.Tensor, **kwargs: A
     )
 
 
+def random_ids(target: Target, texts: int, tokens: int) -> torch.Tensor:
+    """[texts, tokens] on the target's device: a seeded draw of ordinary ids, those of the second
+    and third quarter of the vocabulary: special tokens and the places of images stand at its ends.
+
+    What a step costs does not depend on their values, but in a mixture of experts, where chance
+    decides how many of them a verification reads.
+    """
+    size, seeded = target.config.vocab_size, torch.Generator().manual_seed(0)
+    ids = torch.randint(size // 4, 3 * size // 4, (texts, tokens), generator=seeded)
+    return ids.to(target.device)
+
+
 @torch.inference_mode()
 def prepare(target: Target, context: int) -> DecodeState:
-    """Run the target on a context of `context` tokens.
-
-    The tokens are a seeded random draw of ordinary ids, those of the second and third quarter of
-    the vocabulary: special tokens and the places of images stand at its ends. What a step costs
-    does not depend on their values, but in a mixture of experts, where chance decides how many of
-    them a verification reads.
-    """
-    size, shape = target.config.vocab_size, (1, context + MAX_DRAFT_TOKENS + 1)
-    seeded = torch.Generator().manual_seed(0)
-    ids = torch.randint(size // 4, 3 * size // 4, shape, generator=seeded).to(target.device)
+    """Run the target on a context of `context` tokens, `random_ids`."""
+    ids = random_ids(target, 1, context + MAX_DRAFT_TOKENS + 1)
     cache = DynamicCache(config=target.config)
     cache.activate_past_recording()  # as the stock assisted decoder does: sliding layers can be cut
-    prefill = _forward(target, cache, ids[:, :context], logits_to_keep=1, **FOR_DRAFTS)
+    prefill = forward(target, cache, ids[:, :context], logits_to_keep=1, **FOR_DRAFTS)
     cache.crop(0)
-    outputs = _forward(target, cache, ids[:, : context + 1], **FOR_DRAFTS)
+    outputs = forward(target, cache, ids[:, : context + 1], **FOR_DRAFTS)
     seen = (
         verified(prefill, ids[:, :context]),
         verified(outputs, ids[:, context : context + 1]),

@@ -16,6 +16,8 @@ from rich.table import Table
 from headstart.common.console import in_markdown, markdown_row, one_line, plain_console
 from headstart.common.files import write_atomically
 from headstart.common.machine import machine_name
+from headstart.eval.concurrency import COLUMNS as SEVERAL_COLUMNS
+from headstart.eval.concurrency import table_of
 from headstart.eval.plots import INK, STYLE, figures, group_name
 from headstart.eval.recorded import describe_set, recorded_set
 from headstart.eval.statistics import merit, sampling_name
@@ -201,6 +203,10 @@ def breakdowns(content: dict[str, Any]) -> list[tuple[str, list[str], Rows]]:
         tables.append((f"What the text is ({of})", SPAN_COLUMNS, _span_rows(best["by_span"])))
         rows = _context_rows(best["by_context"])
         tables.append((f"Length of the context ({of})", CONTEXT_COLUMNS, rows))
+    several = content.get("concurrency", [])  # reports of before have none
+    for head in dict.fromkeys(row["head"] for row in several):
+        own = table_of([row for row in several if row["head"] == head])
+        tables.append((f"Several texts at once ({head})", SEVERAL_COLUMNS, own))
     return tables
 
 

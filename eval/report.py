@@ -20,6 +20,7 @@ from headstart.configs.schema import Config, EvalConfig
 from headstart.data.prompts import Prompt, check_prompt_set, limit_evenly, load_prompt_set
 from headstart.data.templates import check_template, encode_prompts
 from headstart.eval.asked import asked_by_heads
+from headstart.eval.concurrency import measure_batches, predicted, where_it_pays
 from headstart.eval.decoding import GREEDY, DecoderVariant, make_variants
 from headstart.eval.draft_cost import Costs, busy_share, longest_draft, measure_costs
 from headstart.eval.figures import noise, summarize
@@ -208,6 +209,7 @@ def _content(
     longer = None if most is None else len({t.id for t in first if t.prompt_len > most})
     costs = kept.found.get("costs", {})
     verification = least_verification(costs) if kept.timed else None
+    several = predicted(kept.found.get("batches", {}), found) if kept.timed else []
     return {
         "schema": SCHEMA,
         "environment": environment(target.device)
@@ -219,7 +221,10 @@ def _content(
         "noise": noise(first) if kept.timed else None,
         "busy_share": kept.found.get("busy_share"),
         "least_verification": verification,
-        "verdict": verdict(found, kept.found.get("busy_share"), verification),
+        "verdict": " ".join(
+            [verdict(found, kept.found.get("busy_share"), verification), *where_it_pays(several)]
+        ),
+        "concurrency": several,
         "per_text_columns": PER_TEXT,
         "results": found,
         "examples": _examples(target, prompts, measured, found),
@@ -289,6 +294,10 @@ def _find_costs(
         wanted = heads if timed or any(d in OWN_LENGTH for d in chosen.decoders) else {}
         measured = {name: measure_costs(target, h, longest, budget) for name, h in wanted.items()}
         kept.find("costs", {n: {d: asdict(c) for d, c in m.items()} for n, m in measured.items()})
+    if timed and chosen.concurrency and "batches" not in kept.found:
+        sizes, ks = chosen.concurrency, chosen.num_assistant_tokens
+        found = {name: measure_batches(target, head, sizes, ks) for name, head in heads.items()}
+        kept.find("batches", {name: list(map(asdict, costs)) for name, costs in found.items()})
 
 
 def _variants(

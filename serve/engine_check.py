@@ -1,265 +1,47 @@
 """A real engine against transformers: equal greedy texts, equal acceptance, and what the head is
 worth there (`headstart serve-check`).
 
-The engine runs on loopback, with a head and without: it is started, asked, and stopped by process
-id. All speak HTTP, and count rounds and accepted drafts by position for all requests together
-(`/metrics`). llama.cpp, mlx-vlm and LiteRT-LM are served by programs beside this file.
+The engine (`serve/engine_server.py`) is asked one prompt after another, with a head and without,
+and again with several at once where it works on several together.
 """
 
-import http.client
-import json
-import os
-import re
-import signal
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from rich.table import Column, Table
 
-from headstart.common.children import (
-    child_environment,
-    home_of,
-    python_command,
-    temporary_folder,
-)
+from headstart.common.children import temporary_folder
 from headstart.common.console import counted, plain_console, print_once
-from headstart.common.files import drop_remote_code, open_own, write_figures
+from headstart.common.files import drop_remote_code, write_figures
 from headstart.common.machine import environment
 from headstart.data.prompts import Prompt
-from headstart.data.server import PLAIN_SAMPLING
 from headstart.data.templates import encode_prompts
 from headstart.eval.acceptance import AcceptanceCounts, zero_counts
 from headstart.eval.asked import asked_by_heads
+from headstart.eval.concurrency import BatchCost, measure_batches
 from headstart.eval.decoding import Decoded, decode, divergence
 from headstart.heads.assistant import write_global_keys
 from headstart.heads.decoder import ExactDecoding
 from headstart.heads.pairing import check_pair
 from headstart.heads.saving import draft_position_offset, load_assistant, load_assistant_config
 from headstart.heads.target import Gemma3ForAssistedDecoding, Target
+from headstart.serve.engine_server import Answer, Asked, EngineServer, ask
 from headstart.serve.engines import (
     DRAFT_POSITION_OFFSETS,
     GGUF,
     GGUF_TYPES,
     Engine,
     convert_to_gguf,
-    engine_python,
     engine_version,
     export_for_engine,
-    server_arguments,
 )
 from headstart.serve.litert import BUNDLE, LitertExport, export_for_litert, logged_rate
 
-# Between this process and an engine: when the pipe between them ends, because this process ended in
-# whatever way, SIGKILL included, so does the engine with all processes of its session.
-WATCH = """
-import os, signal, subprocess, sys, threading, time
-signal.signal(signal.SIGTERM, lambda *_: None)
-engine = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL)
-def watch():
-    os.read(0, 1)  # nothing is ever written: it is the pipe's end
-    os.killpg(0, signal.SIGTERM)
-    time.sleep(10)
-    os.killpg(0, signal.SIGKILL)
-threading.Thread(target=watch, daemon=True).start()
-sys.exit(engine.wait())
-"""
-STARTING = 1800.0  # seconds that an engine may take to load and answer
-# No proxy stands before loopback.
-OWN = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-
-
-@dataclass(frozen=True)
-class Counts:
-    """What an engine says of its drafts."""
-
-    rounds: int = 0
-    """With drafts: a last token that is not worth any is none."""
-    by_position: list[int] = field(default_factory=list)
-    """Accepted tokens at draft 1 .. K."""
-
-    def __sub__(self, earlier: "Counts") -> "Counts":
-        """What came after an earlier reading."""
-        before = earlier.by_position or [0] * len(self.by_position)
-        by_position = [a - b for a, b in zip(self.by_position, before, strict=True)]
-        return Counts(self.rounds - earlier.rounds, by_position)
-
-
-@dataclass(frozen=True)
-class Answer:
-    """One greedy text."""
-
-    tokens: list[int]
-    """Without the token that ends a text: engines differ in whether they hand it out."""
-    ended: bool
-    """Whether it ended before there were as many as asked for."""
-    seconds: float
-    """Wall time of the request."""
-
-    @classmethod
-    def of(cls, tokens: list[int], stop_ids: Sequence[int], asked: int, seconds: float) -> "Answer":
-        """From the tokens as they came, with the one that ends the text or without."""
-        kept = tokens[:-1] if tokens and tokens[-1] in stop_ids else tokens
-        return cls(kept, len(kept) < asked, seconds)
-
-    @property
-    def written(self) -> int:
-        """Tokens that the target said, that which ends the text included."""
-        return len(self.tokens) + self.ended
-
-
-class EngineServer:
-    """An engine with a target, and with a head where there is one; up within `with`.
-
-    Args:
-        engine: installed by `headstart install`.
-        target, head: folders, for llama.cpp GGUF files. head None: plain decoding.
-        num_assistant_tokens: K.
-        context: tokens of the longest prompt and its answer together.
-        stop_ids: tokens that end a text.
-        log: file that keeps what the engine says.
-        dtype: of vLLM's weights.
-        threads: of the processor.
-
-    Raises:
-        RuntimeError: (on entering) it did not come up; the message has the end of its log.
-    """
-
-    def __init__(
-        self,
-        engine: Engine,
-        target: Path,
-        head: Path | None,
-        num_assistant_tokens: int,
-        context: int,
-        stop_ids: Sequence[int],
-        log: Path,
-        dtype: str,
-        threads: int,
-    ):
-        self.engine, self.log, self.stop_ids = engine, log, list(stop_ids)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port: int = free.getsockname()[1]
-        self.url = f"http://127.0.0.1:{port}"
-        # Without keys: an engine runs on local files, and asks nobody.
-        self.environment = child_environment()
-        self.environment |= {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
-        python = engine_python(engine)
-        self.folder = home_of(python)
-        """Where it runs: the current folder may hold anything."""
-        if engine == "vllm":
-            self.environment |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
-        arguments = server_arguments(
-            engine, target, head, num_assistant_tokens, port, context, dtype, threads
-        )
-        self.command = python_command(python, *arguments)
-
-    def __enter__(self) -> "EngineServer":
-        with open_own(self.log, "wb") as log:
-            # A session of its own, so that the engine's own processes can be stopped with it.
-            self.process = subprocess.Popen(
-                [sys.executable, "-I", "-c", WATCH, *self.command], stdin=subprocess.PIPE,
-                stdout=log, stderr=subprocess.STDOUT, env=self.environment, cwd=self.folder,
-                start_new_session=True,
-            )  # fmt: skip
-        try:
-            deadline = time.monotonic() + STARTING
-            while self.process.poll() is None and time.monotonic() < deadline:
-                if self._is_up():
-                    return self
-                time.sleep(0.2)
-            raise RuntimeError(
-                f"{self.engine} did not come up: ... {self._end_of_log()} (all of it: {self.log})"
-            )
-        except BaseException:  # Ctrl-C too: the engine does not get it
-            self.stop()
-            raise
-
-    def _is_up(self) -> bool:
-        try:
-            OWN.open(f"{self.url}/health", timeout=5).close()
-        except (OSError, http.client.HTTPException):
-            return False
-        return True
-
-    def __exit__(self, *error: object) -> None:
-        self.stop()
-
-    def stop(self) -> None:
-        """End the engine and its processes."""
-        for wanted in (signal.SIGTERM, signal.SIGKILL):
-            try:
-                os.killpg(self.process.pid, wanted)
-                self.process.wait(timeout=10)
-            except (ProcessLookupError, subprocess.TimeoutExpired):
-                continue
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-
-    def _end_of_log(self) -> str:
-        lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
-        telling = [line for line in lines if re.search(r"rror|assert|fail", line)] or lines
-        return " ".join(" ".join(telling[-4:]).split())[-700:]
-
-    def answer(self, prompt: Sequence[int], max_new_tokens: int) -> Answer:
-        """The greedy continuation of a prompt's ids."""
-        asked = PLAIN_SAMPLING | {"prompt": list(prompt), "temperature": 0.0}
-        if self.engine == "vllm":
-            asked |= {"model": "target", "max_tokens": max_new_tokens, "return_token_ids": True}
-            content, seconds = self._post("/v1/completions", asked)
-            tokens = content["choices"][0]["token_ids"]
-        else:
-            asked |= {"n_predict": max_new_tokens, "return_tokens": True, "stop_ids": self.stop_ids}
-            content, seconds = self._post("/completion", asked)
-            tokens = content["tokens"]
-        return Answer.of(tokens, self.stop_ids, max_new_tokens, seconds)
-
-    def read_counts(self) -> Counts:
-        """Of all answers since the start."""
-        with OWN.open(f"{self.url}/metrics", timeout=30) as response:
-            return counts_of_metrics(response.read().decode())
-
-    def _post(self, path: str, content: dict[str, Any]) -> tuple[dict[str, Any], float]:
-        request = urllib.request.Request(
-            self.url + path, json.dumps(content).encode(), {"Content-Type": "application/json"}
-        )
-        start = time.perf_counter()
-        try:
-            with OWN.open(request, timeout=600) as response:
-                found = json.loads(response.read())
-        except urllib.error.HTTPError as error:
-            raise RuntimeError(
-                f"{self.engine} refuses a prompt ({error.code}): {error.read().decode()[:700]}"
-            ) from error
-        except (OSError, http.client.HTTPException) as error:
-            raise RuntimeError(
-                f"{self.engine} stopped answering: ... {self._end_of_log()} (all of it: {self.log})"
-            ) from error
-        return found, time.perf_counter() - start
-
-
-def counts_of_metrics(metrics: str) -> Counts:
-    """Of `/metrics`, in Prometheus' text format."""
-    name = r"^(?:vllm|llamacpp|mlx|litert):spec_decode_num_"
-    rounds = re.findall(name + r"drafts_total(?:{[^}]*})? (\S+)$", metrics, re.M)
-    accepted = re.findall(
-        name + r'accepted_tokens_per_pos_total{[^}]*position="(\d+)"[^}]*} (\S+)$', metrics, re.M
-    )
-    by_position = {int(position): int(float(value)) for position, value in accepted}
-    return Counts(int(sum(map(float, rounds))), [by_position[k] for k in sorted(by_position)])
-
-
 SCHEMA = 1
 SPARE = 16  # tokens of the context beside K drafts beyond the end of the longest text
-WARM_UP = 8  # tokens of a request before the clock runs
 
 
 @dataclass(frozen=True)
@@ -274,6 +56,15 @@ class ServeCheck:
     """Leave ordered embeddings out, for transformers too."""
     dtype: Literal["float32", "int8"] = "float32"
     """Of LiteRT-LM's weights."""
+    concurrency: tuple[int, ...] = ()
+    """Numbers of texts at once that are measured beside one after another, in vLLM alone."""
+
+    def __post_init__(self) -> None:
+        if self.concurrency and self.engine != "vllm":
+            raise ValueError(
+                f"{self.engine} is run one text at a time here: leave eval.concurrency out, or "
+                "check with vllm"
+            )
 
 
 def serve_check(
@@ -310,15 +101,21 @@ def serve_check(
         ids = encode_prompts(prompts, target.tokenizer, asked.chat_template_kwargs)
         context = max(map(len, ids)) + check.max_new_tokens + k + SPARE
         head, served_target, served_head = _written(target, config, check, context, temporary)
-        ours, counts = _by_transformers(target, head, check, ids)
+        ours, counts, costs = _by_transformers(target, head, check, ids)
         dtype = str(target.identity["dtype"])
-        variants: dict[str, tuple[list[Answer], Counts]] = {}
+        variants: dict[str, Asked] = {}
+        several: dict[tuple[str, int], Asked] = {}
         for name, served in (("plain", None), ("assisted", served_head)):
             with EngineServer(
                 check.engine, served_target, served, k, context, stop_ids=target.eos_ids,
                 log=out / f"{name}.log", dtype=dtype, threads=torch.get_num_threads(),
+                at_once=max(check.concurrency, default=1),
             ) as server:  # fmt: skip
-                variants[name] = _ask(server, ids, check.max_new_tokens, f"{check.engine}, {name}")
+                what = f"{check.engine}, {name}"
+                variants[name] = ask(server, ids, check.max_new_tokens, what)
+                for n in check.concurrency:
+                    of_n = f"{what}, {n} at once"
+                    several[name, n] = ask(server, ids, check.max_new_tokens, of_n, at_once=n)
                 told = server.read_counts()  # the warm-up's too
     content = {
         "schema": SCHEMA,
@@ -334,6 +131,7 @@ def serve_check(
             "chat_template_kwargs": asked.chat_template_kwargs,
         },
         **_compared(ours, counts, variants),
+        "concurrency": [_at_once(several, cost, counts.acceptance_length) for cost in costs],
     }  # fmt: skip
     if check.engine == "litert":
         rate = sum(told.by_position) / max(told.rounds * k, 1)
@@ -380,9 +178,9 @@ def _written(
 
 def _by_transformers(
     target: Target, head: Path, check: ServeCheck, ids: Sequence[list[int]]
-) -> tuple[dict[str, list[Answer]], AcceptanceCounts]:
-    """Plain and exact decoding of each prompt, in turn, and acceptance where drafts stand as in the
-    engine."""
+) -> tuple[dict[str, list[Answer]], AcceptanceCounts, list[BatchCost]]:
+    """Plain and exact decoding of each prompt, in turn; acceptance where drafts stand as in the
+    engine; and what rounds cost over several texts at once."""
     assistant = load_assistant(head, target.table.dtype, target.device)
     check_pair(target, assistant)
     decoding_config, k, n = ExactDecoding(), check.num_assistant_tokens, check.max_new_tokens
@@ -396,7 +194,7 @@ def _by_transformers(
             found[name].append(Answer.of(text.tokens, target.eos_ids, n, text.seconds))
         longer = decode(target, prompt, n + k + 1, assistant, k, as_there)
         counts += as_engine_counts(longer, len(prompt), n, k, check.engine)
-    return found, counts
+    return found, counts, measure_batches(target, assistant, check.concurrency, [k])
 
 
 def as_engine_counts(
@@ -426,25 +224,16 @@ def as_engine_counts(
     return AcceptanceCounts.of_rounds(rounds, k)
 
 
-def _ask(
-    server: EngineServer, ids: Sequence[list[int]], max_new_tokens: int, what: str
-) -> tuple[list[Answer], Counts]:
-    """All prompts, one after another, and what the engine counted meanwhile."""
-    server.answer(ids[0], WARM_UP)
-    before = server.read_counts()
-    found = [server.answer(prompt, max_new_tokens) for prompt in counted(ids, f"{what} (texts)")]
-    return found, server.read_counts() - before
-
-
 def _compared(
     ours: dict[str, list[Answer]],
     counts: AcceptanceCounts,
-    variants: dict[str, tuple[list[Answer], Counts]],
+    variants: dict[str, Asked],
 ) -> dict[str, Any]:
-    plain, (assisted, told) = variants["plain"][0], variants["assisted"]
+    plain, assisted = variants["plain"].answers, variants["assisted"].answers
+    told = variants["assisted"].counts
     rates = [accepted / max(told.rounds, 1) for accepted in told.by_position]
     speeds = {f"transformers_{name}": _speed(texts) for name, texts in ours.items()}
-    speeds |= {f"engine_{name}": _speed(texts) for name, (texts, _) in variants.items()}
+    speeds |= {f"engine_{name}": _speed(asked.answers) for name, asked in variants.items()}
     return {
         "acceptance_length": {"transformers": counts.acceptance_length, "engine": 1 + sum(rates)},
         "cumulative_acceptance_rate": {
@@ -463,6 +252,25 @@ def _compared(
         ],
         "tokens_per_second": speeds,
         "speedup": speeds["engine_assisted"] / speeds["engine_plain"],
+    }
+
+
+def _at_once(
+    several: dict[tuple[str, int], Asked], cost: BatchCost, acceptance_length: float
+) -> dict[str, Any]:
+    """What the engine did with so many texts at once, and what was predicted of it by the
+    acceptance length of one after another."""
+    plain, assisted = (several[name, cost.texts] for name in ("plain", "assisted"))
+    counts = assisted.counts
+    return {
+        "texts": cost.texts,
+        "acceptance_length": 1 + sum(counts.by_position) / max(counts.rounds, 1),
+        "tokens_per_second_plain": plain.tokens_per_second,
+        "tokens_per_second_assisted": assisted.tokens_per_second,
+        "speedup": assisted.tokens_per_second / plain.tokens_per_second,
+        "predicted_speedup": cost.speedup(acceptance_length),
+        "c": cost.c,
+        "v": cost.v,
     }
 
 
@@ -491,3 +299,9 @@ def print_serve_check(content: dict[str, Any]) -> None:
     for name, share in content["equal_texts"].items():
         print(f"equal texts, {name.replace('_', ' ')}: {share:.0%}")
     print_once(f"speedup of {env['engine']} by the head: {content['speedup']:.2f}")
+    for row in content["concurrency"]:
+        print_once(
+            f"{row['texts']} texts at once: {row['tokens_per_second_plain']:.1f} tokens/s plain, "
+            f"{row['tokens_per_second_assisted']:.1f} with the head, {row['speedup']:.2f} times as "
+            f"fast; predicted {row['predicted_speedup']:.2f}"
+        )

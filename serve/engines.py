@@ -223,6 +223,7 @@ def server_arguments(
     context: int,
     dtype: str,
     threads: int,
+    at_once: int,
 ) -> list[str]:
     """What the Python of an engine's environment is told to serve on loopback; arguments as of
     `EngineServer`."""
@@ -239,7 +240,7 @@ def server_arguments(
     arguments = [
         "-m", "vllm.entrypoints.openai.api_server", "--model", model,
         "--served-model-name", "target", "--host", "127.0.0.1", "--port", str(port),
-        "--dtype", dtype, "--max-model-len", str(context), "--max-num-seqs", "1",
+        "--dtype", dtype, "--max-model-len", str(context), "--max-num-seqs", str(at_once),
         "--no-enable-prefix-caching",
     ]  # fmt: skip
     if drafts:

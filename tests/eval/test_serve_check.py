@@ -12,13 +12,14 @@ from headstart.cli.main import main
 from headstart.eval.acceptance import AcceptanceCounts
 from headstart.eval.decoding import Decoded
 from headstart.heads.target import Target
-from headstart.serve import engine_check
-from headstart.serve.engine_check import (
+from headstart.serve import engine_check, engine_server
+from headstart.serve.engine_check import ServeCheck, _compared, as_engine_counts
+from headstart.serve.engine_server import (
     Answer,
+    Asked,
     Counts,
     EngineServer,
-    _compared,
-    as_engine_counts,
+    ask,
     counts_of_metrics,
 )
 from headstart.serve.engines import Engine
@@ -76,7 +77,7 @@ def test_an_engine_that_dies_says_why_and_keeps_its_log(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # This Python has no vLLM, so that the engine ends at once with an error of its own.
-    monkeypatch.setattr(engine_check, "engine_python", lambda engine: Path(sys.executable))
+    monkeypatch.setattr(engine_server, "engine_python", lambda engine: Path(sys.executable))
     log = tmp_path / "vllm.log"
     server = EngineServer("vllm", tmp_path, None, 4, 64, [1], log, "float32", 2)
     with pytest.raises(RuntimeError, match=r"did not come up: .*vllm.*vllm\.log"), server:
@@ -88,8 +89,8 @@ def test_an_engine_that_dies_says_why_and_keeps_its_log(
 def test_what_an_engine_started_is_stopped_with_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine_check, "engine_python", lambda engine: Path(sys.executable))
-    monkeypatch.setattr(engine_check, "STARTING", 3.0)
+    monkeypatch.setattr(engine_server, "engine_python", lambda engine: Path(sys.executable))
+    monkeypatch.setattr(engine_server, "STARTING", 3.0)
     server = EngineServer("vllm", tmp_path, None, 4, 64, [1], tmp_path / "log", "float32", 2)
     child = "import subprocess, sys, time; p = subprocess.Popen(['sleep', '60']); print(p.pid)"
     server.command = [sys.executable, "-u", "-c", f"{child}; time.sleep(60)"]
@@ -106,7 +107,7 @@ def test_what_an_engine_started_is_stopped_with_it(
 def test_an_engine_does_not_outlive_a_start_that_was_stopped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: type[BaseException]
 ) -> None:
-    monkeypatch.setattr(engine_check, "engine_python", lambda engine: Path(sys.executable))
+    monkeypatch.setattr(engine_server, "engine_python", lambda engine: Path(sys.executable))
     server = EngineServer("vllm", tmp_path, None, 4, 64, [1], tmp_path / "log", "float32", 2)
     server.command = [sys.executable, "-c", "import time; time.sleep(60)"]
 
@@ -123,7 +124,7 @@ def test_what_an_engine_says_of_a_prompt_it_refuses_is_passed_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And a proxy of the environment does not stand before it."""
-    monkeypatch.setattr(engine_check, "engine_python", lambda engine: Path(sys.executable))
+    monkeypatch.setattr(engine_server, "engine_python", lambda engine: Path(sys.executable))
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     server = EngineServer("vllm", tmp_path, None, 4, 64, [1], tmp_path / "log", "float32", 2)
     refusing = (
@@ -139,6 +140,48 @@ def test_what_an_engine_says_of_a_prompt_it_refuses_is_passed_on(
         server.answer([1, 2], 4)
 
 
+TOGETHER = """
+import http.server as h, json, sys, threading, time
+under_way, lock, most = 0, threading.Lock(), 0
+class R(h.BaseHTTPRequestHandler):
+    def say(self, text):
+        self.send_response(200); self.end_headers(); self.wfile.write(text.encode())
+    def do_GET(self):
+        self.say(f"vllm:spec_decode_num_drafts_total {most}\\n" if "metrics" in self.path else "")
+    def do_POST(self):
+        global under_way, most
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with lock:
+            under_way += 1; most = max(most, under_way)
+        time.sleep(0.3)
+        with lock: under_way -= 1
+        self.say(json.dumps({"choices": [{"token_ids": asked["prompt"][:asked["max_tokens"]]}]}))
+h.ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), R).serve_forever()
+"""
+
+
+@pytest.mark.parametrize("at_once", [1, 3])
+def test_so_many_requests_are_under_way_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: int
+) -> None:
+    """And the answers come in the order of the prompts. The server counts as its rounds the most
+    requests that it had at one time, of which the warm-up's was one."""
+    monkeypatch.setattr(engine_server, "engine_python", lambda engine: Path(sys.executable))
+    server = EngineServer("vllm", tmp_path, None, 4, 64, [1], tmp_path / "log", "float32", 2)
+    server.command = [sys.executable, "-c", TOGETHER, server.url.rpartition(":")[2]]
+    prompts = [[10 + n, 20 + n] for n in range(6)]
+    with server:
+        asked = ask(server, prompts, 2, "texts", at_once)
+    assert [answer.tokens for answer in asked.answers] == prompts
+    assert asked.counts.rounds == at_once - 1
+    assert asked.tokens_per_second == pytest.approx(12 / asked.seconds)
+
+
+def test_an_engine_that_works_on_one_text_alone_is_not_asked_for_several() -> None:
+    with pytest.raises(ValueError, match=r"mlx .*eval\.concurrency"):
+        ServeCheck("mlx", "head", 4, 64, False, concurrency=(4,))
+
+
 def test_the_figures_of_an_engine_are_those_of_its_texts() -> None:
     """A speed is all tokens by all seconds, not a mean of speeds."""
 
@@ -152,7 +195,7 @@ def test_the_figures_of_an_engine_are_those_of_its_texts() -> None:
     plain = [text([1, 2, 3], 0.25), text([5], 0.75)]
     assisted = [text([1, 2, 3], 0.1), text([4], 0.4)]
     told = Counts(10, [5, 2])
-    variants = {"plain": (plain, Counts()), "assisted": (assisted, told)}
+    variants = {"plain": Asked(plain, Counts(), 1.0), "assisted": Asked(assisted, told, 0.5)}
     found = _compared(ours, AcceptanceCounts(10, 20, (10, 6), (6, 3)), variants)
     assert found["tokens_per_second"] == {
         "transformers_plain": 2, "transformers_assisted": 4,

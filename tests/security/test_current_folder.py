@@ -18,8 +18,8 @@ import pytest
 from headstart.cli.main import _parser
 from headstart.configs.loader import load_config
 from headstart.data.prompts import load_prompt_set
-from headstart.serve import engine_check, engines
-from headstart.serve.engine_check import EngineServer
+from headstart.serve import engine_server, engines
+from headstart.serve.engine_server import EngineServer
 from headstart.serve.engines import (
     READY,
     REQUIREMENTS,
@@ -139,7 +139,7 @@ def test_an_engine_runs_no_module_of_the_current_folder_and_has_no_keys(
         (site / package).mkdir(parents=True)
     (site / "mlx" / "core.py").write_text(tell)
     (site / "vllm" / "entrypoints" / "openai" / "api_server.py").write_text(tell)
-    monkeypatch.setattr(engine_check, "STARTING", 20.0)
+    monkeypatch.setattr(engine_server, "STARTING", 20.0)
     server = EngineServer(engine, Path("target"), None, 4, 64, [1], tmp_path / "log", "float32", 1)
     with pytest.raises(RuntimeError, match="did not come up"), server:
         pass

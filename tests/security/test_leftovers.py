@@ -19,9 +19,9 @@ import argparse, sys
 from pathlib import Path
 from headstart.cli import main as cli
 from headstart.cli.arguments import Command
-from headstart.serve import engine_check
+from headstart.serve import engine_server
 from headstart.common.children import temporary_folder
-engine_check.engine_python = lambda engine: Path(sys.executable)
+engine_server.engine_python = lambda engine: Path(sys.executable)
 out = Path(sys.argv[1])
 ENGINE = '''
 import os, signal, subprocess, sys, time
@@ -34,7 +34,7 @@ time.sleep(600)
 def serve(args):
     with temporary_folder() as copy:
         (copy / "target").write_text("a copy")
-        server = engine_check.EngineServer(
+        server = engine_server.EngineServer(
             "vllm", out, None, 4, 64, [1], out / "log", "float32", 1
         )
         server.command = [sys.executable, "-c", ENGINE, str(out)]
