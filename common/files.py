@@ -160,11 +160,15 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
+NO_WAY_IN = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR}
+"""Errors of a place that cannot be written to, however much room there is."""
+
+
 def _unwritten(path: Path, error: Exception) -> OSError:
-    return OSError(
-        f"{path} could not be written ({error}); finished files are kept: make room, then run the "
-        "same command again"
-    )
+    cure = "make room, then run the same command again"
+    if getattr(error, "errno", None) in NO_WAY_IN:
+        cure = "name a place that can be written to"
+    return OSError(f"{path} could not be written ({error}); finished files are kept: {cure}")
 
 
 def file_sha256(path: Path) -> str:

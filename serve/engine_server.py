@@ -25,7 +25,7 @@ from headstart.common.children import child_environment, home_of, python_command
 from headstart.common.console import counted
 from headstart.common.files import open_own
 from headstart.data.server import PLAIN_SAMPLING
-from headstart.serve.engines import Engine, engine_python, server_arguments
+from headstart.serve.engines import Engine, engine_python, errors_of, server_arguments
 
 # Between this process and an engine: when the pipe between them ends, because this process ended in
 # whatever way, SIGKILL included, so does the engine with all processes of its session.
@@ -178,9 +178,7 @@ class EngineServer:
         self.process.stdin.close()
 
     def _end_of_log(self) -> str:
-        lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
-        telling = [line for line in lines if re.search(r"rror|assert|fail", line)] or lines
-        return " ".join(" ".join(telling[-4:]).split())[-700:]
+        return errors_of(self.log.read_text(encoding="utf-8", errors="replace"), lines=4)
 
     def answer(self, prompt: Sequence[int], max_new_tokens: int) -> Answer:
         """The greedy continuation of a prompt's ids."""

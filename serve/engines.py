@@ -7,6 +7,7 @@ have: each has an environment of its own.
 """
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -209,6 +210,13 @@ def _pip(folder: Path, requirements: list[str]) -> str:
 def end_of(said: str) -> str:
     """What a program said last, in one line."""
     return " ".join(said.split())[-600:]
+
+
+def errors_of(said: str, lines: int) -> str:
+    """The last lines of what a program said that tell of errors, in one; of all where none does."""
+    said_lines = said.strip().splitlines()
+    telling = [line for line in said_lines if re.search(r"rror|assert|fail", line)] or said_lines
+    return end_of(" ".join(telling[-lines:]))
 
 
 FOLDER = Path(__file__).parent.absolute()  # of the programs that serve engines without a server

@@ -6,6 +6,7 @@ that it needs is written here, as safetensors and JSON.
 """
 
 import copy
+import errno
 import json
 import re
 import shutil
@@ -34,15 +35,16 @@ from headstart.heads.saving import load_assistant, load_assistant_config, save_a
 from headstart.heads.target import Target, source_layers
 from headstart.serve.engines import (
     DRAFT_POSITION_OFFSETS,
-    end_of,
     engine_python,
     engine_warnings,
+    errors_of,
     incompatibilities,
 )
 
 BUNDLE = "model.litertlm"
 CONVERT = Path(__file__).with_name("litert_convert.py").absolute()
 NO_ROOM = 74  # how the program ends that could not write: EX_IOERR
+SHORTEST = 2  # tokens of a text beside K drafts: one of a prompt and the newest
 PREFILL = (32, 128)  # tokens that calls of the prefill take
 
 
@@ -111,20 +113,29 @@ def export_for_litert(
         raise ValueError(f"litert cannot have {path}: {'; '.join(found)}")
     if (most := text.max_position_embeddings) < export.cache_length:
         raise ValueError(
-            f"export.cache_length={export.cache_length} is above the {most} positions of the "
-            f"target: export.cache_length={most}"
+            f"export.cache_length={export.cache_length} (of serve-check the longest prompt and "
+            f"eval.max_new_tokens) is above the {most} positions of the target: lower it to that"
         )
     python = engine_python("litert")
+    assistant: Any = load_assistant(path, torch.float32)
+    k = export.num_assistant_tokens or assistant.generation_config.num_assistant_tokens or DRAFTS
+    if export.cache_length < k + SHORTEST:
+        raise ValueError(
+            f"export.cache_length={export.cache_length} has no room for a verification of {k} "
+            f"drafts: raise it to {k + SHORTEST} at least, or lower export.num_assistant_tokens"
+        )
+    if export.dense:
+        assistant.config.use_ordered_embeddings, assistant.masked_embedding = False, None
     with atomic_folder(out) as work:
         parts = work / "parts"
-        _write_parts(path, load(), parts, export, by_ids)
+        _write_parts(assistant, k, load(), parts, export, by_ids)
         with phase("Converting for LiteRT-LM"):
             done = run_python(python, str(CONVERT), str(parts), str(work / BUNDLE))
         if done.returncode:
-            said = end_of((done.stderr.strip().splitlines() or [""])[-1])
+            said = errors_of(done.stderr, lines=1)
             # The second is what the graphs' writer says, which ends the program.
             if done.returncode == NO_ROOM or "IO failure on output stream" in said:
-                raise OSError(said)
+                raise OSError(errno.ENOSPC, said)
             raise RuntimeError(
                 f"the conversion for LiteRT-LM failed (exit status {done.returncode}): {said}"
             )
@@ -133,16 +144,12 @@ def export_for_litert(
 
 
 def _write_parts(
-    path: str | Path, target: Target, folder: Path, export: LitertExport, by_ids: bool
+    assistant: Any, k: int, target: Target, folder: Path, export: LitertExport, by_ids: bool
 ) -> None:
     """Write what the converter reads: `target`, `head`, `tokenizer.json` and `export.json`."""
     _write_text_model(target, folder / "target")
-    assistant: Any = load_assistant(path, torch.float32)
     if (warning := other_target(target, assistant)) is not None:
         print_once(warning)
-    if export.dense:
-        assistant.config.use_ordered_embeddings, assistant.masked_embedding = False, None
-    k = export.num_assistant_tokens or assistant.generation_config.num_assistant_tokens or DRAFTS
     save_assistant(assistant, assistant.lm_head.weight, folder / "head", k, torch.float32)
     _as_before_layers(folder / "head" / "config.json")
     _write_probe(target, assistant, folder / "probe.safetensors", export.cache_length)
@@ -155,7 +162,7 @@ def _write_parts(
                 f"{target.name} has no tokenizer.json, which LiteRT-LM reads: save its tokenizer "
                 "with transformers' fast class"
             )
-        if not target.tokenizer.chat_template:
+        if not (template := _chat_template(target)):
             print_once(
                 f"{target.name} has no chat template: give `litert-lm run` --no-template, or "
                 "export with target.chat_template=FILE"
@@ -168,7 +175,7 @@ def _write_parts(
         "source_layers": source_layers(target.config),
         "stop_ids": list(target.eos_ids),
         "bos_token_id": None if by_ids else _first_token(target),
-        "chat_template": "" if by_ids else target.tokenizer.chat_template or "",
+        "chat_template": "" if by_ids else template,
     }
     (folder / "export.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
 
@@ -217,7 +224,13 @@ def _first_token(target: Target) -> int | None:
     the tokenizer or the chat template puts it there."""
     first: int | None = target.tokenizer.bos_token_id
     begins = target.tokenizer("a")["input_ids"][:1] == [first]
-    return first if begins or "bos_token" in (target.tokenizer.chat_template or "") else None
+    return first if begins or "bos_token" in _chat_template(target) else None
+
+
+def _chat_template(target: Target) -> str:
+    """That for plain turns, of a tokenizer that has several too; empty: there is none."""
+    tokenizer = target.tokenizer
+    return tokenizer.get_chat_template() if tokenizer.chat_template else ""
 
 
 def logged_rate(log: Path, counted: float, whole: bool) -> float:

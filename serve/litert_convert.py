@@ -235,7 +235,9 @@ class Parts:
             config._attn_implementation = ATTENTION
         # A call writes all of its rows, those that pad it too; where they did not fit, it would
         # write them further ahead, over others.
-        self.rows: int = self.settings["cache_length"] + max(self.settings["prefill_lengths"])
+        verified = self.settings["num_assistant_tokens"] + 1
+        longest = max(*self.settings["prefill_lengths"], verified)
+        self.rows: int = self.settings["cache_length"] + longest
         self.sources: dict[str, int] = self.settings["source_layers"]
         self.int8: bool = self.settings["dtype"] == "int8"
         self.generator = torch.Generator().manual_seed(0)

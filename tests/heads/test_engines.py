@@ -14,7 +14,9 @@ from headstart.heads.assistant import assistant_config
 from headstart.heads.loading import load_target
 from headstart.heads.saving import OFFSET, load_assistant, save_assistant
 from headstart.heads.target import Target
+from headstart.serve import litert
 from headstart.serve.engines import ENGINES, Engine, engine_warnings, incompatibilities
+from headstart.serve.litert import LitertExport, export_for_litert
 from tests.helpers.heads import FULL, NARROW, finished, noisy_head
 from tests.helpers.models import make_target
 
@@ -132,3 +134,25 @@ def test_an_engine_that_puts_drafts_elsewhere_is_told(trained: int, told: set[st
     assert found == told
     setattr(config, OFFSET, "mixed")
     assert not any("RoPE" in r for engine in ENGINES for r in engine_warnings(engine, config))
+
+
+@pytest.mark.parametrize(
+    ("drafts", "cache_length", "named"),
+    [(200, 64, "num_assistant_tokens"), (None, 1, "cache_length"), (4, 5, "cache_length")],
+)
+def test_a_cache_that_holds_no_verification_is_refused_before_the_target_is_loaded(
+    drafts: int | None, cache_length: int, named: str, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """In the engine one would be written over rows of the text."""
+    monkeypatch.setattr(litert, "engine_python", lambda engine: Path())
+    target = make_target("gemma3")
+    path = finished(target, tmp_path / "start", None)
+
+    def load() -> Target:
+        raise AssertionError("the target is loaded")
+
+    export = LitertExport(drafts, cache_length)
+    with pytest.raises(ValueError, match=named):
+        export_for_litert(path, target.model.config, load, tmp_path / "out", export)
+    assert not (tmp_path / "out").exists()

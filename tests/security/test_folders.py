@@ -175,3 +175,10 @@ def test_a_run_replaces_nothing_that_is_of_no_run(name: str, tmp_path: Path) -> 
     with pytest.raises(RunRefused, match="main" if "main" in name else "config"):
         open_run(tiny_config(tmp_path), resume=False, processes=1)
     assert theirs.read_text() == "mine: 1\n"
+
+
+def test_a_place_that_cannot_be_written_to_is_not_called_full(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    refused = pytest.raises(OSError, match=r"file/run could not be written.* name a place")
+    with refused, atomic_folder(tmp_path / "file" / "run"):
+        pass
