@@ -2,13 +2,19 @@
 
 import hashlib
 import json
+import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
+import torch
+from safetensors.torch import load_file, save_file
 
 from headstart.cli.main import main
+from headstart.data.prompts import limit_evenly, load_prompt_set
+from headstart.data.templates import encode_prompts
+from headstart.heads.loading import load_target, load_target_config
+from headstart.serve.engine_check import SPARE, EngineServer, ServeCheck, _written
 from headstart.serve.engines import GGUF, Engine, engine_python, install_engine
 from tests.helpers.tiny_pair import GEMMA4, KINDS, write_multimodal, write_pair
 
@@ -70,3 +76,57 @@ def test_an_exported_gguf_holds_the_heads_weights(
     theirs = set(done.stdout.split())
     assert ours <= theirs
     assert len(theirs - ours) <= 1, "beside the weights, the frequencies of RoPE"
+
+
+@pytest.mark.parametrize("engine", ["vllm", "llama.cpp"])
+def test_a_served_head_that_was_swapped_is_reported_within_200_rounds(
+    engine: Engine, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """The head as it was measured, then one with other weights, on servers whose metrics are read
+    at the end of each text."""
+    install_engine(engine)
+    target, head = pair_of("plain", tmp_path_factory)
+    report, figures = tmp_path / "report", tmp_path / "watch.json"
+    asked = [f"target.name={target}", "target.dtype=float32", "eval.limit=32"]
+    once = ["eval.decoders=exact", "eval.num_assistant_tokens=4", "eval.max_new_tokens=64"]
+    assert main(["eval", head, *asked, *once, f"output_dir={report}"]) == 0
+    stale = shutil.copytree(head, tmp_path / "stale")
+    weights = load_file(stale / "model.safetensors")
+    generator = torch.Generator().manual_seed(0)
+    for name, weight in weights.items():
+        if "projection" in name:
+            shuffled = torch.randperm(weight.shape[-1], generator=generator)
+            weights[name] = weight[..., shuffled].contiguous()
+    save_file(weights, stale / "model.safetensors", {"format": "pt"})
+    loaded = load_target(target, "float32")
+    config = load_target_config(target)
+    prompts = limit_evenly(load_prompt_set("builtin:text_eval"), 32)
+    ids = encode_prompts(prompts, loaded.tokenizer, {})
+    context = max(map(len, ids)) + 64 + 4 + SPARE
+    for served, wanted in ((head, 0), (str(stale), 3)):
+        check = ServeCheck(engine, served, 4, 64, dense=False)
+        folder = tmp_path / f"written-{wanted}"
+        folder.mkdir()
+        _, model, draft = _written(loaded, config, check, context, folder)
+        with EngineServer(
+            engine, model, draft, 4, context, loaded.eos_ids, tmp_path / f"{wanted}.log",
+            dtype="float32", threads=torch.get_num_threads(),
+        ) as server:  # fmt: skip
+            code = None
+            for prompt in ids:
+                server.answer(prompt, 64)
+                one = ["watch", server.url, str(report), "watch.seconds=0", "--json", str(figures)]
+                code = main(one)
+                if code:
+                    break
+        content = json.loads(figures.read_text())
+        assert code == wanted, content
+        assert content["num_assistant_tokens"] == 4
+        rounds = content["since_start"]["rounds"]
+        if wanted:
+            assert rounds <= 200
+        else:
+            assert rounds > 200
+            assert content["since_start"]["acceptance_length"] == pytest.approx(
+                content["published"]["acceptance_length"], rel=0.1
+            )
