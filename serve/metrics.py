@@ -31,6 +31,7 @@ ENGINES = {
 """What the names of an engine's metrics begin with -> its name."""
 LONGEST = 2**24  # bytes of metrics
 PATIENCE = 20.0  # seconds for all of them
+LOADING = (429, 500, 502, 503, 504)  # statuses that may pass, such as of one that loads weights
 PLENTY = 64  # tokens, after which a server that drafts has drafted
 
 Samples = dict[str, list[tuple[Mapping[str, str], float]]]
@@ -101,7 +102,13 @@ def reading_of(metrics: str, model: str | None = None) -> Reading:
     if engine == "sglang":
         found = _of_sglang(_of_model(samples, "sglang:generation_tokens_total", model))
     else:
-        found = _of_counters(engine, _of_model(samples, f"{engine}:{DRAFTS}_total", model))
+        found = drafts_counted(engine, _of_model(samples, f"{engine}:{DRAFTS}_total", model))
+        written = _sum(samples, f"{engine}:tokens_predicted_total") or 0  # llama.cpp's
+        if not found.rounds and written >= PLENTY:
+            raise ValueError(
+                f"it has written {written:,.0f} tokens without a draft: start it with a head "
+                "(docs/how-to/llama-cpp.md)"
+            )
     falling = (found.rounds, *(found.by_position or ()))
     if list(falling) != sorted(falling, reverse=True) or found.accepted < 0:
         raise ValueError(
@@ -135,28 +142,28 @@ NONE = {
 """What it means that rounds are not counted."""
 
 
-def _of_counters(engine: str, samples: Samples) -> Reading:
+def drafts_counted(engine: str, samples: Samples) -> Reading:
+    """What an engine that counts by position has counted.
+
+    Args:
+        engine: of `ENGINES`, as its metrics begin.
+        samples: by `samples_of`.
+
+    Raises:
+        ValueError: it counts no rounds, or not each position.
+    """
     name = f"{engine}:spec_decode_num"
     rounds = _sum(samples, f"{engine}:{DRAFTS}_total")
     if rounds is None:
         raise ValueError(NONE.get(engine, f"it has no {engine}:{DRAFTS}_total"))
-    counted: dict[int, float] = {}
-    for labels, value in samples.get(f"{name}_accepted_tokens_per_pos_total", ()):
-        position = int(labels["position"])
-        counted[position] = counted.get(position, 0) + value  # of several engines
-    if sorted(counted) != list(range(len(counted))) or (rounds and not counted):
-        raise ValueError(
-            f"{name}_accepted_tokens_per_pos_total counts positions {sorted(counted)}, not "
-            "0, 1, .. K-1"
-        )
-    written = _sum(samples, f"{engine}:tokens_predicted_total") or 0  # llama.cpp's
-    if not rounds and written >= PLENTY:
-        raise ValueError(
-            f"it has written {written:,.0f} tokens without a draft: start it with a head "
-            "(docs/how-to/llama-cpp.md)"
-        )
+    accepted = f"{name}_accepted_tokens_per_pos_total"
+    found = {labels.get("position", "") for labels, _ in samples.get(accepted, ())}
+    if found != {str(k) for k in range(len(found))} or (rounds and not found):
+        raise ValueError(f"{accepted} counts positions {sorted(found)[:9]}, not 0, 1, .. K-1")
     drafted = _sum(samples, f"{name}_draft_tokens_total")
-    by_position = tuple(int(counted[k]) for k in sorted(counted))
+    by_position = tuple(
+        int(_sum(samples, accepted, position=str(k)) or 0) for k in range(len(found))
+    )
     created = [value for _, value in samples.get(f"{engine}:{DRAFTS}_created", ())]
     return Reading(
         ENGINES[engine], int(rounds), sum(by_position), None if drafted is None else int(drafted),
@@ -182,9 +189,9 @@ def _of_sglang(samples: Samples) -> Reading:
     return Reading("SGLang", rounds, max(tokens - texts - rounds, 0), k=k, texts=texts)
 
 
-def _sum(samples: Samples, name: str) -> float | None:
-    """Of all samples of a name; None: there is none."""
-    values = [value for _, value in samples.get(name, ())]
+def _sum(samples: Samples, name: str, **wanted: str) -> float | None:
+    """Of all samples of a name with these labels, those of several engines; None: there is none."""
+    values = [v for labels, v in samples.get(name, ()) if wanted.items() <= labels.items()]
     if any(value != value or value < 0 or value == float("inf") for value in values):
         raise ValueError(f"{name} is no count: {values}")
     return sum(values) if values else None
@@ -258,11 +265,16 @@ class MetricsPage:
 
         Raises:
             ValueError: they cannot be had there, and why.
-            ConnectionError: nobody answers.
+            ConnectionError: nobody answers, or not yet.
         """
         try:
             text = self._get().decode("utf-8")
         except urllib.error.HTTPError as error:
+            error.close()
+            if error.code in LOADING:
+                raise ConnectionError(
+                    f"{self.url} is not ready: it answers HTTP {error.code}"
+                ) from None
             raise ValueError(self._refusal(error.code)) from None  # it quotes what was sent
         except (OSError, http.client.HTTPException) as error:
             reason = " ".join(str(error).split()) or type(error).__name__

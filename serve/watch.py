@@ -146,7 +146,7 @@ class Watched:
             most = 1 / self.chosen.false_alarms
             said += (
                 f", published {published_length(self.published):.2f}; evidence against the head "
-                f"{min(self.test.evidence_factor, most):.3g} of {most:.3g}"
+                f"{_money(self.test.evidence_factor)} of {_money(most)}"
             )
         return said
 
@@ -226,7 +226,7 @@ def watch(server: ServerConfig, head: str | None, chosen: WatchConfig) -> dict[s
             )
             while watched.stale is None and (left := _left(watched, chosen, start)) > 0:
                 time.sleep(min(left, chosen.interval))
-                _take_next(page, watched)
+                take_next(page, watched)
                 bar.update(task, completed=watched.rounds, status=watched.status())
     except KeyboardInterrupt as stop:
         ended = stop
@@ -256,7 +256,7 @@ def _left(watched: Watched, chosen: WatchConfig, start: float) -> float:
     return chosen.seconds - (time.monotonic() - start)
 
 
-def _take_next(page: MetricsPage, watched: Watched) -> None:
+def take_next(page: MetricsPage, watched: Watched) -> None:
     """One more reading. A server that does not answer may be about to come back."""
     try:
         reading = page.read()
@@ -316,11 +316,18 @@ def verdict(content: dict[str, Any]) -> str:
         "long it is watched"
     )
     if not content["stale"]:
-        return f"Not stale: the evidence is {content['evidence']:.3g} of {most:.3g}. {bound}"
+        return (
+            f"Not stale: the evidence is {_money(content['evidence'])} of {_money(most)}. {bound}"
+        )
     alarm = content["alarm"]
     where = "over all drafts" if alarm["draft"] is None else f"at draft {alarm['draft']}"
     return (
-        f"Stale: after {alarm['rounds']:,} rounds the evidence is {content['evidence']:.3g} of "
-        f"{most:.3g}, most of it {where} from round {alarm['since_round']:,} on. {bound}. The next "
-        "step is headstart adapt"
+        f"Stale: after {alarm['rounds']:,} rounds the evidence is {_money(content['evidence'])} of "
+        f"{_money(most)}, most of it {where} from round {alarm['since_round']:,} on. {bound}. The "
+        "next step is headstart adapt"
     )
+
+
+def _money(evidence: float) -> str:
+    """To two figures."""
+    return f"{evidence:,.0f}" if 10 <= evidence < 1e6 else f"{evidence:.2g}"

@@ -14,9 +14,10 @@ import pytest
 from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 
 from headstart.cli.main import main
-from headstart.configs.settings import ServerConfig
+from headstart.configs.settings import ServerConfig, WatchConfig
 from headstart.serve.metrics import MetricsPage, Reading, reading_of, rounds_between
 from headstart.serve.published import choose_published, published_report
+from headstart.serve.watch import Watched, take_next
 from tests.helpers.metrics import (
     Traffic,
     VllmCounters,
@@ -170,14 +171,19 @@ def test_ctrl_c_ends_with_a_summary(
     assert run_json(figures)["since_start"]["rounds"] > 0
 
 
-def test_a_server_that_goes_away_is_waited_for(
+def test_a_server_that_is_away_is_waited_for_but_in_the_beginning(
     figures: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     server = Server(Traffic([0.5, 0.5], 0))
     with metrics_server(server.metrics) as url:
-        first = MetricsPage(ServerConfig(url=url)).read()
-        assert first.rounds == A_READING
-    assert watch(url, None, figures) == 1, "nobody was there in the beginning"
+        page = MetricsPage(ServerConfig(url=url))
+        watched = Watched(None, WatchConfig())
+        watched.take(page.read())
+    take_next(page, watched)
+    assert "no server answers" in capsys.readouterr().out
+    assert watched.newest is not None
+    assert watched.newest.rounds == A_READING
+    assert watch(url, None, figures) == 1
     assert "no server answers" in capsys.readouterr().err
 
 
@@ -289,6 +295,8 @@ def two_models() -> str:
         ),
         (LLAMACPP.replace('"1"} 12', '"1"} 18'), "contradict"),
         (LLAMACPP.replace('position="2"', 'position="7"'), "positions"),
+        (LLAMACPP.replace('position="2"', 'place="2"'), "positions"),
+        (LLAMACPP.replace('"1"} 12', '"1"} +Inf'), "no count"),
         (LLAMACPP.replace("drafts_total 20", "drafts_total NaN"), "no count"),
     ],
 )
@@ -301,7 +309,12 @@ def test_metrics_that_tell_nothing_of_drafts_are_refused_in_one_line(text: str, 
 
 @pytest.mark.parametrize(
     ("status", "said"),
-    [(404, "--enable-metrics"), (501, "--metrics"), (401, "HEADSTART_SERVER_API_KEY")],
+    [
+        (404, "--enable-metrics"),
+        (501, "--metrics"),
+        (401, "HEADSTART_SERVER_API_KEY"),
+        (503, "is not ready"),
+    ],
 )
 def test_a_server_without_metrics_is_refused_with_what_to_do(
     status: int, said: str, figures: Path, capsys: pytest.CaptureFixture[str],
@@ -327,6 +340,15 @@ def test_the_key_goes_to_the_server_alone(
     assert "secret-key" not in printed.err + printed.out
     assert watch("http://me:secret-key@127.0.0.1:1", None, figures) == 1
     assert "secret-key" not in capsys.readouterr().err
+
+
+def test_metrics_without_end_are_broken_off(
+    figures: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("headstart.serve.metrics.LONGEST", 2**20)
+    with metrics_server(lambda: "# HELP a b\n" * 2**20) as url:
+        assert watch(url, None, figures) == 1
+    assert "does not end" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("address", ["localhost:8000", "ftp://localhost", "http://", "runs/mine"])
