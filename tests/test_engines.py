@@ -18,7 +18,8 @@ from headstart.cli.main import main
 from headstart.data.prompts import Prompt, limit_evenly, load_prompt_set
 from headstart.data.templates import encode_prompts
 from headstart.heads.loading import load_target, load_target_config
-from headstart.serve.engine_check import SPARE, EngineServer, ServeCheck, _written
+from headstart.serve.engine_check import SPARE, ServeCheck, _written
+from headstart.serve.engine_server import EngineServer
 from headstart.serve.engines import GGUF, Engine, engine_python, install_engine
 from tests.helpers.tiny_pair import GEMMA4, KINDS, write_multimodal, write_pair
 
