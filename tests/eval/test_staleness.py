@@ -5,9 +5,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from headstart.serve.published import likeness
+from headstart.eval.compare import read_report
+from headstart.serve.published import choose_published, likeness
 from headstart.serve.staleness import GAP, Rounds, StaleTest
-from tests.helpers.metrics import Traffic, measured_rates
+from tests.helpers.metrics import ROOT, Traffic, measured_rates
 
 RATE = st.floats(0.02, 0.98)
 
@@ -112,3 +113,33 @@ def test_the_likeness_of_rounds_of_a_text_is_found() -> None:
         1, abs=0.01
     )
     assert likeness([10] * 4, [5] * 4, [20, 20, 0]) == 1, "four texts tell nothing"
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("name", ["eval-64-newest", "eval-k", "eval-300", "quickstart-vicuna-78"])
+def test_texts_that_were_really_decoded_are_as_alike_as_the_test_takes_them(
+    name: str, seed: int
+) -> None:
+    """Whole texts of a measured report, drawn with replacement for 10,000 rounds: no alarm, where
+    rounds taken for independent of one another come close to one or beyond."""
+    report = read_report(ROOT / "docs" / "results" / f"{name}.json")
+    head = next(r["head"] for r in report["results"] if r["head"])
+    published = choose_published(report, head, 4)
+    k = len(published.rates)
+    columns = report["per_text_columns"]
+    result = next(
+        r for r in report["results"]
+        if r["decoder"] == "exact" and r["num_assistant_tokens"] == k and "per_text" in r
+    )  # fmt: skip
+    texts = [[row[columns.index(n)] for n in ("rounds", "accepted")] for row in result["per_text"]]
+    held = [0.9 * low for low in published.lower]
+    test, naive = StaleTest(held, 0.01), StaleTest(held, 0.01)
+    generator, worst, naively_worst = np.random.default_rng(seed), -np.inf, -np.inf
+    while test.rounds < 10_000:
+        rounds, accepted = texts[generator.integers(len(texts))]
+        test.observe(Rounds(rounds, accepted), published.design_effect(None))
+        naive.observe(Rounds(rounds, accepted), 1.0)
+        worst, naively_worst = max(worst, test.evidence), max(naively_worst, naive.evidence)
+    assert worst < np.log(10), "a tenth of an alarm, and no more"
+    assert published.design_effect(None) > 1.2
+    assert naively_worst > worst

@@ -18,6 +18,7 @@ from headstart.configs.settings import ServerConfig, WatchConfig
 from headstart.serve.metrics import MetricsPage, Reading, reading_of, rounds_between
 from headstart.serve.published import choose_published, published_report
 from headstart.serve.watch import Watched, take_next
+from tests.helpers.hub import Hub, Repository
 from tests.helpers.metrics import (
     Traffic,
     VllmCounters,
@@ -379,6 +380,17 @@ def test_the_report_is_found_from_its_run_and_from_its_head(report: Path) -> Non
     for wrong in (run.parent / "empty", "no-such-thing"):
         with pytest.raises(ValueError, match=r"no report\.json|is no file"):
             published_report(str(wrong))
+
+
+def test_the_report_of_a_published_head_is_read_from_the_hub(hub: Hub, report: Path) -> None:
+    files = {"evaluation/report.json": (report / "report.json").read_bytes()}
+    hub.repositories["org/mine"] = Repository("public", revisions={"main": files, "bare": {}})
+    for name in ("org/mine", "org/mine@main"):
+        assert published_report(name)["results"]
+    for name in ("org/mine@bare", "org/other"):
+        with pytest.raises(ValueError, match=r"on the Hub has no evaluation/report\.json") as error:
+            published_report(name)
+        assert "\n" not in str(error.value)
 
 
 def test_the_variant_that_is_compared_drafts_as_the_server_does() -> None:
