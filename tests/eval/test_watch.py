@@ -10,6 +10,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub.constants
 import pytest
 from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 
@@ -382,7 +383,10 @@ def test_the_report_is_found_from_its_run_and_from_its_head(report: Path) -> Non
             published_report(str(wrong))
 
 
-def test_the_report_of_a_published_head_is_read_from_the_hub(hub: Hub, report: Path) -> None:
+def test_the_report_of_a_published_head_is_read_from_the_hub(
+    hub: Hub, report: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     files = {"evaluation/report.json": (report / "report.json").read_bytes()}
     hub.repositories["org/mine"] = Repository("public", revisions={"main": files, "bare": {}})
     for name in ("org/mine", "org/mine@main"):
