@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 SETTING = re.compile(r"[a-z_]+(\.[a-z0-9_]+)*=")
+STALE = 3  # the exit code of a watch that found the head stale
 FLAGS = {
     "--resume": "go on where an earlier call stopped",
     "--plan": "say what would be done, and stop",
@@ -45,7 +46,8 @@ class Command:
     description: str
     example: str
     """A command line, which a test runs."""
-    run: Callable[[argparse.Namespace], None]
+    run: Callable[[argparse.Namespace], int | None]
+    """Returns the exit code; None: 0."""
     arguments: tuple[Argument, ...] = ()
     settings: tuple[str, ...] = ()
     """Keys that it reads, or `section.*` for all of one. None: it takes no configuration."""

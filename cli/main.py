@@ -1,7 +1,8 @@
 """The `headstart` command: arguments in, one call out, an exit code back.
 
-Exit codes: 0 done, 1 a failure explained in one line on stderr, 2 wrong usage, 130 interrupted
-with everything saved, 128 + N ended by the signal N (SIGTERM 143, SIGHUP 129).
+Exit codes: 0 done, 1 a failure explained in one line on stderr, 2 wrong usage, 3 a head that is
+watched has gone stale, 130 interrupted with everything saved, 128 + N ended by the signal N
+(SIGTERM 143, SIGHUP 129).
 """
 
 import argparse
@@ -26,7 +27,7 @@ from headstart.cli.data import EXTRACT, INSPECT, REGENERATE
 from headstart.cli.eval import CHECK, COMPARE, EVAL, SIMULATE
 from headstart.cli.heads import DESCRIBE, HEADS, ORDER
 from headstart.cli.retired import renamed_command, renamed_flags
-from headstart.cli.serve import EXPORT, INSTALL, PUBLISH, SERVE_CHECK
+from headstart.cli.serve import EXPORT, INSTALL, PUBLISH, SERVE_CHECK, WATCH
 from headstart.cli.train import ADAPT, BENCH, RUNS, TRAIN
 from headstart.common.console import keep_output, one_line, visible
 from headstart.common.files import expand_home
@@ -34,7 +35,7 @@ from headstart.common.signals import Ended, tidy_ends
 
 COMMANDS: tuple[Command, ...] = (
     TRAIN, ADAPT, EVAL, SIMULATE, COMPARE, CHECK, REGENERATE, EXTRACT, INSPECT, DESCRIBE, ORDER,
-    HEADS, EXPORT, SERVE_CHECK, INSTALL, PUBLISH, RUNS, CONFIGS, BENCH,
+    HEADS, EXPORT, SERVE_CHECK, INSTALL, PUBLISH, WATCH, RUNS, CONFIGS, BENCH,
 )  # fmt: skip
 
 
@@ -64,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
         for handler in logging.getLogger("transformers").handlers:
             handler.setFormatter(_Visible())  # its warnings name what a config.json says
         with tidy_ends():
-            args.of.run(args)
+            code = args.of.run(args) or 0
     except KeyboardInterrupt as stop:
         what = (
             one_line(str(stop)) or "interrupted; finished work is kept (train: go on with --resume)"
@@ -81,8 +82,6 @@ def main(argv: list[str] | None = None) -> int:
             from headstart.common.processes import wait_for_name
 
             wait_for_name(error)
-    else:
-        code = 0
     if "torch" in sys.modules:
         from headstart.common.processes import leave_processes
 

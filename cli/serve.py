@@ -1,10 +1,10 @@
-"""The commands for those who serve a head: export, install, serve-check, publish."""
+"""The commands for those who serve a head: export, install, serve-check, publish, watch."""
 
 import argparse
 from pathlib import Path
 from typing import Any
 
-from headstart.cli.arguments import Argument, Command, default_device, read_settings
+from headstart.cli.arguments import STALE, Argument, Command, default_device, read_settings
 
 INSTALLABLE = ("vllm", "llama.cpp", "mlx", "litert")
 HEAD = Argument("HEAD", "folder or Hub id of a draft head, or HEAD+ADAPTER")
@@ -178,4 +178,41 @@ PUBLISH = Command(
     ),
     unnamed=(("output_dir", "null"), ("target.name", "as the run names it")),
     flags=("--plan",),
+)  # fmt: skip
+
+
+def _watch(args: argparse.Namespace) -> int:
+    from headstart.common.files import write_figures
+    from headstart.serve.watch import watch
+
+    settings = read_settings(args)
+    server = settings.server.model_copy(update={"url": args.url})  # a file may name another
+    content = watch(server, args.head, settings.watch)
+    write_figures(content, None if args.json is None else Path(args.json))
+    return STALE if content["stale"] else 0
+
+
+URL = Argument("URL", "address of the server, such as http://localhost:8000")
+WATCH = Command(
+    "watch",
+    "see whether a served head still accepts what its report says",
+    "Read the metrics of a vLLM, SGLang or llama.cpp server while it serves: acceptance at each "
+    "draft since its start and lately, beside the report that the head was published with. A test "
+    "that may be looked at any time says whether the head has gone stale; then it ends, with exit "
+    "code 3. Ctrl-C ends it with a summary.",
+    "headstart watch http://localhost:8000 runs/mine watch.seconds=0",
+    _watch,
+    arguments=(
+        URL,
+        Argument(
+            "HEAD", "whose report it is held to: a run folder, a head's, ORG/NAME of the Hub, or a "
+            "report.json", "?",
+        ),
+    ),
+    settings=(
+        "watch.interval", "watch.rounds", "watch.seconds", "watch.margin", "watch.false_alarms",
+        "server.model", "server.api_key_env",
+    ),
+    defaults=(("server.url", URL),),
+    flags=("--json",),
 )  # fmt: skip

@@ -134,6 +134,22 @@ class PublishConfig(Section):
     """Open a pull request."""
 
 
+class WatchConfig(Section):
+    """Of `headstart watch`, which reads the metrics of a server."""
+
+    interval: float = Field(default=10, gt=0)
+    """Seconds between two readings."""
+    rounds: PositiveInt | None = None
+    """Rounds of drafts to end after, of those since the watch began. None: no limit."""
+    seconds: float | None = Field(default=None, ge=0)
+    """Seconds to end after; 0: one reading, of all since the server's start. None: no limit."""
+    margin: float = Field(default=0.1, ge=0, lt=1)
+    """Share of the report's acceptance, at each draft, that a head may lack and not be stale. What
+    the report has is the lower end of its 95% interval."""
+    false_alarms: float = Field(default=0.01, gt=0, lt=1)
+    """Chance of ever calling a head stale, in however long a watch, that is within the margin."""
+
+
 class Settings(Config):
     """All that a file or a command line can set: a run, and what other commands are asked."""
 
@@ -143,6 +159,7 @@ class Settings(Config):
     bench: BenchConfig = BenchConfig()
     export: ExportConfig = ExportConfig()
     publish: PublishConfig = PublishConfig()
+    watch: WatchConfig = WatchConfig()
 
     def of_run(self) -> Config:
         """The run alone; what was given is still told from what was not."""

@@ -135,6 +135,22 @@ def _written(body: dict[str, Any]) -> int | None:
 
 
 SERVER_KEY = "HEADSTART_SERVER_API_KEY"  # in the environment: the key of the server
+
+
+def server_key(server: ServerConfig) -> str | None:
+    """The key of a server, of the environment; None: there is none, and none is sent.
+
+    Raises:
+        ValueError: the variable that was named is not set.
+    """
+    key = os.environ.get(server.api_key_env or SERVER_KEY)
+    if server.api_key_env is not None and not key:
+        raise ValueError(
+            f"server.api_key_env={server.api_key_env}: there is no such variable, or no key"
+        )
+    return key or None
+
+
 MAX_RETRIES = 45
 """Of each request. openai waits 0.5, 1, 2, 4 and from then on 8 seconds, less up to a quarter
 drawn at random: about five minutes, time to start a server again and to load its weights."""
@@ -190,11 +206,7 @@ class AnswerServer:
         self.url = re.sub(r"(?<=://)[^/]*@", "", address)
         """As messages name it: without a user and a password."""
         self.key_variable = server.api_key_env or SERVER_KEY
-        key = os.environ.get(self.key_variable)
-        if server.api_key_env is not None and not key:
-            raise ValueError(
-                f"server.api_key_env={server.api_key_env}: there is no such variable, or no key"
-            )
+        key = server_key(server)
         self.model, self.concurrency = server.model, server.concurrency
         self.tokenizer, self.eos_ids = tokenizer, eos_ids
         self.retokenized = 0

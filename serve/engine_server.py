@@ -26,6 +26,7 @@ from headstart.common.console import counted
 from headstart.common.files import open_own
 from headstart.data.server import PLAIN_SAMPLING
 from headstart.serve.engines import Engine, engine_python, errors_of, server_arguments
+from headstart.serve.metrics import DRAFTS, ENGINES, drafts_counted, samples_of
 
 # Between this process and an engine: when the pipe between them ends, because this process ended in
 # whatever way, SIGKILL included, so does the engine with all processes of its session.
@@ -218,14 +219,13 @@ class EngineServer:
 
 
 def counts_of_metrics(metrics: str) -> Counts:
-    """Of `/metrics`, in Prometheus' text format."""
-    name = r"^(?:vllm|llamacpp|mlx|litert):spec_decode_num_"
-    rounds = re.findall(name + r"drafts_total(?:{[^}]*})? (\S+)$", metrics, re.M)
-    accepted = re.findall(
-        name + r'accepted_tokens_per_pos_total{[^}]*position="(\d+)"[^}]*} (\S+)$', metrics, re.M
-    )
-    by_position = {int(position): int(float(value)) for position, value in accepted}
-    return Counts(int(sum(map(float, rounds))), [by_position[k] for k in sorted(by_position)])
+    """Of `/metrics`, in Prometheus' text format; zero where the engine counts no drafts."""
+    samples = samples_of(metrics)
+    for engine in ENGINES:
+        if f"{engine}:{DRAFTS}_total" in samples:
+            found = drafts_counted(engine, samples)
+            return Counts(found.rounds, list(found.by_position or ()))
+    return Counts()
 
 
 @dataclass(frozen=True)

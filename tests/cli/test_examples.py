@@ -2,6 +2,7 @@
 
 import shlex
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from headstart.cli.arguments import Command, is_read
 from headstart.cli.main import COMMANDS, main
 from headstart.serve import engines
 from tests.helpers.checkpoints import make_adapter
+from tests.helpers.metrics import VllmCounters, metrics_server
 from tests.helpers.runs import ROOT, write_tuned_run
 
 TINY = "tiny-gemma4"
@@ -112,6 +114,7 @@ def test_the_example_of_a_command_runs(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
+    request: pytest.FixtureRequest,
 ) -> None:
     work = tmp_path / "work"
     shutil.copytree(place, work)
@@ -122,6 +125,12 @@ def test_the_example_of_a_command_runs(
         monkeypatch.setattr(engines, "install_engine", lambda engine: f"environment of {engine}")
     for written in WRITES.get(command.name, []):
         shutil.rmtree(written)
+    if command.name == "watch":
+        counters = VllmCounters(4)
+        counters.count([0, 1, 4, 2] * 8, 2)
+        stack = ExitStack()
+        request.addfinalizer(stack.close)
+        words[1] = stack.enter_context(metrics_server(counters.text))
     if command.name == "publish":  # of a target that has a name on the Hub
         write_tuned_run(Path("runs"))
         Path("runs/run").rename("runs/mine")
