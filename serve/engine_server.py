@@ -8,7 +8,6 @@ are served by programs beside this file.
 import http.client
 import json
 import os
-import re
 import signal
 import socket
 import subprocess
