@@ -4,8 +4,9 @@ rules for how many tokens to draft in a round.
 Loop, caches, logits processors and stopping criteria are those of `generate`; only the drafts come
 from here, and the kernels on which target and head run (`fast_kernels`).
 The head sees what is valid of each forward of the target, and keeps nothing of rejected drafts
-(`DraftState`; of an assistant, `CleanKV`). Greedy drafts are its argmaxes. Where the target samples
-the head samples too, and hands out what it drew from: what speculative sampling (Leviathan et al.
+(`DraftState`; of an assistant, `CleanKV`). The processors of the call shape drafts too, each after
+the text with the drafts before it. Greedy drafts are the best tokens. Where the target samples the
+head samples too, and hands out what it drew from: what speculative sampling (Leviathan et al.
 2023, arXiv 2211.17192) asks for to be lossless. Drafts that are no samples, those looked up, go
 without logits: the loop then samples from the target and compares, which is lossless for them.
 docs/upstream.md has what the stock generator does otherwise.
@@ -30,18 +31,16 @@ from transformers import (
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
-    MinPLogitsWarper,
     PreTrainedModel,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
+    SynthIDTextWatermarkLogitsProcessor,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
 from transformers.generation.candidate_generator import (
     CandidateGenerator,
     PromptLookupCandidateGenerator,
 )
 
-from headstart.heads.drafting import Drafter, Drafts
+from headstart.heads.drafting import WARPERS, Drafter, Drafts
 from headstart.heads.kernels import fast_kernels
 from headstart.heads.kinds import Verified, check_drafts, is_head, kind_of
 
@@ -185,9 +184,13 @@ class CostRule:
         return self.of_confidence[min(BINS - 1, int(confidence * BINS))]
 
 
-# What shapes a distribution whatever the text is. Any distribution may be drawn from, so that the
-# call's other processors act on the target's logits alone.
-WARPERS = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper)
+# These count their calls, or run the target: they act on the target's logits alone. All others are
+# functions of text and logits, as verification needs them too, and act on drafts. Any distribution
+# may be drawn from.
+NOT_ON_DRAFTS = (
+    SynthIDTextWatermarkLogitsProcessor,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
+)
 LOOKUP_NGRAM = 3  # tokens that an earlier place has to share with the newest ones, at most
 
 
@@ -219,6 +222,10 @@ class ExactDecoding:
     """The rounds since it was emptied last, oldest first."""
     draft_position_offset: Literal[0, -1] = 0
     """Where drafts stand (RoPE): at the newest token, or one before it as in vLLM."""
+    follow_text: bool = True
+    """Whether processors that read the text, such as those of a grammar, act on drafts too, each of
+    which then sees those before it. False: on the target's logits alone, as in the stock decoder.
+    """
 
 
 class Lookup:
@@ -235,8 +242,16 @@ class Lookup:
         self.right = Rate(0.5)
         self.found: list[int] = []
 
-    def find(self, input_ids: torch.Tensor, max_length: int, limit: int) -> None:
-        """Look up what followed the newest of the tokens [1, n] before."""
+    def find(
+        self,
+        input_ids: torch.Tensor,
+        max_length: int,
+        limit: int,
+        processors: LogitsProcessorList,
+        vocab_size: int,
+    ) -> None:
+        """Look up what followed the newest of the tokens [1, n] before, up to what one of the
+        processors rules out."""
         self.found = []
         limit = min(limit, len(self.costs.v) - 1)
         if limit > 0:
@@ -244,6 +259,8 @@ class Lookup:
                 num_output_tokens=limit,
                 max_matching_ngram_size=LOOKUP_NGRAM,
                 max_length=max_length,
+                logits_processor=processors or None,
+                vocab_size=vocab_size,
             )
             candidates, _ = generator.get_candidates(input_ids)
             self.found = candidates[0, input_ids.shape[1] :].tolist()
@@ -288,9 +305,14 @@ class ExactCandidateGenerator(CandidateGenerator):
         self.max_length = generation_config.max_length
         ends = generation_config._eos_token_tensor
         self.stops_after = frozenset([] if ends is None else ends.flatten().tolist())
-        self.warpers: list[LogitsProcessor] | None = None
-        if generation_config.do_sample:
-            self.warpers = [one for one in processors if isinstance(one, WARPERS)]
+        self.sample = generation_config.do_sample
+        self.processors: list[LogitsProcessor] = [
+            one for one in processors
+            if isinstance(one, WARPERS)
+            or (decoding_config.follow_text and not isinstance(one, NOT_ON_DRAFTS))
+        ]  # fmt: skip
+        self.of_text = LogitsProcessorList(p for p in self.processors if not isinstance(p, WARPERS))
+        """Those that read the text."""
         self.round: Round | None = None
         self.text_length = 0
 
@@ -329,7 +351,8 @@ class ExactCandidateGenerator(CandidateGenerator):
         self, input_ids: torch.Tensor, budget: int
     ) -> tuple[Literal["head", "lookup", "none"], Drafts]:
         if (lookup := self.decoding_config.lookup) is not None:
-            lookup.find(input_ids, self.max_length, budget)
+            size = len(self.drafter.assistant.lm_head.weight)
+            lookup.find(input_ids, self.max_length, budget, self.of_text, size)
             if found := lookup.best():
                 return "lookup", Drafts(found, [])
         limit = min(self.length.limit(), budget, self.drafter.most or budget)
@@ -341,7 +364,9 @@ class ExactCandidateGenerator(CandidateGenerator):
             limit=limit,
             stops_after=self.stops_after,
             goes_on=self.length.goes_on,
-            warpers=self.warpers,
+            processors=self.processors,
+            sample=self.sample,
+            text=input_ids if self.of_text else None,
         )
 
     def update_candidate_strategy(

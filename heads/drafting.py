@@ -13,10 +13,19 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import LogitsProcessor
+from transformers import (
+    LogitsProcessor,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from headstart.heads.kernels import quick_rows, small_batch_linear
 from headstart.heads.kinds import DraftState, kind_of
+
+WARPERS = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper)
+"""What shapes a distribution whatever the text is."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +76,9 @@ class Drafter:
         limit: int,
         stops_after: frozenset[int],
         goes_on: Callable[[list[float]], bool] | None,
-        warpers: Sequence[LogitsProcessor] | None = None,
+        processors: Sequence[LogitsProcessor] = (),
+        sample: bool = False,
+        text: torch.Tensor | None = None,
     ) -> Drafts:
         """Draft up to `limit` tokens, at least one.
 
@@ -78,24 +89,31 @@ class Drafter:
             stops_after: tokens that end a text, and so a draft.
             goes_on: asked after each draft, with the confidences so far; None: to the limit, and
                 the draft is cut after one of `stops_after` at the end.
-            warpers: draw each draft from the head's distribution, shaped by these, none of which
-                reads the tokens so far; None: take its best token.
+            processors: shape what the head says of each draft.
+            sample: draw each draft from the head's distribution; False: take its best token.
+            text: [1, n] tokens so far, which the processors are to see with the drafts before each;
+                None: all of them are `WARPERS`.
         """
         tokens: list[torch.Tensor] = []
         confidences: list[float] = []
         drawn_from: list[torch.Tensor] = []
         state.begin()
         for _ in range(limit):
-            logits, ids = self._logits(state.step(token)[0, 0])
-            # `best` [1], and `index_select`: an index without a dimension is read by the host.
-            if warpers is None:
-                best = logits.argmax(-1, keepdim=True)
+            hidden = state.step(token)[0, 0]
+            if text is not None:
+                logits, ids = self._after(text, hidden, processors), None
             else:
-                logits = _warped(logits, warpers)
-                best = _drawn(logits)
+                logits, ids = self._logits(hidden)
+                if sample or processors:
+                    logits = _processed(logits, processors)
+            # `best` [1], and `index_select`: an index without a dimension is read by the host.
+            best = _drawn(logits) if sample else logits.argmax(-1, keepdim=True)
+            if sample:
                 drawn_from.append(logits if ids is None else self._spread(logits, ids))
             token = (best if ids is None else ids.index_select(0, best)).view(1, 1)
             tokens.append(token[0])
+            if text is not None:
+                text = torch.cat([text, token.to(text.device)], dim=1)
             if goes_on is not None:
                 chosen = logits.index_select(0, best)
                 confidences.append(float((chosen - logits.logsumexp(-1)).exp()))
@@ -106,6 +124,21 @@ class Drafter:
         kept = next((k for k, one in enumerate(found, 1) if one in stops_after), len(found))
         scores = torch.stack(drawn_from[:kept]) if drawn_from else None
         return Drafts(found[:kept], confidences, scores, drafted[:kept])
+
+    def _after(
+        self, text: torch.Tensor, state: torch.Tensor, processors: Sequence[LogitsProcessor]
+    ) -> torch.Tensor:
+        """Logits [V] for a state [H], as processors leave them that read the text [1, n]."""
+        logits, ids = self._logits(state)
+        if ids is not None:
+            scores = _processed(self._spread(logits, ids), processors, text)
+            # Of minus infinity some make what is no number.
+            scores = scores.masked_fill(scores.isnan(), -torch.inf)
+            if scores.max() > -torch.inf:
+                return scores
+            # None of the tokens looked at may follow: one of the others does.
+            logits = self._products(self.assistant.lm_head.weight, state)
+        return _processed(logits, processors, text)
 
     def _spread(self, logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """Logits [M] of tokens [M] as [V], minus infinity elsewhere."""
@@ -135,9 +168,14 @@ def _drawn(logits: torch.Tensor) -> torch.Tensor:
     return (likely / torch.empty_like(likely).exponential_()).argmax(-1, keepdim=True)
 
 
-def _warped(logits: torch.Tensor, warpers: Sequence[LogitsProcessor]) -> torch.Tensor:
-    """[M] in float32, as the warpers leave them."""
-    scores, nothing = logits.float()[None], torch.empty(1, 0, dtype=torch.long)
-    for warper in warpers:
-        scores = warper(nothing, scores)
-    return scores[0]
+def _processed(
+    logits: torch.Tensor, processors: Sequence[LogitsProcessor], text: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Logits [M] in float32, as the processors leave them after the text [1, n]; None: they read
+    none."""
+    seen = torch.empty(1, 0, dtype=torch.long) if text is None else text
+    # Their tensors lie where the target's are, a head may lie elsewhere.
+    scores = logits.float()[None] if text is None else logits.float()[None].to(text.device)
+    for processor in processors:
+        scores = processor(seen, scores)
+    return scores[0].to(logits.device)

@@ -214,7 +214,7 @@ def _write_probe(target: Target, assistant: PreTrainedModel, path: Path, room: i
     drafter = Drafter(assistant, target.model.get_input_embeddings())
     state = drafter.new_text(offset=DRAFT_POSITION_OFFSETS["litert"])
     state.commit(Verified(ids[:, :-1], seen.hidden, seen.shared_kv))
-    drafts = drafter.draft(ids[:, -1:], state, 1, frozenset(), None, warpers=[])
+    drafts = drafter.draft(ids[:, -1:], state, 1, frozenset(), None, sample=True)
     assert drafts.logits is not None
     save_file({"ids": ids, "hidden": seen.hidden, "logits": drafts.logits}, path)
 
