@@ -414,10 +414,12 @@ Engine = Literal["transformers", "vllm", "llama.cpp", "mlx", "litert"]
 """What serves a head (serve/engines.py)."""
 
 
-Decoder = Literal["transformers", "exact", "heuristic", "cost", "hybrid", "lookup", "draft-model"]
+Decoder = Literal[
+    "transformers", "exact", "unconstrained", "heuristic", "cost", "hybrid", "lookup", "draft-model"
+]
 """Ways to decode with drafts (docs/how-to/evaluate-and-compare.md): of the head through the stock
-candidate generator; of the head through the exact decoder, K a round, two more or one less after
-each, as many as the cost rule says, the same with lookups in the text; prompt lookup alone, which
+candidate generator; of the head through the exact decoder, K a round, the same without regard to
+a prompt's JSON schema, two more or one less after each round, as many as the cost rule says, the same with lookups in the text; prompt lookup alone, which
 needs no head; a small model of the same vocabulary through the stock generator."""
 
 

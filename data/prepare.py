@@ -54,6 +54,7 @@ from headstart.data.splits import LeftOut, cluster, hold_out
 from headstart.data.store import ActivationStore, describe_store
 from headstart.data.templates import check_template, encode_conversation, encode_prompts
 from headstart.heads.loading import load_target_tokens, open_target
+from headstart.heads.structured import check_structured
 from headstart.heads.target import Target
 from headstart.heads.tokens import Sampling, TargetTokens
 
@@ -258,6 +259,8 @@ def load_sources(
         print_once(NOT_CHECKED)
         return [(own, source.weight) for own, source in zip(loaded, data.prompts, strict=True)]
     evaluation = load_prompt_set(held_out)
+    if any(prompt.json_schema is not None for prompt in evaluation):
+        check_structured()
     if tokens is not None:
         encode_prompts(evaluation, tokens.tokenizer, data.chat_template_kwargs)
     cleaned = []

@@ -16,6 +16,7 @@ from headstart.data.rows import (
     IDS,
     BadRow,
     flag,
+    json_object,
     layout_of,
     messages_of,
     objects,
@@ -49,6 +50,8 @@ class Prompt:
     later_turns: list[str] = field(default_factory=list)
     """What the user says next, each after the target's own answer to the turn before. Only
     evaluation asks them: regeneration and training take `messages`, which end with the first."""
+    json_schema: dict[str, Any] | None = None
+    """What the answer is held to, in an evaluation; regeneration and training do without."""
 
     @property
     def question(self) -> list[dict[str, Any]]:
@@ -214,7 +217,19 @@ def prompt_of(row: Row, place: Place, columns: dict[str, str]) -> Prompt:
         raw=flag(row, "raw", layout == "text"),
         tools=(objects(row["tools"], "tools") or None) if "tools" in row else None,
         later_turns=user_turns(row, layout)[1:],
+        json_schema=json_object(row["json_schema"], "json_schema")
+        if "json_schema" in row
+        else None,
     )
+
+
+def tell_schemas(prompts: Sequence[Prompt], what: str) -> None:
+    """Say that the prompts' JSON schemas are left out by `what`, if they have any."""
+    if number := sum(prompt.json_schema is not None for prompt in prompts):
+        print_once(
+            f"{number} of {len(prompts)} prompts have a JSON schema, to which {what} does not hold "
+            "the answers: headstart eval alone does"
+        )
 
 
 def deal(sources: list[tuple[list[Prompt], float | None]], count: int, seed: int) -> list[Prompt]:

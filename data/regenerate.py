@@ -28,7 +28,7 @@ from headstart.data.conversations import (
 )
 from headstart.data.extraction import Recorder, entries_of
 from headstart.data.kv_cache import generation_cache
-from headstart.data.prompts import Prompt, encode_usable, unique_ids
+from headstart.data.prompts import Prompt, encode_usable, tell_schemas, unique_ids
 from headstart.data.store import (
     check_space,
     shard_path,
@@ -62,6 +62,7 @@ def make_jobs(
         ValueError: the target's chat template refuses more prompts than `data.max_bad_rows`.
     """
     check_template(prompts, tokens)
+    tell_schemas(prompts, "regeneration")
     kwargs, most = config.chat_template_kwargs, config.max_prompt_tokens
     encoded = encode_usable(
         prompts, lambda p: encode_prompt(p, tokens.tokenizer, kwargs), config.max_bad_rows

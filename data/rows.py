@@ -9,7 +9,7 @@ from typing import Any
 
 LAYOUTS = ("messages", "conversations", "prompt", "instruction", "text", "turns")
 """Columns that a row is recognized by; the first one present decides."""
-COLUMNS = ("messages", "prompt", "response", "text", "id", "category", "source", "tools", "raw")
+COLUMNS = ("messages", "prompt", "response", "text", "id", "category", "source", "tools", "json_schema", "raw")
 """What the `columns` of a source can map."""
 IDS = ("id", "question_id", "prompt_id", "task_id")
 """Columns that may hold the id of a row; the first one present is taken."""
@@ -170,7 +170,8 @@ def unused_columns(row: dict[str, Any], columns: dict[str, str]) -> set[str]:
     """Columns of a usable row that nothing reads, and as `messages.KEY` keys of its turns."""
     kept = renamed(row, columns)
     layout = layout_of(kept)
-    ours = {layout, *BESIDE.get(layout, ()), *IDS, *MEDIA, "category", "source", "tools", "raw"}
+    ours = {layout, *BESIDE.get(layout, ()), *IDS, *MEDIA}
+    ours |= {"category", "source", "tools", "json_schema", "raw"}
     if layout != "text":
         ours.update(SYSTEM)
     used = {columns.get(name, name) for name in ours}
@@ -221,6 +222,18 @@ def objects(value: Any, name: str) -> list[dict[str, Any]]:
             raise BadRow(f"`{name}` is not JSON") from None
     if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
         raise BadRow(f"`{name}` is not a list of objects")
+    return value
+
+
+def json_object(value: Any, name: str) -> dict[str, Any]:
+    """An object, or the JSON of one; `name` is its column."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            raise BadRow(f"`{name}` is not JSON") from None
+    if not isinstance(value, dict):
+        raise BadRow(f"`{name}` is not an object")
     return value
 
 

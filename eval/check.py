@@ -13,6 +13,7 @@ from headstart.common.console import kept_lines, plain_console, print_once
 from headstart.configs.schema import DataConfig, TargetConfig
 from headstart.data.prompts import SETS, Prompt, load_prompt_set, load_prompts
 from headstart.data.templates import check_template, encode_conversation, encode_prompt
+from headstart.eval.structured import structured_output
 from headstart.heads.kinds import kind_of
 from headstart.heads.loading import load_served
 from headstart.heads.pairing import check_pair, other_target
@@ -125,6 +126,7 @@ def _prompts(name: str, target: Target, data: DataConfig) -> str:
         for line in counted.getvalue().splitlines():
             print_once(line)
     check_template(prompts, target)
+    structured_output(target, prompts)
     answers, refused = 0, []
     for prompt in prompts:
         try:

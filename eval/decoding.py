@@ -14,7 +14,13 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from transformers import DynamicCache, GenerationConfig, PreTrainedModel
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+)
 
 from headstart.common.machine import synchronize
 from headstart.common.versions import CACHE
@@ -89,6 +95,7 @@ def decode(
     decoding_config: ExactDecoding | None = None,
     sampling: Sampling = GREEDY,
     seed: int = 0,
+    processors: Sequence[LogitsProcessor] = (),
 ) -> Decoded:
     """`target.model.generate`, assisted by `assistant` where one is given, else by prompt lookup
     where K is given.
@@ -102,6 +109,7 @@ def decode(
         decoding_config: drafts of the exact decoder; None: of the stock candidate generator.
         sampling: greedy, or from the target's distribution.
         seed: of the draws.
+        processors: of logits, such as hold the text to a JSON schema.
     """
     extra = {} if assistant is None else {"assistant_model": assistant}
     lookup = None if assistant is not None else num_assistant_tokens
@@ -128,8 +136,9 @@ def decode(
         synchronize(target.device)
         start = time.perf_counter()
         output = target.model.generate(
-            ids, attention_mask=torch.ones_like(ids), generation_config=config, **extra
-        )
+            ids, attention_mask=torch.ones_like(ids), generation_config=config,
+            logits_processor=LogitsProcessorList(processors), **extra,
+        )  # fmt: skip
         synchronize(target.device)
         seconds = time.perf_counter() - start
     return Decoded(
@@ -222,11 +231,13 @@ class DecoderVariant:
         max_new_tokens: int,
         sampling: Sampling,
         seed: int,
+        processors: Sequence[LogitsProcessor] = (),
     ) -> Decoded:
         """One text."""
         return decode(
             target, prompt_ids, max_new_tokens, self.assistant, self.num_assistant_tokens,
             decoding_config=self.decoding_config, sampling=sampling, seed=seed,
+            processors=processors,
         )  # fmt: skip
 
 
@@ -271,6 +282,8 @@ def _drafting(decoder: Decoder, costs: Costs | None) -> ExactDecoding | None:
     """How the exact decoder drafts; None: the stock one does."""
     if decoder == "exact":
         return ExactDecoding()
+    if decoder == "unconstrained":
+        return ExactDecoding(follow_text=False)
     if decoder == "heuristic":
         return ExactDecoding(Heuristic(START, MAX_DRAFT_TOKENS))
     if decoder not in OWN_LENGTH:
@@ -318,15 +331,22 @@ def divergence(plain: list[int], assisted: list[int]) -> int | None:
 
 @torch.no_grad()
 def explain_divergence(
-    target: Target, prompt_ids: list[int], plain: list[int], assisted: list[int]
+    target: Target,
+    prompt_ids: list[int],
+    plain: list[int],
+    assisted: list[int],
+    processors: Sequence[LogitsProcessor] = (),
 ) -> Divergence | None:
     """Where and why two greedy texts diverge, of which these are the new tokens; None: they are
-    equal. The target is in the dtype that they were decoded in."""
+    equal. The target is in the dtype that they were decoded in, the processors are alike."""
     if (at := divergence(plain, assisted)) is None:
         return None
     ids = prompt_ids + plain[:at]
     logits = _last_logits(target, ids, len(ids), len(ids))
-    best = logits.topk(2).values
+    scores = logits[None]
+    for processor in processors:
+        scores = processor(torch.tensor([ids], device=target.device), scores)
+    best = scores[0].topk(2).values
     top2 = float(best[0] - best[1])
     if at >= min(len(plain), len(assisted)):
         return Divergence(top2, None, None)

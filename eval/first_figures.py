@@ -18,7 +18,7 @@ from headstart.common.files import write_atomically
 from headstart.common.machine import environment
 from headstart.configs.schema import EvalConfig
 from headstart.data.conversations import stable_hash
-from headstart.data.prompts import Prompt, limit_evenly, load_prompt_set
+from headstart.data.prompts import Prompt, limit_evenly, load_prompt_set, tell_schemas
 from headstart.eval.decoding import Decoded, decode
 from headstart.eval.draft_cost import (
     COST_CONTEXT,
@@ -99,6 +99,7 @@ def _texts(
 ) -> list[Text]:
     """Some prompts decoded plainly and by prompt lookup, as many as there is time for."""
     prompts = limit_evenly(loaded, min(PROMPTS, chosen.limit or PROMPTS))
+    tell_schemas(prompts, "a first look")
     encoded = [asked.encode(prompt, target.tokenizer) for prompt in prompts]
     decode(target, encoded[0], WARM_UP_TOKENS, num_assistant_tokens=k)
     texts, began = list[Text](), time.perf_counter()

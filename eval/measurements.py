@@ -10,7 +10,7 @@ from itertools import count, groupby, islice
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from transformers import LogitsProcessor, PreTrainedTokenizerBase
 
 from headstart.common.console import counted, print_once
 from headstart.common.files import open_own, write_atomically
@@ -27,6 +27,7 @@ from headstart.eval.decoding import (
 )
 from headstart.eval.spans import spans_of_tokens
 from headstart.eval.statistics import ends_in_loop
+from headstart.heads.structured import StructuredOutput
 from headstart.heads.target import Target
 from headstart.heads.tokens import Sampling
 
@@ -247,10 +248,11 @@ def measure_prompts(
     asked: Asked,
     together: bool = False,
     timed: bool = True,
+    structured: StructuredOutput | None = None,
 ) -> None:
     """Decode every prompt plainly and by each variant, in an order drawn anew for each text, after
     a warm-up that is thrown away, unless no times are wanted (`timed`); where the target samples,
-    once with each seed. The prompts come in a drawn order too, and where the processes of the
+    once with each seed; by `structured` under its JSON schema where it has one. The prompts come in a drawn order too, and where the processes of the
     launch work `together` they are dealt over them round robin.
 
     Each turn of a conversation is given its whole text, with plain decoding's own answers, so that
@@ -272,7 +274,10 @@ def measure_prompts(
         prompt, turns = prompts[place], list[dict[str, Any]]()
         for sampling, own in variants.items():
             for seed in seeds if sampling.temperature else [None]:
-                measure = partial(_measure_turn, target, own, sampling, seed, place, max_new_tokens)
+                measure = partial(
+                    _measure_turn, target, own, sampling, seed, place, max_new_tokens,
+                    partial(_constraint, structured, prompt),
+                )  # fmt: skip
                 turns += _converse(target, prompt, asked, measure)
         kept.add({"id": prompt.id, "category": prompt.category, **alone, "turns": turns})
 
@@ -296,6 +301,16 @@ def _converse(
     return turns
 
 
+def _constraint(
+    structured: StructuredOutput | None, prompt: Prompt, prompt_length: int
+) -> list[LogitsProcessor]:
+    """What holds one text to the prompt's JSON schema."""
+    if prompt.json_schema is None:
+        return []
+    assert structured is not None, "whoever reads the prompts makes it"
+    return [structured.processor(prompt.json_schema, prompt_length)]
+
+
 def _measure_turn(
     target: Target,
     variants: Sequence[DecoderVariant],
@@ -303,6 +318,7 @@ def _measure_turn(
     seed: int | None,
     place: int,
     max_new_tokens: int,
+    constraint: Callable[[int], list[LogitsProcessor]],
     ids: list[int],
 ) -> dict[str, Any]:
     again = place % AGAIN_EVERY == 0
@@ -310,7 +326,10 @@ def _measure_turn(
     random.Random(f"{sampling} {seed} {place} {len(ids)}").shuffle(order)
     draws = (seed or 0) * SEEDS_APART + place
     texts = [
-        (variant, _decode(variant, target, ids, max_new_tokens, sampling, draws))
+        (
+            variant,
+            _decode(variant, target, ids, max_new_tokens, sampling, draws, constraint(len(ids))),
+        )
         for variant in order
     ]
     plain, *repeated = [decoded for variant, decoded in texts if variant is None]
@@ -318,7 +337,9 @@ def _measure_turn(
     for variant in variants:
         decoded, why = next(decoded for other, decoded in texts if other is variant), None
         if seed is None:
-            why = explain_divergence(target, ids, plain.tokens, decoded.tokens)
+            why = explain_divergence(
+                target, ids, plain.tokens, decoded.tokens, constraint(len(ids))
+            )
         diverged = None if why is None else asdict(why)
         spans = spans_of_tokens(target.tokenizer, ids, decoded.tokens)
         found.append({
@@ -342,7 +363,10 @@ def _decode(
     max_new_tokens: int,
     sampling: Sampling,
     seed: int,
+    processors: Sequence[LogitsProcessor] = (),
 ) -> Decoded:
     if variant is None:
-        return decode(target, ids, max_new_tokens, sampling=sampling, seed=seed)
-    return variant.decode(target, ids, max_new_tokens, sampling, seed)
+        return decode(
+            target, ids, max_new_tokens, sampling=sampling, seed=seed, processors=processors
+        )
+    return variant.decode(target, ids, max_new_tokens, sampling, seed, processors)

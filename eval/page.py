@@ -188,11 +188,14 @@ CONTEXT_COLUMNS = [
     "texts",
     "speedup (95%)",
 ]
+STRUCTURED_COLUMNS = [
+    "decoder", "K", "texts", "ended before the limit", "of those valid", "acceptance length (95%)",
+]  # fmt: skip
 Rows = list[list[str]]
 
 
 def breakdowns(content: dict[str, Any]) -> list[tuple[str, list[str], Rows]]:
-    """Tables of the quickest variant over all texts: heading, columns and rows."""
+    """Tables over all texts, of the quickest variant or of all: heading, columns and rows."""
     whole = [
         r for r in content["results"] if r["category"] == "all" and r["looping_texts"] == "with"
     ]
@@ -207,6 +210,8 @@ def breakdowns(content: dict[str, Any]) -> list[tuple[str, list[str], Rows]]:
     for head in dict.fromkeys(row["head"] for row in several):
         own = table_of([row for row in several if row["head"] == head])
         tables.append((f"Several texts at once ({head})", SEVERAL_COLUMNS, own))
+    if rows := [_structured_row(r) for r in whole if r.get("structured")]:
+        tables.append(("Texts that are held to a JSON schema", STRUCTURED_COLUMNS, rows))
     return tables
 
 
@@ -239,6 +244,12 @@ def _context_rows(groups: list[dict[str, Any]]) -> Rows:
         ]
         for group in groups
     ]
+
+
+def _structured_row(result: dict[str, Any]) -> list[str]:
+    found, cell = result["structured"], dict(zip(COLUMNS, cells(result), strict=True))
+    counts = (str(found[name]) for name in ("texts", "ended", "valid"))
+    return [cell["decoder"], cell["K"], *counts, cell["acceptance length (95%)"]]
 
 
 def markdown(content: dict[str, Any]) -> str:

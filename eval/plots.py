@@ -23,6 +23,7 @@ COLORS = {
     "hybrid": "#CC79A7",
     "lookup": "#B87A00",
     "draft-model": "#8C6BB8",
+    "unconstrained": "#948A00",
 }
 PARTS = {
     "prefill": "#948A00",

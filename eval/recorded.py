@@ -56,10 +56,12 @@ def set_name(source: str | SourceConfig) -> str:
 
 def prompts_sha256(prompts: Sequence[Prompt]) -> str:
     """SHA-256, in hex, of prompts as they were loaded: of one line of JSON for each, an object of
-    `FIELDS` with sorted keys, in ASCII."""
+    `FIELDS`, and `json_schema` where there is one, with sorted keys, in ASCII."""
     digest = hashlib.sha256()
     for prompt in prompts:
         row = {name: getattr(prompt, name) for name in FIELDS}
+        if prompt.json_schema is not None:  # as if earlier prompts had it
+            row["json_schema"] = prompt.json_schema
         digest.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
     return digest.hexdigest()
 

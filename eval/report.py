@@ -41,6 +41,7 @@ from headstart.eval.statistics import (
     sampling_name,
     verdict,
 )
+from headstart.eval.structured import structured_output, validity
 from headstart.heads.kinds import check_drafts, kind_of, runs_in_transformers
 from headstart.heads.loading import load_served, load_target, open_whole
 from headstart.heads.pairing import check_pair, other_target
@@ -111,6 +112,7 @@ def run_evaluation(
     check_template(prompts, target)
     # One that cannot be used is named before all work.
     encode_prompts(prompts, target.tokenizer, asked.chat_template_kwargs)
+    structured = structured_output(target, prompts)
     settings = {
         "target": target.name,
         "target_fingerprint": target.fingerprint,
@@ -137,7 +139,7 @@ def run_evaluation(
         variants = _variants(heads, draft_models, chosen, samplings, kept)
         measure_prompts(
             target, prompts, variants, chosen.seeds, chosen.max_new_tokens, kept, asked, together,
-            timed,
+            timed, structured,
         )  # fmt: skip
         if together:
             state.wait_for_everyone()
@@ -198,12 +200,13 @@ def _content(
 ) -> dict[str, Any]:
     """Of report.json."""
     measured: dict[tuple[Any, ...], list[Text]] = {}
+    schemas = {p.id: p.json_schema for p in prompts if p.json_schema is not None}
     found: list[dict[str, Any]] = []
     for alike in zip(*variants.values(), strict=True):  # a sampled one beside its greedy one
         for sampling, variant in zip(variants, alike, strict=True):
             texts = kept.texts(variant, sampling.temperature)
             measured[(*variant.key, sampling.temperature)] = texts
-            found += _results(variant, sampling, texts, kept.timed)
+            found += _results(target, variant, sampling, texts, kept.timed, schemas)
     first, most = next(iter(measured.values())), asked.max_prompt_tokens
     # Prompts that training would have cut; None: not known.
     longer = None if most is None else len({t.id for t in first if t.prompt_len > most})
@@ -318,7 +321,12 @@ def _variants(
 
 
 def _results(
-    variant: DecoderVariant, sampling: Sampling, texts: Sequence[Text], timed: bool
+    target: Target,
+    variant: DecoderVariant,
+    sampling: Sampling,
+    texts: Sequence[Text],
+    timed: bool,
+    schemas: Mapping[str, dict[str, Any]],
 ) -> list[dict[str, Any]]:
     """The results of one variant: all prompts and each category, with and without looping texts;
     without speeds where they were not timed."""
@@ -338,6 +346,7 @@ def _results(
                 "looping_texts": loops,
             }  # fmt: skip
             result = what | summarize(few, variant.num_assistant_tokens, variant.costs)
+            result["structured"] = validity(target, few, schemas)
             if not timed:
                 result |= dict.fromkeys(SPEEDS)
                 for context in result["by_context"]:

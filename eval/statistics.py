@@ -57,6 +57,7 @@ def ends_in_loop(tokens: list[int]) -> bool:
 NAMES = {
     "transformers": "the stock decoder",
     "exact": "the exact decoder",
+    "unconstrained": "the exact decoder, whose drafts ignore JSON schemas,",
     "heuristic": "the exact decoder with transformers' heuristic",
     "cost": "the exact decoder with the cost rule",
     "hybrid": "hybrid drafting",

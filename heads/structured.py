@@ -10,6 +10,7 @@ Letters: B texts, n tokens of each, V vocabulary.
 """
 
 import json
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,14 @@ from headstart.heads.tokens import TargetTokens
 FORM = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 """White space as `json.dumps` writes it: where any may stand, a small model may write it until the
 text's limit."""
+
+
+def check_structured() -> None:
+    """Raise `ModuleNotFoundError` where the extra `structured` is not installed."""
+    if lacking := [name for name in ("llguidance", "jsonschema") if find_spec(name) is None]:
+        raise ModuleNotFoundError(
+            f"JSON schemas need {' and '.join(lacking)}: pip install 'headstart[structured]'"
+        )
 
 
 class StructuredOutput:
@@ -36,18 +45,16 @@ class StructuredOutput:
     """
 
     def __init__(self, target: TargetTokens):
-        try:
-            from llguidance import LLMatcher
-            from llguidance.hf import from_tokenizer
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(
-                "JSON schemas are held to by llguidance: pip install 'headstart[structured]'"
-            ) from error
+        check_structured()
+        from llguidance import LLMatcher
+        from llguidance.hf import from_tokenizer
+
         self.matcher_class: Any = LLMatcher
         try:
             self.tokens = from_tokenizer(target.tokenizer, eos_token=target.eos_ids)
         except ValueError as error:
-            raise ValueError(f"{target.name}: llguidance cannot read its tokenizer: {error}") from error
+            why = f"{target.name}: llguidance cannot read its tokenizer: {error}"
+            raise ValueError(why) from error
 
     def processor(self, schema: dict[str, Any], prompt_length: int) -> "SchemaProcessor":
         """For one call of `generate`.

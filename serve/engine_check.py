@@ -17,7 +17,7 @@ from headstart.common.children import temporary_folder
 from headstart.common.console import counted, plain_console, print_once
 from headstart.common.files import drop_remote_code, write_figures
 from headstart.common.machine import environment
-from headstart.data.prompts import Prompt
+from headstart.data.prompts import Prompt, tell_schemas
 from headstart.data.templates import encode_prompts
 from headstart.eval.acceptance import AcceptanceCounts, zero_counts
 from headstart.eval.asked import asked_by_heads
@@ -98,6 +98,7 @@ def serve_check(
     out.mkdir(parents=True, exist_ok=True)
     with temporary_folder() as temporary:
         k = check.num_assistant_tokens
+        tell_schemas(prompts, "serve-check")
         ids = encode_prompts(prompts, target.tokenizer, asked.chat_template_kwargs)
         context = max(map(len, ids)) + check.max_new_tokens + k + SPARE
         head, served_target, served_head = _written(target, config, check, context, temporary)

@@ -5,6 +5,7 @@ Gemma 4: transformers' loop, caches, logits processors and both candidate genera
 ones, and so is the stock generator's head.
 """
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -12,6 +13,8 @@ import torch
 from transformers import (
     Gemma4ForCausalLM,
     GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
 )
@@ -165,6 +168,60 @@ def test_drafts_of_a_head_are_judged_by_what_top_k_and_top_p_leave(kind: str) ->
     assert p_value(texts, model.table, TOP_P) > 0.01
     assert p_value(texts, model.table, TOP_P | {"top_p": 1.0}) < 1e-6
     assert p_value(texts, model.table, TOP_P | {"top_k": 1}) == 0
+
+
+class RulesOutThree(LogitsProcessor):
+    """At every other place, the first three tokens."""
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        ruled_out = (torch.arange(TOKENS) < 3) & (input_ids.shape[1] % 2 == 0)
+        return scores.masked_fill(ruled_out, -torch.inf)
+
+
+@pytest.mark.parametrize("follow_text", [True, False])
+@pytest.mark.parametrize("kind", head_kinds())
+def test_a_processor_that_reads_the_text_leaves_sampling_lossless(
+    kind: str, follow_text: bool
+) -> None:
+    """5,000 draws of a text in which every other place has a distribution of its own, whether
+    drafts know it or not; and neither is the other's."""
+    model, assistant = chain(kind)
+    how = ExactDecoding(follow_text=follow_text)
+    settings = SETTINGS | {"logits_processor": LogitsProcessorList([RulesOutThree()])}
+    with exact_decoding(model, how):
+        texts = sample(model, assistant, 5, settings)
+    assert sum(r.accepted for r in how.rounds) > 500
+    # The first of a text is the prompt's last: an odd number of tokens stands before the second.
+    pairs = [[list(pair) for pair in pairwise(text)] for text in texts]
+    free = [pair for text in pairs for pair in text[::2]]
+    ruled = [pair for text in pairs for pair in text[1::2]]
+    without = model.table.clone()
+    without[:, :3] = -torch.inf
+    assert p_value(free, model.table) > 0.01
+    assert p_value(ruled, without) > 0.01
+    assert p_value(free, without) == 0
+    assert p_value(ruled, model.table) < 1e-6
+
+
+def test_drafts_see_the_drafts_before_them() -> None:
+    """A processor that knows the text by heart is followed by all drafts, which are all accepted."""
+    model, assistant = chain()
+
+    class Counts(LogitsProcessor):
+        def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            only = torch.full_like(scores, -torch.inf)
+            only[:, (input_ids.shape[1] * 5) % TOKENS] = 0.0
+            return only
+
+    for do_sample in (False, True):
+        how = ExactDecoding()
+        settings = {"do_sample": do_sample, "eos_token_id": None, "temperature": None}
+        settings |= {"logits_processor": LogitsProcessorList([Counts()])}
+        with exact_decoding(model, how):
+            [text] = sample(model, assistant, 1, settings)
+        assert text[1:] == [n * 5 % TOKENS for n in range(3, 3 + TEXT)]
+        assert all(r.accepted == len(r.drafts.tokens) for r in how.rounds)
+        assert len(how.rounds) == -(-(TEXT - 1) // (K + 1))
 
 
 def test_the_stock_decoder_does_not_sample_from_the_target() -> None:
