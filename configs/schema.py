@@ -419,8 +419,9 @@ Decoder = Literal[
 ]
 """Ways to decode with drafts (docs/how-to/evaluate-and-compare.md): of the head through the stock
 candidate generator; of the head through the exact decoder, K a round, the same without regard to
-a prompt's JSON schema, two more or one less after each round, as many as the cost rule says, the same with lookups in the text; prompt lookup alone, which
-needs no head; a small model of the same vocabulary through the stock generator."""
+a prompt's JSON schema, two more or one less after each round, as many as the cost rule says, the
+same with lookups in the text; prompt lookup alone, which needs no head; a small model of the same
+vocabulary through the stock generator."""
 
 
 class EvalConfig(Section):

@@ -9,7 +9,18 @@ from typing import Any
 
 LAYOUTS = ("messages", "conversations", "prompt", "instruction", "text", "turns")
 """Columns that a row is recognized by; the first one present decides."""
-COLUMNS = ("messages", "prompt", "response", "text", "id", "category", "source", "tools", "json_schema", "raw")
+COLUMNS = (
+    "messages",
+    "prompt",
+    "response",
+    "text",
+    "id",
+    "category",
+    "source",
+    "tools",
+    "json_schema",
+    "raw",
+)
 """What the `columns` of a source can map."""
 IDS = ("id", "question_id", "prompt_id", "task_id")
 """Columns that may hold the id of a row; the first one present is taken."""

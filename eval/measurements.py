@@ -252,9 +252,10 @@ def measure_prompts(
 ) -> None:
     """Decode every prompt plainly and by each variant, in an order drawn anew for each text, after
     a warm-up that is thrown away, unless no times are wanted (`timed`); where the target samples,
-    once with each seed; by `structured` under its JSON schema where it has one. The prompts come in a drawn order too, and where the processes of the
+    once with each seed. The prompts come in a drawn order too, and where the processes of the
     launch work `together` they are dealt over them round robin.
 
+    A prompt with a JSON schema is held to it by `structured`, which may be None where none has one.
     Each turn of a conversation is given its whole text, with plain decoding's own answers, so that
     all variants answer the same question.
     """

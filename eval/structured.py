@@ -1,4 +1,4 @@
-"""Whether texts are of the JSON schemas that they were held to, as the library jsonschema judges."""
+"""Whether texts are of the JSON schemas that they were held to, by the library jsonschema."""
 
 import json
 from collections.abc import Mapping, Sequence

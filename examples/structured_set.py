@@ -1,5 +1,5 @@
-"""Write the prompts of `builtin:structured_eval`, 60 that ask for JSON and 40 that ask for a call of
-a tool, each with the JSON schema that its answer is held to:
+"""Write the prompts of `builtin:structured_eval`, 60 that ask for JSON and 40 for a call of a tool,
+each with the JSON schema that its answer is held to:
 
     python examples/structured_set.py data/prompts/structured_eval.jsonl
 
@@ -140,9 +140,7 @@ NOTES: dict[str, tuple[Schema, list[str]]] = {
         ],
     ),
     "the opinion in this review": (
-        record(
-            sentiment=one_of("positive", "mixed", "negative"), stars=whole(1, 5), again=YES_NO
-        ),
+        record(sentiment=one_of("positive", "mixed", "negative"), stars=whole(1, 5), again=YES_NO),
         [
             "The soup was cold and so was the waiter. Never again.",
             "Lovely rooms, thin walls. We would come back, with ear plugs.",

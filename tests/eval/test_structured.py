@@ -115,9 +115,7 @@ def test_a_schema_that_is_none_is_refused_with_its_prompt(
         structured_output(tiny, load_prompts(path))
 
 
-def test_without_the_extra_one_line_names_it(
-    tiny: Target, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_the_extra_one_line_names_it(tiny: Target, monkeypatch: pytest.MonkeyPatch) -> None:
     prompt = Prompt("p", "c", "s", [{"role": "user", "content": "x"}], True, json_schema={})
     monkeypatch.setattr("headstart.heads.structured.find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'headstart\[structured\]'"):
@@ -134,9 +132,7 @@ def test_a_schema_is_part_of_the_set_that_a_report_records() -> None:
     assert len({prompts_sha256([prompt]) for prompt in with_schemas}) == 3
 
 
-def test_the_set_is_what_its_script_writes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_set_is_what_its_script_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = ROOT / "examples" / "structured_set.py"
     names: dict[str, Any] = {"__name__": "script"}
     exec(compile(path.read_text(encoding="utf-8"), str(path), "exec"), names)

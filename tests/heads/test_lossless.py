@@ -204,7 +204,7 @@ def test_a_processor_that_reads_the_text_leaves_sampling_lossless(
 
 
 def test_drafts_see_the_drafts_before_them() -> None:
-    """A processor that knows the text by heart is followed by all drafts, which are all accepted."""
+    """A processor that knows the text by heart has all drafts follow it, and be accepted."""
     model, assistant = chain()
 
     class Counts(LogitsProcessor):
@@ -247,7 +247,9 @@ def test_a_head_with_clusters_draws_from_what_it_hands_out(tiny: Target) -> None
     state.commit(Verified(ids, seen.hidden, seen.shared_kv))
     warpers = [TemperatureLogitsWarper(1.5), TopKLogitsWarper(6)]
     torch.manual_seed(0)
-    drafts = [drafter.draft(ids[:, -1:], state, 1, frozenset(), None, warpers, True) for _ in range(4000)]
+    drafts = [
+        drafter.draft(ids[:, -1:], state, 1, frozenset(), None, warpers, True) for _ in range(4000)
+    ]
     handed = drafts[0].logits
     assert handed is not None
     assert handed.shape == (1, len(tiny.table))

@@ -1,4 +1,4 @@
-"""Text under a JSON schema: plain decoding's own whoever drafts, and of the schema in every text."""
+"""Text under a JSON schema: plain decoding's own whoever drafts, and all of it of the schema."""
 
 import json
 import random
@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from jsonschema import Draft202012Validator
 from transformers import GenerationConfig, LogitsProcessorList
 
 from headstart.heads.decoder import Constant, CostRule, ExactDecoding, Lookup, exact_decoding
@@ -66,6 +65,8 @@ def generate(target: Target, schema: dict[str, Any], seed: int, **kwargs: Any) -
 
 def is_of(target: Target, schema: dict[str, Any], tokens: list[int]) -> bool:
     """Whether a text that ended is JSON of the schema."""
+    from jsonschema import Draft202012Validator
+
     assert tokens[-1] in target.eos_ids, "it ends before the limit"
     text = target.tokenizer.decode(tokens[:-1])
     return Draft202012Validator(schema).is_valid(json.loads(text))
@@ -109,8 +110,8 @@ def test_after_a_text_that_ended_and_after_one_of_no_schema_logits_stay(
 def test_greedy_text_with_drafts_is_plain_text_and_of_the_schema(
     tiny: Target, schema: dict[str, Any], clusters: int | None
 ) -> None:
-    """In float32, with the stock decoder, ours, drafts that do not know the schema, and lookups; and
-    drafts that know it are accepted more often."""
+    """In float32, with the stock decoder, ours, drafts that do not know the schema, and lookups.
+    Drafts that know it are accepted more often."""
     head = noisy_head(tiny).assistant
     if clusters:
         head = with_clusters(head, clusters, 1)
@@ -127,6 +128,8 @@ def test_greedy_text_with_drafts_is_plain_text_and_of_the_schema(
         assert is_of(tiny, schema, plain)
         assert generate(tiny, schema, seed, assistant_model=head) == plain
         assert generate(tiny, schema, seed, prompt_lookup_num_tokens=3) == plain
+        small = make_target("gemma3").model  # as a draft model
+        assert generate(tiny, schema, seed, assistant_model=small) == plain
         for way in ways.values():
             with exact_decoding(tiny.model, way):
                 assert generate(tiny, schema, seed, assistant_model=head) == plain
@@ -150,7 +153,11 @@ def test_sampled_texts_are_of_the_schema(tiny: Target) -> None:
 
 @pytest.mark.parametrize(
     "schema",
-    [{"type": "nothing"}, {"$ref": "https://example.org/schema.json"}, {"type": "string", "pattern": "("}],
+    [
+        {"type": "nothing"},
+        {"$ref": "https://example.org/schema.json"},
+        {"type": "string", "pattern": "("},
+    ],
     ids=["type", "elsewhere", "pattern"],
 )
 def test_a_schema_that_cannot_be_held_to_is_refused(
