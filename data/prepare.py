@@ -40,6 +40,7 @@ from headstart.data.prompts import (
     encode_usable,
     load_prompt_set,
     load_prompts,
+    schemas_of,
 )
 from headstart.data.regenerate import (
     Job,
@@ -259,7 +260,7 @@ def load_sources(
         print_once(NOT_CHECKED)
         return [(own, source.weight) for own, source in zip(loaded, data.prompts, strict=True)]
     evaluation = load_prompt_set(held_out)
-    if any(prompt.json_schema is not None for prompt in evaluation):
+    if schemas_of(evaluation):
         check_structured()
     if tokens is not None:
         encode_prompts(evaluation, tokens.tokenizer, data.chat_template_kwargs)

@@ -223,9 +223,14 @@ def prompt_of(row: Row, place: Place, columns: dict[str, str]) -> Prompt:
     )
 
 
+def schemas_of(prompts: Sequence[Prompt]) -> dict[str, dict[str, Any]]:
+    """The JSON schemas of those that have one, by their ids."""
+    return {p.id: p.json_schema for p in prompts if p.json_schema is not None}
+
+
 def tell_schemas(prompts: Sequence[Prompt], what: str) -> None:
     """Say that the prompts' JSON schemas are left out by `what`, if they have any."""
-    if number := sum(prompt.json_schema is not None for prompt in prompts):
+    if number := len(schemas_of(prompts)):
         print_once(
             f"{number} of {len(prompts)} prompts have a JSON schema, to which {what} does not hold "
             "the answers: headstart eval alone does"

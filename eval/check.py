@@ -11,13 +11,13 @@ from rich.table import Column, Table
 
 from headstart.common.console import kept_lines, plain_console, print_once
 from headstart.configs.schema import DataConfig, TargetConfig
-from headstart.data.prompts import SETS, Prompt, load_prompt_set, load_prompts
+from headstart.data.prompts import SETS, Prompt, load_prompt_set, load_prompts, schemas_of
 from headstart.data.templates import check_template, encode_conversation, encode_prompt
-from headstart.eval.structured import structured_output
 from headstart.heads.kinds import kind_of
 from headstart.heads.loading import load_served
 from headstart.heads.pairing import check_pair, other_target
 from headstart.heads.saving import load_assistant
+from headstart.heads.structured import structured_output
 from headstart.heads.target import Target
 
 
@@ -126,7 +126,7 @@ def _prompts(name: str, target: Target, data: DataConfig) -> str:
         for line in counted.getvalue().splitlines():
             print_once(line)
     check_template(prompts, target)
-    structured_output(target, prompts)
+    structured_output(target, schemas_of(prompts))
     answers, refused = 0, []
     for prompt in prompts:
         try:

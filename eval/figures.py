@@ -1,9 +1,9 @@
-"""The figures of one result of a report: acceptance, speed, and both where the text is code or
-prose, or the context long."""
+"""The figures of one result of a report: acceptance, speed, both where the text is code or prose,
+or the context long, and how many texts are of their JSON schemas."""
 
 from bisect import bisect
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -15,6 +15,10 @@ from headstart.eval.draft_cost import Costs
 from headstart.eval.measurements import Text
 from headstart.eval.spans import SPANS
 from headstart.eval.statistics import CONTEXTS, POSITIONS, interval, resampled
+from headstart.heads.structured import fault
+from headstart.heads.target import Target
+
+SHOWN = 5  # invalid texts that a result names
 
 
 def summarize(texts: Sequence[Text], k: int, costs: Costs | None) -> dict[str, Any]:
@@ -223,3 +227,19 @@ def noise(texts: Sequence[Text]) -> dict[str, Any] | None:
     ratio = resampled(ids, [text.plain.seconds for text in twice])
     ratio /= resampled(ids, [text.again_seconds for text in twice])
     return {"texts": len(twice), "speedup": float(ratio[0]), "speedup_interval": interval(ratio)}
+
+
+def validity(
+    target: Target, texts: Sequence[Text], schemas: Mapping[str, dict[str, Any]]
+) -> dict[str, Any] | None:
+    """Of the texts with a schema, by the ids of their prompts: how many there are, how many ended
+    before the limit, how many of those are valid, and some that are not. None: there are none."""
+    held = [text for text in texts if text.id in schemas]
+    ended = [text for text in held if text.assisted.tokens[-1] in target.eos_ids]
+    invalid = []
+    for text in ended:
+        written = target.tokenizer.decode(text.assisted.tokens[:-1])
+        if why := fault(written, schemas[text.id]):
+            invalid.append({"id": text.id, "turn": text.turn, "seed": text.seed, "why": why})
+    counts = {"texts": len(held), "ended": len(ended), "valid": len(ended) - len(invalid)}
+    return counts | {"invalid": invalid[:SHOWN]} if held else None

@@ -17,13 +17,19 @@ from headstart.common.machine import environment
 from headstart.common.processes import processes_in
 from headstart.common.versions import skips_prefill
 from headstart.configs.schema import Config, EvalConfig
-from headstart.data.prompts import Prompt, check_prompt_set, limit_evenly, load_prompt_set
+from headstart.data.prompts import (
+    Prompt,
+    check_prompt_set,
+    limit_evenly,
+    load_prompt_set,
+    schemas_of,
+)
 from headstart.data.templates import check_template, encode_prompts
 from headstart.eval.asked import asked_by_heads
 from headstart.eval.concurrency import measure_batches, predicted, where_it_pays
 from headstart.eval.decoding import GREEDY, DecoderVariant, make_variants
 from headstart.eval.draft_cost import Costs, busy_share, longest_draft, measure_costs
-from headstart.eval.figures import noise, summarize
+from headstart.eval.figures import noise, summarize, validity
 from headstart.eval.measurements import (
     Asked,
     Measurements,
@@ -41,11 +47,11 @@ from headstart.eval.statistics import (
     sampling_name,
     verdict,
 )
-from headstart.eval.structured import structured_output, validity
 from headstart.heads.kinds import check_drafts, kind_of, runs_in_transformers
 from headstart.heads.loading import load_served, load_target, open_whole
 from headstart.heads.pairing import check_pair, other_target
 from headstart.heads.saving import load_assistant
+from headstart.heads.structured import structured_output
 from headstart.heads.target import Target, model_fingerprint
 from headstart.heads.tokens import Sampling
 
@@ -112,7 +118,7 @@ def run_evaluation(
     check_template(prompts, target)
     # One that cannot be used is named before all work.
     encode_prompts(prompts, target.tokenizer, asked.chat_template_kwargs)
-    structured = structured_output(target, prompts)
+    structured = structured_output(target, schemas_of(prompts))
     settings = {
         "target": target.name,
         "target_fingerprint": target.fingerprint,
@@ -200,7 +206,7 @@ def _content(
 ) -> dict[str, Any]:
     """Of report.json."""
     measured: dict[tuple[Any, ...], list[Text]] = {}
-    schemas = {p.id: p.json_schema for p in prompts if p.json_schema is not None}
+    schemas = schemas_of(prompts)
     found: list[dict[str, Any]] = []
     for alike in zip(*variants.values(), strict=True):  # a sampled one beside its greedy one
         for sampling, variant in zip(variants, alike, strict=True):

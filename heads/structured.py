@@ -1,4 +1,5 @@
-"""Structured output: text that is held to a JSON schema, by a logits processor of `generate`.
+"""Structured output: text that is held to a JSON schema, by a logits processor of `generate`, and
+whether it is of it.
 
 Which tokens may come next is said by llguidance (extra `structured`), whose matcher goes forward
 with the text. `generate` takes texts back: verification asks for the text with each number of the
@@ -10,6 +11,7 @@ Letters: B texts, n tokens of each, V vocabulary.
 """
 
 import json
+from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import Any
 
@@ -123,3 +125,47 @@ class SchemaProcessor(LogitsProcessor):
         said = np.unpackbits(bits, bitorder="little", count=self.vocab_size)[:size]
         allowed[: len(said)] = torch.from_numpy(said).bool()
         return allowed
+
+
+def structured_output(
+    target: TargetTokens, schemas: Mapping[str, dict[str, Any]]
+) -> StructuredOutput | None:
+    """What holds the texts of prompts to their JSON schemas, by their ids; None: there are none.
+
+    Raises:
+        ModuleNotFoundError: the extra `structured` is not installed.
+        ValueError: a schema cannot be held to; its prompt is named.
+    """
+    if not schemas:
+        return None
+    structured = StructuredOutput(target)
+    for name, schema in schemas.items():
+        try:
+            structured.processor(schema, 0)
+            fault("", schema)
+        except ValueError as error:
+            raise ValueError(f"the prompt {name} cannot be used: {error}") from error
+    return structured
+
+
+def fault(text: str, schema: dict[str, Any]) -> str | None:
+    """What keeps a text from being JSON of a schema; None: nothing.
+
+    Raises:
+        ValueError: that is no JSON schema.
+    """
+    import jsonschema
+    from referencing import Registry
+
+    judge = jsonschema.validators.validator_for(schema, jsonschema.Draft202012Validator)
+    try:
+        judge.check_schema(schema)
+    except jsonschema.SchemaError as error:
+        raise ValueError(f"no JSON schema: {error.message[:300]}") from error
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        return f"no JSON: {error}"
+    # A registry of nothing: a schema of somebody else's has nothing fetched.
+    found = next(judge(schema, registry=Registry()).iter_errors(value), None)
+    return None if found is None else found.message

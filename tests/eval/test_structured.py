@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 
 from headstart.configs.schema import EvalConfig
-from headstart.data.prompts import Prompt, load_prompt_set, load_prompts
+from headstart.data.prompts import Prompt, load_prompt_set, load_prompts, schemas_of
 from headstart.eval.decoding import Decoded
+from headstart.eval.figures import validity
 from headstart.eval.measurements import Text
 from headstart.eval.recorded import prompts_sha256
 from headstart.eval.report import run_evaluation
-from headstart.eval.structured import fault, structured_output, validity
+from headstart.heads.structured import fault, structured_output
 from headstart.heads.target import Target
 from tests.helpers.heads import half_trained_head
 from tests.helpers.runs import ROOT
@@ -112,15 +113,15 @@ def test_a_schema_that_is_none_is_refused_with_its_prompt(
     path = tmp_path / "p.jsonl"
     path.write_text(json.dumps({"id": "p-1", "prompt": "x", "json_schema": schema}) + "\n")
     with pytest.raises(ValueError, match=reason):
-        structured_output(tiny, load_prompts(path))
+        structured_output(tiny, schemas_of(load_prompts(path)))
 
 
 def test_without_the_extra_one_line_names_it(tiny: Target, monkeypatch: pytest.MonkeyPatch) -> None:
     prompt = Prompt("p", "c", "s", [{"role": "user", "content": "x"}], True, json_schema={})
     monkeypatch.setattr("headstart.heads.structured.find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'headstart\[structured\]'"):
-        structured_output(tiny, [prompt])
-    assert structured_output(tiny, [Prompt("p", "c", "s", prompt.messages, True)]) is None
+        structured_output(tiny, schemas_of([prompt]))
+    assert structured_output(tiny, {}) is None
 
 
 def test_a_schema_is_part_of_the_set_that_a_report_records() -> None:
