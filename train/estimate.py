@@ -175,7 +175,7 @@ def _answering(planned: PlannedDocuments, held: Held) -> Phase:
     total = sum(len(questions.jobs) for questions in planned.questions)
     if not missing:
         return Phase(TEXTS, f"{total:,} conversations are there", 0.0)
-    costs = probe_answers(planned.target, planned.questions[0].jobs, data)
+    costs = probe_answers(planned.target, planned.questions[0], data)
     there = f", {total - jobs:,} there" if total > jobs else ""
     size = f"{jobs:,} of up to {data.max_new_tokens:,} tokens{there}"
     seconds = [
@@ -194,7 +194,7 @@ def _extraction(planned: PlannedDocuments) -> tuple[int, int, bool]:
     for piece in trainable(stream_folder(data.conversations, planned.target), data.max_tokens):
         lengths.append(len(piece.ids))
         greedy = greedy or piece.temperature == 0
-    folder = extraction_folder(planned.target, data)
+    folder, _ = extraction_folder(planned.target, data, planned.inputs)
     whole = (folder / "index.json").is_file()
     done = lengths if whole else lengths[: SHARD * len(shard_paths(folder))]
     return sum(lengths), sum(done), greedy

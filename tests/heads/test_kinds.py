@@ -10,6 +10,7 @@ import runpy
 import signal
 import sys
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,13 @@ from headstart.heads.decoder import (
 )
 from headstart.heads.describe import describe
 from headstart.heads.drafting import Drafter
-from headstart.heads.kinds import head_kinds, kind_of, runs_in_transformers
+from headstart.heads.kinds import (
+    DraftState,
+    Verified,
+    head_kinds,
+    kind_of,
+    runs_in_transformers,
+)
 from headstart.heads.ordered import with_clusters
 from headstart.heads.pairing import build_assistant, check_pair
 from headstart.heads.saving import load_assistant, load_assistant_config, save_assistant
@@ -172,6 +179,46 @@ def test_checkpointed_activations_give_the_same_gradients(kind: str, tiny: Targe
         found.append({n: p.grad for n, p in head.named_parameters() if p.grad is not None})
     assert found[0]
     torch.testing.assert_close(found[0], found[1])
+
+
+def see(target: Target, drafter: Drafter, state: DraftState, ids: torch.Tensor, *ends: int) -> None:
+    """Let a state see forwards over `ids` [1, T], each from one of the ends to the next."""
+    seen = target.activations(ids, layers=drafter.inputs.layers)
+    for start, end in pairwise(ends):
+        layers = {i: outputs[:, start:end] for i, outputs in seen.layers.items()}
+        kv = {t: (k[:, :, :end], v[:, :, :end]) for t, (k, v) in seen.shared_kv.items()}
+        state.commit(Verified(ids[:, start:end], seen.hidden[:, start:end], kv, layers))
+
+
+@each_kind
+@torch.no_grad()
+def test_a_round_forgets_the_drafts_before_it(kind: str, tiny: Target) -> None:
+    """Begun again after another token, and after more of the text in one forward or in several,
+    the drafts are those of a state that has seen the text in one and drafted nothing."""
+    with torch.enable_grad():
+        assistant = half_trained_head(tiny, kind)
+    drafter = Drafter(assistant, tiny.model.get_input_embeddings())
+    ids = greedy_document(tiny)[1].ids[None]
+
+    def drafted(state: DraftState, token: int) -> torch.Tensor:
+        newest = torch.tensor([[token]])
+        drafts = drafter.draft(newest, state, K, frozenset(), goes_on=lambda _: True)
+        return torch.tensor([drafts.tokens, drafts.confidences])
+
+    def anew(end: int, token: int) -> torch.Tensor:
+        state = drafter.new_text()
+        see(tiny, drafter, state, ids, 0, end)
+        return drafted(state, token)
+
+    right = int(ids[0, 9])
+    for more in ((9, 14), (9, 10, 14)):
+        state = drafter.new_text()
+        see(tiny, drafter, state, ids, 0, 9)
+        for token in (5, 7, right, 5, right):
+            torch.testing.assert_close(drafted(state, token), anew(9, token))
+        see(tiny, drafter, state, ids, *more)
+        for token in (8, 5):
+            torch.testing.assert_close(drafted(state, token), anew(14, token))
 
 
 RULES: list[DraftLength | None] = [

@@ -90,7 +90,7 @@ def _train_on(
 ) -> DraftHead:
     torch.manual_seed(0)
     head = DraftHead(build_assistant(target, HeadConfig(kind=kind), rounds))
-    batch = gather_rows([document], [candidate_rows(document)], rounds)
+    batch = gather_rows([document], [candidate_rows(document)], rounds, inputs=head.inputs)
 
     def later(module: Any, args: Any) -> Any:
         texts, *others = args
