@@ -3,15 +3,15 @@
 
 import random
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from headstart.common.console import one_line, print_once
-from headstart.common.files import cache_dir
 from headstart.configs.schema import Config, DataConfig, SourceConfig
 from headstart.configs.settings import ServerConfig
+from headstart.data.cache_folders import answers_folder, extraction_folder
 from headstart.data.contamination import (
     NOT_CHECKED,
     also_rendered,
@@ -26,7 +26,6 @@ from headstart.data.conversations import (
     find_answers,
     read_folder,
     read_manifest,
-    stable_hash,
     taken_answers,
     template_variables,
     tokens_when_cut,
@@ -44,14 +43,13 @@ from headstart.data.prompts import (
 from headstart.data.regenerate import (
     Job,
     batches_of,
-    conversation_settings,
     is_done,
     make_jobs,
     regenerate,
 )
 from headstart.data.sources import check_there
 from headstart.data.splits import LeftOut, cluster, hold_out
-from headstart.data.store import ActivationStore, describe_store, kept_settings
+from headstart.data.store import ActivationStore, describe_store
 from headstart.data.templates import check_template, encode_conversation, encode_prompts
 from headstart.heads.kinds import inputs_of
 from headstart.heads.loading import load_target_tokens, open_target
@@ -226,32 +224,6 @@ def _open_stored(
     return extract_folder(target, data.conversations, data, folder, inputs=inputs)
 
 
-def _with_enough(inputs: Inputs, folder: Callable[[Inputs], Path]) -> tuple[Path, Inputs]:
-    """The folder of what such heads read, and what is in it: their own, or the finished one of
-    heads that read more."""
-    fuller = KEYS_AND_VALUES
-    if not inputs.layers and not (folder(inputs) / "index.json").is_file():
-        inputs = fuller if (folder(fuller) / "index.json").is_file() else inputs
-    return folder(inputs), inputs
-
-
-def extraction_folder(target: Target, data: DataConfig, inputs: Inputs) -> tuple[Path, Inputs]:
-    """Where the activations of `data.conversations` are stored for heads that read `inputs`, and
-    what is stored there."""
-    assert data.conversations is not None, "the caller knows"
-    settings = [
-        read_manifest(data.conversations), target.fingerprint, str(target.table.dtype),
-        data.teacher_top_k, data.storage, data.max_tokens,
-    ]  # fmt: skip
-
-    def folder(inputs: Inputs) -> Path:
-        # Of keys and values alone as before there were heads without them.
-        asked = [*settings, *filter(None, [kept_settings(inputs)])]
-        return _cache(data) / "activations" / stable_hash(asked)
-
-    return _with_enough(inputs, folder)
-
-
 def _asked_for(training: Documents, data: DataConfig, seed: int) -> Documents:
     """Of the documents that are there, those at `data.filter.temperatures` and of
     `data.filter.categories`, and of them `data.filter.num_conversations` at random.
@@ -352,14 +324,8 @@ def _questions(
     """Prompts of the training or, to be answered greedily, of the validation."""
     sampling = [Sampling(0.0)] * len(prompts) if greedy else deal_sampling(data, target, prompts)
     jobs = make_jobs(prompts, sampling, target, data)
-
-    def folder(inputs: Inputs) -> Path:
-        settings = conversation_settings(jobs, target, data, seed, not data.online, inputs)
-        # What loads the target again is noted, but names no other conversations.
-        named = {key: value for key, value in settings.items() if key != "config"}
-        return _cache(data) / "conversations" / stable_hash(named)
-
-    return Questions(jobs, *_with_enough(inputs, folder), greedy)
+    folder, inputs = answers_folder(target, jobs, data, seed, inputs)
+    return Questions(jobs, folder, inputs, greedy)
 
 
 def _answered(target: Target, asked: Questions, data: DataConfig, seed: int) -> Documents:
@@ -423,10 +389,6 @@ def stream_folder(folder: Path, target: Target) -> Iterator[Conversation]:
         print_once(f"{name} was written by the same weights in {written}; here they are {own}")
     for conversation in read_folder(folder):
         yield replace(conversation, temperature=None) if written is None else conversation
-
-
-def _cache(data: DataConfig) -> Path:
-    return data.cache_dir or cache_dir()
 
 
 def run_regenerate(config: Config, server: ServerConfig, extracting: bool, device: Any) -> None:

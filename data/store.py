@@ -63,6 +63,14 @@ def check_kept(settings: dict[str, Any], inputs: Inputs, folder: Path) -> None:
         )
 
 
+def describe_kept(settings: dict[str, Any]) -> str:
+    """What a store of these settings holds of the target, in words."""
+    there = settings.get(KEPT, {"kv": True, "layers": []})
+    more = ["keys and values"] if there["kv"] else []
+    more += [f"outputs of layer {i}" for i in there["layers"]]
+    return ", ".join(["hidden states", *more])
+
+
 def shard_settings(
     target: Target, top_k: int, storage: Storage, inputs: Inputs = KEYS_AND_VALUES
 ) -> dict[str, Any]:

@@ -244,7 +244,7 @@ class HeadKind(ABC):
         """Add to a saved head what other readers than transformers want."""
 
 
-BUILT_IN = ("assistant", "parallel", "mtp")
+BUILT_IN = ("assistant", "parallel", "mtp", "eagle")
 """Kinds that come with Headstart, each in the file of heads/ that has its name."""
 _registered: dict[str, HeadKind] = {}
 

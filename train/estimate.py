@@ -16,9 +16,10 @@ from rich.table import Table
 from headstart.common.console import duration, plain_console, print_once, within_run
 from headstart.common.files import write_atomically
 from headstart.configs.schema import Config, EvalConfig
+from headstart.data.cache_folders import extraction_folder
 from headstart.data.conversations import read_folder, trainable
 from headstart.data.extraction import SHARD
-from headstart.data.prepare import PlannedDocuments, extraction_folder, stream_folder
+from headstart.data.prepare import PlannedDocuments, stream_folder
 from headstart.data.prompts import limit_evenly, load_prompt_set
 from headstart.data.store import read_index, shard_paths
 from headstart.eval.draft_cost import COST_TURNS, KINDS, WARM_UP, longest_draft

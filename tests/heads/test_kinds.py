@@ -39,11 +39,12 @@ from headstart.heads.kinds import (
     DraftState,
     Verified,
     head_kinds,
+    inputs_of,
     kind_of,
     runs_in_transformers,
 )
 from headstart.heads.ordered import with_clusters
-from headstart.heads.pairing import build_assistant, check_pair
+from headstart.heads.pairing import build_assistant, check_pair, head_config
 from headstart.heads.saving import load_assistant, load_assistant_config, save_assistant
 from headstart.heads.target import Target
 from headstart.heads.unroll import DraftHead
@@ -148,7 +149,8 @@ def test_drafts_of_the_decoder_equal_the_training_rows(
         text = ids + generate(target, ids, 40, assistant_model=assistant)
     accepted = [r.accepted for r in how.rounds]
     assert {0} < set(accepted), "some drafts have to be accepted, some rejected"
-    seen, length = target.activations(torch.tensor([text])), len(ids) + 1
+    layers, length = inputs_of(assistant.config).layers, len(ids) + 1
+    seen = target.activations(torch.tensor([text]), layers=layers)
     for r in how.rounds:
         drafted = r.drafts.tokens
         if not drafted:
@@ -167,7 +169,7 @@ def test_drafts_of_the_decoder_equal_the_training_rows(
 def test_checkpointed_activations_give_the_same_gradients(kind: str, tiny: Target) -> None:
     text = greedy_document(tiny)[1].ids
     head = DraftHead(build_assistant(tiny, HeadConfig(kind=kind), K)).train()
-    seen = tiny.activations(text[None])
+    seen = tiny.activations(text[None], layers=head.inputs.layers)
     rows = torch.arange(3, 9)
     fed = torch.stack([text[rows + k] for k in range(1, K + 1)], dim=1)
     found = []
@@ -356,6 +358,9 @@ def test_a_run_of_each_kind_is_planned_evaluated_published_and_adapted(
     )  # fmt: skip
     planned = plan(config)
     assert planned["head"].startswith(kind)
+    inputs = inputs_of(head_config(make_target("gemma4-kv-sharing").config, config.head, K))
+    assert ("shared KV from layers" in planned) == inputs.kv
+    assert ("the head runs on" in planned["rows a step"]) == inputs.whole_texts
     run(config)
     head = tmp_path / "run" / "head"
     trained = sum(tensor.numel() for tensor in weights(tmp_path / "run").values())
