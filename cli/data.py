@@ -49,7 +49,8 @@ EXTRACT = Command(
     "Run the target once over conversations and store what the head will see: train on it with "
     "data.store=DIR. Without CONVERSATIONS or data.conversations the target answers data.prompts "
     "first, as in `headstart regenerate`, and its activations are stored from the same forwards. "
-    "An interrupted call goes on where it stopped.",
+    "What is stored is what heads of head.kind read; a head that reads less trains on it too. An "
+    "interrupted call goes on where it stopped.",
     "headstart extract conversations target.name=ORG/my-gemma data.storage=int8 output_dir=store",
     _extract,
     arguments=(
@@ -63,7 +64,7 @@ EXTRACT = Command(
     settings=(
         "output_dir", "target.name", "target.adapters", "target.*", "data.storage",
         "data.teacher_top_k", "data.max_tokens", "data.prompts", "data.num_conversations",
-        "data.max_new_tokens", "data.*", "eval.prompts", "seed",
+        "data.max_new_tokens", "data.*", "head.kind", "eval.prompts", "seed",
     ),
     required=("output_dir",),
 )  # fmt: skip

@@ -115,8 +115,8 @@ class LoraConfig(Section):
     lora_alpha: float | None = Field(default=None, gt=0)
     """Its scale is lora_alpha / r. None: twice the rank."""
     target_modules: list[str] = [
-        "q_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "pre_projection",
-        "post_projection",
+        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "entry",
+        "pre_projection", "post_projection",
     ]  # fmt: skip
     """Names of the linear layers that get some; all of the head's by default."""
 
@@ -127,12 +127,13 @@ class HeadConfig(Section):
     its own."""
     num_hidden_layers: PositiveInt | None = None
     """Depth. Of an assistant decoder layers, of which the last attends as `full_attention` and the
-    others as `sliding` (None: 2); of `parallel` residual blocks for each draft (None: 1)."""
+    others as `sliding` (None: 2); of `parallel` residual blocks for each draft (None: 1); `mtp`
+    and `eagle` are one layer."""
     hidden_size: PositiveInt | None = None
     """Width. None: the target's width, which ties the table as it is; narrower: low-rank tie."""
     intermediate_size: PositiveInt | None = None
-    """MLP width. None: of an assistant that of the target's source layer for a full-width head, and
-    4 x width for a narrower one; of `parallel` the head's width."""
+    """MLP width. None: that of the target's source layer for a full-width head, and 4 x width for a
+    narrower one; of `parallel` the head's width."""
     num_attention_heads: PositiveInt | None = None
     """Query heads, of a kind that has some. None: the target's number."""
     init_from: Place = "target"

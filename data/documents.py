@@ -48,8 +48,9 @@ class Document:
     loss_mask: torch.Tensor
     """[T] bool: tokens that the target wrote, which the head learns to draft."""
     activations: dict[str, Stored]
-    """`hidden` [T, D], the post-norm hidden states, and of each layer type `TYPE.keys` and
-    `TYPE.values`, [T, kv heads, head_dim] each."""
+    """`hidden` [T, D], the post-norm hidden states; where heads that read them are trained, of each
+    layer type `TYPE.keys` and `TYPE.values`, [T, kv heads, head_dim] each, and of a decoder layer
+    `layer.NUMBER` [T, D], its output."""
     teacher_ids: torch.Tensor
     """[T, k] int32: the target's top tokens after position t, best first."""
     teacher_logprobs: torch.Tensor

@@ -6,6 +6,7 @@ D target width, k teacher tokens, V vocabulary.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -37,7 +38,7 @@ from headstart.data.store import (
     write_index,
     write_shard,
 )
-from headstart.heads.target import Target
+from headstart.heads.target import KEYS_AND_VALUES, Inputs, Target
 
 
 def top_logprobs(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -58,19 +59,27 @@ class Recorder:
     """Keeps hidden states, keys, values and the teacher's top tokens of one batch that `answer`
     writes.
 
-    It brings the cache, which keeps every row of the two layers that a head attends to, and the
+    It brings the cache, which keeps every row of the two layers that a head may attend to, and the
     windows of other sliding layers.
 
     Args:
         room: tokens that will run of each text, padding included.
+        inputs: of the heads that will be trained on it.
     """
 
-    def __init__(self, target: Target, top_k: int, room: int):
-        self.target, self.top_k = target, top_k
-        self.kept = target.source_layers["sliding_attention"]
+    def __init__(self, target: Target, top_k: int, room: int, inputs: Inputs = KEYS_AND_VALUES):
+        self.target, self.top_k, self.inputs = target, top_k, inputs
+        self.kept = target.source_layers["sliding_attention"] if inputs.kv else None
         self.cache = generation_cache(target.config, room, keeps_all=self.kept)
         self.hidden: list[torch.Tensor] = []
+        self.layers: dict[int, list[torch.Tensor]] = {}
         self.teacher: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Within, the forwards of the target run that it is to record."""
+        with self.target.layer_outputs(self.inputs.layers) as self.layers:
+            yield
 
     def note(self, hidden: torch.Tensor, logits: torch.Tensor, tokens: int) -> None:
         """Keep what one forward gave.
@@ -84,7 +93,8 @@ class Recorder:
             RuntimeError: the target left out rows.
         """
         self.hidden.append(hidden)
-        check_rows(sum(block.shape[1] for block in self.hidden), tokens)
+        for blocks in (self.hidden, *self.layers.values()):
+            check_rows(sum(block.shape[1] for block in blocks), tokens)
         self.teacher.append(top_logprobs(logits, self.top_k))
 
     def tensors(
@@ -99,12 +109,14 @@ class Recorder:
         row reads it.
         """
         width = self.hidden[0].shape[1]
-        hidden = torch.cat(self.hidden, dim=1)  # [B, W + S - 1, D]
+        states = {"hidden": torch.cat(self.hidden, dim=1)}  # [B, W + S - 1, D]
+        states |= {f"layer.{i}": torch.cat(blocks, dim=1) for i, blocks in self.layers.items()}
         ids = torch.stack([ids for ids, _ in self.teacher], dim=1)  # [B, S, k]
         logprobs = torch.stack([logprobs for _, logprobs in self.teacher], dim=1)
         sources = {
             layer_type: self.cache.layers[i].rows()
             for layer_type, i in self.target.source_layers.items()
+            if self.inputs.kv
         }
         shards: dict[str, list[torch.Tensor]] = {}
         for b, (prompt, response) in enumerate(zip(prompt_ids, responses, strict=True)):
@@ -113,7 +125,7 @@ class Recorder:
             document = {
                 "ids": torch.tensor(prompt + response, dtype=torch.int32),
                 "loss_mask": torch.arange(length) >= len(prompt),
-                "hidden": _padded(hidden[b, seen], 0, length),
+                **{name: _padded(rows[b, seen], 0, length) for name, rows in states.items()},
                 "teacher_ids": _padded(ids[b, :steps].int(), len(prompt) - 1, length),
                 "teacher_logprobs": _padded(logprobs[b, :steps], len(prompt) - 1, length),
             }
@@ -148,6 +160,7 @@ def extract(
     config: DataConfig,
     folder: Path,
     variables: dict[str, Any] | None = None,
+    inputs: Inputs = KEYS_AND_VALUES,
 ) -> ActivationStore:
     """Run the target over the conversations once and store what the head will see.
 
@@ -160,13 +173,14 @@ def extract(
         tokens: in all of them (`tokens_when_cut`): for the progress bar and the size.
         config: the teacher's top k, the storage, and the length at which conversations are cut.
         variables: of the chat template, with which the conversations were asked: for the index.
+        inputs: of the heads that will be trained on it.
 
     Raises:
         ValueError: the folder holds something else, a damaged shard, the disk is too small, or
             there is nothing to train on.
         OSError: the disk is full; finished shards are kept.
     """
-    settings = shard_settings(target, config.teacher_top_k, config.storage)
+    settings = shard_settings(target, config.teacher_top_k, config.storage, inputs)
     index = folder / "index.json"
     count = 0
 
@@ -186,12 +200,14 @@ def extract(
             if (folder / MANIFEST).is_file():
                 raise ValueError(f"{folder} holds conversations: name another folder for the store")
             there = sum(path.stat().st_size for path in shard_paths(folder))
-            check_space(folder, stored_bytes(target, config) * tokens - there)
+            check_space(folder, stored_bytes(target, config, inputs) * tokens - there)
         task = bar.add_task("Extracting (tokens)", total=tokens, status="")
         with BackgroundWriter() as writer:
             for pending in in_step(mine(), target.sharded):
                 path, pieces = pending or (folder, [])
-                tensors = extract_tensors(target, pieces, config.teacher_top_k, config.storage)
+                tensors = extract_tensors(
+                    target, pieces, config.teacher_top_k, config.storage, inputs
+                )
                 if pieces:
                     index.unlink(missing_ok=True)
                     entries = entries_of(pieces, tensors)
@@ -248,17 +264,24 @@ class OnlineActivations:
         target: the model that runs, inside the training step.
         conversations: the documents; longer ones than `config.max_tokens` are cut.
         config: for the teacher's top k.
+        inputs: of the heads that will read them.
     """
 
-    def __init__(self, target: Target, conversations: list[Conversation], config: DataConfig):
-        self.target, self.top_k = target, config.teacher_top_k
+    def __init__(
+        self,
+        target: Target,
+        conversations: list[Conversation],
+        config: DataConfig,
+        inputs: Inputs = KEYS_AND_VALUES,
+    ):
+        self.target, self.top_k, self.inputs = target, config.teacher_top_k, inputs
         self.pieces = list(trainable(conversations, config.max_tokens))
         self.entries: Sequence[Entry] = [_entry(piece, None) for piece in self.pieces]
 
     def read(self, which: Sequence[int]) -> list[Document]:
         """The documents with these indices, from forwards over them now."""
         pieces = [self.pieces[i] for i in which]
-        tensors = extract_tensors(self.target, pieces, self.top_k)
+        tensors = extract_tensors(self.target, pieces, self.top_k, inputs=self.inputs)
         starts = torch.tensor([0] + [len(p.ids) for p in pieces]).cumsum(0).tolist()
         return [
             Document.of({n: t[a:b] for n, t in tensors.items()}, piece.id)
@@ -291,7 +314,11 @@ def _entry(c: Conversation, top_k_mass: float | None) -> Entry:
 
 @torch.no_grad()  # a split target keeps buffers of its first forward: no inference tensors
 def extract_tensors(
-    target: Target, conversations: list[Conversation], top_k: int, storage: Storage = "target"
+    target: Target,
+    conversations: list[Conversation],
+    top_k: int,
+    storage: Storage = "target",
+    inputs: Inputs = KEYS_AND_VALUES,
 ) -> dict[str, torch.Tensor]:
     """Tensors of one shard (`data/documents.py`), [N, ...] over the tokens of the conversations.
 
@@ -302,7 +329,7 @@ def extract_tensors(
         if batch is None:
             target.idle()
             continue
-        ran = _run(target, [conversations[i] for i in batch], top_k, storage)
+        ran = _run(target, [conversations[i] for i in batch], top_k, storage, inputs)
         for i, part in zip(batch, ran, strict=True):
             parts[i] = part
     if not parts:
@@ -320,21 +347,28 @@ def forward_batches(conversations: list[Conversation]) -> Iterator[list[int]]:
 
 
 def _run(
-    target: Target, conversations: list[Conversation], top_k: int, storage: Storage
+    target: Target,
+    conversations: list[Conversation],
+    top_k: int,
+    storage: Storage,
+    inputs: Inputs,
 ) -> list[dict[str, torch.Tensor]]:
     """The tensors of each conversation, from one padded forward."""
     rows = [torch.tensor(c.ids) for c in conversations]
     lengths = [len(row) for row in rows]
     padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
     kept = torch.arange(padded.shape[1]) < torch.tensor(lengths)[:, None]
-    seen = target.activations(padded.to(target.device), kept.long().to(target.device))
+    ids, mask = padded.to(target.device), kept.long().to(target.device)
+    seen = target.activations(ids, mask, inputs.layers)
     taught = torch.cat([_taught(c) for c in conversations])
     places = kept.flatten().nonzero()[:, 0]
     teachers = _teachers(target, seen.hidden.flatten(0, 1), places[taught], top_k)
     # One copy of each for all conversations: a GPU waits for each.
     there = places.to(target.device)
     tensors = on_cpu("hidden", seen.hidden.flatten(0, 1)[there], storage)
-    for layer_type, pair in seen.shared_kv.items():
+    for i, outputs in seen.layers.items():
+        tensors |= on_cpu(f"layer.{i}", outputs.flatten(0, 1)[there], storage)
+    for layer_type, pair in seen.shared_kv.items() if inputs.kv else ():
         for what, heads in zip(("keys", "values"), pair, strict=True):
             of_tokens = heads.transpose(1, 2).flatten(0, 1)[there]
             tensors |= on_cpu(f"{layer_type}.{what}", of_tokens, storage)

@@ -29,7 +29,7 @@ from headstart.data.conversations import (
 )
 from headstart.data.prompts import Prompt, encode_usable, load_prompts
 from headstart.data.rows import turn_text
-from headstart.data.store import ActivationStore, Shard, shard_paths
+from headstart.data.store import ActivationStore, Shard, describe_kept, shard_paths
 from headstart.data.templates import NoAnswer, Spans, encode_conversation, encode_prompt
 from headstart.heads.loading import load_target_tokens, noted_target
 from headstart.heads.tokens import TargetTokens
@@ -245,7 +245,8 @@ def inspect_store(folder: Path, examples: int, tokens: TargetTokens | None = Non
     summary.count(read(), examples)
     each = size / max(sum(summary.lengths["all"]), 1)
     summary.facts |= {
-        "stored": f"{made['dtype']}, storage={made['storage']}, top k {made['teacher_top_k']}",
+        "stored": f"{made['dtype']}, storage={made['storage']}, top k {made['teacher_top_k']}, "
+        + describe_kept(made),
         "on disk": f"{size / 2**20:,.1f} MiB, {each:,.0f} bytes a token, {len(paths):,} shards"
         f"{'' if store else ' so far: unfinished, without index.json'}",
         "checksums": "verified" if small else "not verified: too large; reading verifies each",

@@ -19,15 +19,25 @@ import torch
 
 from headstart.data.documents import Document, Documents, Stored
 from headstart.heads.kinds import Rows, Texts, select
+from headstart.heads.target import KEYS_AND_VALUES, Inputs
 
 
 class StoredTexts(NamedTuple):
     """What a step reads of the texts, zero-padded, as it is stored."""
 
     hidden: Stored
-    """[B, M, D] hidden states of the positions that anchors or their teachers stand at."""
+    """[B, M, D] hidden states of the positions that anchors or their teachers stand at, or of all
+    T where the head reads whole texts."""
     kv: dict[str, tuple[Stored, Stored]]
-    """Layer type -> (keys, values), each [B, T, kv heads, head_dim]."""
+    """Layer type -> (keys, values), each [B, T, kv heads, head_dim]; none where the head reads
+    none."""
+    ids: torch.Tensor | None = None
+    """[B, T], where the head reads whole texts."""
+    starts: torch.Tensor | None = None
+    """[B, T] position at which the text of each position begins, where the head reads whole texts
+    and a row holds several."""
+    layers: dict[int, Stored] | None = None
+    """Number of a decoder layer that the head reads -> its outputs, as `hidden` has positions."""
 
     def computed_in(self, dtype: torch.dtype) -> Texts:
         """The rows, on the device where they are; keys and values in `dtype`."""
@@ -35,7 +45,8 @@ class StoredTexts(NamedTuple):
             t: (k.rows().to(dtype).transpose(1, 2), v.rows().to(dtype).transpose(1, 2))
             for t, (k, v) in self.kv.items()
         }
-        return Texts(self.hidden.rows(), kv)
+        layers = {i: stored.rows() for i, stored in (self.layers or {}).items()}
+        return Texts(self.hidden.rows(), kv, self.ids, self.starts, layers)
 
 
 class CountedDrafts(NamedTuple):
@@ -84,6 +95,7 @@ def gather_rows(
     rounds: int,
     max_packed_length: int | None = None,
     later: list[torch.Tensor] | None = None,
+    inputs: Inputs = KEYS_AND_VALUES,
 ) -> Batch:
     """Collate chosen rows of some documents, the anchors; what fills shorter lists up has weight 0.
 
@@ -94,6 +106,7 @@ def gather_rows(
         max_packed_length: documents share rows of so many tokens, longest first; None: a row each.
         later: of each document, which of its chosen rows go on beyond the first round, by their
             place among them, ascending; None: all.
+        inputs: what the head reads; nothing else is collated.
     """
     later = [torch.arange(len(chosen)) for chosen in rows] if later is None else later
     packs = [[i] for i in range(len(documents))]
@@ -121,7 +134,18 @@ def gather_rows(
     teacher = teacher.minimum(place.last)
     # Of the hidden states h_t and those that teach are read, and no others.
     read = torch.cat([at, teacher[weights > 0]]).unique()
-    texts = StoredTexts(_hidden_of(packed, read), _kv_of(packed))
+    whole: dict[str, torch.Tensor] = {}
+    if inputs.whole_texts:
+        read = torch.arange(len(ids))
+        whole["ids"] = _zero_padded([[d.ids for d in row] for row in packed])
+        if len(packed) < len(documents):
+            whole["starts"] = _zero_padded(_starts_of(packed))
+    texts = StoredTexts(
+        hidden=_states_of("hidden", packed, read),
+        kv=_kv_of(packed) if inputs.kv else {},
+        layers={i: _states_of(f"layer.{i}", packed, read) for i in inputs.layers},
+        **whole,
+    )
     size = max(1, int(place.slot.max()) + 1 if len(at) else 1)
 
     def dealt(values: torch.Tensor) -> torch.Tensor:
@@ -192,13 +216,13 @@ def _multi_step(place: _Places, goes_on: torch.Tensor, rows: int) -> torch.Tenso
     return table
 
 
-def _hidden_of(packed: list[list[Document]], read: torch.Tensor) -> Stored:
-    """Hidden states at the positions `read` of all texts, ascending."""
+def _states_of(name: str, packed: list[list[Document]], read: torch.Tensor) -> Stored:
+    """Activations `name` at the positions `read` of all texts, ascending."""
     edges = torch.tensor([0, *accumulate(len(d.ids) for row in packed for d in row)])
     own = iter(read.tensor_split(torch.searchsorted(read, edges[1:-1])))
     starts = iter(edges.tolist())
     return _padded(
-        [[d.activations["hidden"].at(next(own) - next(starts)) for d in row] for row in packed]
+        [[d.activations[name].at(next(own) - next(starts)) for d in row] for row in packed]
     )
 
 
@@ -226,6 +250,15 @@ def _counted(
     return CountedDrafts(
         round_, anchor, torch.cat(states), positions, at, tuple(map(len, of_anchor))
     )
+
+
+def _starts_of(packed: list[list[Document]]) -> list[list[torch.Tensor]]:
+    """Of each document [T], T times the position in its row at which it begins."""
+    lengths = [[len(d.ids) for d in row] for row in packed]
+    return [
+        [torch.full((n,), start) for n, start in zip(row, _before(row), strict=True)]
+        for row in lengths
+    ]
 
 
 def _kv_of(packed: list[list[Document]]) -> dict[str, tuple[Stored, Stored]]:
@@ -260,7 +293,8 @@ def _zero_padded(rows: list[list[torch.Tensor]]) -> torch.Tensor:
 def broken_documents(batch: Batch) -> list[str]:
     """Ids of the documents in rows of the batch whose activations are not all finite."""
     whole = torch.ones(len(batch.weights), dtype=torch.bool, device=batch.weights.device)
-    stored = [batch.texts.hidden, *(one for pair in batch.texts.kv.values() for one in pair)]
+    stored = [batch.texts.hidden, *(batch.texts.layers or {}).values()]
+    stored += [one for pair in batch.texts.kv.values() for one in pair]
     for tensor in (batch.teacher_logprobs, *(one.rows() for one in stored)):
         whole &= tensor.flatten(1).isfinite().all(1)
     rows = zip(batch.document_ids, whole.tolist(), strict=True)
@@ -294,6 +328,7 @@ class AnchorLoader:
         max_packed_length: conversations share rows of so many tokens; None: a row each.
         rank, world_size: each process reads its own share of every global batch.
         multi_step_anchors: how many of them go on beyond the first round; None: all.
+        inputs: what the head reads; nothing else is collated.
     """
 
     def __init__(
@@ -307,6 +342,7 @@ class AnchorLoader:
         rank: int = 0,
         world_size: int = 1,
         multi_step_anchors: int | None = None,
+        inputs: Inputs = KEYS_AND_VALUES,
     ):
         self.documents = documents
         self.usable = usable(documents)
@@ -314,6 +350,7 @@ class AnchorLoader:
         self.num_speculative_steps = num_speculative_steps
         self.max_packed_length, self.multi_step_anchors = max_packed_length, multi_step_anchors
         self.seed, self.rank, self.world_size = seed, rank, world_size
+        self.inputs = inputs
         self._order = lru_cache(2)(self._shuffled)  # batches of two epochs may be made at once
 
     def batch(self, number: int) -> Batch:
@@ -333,8 +370,9 @@ class AnchorLoader:
             goes_on = ordered.indices < (self.multi_step_anchors or self.max_anchors)
             later.append(goes_on.nonzero()[:, 0])
         return gather_rows(
-            documents, rows, self.num_speculative_steps, self.max_packed_length, later
-        )
+            documents, rows, self.num_speculative_steps, self.max_packed_length, later,
+            self.inputs,
+        )  # fmt: skip
 
     def _shuffled(self, epoch: int) -> Sequence[int]:
         """Document indices in the order of an epoch."""

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from headstart.common.console import one_line, print_once
-from headstart.common.files import cache_dir
 from headstart.configs.schema import Config, DataConfig, SourceConfig
 from headstart.configs.settings import ServerConfig
+from headstart.data.cache_folders import answers_folder, extraction_folder
 from headstart.data.contamination import (
     NOT_CHECKED,
     also_rendered,
@@ -26,7 +26,6 @@ from headstart.data.conversations import (
     find_answers,
     read_folder,
     read_manifest,
-    stable_hash,
     taken_answers,
     template_variables,
     tokens_when_cut,
@@ -45,7 +44,6 @@ from headstart.data.prompts import (
 from headstart.data.regenerate import (
     Job,
     batches_of,
-    conversation_settings,
     is_done,
     make_jobs,
     regenerate,
@@ -54,27 +52,34 @@ from headstart.data.sources import check_there
 from headstart.data.splits import LeftOut, cluster, hold_out
 from headstart.data.store import ActivationStore, describe_store
 from headstart.data.templates import check_template, encode_conversation, encode_prompts
+from headstart.heads.kinds import inputs_of
 from headstart.heads.loading import load_target_tokens, open_target
+from headstart.heads.pairing import head_config
 from headstart.heads.structured import check_structured
-from headstart.heads.target import Target
+from headstart.heads.target import KEYS_AND_VALUES, Inputs, Target
 from headstart.heads.tokens import Sampling, TargetTokens
 
 
 def prepare_documents(
-    target: Target, data: DataConfig, seed: int, held_out: str | None
+    target: Target,
+    data: DataConfig,
+    seed: int,
+    held_out: str | None,
+    inputs: Inputs = KEYS_AND_VALUES,
 ) -> tuple[Documents, Documents]:
     """Training and validation activations; validation text is greedy, of other sources and, as far
     as the prompts go, other text and other templates (`hold_out`).
 
     Whatever an earlier call has finished is reused. `seed` decides the choice of prompts, the
     sampling and the held-out sources; `held_out` are the prompts of the later evaluation, of which
-    no training prompt may be a copy.
+    no training prompt may be a copy; `inputs` what the head reads, which is all that is stored.
 
     Raises:
         ValueError: a source is missing, malformed or too small to hold out from, or a folder is
             of another target.
     """
-    training, validation, _ = plan_documents(target, data, seed, held_out).prepare()
+    planned = plan_documents(target, data, seed, held_out, inputs)
+    training, validation, _ = planned.prepare()
     return training, validation
 
 
@@ -93,6 +98,8 @@ class Questions:
     jobs: list[Job]
     folder: Path
     """Of the answers; what is there already is not written again."""
+    inputs: Inputs
+    """What is stored there of the activations, of what heads read."""
     greedy: bool
     """Whether they are held out for the validation."""
 
@@ -117,11 +124,13 @@ class PlannedDocuments:
     where that is not known of the texts that are there."""
     left_out: LeftOut | None = None
     """Of these prompts; None where there are none."""
+    inputs: Inputs = KEYS_AND_VALUES
+    """What the head reads."""
 
     def prepare(self) -> Prepared:
         """As of `prepare_documents`, and what the split left out."""
         if not self.questions:
-            return _prepare_stored(self.target, self.data, self.seed, self.held_out)
+            return _prepare_stored(self.target, self.data, self.seed, self.held_out, self.inputs)
         assert self.left_out is not None, "there are prompts"
         training, validation = (
             _answered(self.target, asked, self.data, self.seed) for asked in self.questions
@@ -130,12 +139,16 @@ class PlannedDocuments:
 
 
 def plan_documents(
-    target: Target, data: DataConfig, seed: int, held_out: str | None
+    target: Target,
+    data: DataConfig,
+    seed: int,
+    held_out: str | None,
+    inputs: Inputs = KEYS_AND_VALUES,
 ) -> PlannedDocuments:
     """Read and deal the prompts of a run; arguments and errors as of `prepare_documents`."""
     shipped = data.shipped and data.store is None
     data = taken_answers(target, data)
-    planned = PlannedDocuments(target, data, seed, held_out, [], [])
+    planned = PlannedDocuments(target, data, seed, held_out, [], [], inputs=inputs)
     if data.store is not None or data.conversations is not None:
         return replace(planned, sources=[(s, None) for s in data.prompts] if shipped else [])
     loaded = [load_prompts(source, data.max_bad_rows) for source in data.prompts]
@@ -148,18 +161,20 @@ def plan_documents(
     unlike = [([p for p in prompts if id(p) in left], weight) for prompts, weight in sources]
     training = deal_prompts(unlike, data, seed)
     questions = [
-        _questions(target, training, data, seed, greedy=False),
-        _questions(target, validation, data, seed, greedy=True),
+        _questions(target, training, data, seed, False, inputs),
+        _questions(target, validation, data, seed, True, inputs),
     ]
     read = list(zip(data.prompts, loaded, strict=True))
     left_out = split.tell("prompts", copies=len(split.training) - len(kept))
     return replace(planned, questions=questions, sources=read, left_out=left_out)
 
 
-def _prepare_stored(target: Target, data: DataConfig, seed: int, held_out: str | None) -> Prepared:
+def _prepare_stored(
+    target: Target, data: DataConfig, seed: int, held_out: str | None, inputs: Inputs
+) -> Prepared:
     """From `data.store` or `data.conversations`."""
     data = data.model_copy(update={"chat_template_kwargs": template_variables(data)})
-    stored = _open_stored(target, data)
+    stored = _open_stored(target, data, inputs)
     asked = stored_prompts(stored, target)
     documents = without_contaminated(stored, asked, target, data, held_out)
     asked = [asked[i] for i in documents.which]
@@ -188,14 +203,16 @@ def _prepare_stored(target: Target, data: DataConfig, seed: int, held_out: str |
     trained_on = _asked_for(training, data, seed)
     if any(greedy):
         return Prepared(trained_on, Chosen(documents, split.held_out), left_out)
-    questions = _questions(target, validation, data, seed, greedy=True)
+    questions = _questions(target, validation, data, seed, True, inputs)
     return Prepared(trained_on, _answered(target, questions, data, seed), left_out)
 
 
-def _open_stored(target: Target, data: DataConfig) -> ActivationStore | OnlineActivations:
+def _open_stored(
+    target: Target, data: DataConfig, inputs: Inputs
+) -> ActivationStore | OnlineActivations:
     """`data.store`, or the activations of `data.conversations`."""
     if data.store is not None:
-        store = ActivationStore(data.store, target)
+        store = ActivationStore(data.store, target, inputs)
         print_once(
             f"{data.store}: {len(store):,} documents; of data.* only validation_conversations and "
             "filter apply to them"
@@ -204,18 +221,9 @@ def _open_stored(target: Target, data: DataConfig) -> ActivationStore | OnlineAc
     assert data.conversations is not None, "the caller knows one of the two"
     if data.online:
         written = list(stream_folder(data.conversations, target))
-        return OnlineActivations(target, written, data)
-    return extract_folder(target, data.conversations, data, extraction_folder(target, data))
-
-
-def extraction_folder(target: Target, data: DataConfig) -> Path:
-    """Where the activations of `data.conversations` are stored."""
-    assert data.conversations is not None, "the caller knows"
-    settings = [
-        read_manifest(data.conversations), target.fingerprint, str(target.table.dtype),
-        data.teacher_top_k, data.storage, data.max_tokens,
-    ]  # fmt: skip
-    return _cache(data) / "activations" / stable_hash(settings)
+        return OnlineActivations(target, written, data, inputs)
+    folder, inputs = extraction_folder(target, data, inputs)
+    return extract_folder(target, data.conversations, data, folder, inputs=inputs)
 
 
 def _asked_for(training: Documents, data: DataConfig, seed: int) -> Documents:
@@ -310,15 +318,18 @@ def _without_copies(prompts: list[Prompt], held_out: list[Prompt]) -> list[Promp
 
 
 def _questions(
-    target: Target, prompts: list[Prompt], data: DataConfig, seed: int, greedy: bool
+    target: Target,
+    prompts: list[Prompt],
+    data: DataConfig,
+    seed: int,
+    greedy: bool,
+    inputs: Inputs,
 ) -> Questions:
     """Prompts of the training or, to be answered greedily, of the validation."""
     sampling = [Sampling(0.0)] * len(prompts) if greedy else deal_sampling(data, target, prompts)
     jobs = make_jobs(prompts, sampling, target, data)
-    settings = conversation_settings(jobs, target, data, seed, not data.online)
-    # What loads the target again is noted, but names no other conversations.
-    named = {key: value for key, value in settings.items() if key != "config"}
-    return Questions(jobs, _cache(data) / "conversations" / stable_hash(named), greedy)
+    folder, inputs = answers_folder(target, jobs, data, seed, inputs)
+    return Questions(jobs, folder, inputs, greedy)
 
 
 def _answered(target: Target, asked: Questions, data: DataConfig, seed: int) -> Documents:
@@ -332,10 +343,12 @@ def _answered(target: Target, asked: Questions, data: DataConfig, seed: int) -> 
         asked.folder,
         extracted,
         description="  held out" if asked.greedy else "Generating",
+        inputs=asked.inputs,
     )
     if extracted:
         return ActivationStore(asked.folder, target)
-    return OnlineActivations(target, list(stream_folder(asked.folder, target)), data)
+    written = list(stream_folder(asked.folder, target))
+    return OnlineActivations(target, written, data, asked.inputs)
 
 
 def extract_folder(
@@ -344,12 +357,13 @@ def extract_folder(
     data: DataConfig,
     out: Path,
     variables: dict[str, Any] | None = None,
+    inputs: Inputs = KEYS_AND_VALUES,
 ) -> ActivationStore:
-    """Extract the conversations of `headstart regenerate`, a part at a time; `variables` as in
-    `extract`."""
+    """Extract the conversations of `headstart regenerate`, a part at a time; `variables` and
+    `inputs` as in `extract`."""
     tokens = tokens_when_cut(read_folder(folder), data.max_tokens)
     conversations = stream_folder(folder, target)
-    return extract(target, conversations, tokens, data, out, variables=variables)
+    return extract(target, conversations, tokens, data, out, variables, inputs)
 
 
 def stream_folder(folder: Path, target: Target) -> Iterator[Conversation]:
@@ -381,16 +395,13 @@ def stream_folder(folder: Path, target: Target) -> Iterator[Conversation]:
         yield replace(conversation, temperature=None) if written is None else conversation
 
 
-def _cache(data: DataConfig) -> Path:
-    return data.cache_dir or cache_dir()
-
-
 def run_regenerate(config: Config, server: ServerConfig, extracting: bool, device: Any) -> None:
     """Let the target answer the prompts of `config.data` into the folder `config.output_dir`.
 
     An interrupted call goes on there; the prompts of the configuration's evaluation are kept out.
-    With `extracting` the activation store is written into the same folder, from the same forwards.
-    The target runs on `device`, or in the server where one is named.
+    With `extracting` the activation store is written into the same folder, from the same forwards:
+    what heads such as that of the configuration read. The target runs on `device`, or in the server
+    where one is named.
 
     Raises:
         ValueError: bad prompts, a folder of other conversations, or a combination that cannot be.
@@ -406,7 +417,8 @@ def run_regenerate(config: Config, server: ServerConfig, extracting: bool, devic
     if server.url is None:
         target = open_target(config.target, device)
         jobs = make_jobs(prompts, deal_sampling(d, target, prompts), target, d)
-        regenerate(target, jobs, d, config.seed, out, extracting)
+        inputs = inputs_read(config, target)
+        regenerate(target, jobs, d, config.seed, out, extracting, inputs=inputs)
     else:
         # Its client takes half a second to import, and training reads this file too.
         from headstart.data.server import AnswerServer, regenerate_by_server
@@ -420,10 +432,17 @@ def run_regenerate(config: Config, server: ServerConfig, extracting: bool, devic
         print_once(describe_store(ActivationStore(out)))
 
 
+def inputs_read(config: Config, target: Target) -> Inputs:
+    """What the head of a configuration reads of its target."""
+    head = head_config(target.config, config.head, config.train.num_speculative_steps)
+    return inputs_of(head)
+
+
 def run_extract(config: Config, conversations: str, device: Any) -> None:
     """Run the target of `config` over conversations and write the activation store
-    `config.output_dir`, where an interrupted call goes on. `conversations` is a folder of
-    `headstart regenerate`, or any source of whole conversations.
+    `config.output_dir`, of what heads such as that of `config` read; an interrupted call goes on
+    there. `conversations` is a folder of `headstart regenerate`, or any source of whole
+    conversations.
 
     Raises:
         ValueError: bad conversations, a folder of another store, or too small a disk.
@@ -433,13 +452,14 @@ def run_extract(config: Config, conversations: str, device: Any) -> None:
     if not (written := (folder / MANIFEST).is_file()):
         check_there(conversations)
     target = open_target(config.target, device)
+    inputs = inputs_read(config, target)
     if written:
         variables = template_variables(d.model_copy(update={"conversations": folder}))
-        store = extract_folder(target, folder, d, out, variables)
+        store = extract_folder(target, folder, d, out, variables, inputs)
     else:
         rows = encode_source(conversations, target, config)
         tokens = tokens_when_cut(rows, d.max_tokens)
-        store = extract(target, rows, tokens, d, out, variables=d.chat_template_kwargs)
+        store = extract(target, rows, tokens, d, out, d.chat_template_kwargs, inputs)
     print_once(f"Written: {out}")
     print_once(describe_store(store))
 

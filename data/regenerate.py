@@ -5,6 +5,7 @@ Letters: B batch, V vocabulary.
 
 import math
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import astuple, dataclass
 from functools import partial
 from pathlib import Path
@@ -31,6 +32,7 @@ from headstart.data.kv_cache import generation_cache
 from headstart.data.prompts import Prompt, encode_usable, tell_schemas, unique_ids
 from headstart.data.store import (
     check_space,
+    kept_settings,
     shard_path,
     shard_settings,
     stored_bytes,
@@ -39,7 +41,7 @@ from headstart.data.store import (
 )
 from headstart.data.templates import check_template, encode_prompt, shortened
 from headstart.heads.kernels import fast_kernels
-from headstart.heads.target import Target
+from headstart.heads.target import KEYS_AND_VALUES, Inputs, Target
 from headstart.heads.tokens import Sampling, TargetTokens
 
 
@@ -84,9 +86,15 @@ def make_jobs(
 
 
 def conversation_settings(
-    jobs: list[Job], tokens: TargetTokens, config: DataConfig, seed: int, extract: bool
+    jobs: list[Job],
+    tokens: TargetTokens,
+    config: DataConfig,
+    seed: int,
+    extract: bool,
+    inputs: Inputs = KEYS_AND_VALUES,
 ) -> dict[str, Any]:
-    """What decides the conversations: equal settings, equal answers (of one machine)."""
+    """What decides the conversations, and what is stored of them: equal settings, equal answers (of
+    one machine)."""
     asked = [[job.id, job.prompt_ids, astuple(job.sampling)] for job in jobs]
     kwargs = config.chat_template_kwargs
     return {
@@ -104,6 +112,7 @@ def conversation_settings(
         "seed": seed,
         "teacher_top_k": config.teacher_top_k if extract else None,
         "storage": config.storage if extract else None,
+        **(kept_settings(inputs) if extract else {}),
     }
 
 
@@ -240,6 +249,7 @@ def regenerate(
     folder: Path,
     extract: bool,
     description: str = "Generating",
+    inputs: Inputs = KEYS_AND_VALUES,
 ) -> float:
     """Let the target answer in process, and keep what it computes on the way where asked to.
 
@@ -251,6 +261,7 @@ def regenerate(
         folder: for one Parquet part and, with `extract`, one shard of activations a batch.
         extract: whether to write the activation store from the same forwards.
         description: label of the progress bar.
+        inputs: of the heads that the activations are for.
 
     Returns:
         Seconds for which the target waited until files were written.
@@ -267,13 +278,13 @@ def regenerate(
             "cuts them"
         )
     batches = batches_of(jobs, config)
-    settings = shard_settings(target, config.teacher_top_k, config.storage)
+    settings = shard_settings(target, config.teacher_top_k, config.storage, inputs)
     with processes_in(folder), progress_bar() as bar:
         if PartialState().is_main_process:
-            made_with = conversation_settings(jobs, target, config, seed, extract)
+            made_with = conversation_settings(jobs, target, config, seed, extract, inputs)
             claim_folder(folder, made_with, len(batches))
             if extract:
-                _check_space(folder, target, batches, config)
+                _check_space(folder, target, batches, config, inputs)
         PartialState().wait_for_everyone()
         mine = [number for number in range(len(batches)) if is_mine(number)]
         missing = [number for number in mine if not is_done(folder, number, extract)]
@@ -290,7 +301,7 @@ def regenerate(
                 recorder = None
                 if extract:
                     room = tokens_that_run(batch, config.max_new_tokens)
-                    recorder = Recorder(target, config.teacher_top_k, room)
+                    recorder = Recorder(target, config.teacher_top_k, room, inputs)
                 responses = answer(target, batch, config.max_new_tokens, seed + pending, recorder)
                 written = conversations_of(batch, responses, target.eos_ids)
                 tensors = None
@@ -324,12 +335,12 @@ def _write(
 
 
 def _check_space(
-    folder: Path, target: Target, batches: list[list[Job]], config: DataConfig
+    folder: Path, target: Target, batches: list[list[Job]], config: DataConfig, inputs: Inputs
 ) -> None:
     missing = [b for i, b in enumerate(batches) if not is_done(folder, i, extract=True)]
     prompt_tokens = sum(len(job.prompt_ids) for batch in missing for job in batch)
     answers = sum(len(batch) for batch in missing) * config.max_new_tokens
-    each = stored_bytes(target, config)
+    each = stored_bytes(target, config, inputs)
     check_space(folder, each * (prompt_tokens + answers), each * prompt_tokens)
 
 
@@ -349,7 +360,8 @@ def answer(
     ).to(target.device)
     mixture = SamplingMixture([job.sampling for job in jobs], seed, max_new_tokens, target.device)
     prompts, mask = inputs["input_ids"], inputs["attention_mask"]
-    with fast_kernels(target.model, small_batch=False):
+    listening = nullcontext() if recorder is None else recorder.listening()
+    with fast_kernels(target.model, small_batch=False), listening:
         output = generate_tokens(target, prompts, mask, mixture, max_new_tokens, recorder)
     return [cut_after(response, target.eos_ids) for response in output.tolist()]
 

@@ -27,7 +27,7 @@ from headstart.common.files import atomic_file, content_sha256, plain_name, writ
 from headstart.configs.schema import DataConfig
 from headstart.data.documents import PLAIN, SCALE, Document, Entry
 from headstart.heads.admission import is_finite, reading
-from headstart.heads.target import Target, source_layers
+from headstart.heads.target import KEYS_AND_VALUES, Inputs, Target, source_layers
 
 FORMAT = 2  # raise it when a shard comes to hold something else
 Storage = Literal["target", "int8"]
@@ -38,7 +38,42 @@ NOTED = {"target", "config", "chat_template_kwargs"}
 tokens are what variables of the template have made of them."""
 
 
-def shard_settings(target: Target, top_k: int, storage: Storage) -> dict[str, Any]:
+KEPT = "kept"
+"""What is stored beside last hidden states and teachers, in settings that say so."""
+
+
+def kept_settings(inputs: Inputs) -> dict[str, Any]:
+    """What settings say of what is stored for such heads. Nothing, where it is keys and values
+    alone: that is what stores hold that do not say."""
+    if inputs.kv and not inputs.layers:
+        return {}
+    return {KEPT: {"kv": inputs.kv, "layers": list(inputs.layers)}}
+
+
+def check_kept(settings: dict[str, Any], inputs: Inputs, folder: Path) -> None:
+    """Raise `ValueError`, naming what is missing, where a store of these settings does not hold
+    what such heads read; more than that does no harm."""
+    there = settings.get(KEPT, {"kv": True, "layers": []})
+    missing = ["keys and values"] if inputs.kv and not there["kv"] else []
+    missing += [f"outputs of layer {i}" for i in inputs.layers if i not in there["layers"]]
+    if missing:
+        raise ValueError(
+            f"{folder} was made for heads of other kinds and holds no {', no '.join(missing)}: "
+            "name another store, or make one with the head.kind that is trained"
+        )
+
+
+def describe_kept(settings: dict[str, Any]) -> str:
+    """What a store of these settings holds of the target, in words."""
+    there = settings.get(KEPT, {"kv": True, "layers": []})
+    more = ["keys and values"] if there["kv"] else []
+    more += [f"outputs of layer {i}" for i in there["layers"]]
+    return ", ".join(["hidden states", *more])
+
+
+def shard_settings(
+    target: Target, top_k: int, storage: Storage, inputs: Inputs = KEYS_AND_VALUES
+) -> dict[str, Any]:
     """What a shard must have been made with to belong to a store."""
     return {
         "format": FORMAT,
@@ -49,6 +84,7 @@ def shard_settings(target: Target, top_k: int, storage: Storage) -> dict[str, An
         "dtype": str(target.table.dtype).removeprefix("torch."),
         "storage": storage,
         "teacher_top_k": top_k,
+        **kept_settings(inputs),
     }
 
 
@@ -150,8 +186,8 @@ class Shard:
         except (OSError, SafetensorError, ValueError, KeyError, TypeError) as e:
             raise ValueError(refusal(path, f"is cut short or no shard ({e})")) from e
         if settings is not None:
-            for key in settings.keys() - NOTED:
-                wanted = settings[key]
+            for key in (settings.keys() | {KEPT}) - NOTED:
+                wanted = settings.get(key)
                 if (found := self.settings.get(key)) != wanted:
                     raise ValueError(
                         f"{path} is of another store: its {key} is {found}, this one's {wanted}; "
@@ -203,7 +239,9 @@ OPEN_SHARDS = 32  # memory maps held at once
 SAID_ABOVE = 1 << 20  # bytes
 
 
-def bytes_per_token(config: Any, width: int, top_k: int, storage: Storage) -> int:
+def bytes_per_token(
+    config: Any, width: int, top_k: int, storage: Storage, inputs: Inputs = KEYS_AND_VALUES
+) -> int:
     """Bytes that a store takes for each token, but for headers.
 
     Args:
@@ -211,17 +249,19 @@ def bytes_per_token(config: Any, width: int, top_k: int, storage: Storage) -> in
         width: bytes of one value in the target's dtype.
         top_k: teacher tokens.
         storage: of hidden states, keys and values.
+        inputs: of the heads that it is for.
     """
-    kv = [config.per_layer_config[i] for i in source_layers(config).values()]
-    rows = [(1, config.hidden_size)] + [(2 * c.num_key_value_heads, c.head_dim) for c in kv]
+    kv = [config.per_layer_config[i] for i in source_layers(config).values()] * inputs.kv
+    rows = [(1 + len(inputs.layers), config.hidden_size)]
+    rows += [(2 * c.num_key_value_heads, c.head_dim) for c in kv]
     activations = sum(n * (d + 4 if storage == "int8" else d * width) for n, d in rows)
     return activations + 8 * top_k + 5  # token id and loss mask
 
 
-def stored_bytes(target: Target, data: DataConfig) -> int:
+def stored_bytes(target: Target, data: DataConfig, inputs: Inputs = KEYS_AND_VALUES) -> int:
     """Bytes a token of what `target` would store as `data` says."""
     width = target.table.element_size()
-    return bytes_per_token(target.config, width, data.teacher_top_k, data.storage)
+    return bytes_per_token(target.config, width, data.teacher_top_k, data.storage, inputs)
 
 
 def check_space(folder: Path, needed: int, at_least: int | None = None) -> None:
@@ -336,16 +376,19 @@ class ActivationStore:
     Args:
         folder: of the store.
         target: the target that the store must have been made for; None: any.
+        inputs: of the heads that will read it, for which it must hold enough; None: of any.
 
     Raises:
         ValueError: the store is missing, unfinished, damaged or of another target.
     """
 
-    def __init__(self, folder: Path, target: Target | None = None):
+    def __init__(self, folder: Path, target: Target | None = None, inputs: Inputs | None = None):
         self.folder = folder
         self.index = read_index(folder)
         if target is not None:
             check_made_for(self.index, target, folder)
+        if inputs is not None:
+            check_kept(self.index, inputs, folder)
         beside = ("tensors", "shards", "sha256")
         self.settings = {k: v for k, v in self.index.items() if k not in beside}
         entries: list[Entry] = []

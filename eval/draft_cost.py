@@ -11,7 +11,7 @@ Letters: B texts, T tokens of context, K draft tokens, D target width.
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -34,7 +34,7 @@ from headstart.eval.statistics import OWN_LENGTH, slow_baseline
 from headstart.heads.decoder import stock_decoding, verified
 from headstart.heads.drafting import Drafter
 from headstart.heads.kernels import fast_kernels
-from headstart.heads.kinds import DraftState, Verified, kind_of, runs_in_transformers
+from headstart.heads.kinds import DraftState, Verified, inputs_of, kind_of, runs_in_transformers
 from headstart.heads.pairing import check_pair
 from headstart.heads.target import Target
 
@@ -133,8 +133,9 @@ def random_ids(target: Target, texts: int, tokens: int) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def prepare(target: Target, context: int) -> DecodeState:
-    """Run the target on a context of `context` tokens, `random_ids`."""
+def prepare(target: Target, context: int, layers: Sequence[int] = ()) -> DecodeState:
+    """Run the target on a context of `context` tokens, `random_ids`, for heads that read outputs of
+    `layers`."""
     ids = random_ids(target, 1, context + MAX_DRAFT_TOKENS + 1)
     cache = DynamicCache(config=target.config)
     cache.activate_past_recording()  # as the stock assisted decoder does: sliding layers can be cut
@@ -142,8 +143,8 @@ def prepare(target: Target, context: int) -> DecodeState:
     cache.crop(0)
     outputs = forward(target, cache, ids[:, : context + 1], **FOR_DRAFTS)
     seen = (
-        verified(prefill, ids[:, :context]),
-        verified(outputs, ids[:, context : context + 1]),
+        verified(prefill, ids[:, :context], layers),
+        verified(outputs, ids[:, context : context + 1], layers),
     )
     state = DecodeState(target, ids, context, cache, outputs, seen)
     state.restore()
@@ -322,7 +323,7 @@ def measure_costs(
     that is fed one disturbed v(K) avoids that K for good. `longest` is the largest K, and `budget`
     the seconds, as of `measure`.
     """
-    state = prepare(target, COST_CONTEXT)
+    state = prepare(target, COST_CONTEXT, inputs_of(assistant.config).layers)
     seconds = measure(state, assistant, COST_TURNS, min, longest, budget)
     ratios = cost_ratios(seconds)
     kind = "ordered" if assistant.config.use_ordered_embeddings else "dense"
@@ -371,7 +372,8 @@ def run_draft_benchmark(
     check_pair(target, assistant)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
-    seconds = measure(prepare(target, context), assistant)
+    state = prepare(target, context, inputs_of(assistant.config).layers)
+    seconds = measure(state, assistant)
     what = {
         "target": target.name,
         "dtype": str(target.table.dtype).removeprefix("torch."),

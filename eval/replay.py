@@ -25,9 +25,10 @@ from headstart.configs.schema import DraftPositionOffset
 from headstart.data.background import to_device
 from headstart.data.documents import Documents
 from headstart.data.loader import candidate_rows, gather_rows
-from headstart.data.store import ActivationStore
+from headstart.data.store import ActivationStore, check_kept
 from headstart.eval.acceptance import AcceptanceCounts, RecallCounts, replay_rounds, zero_counts
 from headstart.eval.statistics import ends_in_loop, interval, resampled
+from headstart.heads.kinds import inputs_of
 from headstart.heads.pairing import check_pair
 from headstart.heads.target import Target
 from headstart.heads.unroll import DraftHead
@@ -76,7 +77,7 @@ def simulate_acceptance(
         if not documents:
             continue
         rows = [candidate_rows(d) for d in documents]
-        batch = gather_rows(documents, rows, rounds)
+        batch = gather_rows(documents, rows, rounds, inputs=head.inputs)
         wanted = torch.zeros_like(batch.rows.tokens)
         judged = batch.weights.bool()
         for b, (document, r) in enumerate(zip(documents, rows, strict=True)):
@@ -280,9 +281,10 @@ def run_estimate(
     Raises:
         ValueError: a head or the store does not fit the target, or no text of it is greedy.
     """
+    stored = ActivationStore(store, target)
     for head in heads.values():
         check_pair(target, head)
-    stored = ActivationStore(store, target)
+        check_kept(stored.index, inputs_of(head.config), store)
     at = {"texts": position}
     found: list[dict[str, Any]] = []
     first: dict[int, list[ReplayedText]] = {}

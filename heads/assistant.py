@@ -34,10 +34,11 @@ from transformers import (
 
 from headstart.common.versions import ALL_ROWS
 from headstart.configs.schema import DraftPositionOffset, Engine, HeadConfig
+from headstart.heads.draft_model import dense_weight
 from headstart.heads.kernels import copied_keys
 from headstart.heads.kinds import DraftMemory, Embed, HeadKind, Rows, Texts, Verified, select
 from headstart.heads.ordered import cluster_count
-from headstart.heads.target import SharedKV, Target, source_layers
+from headstart.heads.target import Inputs, SharedKV, Target, source_layers
 
 Assistant: TypeAlias = Gemma4AssistantForCausalLM | Gemma4UnifiedAssistantForCausalLM
 OF_TARGET = (
@@ -106,15 +107,6 @@ def _scale(norm: nn.Module) -> torch.Tensor:
     return 1 + weight if type(norm).__name__.startswith("Gemma3") else weight
 
 
-def _weight(linear: Any, dtype: torch.dtype) -> torch.Tensor:
-    """[out, in] of a linear layer, with its adapters and out of its quantization: what it makes of
-    the unit vectors."""
-    if type(linear) is nn.Linear and type(linear.weight) is nn.Parameter:
-        return linear.weight
-    units = torch.eye(linear.in_features, dtype=dtype, device=linear.weight.device)
-    return cast(torch.Tensor, linear(units)).T
-
-
 def _start(assistant: Assistant, target: Target, whole: bool) -> None:
     """Give the head the scale of the target's queries; `whole`: also its source layers, the final
     norm, and let the hidden state pass through.
@@ -132,7 +124,7 @@ def _start(assistant: Assistant, target: Target, whole: bool) -> None:
         layer.self_attn.q_norm.weight.copy_(_scale(source.self_attn.q_norm) * scale)
         for name, module in layer.named_modules() if whole else ():
             if isinstance(module, nn.Linear):
-                weight = _weight(source.get_submodule(name), target.table.dtype)
+                weight = dense_weight(source.get_submodule(name), target.table.dtype)
                 if weight.shape == module.weight.shape:
                     module.weight.copy_(weight)
             elif name.endswith("layernorm"):
@@ -295,7 +287,7 @@ class AssistantKind(HeadKind):
     reads = "the last hidden state, keys and values of the last layer of each type, tokens"
     costs = "all of its layers a draft"
     engines = get_args(Engine)
-    reads_kv = has_position = True
+    has_position = True
     tables = ("model.embed_tokens.weight", "lm_head.weight")
 
     def configure(self, source: Any, head: HeadConfig, drafts: int) -> Any:
@@ -359,6 +351,9 @@ class AssistantKind(HeadKind):
             layers.append(d * (32 + 2 * compute) + queries * (8 + 2 * compute) + 4 * mlp * compute)
             copied.append(2 * queries * compute * copied_keys(text, own))
         return DraftMemory(layers, 2 * target_width * compute + d * (8 + compute), copied)
+
+    def inputs(self, config: Any) -> Inputs:
+        return Inputs()
 
     def mismatches(self, source: Any, config: Any) -> list[tuple[str, Any, Any]]:
         text, layers = config.text_config, source_layers(source)

@@ -42,7 +42,7 @@ from transformers.generation.candidate_generator import (
 
 from headstart.heads.drafting import WARPERS, Drafter, Drafts
 from headstart.heads.kernels import fast_kernels
-from headstart.heads.kinds import Verified, check_drafts, is_head, kind_of
+from headstart.heads.kinds import Verified, check_drafts, inputs_of, is_head
 
 BINS = 8  # of confidence, each with an acceptance rate of its own
 OPTIMISTIC_PRIOR = 0.8  # acceptance rate of a place not tried yet: high, so that it is tried
@@ -332,7 +332,8 @@ class ExactCandidateGenerator(CandidateGenerator):
         # The prefill was given the prompt, a round its newest token and the drafts.
         given = model_outputs.hidden_states[-1].shape[1]
         valid = given if self.round is None else n_last_matches + 1
-        self.state.commit(verified(model_outputs, input_ids[:, -1 - valid : -1]))
+        tokens = input_ids[:, -1 - valid : -1]
+        self.state.commit(verified(model_outputs, tokens, self.drafter.inputs.layers))
         # One token of the budget is the target's own.
         budget = self.max_length - input_ids.shape[1] - 1
         source, drafts = self._draft(input_ids, budget)
@@ -386,15 +387,17 @@ class ExactCandidateGenerator(CandidateGenerator):
 def for_drafts(assistant: PreTrainedModel) -> dict[str, bool]:
     """What a forward of the target is asked for, beside its logits, so that a head can draft."""
     asked = {"output_hidden_states": True}
-    if kind_of(assistant.config).reads_kv:
+    if inputs_of(assistant.config).kv:
         asked["return_shared_kv_states"] = True
     return asked
 
 
-def verified(outputs: Any, tokens: torch.Tensor) -> Verified:
+def verified(outputs: Any, tokens: torch.Tensor, layers: Sequence[int] = ()) -> Verified:
     """What a head takes of a forward of the target that was asked `for_drafts`; `tokens` [1, v] are
-    those of it that belong to the text."""
-    return Verified(tokens, outputs.hidden_states[-1], outputs.get("shared_kv_states") or {})
+    those of it that belong to the text, and `layers` those whose outputs the head reads."""
+    states = outputs.hidden_states  # the embeddings' first; of the last layer after the final norm
+    read = {i: states[i + 1] for i in layers}
+    return Verified(tokens, states[-1], outputs.get("shared_kv_states") or {}, read)
 
 
 @contextmanager

@@ -4,7 +4,7 @@ format of transformers' assistants, and a configuration by which the Auto classe
 Letters: D target width, H head width, V vocabulary.
 """
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from huggingface_hub.dataclasses import strict
@@ -48,9 +48,9 @@ class DraftConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False  # with the target's table, not with one within
 
 
-def shapes(source: Any, head: HeadConfig, drafts: int) -> dict[str, Any]:
+def shapes(source: Any, head: HeadConfig, drafts: int, attention: bool = False) -> dict[str, Any]:
     """Arguments of a `DraftConfig`: what is asked, and the rest from the target's text
-    configuration.
+    configuration; `attention`: whether the kind has any.
 
     Raises:
         ValueError: the head is wider than its target, its clusters cannot be equal, or query heads
@@ -62,7 +62,7 @@ def shapes(source: Any, head: HeadConfig, drafts: int) -> dict[str, Any]:
             f"head.hidden_size={width} is above the target's {source.hidden_size}: the head is "
             "tied to the target's table, so it can be as wide or narrower, not wider"
         )
-    if head.num_attention_heads is not None:
+    if head.num_attention_heads is not None and not attention:
         raise ValueError(
             f"head.num_attention_heads: a {head.kind} head has no attention, leave it out"
         )
@@ -122,6 +122,15 @@ class ResidualBlock(GradientCheckpointingLayer):
         inner = nn.functional.silu(self.up_proj(self.norm(x)))
         added: torch.Tensor = self.down_proj(inner)
         return x + added
+
+
+def dense_weight(linear: Any, dtype: torch.dtype) -> torch.Tensor:
+    """[out, in] of a linear layer, with its adapters and out of its quantization: what it makes of
+    the unit vectors."""
+    if type(linear) is nn.Linear and type(linear.weight) is nn.Parameter:
+        return linear.weight
+    units = torch.eye(linear.in_features, dtype=dtype, device=linear.weight.device)
+    return cast(torch.Tensor, linear(units)).T
 
 
 def make_known(config: type[DraftConfig], model: type[DraftModel]) -> None:

@@ -48,6 +48,8 @@ class Drafter:
     def __init__(self, assistant: Any, embed: nn.Module):
         self.assistant, self.embed_tokens = assistant, embed
         self.kind = kind_of(assistant.config)
+        self.inputs = self.kind.inputs(assistant.config)
+        """What it reads of the target."""
         self.most = self.kind.most_drafts(assistant.config)
         """K at most; None: any number."""
         embedder = assistant.masked_embedding if assistant.config.use_ordered_embeddings else None

@@ -11,9 +11,10 @@ width, H head width, V vocabulary.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple, Protocol, TypeAlias
 
 import torch
@@ -21,7 +22,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from headstart.configs.schema import DraftPositionOffset, Engine, HeadConfig
-from headstart.heads.target import SharedKV, Target
+from headstart.heads.target import Inputs, SharedKV, Target
 
 Embed: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
 """Token ids [...] -> their scaled embeddings [..., D]."""
@@ -31,9 +32,18 @@ class Texts(NamedTuple):
     """What the target left behind of the texts in B rows: one text in each, or several, packed."""
 
     hidden: torch.Tensor
-    """[B, T, D] post-norm hidden states, or [B, M, D] those of some positions."""
+    """[B, T, D] post-norm hidden states, or [B, M, D] those of some positions for a kind that does
+    not read whole texts."""
     kv: SharedKV
-    """Layer type -> (keys, values), each [B, kv heads, T, head_dim]."""
+    """Layer type -> (keys, values), each [B, kv heads, T, head_dim]; empty for a kind that does not
+    read them."""
+    ids: torch.Tensor | None = None
+    """[B, T] tokens; None for a kind that does not read whole texts."""
+    starts: torch.Tensor | None = None
+    """[B, T] index of the first position of the same text; None: there is one text in each row, or
+    nobody reads whole texts."""
+    layers: Mapping[int, torch.Tensor] = MappingProxyType({})
+    """Number of a decoder layer that the kind reads -> its outputs, as `hidden` has positions."""
 
 
 class Rows(NamedTuple):
@@ -79,6 +89,8 @@ class Verified(NamedTuple):
     shared_kv: SharedKV
     """As its output has them, whose newest n rows are those tokens'; empty for a kind that does
     not read them."""
+    layers: Mapping[int, torch.Tensor] = MappingProxyType({})
+    """Number of a decoder layer that the kind reads -> its outputs, [1, n, D]."""
 
 
 class DraftState(Protocol):
@@ -105,6 +117,9 @@ class DraftMemory(NamedTuple):
     """Outside of the layers."""
     copied_keys: list[int]
     """Of copies of keys and values in each layer, a position of the texts."""
+    kept_keys: int = 0
+    """Of keys and values that each round keeps, a position of the texts, where they are the head's
+    own."""
 
 
 class HeadKind(ABC):
@@ -126,8 +141,6 @@ class HeadKind(ABC):
     """What a draft computes, in words."""
     engines: ClassVar[tuple[Engine, ...]] = ()
     """What serves it outside Headstart; with `transformers` among them its own decoder does."""
-    reads_kv: ClassVar[bool] = False
-    """Whether its drafts attend to the target's keys and values."""
     has_position: ClassVar[bool] = False
     """Whether its drafts stand at a RoPE position (`TrainConfig.draft_position_offset`)."""
     tables: ClassVar[tuple[str, ...]] = ("lm_head.weight",)
@@ -202,6 +215,11 @@ class HeadKind(ABC):
     def draft_memory(self, config: Any, compute: int) -> DraftMemory:
         """What a draft keeps in training, by the bytes of a value that products are computed in."""
 
+    def inputs(self, config: Any) -> Inputs:
+        """What it reads of the target, which is all that is stored for it; by default nothing but
+        last hidden states and tokens."""
+        return Inputs(kv=False)
+
     def most_drafts(self, config: Any) -> int | None:
         """K at most; None: any number."""
         return None
@@ -226,7 +244,7 @@ class HeadKind(ABC):
         """Add to a saved head what other readers than transformers want."""
 
 
-BUILT_IN = ("assistant", "parallel")
+BUILT_IN = ("assistant", "parallel", "mtp", "eagle")
 """Kinds that come with Headstart, each in the file of heads/ that has its name."""
 _registered: dict[str, HeadKind] = {}
 
@@ -262,6 +280,11 @@ def is_head(config: Any) -> bool:
 def kind_of(config: Any) -> HeadKind:
     """The kind of a head, by its configuration (`is_head`)."""
     return next(kind for kind in head_kinds().values() if config.model_type in kind.model_types)
+
+
+def inputs_of(config: Any) -> Inputs:
+    """What a head reads of its target, by its configuration."""
+    return kind_of(config).inputs(config)
 
 
 def runs_in_transformers(config: Any) -> bool:

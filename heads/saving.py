@@ -222,7 +222,11 @@ def add_lora(assistant: PreTrainedModel, lora: LoraConfig) -> None:
     raises `ValueError` where the head has no layers of these names."""
     from peft import inject_adapter_in_model
 
-    inject_adapter_in_model(_peft_config(lora), assistant, adapter_name=ADAPTER)
+    config = _peft_config(lora)
+    # What stands where a narrower head has a linear layer.
+    through = [name for name, m in assistant.named_modules() if isinstance(m, nn.Identity)]
+    config.exclude_modules = through or None
+    inject_adapter_in_model(config, assistant, adapter_name=ADAPTER)
 
 
 def _peft_config(lora: LoraConfig) -> Any:

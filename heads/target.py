@@ -15,12 +15,12 @@ Letters: B batch, T positions, D target width, V vocabulary.
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -51,6 +51,22 @@ from headstart.heads.kernels import fast_kernels
 from headstart.heads.tokens import TargetTokens
 
 SharedKV = dict[str, tuple[torch.Tensor, torch.Tensor]]
+
+
+class Inputs(NamedTuple):
+    """What a draft head reads of its target, beside the last hidden states and the tokens."""
+
+    kv: bool = True
+    """Keys and values of the last layer of each type."""
+    layers: tuple[int, ...] = ()
+    """Decoder layers whose outputs it reads, by their numbers."""
+    whole_texts: bool = False
+    """Whether it reads them, and last hidden states, at all positions of a text, and not only at
+    those that it drafts from."""
+
+
+KEYS_AND_VALUES = Inputs()
+"""What an assistant reads, and what a store holds that does not say what it holds."""
 
 
 def _with_shared_kv(stock: Signature) -> Signature:
@@ -183,10 +199,14 @@ def drop_towers(model: nn.Module) -> None:
 class Activations:
     """What the head sees of the target, for whole sequences."""
 
+    ids: torch.Tensor
+    """[B, T] their tokens."""
     hidden: torch.Tensor
     """[B, T, D] last hidden states, after the final norm."""
     shared_kv: SharedKV
     """Layer type -> (keys, values), each [B, kv heads, T, head_dim]."""
+    layers: dict[int, torch.Tensor]
+    """Number of a decoder layer -> its output, [B, T, D]; of those asked for."""
 
 
 class Target(TargetTokens):
@@ -314,14 +334,42 @@ class Target(TargetTokens):
         """Embeddings as the decoder feeds them to a head: `ids` [...] -> [..., D], scaled."""
         return self.model.get_input_embeddings()(ids)
 
+    @contextmanager
+    def layer_outputs(self, layers: Sequence[int]) -> Iterator[dict[int, list[torch.Tensor]]]:
+        """Within, the outputs [B, T, D] of some decoder layers, by their numbers, are kept: one of
+        each forward."""
+        found: dict[int, list[torch.Tensor]] = {i: [] for i in layers}
+        with ExitStack() as hooks:
+            for i, kept in found.items():
+                hook = self.layers[i].register_forward_hook(partial(_keep, kept))
+                hooks.callback(hook.remove)
+            yield found
+
     @torch.no_grad()
-    def activations(self, ids: torch.Tensor, mask: torch.Tensor | None = None) -> Activations:
-        """One forward without the LM head, of token ids [B, T] padded on the right; `mask` [B, T]:
-        1 for tokens, 0 for padding; None: no padding.
+    def activations(
+        self, ids: torch.Tensor, mask: torch.Tensor | None = None, layers: Sequence[int] = ()
+    ) -> Activations:
+        """One forward without the LM head.
+
+        Args:
+            ids: [B, T] tokens, padded on the right.
+            mask: [B, T] 1 for tokens, 0 for padding; None: no padding.
+            layers: whose outputs are wanted.
 
         Raises:
             RuntimeError: the model left rows out.
         """
+        with self.layer_outputs(layers) as found:
+            hidden, shared_kv = self._states(ids, mask)
+        outputs = {i: kept[0] for i, kept in found.items()}
+        for one in (hidden, *outputs.values()):
+            check_rows(one.shape[1], ids.shape[1])
+        return Activations(ids, hidden, shared_kv, outputs)
+
+    def _states(
+        self, ids: torch.Tensor, mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, SharedKV]:
+        """Last hidden states, and keys and values, of a forward without the LM head."""
         if isinstance(self.model, Gemma3ForAssistedDecoding):
             # A cache without a config keeps every row of the sliding layers too.
             cache = DynamicCache()
@@ -333,9 +381,7 @@ class Target(TargetTokens):
             with fast_kernels(self.model, small_batch=False):
                 outputs = self.model.model(input_ids=ids, attention_mask=mask, **of_rows)
             shared_kv = dict(outputs.shared_kv_states)
-        hidden = outputs.last_hidden_state
-        check_rows(hidden.shape[1], ids.shape[1])
-        return Activations(hidden, shared_kv)
+        return outputs.last_hidden_state, shared_kv
 
     def logits(self, hidden: torch.Tensor, table: torch.Tensor | None = None) -> torch.Tensor:
         """`own_logits` in float32."""
@@ -355,6 +401,10 @@ class Target(TargetTokens):
         if (cap := self.config.final_logit_softcapping) is not None:
             logits = torch.tanh(logits / cap) * cap
         return logits
+
+
+def _keep(kept: list[torch.Tensor], layer: nn.Module, args: Any, output: torch.Tensor) -> None:
+    kept.append(output)
 
 
 def source_layers(config: Any) -> dict[str, int]:

@@ -11,8 +11,9 @@ from torch import nn
 
 from headstart.configs.schema import DraftPositionOffset
 from headstart.heads.kernels import fast_kernels
-from headstart.heads.kinds import Embed, Rows, Texts, check_drafts, kind_of
+from headstart.heads.kinds import Embed, Rows, Texts, check_drafts, inputs_of, kind_of
 from headstart.heads.ordered import token_clusters
+from headstart.heads.target import Inputs
 
 
 def served_position(position: DraftPositionOffset) -> DraftPositionOffset:
@@ -56,6 +57,11 @@ class DraftHead(nn.Module):
         if self.projection is None:
             return states
         return [state @ self.projection.T for state in states]
+
+    @property
+    def inputs(self) -> Inputs:
+        """What it reads of the target."""
+        return inputs_of(self.assistant.config)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -34,6 +34,7 @@ from headstart.eval.page import as_json
 from headstart.eval.recorded import is_private, prompt_set, set_name, without_paths
 from headstart.eval.replay import ReplayedText, replay_texts
 from headstart.eval.report import run_evaluation
+from headstart.heads.kinds import inputs_of
 from headstart.heads.live import MEMORY
 from headstart.heads.loading import (
     check_target,
@@ -121,7 +122,7 @@ def evaluate_baseline(
                 target = open_target(served, device)
             began = time.monotonic()
             held_out = {kind: own for kind, (_, own) in prompts.items()}
-            stores = _answers(target, held_out, a.config, a.out / stage)
+            stores = _answers(target, held_out, a, a.out / stage)
             answering = time.monotonic() - began
             texts = _replayed(target, a.head, stores, a, f"Replaying ({stage})")
             return {"texts": texts, "answering": answering}
@@ -145,10 +146,11 @@ def _telling(stage: str) -> Iterator[None]:
 
 
 def _answers(
-    target: Target, held_out: dict[str, list[Prompt]], config: Config, folder: Path
+    target: Target, held_out: dict[str, list[Prompt]], a: Adaptation, folder: Path
 ) -> dict[str, ActivationStore]:
     """Kind -> the target's greedy answers."""
-    stores = {}
+    stores, config = {}, a.config
+    inputs = inputs_of(load_assistant_config(a.head))
     for kind, own in held_out.items():
         jobs = make_jobs(own, [Sampling(0.0)] * len(own), target, config.data)
         name = f"Answering ({kind}, held out)"
@@ -160,6 +162,7 @@ def _answers(
             folder / kind,
             extract=True,
             description=name,
+            inputs=inputs,
         )
         stores[kind] = ActivationStore(folder / kind, target)
     return stores
@@ -411,7 +414,9 @@ def _answer(a: Adaptation, prompts: Any, notes: StageCache, device: Any) -> int:
     dealt = deal(sources, notes.found["conversations"], seed)
     target = open_target(a.config.target, device)
     jobs = make_jobs(dealt, deal_sampling(d, target, dealt), target, d)
-    regenerate(target, jobs, d, seed, a.out / "answers", extract=True, description="Answering")
+    inputs = inputs_of(load_assistant_config(a.head))
+    folder = a.out / "answers"
+    regenerate(target, jobs, d, seed, folder, True, description="Answering", inputs=inputs)
     return len(jobs)
 
 

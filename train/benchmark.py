@@ -24,7 +24,7 @@ from headstart.data.background import to_device
 from headstart.data.conversations import Conversation, answered, read_folder
 from headstart.data.extraction import OnlineActivations, extract, forward_batches
 from headstart.data.loader import AnchorLoader, Batch, candidate_rows
-from headstart.data.prepare import deal_sampling
+from headstart.data.prepare import deal_sampling, inputs_read
 from headstart.data.prompts import Prompt, load_prompts
 from headstart.data.regenerate import Job, make_jobs, regenerate
 from headstart.data.store import ActivationStore
@@ -289,7 +289,8 @@ def bench_train(
     """
     c = config.train
     texts = conversations_of_text(target, config, rows, prompts)
-    documents = OnlineActivations(target, texts, config.data)
+    inputs = inputs_read(config, target)
+    documents = OnlineActivations(target, texts, config.data, inputs)
     samples = sample_teacher_rows(documents, target.device)
     head = build_head(target, config, samples, documents, resumed=False)
     batch = AnchorLoader(
@@ -299,6 +300,7 @@ def bench_train(
         c.num_speculative_steps,
         config.seed,
         multi_step_anchors=c.multi_step_anchors,
+        inputs=inputs,
     ).batch(0)
     batch = to_device(batch, target.device)
     likely = likely_tokens(target, samples, c)

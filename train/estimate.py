@@ -16,9 +16,10 @@ from rich.table import Table
 from headstart.common.console import duration, plain_console, print_once, within_run
 from headstart.common.files import write_atomically
 from headstart.configs.schema import Config, EvalConfig
+from headstart.data.cache_folders import extraction_folder
 from headstart.data.conversations import read_folder, trainable
 from headstart.data.extraction import SHARD
-from headstart.data.prepare import PlannedDocuments, extraction_folder, stream_folder
+from headstart.data.prepare import PlannedDocuments, stream_folder
 from headstart.data.prompts import limit_evenly, load_prompt_set
 from headstart.data.store import read_index, shard_paths
 from headstart.eval.draft_cost import COST_TURNS, KINDS, WARM_UP, longest_draft
@@ -175,7 +176,7 @@ def _answering(planned: PlannedDocuments, held: Held) -> Phase:
     total = sum(len(questions.jobs) for questions in planned.questions)
     if not missing:
         return Phase(TEXTS, f"{total:,} conversations are there", 0.0)
-    costs = probe_answers(planned.target, planned.questions[0].jobs, data)
+    costs = probe_answers(planned.target, planned.questions[0], data)
     there = f", {total - jobs:,} there" if total > jobs else ""
     size = f"{jobs:,} of up to {data.max_new_tokens:,} tokens{there}"
     seconds = [
@@ -194,7 +195,7 @@ def _extraction(planned: PlannedDocuments) -> tuple[int, int, bool]:
     for piece in trainable(stream_folder(data.conversations, planned.target), data.max_tokens):
         lengths.append(len(piece.ids))
         greedy = greedy or piece.temperature == 0
-    folder = extraction_folder(planned.target, data)
+    folder, _ = extraction_folder(planned.target, data, planned.inputs)
     whole = (folder / "index.json").is_file()
     done = lengths if whole else lengths[: SHARD * len(shard_paths(folder))]
     return sum(lengths), sum(done), greedy

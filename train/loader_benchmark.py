@@ -23,11 +23,13 @@ from headstart.data.loader import AnchorLoader
 from headstart.data.store import (
     FORMAT,
     ActivationStore,
+    kept_settings,
     shard_path,
     write_index,
     write_shard,
 )
-from headstart.heads.target import source_layers
+from headstart.heads.kinds import inputs_of
+from headstart.heads.target import Inputs, source_layers
 from headstart.train.plan import run_shapes
 
 STEP = 0.012
@@ -68,16 +70,20 @@ def bench_loader(config: Config) -> dict[str, Any]:
     threads = torch.get_num_threads()
     with temporary_folder() as work:
         length = (config.data.max_prompt_tokens + config.data.max_new_tokens) // 2
-        make_store(run_shapes(config).text, config, length, work)
+        shapes = run_shapes(config)
+        inputs = inputs_of(shapes.head)
+        make_store(shapes.text, config, length, work, inputs)
         store = ActivationStore(work)
         store.read(range(len(store)))  # verified, and in the page cache
         c = config.train
         loader = AnchorLoader(
             store, c.batch_size, c.max_anchors, c.num_speculative_steps, config.seed,
             max_packed_length=c.max_packed_length, multi_step_anchors=c.multi_step_anchors,
+            inputs=inputs,
         )  # fmt: skip
         batch = loader.batch(0)
         stored = [batch.texts.hidden, *itertools.chain(*batch.texts.kv.values())]
+        stored += (batch.texts.layers or {}).values()
         size = sum(t.nbytes for one in stored for t in (one.values, one.scale) if t is not None)
         torch.set_num_threads(1)  # as in a launch of several processes
         try:
@@ -120,7 +126,7 @@ def _step_seconds(loader: AnchorLoader, threads: int) -> tuple[float, float]:
     return waited / STEPS, (time.perf_counter() - began) / STEPS
 
 
-def make_store(source: Any, config: Config, length: int, folder: Path) -> None:
+def make_store(source: Any, config: Config, length: int, folder: Path, inputs: Inputs) -> None:
     """A store of random activations.
 
     Args:
@@ -128,17 +134,20 @@ def make_store(source: Any, config: Config, length: int, folder: Path) -> None:
         config: of the recipe: teacher's top k, storage.
         length: tokens of each document; the second half of them is its answer.
         folder: where to.
+        inputs: what the head reads.
     """
     top_k, generator = config.data.teacher_top_k, torch.Generator().manual_seed(0)
     settings = {
         "format": FORMAT, "target": config.target.name, "config": {}, "fingerprint": "random",
         "tokenizer": "none", "dtype": "bfloat16", "storage": config.data.storage,
-        "teacher_top_k": top_k,
+        "teacher_top_k": top_k, **kept_settings(inputs),
     }  # fmt: skip
     tokens = DOCUMENTS * length
     for number in range(SHARDS):
-        tensors = {"hidden": torch.randn(tokens, source.hidden_size, generator=generator)}
-        for kind, i in source_layers(source).items():
+        states = ["hidden", *(f"layer.{i}" for i in inputs.layers)]
+        width = source.hidden_size
+        tensors = {name: torch.randn(tokens, width, generator=generator) for name in states}
+        for kind, i in source_layers(source).items() if inputs.kv else ():
             layer = source.per_layer_config[i]
             shape = (tokens, layer.num_key_value_heads, layer.head_dim)
             for what in ("keys", "values"):

@@ -56,6 +56,7 @@ def train_head(
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
         multi_step_anchors=c.multi_step_anchors,
+        inputs=state.head.inputs,
     )
     keep = partial(keep_if_better, state, target, validation, config, accelerator)
     if config.head.warm and not progress.step:  # what finds nothing better ends with what it had

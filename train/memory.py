@@ -22,8 +22,8 @@ from headstart.data.extraction import BATCH_TOKENS, LOGIT_ROWS
 from headstart.data.kv_cache import SLACK
 from headstart.data.loader import pack
 from headstart.heads.kernels import copied_keys, groups_heads
-from headstart.heads.kinds import kind_of
-from headstart.heads.target import SUPPORTED, source_layers
+from headstart.heads.kinds import inputs_of, kind_of
+from headstart.heads.target import KEYS_AND_VALUES, SUPPORTED, Inputs, source_layers
 from headstart.train.losses import EXACT_ROWS, SPARSE_ROWS
 
 BATCHES = THREADS + 2  # that of the step, one for each thread of the loader, and one in waiting
@@ -153,22 +153,28 @@ def cached_rows(text: Any, rows: int, slack: int = 0) -> list[int]:
     return [min(rows, most) if t == "sliding_attention" else rows for t in text.layer_types]
 
 
-def generation_bytes(text: Any, d: DataConfig, width: int, recorded: bool) -> int:
+def generation_bytes(
+    text: Any,
+    d: DataConfig,
+    width: int,
+    recorded: bool,
+    inputs: Inputs = KEYS_AND_VALUES,
+) -> int:
     """What answering a batch of the longest prompts holds beside the weights: the larger of the
     prefill and the end.
 
     Its cache is there whole from the prefill on: of sliding layers a window and some rows more,
-    but with `recorded` all rows of the one that a head attends to. Recorded are the hidden states
-    of all tokens too. At the end they are held with the cache, and with the larger of: the logits
-    of a step (of the target, and twice in float32 while they are drawn from); the hidden states
-    once more, as one tensor.
+    but with `recorded` all rows of the one that a head attends to, if it does (`inputs`). Recorded
+    are the hidden states of all tokens too, and outputs of layers that it reads. At the end they
+    are held with the cache, and with the larger of: the logits of a step (of the target, and twice
+    in float32 while they are drawn from); all these states once more, as one tensor each.
     """
     batch, rows = d.generation_batch_size, d.max_prompt_tokens + d.max_new_tokens - 1
     room = cached_rows(text, rows, SLACK)
-    if recorded:
+    if recorded and inputs.kv:
         room[source_layers(text)["sliding_attention"]] = rows
     cache = batch * sum(kv_bytes(text, i, width) * n for i, n in enumerate(room))
-    hidden = batch * rows * text.hidden_size * width * recorded
+    hidden = batch * rows * text.hidden_size * width * recorded * (1 + len(inputs.layers))
     last = cache + hidden + max((width + 8) * batch * text.vocab_size, hidden)
     return max(forward_bytes(text, batch, d.max_prompt_tokens, width, room), last)
 
@@ -186,14 +192,15 @@ def longest_text(d: DataConfig) -> int:
     return d.max_tokens
 
 
-def extraction_bytes(text: Any, d: DataConfig, width: int) -> int:
+def extraction_bytes(text: Any, d: DataConfig, width: int, inputs: Inputs = KEYS_AND_VALUES) -> int:
     """What one forward of `headstart extract` holds beside the weights, or what a head sees of it
     with the hidden states once more and the logits of some rows, three of them while they are
     capped."""
     batch, length = forward_length(d)
-    forward = forward_bytes(text, batch, length, width, cached=None)
+    outputs = batch * length * text.hidden_size * width * len(inputs.layers)
+    forward = forward_bytes(text, batch, length, width, cached=None) + outputs
     kv = sum(kv_bytes(text, i, width) for i in source_layers(text).values())
-    seen = batch * length * (2 * text.hidden_size * width + kv)
+    seen = batch * length * (2 * text.hidden_size * width + kv) + outputs
     return max(forward, seen + LOGIT_ROWS * text.vocab_size * 3 * width)
 
 
@@ -223,13 +230,14 @@ def step_shape(c: TrainConfig, d: DataConfig) -> StepShape:
     return StepShape(batch, members * longest, [batch * members * anchors for anchors in each])
 
 
-def batch_bytes(source: Any, shape: StepShape, width: int, data: DataConfig) -> int:
+def batch_bytes(source: Any, shape: StepShape, width: int, data: DataConfig, inputs: Inputs) -> int:
     """Of the batches that are there at once: those made ahead, and that of the step, of which int8
-    is held twice, as it is stored and as the head reads it."""
-    kv = [source.per_layer_config[i] for i in source_layers(source).values()]
+    is held twice, as it is stored and as the head reads it; `inputs` is what it reads."""
+    kv = [source.per_layer_config[i] for i in source_layers(source).values()] * inputs.kv
     # Hidden states of anchors and of what teaches them alone: at most one each of a draft.
     read = min(shape.length, (shape.rounds[0] + shape.drafts) // shape.batch)
-    rows = [(read, 1, source.hidden_size)]
+    read = shape.length if inputs.whole_texts else read
+    rows = [(read, 1 + len(inputs.layers), source.hidden_size)]
     rows += [(shape.length, 2 * layer.num_key_value_heads, layer.head_dim) for layer in kv]
     int8 = data.storage == "int8"
     stored = sum(t * n * (d + 4 if int8 else d * width) for t, n, d in rows) * shape.batch
@@ -252,12 +260,12 @@ def activation_bytes(head: Any, shape: StepShape, compute: int, checkpointing: b
     """
     width = head.get_text_config().hidden_size
     one = kind_of(head).draft_memory(head, compute)
-    total = 0
-    for drafts in shape.rounds:
-        cells = shape.batch * shape.length * checkpointing
+    total, cells = 0, shape.batch * shape.length
+    whole = inputs_of(head).whole_texts  # it makes the first draft everywhere
+    for drafts in [cells, *shape.rounds[1:]] if whole else shape.rounds:
         pairs = zip(one.layers, one.copied_keys, strict=True)
-        layers = [drafts * each + cells * copied for each, copied in pairs]
-        kept = drafts * one.beside
+        layers = [drafts * each + cells * checkpointing * copied for each, copied in pairs]
+        kept = drafts * one.beside + cells * one.kept_keys
         if checkpointing:
             kept += drafts * width * compute * len(layers) + max(layers) // len(shape.rounds)
         else:
@@ -324,7 +332,7 @@ def head_step_bytes(
         kept = 4 * size.trained // launch.processes
     elif launch.processes > 1:
         held += 4 * size.trained
-    batch = batch_bytes(source, shape, width, config.data)
+    batch = batch_bytes(source, shape, width, config.data, inputs_of(head))
     activations = activation_bytes(head, shape, compute, c.activation_checkpointing)
     losses = copies + activations + objective_bytes(source, c, shape, compute, width)
     backward = copies + gradients + kept + activations
@@ -387,12 +395,13 @@ def peaks(config: Config, shapes: RunShapes, launch: Launch) -> Iterator[tuple[s
     d, text, size = config.data, shapes.text, shapes.size
     width = 2 if config.target.dtype == "bfloat16" else 4
     target = held_target(shapes.target, width, launch, config.target.sharded)
-    extracting = extraction_bytes(text, d, width)
+    inputs = inputs_of(shapes.head)
+    extracting = extraction_bytes(text, d, width, inputs)
     # Whole, also where it is split then.
     yield "loading", held_target(shapes.target, width, launch, sharded=False)
     if d.store is None:
         if d.conversations is None:
-            generating = generation_bytes(text, d, width, recorded=not d.online)
+            generating = generation_bytes(text, d, width, not d.online, inputs)
             yield "answering", target + generating
         if d.conversations is not None:
             yield "extracting", target + extracting

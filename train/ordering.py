@@ -26,6 +26,7 @@ from headstart.data.prepare import prepare_documents
 from headstart.eval.acceptance import RecallCounts
 from headstart.eval.asked import as_the_head_was
 from headstart.eval.replay import Simulated, simulate_acceptance
+from headstart.heads.kinds import inputs_of
 from headstart.heads.ordered import (
     TeacherSamples,
     cluster_count,
@@ -89,6 +90,7 @@ def drafts_of(
         c.num_speculative_steps,
         config.seed,
         multi_step_anchors=c.multi_step_anchors,
+        inputs=head.inputs,
     )
     batches = 2 * -(-len(training.entries) // DOCUMENTS)  # anchors are drawn anew each time
     parts: list[tuple[torch.Tensor, ...]] = []
@@ -254,7 +256,8 @@ def reorder(path: str, target: Target, config: Config, order: Order, out: Path) 
     )
     config = config.model_copy(update={"train": its_own})
     data = as_the_head_was(config.data, path)
-    training, validation = prepare_documents(target, data, config.seed, None)
+    inputs = inputs_of(assistant.config)
+    training, validation = prepare_documents(target, data, config.seed, None, inputs)
     assistant, found = order_head(assistant, target, training, validation, config, order)
     found = {"head": path, "chat_template_kwargs": data.chat_template_kwargs, **found}
     _save(assistant, target, config, found, out)

@@ -19,7 +19,7 @@ from headstart.data.conversations import (
 )
 from headstart.data.store import bytes_per_token, read_index
 from headstart.heads.describe import published_config, published_head
-from headstart.heads.kinds import kind_of
+from headstart.heads.kinds import inputs_of, kind_of
 from headstart.heads.loading import load_target_config
 from headstart.heads.pairing import head_config
 from headstart.heads.saving import add_lora
@@ -29,6 +29,7 @@ from headstart.train.memory import (
     HeadSize,
     Launch,
     RunShapes,
+    longest_text,
     needed,
     peaks,
     target_size,
@@ -61,10 +62,14 @@ def plan(config: Config) -> dict[str, str]:
     text, kind = head.get_text_config(), kind_of(head)
     shared = text.vocab_size * text.hidden_size
     width = 2 if t.dtype == "bfloat16" else 4
-    token = bytes_per_token(source, width, d.teacher_top_k, d.storage)
+    inputs = inputs_of(head)
+    token = bytes_per_token(source, width, d.teacher_top_k, d.storage, inputs)
     each = c.batch_size * c.gradient_accumulation_steps
     k, answered = c.num_speculative_steps, planned_answers(config)
     rows, later = each * c.max_anchors, each * (c.multi_step_anchors or c.max_anchors)
+    drafts = rows + later * (k - 1)
+    # Of a head that reads whole texts the first round runs over all of them.
+    run = drafts + (each * longest_text(answered) - rows) * inputs.whole_texts
     return {
         "target": f"{t.name} ({source.model_type}, width {source.hidden_size}, "
         f"{source.num_hidden_layers} layers, {source.vocab_size:,} tokens, {t.dtype})",
@@ -73,7 +78,7 @@ def plan(config: Config) -> dict[str, str]:
             if published_config(t.name)
             else {}
         ),
-        "shared KV from layers": ", ".join(f"{i} ({k})" for k, i in source_layers(source).items()),
+        **({"shared KV from layers": _shared_kv(source)} if inputs.kv else {}),
         "head": f"{kind.name}: {kind.describe(head)}",
         "parameters trained": f"{size.trained:,}",
         "parameters shared with the target": f"{shared:,}"
@@ -84,16 +89,22 @@ def plan(config: Config) -> dict[str, str]:
         **_plan_clusters(head),
         **_plan_memory(config.model_copy(update={"data": answered}), shapes),
         **_plan_data(answered, token),
-        "rows a step": f"{rows:,} a process, {rows + later * (k - 1):,} drafts in {k} rounds",
+        "rows a step": f"{rows:,} a process, {drafts:,} drafts in {k} rounds"
+        + (f"; the head runs on up to {run:,} rows" if run > drafts else ""),
         "steps": _plan_steps(c, d, each, rows),
         **_plan_step(
             c,
             source,
             round((size.trained + size.frozen) * kind.draft_share(head)),
             rows,
-            rows + later * (k - 1),
+            drafts,
+            run,
         ),
     }
+
+
+def _shared_kv(source: Any) -> str:
+    return ", ".join(f"{i} ({name})" for name, i in source_layers(source).items())
 
 
 def _plan_steps(c: TrainConfig, d: DataConfig, each: int, rows: int) -> str:
@@ -110,18 +121,21 @@ def _head_config(source: Any, h: HeadConfig, drafts: int) -> Any:
     return head_config(source, published_head(h.init_from) or h, drafts)
 
 
-def _plan_step(c: Any, source: Any, trained: int, rows: int, drafts: int) -> dict[str, str]:
+def _plan_step(
+    c: Any, source: Any, trained: int, rows: int, drafts: int, run: int
+) -> dict[str, str]:
     """Floating-point operations of a step of one process, attention left out: it is little.
 
     A product with a trained weight counts three times two operations (forward, and the gradients of
     input and weight); with the frozen table twice two, and once more for the teacher, whose logits
-    are computed once a position, of which there are at most `rows + rounds` for all rounds.
+    are computed once a position, of which there are at most `rows + rounds` for all rounds. The
+    head runs on `run` rows, of which `drafts` count.
     """
     width = source.hidden_size
     candidates = source.vocab_size
     if c.vocabulary == "sparse":
         candidates = min(source.vocab_size, c.likely_tokens + c.negatives)
-    head = 6 * trained * drafts
+    head = 6 * trained * run
     objective = candidates * width * (4 * drafts + 2 * (rows + c.num_speculative_steps))
     in_all = ""
     if c.num_epochs is None:

@@ -22,7 +22,7 @@ from headstart.data.conversations import Conversation, answered, trainable
 from headstart.data.documents import Document, Entry
 from headstart.data.extraction import OnlineActivations, Recorder
 from headstart.data.loader import AnchorLoader, Batch
-from headstart.data.prepare import PlannedDocuments, stream_folder
+from headstart.data.prepare import PlannedDocuments, Questions, stream_folder
 from headstart.data.regenerate import Job, answer, tokens_that_run
 from headstart.data.store import ActivationStore
 from headstart.eval.decoding import decode
@@ -34,7 +34,7 @@ from headstart.heads.ordered import (
     band_sizes,
     token_usage,
 )
-from headstart.heads.target import Target
+from headstart.heads.target import Inputs, Target
 from headstart.heads.unroll import DraftHead, served_position
 from headstart.train.benchmark import batch_loss, take_step
 from headstart.train.ordering import learn_centroids
@@ -87,8 +87,8 @@ class AnsweringCosts:
 class _Clock(Recorder):
     """Notes when each token was due."""
 
-    def __init__(self, target: Target, top_k: int, room: int):
-        super().__init__(target, top_k, room)
+    def __init__(self, target: Target, top_k: int, room: int, inputs: Inputs):
+        super().__init__(target, top_k, room, inputs)
         self.times = [time.perf_counter()]
 
     def note(self, hidden: torch.Tensor, logits: torch.Tensor, tokens: int) -> None:
@@ -102,11 +102,14 @@ class _Clock(Recorder):
         return first, min(steps, default=first)  # every row may have ended at once
 
 
-def probe_answers(target: Target, jobs: list[Job], data: DataConfig) -> AnsweringCosts:
+def probe_answers(target: Target, asked: Questions, data: DataConfig) -> AnsweringCosts:
     """Answer a few prompts whole, then few and a batch of short ones."""
 
+    jobs = asked.jobs
+
     def timed(some: list[Job]) -> tuple[float, float]:
-        clock = _Clock(target, data.teacher_top_k, tokens_that_run(some, TOKENS))
+        room = tokens_that_run(some, TOKENS)
+        clock = _Clock(target, data.teacher_top_k, room, asked.inputs)
         answer(target, some, TOKENS, 0, clock)
         return clock.seconds()
 
@@ -144,11 +147,11 @@ def probe_documents(planned: PlannedDocuments, count: int) -> Held:
     """
     target, data = planned.target, planned.data
     if data.store is not None:
-        store = ActivationStore(data.store, target)
+        store = ActivationStore(data.store, target, planned.inputs)
         which = [i for i, entry in enumerate(store.entries) if entry.trained >= 2][:count]
         entries, found, spent = [store.entries[i] for i in which], store.read(which), None
     else:
-        online = OnlineActivations(target, _texts(planned, count), data)
+        online = OnlineActivations(target, _texts(planned, count), data, planned.inputs)
         some = range(min(1, len(online.entries)))  # it says how many there is time for
         one = seconds_of(target, lambda: online.read(some), times=1)
         which = list(range(min(len(online.entries), count, max(1, int(EXTRACTING / one)))))
@@ -205,7 +208,7 @@ def probe_training(config: Config, planned: PlannedDocuments, held: Held) -> Tra
         start += _usage_seconds(target, samples)
     if c.activation_checkpointing:
         head.assistant.gradient_checkpointing_enable({"use_reentrant": False})
-    batch = to_device(_batch(config, held), target.device)
+    batch = to_device(_batch(config, held, head), target.device)
     likely = torch.arange(len(target.table), device=target.device) < c.likely_tokens
     optimizer = make_optimizer(head, c)
     loss = partial(batch_loss, head, target, batch, config, likely)
@@ -219,11 +222,12 @@ def probe_training(config: Config, planned: PlannedDocuments, held: Held) -> Tra
     )
 
 
-def _batch(config: Config, held: Held) -> Batch:
+def _batch(config: Config, held: Held, head: DraftHead) -> Batch:
     c = config.train
     return AnchorLoader(
         held, c.batch_size, c.max_anchors, c.num_speculative_steps, config.seed,
         max_packed_length=c.max_packed_length, multi_step_anchors=c.multi_step_anchors,
+        inputs=head.inputs,
     ).batch(0)  # fmt: skip
 
 
@@ -262,7 +266,8 @@ class OrderingCosts:
 def probe_ordering(config: Config, target: Target, held: Held, assistant: Any) -> OrderingCosts:
     """Draft a batch with a head that has clusters of no meaning, cluster a part of the vocabulary
     and learn for two steps."""
-    head, batch = DraftHead(assistant), to_device(_batch(config, held), target.device)
+    head = DraftHead(assistant)
+    batch = to_device(_batch(config, held, head), target.device)
     position = config.train.draft_position_offset
     with torch.no_grad():
         draft = partial(draft_batch, head, target, batch, torch.float32, position)

@@ -36,7 +36,7 @@ from headstart.eval.page import print_report
 from headstart.eval.recorded import prompt_set, set_names, without_paths
 from headstart.eval.report import run_evaluation
 from headstart.eval.statistics import NO_HEAD, OWN_LENGTH
-from headstart.heads.kinds import check_drafts
+from headstart.heads.kinds import check_drafts, inputs_of
 from headstart.heads.live import MEMORY
 from headstart.heads.loading import load_served, open_target, open_whole
 from headstart.heads.pairing import head_config
@@ -143,7 +143,7 @@ def _train(
     head = head_config(target.config, config.head, config.train.num_speculative_steps)
     if config.eval is not None and not set(config.eval.decoders) <= {*OWN_LENGTH, *NO_HEAD}:
         check_drafts(head, config.eval.num_assistant_tokens, "eval.num_assistant_tokens")
-    planned = plan_documents(target, config.data, seed, held_out)
+    planned = plan_documents(target, config.data, seed, held_out, inputs_of(head))
     prompt_sets = [prompt_set(*pair) for pair in planned.sources]
     if schedule is not None:
         look_ahead(config, planned, schedule)

@@ -9,6 +9,7 @@ from headstart.configs.schema import DataConfig, HeadConfig
 from headstart.data.conversations import Conversation, answered, cut
 from headstart.data.extraction import OnlineActivations
 from headstart.data.loader import AnchorLoader, Batch, candidate_rows, gather_rows, pack
+from headstart.heads.kinds import head_kinds
 from headstart.heads.pairing import build_assistant
 from headstart.heads.target import Target
 from headstart.heads.unroll import DraftHead
@@ -114,14 +115,17 @@ def losses_by_token(
 
 @torch.no_grad()
 @pytest.mark.parametrize("capacity", [30, 64, 1000])
-def test_packed_and_unpacked_rows_have_the_same_loss(target: Target, capacity: int) -> None:
+@pytest.mark.parametrize("kind", head_kinds())
+def test_packed_and_unpacked_rows_have_the_same_loss(
+    target: Target, kind: str, capacity: int
+) -> None:
     """Documents reach beyond the sliding window of 8; a row that saw its neighbor would differ."""
-    documents = OnlineActivations(target, conversations(9), CONFIG).read(range(9))
     torch.manual_seed(0)
-    head = DraftHead(build_assistant(target, HeadConfig(init_from="random")))
+    head = DraftHead(build_assistant(target, HeadConfig(kind=kind, init_from="random")))
+    documents = OnlineActivations(target, conversations(9), CONFIG, head.inputs).read(range(9))
     rows = [candidate_rows(d) for d in documents]
-    alone = losses_by_token(target, head, gather_rows(documents, rows, 3))
-    batch = gather_rows(documents, rows, 3, capacity)
+    alone = losses_by_token(target, head, gather_rows(documents, rows, 3, inputs=head.inputs))
+    batch = gather_rows(documents, rows, 3, capacity, inputs=head.inputs)
     assert len(batch.weights) < 9
     packed = losses_by_token(target, head, batch)
     assert packed.keys() == alone.keys()

@@ -13,6 +13,7 @@ from headstart.data.contamination import stored_prompts, without_contaminated
 from headstart.data.conversations import answered, finished_parts, read_part
 from headstart.data.extraction import OnlineActivations
 from headstart.data.prepare import (
+    inputs_read,
     prepare_documents,
     run_extract,
     run_regenerate,
@@ -21,7 +22,9 @@ from headstart.data.prepare import (
 from headstart.data.prompts import Prompt
 from headstart.data.store import ActivationStore
 from headstart.data.templates import encode_prompt
+from headstart.heads.kinds import head_kinds
 from headstart.heads.loading import load_target
+from headstart.heads.target import KEYS_AND_VALUES, Inputs
 from headstart.train.run import train
 from tests.helpers.runs import metrics, tiny_config, weights
 
@@ -37,11 +40,20 @@ def stored(tmp_path: Path) -> Path:
     return tmp_path / "stored"
 
 
-def test_training_reads_prompts_conversations_and_stores_alike(
-    stored: Path, tmp_path: Path
-) -> None:
-    """A store made while generating, one extracted afterwards, and none: the same losses."""
-    run_extract(small(tmp_path / "extracted"), str(stored), "cpu")
+@pytest.mark.parametrize("kind", head_kinds())
+def test_training_reads_prompts_conversations_and_stores_alike(kind: str, tmp_path: Path) -> None:
+    """A store made while generating, one extracted afterwards, and none: the same losses. Stored is
+    what heads of the kind read."""
+    stored = tmp_path / "stored"
+    of_kind = [f"head.kind={kind}", "train.num_speculative_steps=4"]  # as the evaluation has
+    run_regenerate(small(stored, *of_kind), ServerConfig(), extracting=True, device="cpu")
+    run_extract(small(tmp_path / "extracted", *of_kind), str(stored), "cpu")
+    (document,) = ActivationStore(tmp_path / "extracted").read([0])
+    inputs = inputs_read(small(tmp_path, *of_kind), load_target("tiny-gemma4", "float32"))
+    states = {"hidden", *(f"layer.{i}" for i in inputs.layers)}
+    kv = {f"{t}.{what}" for t in document.layer_types for what in ("keys", "values")}
+    assert bool(kv) == inputs.kv
+    assert document.activations.keys() == states | kv
     ways = {
         "recorded": f"data.store={stored}",
         "extracted": f"data.store={tmp_path / 'extracted'}",
@@ -49,9 +61,10 @@ def test_training_reads_prompts_conversations_and_stores_alike(
     }
     losses = {}
     for name, way in ways.items():
-        train(small(tmp_path / name, way))
+        train(small(tmp_path / name, way, *of_kind))
         losses[name] = [row["loss"] for row in metrics(tmp_path / name)]
-    train(small(tmp_path / "online", f"data.conversations={stored}", "data.online=true"))
+    online = [f"data.conversations={stored}", "data.online=true", *of_kind]
+    train(small(tmp_path / "online", *online))
     losses["online"] = [row["loss"] for row in metrics(tmp_path / "online")]
     assert losses["extracted"] == losses["conversations"]
     assert losses["online"] == pytest.approx(losses["extracted"], abs=1e-5)
@@ -79,6 +92,28 @@ def test_answers_are_found_again_whatever_is_noted_of_loading_their_target(tmp_p
         prepare_documents(target, config.data, config.seed, None)
         found.append(sorted(path.name for path in (cache / "conversations").iterdir()))
     assert found[0] == found[1] != []
+
+
+@pytest.mark.parametrize("texts", ["answered", "given"])
+def test_a_head_that_reads_less_takes_what_is_stored_for_one_that_reads_more(
+    texts: str, stored: Path, tmp_path: Path
+) -> None:
+    """And, where there is nothing, stores what it reads alone, which does for no other."""
+    target, states = load_target("tiny-gemma4", "float32"), Inputs(kv=False)
+
+    def stores(cache: Path, *asked: Inputs) -> list[list[str]]:
+        """What training texts hold, and how many stores there are."""
+        of_texts = [f"data.conversations={stored}"] if texts == "given" else []
+        data = small(tmp_path, f"data.cache_dir={cache}", *of_texts).data
+        found = [prepare_documents(target, data, 0, None, one)[0].read([0])[0] for one in asked]
+        assert len({document.id for document in found}) == 1
+        count = len(list(cache.rglob("index.json")))
+        return [[str(count)], *(document.layer_types for document in found)]
+
+    both = ["full_attention", "sliding_attention"]
+    once, twice = ("1", "2") if texts == "given" else ("2", "4")
+    assert stores(tmp_path / "a", KEYS_AND_VALUES, states) == [[once], both, both]
+    assert stores(tmp_path / "b", states, KEYS_AND_VALUES, states) == [[twice], [], both, []]
 
 
 def test_packing_changes_no_step(stored: Path, tmp_path: Path) -> None:

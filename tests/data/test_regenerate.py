@@ -48,7 +48,7 @@ from headstart.heads.loading import (
     load_target_tokens,
     random_model,
 )
-from headstart.heads.target import Target
+from headstart.heads.target import Inputs, Target
 from headstart.heads.tokens import Sampling
 from tests.helpers.models import FAMILIES, VISION, make_target
 from tests.helpers.prompts import conversations, jobs, prompts
@@ -329,14 +329,19 @@ def test_what_is_recorded_while_generating_is_what_a_clean_forward_gives(
     target = make_target(family)
     config = CONFIG.model_copy(update={"max_new_tokens": 14})
     heats = [0.0, 1.0, 0.0, 1.0, 1.0]
-    regenerate(target, jobs(target, heats, config), config, 0, tmp_path, extract=True)
-    store = ActivationStore(tmp_path, target)
+    inputs = Inputs(layers=(0, 2))
+    regenerate(target, jobs(target, heats, config), config, 0, tmp_path, True, inputs=inputs)
+    store = ActivationStore(tmp_path, target, inputs)
     assert len(store) == 5
     for entry, document in zip(store.entries, store.read(range(5)), strict=True):
-        seen = target.activations(document.ids[None])
+        seen = target.activations(document.ids[None], layers=inputs.layers)
         last = len(document.ids) - 1  # the target never ran on the last token
         close: dict[str, Any] = {"atol": 1e-4, "rtol": 1e-4}
         torch.testing.assert_close(document.hidden[:last], seen.hidden[0, :last], **close)
+        for i, outputs in seen.layers.items():
+            stored = document.activations[f"layer.{i}"].rows()
+            torch.testing.assert_close(stored[:last], outputs[0, :last], **close)
+        assert document.layer_types == ["full_attention", "sliding_attention"]
         for layer_type, (keys, values) in document.shared_kv.items():
             wanted = [kv[0, :, :last].transpose(0, 1) for kv in seen.shared_kv[layer_type]]
             torch.testing.assert_close(keys[:last], wanted[0], **close)

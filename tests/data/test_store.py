@@ -24,7 +24,7 @@ from headstart.data.store import (
     write_index,
     write_shard,
 )
-from headstart.heads.target import Target
+from headstart.heads.target import KEYS_AND_VALUES, Inputs, Target
 from tests.helpers.models import make_target
 from tests.helpers.prompts import conversations
 
@@ -101,16 +101,44 @@ def test_int8_is_off_by_half_a_step_of_each_row_at_most(tmp_path: Path) -> None:
     assert torch.equal(document.teacher_logprobs, tensors["teacher_logprobs"])
 
 
+STATES = Inputs(kv=False)
+LAYERS = Inputs(kv=False, layers=(0, 2))
+
+
+@pytest.mark.parametrize("inputs", [KEYS_AND_VALUES, STATES, LAYERS])
 @pytest.mark.parametrize("storage", ["target", "int8"])
 @pytest.mark.parametrize("family", ["gemma3", "gemma4-moe", "gemma4-kv-sharing"])
-def test_the_predicted_size_is_the_size_on_disk(family: str, storage: str, tmp_path: Path) -> None:
+def test_the_predicted_size_is_the_size_on_disk(
+    family: str, storage: str, inputs: Inputs, tmp_path: Path
+) -> None:
     target, rows = make_target(family), conversations(40)
     tokens = sum(len(row.ids) for row in rows)
     config = DataConfig(teacher_top_k=16, storage=storage)  # type: ignore[arg-type]
-    extract(target, rows, tokens, config, tmp_path)
-    predicted = tokens * bytes_per_token(target.config, 4, 16, storage)  # type: ignore[arg-type]
+    extract(target, rows, tokens, config, tmp_path, inputs=inputs)
+    each = bytes_per_token(target.config, 4, 16, storage, inputs)  # type: ignore[arg-type]
+    predicted = tokens * each
     headers = 40 * 250
     assert predicted <= shard_path(tmp_path, 0).stat().st_size <= predicted + headers
+
+
+@pytest.mark.parametrize("inputs", [KEYS_AND_VALUES, STATES, LAYERS])
+def test_a_store_is_read_for_heads_that_read_no_more_than_it_holds(
+    inputs: Inputs, tmp_path: Path
+) -> None:
+    extract(TARGET, conversations(2), 100, DataConfig(teacher_top_k=3), tmp_path, inputs=inputs)
+    for asked in (KEYS_AND_VALUES, STATES, LAYERS, Inputs(kv=False, layers=(1,))):
+        if (asked.kv and not inputs.kv) or set(asked.layers) - set(inputs.layers):
+            with pytest.raises(ValueError, match="holds no"):
+                ActivationStore(tmp_path, TARGET, asked)
+        else:
+            ActivationStore(tmp_path, TARGET, asked)
+    for other in (KEYS_AND_VALUES, STATES, LAYERS):
+        settings = shard_settings(TARGET, 3, "target", other)
+        if other == inputs:
+            Shard(shard_path(tmp_path, 0), settings)
+        else:
+            with pytest.raises(ValueError, match="of another store: its kept"):
+                Shard(shard_path(tmp_path, 0), settings)
 
 
 def test_few_shards_are_open_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

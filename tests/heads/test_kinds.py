@@ -10,6 +10,7 @@ import runpy
 import signal
 import sys
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +35,16 @@ from headstart.heads.decoder import (
 )
 from headstart.heads.describe import describe
 from headstart.heads.drafting import Drafter
-from headstart.heads.kinds import head_kinds, kind_of, runs_in_transformers
+from headstart.heads.kinds import (
+    DraftState,
+    Verified,
+    head_kinds,
+    inputs_of,
+    kind_of,
+    runs_in_transformers,
+)
 from headstart.heads.ordered import with_clusters
-from headstart.heads.pairing import build_assistant, check_pair
+from headstart.heads.pairing import build_assistant, check_pair, head_config
 from headstart.heads.saving import load_assistant, load_assistant_config, save_assistant
 from headstart.heads.target import Target
 from headstart.heads.unroll import DraftHead
@@ -141,7 +149,8 @@ def test_drafts_of_the_decoder_equal_the_training_rows(
         text = ids + generate(target, ids, 40, assistant_model=assistant)
     accepted = [r.accepted for r in how.rounds]
     assert {0} < set(accepted), "some drafts have to be accepted, some rejected"
-    seen, length = target.activations(torch.tensor([text])), len(ids) + 1
+    layers, length = inputs_of(assistant.config).layers, len(ids) + 1
+    seen = target.activations(torch.tensor([text]), layers=layers)
     for r in how.rounds:
         drafted = r.drafts.tokens
         if not drafted:
@@ -160,7 +169,7 @@ def test_drafts_of_the_decoder_equal_the_training_rows(
 def test_checkpointed_activations_give_the_same_gradients(kind: str, tiny: Target) -> None:
     text = greedy_document(tiny)[1].ids
     head = DraftHead(build_assistant(tiny, HeadConfig(kind=kind), K)).train()
-    seen = tiny.activations(text[None])
+    seen = tiny.activations(text[None], layers=head.inputs.layers)
     rows = torch.arange(3, 9)
     fed = torch.stack([text[rows + k] for k in range(1, K + 1)], dim=1)
     found = []
@@ -172,6 +181,46 @@ def test_checkpointed_activations_give_the_same_gradients(kind: str, tiny: Targe
         found.append({n: p.grad for n, p in head.named_parameters() if p.grad is not None})
     assert found[0]
     torch.testing.assert_close(found[0], found[1])
+
+
+def see(target: Target, drafter: Drafter, state: DraftState, ids: torch.Tensor, *ends: int) -> None:
+    """Let a state see forwards over `ids` [1, T], each from one of the ends to the next."""
+    seen = target.activations(ids, layers=drafter.inputs.layers)
+    for start, end in pairwise(ends):
+        layers = {i: outputs[:, start:end] for i, outputs in seen.layers.items()}
+        kv = {t: (k[:, :, :end], v[:, :, :end]) for t, (k, v) in seen.shared_kv.items()}
+        state.commit(Verified(ids[:, start:end], seen.hidden[:, start:end], kv, layers))
+
+
+@each_kind
+@torch.no_grad()
+def test_a_round_forgets_the_drafts_before_it(kind: str, tiny: Target) -> None:
+    """Begun again after another token, and after more of the text in one forward or in several,
+    the drafts are those of a state that has seen the text in one and drafted nothing."""
+    with torch.enable_grad():
+        assistant = half_trained_head(tiny, kind)
+    drafter = Drafter(assistant, tiny.model.get_input_embeddings())
+    ids = greedy_document(tiny)[1].ids[None]
+
+    def drafted(state: DraftState, token: int) -> torch.Tensor:
+        newest = torch.tensor([[token]])
+        drafts = drafter.draft(newest, state, K, frozenset(), goes_on=lambda _: True)
+        return torch.tensor([drafts.tokens, drafts.confidences])
+
+    def anew(end: int, token: int) -> torch.Tensor:
+        state = drafter.new_text()
+        see(tiny, drafter, state, ids, 0, end)
+        return drafted(state, token)
+
+    right = int(ids[0, 9])
+    for more in ((9, 14), (9, 10, 14)):
+        state = drafter.new_text()
+        see(tiny, drafter, state, ids, 0, 9)
+        for token in (5, 7, right, 5, right):
+            torch.testing.assert_close(drafted(state, token), anew(9, token))
+        see(tiny, drafter, state, ids, *more)
+        for token in (8, 5):
+            torch.testing.assert_close(drafted(state, token), anew(14, token))
 
 
 RULES: list[DraftLength | None] = [
@@ -309,6 +358,9 @@ def test_a_run_of_each_kind_is_planned_evaluated_published_and_adapted(
     )  # fmt: skip
     planned = plan(config)
     assert planned["head"].startswith(kind)
+    inputs = inputs_of(head_config(make_target("gemma4-kv-sharing").config, config.head, K))
+    assert ("shared KV from layers" in planned) == inputs.kv
+    assert ("the head runs on" in planned["rows a step"]) == inputs.whole_texts
     run(config)
     head = tmp_path / "run" / "head"
     trained = sum(tensor.numel() for tensor in weights(tmp_path / "run").values())

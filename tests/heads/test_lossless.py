@@ -57,7 +57,7 @@ class Gemma4Markov(Gemma4ForCausalLM):
         hidden = self.get_input_embeddings()(input_ids)
         outputs = CausalLMOutputWithPast(
             logits=self.table[input_ids[:, -logits_to_keep:]],
-            hidden_states=(hidden,),
+            hidden_states=(hidden,) * 3,
             **{CACHE: cache},
         )
         types = self.config.layer_types

@@ -23,7 +23,7 @@ from headstart.heads.ordered import (
 )
 from headstart.heads.pairing import build_assistant
 from headstart.heads.saving import load_assistant, save_assistant
-from headstart.heads.target import Target
+from headstart.heads.target import Inputs, Target
 from headstart.heads.unroll import DraftHead
 from headstart.train.losses import Candidates
 from headstart.train.step import batch_sums, learning_rate, step_candidates
@@ -63,7 +63,9 @@ def _search_document(target: Target, tokens: int) -> tuple[list[int], Document]:
     else:
         raise AssertionError("no varied text in 100 tries")
     conversation = answered(prompt, text, id="c", category="c", source="c")
-    seen = OnlineActivations(target, [conversation], DataConfig(teacher_top_k=16))
+    # What heads of any kind may read.
+    inputs = Inputs(layers=tuple(range(target.config.num_hidden_layers - 1)))
+    seen = OnlineActivations(target, [conversation], DataConfig(teacher_top_k=16), inputs)
     return prompt, seen.read([0])[0]
 
 
@@ -90,7 +92,7 @@ def _train_on(
 ) -> DraftHead:
     torch.manual_seed(0)
     head = DraftHead(build_assistant(target, HeadConfig(kind=kind), rounds))
-    batch = gather_rows([document], [candidate_rows(document)], rounds)
+    batch = gather_rows([document], [candidate_rows(document)], rounds, inputs=head.inputs)
 
     def later(module: Any, args: Any) -> Any:
         texts, *others = args

@@ -56,6 +56,7 @@ def training_logits(
     target: Target, head: DraftHead, seen: Activations, rows: torch.Tensor, tokens: torch.Tensor
 ) -> torch.Tensor:
     """[K, R, V] of the parallel forward, for rows [R] and the tokens [R, K] fed to each."""
-    texts, read = Texts(seen.hidden, seen.shared_kv), all_rows(rows[None], tokens[None])
+    texts = Texts(seen.hidden, seen.shared_kv, seen.ids, None, seen.layers)
+    read = all_rows(rows[None], tokens[None])
     said = head(texts, read, target.embed, 0)
     return torch.stack(said)[:, 0] @ target.table.T

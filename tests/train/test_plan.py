@@ -83,9 +83,12 @@ def test_operations_of_a_step_are_those_of_its_products() -> None:
     and the gradient of the state for each draft, and the teacher of each position."""
     c, source = TrainConfig(vocabulary="exact", num_speculative_steps=3, max_steps=50), Mock()
     source.hidden_size, source.vocab_size = 1000, 10**6
-    said = _plan_step(c, source, trained=2 * 10**9, rows=4, drafts=1000)["a step computes"]
+    trained = 2 * 10**9
+    said = _plan_step(c, source, trained, rows=4, drafts=1000, run=1000)["a step computes"]
     assert said.startswith("16.01 TFLOP a process: 12.00 in the head, 4.01 in the objective")
     assert "over 1,000,000 candidates" in said
     assert said.endswith("; 0.8 PFLOP in all steps")
     few = c.model_copy(update={"vocabulary": "sparse", "likely_tokens": 30, "negatives": 20})
-    assert "over 50 candidates" in _plan_step(few, source, 1, 4, 10)["a step computes"]
+    assert "over 50 candidates" in _plan_step(few, source, 1, 4, 10, 10)["a step computes"]
+    more = _plan_step(c, source, trained, rows=4, drafts=1000, run=3000)["a step computes"]
+    assert "36.00 in the head, 4.01 in the objective" in more
