@@ -165,7 +165,7 @@ class CausalHead(DraftModel):
             [B, n, H] states, whose product with the table is logits, and keys and values of the
             earlier rows and of these.
         """
-        dtype = self.pre_projection.weight.dtype
+        dtype = self.embed_norm.weight.dtype
         pair = [self.embed_norm(embeds.to(dtype)), self.hidden_norm(states.to(dtype))]
         x = self.pre_projection(torch.cat(pair, dim=-1))
         rotary = self.model.rotary_emb(x, positions, FULL)

@@ -25,12 +25,14 @@ def test_a_head_begins_with_the_target_s_last_full_layer(kind: str, family: str)
     model = build_assistant(target, HeadConfig(kind=kind), K).model
     number = target.source_layers["full_attention"]
     assert target.config.layer_types[number] == "full_attention"
-    source, own = target.layers[number], model.layers[0]
+    source: Any = target.layers[number]
+    own = model.layers[0]
     assert type(own) is type(source)
     theirs = source.state_dict()
     for name, tensor in own.state_dict().items():
         assert torch.equal(tensor, theirs[name]), name
-    assert torch.equal(model.norm.weight, target.final_norm.weight)
+    final: Any = target.final_norm
+    assert torch.equal(model.norm.weight, final.weight)
     assert own.self_attn.layer_type == "full_attention"
 
 
@@ -65,9 +67,12 @@ def test_no_row_sees_what_another_drafts(kind: str, packed: bool, tiny: Target) 
 
 @each_kind
 def test_what_cannot_be_is_refused(kind: str, tiny: Target) -> None:
-    for asked, said in (({"num_hidden_layers": 2}, "one layer"),
-                        ({"num_attention_heads": 3}, "no multiple"),
-                        ({"hidden_size": 96}, "above the target's")):  # fmt: skip
+    refused: list[tuple[dict[str, Any], str]] = [
+        ({"num_hidden_layers": 2}, "one layer"),
+        ({"num_attention_heads": 3}, "no multiple"),
+        ({"hidden_size": 96}, "above the target's"),
+    ]
+    for asked, said in refused:
         with pytest.raises(ValueError, match=said):
             build_assistant(tiny, HeadConfig(kind=kind, **asked), K)
 
