@@ -33,7 +33,7 @@ from headstart.data.templates import encode_prompt
 from headstart.heads.loading import load_target_tokens
 
 LENGTHS = (512, 2048, 8192, 16384)  # tokens, <bos> included
-FROM_DOCUMENTATION, FROM_NOVEL = 5, 3  # texts: 8
+FROM_DOCUMENTATION, FROM_NOVEL = 6, 2  # texts: 8
 LICENSES = {"documentation": "PSF-2.0", "novel": "CC0-1.0"}
 TRAINED_ON = ("builtin:text_train", "builtin:chat_train")
 WORDS, CHARACTERS = 4, 100

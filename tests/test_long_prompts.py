@@ -54,7 +54,7 @@ def test_prompts_of_each_length_end_at_the_same_place_of_a_document_not_trained_
     script: ModuleType, folders: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "long.jsonl"
-    monkeypatch.setattr(sys, "argv", ["script", *folders, "--target", "tiny", str(out)])
+    monkeypatch.setattr(sys, "argv", ["script", *folders, "--target", "tiny-gemma4", str(out)])
     script.main()
     prompts, rows = load_prompts(out), [json.loads(line) for line in out.read_text().splitlines()]
     assert len(prompts) == 8 * len(LENGTHS)
@@ -75,7 +75,7 @@ def test_too_few_documents_are_refused(
 ) -> None:
     (tmp_path / "doc" / "c-api" / "a.rst.txt").unlink()
     out = tmp_path / "long.jsonl"
-    monkeypatch.setattr(sys, "argv", ["script", *folders, "--target", "tiny", str(out)])
-    with pytest.raises(SystemExit, match="--documentation: 4 texts"):
+    monkeypatch.setattr(sys, "argv", ["script", *folders, "--target", "tiny-gemma4", str(out)])
+    with pytest.raises(SystemExit, match="--documentation: 5 texts"):
         script.main()
     assert not out.exists()

@@ -85,7 +85,7 @@ def watch_hot_loops(gpu: PretendedGpu, patch: pytest.MonkeyPatch) -> None:
         before = gpu.all.copy()
         found = draft(*args, **kwargs)
         how = "greedy" if kwargs["goes_on"] is None else "by confidence"
-        how = how if kwargs["warpers"] is None else "sampled"
+        how = "sampled" if kwargs["sample"] else how
         gpu.add(f"exact draft of {len(found.tokens)}, {how}", before)
         return found
 
