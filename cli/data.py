@@ -49,8 +49,7 @@ EXTRACT = Command(
     "Run the target once over conversations and store what the head will see: train on it with "
     "data.store=DIR. Without CONVERSATIONS or data.conversations the target answers data.prompts "
     "first, as in `headstart regenerate`, and its activations are stored from the same forwards. "
-    "What is stored is what heads of head.kind read; a head that reads less trains on it too. An "
-    "interrupted call goes on where it stopped.",
+    "An interrupted call goes on where it stopped. Stored is what heads of head.kind read.",
     "headstart extract conversations target.name=ORG/my-gemma data.storage=int8 output_dir=store",
     _extract,
     arguments=(

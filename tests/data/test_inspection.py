@@ -149,7 +149,8 @@ def test_the_store_of_the_same_forwards_has_the_same_counts(regenerated: Path) -
     assert (
         f"{size / sum(store.lengths['all']):,.0f} bytes a token, 3 shards" in store.facts["on disk"]
     )
-    assert store.facts["stored"] == "float32, storage=target, top k 3"
+    kept = "hidden states, keys and values"
+    assert store.facts["stored"] == f"float32, storage=target, top k 3, {kept}"
     assert store.facts["checksums"] == "verified"
 
 
