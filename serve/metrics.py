@@ -103,6 +103,8 @@ def reading_of(metrics: str, model: str | None = None) -> Reading:
         found = _of_sglang(_of_model(samples, "sglang:generation_tokens_total", model))
     else:
         found = drafts_counted(engine, _of_model(samples, f"{engine}:{DRAFTS}_total", model))
+        if found.rounds and found.by_position is None:
+            raise ValueError(f"it counts {found.rounds} rounds, and nothing by position")
         written = _sum(samples, f"{engine}:tokens_predicted_total") or 0  # llama.cpp's
         if not found.rounds and written >= PLENTY:
             raise ValueError(
@@ -158,7 +160,7 @@ def drafts_counted(engine: str, samples: Samples) -> Reading:
         raise ValueError(NONE.get(engine, f"it has no {engine}:{DRAFTS}_total"))
     accepted = f"{name}_accepted_tokens_per_pos_total"
     found = {labels.get("position", "") for labels, _ in samples.get(accepted, ())}
-    if found != {str(k) for k in range(len(found))} or (rounds and not found):
+    if found != {str(k) for k in range(len(found))}:
         raise ValueError(f"{accepted} counts positions {sorted(found)[:9]}, not 0, 1, .. K-1")
     drafted = _sum(samples, f"{name}_draft_tokens_total")
     by_position = tuple(

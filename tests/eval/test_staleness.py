@@ -1,5 +1,7 @@
 """The bound of the test that says whether a head has gone stale, and what it takes to reach it."""
 
+from itertools import pairwise, product
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -120,8 +122,7 @@ def test_the_likeness_of_rounds_of_a_text_is_found() -> None:
 def test_texts_that_were_really_decoded_are_as_alike_as_the_test_takes_them(
     name: str, seed: int
 ) -> None:
-    """Whole texts of a measured report, drawn with replacement for 10,000 rounds: no alarm, where
-    rounds taken for independent of one another come close to one or beyond."""
+    """Whole texts of a measured report, drawn with replacement for 10,000 rounds: no alarm."""
     report = read_report(ROOT / "docs" / "results" / f"{name}.json")
     head = next(r["head"] for r in report["results"] if r["head"])
     published = choose_published(report, head, 4)
@@ -133,13 +134,35 @@ def test_texts_that_were_really_decoded_are_as_alike_as_the_test_takes_them(
     )  # fmt: skip
     texts = [[row[columns.index(n)] for n in ("rounds", "accepted")] for row in result["per_text"]]
     held = [0.9 * low for low in published.lower]
-    test, naive = StaleTest(held, 0.01), StaleTest(held, 0.01)
-    generator, worst, naively_worst = np.random.default_rng(seed), -np.inf, -np.inf
+    test, generator, worst = StaleTest(held, 0.01), np.random.default_rng(seed), -np.inf
     while test.rounds < 10_000:
         rounds, accepted = texts[generator.integers(len(texts))]
         test.observe(Rounds(rounds, accepted), published.design_effect(None))
-        naive.observe(Rounds(rounds, accepted), 1.0)
-        worst, naively_worst = max(worst, test.evidence), max(naively_worst, naive.evidence)
+        worst = max(worst, test.evidence)
     assert worst < np.log(10), "a tenth of an alarm, and no more"
     assert published.design_effect(None) > 1.2
-    assert naively_worst > worst
+
+
+def test_rounds_of_a_text_are_not_taken_for_independent() -> None:
+    """Where texts differ much, as much as in reports of Gemma 3 270M and more, taking each round by
+    itself calls most good heads stale within 10,000 rounds, and the design effect none."""
+    rates = [0.61, 0.61, 0.71, 0.74]
+    sample = Traffic(rates, 99, rounds=27, spread=1.0)
+    texts = [sample.text() for _ in range(2000)]
+    drawn = np.array([n for text in texts for n in text])
+    reached = [len(drawn), *(int((drawn > k).sum()) for k in range(4))]
+    held = [0.9 * after / before for before, after in pairwise(reached)]
+    alike = likeness(
+        [len(t) for t in texts], [sum(t) for t in texts], np.bincount(drawn, minlength=5).tolist()
+    )
+    alarms = {1.0: 0, 1 + 26 * alike: 0}
+    for seed, design_effect in product(range(10), alarms):
+        traffic, test = Traffic(rates, seed, rounds=27, spread=1.0), StaleTest(held, 0.01)
+        while test.rounds < 10_000 and not test.is_stale:
+            some = np.array(traffic.next(50))
+            by_position = tuple(int((some > k).sum()) for k in range(4))
+            test.observe(Rounds(50, int(some.sum()), by_position), design_effect)
+        alarms[design_effect] += test.is_stale
+    naive, ours = alarms.values()
+    assert naive >= 5
+    assert ours == 0

@@ -167,8 +167,14 @@ def test_ctrl_c_ends_with_a_summary(
             signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
         return server.metrics()
 
-    with metrics_server(metrics) as url:
-        assert watch(url, report, figures) == 0
+    # A background process has the signal ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with metrics_server(metrics) as url:
+            assert watch(url, report, figures, "watch.seconds=60") == 0
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert next(readings) < 1000, "the time ended it"
     assert "Not stale" in capsys.readouterr().out
     assert run_json(figures)["since_start"]["rounds"] > 0
 
@@ -298,6 +304,7 @@ def two_models() -> str:
         (LLAMACPP.replace('"1"} 12', '"1"} 18'), "contradict"),
         (LLAMACPP.replace('position="2"', 'position="7"'), "positions"),
         (LLAMACPP.replace('position="2"', 'place="2"'), "positions"),
+        ("llamacpp:spec_decode_num_drafts_total 5\n", "nothing by position"),
         (LLAMACPP.replace('"1"} 12', '"1"} +Inf'), "no count"),
         (LLAMACPP.replace("drafts_total 20", "drafts_total NaN"), "no count"),
     ],
