@@ -31,7 +31,7 @@ def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 @pytest.fixture
 def folders(tmp_path: Path) -> list[str]:
     """Documents of which some are trained on: chapters 1 and 2, and the library's abc."""
-    words = " ".join(f"word{n}, é{n}" for n in range(60))
+    words = " ".join(f"word{n}, it{n}" for n in range(60))
     for name in (
         "library/array",
         "reference/one",
@@ -39,6 +39,7 @@ def folders(tmp_path: Path) -> list[str]:
         "c-api/a",
         "c-api/b",
         "c-api/c",
+        "c-api/d",
     ):
         path = tmp_path / "doc" / f"{name}.rst.txt"
         path.parent.mkdir(parents=True, exist_ok=True)
