@@ -39,6 +39,7 @@ EVAL = Command(
         "output_dir", "target.name", "target.adapters", "target.*", "eval.prompts",
         "eval.num_assistant_tokens", "eval.decoders", "eval.draft_models", "eval.temperatures",
         "eval.top_p", "eval.top_k", "eval.seeds", "eval.max_new_tokens", "eval.limit",
+        "eval.concurrency",
     ),
     required=("output_dir",),
     flags=("--resume",),

@@ -441,9 +441,9 @@ class EvalConfig(Section):
     """0 (greedy), above, or `model`: temperature, top-k and top-p of the target's own generation
     configuration. Each is compared with plain decoding of its own."""
     top_p: float = Field(default=1.0, gt=0, le=1)
-    """At the numbers above 0: sample from the likeliest tokens with so much mass."""
+    """At numbers above 0: sample from the likeliest tokens with so much mass."""
     top_k: PositiveInt | None = None
-    """At the numbers above 0: sample from so many likeliest tokens. None: from all."""
+    """At numbers above 0: sample from so many likeliest tokens. None: from all."""
     seeds: list[NonNegativeInt] = [0, 1]
     """Seeds of the sampling. Each prompt is sampled once with each, and a result is over all of
     them."""
@@ -452,8 +452,8 @@ class EvalConfig(Section):
     limit: PositiveInt | None = None
     """Prompts measured, dealt evenly over the categories. None: all of them."""
     concurrency: list[PositiveInt] = [4, 16]
-    """Numbers of texts decoded at once, as by a server: what the head is worth there is predicted,
-    and by `headstart serve-check` measured."""
+    """Texts decoded at once, as in a server: the gain there is predicted. `headstart serve-check`
+    measures it."""
     fp32_check_prompts: NonNegativeInt = 4
     """Prompts checked in float32 for equality with plain greedy decoding. 0: no check."""
 

@@ -322,6 +322,21 @@ def served_rates(found: Results) -> str:
     return rows_of(header, [[told[s], *(f"{r:.3f}" for r in rates[s])] for s in told])
 
 
+@made_of("concurrency-gemma3-270m-vllm")
+def served_at_once(found: Results) -> str:
+    """Several texts at once in vLLM's server, measured and predicted."""
+    header = (
+        "texts at once | acceptance length | tokens per second plain | with the head | speedup "
+        "| predicted | a draft, c | a verification, v"
+    )
+    return rows_of(header, [
+        [r["texts"], f"{r['acceptance_length']:.3f}", f"{r['tokens_per_second_plain']:.0f}",
+         f"{r['tokens_per_second_assisted']:.0f}", f"{r['speedup']:.2f}",
+         f"{r['predicted_speedup']:.2f}", f"{r['c']:.2f}", f"{r['v']:.2f}"]
+        for r in found["concurrency-gemma3-270m-vllm"]["concurrency"]
+    ])  # fmt: skip
+
+
 @made_of("gpu-quickstart")
 def gpu_quickstart(found: Results) -> str:
     header = (

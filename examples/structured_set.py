@@ -1,7 +1,7 @@
-"""Write the prompts of `builtin:structured_eval`, 60 that ask for JSON and 40 for a call of a tool,
+"""Write the prompts of `builtin:structured`, 60 that ask for JSON and 40 for a call of a tool,
 each with the JSON schema that its answer is held to:
 
-    python examples/structured_set.py data/prompts/structured_eval.jsonl
+    python examples/structured_set.py data/prompts/structured.jsonl
 
 All texts were written for this project and are under CC0-1.0. Schemas and tools stand in the
 prompt's text, where any target reads them, with a chat template or without one. What a schema

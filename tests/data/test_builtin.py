@@ -32,7 +32,7 @@ def test_every_file_of_prompts_is_a_builtin_set_of_the_same_rows() -> None:
 
 
 def test_a_pattern_reads_all_builtin_sets_that_it_matches() -> None:
-    names = ("chat_eval", "structured_eval", "text_eval")
+    names = ("chat_eval", "text_eval")
     all_sets = [prompt for name in names for prompt in load_prompt_set(f"builtin:{name}")]
     assert load_prompt_set("builtin:*_eval") == all_sets
     assert load_prompt_set("builtin:*_eval") == load_prompt_set(str(PROMPTS / "*_eval.jsonl"))

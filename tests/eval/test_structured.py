@@ -19,7 +19,7 @@ from headstart.heads.target import Target
 from tests.helpers.heads import half_trained_head
 from tests.helpers.runs import ROOT
 
-SET = "builtin:structured_eval"
+SET = "builtin:structured"
 
 
 @pytest.fixture(autouse=True)
@@ -139,7 +139,7 @@ def test_the_set_is_what_its_script_writes(tmp_path: Path, monkeypatch: pytest.M
     exec(compile(path.read_text(encoding="utf-8"), str(path), "exec"), names)
     monkeypatch.setattr(sys, "argv", ["structured_set.py", str(tmp_path / "set.jsonl")])
     names["main"]()
-    shipped = ROOT / "data" / "prompts" / "structured_eval.jsonl"
+    shipped = ROOT / "data" / "prompts" / "structured.jsonl"
     assert (tmp_path / "set.jsonl").read_bytes() == shipped.read_bytes()
     prompts = load_prompt_set(SET)
     assert len(prompts) == 100
