@@ -9,8 +9,7 @@ from headstart.cli.arguments import Argument, Command, default_device, read_sett
 
 HEADS = Argument(
     "HEAD",
-    "folder (RUN/head) or Hub id of a draft head, such as Google's own, or HEAD+ADAPTER for a head "
-    "with a peft adapter of its own",
+    "folder (RUN/head) or Hub id of a draft head, or HEAD+ADAPTER for one with a peft adapter",
     "*",
 )
 
@@ -26,8 +25,8 @@ def _eval(args: argparse.Namespace) -> None:
 EVAL = Command(
     "eval",
     "compare plain and assisted decoding on prompts",
-    "Decode prompts with transformers' generate, plainly and with drafts in turn, and report "
-    "acceptance, speedup and what to use: report.json, report.md, report.html. Decoders: "
+    "Decode prompts plainly and with drafts in turn, and report acceptance, speedup and what to "
+    "use: report.json, report.md, report.html. Decoders: "
     "transformers (the head through the stock generator), exact (clean keys and values, a leaner "
     "loop), unconstrained (exact, ignoring JSON schemas), heuristic (two more or one less after "
     "each round), cost (as many as pay on this machine), hybrid (cost, and lookups), lookup "

@@ -441,9 +441,9 @@ class EvalConfig(Section):
     """0 (greedy), above, or `model`: temperature, top-k and top-p of the target's own generation
     configuration. Each is compared with plain decoding of its own."""
     top_p: float = Field(default=1.0, gt=0, le=1)
-    """At numbers above 0: sample from the likeliest tokens with so much mass."""
+    """Above temperature 0: mass of the likeliest tokens to sample from."""
     top_k: PositiveInt | None = None
-    """At numbers above 0: sample from so many likeliest tokens. None: from all."""
+    """Above temperature 0: sample from so many likeliest tokens. None: from all."""
     seeds: list[NonNegativeInt] = [0, 1]
     """Seeds of the sampling. Each prompt is sampled once with each, and a result is over all of
     them."""
