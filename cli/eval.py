@@ -26,11 +26,10 @@ EVAL = Command(
     "eval",
     "compare plain and assisted decoding on prompts",
     "Decode prompts plainly and with drafts in turn, and report acceptance, speedup and what to "
-    "use: report.json, report.md, report.html. Decoders: "
-    "transformers (the head through the stock generator), exact (clean keys and values, a leaner "
-    "loop), unconstrained (exact, ignoring JSON schemas), heuristic (two more or one less after "
-    "each round), cost (as many as pay on this machine), hybrid (cost, and lookups), lookup "
-    "(no head), draft-model (a small model).",
+    "use: report.json, report.md, report.html. Decoders: transformers (its own loop), exact (clean "
+    "keys and values, a leaner loop), unconstrained (exact, ignoring JSON schemas), heuristic (two "
+    "more or one less after each round), cost (as many as pay on this machine), hybrid (cost, and "
+    "lookups), lookup (no head), draft-model (a small model).",
     "headstart eval runs/quickstart/head eval.num_assistant_tokens=2,4 output_dir=report",
     _eval,
     arguments=(HEADS,),
