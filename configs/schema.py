@@ -441,7 +441,7 @@ class EvalConfig(Section):
     """0 (greedy), above, or `model`: temperature, top-k and top-p of the target's own generation
     configuration. Each is compared with plain decoding of its own."""
     top_p: float = Field(default=1.0, gt=0, le=1)
-    """Above temperature 0: mass of the likeliest tokens to sample from."""
+    """Above temperature 0: mass of the tokens to sample from."""
     top_k: PositiveInt | None = None
     """Above temperature 0: sample from so many likeliest tokens. None: from all."""
     seeds: list[NonNegativeInt] = [0, 1]
@@ -452,7 +452,7 @@ class EvalConfig(Section):
     limit: PositiveInt | None = None
     """Prompts measured, dealt evenly over the categories. None: all of them."""
     concurrency: list[PositiveInt] = [4, 16]
-    """Texts decoded at once, as in a server: the gain there is predicted. `headstart serve-check`
+    """Texts at once, as in a server: the gain there is predicted. `headstart serve-check`
     measures it."""
     fp32_check_prompts: NonNegativeInt = 4
     """Prompts checked in float32 for equality with plain greedy decoding. 0: no check."""
