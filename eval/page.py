@@ -17,7 +17,7 @@ from headstart.common.console import in_markdown, markdown_row, one_line, plain_
 from headstart.common.files import write_atomically
 from headstart.common.machine import machine_name
 from headstart.eval.concurrency import COLUMNS as SEVERAL_COLUMNS
-from headstart.eval.concurrency import table_of
+from headstart.eval.concurrency import table_of, where_it_pays
 from headstart.eval.plots import INK, STYLE, figures, group_name
 from headstart.eval.recorded import describe_set, recorded_set
 from headstart.eval.statistics import merit, sampling_name
@@ -88,7 +88,8 @@ def by_head(content: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
 
 def report_warnings(content: dict[str, Any]) -> list[str]:
     """What it takes to read the tables, a sentence or two each."""
-    lines = [content["verdict"], *_sampled(content)]
+    lines = [content["verdict"], *where_it_pays(content.get("concurrency", []))]
+    lines += _sampled(content)
     if (noise := content["noise"]) is not None:
         low, high = noise["speedup_interval"]
         lines.append(
@@ -142,7 +143,8 @@ def print_report(content: dict[str, Any], console: Console | None = None) -> Non
                 table.add_row(*(row[column] for column in names))
         console.print(one_line(name))
         console.print(table)
-    for line in (content["verdict"], *_sampled(content)):
+    several = where_it_pays(content.get("concurrency", []))
+    for line in (content["verdict"], *several, *_sampled(content)):
         console.print(one_line(line))
     if (line := _divergence(content)) is not None and FAULT in line:
         console.print(line)

@@ -26,7 +26,7 @@ from headstart.data.prompts import (
 )
 from headstart.data.templates import check_template, encode_prompts
 from headstart.eval.asked import asked_by_heads
-from headstart.eval.concurrency import measure_batches, predicted, where_it_pays
+from headstart.eval.concurrency import measure_batches, predicted
 from headstart.eval.decoding import GREEDY, DecoderVariant, make_variants
 from headstart.eval.draft_cost import Costs, busy_share, longest_draft, measure_costs
 from headstart.eval.figures import noise, summarize, validity
@@ -230,9 +230,7 @@ def _content(
         "noise": noise(first) if kept.timed else None,
         "busy_share": kept.found.get("busy_share"),
         "least_verification": verification,
-        "verdict": " ".join(
-            [verdict(found, kept.found.get("busy_share"), verification), *where_it_pays(several)]
-        ),
+        "verdict": verdict(found, kept.found.get("busy_share"), verification),
         "concurrency": several,
         "per_text_columns": PER_TEXT,
         "results": found,

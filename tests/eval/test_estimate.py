@@ -71,4 +71,4 @@ def test_a_store_of_another_target_or_without_greedy_text_is_refused(
     assert main([*argv, "target.name=tiny-gemma4"]) == 0
     assert "greedy texts of tiny-gemma4, simulated" in capsys.readouterr().out
     assert main([*argv, "target.name=tiny-gemma3"]) == 1
-    assert "does not fit" in capsys.readouterr().err
+    assert "was made for tiny-gemma4" in capsys.readouterr().err
