@@ -84,12 +84,18 @@ def _measure(
         cache.crop(context - cache.get_seq_length())
         return best
 
-    texts = Texts(seen.hidden, seen.shared_kv)
-    drafts = partial(draft_for_all, assistant, texts, ids[:, context:][:, :longest], target)
+    table = assistant.get_output_embeddings().weight
+    kv = {
+        name: (keys.to(table.device, table.dtype), values.to(table.device, table.dtype))
+        for name, (keys, values) in seen.shared_kv.items()
+    }
+    texts = Texts(seen.hidden.to(table.device, table.dtype), kv)
+    following = ids[:, context : context + longest].to(table.device)
+    # By the tokens that a forward of the target is given; 0 stands for the drafts.
     variants: dict[int, Callable[[], object]] = {
-        0: drafts
-    }  # else the tokens that a forward is given
-    variants |= {tokens: partial(step, tokens) for tokens in (1, *(k + 1 for k in ks))}
+        0: partial(draft_for_all, assistant, texts, following, target),
+        **{tokens: partial(step, tokens) for tokens in (1, *(k + 1 for k in ks))},
+    }
     seconds = _quickest(target, assistant, variants)
     c = seconds[0] / longest / seconds[1]
     return [BatchCost(size, k, c, seconds[k + 1] / seconds[1]) for k in ks]
@@ -99,11 +105,9 @@ def draft_for_all(
     assistant: Any, texts: Texts, following: torch.Tensor, target: Target
 ) -> list[torch.Tensor]:
     """K tokens for each text: K of [B]. What the head reads in their place are the tokens
-    `following` [B, K], which costs the same."""
-    dtype = assistant.lm_head.weight.dtype
+    `following` [B, K], which costs the same. All is where the head is, in its dtype."""
     at = torch.full((len(following), 1), texts.hidden.shape[1] - 1, device=following.device)
     rows = all_rows(at, following[:, None])
-    texts = Texts(texts.hidden.to(dtype), texts.kv)
     states = kind_of(assistant.config).unroll(assistant, texts, rows, target.embed, 0)
     return [_best(assistant, state[:, 0]) for state in states]
 
@@ -174,14 +178,14 @@ def where_it_pays(rows: Sequence[dict[str, Any]]) -> list[str]:
         name = f"{head}: " if len(heads) > 1 else ""
         if (size := leave_off_from(best)) is not None:
             lines.append(
-                f"{name}Where a server decodes {size} texts at once leave the head off: it is "
-                f"predicted to be {best[size]:.2f} times as fast as plain decoding."
+                f"{name}From {size} texts at once on leave the head off: with it a server is "
+                f"predicted to be {best[size]:.2f} times as fast as without."
             )
         else:
             size = max(best)
             lines.append(
-                f"{name}The head is predicted to pay up to {size} texts at once, the most that was "
-                f"tried: {best[size]:.2f} times as fast as plain decoding."
+                f"{name}Up to {size} texts at once, the most that was tried, the head is predicted "
+                f"to pay: {best[size]:.2f} times as fast as without."
             )
     return lines
 

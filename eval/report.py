@@ -301,8 +301,8 @@ def _find_costs(
         wanted = heads if timed or any(d in OWN_LENGTH for d in chosen.decoders) else {}
         measured = {name: measure_costs(target, h, longest, budget) for name, h in wanted.items()}
         kept.find("costs", {n: {d: asdict(c) for d, c in m.items()} for n, m in measured.items()})
-    if timed and chosen.concurrency and "batches" not in kept.found:
-        sizes, ks = chosen.concurrency, chosen.num_assistant_tokens
+    sizes, ks = chosen.concurrency, chosen.num_assistant_tokens
+    if timed and sizes and ks and "exact" in chosen.decoders and "batches" not in kept.found:
         found = {name: measure_batches(target, head, sizes, ks) for name, head in heads.items()}
         kept.find("batches", {name: list(map(asdict, costs)) for name, costs in found.items()})
 

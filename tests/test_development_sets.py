@@ -1,6 +1,5 @@
 """The development sets are those that were measured on, or none are written."""
 
-import importlib.util
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -9,18 +8,12 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.runs import ROOT
+from tests.helpers.runs import ROOT, load_script
 
 
 @pytest.fixture
 def script() -> ModuleType:
-    path = ROOT / "examples" / "development_sets.py"
-    spec = importlib.util.spec_from_file_location("development_sets", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(ROOT / "examples" / "development_sets.py")
 
 
 def other_source(script: ModuleType, source: Any, _: Path) -> list[Any]:

@@ -1,6 +1,5 @@
 """What the examples promise: a sweep goes on where it stopped and judges heads as eval does."""
 
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from headstart.eval.replay import simulate_acceptance
 from headstart.heads.loading import load_target
 from headstart.heads.saving import load_assistant
 from headstart.heads.unroll import DraftHead
-from tests.helpers.runs import tiny_config
+from tests.helpers.runs import load_script, tiny_config
 from tests.helpers.tiny_pair import ROOT
 
 ABLATIONS = ROOT / "examples" / "ablations"
@@ -33,11 +32,7 @@ def test_every_run_of_every_shipped_sweep_loads(path: Path) -> None:
 def test_an_interrupted_sweep_goes_on_and_judges_heads_as_the_simulated_evaluation_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    spec = importlib.util.spec_from_file_location("sweep", ABLATIONS / "sweep.py")
-    assert spec is not None
-    assert spec.loader is not None
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+    script = load_script(ABLATIONS / "sweep.py")
     store = tmp_path / "store"
     run_regenerate(tiny_config(store), ServerConfig(), extracting=True, device="cpu")
     overrides = [

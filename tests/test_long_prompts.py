@@ -1,6 +1,5 @@
 """Long prompts have the tokens that they are meant to have, of documents that no head has read."""
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -11,19 +10,14 @@ import pytest
 from headstart.data.prompts import load_prompts
 from headstart.data.templates import encode_prompts
 from headstart.heads.loading import byte_tokenizer
-from tests.helpers.runs import ROOT
+from tests.helpers.runs import ROOT, load_script
 
 LENGTHS = (64, 200)
 
 
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    path = ROOT / "examples" / "long_prompts.py"
-    spec = importlib.util.spec_from_file_location("long_prompts", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_script(ROOT / "examples" / "long_prompts.py")
     monkeypatch.setattr(module, "LENGTHS", LENGTHS)
     return module
 

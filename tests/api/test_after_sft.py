@@ -1,12 +1,12 @@
 """examples/after_sft.py on tiny models: a trainer's model gets its head in the same process."""
 
-import importlib.util
 from pathlib import Path
 
 import pytest
 import torch
 
 from headstart.heads.saving import load_assistant
+from tests.helpers.runs import load_script
 from tests.helpers.tiny_pair import ROOT
 
 QUICK = [
@@ -19,11 +19,7 @@ def test_a_tuned_model_gets_its_head_in_the_process_that_tuned_it(
     target: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("headstart.eval.draft_cost.COST_TURNS", 1)
-    spec = importlib.util.spec_from_file_location("after_sft", ROOT / "examples" / "after_sft.py")
-    assert spec is not None
-    assert spec.loader is not None
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+    script = load_script(ROOT / "examples" / "after_sft.py")
     tuned = list[torch.nn.Module]()
     tune = script.tune
 

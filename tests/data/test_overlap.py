@@ -1,6 +1,5 @@
 """docs/results/overlap.json: what examples/overlap.py counts in the prompts that come along."""
 
-import importlib.util
 import json
 from types import ModuleType
 from typing import Any
@@ -9,19 +8,14 @@ import pytest
 
 from docs.tables_decoding import measured, whole
 from headstart.data.prompts import Prompt, load_prompts
-from tests.helpers.runs import ROOT
+from tests.helpers.runs import ROOT, load_script
 
 RESULTS = ROOT / "docs" / "results"
 
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("overlap", ROOT / "examples" / "overlap.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(ROOT / "examples" / "overlap.py")
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ from headstart.eval.report import run_evaluation
 from headstart.eval.statistics import RESAMPLES, slow_baseline
 from headstart.heads.target import Target
 from headstart.heads.tokens import Sampling
-from tests.helpers.heads import half_trained_head
+from tests.helpers.heads import half_trained_head, ordered_head
 from tests.helpers.models import make_target
 
 
@@ -404,3 +404,22 @@ def test_the_command_measures_a_head_and_names_what_is_wrong(
     assert all(text in out for text in ("lookup ", "lookup T=1 ", "seeds 4"))
     assert main([*argv, "eval.temperatures=0,0"]) == 1
     assert "temperatures names one twice" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("settings", "measured"),
+    [
+        ({"decoders": ["exact"], "num_assistant_tokens": [2]}, {(1, 2), (3, 2)}),
+        ({"decoders": ["cost"], "num_assistant_tokens": []}, set()),
+        ({"decoders": ["lookup"], "num_assistant_tokens": [2]}, set()),
+    ],
+)
+def test_several_texts_at_once_are_predicted_where_the_exact_decoder_was_measured(
+    tiny: Target, tmp_path: Path, settings: dict[str, Any], measured: set[tuple[int, int]]
+) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(json.dumps({"id": "a", "category": "x", "prompt": "Some text", "raw": True}))
+    chosen = EvalConfig(prompts=str(prompts), concurrency=[1, 3], max_new_tokens=6, **settings)
+    content = run_evaluation(tiny, {"h": ordered_head(tiny.config)}, chosen, tmp_path / "out")
+    rows = {(row["texts"], row["num_assistant_tokens"]) for row in content["concurrency"]}
+    assert rows == measured

@@ -1,5 +1,6 @@
 """Tiny runs, what is read from their folders, and runs to publish."""
 
+import importlib.util
 import itertools
 import json
 import os
@@ -27,6 +28,16 @@ SHORT = (
     "train.max_steps=6", "train.eval_steps=6", "train.save_steps=6", "eval.limit=2",
     "eval.max_new_tokens=8", "eval.fp32_check_prompts=0",
 )  # fmt: skip
+
+
+def load_script(path: Path) -> ModuleType:
+    """A script of the repository as a module, its names to be called."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def interrupt_second_call(

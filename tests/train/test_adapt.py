@@ -1,6 +1,5 @@
 """`headstart adapt` on a tiny Gemma 4 with KV-shared layers, an adapter and a clustered head."""
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from headstart.train.adaptation import adapt_defaults
 from headstart.train.run import train
 from tests.helpers.checkpoints import make_adapter
 from tests.helpers.reports import texts
-from tests.helpers.runs import ROOT, tiny_config
+from tests.helpers.runs import ROOT, load_script, tiny_config
 
 QUICK = [
     "train.max_steps=24", "train.eval_steps=12", "train.warmup_steps=2", "train.likely_tokens=32",
@@ -158,13 +157,7 @@ def test_a_head_that_lost_nothing_is_told_so() -> None:
 def test_the_example_tunes_a_target_and_its_head_follows(
     setting: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    spec = importlib.util.spec_from_file_location(
-        "example", ROOT / "examples" / "tune_and_adapt.py"
-    )
-    assert spec is not None
-    assert spec.loader is not None
-    example = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(example)
+    example = load_script(ROOT / "examples" / "tune_and_adapt.py")
     command = ["tune_and_adapt.py", "--target", "tiny-gemma4", "--head", str(setting[0])]
     command += ["--steps", "3", "--batch", "2", "--out", str(tmp_path), "--budget", "5m"]
     command += ["adapt.held_out_prompts=6", "adapt.decoded_prompts=0", *QUICK]
