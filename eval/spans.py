@@ -1,9 +1,9 @@
 """What each token of an answer belongs to: a thought, code, JSON, a tool call, or prose.
 
 Told by the target's own marks (of turns, thoughts and tool calls) and by a small parser: code is
-what stands in fences, JSON a value that begins a line, until it ends or breaks its grammar.
-Thoughts are thoughts whatever they hold. The prompt is read too, since it may leave a thought, a
-fence or a value open; a turn closes all of them.
+what stands in fences, JSON a value that begins a line or the answer, until it ends or breaks its
+grammar. Thoughts are thoughts whatever they hold. The prompt is read too, since it may leave a
+thought, a fence or a value open; a turn closes all of them.
 """
 
 import re
@@ -42,7 +42,7 @@ def spans_of(prompt: str, pieces: Sequence[str]) -> list[str]:
         pieces: texts of the answer's tokens, marks included. One that holds several spans belongs
             to that of its first character which is no white space.
     """
-    starts, names = zip(*_edges(prompt + "".join(pieces)), strict=True)
+    starts, names = zip(*_edges(prompt + "".join(pieces), len(prompt)), strict=True)
     found, at = [], len(prompt)
     for piece in pieces:
         first = at + len(piece) - len(piece.lstrip()) if piece.strip() else at
@@ -51,10 +51,10 @@ def spans_of(prompt: str, pieces: Sequence[str]) -> list[str]:
     return found
 
 
-def _edges(text: str) -> list[tuple[int, str]]:
-    """Where a span begins, and which; ascending."""
+def _edges(text: str, answer: int) -> list[tuple[int, str]]:
+    """Where a span begins, and which; ascending. The answer begins at `answer`."""
     edges, at, after_mark = [(0, PROSE)], 0, True
-    while opening := (after_mark and _AT_ONCE.match(text, at)) or _NEXT.search(text, at):
+    while opening := _next_opening(text, at, answer, after_mark):
         span, end = _block(text, opening)
         if span != PROSE:
             indent = len(opening[0]) - len(opening[0].lstrip())
@@ -62,6 +62,15 @@ def _edges(text: str) -> list[tuple[int, str]]:
         after_mark = opening.re is _NEXT and bool(opening["turn"] or opening["mark"])
         at = end
     return edges
+
+
+def _next_opening(text: str, at: int, answer: int, after_mark: bool) -> re.Match[str] | None:
+    """What opens the next block. After a mark and at the answer's first character a fence or a
+    value need not begin a line: a prompt may end in `JSON:`."""
+    opening = (after_mark and _AT_ONCE.match(text, at)) or _NEXT.search(text, at)
+    if at <= answer and (opening is None or opening.start() > answer):
+        return _AT_ONCE.match(text, answer) or opening
+    return opening
 
 
 def _block(text: str, opening: re.Match[str]) -> tuple[str, int]:
