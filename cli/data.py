@@ -37,6 +37,10 @@ def _extract(args: argparse.Namespace) -> None:
 
     settings = read_settings(args)
     conversations = args.conversations or settings.data.conversations
+    if settings.data.chooses:
+        raise ValueError(
+            "extract stores everything: data.filter chooses in training, headstart train"
+        )
     if conversations is None:
         run_regenerate(settings.of_run(), settings.server, True, default_device())
     else:

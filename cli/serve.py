@@ -105,8 +105,9 @@ def _serve_check(args: argparse.Namespace) -> None:
     (tokens,) = chosen.num_assistant_tokens
     several = tuple(n for n in chosen.concurrency if n > 1)
     check = ServeCheck(
-        args.engine, args.head, tokens, chosen.max_new_tokens, settings.export.dense, dtype, several
-    )
+        args.engine, args.head, tokens, chosen.max_new_tokens, settings.export.dense, dtype,
+        several, settings.export.target_gguf,
+    )  # fmt: skip
     loaded = load_prompt_set(chosen.prompts)
     prompts = limit_evenly(loaded, chosen.limit)
     target = load_served(t, default_device())
@@ -129,7 +130,7 @@ SERVE_CHECK = Command(
     settings=(
         "output_dir", "target.name", "target.adapters", "target.*", "eval.prompts", "eval.limit",
         "eval.num_assistant_tokens", "eval.max_new_tokens", "eval.concurrency", "export.dense",
-        "export.dtype",
+        "export.dtype", "export.target_gguf",
     ),
     defaults=(("eval.num_assistant_tokens", [4]), ("eval.limit", 16), ("eval.concurrency", [1])),
     required=("output_dir",),

@@ -106,6 +106,9 @@ class ExportConfig(Section):
     """K that litert's file is made for (`headstart export` alone). None: as the head says, or 4."""
     cache_length: PositiveInt = 4096
     """Tokens of prompt and answer that litert's file has room for (`headstart export` alone)."""
+    target_gguf: Folder | None = None
+    """GGUF file of the target that llama.cpp is to serve, quantized perhaps (`headstart
+    serve-check` alone). None: one is made of target.name, in target.dtype."""
 
 
 class PublishConfig(Section):

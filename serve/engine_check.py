@@ -23,6 +23,7 @@ from headstart.eval.acceptance import AcceptanceCounts, zero_counts
 from headstart.eval.asked import asked_by_heads
 from headstart.eval.concurrency import BatchCost, measure_batches
 from headstart.eval.decoding import Decoded, decode, divergence
+from headstart.heads.admission import check_file
 from headstart.heads.assistant import write_global_keys
 from headstart.heads.decoder import ExactDecoding
 from headstart.heads.pairing import check_pair
@@ -37,6 +38,8 @@ from headstart.serve.engines import (
     convert_to_gguf,
     engine_version,
     export_for_engine,
+    gguf_metadata,
+    unlike_gguf,
 )
 from headstart.serve.litert import BUNDLE, LitertExport, export_for_litert, logged_rate
 
@@ -58,8 +61,16 @@ class ServeCheck:
     """Of LiteRT-LM's weights."""
     concurrency: tuple[int, ...] = ()
     """Numbers of texts at once that are measured beside one after another, in vLLM alone."""
+    target_gguf: Path | None = None
+    """File of the target that llama.cpp serves, quantized perhaps. None: one is made."""
 
     def __post_init__(self) -> None:
+        if self.target_gguf is not None:
+            if self.engine != "llama.cpp":
+                raise ValueError(f"{self.engine} reads no GGUF: leave export.target_gguf out")
+            if not self.target_gguf.is_file():
+                raise ValueError(f"there is no file {self.target_gguf}")
+            check_file(self.target_gguf)
         if self.concurrency and self.engine != "vllm":
             raise ValueError(
                 f"{self.engine} is run one text at a time here: leave eval.concurrency out, or "
@@ -128,7 +139,7 @@ def serve_check(
             "head_trained_for_drafts": draft_position_offset(load_assistant_config(check.head)),
             "dtype": dtype, "prompts": len(prompts), "prompt_set": recorded,
             "num_assistant_tokens": k, "dense": check.dense, "max_new_tokens": check.max_new_tokens,
-            "engine_dtype": check.dtype if check.engine == "litert" else dtype,
+            "engine_dtype": _engine_dtype(check, dtype),
             "chat_template_kwargs": asked.chat_template_kwargs,
         },
         **_compared(ours, counts, variants),
@@ -154,9 +165,14 @@ def _written(
         raise ValueError(
             "vLLM's CPU backend cannot read ordered embeddings: check with export.dense=true"
         )
+    given = check.target_gguf
+    if given is not None and (unlike := unlike_gguf(given, config.to_dict())):
+        raise ValueError(f"{unlike}: name a file of {target.name}")
     export_for_engine(
         check.head, check.engine, config, target.tokenizer, head, dense=check.dense, dtype=dtype
     )
+    if given is not None:
+        return head, given, head / GGUF
     if check.engine == "litert":
         k, bundle = check.num_assistant_tokens, folder / "litert"
         how = LitertExport(k, context, check.dtype)
@@ -175,6 +191,13 @@ def _written(
         return head, model, head
     convert_to_gguf(model, gguf, GGUF_TYPES[dtype])
     return head, gguf, head / GGUF
+
+
+def _engine_dtype(check: ServeCheck, dtype: str) -> str:
+    """Of the target's weights in the engine; of a GGUF file that was given, as it says."""
+    if check.target_gguf is not None:
+        return str(gguf_metadata(check.target_gguf).get("general.file_type", "unknown"))
+    return check.dtype if check.engine == "litert" else dtype
 
 
 def _by_transformers(
@@ -290,9 +313,12 @@ def print_serve_check(content: dict[str, Any]) -> None:
     columns = ["acceptance length", "accepted at draft 1 ..", "tokens/s plain", "with head"]
     table = Table(
         "", *(Column(name, justify="right") for name in columns),
-        title=f"{env['head']} for {env['target']}, {env['dtype']}, {env['prompts']} prompts",
+        title=f"{env['head']} for {env['target']}, {env['prompts']} prompts",
     )  # fmt: skip
-    for name, label in (("transformers", "transformers, exact"), ("engine", env["engine"])):
+    for name, label in (
+        ("transformers", f"transformers, exact, {env['dtype']}"),
+        ("engine", f"{env['engine']}, {env['engine_dtype']}"),
+    ):
         rates = ", ".join(f"{rate:.3f}" for rate in content["cumulative_acceptance_rate"][name])
         speeds = [f"{speed[f'{name}_{variant}']:.1f}" for variant in ("plain", "assisted")]
         table.add_row(label, f"{content['acceptance_length'][name]:.3f}", rates, *speeds)

@@ -320,8 +320,8 @@ def convert_to_gguf(folder: Path, out: Path, dtype: str) -> None:
 
     Raises:
         ValueError: llama.cpp is not installed.
-        RuntimeError: the converter failed, with the end of what it said; or the file is of another
-            shape than the folder.
+        RuntimeError: the converter failed, with the end of what it said; or what it wrote is a
+            model of other sizes.
     """
     python = engine_python("llama.cpp")
     drop_remote_code(folder)  # the converter would run it
@@ -337,21 +337,32 @@ def convert_to_gguf(folder: Path, out: Path, dtype: str) -> None:
     if done.returncode:
         raise RuntimeError(f"the converter failed: {end_of(done.stderr)}")
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    text, found = config.get("text_config", config), gguf_metadata(out)
+    if unlike := unlike_gguf(out, config):
+        raise RuntimeError(f"the converter made another model of {folder}: {unlike}")
+
+
+def unlike_gguf(path: Path, config: dict[str, Any]) -> str:
+    """In which sizes a GGUF file is not of the model of such a config.json; empty: in none."""
+    text, found = config.get("text_config", config), gguf_metadata(path)
     architecture = found["general.architecture"]
     wanted = {"block_count": text["num_hidden_layers"], "embedding_length": text["hidden_size"]}
     if "backbone_hidden_size" in config:
         wanted["embedding_length_out"] = config["backbone_hidden_size"]
-    for key, value in wanted.items():
-        if (there := found.get(f"{architecture}.{key}")) != value:
-            raise RuntimeError(f"{out} says {architecture}.{key} {there}, {folder} says {value}")
+    there = {key: found.get(f"{architecture}.{key}") for key in wanted}
+    return "; ".join(
+        f"{path} has {architecture}.{key} {there[key]} where the model has {value}"
+        for key, value in wanted.items()
+        if there[key] != value
+    )
 
 
 def gguf_metadata(path: Path) -> dict[str, Any]:
-    """The numbers and strings in the header of a GGUF file, read in llama.cpp's environment."""
+    """The numbers and strings in the header of a GGUF file, read in llama.cpp's environment; its
+    `general.file_type` by name, such as MOSTLY_Q8_0."""
     script = (
-        "import json, sys; from gguf import GGUFReader; "
+        "import json, sys; from gguf import GGUFReader, LlamaFileType; "
         "f = {k: v.contents() for k, v in GGUFReader(sys.argv[1]).fields.items()}; "
+        "t = 'general.file_type'; f |= {t: LlamaFileType(f[t]).name} if t in f else {}; "
         "print(json.dumps({k: v for k, v in f.items() if isinstance(v, (int, float, str))}))"
     )
     done = run_python(engine_python("llama.cpp"), "-c", script, str(path.absolute()))

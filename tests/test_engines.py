@@ -17,10 +17,18 @@ from safetensors.torch import load_file, save_file
 from headstart.cli.main import main
 from headstart.data.prompts import Prompt, limit_evenly, load_prompt_set
 from headstart.data.templates import encode_prompts
+from headstart.heads.assistant import write_global_keys
 from headstart.heads.loading import load_target, load_target_config
 from headstart.serve.engine_check import SPARE, ServeCheck, _written
 from headstart.serve.engine_server import EngineServer
-from headstart.serve.engines import GGUF, Engine, engine_python, install_engine
+from headstart.serve.engines import (
+    GGUF,
+    Engine,
+    convert_to_gguf,
+    engine_python,
+    install_engine,
+    unlike_gguf,
+)
 from tests.helpers.tiny_pair import GEMMA4, KINDS, write_multimodal, write_pair
 
 pytestmark = pytest.mark.engines
@@ -56,6 +64,28 @@ def test_an_engine_says_what_transformers_says_and_accepts_as_much(
     assert theirs == pytest.approx(ours, rel=0.03)
     rates = content["cumulative_acceptance_rate"]
     assert rates["engine"] == pytest.approx(rates["transformers"], abs=0.04)
+
+
+@pytest.mark.parametrize("kind", GEMMA4)
+def test_llama_cpp_serves_the_file_of_the_target_that_it_is_given(
+    kind: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """In int8, whose texts are not quite those of transformers; and no file of another model."""
+    install_engine("llama.cpp")
+    target, head = pair_of(kind, tmp_path_factory)
+    shutil.copytree(target, tmp_path / "target")
+    write_global_keys(tmp_path / "target" / "config.json")
+    quantized = tmp_path / "q8_0.gguf"
+    convert_to_gguf(tmp_path / "target", quantized, "q8_0")
+    settings = [f"target.name={target}", "target.dtype=float32", "eval.limit=8"]
+    settings += [f"output_dir={tmp_path / 'out'}", f"export.target_gguf={quantized}"]
+    assert main(["serve-check", head, "llama.cpp", *settings]) == 0
+    content = json.loads((tmp_path / "out" / "serve-check.json").read_text())
+    assert content["environment"]["engine_dtype"] == "MOSTLY_Q8_0"
+    assert content["equal_texts"]["engine_assisted_to_engine_plain"] == 1
+    assert content["acceptance_length"]["engine"] > 2
+    config = load_target_config("tiny-gemma4").to_dict()
+    assert "block_count" in unlike_gguf(quantized, config)
 
 
 @pytest.mark.parametrize("kind", GEMMA4)

@@ -252,6 +252,10 @@ def test_overrides_may_stand_between_options(
     ("argv", "message"),
     [
         (["extract", "absent.jsonl", "output_dir=x"], "absent.jsonl"),
+        (
+            ["extract", "x", "data.store=x", "data.filter.num_conversations=1", "output_dir=x"],
+            "extract stores everything",
+        ),
         (["inspect", "absent.jsonl"], "no prompt file absent.jsonl"),
         (
             ["regenerate", "output_dir=x", "data.prompts=absent.jsonl"],

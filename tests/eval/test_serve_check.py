@@ -182,6 +182,24 @@ def test_an_engine_that_works_on_one_text_alone_is_not_asked_for_several() -> No
         ServeCheck("mlx", "head", 4, 64, False, concurrency=(4,))
 
 
+@pytest.mark.parametrize(
+    ("engine", "content", "told"),
+    [
+        ("vllm", b"GGUF", "vllm reads no GGUF"),
+        ("llama.cpp", None, "there is no file"),
+        ("llama.cpp", b"no such thing", "does not begin as a GGUF file does"),
+    ],
+)
+def test_a_file_that_llama_cpp_cannot_serve_is_refused_before_the_target_is_loaded(
+    tmp_path: Path, engine: Engine, content: bytes | None, told: str
+) -> None:
+    path = tmp_path / "target.gguf"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match=told):
+        ServeCheck(engine, "head", 4, 64, False, target_gguf=path)
+
+
 def test_the_figures_of_an_engine_are_those_of_its_texts() -> None:
     """A speed is all tokens by all seconds, not a mean of speeds."""
 
