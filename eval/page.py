@@ -205,19 +205,21 @@ def breakdowns(content: dict[str, Any]) -> list[tuple[str, list[str], Rows]]:
     of = f"{decoder_name(best)}, K = {best['num_assistant_tokens']}"
     tables: list[tuple[str, list[str], Rows]] = []
     if "by_span" in best:  # reports of before lack both
-        tables.append((f"What the text is ({of})", SPAN_COLUMNS, _span_rows(best["by_span"])))
-        rows = _context_rows(best["by_context"])
+        tables.append((f"What the text is ({of})", SPAN_COLUMNS, span_rows(best["by_span"])))
+        rows = context_rows(best["by_context"])
         tables.append((f"Length of the context ({of})", CONTEXT_COLUMNS, rows))
     several = content.get("concurrency", [])  # reports of before have none
     for head in dict.fromkeys(row["head"] for row in several):
         own = table_of([row for row in several if row["head"] == head])
         tables.append((f"Several texts at once ({head})", SEVERAL_COLUMNS, own))
-    if rows := [_structured_row(r) for r in whole if r.get("structured")]:
+    if rows := [structured_row(r) for r in whole if r.get("structured")]:
         tables.append(("Texts that are held to a JSON schema", STRUCTURED_COLUMNS, rows))
     return tables
 
 
-def _span_rows(spans: list[dict[str, Any]]) -> Rows:
+def span_rows(spans: list[dict[str, Any]]) -> Rows:
+    """The cells of `SPAN_COLUMNS`, of a result's `by_span`."""
+
     def form(value: float | None, form: str) -> str:
         return "" if value is None else format(value, form)
 
@@ -235,7 +237,8 @@ def _span_rows(spans: list[dict[str, Any]]) -> Rows:
     ]
 
 
-def _context_rows(groups: list[dict[str, Any]]) -> Rows:
+def context_rows(groups: list[dict[str, Any]]) -> Rows:
+    """The cells of `CONTEXT_COLUMNS`, of a result's `by_context`."""
     return [
         [
             f"from {group['from']}",
@@ -248,7 +251,8 @@ def _context_rows(groups: list[dict[str, Any]]) -> Rows:
     ]
 
 
-def _structured_row(result: dict[str, Any]) -> list[str]:
+def structured_row(result: dict[str, Any]) -> list[str]:
+    """The cells of `STRUCTURED_COLUMNS`."""
     found, cell = result["structured"], dict(zip(COLUMNS, cells(result), strict=True))
     counts = (str(found[name]) for name in ("texts", "ended", "valid"))
     return [cell["decoder"], cell["K"], *counts, cell["acceptance length (95%)"]]

@@ -84,7 +84,7 @@ def test_a_changed_result_makes_its_tables_stale_until_they_are_written(copy: Pa
 
 
 def test_sampled_rows_stand_beside_greedy_ones_and_in_no_figure_of_theirs() -> None:
-    """Of a result file that has some, below plain decoding that samples alike."""
+    """Below plain decoding that samples alike."""
     report = json.loads((ROOT / "docs" / "results" / "eval-64.json").read_text(encoding="utf-8"))
     both = report | {"results": []}
     for result in report["results"]:
@@ -96,7 +96,9 @@ def test_sampled_rows_stand_beside_greedy_ones_and_in_no_figure_of_theirs() -> N
                 "tokens_per_second": 14.1, "equal_to_plain": None, "diverged_share": None,
             })  # fmt: skip
     sampled = "sampled: temperature 1, top-k 64, top-p 0.95"
-    greedy, rows = (headline({"eval-64": r}).splitlines() for r in (report, both))
+    greedy, rows = (
+        headline({"eval-64": report, "eval-64-sampled": r}).splitlines() for r in (report, both)
+    )
     assert rows[: len(greedy)] == greedy
     plain, drawn = (row.split(" | ") for row in rows[len(greedy) :])
     assert (plain[0], plain[2]) == (f"| plain decoding, {sampled}", "11")
