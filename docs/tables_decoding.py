@@ -4,7 +4,7 @@ from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 from docs.tables import Results, interval, length, made_of, rows_of
-from headstart.eval import statistics
+from headstart.eval import page, statistics
 from headstart.eval.compare import MEASURES, compare
 from headstart.eval.statistics import resampled, sampling_name
 
@@ -85,12 +85,12 @@ def category_table(report: dict[str, Any], lengths: Sequence[str]) -> str:
     return rows_of(" | ".join(header), rows)
 
 
-@made_of("eval-64")
+@made_of("eval-64", "eval-64-sampled")
 def headline(found: Results) -> str:
-    """What a README shows: five greedy rows, and below them, where there are any, the sampled ones,
-    which have a plain decoding of their own."""
+    """What a README shows: five greedy rows, and below them the sampled ones, which have a plain
+    decoding of their own."""
     results = {r["decoder"]: r for r in whole(found["eval-64"])}
-    drawn = whole(found["eval-64"], sampled=True)
+    drawn = whole(found["eval-64-sampled"], sampled=True)
     shown = [results[decoder] for decoder in ("lookup", "transformers", "exact", "hybrid")]
     rows: list[list[str]] = []
     for way in dict.fromkeys(sampling_name(r) for r in [*shown, *drawn]):
@@ -238,12 +238,12 @@ def stale_keys(found: Results) -> str:
     return rows_of("prompts | stock decoder | clean-KV decoder | difference (95%)", rows)
 
 
-@made_of("eval-64", "eval-64-newest", "eval-64-1200-steps")
+@made_of("eval-64-earlier", "eval-64-newest", "eval-64-1200-steps")
 def earlier_heads(found: Results) -> str:
     told = {
         "eval-64-1200-steps": "2,560 conversations of 128 tokens, 1,200 steps of 8 conversations",
         "eval-64-newest": "the recipe, drafts trained for the newest token alone",
-        "eval-64": "the reference head, drafts trained at both positions",
+        "eval-64-earlier": "the recipe, drafts trained at both positions",
     }
     rows: list[list[str]] = []
     before = None
@@ -278,13 +278,57 @@ def draft_costs(found: Results) -> str:
     return rows_of("steps of the target | bfloat16 | float32", rows)
 
 
+ASKED = {
+    "eval-64": "chat, code and others",
+    "breakdown-structured": "under JSON schemas",
+    "breakdown-long": "of 512 to 8,192 tokens",
+}
+"""Reports with breakdowns -> what was asked there."""
+
+
+def _exact(report: dict[str, Any]) -> dict[str, Any]:
+    return next(r for r in whole(report) if r["decoder"] == "exact")
+
+
+@made_of("eval-64", "breakdown-structured", "breakdown-long")
+def by_span(found: Results) -> str:
+    """What the text is, in each report; their tokens and rounds sum to the totals."""
+    header = " | ".join(["prompts", *page.SPAN_COLUMNS])
+    rows = [
+        [ASKED[name], *row]
+        for name, report in found.items()
+        for row in page.span_rows(_exact(report)["by_span"])
+    ]
+    return rows_of(header, rows)
+
+
+@made_of("breakdown-long")
+def by_context(found: Results) -> str:
+    header = " | ".join(page.CONTEXT_COLUMNS)
+    return rows_of(header, page.context_rows(_exact(found["breakdown-long"])["by_context"]))
+
+
+@made_of("breakdown-structured")
+def structured(found: Results) -> str:
+    """With drafts that know the schema, and with drafts that do not."""
+    header = " | ".join([*page.STRUCTURED_COLUMNS, "speedup (95%)", "equal to plain"])
+    report = found["breakdown-structured"]
+    return rows_of(header, [
+        [*page.structured_row(r), speedup(r), equal(r)] for r in whole(report)
+    ])  # fmt: skip
+
+
 SERVED = (
     "pair | engine | acceptance length in transformers (clean-KV) | in the engine "
     "| tokens per second plain | with the head | texts equal to transformers'"
 )
 
 
-PAIRS = {"gemma3-270m": "Gemma 3 270M", "gemma3-270m-int8": "Gemma 3 270M, int8"}
+PAIRS = {
+    "gemma3-270m": "Gemma 3 270M",
+    "gemma3-270m-int8": "Gemma 3 270M, int8",
+    "plain-q8_0": "tiny, plain; in the engine Q8_0",
+}
 
 
 def served_row(name: str, r: dict[str, Any]) -> list[str]:
@@ -311,6 +355,12 @@ def served_real(found: Results) -> str:
 
 @made_of("serve-gemma3-270m*litert")
 def served_litert(found: Results) -> str:
+    return rows_of(SERVED, [served_row(name, r) for name, r in found.items()])
+
+
+@made_of("serve-plain-llama.cpp", "serve-plain-q8_0-llama.cpp")
+def served_quantized(found: Results) -> str:
+    """A target as llama.cpp is given it, in float32 and quantized."""
     return rows_of(SERVED, [served_row(name, r) for name, r in found.items()])
 
 

@@ -221,7 +221,8 @@ def span_rows(spans: list[dict[str, Any]]) -> Rows:
     """The cells of `SPAN_COLUMNS`, of a result's `by_span`."""
 
     def form(value: float | None, form: str) -> str:
-        return "" if value is None else format(value, form)
+        # A share that rounds to nothing has no sign.
+        return "" if value is None else format(value, form).replace("-0%", "0%")
 
     return [
         [
