@@ -219,6 +219,18 @@ def eval_t1(found: Results) -> str:
     ])  # fmt: skip
 
 
+@made_of("reference-simulated-*")
+def reference_simulated(found: Results) -> str:
+    """The reference head on the development sets: rounds replayed over greedy texts."""
+    rows = []
+    for report in found.values():
+        which = {78: "dev_vicuna_78", 160: "dev_external_160"}[report["environment"]["texts"]]
+        for r in report["results"]:
+            if r["category"] == "all":
+                rows.append([f"`{which}`", r["num_assistant_tokens"], r["rounds"], length(r)])
+    return rows_of("prompts | K | rounds | acceptance length, simulated (95%)", rows)
+
+
 @made_of("eval-300", "eval-long", "estimate-300")
 def stale_keys(found: Results) -> str:
     """The stock decoder beside the one with clean keys and values, within and past the window."""
