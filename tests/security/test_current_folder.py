@@ -153,7 +153,11 @@ def test_what_is_asked_of_an_environment_is_asked_without_the_current_folder(
 ) -> None:
     told, shapes = tmp_path / "told", {"block_count": 2, "embedding_length": 8}
     fields = {"general.architecture": "a", **{f"a.{key}": n for key, n in shapes.items()}}
+    fields["general.file_type"] = 7
     reader = (
+        "import enum\n"
+        "class LlamaFileType(enum.IntEnum):\n"
+        "    MOSTLY_Q8_0 = 7\n"
         "class Field:\n"
         "    def __init__(self, value): self.contents = lambda: value\n"
         "class GGUFReader:\n"
@@ -178,7 +182,7 @@ def test_what_is_asked_of_an_environment_is_asked_without_the_current_folder(
     (model / "tokenizer_config.json").write_text(json.dumps({"auto_map": {"AutoTokenizer": "e.E"}}))
     convert_to_gguf(model, Path("out.gguf"), "f32")
     check_told(told, "llama.cpp")
-    assert gguf_metadata(Path("out.gguf")) == fields
+    assert gguf_metadata(Path("out.gguf")) == fields | {"general.file_type": "MOSTLY_Q8_0"}
     assert not ran.exists()
 
 
