@@ -343,12 +343,17 @@ PAIRS = {
 }
 
 
+def pair_of(file: str, kind: str) -> str:
+    """The pair of a result file `KIND-PAIR-ENGINE`, as a table calls it."""
+    pair = file.removeprefix(f"{kind}-").rpartition("-")[0]
+    return PAIRS.get(pair, f"tiny, {pair}")
+
+
 def served_row(name: str, r: dict[str, Any]) -> list[str]:
-    pair = name.removeprefix("serve-").removesuffix(f"-{r['environment']['engine']}")
     lengths, speed = r["acceptance_length"], r["tokens_per_second"]
     same = min(r["equal_texts"].values())
     return [
-        PAIRS.get(pair, f"tiny, {pair}"), r["environment"]["engine"],
+        pair_of(name, "serve"), r["environment"]["engine"],
         *(f"{lengths[side]:.3f}" for side in ("transformers", "engine")),
         *(f"{speed[f'engine_{side}']:.0f}" for side in ("plain", "assisted")),
         "all" if same == 1 else f"{same:.0%}",
@@ -384,18 +389,19 @@ def served_rates(found: Results) -> str:
     return rows_of(header, [[told[s], *(f"{r:.3f}" for r in rates[s])] for s in told])
 
 
-@made_of("concurrency-gemma3-270m-vllm")
+@made_of("concurrency-*-vllm")
 def served_at_once(found: Results) -> str:
     """Several texts at once in vLLM's server, measured and predicted."""
     header = (
-        "texts at once | acceptance length | tokens per second plain | with the head | speedup "
-        "| predicted | a draft, c | a verification, v"
+        "pair | texts at once | acceptance length | tokens per second plain | with the head "
+        "| speedup | predicted | a draft, c | a verification, v"
     )
     return rows_of(header, [
-        [r["texts"], f"{r['acceptance_length']:.3f}", f"{r['tokens_per_second_plain']:.0f}",
+        [pair_of(name, "concurrency"), r["texts"], f"{r['acceptance_length']:.3f}",
+         f"{r['tokens_per_second_plain']:.0f}",
          f"{r['tokens_per_second_assisted']:.0f}", f"{r['speedup']:.2f}",
          f"{r['predicted_speedup']:.2f}", f"{r['c']:.2f}", f"{r['v']:.2f}"]
-        for r in found["concurrency-gemma3-270m-vllm"]["concurrency"]
+        for name, report in found.items() for r in report["concurrency"]
     ])  # fmt: skip
 
 
