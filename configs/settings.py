@@ -6,7 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt, model_validator
 
-from headstart.configs.schema import Config, Folder, Place, Section, SourceConfig
+from headstart.configs.schema import Config, SourceConfig
+from headstart.configs.section import Folder, Place, Section
 
 LANGUAGE = r"^[A-Za-z]{2,8}(-[A-Za-z0-9]{1,8})*$"  # BCP 47, as cards of the Hub have it
 

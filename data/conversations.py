@@ -24,7 +24,8 @@ from headstart.common.console import print_once
 from headstart.common.files import atomic_file, write_atomically
 from headstart.configs.loader import load_config
 from headstart.configs.recipes import SHIPPED
-from headstart.configs.schema import BUILTIN, Config, DataConfig
+from headstart.configs.schema import Config, DataConfig
+from headstart.configs.section import BUILTIN
 from headstart.data.store import read_index, refusal
 from headstart.heads.target import Target
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from headstart.common.console import one_line, print_once
-from headstart.configs.schema import BUILTIN, DataConfig, SourceConfig
+from headstart.configs.schema import DataConfig, SourceConfig
+from headstart.configs.section import BUILTIN
 from headstart.data.rows import (
     COLUMNS,
     IDS,

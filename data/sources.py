@@ -23,7 +23,8 @@ from typing import IO, Any, TextIO
 
 from headstart.common.console import print_once
 from headstart.common.files import cache_dir
-from headstart.configs.schema import BUILTIN, SourceConfig
+from headstart.configs.schema import SourceConfig
+from headstart.configs.section import BUILTIN
 
 Row = dict[str, Any] | str
 """The columns of a row, or the reason why it is unusable."""

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from headstart.common.files import file_sha256
-from headstart.configs.schema import BUILTIN, Config, SourceConfig
+from headstart.configs.schema import Config, SourceConfig
+from headstart.configs.section import BUILTIN
 from headstart.data.prompts import SETS, Prompt
 from headstart.data.sources import IN_CHECKOUT, builtin_files, builtin_name, is_hub_dataset
 

@@ -344,7 +344,7 @@ def convert_to_gguf(folder: Path, out: Path, dtype: str) -> None:
 def unlike_gguf(path: Path, config: dict[str, Any]) -> str:
     """In which sizes a GGUF file is not of the model of such a config.json; empty: in none."""
     text, found = config.get("text_config", config), gguf_metadata(path)
-    architecture = found["general.architecture"]
+    architecture = found.get("general.architecture")
     wanted = {"block_count": text["num_hidden_layers"], "embedding_length": text["hidden_size"]}
     if "backbone_hidden_size" in config:
         wanted["embedding_length_out"] = config["backbone_hidden_size"]
@@ -362,7 +362,8 @@ def gguf_metadata(path: Path) -> dict[str, Any]:
     script = (
         "import json, sys; from gguf import GGUFReader, LlamaFileType; "
         "f = {k: v.contents() for k, v in GGUFReader(sys.argv[1]).fields.items()}; "
-        "t = 'general.file_type'; f |= {t: LlamaFileType(f[t]).name} if t in f else {}; "
+        "t, names = 'general.file_type', {e.value: e.name for e in LlamaFileType}; "
+        "f |= {t: names.get(f[t], f[t])} if t in f else {}; "  # it does not know every type
         "print(json.dumps({k: v for k, v in f.items() if isinstance(v, (int, float, str))}))"
     )
     done = run_python(engine_python("llama.cpp"), "-c", script, str(path.absolute()))

@@ -148,12 +148,13 @@ def test_an_engine_runs_no_module_of_the_current_folder_and_has_no_keys(
     assert str(Path.cwd() / "target") in server.command, "the current folder is left"
 
 
+@pytest.mark.parametrize(("number", "file_type"), [(7, "MOSTLY_Q8_0"), (9999, 9999)])
 def test_what_is_asked_of_an_environment_is_asked_without_the_current_folder(
-    ran: Path, tmp_path: Path
+    number: int, file_type: str | int, ran: Path, tmp_path: Path
 ) -> None:
     told, shapes = tmp_path / "told", {"block_count": 2, "embedding_length": 8}
     fields = {"general.architecture": "a", **{f"a.{key}": n for key, n in shapes.items()}}
-    fields["general.file_type"] = 7
+    fields["general.file_type"] = number
     reader = (
         "import enum\n"
         "class LlamaFileType(enum.IntEnum):\n"
@@ -182,7 +183,7 @@ def test_what_is_asked_of_an_environment_is_asked_without_the_current_folder(
     (model / "tokenizer_config.json").write_text(json.dumps({"auto_map": {"AutoTokenizer": "e.E"}}))
     convert_to_gguf(model, Path("out.gguf"), "f32")
     check_told(told, "llama.cpp")
-    assert gguf_metadata(Path("out.gguf")) == fields | {"general.file_type": "MOSTLY_Q8_0"}
+    assert gguf_metadata(Path("out.gguf")) == fields | {"general.file_type": file_type}
     assert not ran.exists()
 
 
