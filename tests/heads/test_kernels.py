@@ -129,6 +129,56 @@ def test_a_long_prefill_is_left_to_transformers(monkeypatch: pytest.MonkeyPatch)
     assert called == [33]
 
 
+def causal_mask(rows: int, before: int, window: int, padding: int) -> torch.Tensor:
+    """[2, 1, R, T], True where a row sees a key: the second text has padding at its left."""
+    places, keys = torch.arange(before, before + rows)[:, None], torch.arange(before + rows)
+    seen = (keys <= places) & (keys > places - window)
+    padded = seen & ((keys >= padding) | (keys == places))
+    return torch.stack([seen, padded])[:, None]
+
+
+@pytest.mark.parametrize("additive", [False, True])
+@pytest.mark.parametrize("window", [5, 1000])
+@pytest.mark.parametrize("before", [0, 7])
+def test_a_long_prefill_goes_by_blocks_over_the_keys_that_they_see(
+    before: int, window: int, additive: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    monkeypatch.setattr(kernels, "BLOCK", 8)
+    layer: Any = nn.Module()
+    layer.num_key_value_groups, layer.is_causal = 4, True
+    query = torch.randn(2, 8, 50, 16)
+    key, value = (torch.randn(2, 2, before + 50, 16) for _ in range(2))
+    mask = causal_mask(50, before, window, padding=20)
+    if additive:
+        mask = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
+    keys: list[int] = []
+    stock = F.scaled_dot_product_attention
+
+    def noted(query: torch.Tensor, key: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        keys.append(key.shape[2])
+        return stock(query, key, *args, **kwargs)
+
+    with torch.no_grad():
+        wanted, _ = sdpa_attention_forward(layer, query, key, value, mask, scaling=0.3)
+        monkeypatch.setattr(kernels.F, "scaled_dot_product_attention", noted)
+        found, _ = grouped_query_attention(layer, query, key, value, mask, scaling=0.3)
+    torch.testing.assert_close(found, wanted, atol=1e-6, rtol=1e-5)
+    ends = [before + min(end, 50) for end in range(8, 57, 8)]
+    assert keys == [min(end, 8 + window - 1, 2 + window - 1 if end == 50 + before else end)
+                    for end in ends]  # fmt: skip
+
+
+def test_a_long_prompt_gives_the_same_text_by_blocks(
+    target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompt = torch.randint(10, 90, (1, 60), generator=torch.Generator().manual_seed(0))
+    plain = target.model.generate(prompt, max_new_tokens=12)
+    monkeypatch.setattr(kernels, "BLOCK", 16)
+    with fast_kernels(target.model):
+        assert torch.equal(target.model.generate(prompt, max_new_tokens=12), plain)
+
+
 @pytest.mark.parametrize("shape", [(1, 1), (1, 2), (1, 5), (5,), (2, 4), (1, 9), (3, 7)])
 @pytest.mark.parametrize("bias", [True, False])
 def test_the_product_is_that_of_linear(shape: tuple[int, ...], bias: bool) -> None:
