@@ -41,13 +41,19 @@ DOCUMENTS = 8  # run through the head together
 class Simulated:
     """What replaying held-out documents found."""
 
-    acceptance: AcceptanceCounts
-    """Of the head as it drafts: through its clusters where it has ordered embeddings."""
+    by_length: tuple[AcceptanceCounts, ...]
+    """Of the head as it drafts, through its clusters where it has ordered embeddings: in rounds of
+    1 draft, of 2, up to K."""
     dense: AcceptanceCounts
     """Of the same head with the LM head over the whole vocabulary."""
     recall: RecallCounts
     """Over the drafts that a decoder meets from any row: those whose earlier ones in the round were
     right. Zero where the head has no ordered embeddings."""
+
+    @property
+    def acceptance(self) -> AcceptanceCounts:
+        """In rounds of K drafts."""
+        return self.by_length[-1]
 
 
 @torch.no_grad()
@@ -69,7 +75,8 @@ def simulate_acceptance(
         which: their indices (a process passes its share).
         position: where drafts stand.
     """
-    drafted, dense, recall = zero_counts(rounds), zero_counts(rounds), RecallCounts()
+    by_length = [zero_counts(k) for k in range(1, rounds + 1)]
+    dense, recall = zero_counts(rounds), RecallCounts()
     chosen = [i for i in which if stored.entries[i].trained >= 2]
     chunks = (chosen[start : start + DOCUMENTS] for start in range(0, len(chosen), DOCUMENTS))
     for chunk in in_step(chunks, target.sharded):
@@ -101,9 +108,14 @@ def simulate_acceptance(
             # Each answer of a conversation, where rows follow one another, is replayed by itself.
             breaks = ((r[1:] - r[:-1]) != 1).nonzero()[:, 0] + 1
             for start, end in pairwise([0, *breaks.tolist(), len(r)]):
-                drafted += replay_rounds(matches[0][b, start:end], judged[b, start:end])
+                right, there = matches[0][b, start:end], judged[b, start:end]
+                # What a draft is does not depend on how many come after it.
+                by_length = [
+                    counts + replay_rounds(right[:, :k], there[:, :k])
+                    for k, counts in enumerate(by_length, start=1)
+                ]
                 dense += replay_rounds(matches[1][b, start:end], judged[b, start:end])
-    return Simulated(drafted, dense, recall)
+    return Simulated(tuple(by_length), dense, recall)
 
 
 def _matches(
@@ -181,25 +193,25 @@ class ReplayedText:
 def replay_texts(
     head: DraftHead,
     target: Target,
-    stores: dict[str, ActivationStore],
-    k: int,
+    stores: Mapping[str, ActivationStore],
+    lengths: Sequence[int],
     doing: str,
     positions: Mapping[str, DraftPositionOffset] | None = None,
     greedy: bool = False,
-) -> dict[str, list[ReplayedText]]:
-    """Replay rounds over every text of some stores; returns, by the name of a store, its texts in
-    which there was a round.
+) -> dict[str, dict[int, list[ReplayedText]]]:
+    """Replay rounds over every text of some stores; returns, by the name of a store and K, the
+    texts in which there was a round.
 
     Args:
         head: in any mode.
         target: that wrote the texts.
         stores: name -> texts.
-        k: K.
+        lengths: draft lengths K, all replayed at once.
         doing: label of the progress bar.
         positions: name -> where drafts stand there; None: as in transformers.
         greedy: leave out the texts that were sampled.
     """
-    found: dict[str, list[ReplayedText]] = {name: [] for name in stores}
+    found = {name: {k: list[ReplayedText]() for k in lengths} for name in stores}
     texts = [
         (name, i, entry)
         for name, store in stores.items()
@@ -208,11 +220,13 @@ def replay_texts(
     ]
     for name, i, entry in counted(texts, f"{doing} (texts)"):
         at: DraftPositionOffset = 0 if positions is None else positions[name]
-        counts = simulate_acceptance(head, target, stores[name], k, [i], at).acceptance
-        if counts.rounds:
+        simulated = simulate_acceptance(head, target, stores[name], max(lengths), [i], at)
+        if simulated.acceptance.rounds:
             [text] = stores[name].read([i])
             loops = ends_in_loop(text.ids[text.loss_mask].tolist())
-            found[name].append(ReplayedText(entry.id, entry.category, counts, loops))
+            for k, own in found[name].items():
+                counts = simulated.by_length[k - 1]
+                own.append(ReplayedText(entry.id, entry.category, counts, loops))
     return found
 
 
@@ -289,12 +303,11 @@ def run_estimate(
     found: list[dict[str, Any]] = []
     first: dict[int, list[ReplayedText]] = {}
     for name, assistant in heads.items():
-        for k in num_assistant_tokens:
-            head, doing = DraftHead(assistant), f"Replaying {name}, K = {k}"
-            stores = {"texts": stored}
-            replayed = replay_texts(head, target, stores, k, doing, positions=at, greedy=True)[
-                "texts"
-            ]
+        by_length = replay_texts(
+            DraftHead(assistant), target, {"texts": stored}, num_assistant_tokens,
+            f"Replaying {name}", positions=at, greedy=True,
+        )["texts"]  # fmt: skip
+        for k, replayed in by_length.items():
             if not replayed:
                 raise ValueError(
                     f"{store} holds no greedy text of the target: make one with `headstart "

@@ -173,8 +173,9 @@ def _replayed(
 ) -> dict[str, Any]:
     assistant = load_assistant(head, target.table.dtype, target.device)
     check_pair(target, assistant)
-    found = replay_texts(DraftHead(assistant), target, stores, a.num_assistant_tokens, doing)
-    return {kind: [text.row() for text in texts] for kind, texts in found.items()}
+    k = a.num_assistant_tokens
+    found = replay_texts(DraftHead(assistant), target, stores, [k], doing)
+    return {kind: [text.row() for text in texts[k]] for kind, texts in found.items()}
 
 
 def read_texts(found: dict[str, Any]) -> TextsOfKinds:

@@ -7,7 +7,8 @@ clock is in what is compared. The same command goes on where it stopped. The fil
 `config`, the recipe that all runs vary, by name or path; `overrides` of every run; `runs`, name ->
 overrides, the first of which the others are compared with; `eval_sets`, name -> an activation store
 of texts that no run trains on, or `{store: DIR, draft_position_offset: -1}`; and, with the
-defaults below, `seeds` and `num_assistant_tokens`.
+defaults below, `seeds` and `num_assistant_tokens`, one K or a list. `{kind}` in the path of a store
+stands for the run's `head.kind`, whose heads may read what others do not.
 """
 
 import argparse
@@ -35,7 +36,11 @@ from headstart.heads.saving import load_assistant
 from headstart.heads.target import Target
 from headstart.heads.unroll import DraftHead
 from headstart.train.run import train
-from headstart.train.run_folder import read_metrics
+from headstart.train.run_folder import PHASES, read_metrics
+
+
+AT = ", K = "
+"""Between the name of a set of texts and K, where several are asked for."""
 
 
 def run_sweep(path: Path, out: Path, overrides: list[str]) -> dict[str, Any]:
@@ -57,6 +62,8 @@ def run_sweep(path: Path, out: Path, overrides: list[str]) -> dict[str, Any]:
         ]))
         for seed in sweep["seeds"] for name, own in sweep["runs"].items()
     ]  # fmt: skip
+    if isinstance(sweep["num_assistant_tokens"], int):
+        sweep["num_assistant_tokens"] = [sweep["num_assistant_tokens"]]
     target = open_target(runs[0][1].target, default_device())
     found: list[dict[str, Any]] = []
     for number, (name, config) in enumerate(runs, start=1):
@@ -69,37 +76,54 @@ def run_sweep(path: Path, out: Path, overrides: list[str]) -> dict[str, Any]:
         content["results"] = summarize(found)
         content = without_paths(content, set_names(config))
         write_atomically(out / "sweep.json", json.dumps(content, indent=2) + "\n")
-        plot(content["results"], out / "sweep.png")
+        draw = plot if len(sweep["num_assistant_tokens"]) == 1 else plot_lengths
+        draw(content["results"], out / "sweep.png")
     print_table(content["results"])
     return content
 
 
 def train_and_evaluate(config: Config, target: Target, sweep: dict[str, Any]) -> dict[str, Any]:
     """What judged.json in the run's folder holds: the counts of each text."""
-    eval_sets, k = sweep["eval_sets"], sweep["num_assistant_tokens"]
+    eval_sets, lengths = sweep["eval_sets"], sweep["num_assistant_tokens"]
     asked = stable_hash(dump_config(config))
-    settings = {"config": asked, "eval_sets": eval_sets, "num_assistant_tokens": k}
+    settings = {"config": asked, "eval_sets": eval_sets, "num_assistant_tokens": lengths}
     path = config.output_dir / "judged.json"
     if path.is_file():
-        judged: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        judged: dict[str, Any] = read_json(path)
         if judged["settings"] == settings:
             return judged
     train(config, resume=True)  # refuses a folder that holds a run of other settings
     head = DraftHead(load_assistant(config.output_dir / "head", target.table.dtype, target.device))
-    stores = {name: ActivationStore(Path(on["store"]), target) for name, on in eval_sets.items()}
+    folders = {name: on["store"].format(kind=config.head.kind) for name, on in eval_sets.items()}
+    stores = {name: ActivationStore(Path(folder), target) for name, folder in folders.items()}
     positions = {name: on["draft_position_offset"] for name, on in eval_sets.items()}
-    texts = replay_texts(head, target, stores, k, "Judging", positions)
+    texts = replay_texts(head, target, stores, lengths, "Judging", positions)
     rows = read_metrics(config.output_dir)
     judged = {
         "seed": config.seed,
         "steps": config.train.max_steps,
         "loss": rows[-1]["loss"],
         "held_out": max(row.get("acceptance_length", 0.0) for row in rows),
-        "texts": {name: [text.row() for text in replayed] for name, replayed in texts.items()},
+        "parameters": read_json(config.output_dir / "summary.json")["parameters_trained"],
+        "minutes": minutes_of_training(config.output_dir),
+        "texts": {
+            name if len(lengths) == 1 else f"{name}{AT}{k}": [text.row() for text in replayed]
+            for name, of_lengths in texts.items() for k, replayed in of_lengths.items()
+        },
         "settings": settings,
     }
     write_atomically(path, json.dumps(judged) + "\n")
     return judged
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def minutes_of_training(run: Path) -> float:
+    """Also of a run that was resumed."""
+    phases = read_json(run / PHASES)
+    return sum(p["took"] for p in phases if p["name"] == "training") / 60
 
 
 def summarize(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -128,7 +152,8 @@ def summarize(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 },
                 "texts": len(runs[0]["texts"][store]),
             }
-        columns = {key: [one[key] for one in runs] for key in ("loss", "held_out")}
+        each = ("loss", "held_out", "parameters", "minutes")
+        columns = {key: [one[key] for one in runs] for key in each}
         results.append({
             "run": name, "overrides": runs[0]["overrides"], "steps": runs[0]["steps"], **columns,
             "eval_sets": judged,
@@ -170,6 +195,29 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
         axes.set_xlabel(f"acceptance length beside {names[0]}")
         axes.set_yticks(range(len(names)), names)
     panels[0].invert_yaxis()
+    figure.savefig(path, dpi=120)
+
+
+def plot_lengths(results: list[dict[str, Any]], path: Path) -> None:
+    """Draw the acceptance length of each run by K with its interval, a panel a store."""
+    stores = list(dict.fromkeys(name.partition(AT)[0] for name in results[0]["eval_sets"]))
+    figure = Figure(figsize=(6.5 * len(stores), 5), layout="constrained")
+    panels = figure.subplots(1, len(stores), sharey=True, squeeze=False)[0]
+    for axes, store in zip(panels, stores, strict=True):
+        for result in results:
+            at = {
+                int(name.rpartition(AT)[2]): one
+                for name, one in result["eval_sets"].items() if name.startswith(store + AT)
+            }  # fmt: skip
+            lengths = [one["acceptance_length"] for one in at.values()]
+            [line] = axes.plot(list(at), lengths, "o-", markersize=3, label=result["run"])
+            low, high = zip(*(one["interval"] for one in at.values()), strict=True)
+            axes.fill_between(list(at), low, high, color=line.get_color(), alpha=0.12, linewidth=0)
+        axes.set_title(store)
+        axes.set_xlabel("draft tokens K")
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("acceptance length")
+    panels[0].legend()
     figure.savefig(path, dpi=120)
 
 
