@@ -38,7 +38,6 @@ from headstart.heads.unroll import DraftHead
 from headstart.train.run import train
 from headstart.train.run_folder import PHASES, read_metrics
 
-
 AT = ", K = "
 """Between the name of a set of texts and K, where several are asked for."""
 
@@ -108,7 +107,8 @@ def train_and_evaluate(config: Config, target: Target, sweep: dict[str, Any]) ->
         "minutes": minutes_of_training(config.output_dir),
         "texts": {
             name if len(lengths) == 1 else f"{name}{AT}{k}": [text.row() for text in replayed]
-            for name, of_lengths in texts.items() for k, replayed in of_lengths.items()
+            for name, of_lengths in texts.items()
+            for k, replayed in of_lengths.items()
         },
         "settings": settings,
     }
