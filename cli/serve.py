@@ -211,8 +211,8 @@ WATCH = Command(
         ),
     ),
     settings=(
-        "watch.interval", "watch.rounds", "watch.seconds", "watch.margin", "watch.false_alarms",
-        "server.model", "server.api_key_env",
+        "watch.head", "watch.temperature", "watch.interval", "watch.rounds", "watch.seconds",
+        "watch.margin", "watch.false_alarms", "server.model", "server.api_key_env",
     ),
     defaults=(("server.url", URL),),
     flags=("--json",),

@@ -141,6 +141,11 @@ class PublishConfig(Section):
 class WatchConfig(Section):
     """Of `headstart watch`, which reads the metrics of a server."""
 
+    head: str | None = None
+    """Name of the head in a report of several. None: there is one."""
+    temperature: float | None = Field(default=None, ge=0)
+    """At which the server samples, of those in the report; 0: greedy. None: the highest of these,
+    at which the least is accepted."""
     interval: float = Field(default=10, gt=0)
     """Seconds between two readings."""
     rounds: PositiveInt | None = None

@@ -1,7 +1,7 @@
 """What the report says that a head was published with: the acceptance that a server is held to."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,25 +23,29 @@ class Published:
 
     name: str
     """Head, decoder, K and temperature, in words."""
+    greedy: bool
+    """Whether the texts of the report were greedy."""
     rates: list[float]
     """[K] conditional acceptance."""
     lower: list[float]
     """[K] the lower ends of its 95% intervals."""
     rounds_per_text: float
+    unevenness: float
+    """The length of a text in rounds that a round's own text has on average, in mean lengths: 1
+    where all texts are as long."""
     likeness: float
     """Correlation of rounds of one text in how many tokens they accept, 0 to 1."""
 
     def up_to(self, k: int) -> "Published":
         """Of drafts 1 .. k alone."""
-        return Published(
-            self.name, self.rates[:k], self.lower[:k], self.rounds_per_text, self.likeness
-        )
+        return replace(self, rates=self.rates[:k], lower=self.lower[:k])
 
     def design_effect(self, rounds_per_text: float | None) -> float:
         """How many times as much sums over rounds vary as if rounds were independent, where texts
-        have so many (None: as many as in the report) that are as alike as those of the report."""
+        have so many on average (None: as many as in the report) that are as alike, and as uneven
+        in length, as those of the report."""
         length = self.rounds_per_text if rounds_per_text is None else rounds_per_text
-        return 1 + max(length - 1, 0) * self.likeness
+        return 1 + max(length * self.unevenness - 1, 0) * self.likeness
 
 
 def published_report(head: str) -> dict[str, Any]:
@@ -80,51 +84,77 @@ def published_report(head: str) -> dict[str, Any]:
         raise ValueError(f"{name} on the Hub has no {file} to be read: {reason}") from error
 
 
-def choose_published(report: dict[str, Any], head: str, k: int | None) -> Published:
-    """The variant of a report to hold a server to: of its head, greedy where it was measured so,
-    the clean-KV decoder before transformers' own, with the server's K or else the nearest larger,
-    or the largest.
+def choose_published(
+    report: dict[str, Any],
+    place: str,
+    k: int | None,
+    head: str | None = None,
+    temperature: float | None = None,
+) -> Published:
+    """The variant of a report to hold a server to: of its head, at the server's temperature, the
+    clean-KV decoder before transformers' own, with the server's K or else the nearest larger, or
+    the largest.
 
     Args:
         report: content of report.json.
-        head: as the report was named, which tells heads of one report apart.
+        place: where it was found: a head of that name is taken where the report has several.
         k: K of the server; None: not known.
+        head: its name in the report; None: there is one, or one that is named as `place`.
+        temperature: of the server's texts; None: the highest that was measured, at which the least
+            is accepted.
 
     Raises:
         ValueError: it has no such variant, or those of several heads.
     """
     found = [r for r in report["results"]
              if r["head"] and r["decoder"] in DECODERS and r.get("per_text")]  # fmt: skip
-    heads = sorted({result["head"] for result in found})
-    if head in heads:
-        found = [result for result in found if result["head"] == head]
-    elif len(heads) > 1:
-        raise ValueError(f"the report is of {', '.join(heads)}: name one of them as it does")
     if not found:
         raise ValueError(
             f"the report has no head measured with the decoder {' or '.join(DECODERS)}: measure it "
             f"with eval.decoders={DECODERS[0]}"
         )
+    found = _only(found, "head", head, place)
+    temperatures = [result["temperature"] for result in found]
+    found = _only(found, "temperature", temperature, max(temperatures))
 
     def distance(result: dict[str, Any]) -> tuple[Any, ...]:
         drafts = result["num_assistant_tokens"]
         shorter = k is not None and drafts < k
         off = -drafts if k is None or shorter else drafts
-        return result["temperature"], shorter, off, DECODERS.index(result["decoder"])
+        return shorter, off, DECODERS.index(result["decoder"])
 
     result = min(found, key=distance)
     columns = report["per_text_columns"]
     rounds, accepted = (
         [row[columns.index(name)] for row in result["per_text"]] for name in ("rounds", "accepted")
     )
-    drafts = result["num_assistant_tokens"]
+    drafts, total = result["num_assistant_tokens"], sum(rounds)
     return Published(
         f"{result['head']}, {decoder_name(result)}, K = {drafts}",
+        not result["temperature"],
         list(result["conditional_acceptance_rate"]),
         [low for low, _ in result["conditional_acceptance_rate_interval"]],
-        sum(rounds) / max(len(rounds), 1),
+        total / max(len(rounds), 1),
+        sum(n * n for n in rounds) * len(rounds) / max(total, 1) ** 2,
         likeness(rounds, accepted, result["accepted_histogram"]),
     )
+
+
+def _only(
+    found: list[dict[str, Any]], key: str, wanted: str | float | None, otherwise: str | float
+) -> list[dict[str, Any]]:
+    """The results that have what is wanted; where nothing is, those that have `otherwise`, or all
+    of them if they agree."""
+    values = sorted({result[key] for result in found})
+    listed = ", ".join(map(str, values))
+    if wanted is not None and wanted not in values:
+        raise ValueError(f"watch.{key}={wanted} is not in the report, which has {listed}")
+    value = otherwise if wanted is None else wanted
+    if value in values:
+        return [result for result in found if result[key] == value]
+    if len(values) > 1:
+        raise ValueError(f"the report is of {listed}: name one with watch.{key}=...")
+    return found
 
 
 def likeness(rounds: Sequence[int], accepted: Sequence[int], histogram: Sequence[int]) -> float:

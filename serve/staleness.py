@@ -13,8 +13,9 @@ theoretic statistics and safe anytime-valid inference", arXiv 2210.01948).
   unit that add up to one over all time (Shin et al. 2023, "E-detectors", arXiv 2203.03532).
 - Rounds of one text are alike. Money is multiplied by the d-th root, where the report's own texts
   say that sums over rounds vary d times as much as if rounds were independent (the design effect of
-  samples of clusters). A root of a fair bet is never better than fair, so the bound holds where
-  rounds are independent, and where texts are as alike within as those of the report.
+  samples of clusters, in which long texts weigh more). A root of a fair bet is never better than
+  fair, so the bound holds where rounds are independent. Where they are not it is an approximation:
+  two moments of the report's texts stand for all that they have in common.
 
 Letters: K draft tokens a round, B bettors, S beginnings.
 """

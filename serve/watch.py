@@ -71,7 +71,8 @@ class Watched:
         self._before = reading
         if not first:
             self.rounds += seen.rounds
-        self._lately.append(seen)
+        if not first or seen.rounds <= LATELY:  # else it is of long before the watch
+            self._lately.append(seen)
         while sum(s.rounds for s in self._lately[1:]) >= LATELY:
             del self._lately[0]
         if self.test is not None and self.stale is None:
@@ -84,7 +85,8 @@ class Watched:
         if self.report is None:
             self.k = reading.k or 1
             return
-        published = choose_published(*self.report, reading.k)
+        chosen = self.chosen
+        published = choose_published(*self.report, reading.k, chosen.head, chosen.temperature)
         there = len(published.rates)
         if reading.by_position is None and reading.k is not None and reading.k > there:
             raise ValueError(
@@ -99,6 +101,12 @@ class Watched:
                 "are compared"
             )
         self.published = published.up_to(self.k)
+        if published.greedy and chosen.temperature is None:
+            print_once(
+                "The report is of greedy texts. A good head is accepted less where the server "
+                "samples: measure it with eval.temperatures=model for such a server, or say "
+                "watch.temperature=0"
+            )
         held = [(1 - self.chosen.margin) * low for low in self.published.lower]
         self.test = StaleTest(held, self.chosen.false_alarms)
         print_once(
@@ -128,7 +136,8 @@ class Watched:
         return rounds_between(self.newest, None, self.k)
 
     def lately(self) -> Rounds:
-        """The newest `LATELY` rounds, and as many as came with them."""
+        """The newest `LATELY` rounds, and as many as came with them; of those before the watch only
+        where they are no more."""
         if not self._lately:
             return Rounds(0, 0)
         found = self._lately[0]
@@ -138,10 +147,12 @@ class Watched:
 
     def status(self) -> str:
         """How it is, in a few words."""
-        lately = self.lately()
-        if not lately.rounds:
+        seen, when = self.lately(), "lately"
+        if not seen.rounds:
+            seen, when = self.since_start(), "since its start"
+        if not seen.rounds:
             return "no drafts yet"
-        said = f"{lately.acceptance_length:.2f} tokens a round lately"
+        said = f"{seen.acceptance_length:.2f} tokens a round {when}"
         if self.published is not None and self.test is not None:
             most = 1 / self.chosen.false_alarms
             said += (
@@ -283,8 +294,10 @@ def print_watch(content: dict[str, Any]) -> None:
         if row is not None:
             rounds = f"{row['rounds']:,}" if "rounds" in row else ""
             table.add_row(label, rounds, *_cells(row, "{:.2f}"))
-    if published is not None and lately is not None:
-        table.add_row("lately - the report", "", *_cells(_change(published, lately), "{:+.2f}"))
+    label = "since the start" if lately is None else "lately"
+    if published is not None and (newest := rows[label]) is not None:
+        change = _cells(_change(published, newest), "{:+.2f}")
+        table.add_row(f"{label} - the report", "", *change)
     plain_console().print(table)
     print_once(verdict(content))
 

@@ -29,6 +29,7 @@ from headstart.serve.engines import (
     install_engine,
     unlike_gguf,
 )
+from tests.helpers.gguf_bits import write_q4_k_m
 from tests.helpers.tiny_pair import GEMMA4, KINDS, write_multimodal, write_pair
 
 pytestmark = pytest.mark.engines
@@ -66,22 +67,28 @@ def test_an_engine_says_what_transformers_says_and_accepts_as_much(
     assert rates["engine"] == pytest.approx(rates["transformers"], abs=0.04)
 
 
-@pytest.mark.parametrize("kind", GEMMA4)
+@pytest.mark.parametrize(
+    ("kind", "bits"), [*((kind, "Q8_0") for kind in GEMMA4), ("wide", "Q4_K_M")]
+)
 def test_llama_cpp_serves_the_file_of_the_target_that_it_is_given(
-    kind: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+    kind: str, bits: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """In int8, whose texts are not quite those of transformers; and no file of another model."""
+    """Its texts are not quite those of transformers; and no file of another model is served."""
     install_engine("llama.cpp")
     target, head = pair_of(kind, tmp_path_factory)
     shutil.copytree(target, tmp_path / "target")
     write_global_keys(tmp_path / "target" / "config.json")
-    quantized = tmp_path / "q8_0.gguf"
-    convert_to_gguf(tmp_path / "target", quantized, "q8_0")
+    quantized = tmp_path / "quantized.gguf"
+    if bits == "Q8_0":
+        convert_to_gguf(tmp_path / "target", quantized, "q8_0")
+    else:
+        convert_to_gguf(tmp_path / "target", tmp_path / "whole.gguf", "f32")
+        assert write_q4_k_m(tmp_path / "whole.gguf", quantized).keys() == {"F32", "Q4_K", "Q6_K"}
     settings = [f"target.name={target}", "target.dtype=float32", "eval.limit=8"]
     settings += [f"output_dir={tmp_path / 'out'}", f"export.target_gguf={quantized}"]
     assert main(["serve-check", head, "llama.cpp", *settings]) == 0
     content = json.loads((tmp_path / "out" / "serve-check.json").read_text())
-    assert content["environment"]["engine_dtype"] == "MOSTLY_Q8_0"
+    assert content["environment"]["engine_dtype"] == f"MOSTLY_{bits}"
     assert content["equal_texts"]["engine_assisted_to_engine_plain"] == 1
     assert content["acceptance_length"]["engine"] > 2
     config = load_target_config("tiny-gemma4").to_dict()

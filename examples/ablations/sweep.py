@@ -35,8 +35,9 @@ from headstart.heads.loading import open_target
 from headstart.heads.saving import load_assistant
 from headstart.heads.target import Target
 from headstart.heads.unroll import DraftHead
+from headstart.train.checkpoints import checkpoints
 from headstart.train.run import train
-from headstart.train.run_folder import PHASES, read_metrics
+from headstart.train.run_folder import read_metrics
 
 AT = ", K = "
 """Between the name of a set of texts and K, where several are asked for."""
@@ -121,9 +122,9 @@ def read_json(path: Path) -> Any:
 
 
 def minutes_of_training(run: Path) -> float:
-    """Also of a run that was resumed."""
-    phases = read_json(run / PHASES)
-    return sum(p["took"] for p in phases if p["name"] == "training") / 60
+    """Of all its steps, also of a run that was resumed."""
+    newest = checkpoints(run / "checkpoints")[-1]
+    return float(read_json(newest / "state.json")["seconds"]) / 60
 
 
 def summarize(found: list[dict[str, Any]]) -> list[dict[str, Any]]:

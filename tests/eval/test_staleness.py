@@ -166,3 +166,35 @@ def test_rounds_of_a_text_are_not_taken_for_independent() -> None:
     naive, ours = alarms.values()
     assert naive >= 5
     assert ours == 0
+
+
+def test_a_few_long_texts_among_short_ones_call_no_good_head_stale() -> None:
+    """Most rounds are of long texts, whose ups and downs the mean length would not tell."""
+
+    def texts(seed: int, count: int) -> list[list[int]]:
+        generator = np.random.default_rng(seed)
+        lengths = np.where(generator.random(count) < 0.1, 500, 20)
+        rates = generator.beta(0.45 * 6, 0.55 * 6, count)
+        pairs = zip(lengths, rates, strict=True)
+        return [(generator.random(n) < p).astype(int).tolist() for n, p in pairs]
+
+    report = texts(99, 1000)
+    rounds, accepted = map(len, report), map(sum, report)
+    drawn = np.bincount([n for text in report for n in text]).tolist()
+    result = {
+        "head": "h", "decoder": "exact", "temperature": 0.0, "num_assistant_tokens": 1,
+        "per_text": list(zip(rounds, accepted, strict=True)), "accepted_histogram": drawn,
+        "conditional_acceptance_rate": [0.45],
+        "conditional_acceptance_rate_interval": [[0.45, 0.45]],
+    }  # fmt: skip
+    content = {"per_text_columns": ["rounds", "accepted"], "results": [result]}
+    published = choose_published(content, "h", 1)
+    assert published.unevenness > 3
+    alarms = 0
+    for seed in range(30):
+        test = StaleTest([0.45], 0.01)
+        for text in texts(seed, 200):
+            seen = Rounds(len(text), sum(text), (sum(text),))
+            test.observe(seen, published.design_effect(None))
+        alarms += test.is_stale
+    assert alarms == 0

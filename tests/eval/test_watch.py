@@ -416,15 +416,23 @@ def test_the_variant_that_is_compared_drafts_as_the_server_does() -> None:
 
     results = [
         result(2), result(4), result(4, decoder="transformers"), result(8),
-        result(4, temperature=1), result(4, decoder="cost"), result(4, head=None, decoder="lookup"),
+        result(4, decoder="cost"), result(4, head=None, decoder="lookup"),
     ]  # fmt: skip
     report = {"per_text_columns": ["rounds", "accepted"], "results": results}
     chosen = {k: choose_published(report, "x", k).name for k in (1, 2, 3, 4, 5, 8, 9, None)}
     wanted = {1: 2, 2: 2, 3: 4, 4: 4, 5: 8, 8: 8, 9: 8, None: 8}
     assert chosen == {k: f"h, exact, K = {drafts}" for k, drafts in wanted.items()}
+    sampled = report | {"results": [*results, result(4, temperature=1.0)]}
+    warm, cold = (choose_published(sampled, "x", 4, temperature=t) for t in (None, 0.0))
+    assert (warm.greedy, cold.greedy) == (False, True)
+    with pytest.raises(ValueError, match=r"watch\.temperature=0\.7 is not in the report"):
+        choose_published(sampled, "x", 4, temperature=0.7)
     several = report | {"results": [result(2), result(2, head="other")]}
-    with pytest.raises(ValueError, match="h, other: name one"):
+    with pytest.raises(ValueError, match=r"h, other: name one with watch\.head"):
         choose_published(several, "x", 2)
     assert choose_published(several, "other", 2).name.startswith("other")
+    assert choose_published(several, "x", 2, head="other").name.startswith("other")
+    with pytest.raises(ValueError, match=r"watch\.head=mine is not in the report"):
+        choose_published(several, "x", 2, head="mine")
     with pytest.raises(ValueError, match=r"eval\.decoders=exact"):
         choose_published(report | {"results": [result(2, decoder="cost")]}, "x", 2)

@@ -2,7 +2,7 @@
 agree often enough, and not always, that an engine's acceptance means something.
 
 Kinds: of Gemma 4 `shared` (KV sharing, per-layer embeddings, soft cap) and `plain` (none of them),
-and `gemma3`.
+`wide`, a plain one whose rows are long enough for all of llama.cpp's quantizations, and `gemma3`.
 """
 
 import json
@@ -57,6 +57,7 @@ OF_GEMMA4: dict[str, Any] = {
         "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
     },
 }  # fmt: skip
+WIDE = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
 SHARED = {
     "num_kv_shared_layers": 3,
     "hidden_size_per_layer_input": 32,
@@ -109,7 +110,8 @@ def write_target(kind: str, folder: Path, steps: int = 500, seed: int = 0) -> No
     if kind == "gemma3":
         model = Gemma3ForCausalLM(gemma3_config(**SHAPE, query_pre_attn_scalar=32))
     else:
-        model = Gemma4ForCausalLM(gemma4_text_config(**SHAPE, **OF_GEMMA4, **shared))
+        shape = SHAPE | OF_GEMMA4 | (WIDE if kind == "wide" else {}) | shared
+        model = Gemma4ForCausalLM(gemma4_text_config(**shape))
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = 3e-3 * min(1, (step + 1) / 20) * (1 - 0.9 * step / steps)
