@@ -309,7 +309,9 @@ def by_span(found: Results) -> str:
     rows = [
         [ASKED[name], *row]
         for name, report in found.items()
-        for row in page.span_rows(_exact(report)["by_span"])
+        for row in page.span_rows(
+            _exact(report)["by_span"], page.straight_spans(report, _exact(report))
+        )
     ]
     return rows_of(header, rows)
 

@@ -149,21 +149,23 @@ def predicted(
     Args:
         batches: head -> fields of its `BatchCost`s.
         results: of a report, whose acceptance lengths count: of the exact decoder over all texts,
-            of greedy ones where there are some.
+            at the highest temperature of several, since servers sample unless they are told not to.
 
     Returns:
-        A row for each head, number of texts and K: the cost, and `acceptance_length`, `speedup`.
+        A row for each head, number of texts and K: the cost, `temperature`, `acceptance_length` and
+        `speedup`.
     """
-    lengths: dict[tuple[str, int], float] = {}
-    for r in sorted(results, key=lambda r: -r["temperature"]):
+    counted: dict[tuple[str, int], dict[str, Any]] = {}
+    for r in sorted(results, key=lambda r: float(r["temperature"])):
         if (r["decoder"], r["category"], r["looping_texts"]) == ("exact", "all", "with"):
-            lengths[r["head"], r["num_assistant_tokens"]] = r["acceptance_length"]
+            same = ("temperature", "acceptance_length")
+            counted[r["head"], r["num_assistant_tokens"]] = {name: r[name] for name in same}
     rows = []
     for head, costs in batches.items():
         for cost in costs:
-            if (length := lengths.get((head, cost["num_assistant_tokens"]))) is not None:
-                gain = BatchCost(**cost).speedup(length)
-                rows.append({"head": head} | cost | {"acceptance_length": length, "speedup": gain})
+            if (found := counted.get((head, cost["num_assistant_tokens"]))) is not None:
+                gain = BatchCost(**cost).speedup(found["acceptance_length"])
+                rows.append({"head": head} | cost | found | {"speedup": gain})
     return rows
 
 
@@ -177,17 +179,29 @@ def where_it_pays(rows: Sequence[dict[str, Any]]) -> list[str]:
         best = {n: max(r["speedup"] for r in own if r["texts"] == n) for n in _sizes(own)}
         name = f"{head}: " if len(heads) > 1 else ""
         if (size := leave_off_from(best)) is not None:
+            before = max((tried for tried in best if tried < size), default=1)
+            gap = "" if size - before == 1 else f" (numbers from {before} to there were not tried)"
             lines.append(
-                f"{name}From {size} texts at once on leave the head off: with it a server is "
-                f"predicted to be {best[size]:.2f} times as fast as without."
+                f"{name}From {size} texts at once on{gap} leave the head off: with it a server is "
+                f"predicted to be {best[size]:.2f} times as fast as without. {_prediction(own)}"
             )
         else:
             size = max(best)
             lines.append(
                 f"{name}Up to {size} texts at once, the most that was tried, the head is predicted "
-                f"to pay: {best[size]:.2f} times as fast as without."
+                f"to pay: {best[size]:.2f} times as fast as without. {_prediction(own)}"
             )
     return lines
+
+
+def _prediction(rows: Sequence[dict[str, Any]]) -> str:
+    """What a prediction is made of, and what it is worth."""
+    warm = max(row.get("temperature", 0.0) for row in rows)  # reports of before do not say
+    texts = f"texts sampled at T={warm:g}" if warm else "greedy texts"
+    return (
+        f"That is of {texts} after at most {COST_CONTEXT} tokens of context, and of what "
+        "transformers computes: an upper bound for a server, which headstart serve-check measures."
+    )
 
 
 def leave_off_from(best: Mapping[int, float]) -> int | None:

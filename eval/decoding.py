@@ -81,9 +81,20 @@ class Decoded:
             for (seen, given), end in zip(rounds, starts[1:], strict=True)
         ]
 
+    def judged_rounds(self, prompt_len: int) -> list[tuple[int, int]]:
+        """`rounds`, without the drafts of the last one from the text's last token on, where that
+        was drafted: the target said it too, and it was neither accepted nor rejected, since nothing
+        came after it."""
+        rounds = self.rounds(prompt_len)
+        if rounds:
+            proposed, accepted = rounds[-1]
+            if accepted < proposed and self.drafts[-1][accepted] == self.tokens[-1]:
+                rounds[-1] = accepted, accepted
+        return rounds
+
     def counts(self, prompt_len: int, num_assistant_tokens: int) -> AcceptanceCounts:
         """Acceptance over the rounds."""
-        return AcceptanceCounts.of_rounds(self.rounds(prompt_len), num_assistant_tokens)
+        return AcceptanceCounts.of_rounds(self.judged_rounds(prompt_len), num_assistant_tokens)
 
 
 def decode(

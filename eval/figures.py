@@ -133,21 +133,29 @@ def _by_position(texts: Sequence[Text]) -> list[dict[str, Any]]:
 def _by_context(texts: Sequence[Text]) -> list[dict[str, Any]]:
     """Acceptance of the rounds that begin after so many tokens of prompt and text, and speed of the
     texts whose prompts are as long."""
-    begun = [(t.prompt_len + first, n) for t in texts for first, _, n in _begun(t)]
-    rows = _grouped(begun, CONTEXTS)
+    begun = [[(t.prompt_len + first, n) for first, _, n in _begun(t)] for t in texts]
+    rows = _grouped([pair for own in begun for pair in own], CONTEXTS)
+    speeds = ("speedup", "speedup_interval", "decode_speedup")
     for row in rows:
         its = bisect(CONTEXTS, row["from"])
+        accepted = [[n for before, n in own if bisect(CONTEXTS, before) == its] for own in begun]
+        row["acceptance_length_interval"] = _length_interval(texts, accepted)
         asked = [text for text in texts if bisect(CONTEXTS, text.prompt_len) == its]
-        row |= {"texts": len(asked), "speedup": None, "speedup_interval": None}
-        if asked:
-            speed = _speed(asked)
-            row |= {name: speed[name] for name in ("speedup", "speedup_interval")}
+        found: dict[str, Any] = _speed(asked) if asked else {}
+        row |= {"texts": len(asked)} | {name: found.get(name) for name in speeds}
     return rows
 
 
+def _length_interval(texts: Sequence[Text], accepted: Sequence[list[int]]) -> list[float]:
+    """Of the acceptance length of some rounds of each text."""
+    counts = [[len(own), sum(own)] for own in accepted]
+    sums = resampled([text.id for text in texts], counts)
+    return list(interval(1 + sums[:, 1] / np.maximum(sums[:, 0], 1)))
+
+
 def _begun(text: Text) -> list[tuple[int, int, int]]:
-    """Of each round: new tokens before it, drafts that it proposed, and that it accepted."""
-    pairs = text.assisted.rounds(text.prompt_len)
+    """Of each round: new tokens before it, drafts that were judged, and those accepted."""
+    pairs = text.assisted.judged_rounds(text.prompt_len)
     starts = [cached - text.prompt_len + 1 for cached, _ in text.assisted.forwards[1:]]
     return [(first, *pair) for first, pair in zip(starts, pairs, strict=True)]
 
@@ -186,12 +194,13 @@ def _by_span(texts: Sequence[Text], k: int, costs: Costs | None) -> list[dict[st
     for text in texts:
         own = text.spans
         tokens.update(own)
-        for first, proposed, kept in _begun(text):
+        made = text.assisted.rounds(text.prompt_len)
+        for (first, judged, kept), (proposed, _) in zip(_begun(text), made, strict=True):
             begins = own[min(first, len(own) - 1)]
             rounds[begins] += 1
             emitted[begins] += 1 + kept
             steps[begins] += 0.0 if costs is None else costs.of_round(proposed)
-            for place in range(proposed):
+            for place in range(judged):
                 span, one = own[min(first + place, len(own) - 1)], np.arange(k) == place
                 drafted[span] = drafted[span] + one
                 reached[span] = reached[span] + one * (place <= kept)

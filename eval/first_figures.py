@@ -112,7 +112,7 @@ def _texts(
         plain, drafted = done[None], done[k]
         texts.append(Text(
             prompt.id, 0, prompt.category, len(ids), plain, drafted, None, None, seed=None,
-            spans=spans_of_tokens(target.tokenizer, ids, drafted.tokens),
+            spans=spans_of_tokens(target.tokenizer, ids, drafted.tokens, target.eos_ids),
         ))  # fmt: skip
     return texts
 

@@ -342,7 +342,7 @@ def _measure_turn(
                 target, ids, plain.tokens, decoded.tokens, constraint(len(ids))
             )
         diverged = None if why is None else asdict(why)
-        spans = spans_of_tokens(target.tokenizer, ids, decoded.tokens)
+        spans = spans_of_tokens(target.tokenizer, ids, decoded.tokens, target.eos_ids)
         found.append({
             "variant": variant.key, "decoded": asdict(decoded), "divergence": diverged,
             "spans": [(span, len(list(same))) for span, same in groupby(spans)],

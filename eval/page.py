@@ -181,14 +181,17 @@ def _divergence(content: dict[str, Any]) -> str | None:
     )
 
 
-SPAN_COLUMNS = ["span", "tokens", "rounds", "acceptance length", "a_1 .. a_4", "predicted speedup",
-                "share of the steps saved"]  # fmt: skip
+OF_HEADS = ("exact", "transformers")
+"""Decoders whose drafts are all the head's."""
+SPAN_COLUMNS = ["span", "tokens", "rounds", "acceptance length", "without looping texts",
+                "a_1 .. a_4", "predicted speedup", "share of the steps saved"]  # fmt: skip
 CONTEXT_COLUMNS = [
     "tokens before the round",
     "rounds",
-    "acceptance length",
+    "acceptance length (95%)",
     "texts",
     "speedup (95%)",
+    "without the prefill",
 ]
 STRUCTURED_COLUMNS = [
     "decoder", "K", "texts", "ended before the limit", "of those valid", "acceptance length (95%)",
@@ -201,11 +204,13 @@ def breakdowns(content: dict[str, Any]) -> list[tuple[str, list[str], Rows]]:
     whole = [
         r for r in content["results"] if r["category"] == "all" and r["looping_texts"] == "with"
     ]
-    best = max(whole, key=merit)
+    # What the head does is seen where it drafts alone: lookups copy what the text has anyway.
+    best = max([r for r in whole if r["decoder"] in OF_HEADS] or whole, key=merit)
     of = f"{decoder_name(best)}, K = {best['num_assistant_tokens']}"
     tables: list[tuple[str, list[str], Rows]] = []
     if "by_span" in best:  # reports of before lack both
-        tables.append((f"What the text is ({of})", SPAN_COLUMNS, span_rows(best["by_span"])))
+        own = span_rows(best["by_span"], straight_spans(content, best))
+        tables.append((f"What the text is ({of})", SPAN_COLUMNS, own))
         rows = context_rows(best["by_context"])
         tables.append((f"Length of the context ({of})", CONTEXT_COLUMNS, rows))
     several = content.get("concurrency", [])  # reports of before have none
@@ -217,8 +222,19 @@ def breakdowns(content: dict[str, Any]) -> list[tuple[str, list[str], Rows]]:
     return tables
 
 
-def span_rows(spans: list[dict[str, Any]]) -> Rows:
-    """The cells of `SPAN_COLUMNS`, of a result's `by_span`."""
+def straight_spans(content: dict[str, Any], of: dict[str, Any]) -> list[dict[str, Any]]:
+    """`by_span` of the same variant over the texts that do not loop; empty: all texts loop."""
+    same = ("head", "decoder", "num_assistant_tokens", "temperature", "category")
+    for result in content["results"]:
+        straight = result["looping_texts"] == "without"
+        if straight and all(result[key] == of[key] for key in same):
+            return list(result["by_span"])
+    return []
+
+
+def span_rows(spans: list[dict[str, Any]], straight: list[dict[str, Any]]) -> Rows:
+    """The cells of `SPAN_COLUMNS`, of a result's `by_span`, and of that without looping texts."""
+    lengths = {s["span"]: s["acceptance_length"] for s in straight}
 
     def form(value: float | None, form: str) -> str:
         # A share that rounds to nothing has no sign.
@@ -230,12 +246,19 @@ def span_rows(spans: list[dict[str, Any]]) -> Rows:
             str(s["tokens"]),
             str(s["rounds"]),
             form(s["acceptance_length"], ".2f"),
-            ", ".join(f"{a:.2f}" for a in s["conditional_acceptance_rate"][:4]),
+            form(lengths.get(s["span"]), ".2f"),
+            _rates(s),
             form(s["predicted_decode_speedup"], ".2f"),
             form(s["saved_share"], ".0%"),
         ]
         for s in spans
     ]
+
+
+def _rates(span: dict[str, Any]) -> str:
+    """a_1 .. a_4; of drafts that no round reached there is none."""
+    pairs = zip(span["conditional_acceptance_rate"], span["reached"], strict=True)
+    return ", ".join(f"{a:.2f}" if reached else "-" for a, reached in list(pairs)[:4])
 
 
 def context_rows(groups: list[dict[str, Any]]) -> Rows:
@@ -244,12 +267,21 @@ def context_rows(groups: list[dict[str, Any]]) -> Rows:
         [
             f"from {group['from']}",
             str(group["rounds"]),
-            f"{group['acceptance_length']:.2f}",
+            _context_length(group),
             str(group["texts"]),
             "" if group["speedup"] is None else _speedup(group),
+            "" if group.get("decode_speedup") is None else f"{group['decode_speedup']:.2f}",
         ]
         for group in groups
     ]
+
+
+def _context_length(group: dict[str, Any]) -> str:
+    length = f"{group['acceptance_length']:.2f}"
+    if "acceptance_length_interval" not in group:  # reports of before
+        return length
+    low, high = group["acceptance_length_interval"]
+    return f"{length} ({low:.2f} to {high:.2f})"
 
 
 def structured_row(result: dict[str, Any]) -> list[str]:

@@ -87,13 +87,16 @@ def simulate_acceptance(
         batch = gather_rows(documents, rows, rounds, inputs=head.inputs)
         wanted = torch.zeros_like(batch.rows.tokens)
         judged = batch.weights.bool()
+        ends = torch.zeros_like(judged)
         for b, (document, r) in enumerate(zip(documents, rows, strict=True)):
             following, last = r[:, None] + torch.arange(2, rounds + 2), len(document.ids) - 1
             wanted[b, : len(r)] = document.ids[following.clamp_max(last)]
             # The last token before a text is cut is the target's own: nobody drafts it.
-            if int(document.ids[last]) not in target.eos_ids:
+            if int(document.ids[last]) in target.eos_ids:
+                ends[b, : len(r)] = following == last
+            else:
                 judged[b, : len(r)] &= following != last
-        batch, wanted, judged = to_device((batch, wanted, judged), target.device)
+        batch, wanted, judged, ends = to_device((batch, wanted, judged, ends), target.device)
         states = torch.stack(
             head(batch.texts.computed_in(head.dtype), batch.rows, target.embed, position), dim=2
         )  # [B, R, K, width of `draft_table`]
@@ -104,17 +107,19 @@ def simulate_acceptance(
             scores = head.assistant.masked_embedding.centroids(states[met])
             clusters = head.cluster_of[batch.teacher_ids[met]]
             recall += RecallCounts.of(scores, clusters, batch.teacher_logprobs[met])
+        # As of a decoder: after a right draft that ends the text no token of the target's comes.
+        counted = [judged & ~(ends & found) for found in matches]
         for b, r in enumerate(rows):
             # Each answer of a conversation, where rows follow one another, is replayed by itself.
             breaks = ((r[1:] - r[:-1]) != 1).nonzero()[:, 0] + 1
             for start, end in pairwise([0, *breaks.tolist(), len(r)]):
-                right, there = matches[0][b, start:end], judged[b, start:end]
+                right, there = (each[0][b, start:end] for each in (matches, counted))
                 # What a draft is does not depend on how many come after it.
                 by_length = [
                     counts + replay_rounds(right[:, :k], there[:, :k])
                     for k, counts in enumerate(by_length, start=1)
                 ]
-                dense += replay_rounds(matches[1][b, start:end], judged[b, start:end])
+                dense += replay_rounds(matches[1][b, start:end], counted[1][b, start:end])
     return Simulated(tuple(by_length), dense, recall)
 
 

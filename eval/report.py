@@ -354,7 +354,7 @@ def _results(
             if not timed:
                 result |= dict.fromkeys(SPEEDS)
                 for context in result["by_context"]:
-                    context |= {"speedup": None, "speedup_interval": None}
+                    context |= {"speedup": None, "speedup_interval": None, "decode_speedup": None}
             if category == "all" and loops == "with":
                 k = variant.num_assistant_tokens
                 result["per_text"] = [_row(text, k, timed) for text in few]
@@ -400,9 +400,10 @@ def _kinds(text: Text) -> list[tuple[int, str]]:
     """The tokens of a text and its rejected drafts, in the order in which they came."""
     decoded = text.assisted
     kinds = [(decoded.tokens[0], "bonus")]  # the prefill's
-    for drafts, (_, accepted) in zip(decoded.drafts, decoded.rounds(text.prompt_len), strict=True):
+    rounds = decoded.judged_rounds(text.prompt_len)
+    for drafts, (judged, accepted) in zip(decoded.drafts, rounds, strict=True):
         kinds += [(token, "accepted") for token in drafts[:accepted]]
-        kinds += [(token, "rejected") for token in drafts[accepted:]]
+        kinds += [(token, "rejected") for token in drafts[accepted:judged]]
         written = sum(kind != "rejected" for _, kind in kinds)
         if written < len(decoded.tokens):
             kinds.append((decoded.tokens[written], "bonus"))

@@ -8,7 +8,7 @@ thought, a fence or a value open; a turn closes all of them.
 
 import re
 from bisect import bisect
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
@@ -22,16 +22,27 @@ CALLS = {"<|tool_call>": "<tool_call|>", "<tool_call>": "</tool_call>"}
 FENCED = {"json": JSON, "jsonl": JSON, "json5": JSON, "jsonc": JSON, "tool_code": TOOL_CALL}
 """Fences that do not hold code, by the first word after them; `tool_code` is Gemma 3's."""
 _MARK = "|".join(map(re.escape, {**MARKS, **CALLS}))
-_OPENS = r"[ \t]*(?:(?P<fence>(?P<ticks>`{3,}|~{3,})[ \t]*(?P<info>\w*)[^\n]*)|(?P<json>[\[{]))"
+_FENCE = (
+    r"(?P<fence>(?:(?:[-*+>]|\d{1,9}[.)])[ \t]+)*"  # in a list or a quotation too
+    r"(?P<ticks>`{3,}(?=[^`\n]*(?:\n|\Z))|~{3,})[ \t]*(?P<info>\w*)[^\n]*)"
+)
+_OPENS = rf"[ \t]*(?:{_FENCE}|(?P<json>[\[{{]))"
 _AT_ONCE = re.compile(rf"\s*{_OPENS}")
 _NEXT = re.compile(rf"(?P<turn>{TURNS.pattern})|(?P<mark>{_MARK})|^{_OPENS}", re.MULTILINE)
 
 
 def spans_of_tokens(
-    tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int], tokens: Sequence[int]
+    tokenizer: PreTrainedTokenizerBase,
+    prompt_ids: Sequence[int],
+    tokens: Sequence[int],
+    ends: Collection[int],
 ) -> list[str]:
-    """`spans_of` an answer's tokens."""
-    return spans_of(tokenizer.decode(prompt_ids), [tokenizer.decode([token]) for token in tokens])
+    """`spans_of` an answer's tokens; one of those that end a text belongs to what it ends."""
+    pieces = [tokenizer.decode([token]) for token in tokens]
+    found = spans_of(tokenizer.decode(prompt_ids), pieces)
+    if len(tokens) > 1 and tokens[-1] in ends:
+        found[-1] = found[-2]
+    return found
 
 
 def spans_of(prompt: str, pieces: Sequence[str]) -> list[str]:
@@ -58,7 +69,9 @@ def _edges(text: str, answer: int) -> list[tuple[int, str]]:
         span, end = _block(text, opening)
         if span != PROSE:
             indent = len(opening[0]) - len(opening[0].lstrip())
-            edges += [(opening.start() + indent, span), (end, PROSE)]
+            fenced = opening["fence"] is not None
+            start = opening.start("ticks") if fenced else opening.start() + indent
+            edges += [(start, span), (end, PROSE)]
         after_mark = opening.re is _NEXT and bool(opening["turn"] or opening["mark"])
         at = end
     return edges
@@ -85,7 +98,7 @@ def _block(text: str, opening: re.Match[str]) -> tuple[str, int]:
     if groups["fence"]:
         ticks = groups["ticks"]
         closing = re.compile(
-            rf"^[ \t]*{re.escape(ticks[0])}{{{len(ticks)},}}[ \t]*(?:$|(?=<))", re.MULTILINE
+            rf"^[ \t>]*{re.escape(ticks[0])}{{{len(ticks)},}}[ \t\r]*(?:$|(?=<))", re.MULTILINE
         ).search(text, opening.end(), limit)
         return FENCED.get(groups["info"].lower(), CODE), closing.end() if closing else limit
     mark = groups["mark"]

@@ -93,6 +93,36 @@ def test_accepted_drafts_are_those_that_transformers_reports(
     assert accepted > 0, "a head that is never accepted makes this test empty"
 
 
+def test_a_right_draft_that_ends_a_text_is_neither_accepted_nor_rejected(
+    tiny: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever token ends it, decoding and replaying count alike, and of the places that rounds
+    reached all were accepted but those of wrong drafts."""
+    assistant, (prompt, document) = half_trained_head(tiny), greedy_document(tiny)
+    answer, k, last = document.ids[len(prompt) :].tolist(), 3, 0
+    for end in {token for token in answer[2:] if answer.index(token) > 1}:
+        monkeypatch.setattr(tiny, "eos_ids", [end])
+        ids = answer[: answer.index(end) + 1]
+        decoded = decode(tiny, prompt, 40, assistant, k, ExactDecoding())
+        assert decoded.tokens == ids
+        counts, judged = decoded.counts(len(prompt), k), decoded.judged_rounds(len(prompt))
+        begins = [seen - len(prompt) + 1 for seen, _ in decoded.forwards[1:]]
+        wrong = sum(
+            accepted < proposed and drafts[accepted] != ids[begin + accepted]
+            for drafts, begin, (proposed, accepted) in zip(
+                decoded.drafts, begins, judged, strict=True
+            )
+        )
+        assert sum(counts.reached) == sum(counts.accepted) + wrong
+        last += judged[-1] != decoded.rounds(len(prompt))[-1]
+        conversation = answered(prompt, ids, id="c", category="c", source="c")
+        seen_text = OnlineActivations(tiny, [conversation], DataConfig(teacher_top_k=16))
+        replayed = simulate_acceptance(DraftHead(assistant), tiny, seen_text, k, [0]).acceptance
+        assert (replayed.rounds, replayed.accepted) == (counts.rounds, counts.accepted)
+        assert replayed.reached == counts.reached
+    assert last, "no end was drafted"
+
+
 @pytest.mark.parametrize("top_k", [None, 1, 20])
 @torch.no_grad()
 def test_simulated_acceptance_is_that_of_a_decoder_that_recomputes_everything(

@@ -28,6 +28,20 @@ TEXTS: dict[str, tuple[str, Parts]] = {
     "a fence with a language does not close": ("", [("```\nx\n```python\ny\n```", C), ("\nz", P)]),
     "two fences": ("", [("```\na\n```", C), ("\nand\n", P), ("```\nb\n```", C)]),
     "ticks within a line": ("", [("Use ```x``` here.", P)]),
+    "ticks that open and close on the first line": ("", [("```print(1)``` prints one.\n\nSo", P)]),
+    "JSON in ticks on one line": ("", [('```json {"a": 1}```\nThen', P)]),
+    "a fence in a list": (
+        "",
+        [
+            ("- ", P),
+            ("```js\n  x\n  ```", C),
+            ("\nprose\n1. ", P),
+            ("```\n   y\n   ```", C),
+            ("\nz", P),
+        ],
+    ),
+    "a fence in a quotation": ("", [("> ", P), ("```\n> x\n> ```", C), ("\nprose", P)]),
+    "a fence with carriage returns": ("", [("```python\r\nx\r\n```\r", C), ("\nprose", P)]),
     "JSON in code": ("", [('```python\nx = {\n"a": 1}\n```', C), ("\n", P)]),
     "a fence of JSON": ("", [('```json\n{"a": [1, 2]}\n```', J), ("\nok", P)]),
     "a fence of JSON with code after": (
