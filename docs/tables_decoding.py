@@ -342,13 +342,22 @@ PAIRS = {
     "gemma3-270m": "Gemma 3 270M",
     "gemma3-270m-int8": "Gemma 3 270M, int8",
     "plain-q8_0": "tiny, plain; in the engine Q8_0",
+    "wide-bf16": "tiny, wide; in the engine bf16",
+    "wide-q8_0": "tiny, wide; in the engine Q8_0",
+    "wide-q4_k_m": "tiny, wide; in the engine Q4_K_M",
+    "wide-q4_k_m-dequantized": "the same; in transformers the weights of that file too",
+    "wide-q4_k_m-adapted": "the same, the head adapted to them",
 }
 
 
 def pair_of(file: str, kind: str) -> str:
     """The pair of a result file `KIND-PAIR-ENGINE`, as a table calls it."""
-    pair = file.removeprefix(f"{kind}-").rpartition("-")[0]
+    pair = _pair(file, kind)
     return PAIRS.get(pair, f"tiny, {pair}")
+
+
+def _pair(file: str, kind: str = "serve") -> str:
+    return file.removeprefix(f"{kind}-").rpartition("-")[0]
 
 
 def served_row(name: str, r: dict[str, Any]) -> list[str]:
@@ -377,10 +386,12 @@ def served_litert(found: Results) -> str:
     return rows_of(SERVED, [served_row(name, r) for name, r in found.items()])
 
 
-@made_of("serve-plain-llama.cpp", "serve-plain-q8_0-llama.cpp")
+@made_of("serve-plain-llama.cpp", "serve-plain-q8_0-llama.cpp", "serve-wide-*-llama.cpp")
 def served_quantized(found: Results) -> str:
     """A target as llama.cpp is given it, in float32 and quantized."""
-    return rows_of(SERVED, [served_row(name, r) for name, r in found.items()])
+    pairs = list(PAIRS)
+    ordered = sorted(found, key=lambda name: pairs.index(p) if (p := _pair(name)) in pairs else -1)
+    return rows_of(SERVED, [served_row(name, found[name]) for name in ordered])
 
 
 @made_of("serve-gemma3-270m-vllm")

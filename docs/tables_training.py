@@ -259,6 +259,49 @@ def stepwise(found: Results) -> str:
     return rows_of("of | difference", [[what, f"{value:.3g}"] for what, value in figures.items()])
 
 
+KINDS = {
+    "assistant": "`assistant`, one layer",
+    "parallel": "`parallel`, 8 stacks",
+    "mtp": "`mtp`",
+    "eagle": "`eagle`",
+    "assistant-two-layers": "`assistant`, two layers, as recipes have it",
+    "mtp-one": "`mtp`, trained for one draft",
+    "mtp-three": "`mtp`, trained for three",
+}
+"""Run of the sweep over kinds of heads -> what it is."""
+OF_KINDS = "greedy, K = {}"
+
+
+@made_of("sweep-kinds")
+def kinds_compared(found: Results) -> str:
+    rows = []
+    for run in found["sweep-kinds"]["results"]:
+        sets = run["eval_sets"]
+        three = sets[OF_KINDS.format(3)]
+        shortest, longest = (sets[OF_KINDS.format(k)]["acceptance_length"] for k in (1, 8))
+        beside = interval(three["difference"], three["difference_interval"], "+.2f")
+        seeds = ", ".join(f"{value:.2f}" for value in three["of_each_seed"].values())
+        rows.append([
+            KINDS[run["run"]], f"{run['parameters'][0] / 1e6:.1f} M", f"{shortest:.2f}",
+            interval(three["acceptance_length"], three["interval"]), seeds,
+            beside if rows else "", f"{longest:.2f}",
+        ])  # fmt: skip
+    header = "head | trained | K = 1 | K = 3 (95%) | its seeds | beside the first (95%) | K = 8"
+    return rows_of(header, rows)
+
+
+@made_of("sweep-kinds")
+def kinds_by_draft(found: Results) -> str:
+    """a_1 .. a_8 in rounds of 8, and what training took."""
+    rows = []
+    for run in found["sweep-kinds"]["results"]:
+        rates = run["eval_sets"][OF_KINDS.format(8)]["conditional_acceptance_rate"]
+        minutes = ", ".join(f"{minute:.1f}" for minute in run["minutes"])
+        rows.append([KINDS[run["run"]], *(f"{rate:.2f}" for rate in rates), minutes])
+    header = " | ".join(["head", *(f"a_{k}" for k in range(1, 9)), "minutes, each seed"])
+    return rows_of(header, rows)
+
+
 @made_of("storage-target", "storage-int8")
 def storage(found: Results) -> str:
     return rows_of("`data.storage` | acceptance length", [
