@@ -302,6 +302,41 @@ def kinds_by_draft(found: Results) -> str:
     return rows_of(header, rows)
 
 
+@made_of("eval-kinds")
+def kinds_decoded(found: Results) -> str:
+    """Decoded by the clean-KV decoder: what a draft costs, and what is left of it."""
+    report = found["eval-kinds"]
+    rows = []
+    for r in report["results"]:
+        if (r["category"], r["looping_texts"]) != ("all", "with"):
+            continue
+        run = r["head"].partition("/")[0].partition("-seed")[0]
+        cost = report["costs"][r["head"]]["exact"]
+        rows.append([
+            KINDS[run], length(r), f"{cost['c']:.3f}", f"{cost['v'][3]:.2f}",
+            interval(r["speedup"], r["speedup_interval"]),
+        ])  # fmt: skip
+    header = (
+        "head | acceptance length (95%) | a draft, in steps of the target | verifying three "
+        "| speedup (95%)"
+    )
+    return rows_of(header, rows)
+
+
+@made_of("order-kinds-*")
+def kinds_ordered(found: Results) -> str:
+    rows = []
+    for name, r in found.items():
+        after, kind = r["after"], name.removeprefix("order-kinds-")
+        lengths = (f"{after[key]:.3f}" for key in ("dense_acceptance_length", "acceptance_length"))
+        rows.append([KINDS[kind], *lengths, f"{after['recall']['argmax']['32']:.1%}"])
+    header = (
+        "head | acceptance length, the whole table | through the clusters "
+        "| best tokens within those read"
+    )
+    return rows_of(header, rows)
+
+
 @made_of("storage-target", "storage-int8")
 def storage(found: Results) -> str:
     return rows_of("`data.storage` | acceptance length", [

@@ -255,7 +255,8 @@ class AssistantState:
     def begin(self) -> None:
         own = self.model.pre_projection.weight
         device, dtype = own.device, own.dtype
-        shared = self.kv.shared  # a target and its head may be apart
+        # Of its own layers' types, of which one layer has one. Head and target may be apart.
+        shared = {t: self.kv.shared[t] for t, _ in self.layers}
         self.shared = {
             t: (k.to(device, dtype), v.to(device, dtype)) for t, (k, v) in shared.items()
         }

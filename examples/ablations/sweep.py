@@ -5,7 +5,8 @@
 Acceptance is computed as `headstart simulate` computes it, without decoding, so that no
 clock is in what is compared. The same command goes on where it stopped. The file has these keys:
 `config`, the recipe that all runs vary, by name or path; `overrides` of every run; `runs`, name ->
-overrides, the first of which the others are compared with; `eval_sets`, name -> an activation store
+overrides, or `{overrides: [...], seeds: [0]}` for fewer seeds than the others', the first of which
+the others are compared with; `eval_sets`, name -> an activation store
 of texts that no run trains on, or `{store: DIR, draft_position_offset: -1}`; and, with the
 defaults below, `seeds` and `num_assistant_tokens`, one K or a list. `{kind}` in the path of a store
 stands for the run's `head.kind`, whose heads may read what others do not.
@@ -55,12 +56,17 @@ def run_sweep(path: Path, out: Path, overrides: list[str]) -> dict[str, Any]:
         sweep["eval_sets"][name] = {"draft_position_offset": 0} | on
         if sweep["eval_sets"][name]["draft_position_offset"] not in (0, -1):
             raise SystemExit(f"{path}: draft_position_offset of {name} is to be 0 or -1")
+    chosen = {
+        name: own if isinstance(own, dict) else {"overrides": own}
+        for name, own in sweep["runs"].items()
+    }
     runs = [  # all are loaded before anything runs
         (name, load_config(sweep["config"], [
-            *sweep["overrides"], *overrides, *own,
+            *sweep["overrides"], *overrides, *own["overrides"],
             ("seed", seed), ("output_dir", out / f"{name}-seed{seed}"),
         ]))
-        for seed in sweep["seeds"] for name, own in sweep["runs"].items()
+        for seed in sweep["seeds"] for name, own in chosen.items()
+        if seed in own.get("seeds", sweep["seeds"])
     ]  # fmt: skip
     if isinstance(sweep["num_assistant_tokens"], int):
         sweep["num_assistant_tokens"] = [sweep["num_assistant_tokens"]]
@@ -69,7 +75,7 @@ def run_sweep(path: Path, out: Path, overrides: list[str]) -> dict[str, Any]:
     for number, (name, config) in enumerate(runs, start=1):
         print_once(f"Run {number} of {len(runs)}: {name}, seed {config.seed}")
         judged = train_and_evaluate(config, target, sweep)
-        found.append({"run": name, "overrides": sweep["runs"][name], **judged})
+        found.append({"run": name, "overrides": chosen[name]["overrides"], **judged})
         machine = environment(target.device) | {"target": target.name}
         content: dict[str, Any] = {"sweep": 2, "environment": machine, **sweep}
         del content["runs"]

@@ -1,5 +1,6 @@
 """Decoding with the stock `generate`, on tiny targets and a head that accepts sometimes."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,9 +17,10 @@ from headstart.eval.replay import simulate_acceptance
 from headstart.heads.decoder import ExactDecoding
 from headstart.heads.kinds import Texts, all_rows
 from headstart.heads.ordered import with_clusters
+from headstart.heads.saving import load_assistant, save_assistant
 from headstart.heads.target import Target
 from headstart.heads.unroll import DraftHead
-from tests.helpers.heads import greedy_document, half_trained_head, order_by_target
+from tests.helpers.heads import greedy_document, half_trained_head, noisy_head, order_by_target
 from tests.helpers.models import make_target
 
 FAMILIES = ["gemma3", "gemma4-kv-sharing", "gemma4-multimodal", "gemma4-unified"]
@@ -36,6 +38,19 @@ def test_assisted_greedy_text_equals_plain_greedy_text_in_float32(family: str) -
         assert len(plain.forwards) == len(plain.tokens)
         accepted += sum(assisted.counts(len(ids), 3).accepted)
     assert accepted > 0, "a head that is never accepted makes this test empty"
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_head_of_any_depth_is_decoded(family: str, layers: int, tmp_path: Path) -> None:
+    """One layer has no sliding attention, where the target has."""
+    target = make_target(family)
+    head = noisy_head(target, num_hidden_layers=layers).assistant
+    save_assistant(head, target.table, tmp_path, 3, torch.float32)
+    prompt, assistant = [5, 6, 7] * 20, load_assistant(tmp_path, torch.float32)
+    found = decode(target, prompt, 24, assistant, 3, ExactDecoding())
+    assert found.tokens == decode(target, prompt, 24).tokens
+    assert any(found.drafts)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
