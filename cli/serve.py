@@ -110,6 +110,11 @@ def _serve_check(args: argparse.Namespace) -> None:
     )  # fmt: skip
     loaded = load_prompt_set(chosen.prompts)
     prompts = limit_evenly(loaded, chosen.limit)
+    if (most := max(several, default=1)) > len(prompts):
+        raise ValueError(
+            f"eval.concurrency={most}: so many texts at once take as many prompts, and there are "
+            f"{len(prompts)}: raise eval.limit"
+        )
     target = load_served(t, default_device())
     config = load_target_config(t.name, t.revision, t.trust_remote_code)
     recorded = prompt_set(chosen.prompts, loaded)

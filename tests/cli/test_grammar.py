@@ -180,3 +180,13 @@ def test_what_help_says_of_a_key_that_nobody_named_is_not_its_value(command: Com
     given = [(k, "x" if isinstance(v, Argument) else v) for k, v in command.defaults]
     settings = load_settings(None, [], given)
     assert not settings.given([key for key, _ in command.unnamed])
+
+
+def test_more_texts_at_once_than_there_are_prompts_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("headstart.serve.engines.engine_python", lambda engine: tmp_path)
+    words = ["serve-check", "head", "vllm", "target.name=tiny-gemma4", f"output_dir={tmp_path}"]
+    assert main([*words, "eval.concurrency=1,64", "eval.limit=16"]) == 1
+    assert "64" in (told := capsys.readouterr().err)
+    assert "raise eval.limit" in told
