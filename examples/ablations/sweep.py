@@ -173,18 +173,19 @@ def texts_of(runs: list[dict[str, Any]], store: str) -> list[ReplayedText]:
 
 
 def print_table(results: list[dict[str, Any]]) -> None:
-    table = Table("run", title="Acceptance length, and beside the first run (95%)")
     for store in results[0]["eval_sets"]:
-        table.add_column(store, justify="right")
-        table.add_column("beside the first", justify="right")
-    for result in results:
-        cells = [result["run"]]
-        for one in result["eval_sets"].values():
+        table = Table(
+            "run", "acceptance length (95%)", "beside the first run (95%)", title=store
+        )  # fmt: skip
+        for result in results:
+            one = result["eval_sets"][store]
             (low, high), (least, most) = one["interval"], one["difference_interval"]
-            cells.append(f"{one['acceptance_length']:.3f} ({low:.2f} to {high:.2f})")
-            cells.append(f"{one['difference']:+.3f} ({least:+.3f} to {most:+.3f})")
-        table.add_row(*cells)
-    plain_console().print(table)
+            table.add_row(
+                result["run"],
+                f"{one['acceptance_length']:.3f} ({low:.2f} to {high:.2f})",
+                f"{one['difference']:+.3f} ({least:+.3f} to {most:+.3f})",
+            )
+        plain_console().print(table)
 
 
 def plot(results: list[dict[str, Any]], path: Path) -> None:
@@ -208,7 +209,7 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
 def plot_lengths(results: list[dict[str, Any]], path: Path) -> None:
     """Draw the acceptance length of each run by K with its interval, a panel a store."""
     stores = list(dict.fromkeys(name.partition(AT)[0] for name in results[0]["eval_sets"]))
-    figure = Figure(figsize=(6.5 * len(stores), 5), layout="constrained")
+    figure = Figure(figsize=(6 * len(stores) + 2.5, 5), layout="constrained")
     panels = figure.subplots(1, len(stores), sharey=True, squeeze=False)[0]
     for axes, store in zip(panels, stores, strict=True):
         for result in results:
@@ -224,7 +225,7 @@ def plot_lengths(results: list[dict[str, Any]], path: Path) -> None:
         axes.set_xlabel("draft tokens K")
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("acceptance length")
-    panels[0].legend()
+    panels[-1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path, dpi=120)
 
 
