@@ -274,7 +274,7 @@ OF_KINDS = "greedy, K = {}"
 
 @made_of("sweep-kinds")
 def kinds_compared(found: Results) -> str:
-    rows = []
+    rows: list[list[str]] = []
     for run in found["sweep-kinds"]["results"]:
         sets = run["eval_sets"]
         three = sets[OF_KINDS.format(3)]

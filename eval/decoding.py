@@ -39,7 +39,7 @@ from headstart.heads.decoder import (
     stock_decoding,
 )
 from headstart.heads.kernels import fast_kernels
-from headstart.heads.kinds import runs_in_transformers
+from headstart.heads.kinds import kind_of, runs_in_transformers
 from headstart.heads.target import Target
 from headstart.heads.tokens import Sampling
 
@@ -284,12 +284,15 @@ def make_variants(
             elif decoder == "lookup" and costs:
                 cost = Costs(0.0, next(iter(costs.values()))["exact"].v)
             variants += [
-                DecoderVariant(decoder, name, k, model, _drafting(decoder, cost), cost) for k in ks
+                DecoderVariant(decoder, name, k, model, _drafting(decoder, cost, model), cost)
+                for k in ks
             ]
     return variants
 
 
-def _drafting(decoder: Decoder, costs: Costs | None) -> ExactDecoding | None:
+def _drafting(
+    decoder: Decoder, costs: Costs | None, model: PreTrainedModel | None
+) -> ExactDecoding | None:
     """How the exact decoder drafts; None: the stock one does."""
     if decoder == "exact":
         return ExactDecoding()
@@ -300,7 +303,8 @@ def _drafting(decoder: Decoder, costs: Costs | None) -> ExactDecoding | None:
     if decoder not in OWN_LENGTH:
         return None
     assert costs is not None
-    rule = CostRule(costs.c, costs.v)
+    assert model is not None
+    rule = CostRule(costs.c, costs.v, kind_of(model.config).most_drafts(model.config))
     return ExactDecoding(rule, Lookup(rule) if decoder == "hybrid" else None)
 
 

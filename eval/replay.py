@@ -28,7 +28,7 @@ from headstart.data.loader import candidate_rows, gather_rows
 from headstart.data.store import ActivationStore, check_kept
 from headstart.eval.acceptance import AcceptanceCounts, RecallCounts, replay_rounds, zero_counts
 from headstart.eval.statistics import ends_in_loop, interval, resampled
-from headstart.heads.kinds import inputs_of
+from headstart.heads.kinds import check_drafts, inputs_of, kind_of
 from headstart.heads.pairing import check_pair
 from headstart.heads.target import Target
 from headstart.heads.unroll import DraftHead
@@ -304,6 +304,12 @@ def run_estimate(
     for head in heads.values():
         check_pair(target, head)
         check_kept(stored.index, inputs_of(head.config), store)
+        check_drafts(head.config, num_assistant_tokens, "eval.num_assistant_tokens")
+    if position and not any(kind_of(head.config).has_position for head in heads.values()):
+        raise ValueError(
+            f"simulate.draft_position_offset={position}: drafts of these heads stand at no "
+            "position, leave it out"
+        )
     at = {"texts": position}
     found: list[dict[str, Any]] = []
     first: dict[int, list[ReplayedText]] = {}

@@ -158,7 +158,8 @@ def _places(keys: Sequence[str], model: PreTrainedModel) -> dict[str, str]:
     """Key of an adapter's file -> the key of the same weight on this model, but for those of images
     and sound, which a text class does without. `ValueError`: there is no module for some."""
     owners = _owners(model)
-    text = next(name for name, module in model.named_modules() if name.endswith("embed_tokens"))
+    named = (name for name, _ in model.named_modules() if name.endswith("embed_tokens"))
+    text = next(named, "")  # a draft head may have none
     text = text.removesuffix("embed_tokens")  # `model.` or `model.language_model.`
     places: dict[str, str] = {}
     lost = []

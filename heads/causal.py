@@ -75,8 +75,8 @@ def layer_config(source: Any, head: HeadConfig, width: int) -> dict[str, Any]:
     """
     if head.num_hidden_layers not in (None, 1):
         raise ValueError(
-            f"head.num_hidden_layers={head.num_hidden_layers}: a {head.kind} head is one layer, "
-            "leave it out; head.intermediate_size makes it larger"
+            f"head.num_hidden_layers={head.num_hidden_layers}: heads of the kind {head.kind} are "
+            "one layer, leave it out; head.intermediate_size makes it larger"
         )
     own = source.per_layer_config[source_layers(source)[FULL]]
     heads = head.num_attention_heads or source.num_attention_heads
@@ -97,6 +97,7 @@ def layer_config(source: Any, head: HeadConfig, width: int) -> dict[str, Any]:
         "head_dim": own.head_dim,
         "rope_parameters": {FULL: dict(source.rope_parameters[FULL])},
         "vocab_size": 1,
+        **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")),  # none of that one
     }
     if hasattr(source, "num_kv_shared_layers"):  # a Gemma 4, whose full layers have a key for it
         found["global_head_dim"] = own.head_dim

@@ -134,6 +134,8 @@ class CostRule:
     """A draft step, in target steps."""
     v: Sequence[float]
     """v(0) = 1, v(1) .. v(K): verification of so many draft tokens, in target steps."""
+    most: int | None = None
+    """Drafts that the head makes at most; None: any number."""
     tokens: float = field(default=1.0, init=False)
     cost: float = field(default=1.0, init=False)
 
@@ -141,7 +143,9 @@ class CostRule:
         if len(self.v) < 2 or self.v[0] != 1:
             raise ValueError(f"v has to begin with v(0) = 1 and go on, not {list(self.v)}")
         self.of_confidence = [Rate((i + 0.5) / BINS) for i in range(BINS)]
-        self.of_place = [Rate(OPTIMISTIC_PRIOR) for _ in self.v[1:]]
+        longest = len(self.v) - 1
+        self.longest = longest if self.most is None else min(longest, self.most)
+        self.of_place = [Rate(OPTIMISTIC_PRIOR) for _ in range(self.longest)]
 
     @property
     def rate(self) -> float:
@@ -149,12 +153,12 @@ class CostRule:
         return max(1.0, self.tokens / self.cost)
 
     def limit(self) -> int:
-        return len(self.v) - 1 if self.goes_on([]) else 0
+        return self.longest if self.goes_on([]) else 0
 
     def goes_on(self, confidences: list[float]) -> bool:
         k, gain = len(confidences), 0.0
         reached = prod(self._of(confidence).value for confidence in confidences)
-        for longer in range(k + 1, len(self.v)):
+        for longer in range(k + 1, self.longest + 1):
             reached *= self.of_place[longer - 1].value
             gain += reached
             if gain > self.rate * ((longer - k) * self.c + self.v[longer] - self.v[k]):
@@ -164,7 +168,7 @@ class CostRule:
     def expected_tokens(self) -> float:
         """Tokens a target step that the best length promises before a round; plain decoding: 1."""
         best, reached, tokens = 1.0, 1.0, 1.0
-        for k in range(1, len(self.v)):
+        for k in range(1, self.longest + 1):
             reached *= self.of_place[k - 1].value
             tokens += reached
             best = max(best, tokens / (k * self.c + self.v[k]))

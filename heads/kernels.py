@@ -219,8 +219,8 @@ def grouped_query_attention(
     mask = attention_mask
     shared = rows == 1 if mask is None else mask.shape[1:3] == (1, rows)
     unknown = any(kwargs.get(name) is not None for name in ("position_bias", "softcap"))
-    long = mask is not None and shared and rows > BLOCK and not torch.is_grad_enabled()
-    if long and not unknown:
+    long = shared and rows > BLOCK and not torch.is_grad_enabled()
+    if mask is not None and long and not unknown:
         return _in_blocks(
             module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs
         )

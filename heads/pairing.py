@@ -42,6 +42,11 @@ def head_config(source: Any, head: HeadConfig, drafts: int) -> Any:
     config = load_assistant_config(head.init_from)
     draft_position_offset(config)
     check_drafts(config, [drafts], "train.num_speculative_steps")
+    if (most := kind_of(config).most_drafts(config)) not in (None, drafts):
+        raise ValueError(
+            f"train.num_speculative_steps={drafts} would leave {most - drafts} of the {most} "
+            f"drafts of {head.init_from} untrained: train.num_speculative_steps={most}"
+        )
     return config
 
 

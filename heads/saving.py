@@ -279,6 +279,9 @@ def write_adapter(
     """Write the folder `adapter` beside the folder of a head: what `without_lora` gives as the
     adapter, which peft loads onto the head at `base`, a folder or a Hub id."""
     config = _peft_config(lora)
+    # Those that have some: of what merely passes through, peft could make no adapter.
+    changed = {name.removeprefix(PREFIX).rpartition(".lora_")[0] for name in adapter}
+    config.target_modules = sorted(changed)
     config.base_model_name_or_path, config.inference_mode = base, True
     folder = head / ADAPTER
     folder.mkdir()

@@ -26,7 +26,7 @@ from headstart.data.prepare import prepare_documents
 from headstart.eval.acceptance import RecallCounts
 from headstart.eval.asked import as_the_head_was
 from headstart.eval.replay import Simulated, simulate_acceptance
-from headstart.heads.kinds import inputs_of
+from headstart.heads.kinds import check_drafts, inputs_of
 from headstart.heads.ordered import (
     TeacherSamples,
     cluster_count,
@@ -251,6 +251,9 @@ def reorder(path: str, target: Target, config: Config, order: Order, out: Path) 
     if order.num_centroids is not None and not order.rebuild:
         raise ValueError(f"head.num_centroids makes other clusters: give {REBUILD} too")
     _shape(assistant.config, order)
+    check_drafts(
+        assistant.config, [config.train.num_speculative_steps], "train.num_speculative_steps"
+    )
     its_own = config.train.model_copy(
         update={"draft_position_offset": draft_position_offset(assistant.config)}
     )

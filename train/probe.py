@@ -205,7 +205,7 @@ def probe_training(config: Config, planned: PlannedDocuments, held: Held) -> Tra
     head = build_head(target, config, samples, held, resumed=True)
     start = time.perf_counter() - began
     if c.vocabulary == "sparse":
-        start += _usage_seconds(target, samples)
+        start += _usage_seconds(target, target.logits, samples)
     if c.activation_checkpointing:
         head.assistant.gradient_checkpointing_enable({"use_reentrant": False})
     batch = to_device(_batch(config, held, head), target.device)
@@ -240,8 +240,10 @@ def _replay_seconds(head: DraftHead, config: Config, target: Target, held: Held)
     return seconds_of(target, replay, times=1)
 
 
-def _usage_seconds(target: Target, samples: TeacherSamples) -> float:
-    once = seconds_of(target, partial(token_usage, target.logits, samples), times=1)
+def _usage_seconds(
+    target: Target, logits_of: Callable[[torch.Tensor], torch.Tensor], samples: TeacherSamples
+) -> float:
+    once = seconds_of(target, partial(token_usage, logits_of, samples), times=1)
     return once * USAGE_ROWS / max(1, len(samples.hidden))
 
 
@@ -283,7 +285,7 @@ def probe_ordering(config: Config, target: Target, held: Held, assistant: Any) -
     return OrderingCosts(
         draft=seconds / len(drafts.states),
         drafts_a_document=len(drafts.states) / config.train.batch_size,
-        usage=_usage_seconds(target, few),
+        usage=_usage_seconds(target, lambda states: states @ table.T, few),
         clustering=_clustering_seconds(target, table, int(assistant.config.num_centroids)),
         step=max(0.0, seconds_of(target, partial(learn, 3)) - seconds_of(target, partial(learn, 1)))
         / 2,

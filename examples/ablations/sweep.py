@@ -32,6 +32,7 @@ from headstart.data.store import ActivationStore
 from headstart.eval.recorded import set_names, without_paths
 from headstart.eval.replay import ReplayedText, length_draws, replay_texts, total_counts
 from headstart.eval.statistics import interval
+from headstart.heads.kinds import kind_of
 from headstart.heads.loading import open_target
 from headstart.heads.saving import load_assistant
 from headstart.heads.target import Target
@@ -100,8 +101,11 @@ def train_and_evaluate(config: Config, target: Target, sweep: dict[str, Any]) ->
             return judged
     train(config, resume=True)  # refuses a folder that holds a run of other settings
     head = DraftHead(load_assistant(config.output_dir / "head", target.table.dtype, target.device))
-    folders = {name: on["store"].format(kind=config.head.kind) for name, on in eval_sets.items()}
-    stores = {name: ActivationStore(Path(folder), target) for name, folder in folders.items()}
+    kind = kind_of(head.assistant.config).name
+    stores = {
+        name: ActivationStore(Path(on["store"].format(kind=kind)), target, head.inputs)
+        for name, on in eval_sets.items()
+    }
     positions = {name: on["draft_position_offset"] for name, on in eval_sets.items()}
     texts = replay_texts(head, target, stores, lengths, "Judging", positions)
     rows = read_metrics(config.output_dir)

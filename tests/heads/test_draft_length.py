@@ -20,7 +20,7 @@ def play(rule: CostRule, acceptance: float, rounds: int, seed: int = 0) -> tuple
     for number in range(rounds):
         confidences: list[float] = []
         if rule.limit():
-            while len(confidences) < len(rule.v) - 1:
+            while len(confidences) < rule.longest:
                 confidences.append(acceptance)
                 if not rule.goes_on(confidences):
                     break
@@ -67,6 +67,14 @@ def test_confidence_decides_within_a_round() -> None:
         rule.update(confidences, 1, int(rng.random() < confidences[0]))
     assert rule.goes_on([0.9])
     assert not rule.goes_on([0.1])
+
+
+def test_drafts_that_a_head_cannot_make_promise_nothing() -> None:
+    """They are never tried, so that what is assumed of them would stay."""
+    rules = CostRule(0.02, [1.0, *[1.9] * 8], most=2), CostRule(0.02, [1.0, 1.9, 1.9])
+    assert rules[0].expected_tokens() == rules[1].expected_tokens()
+    assert play(rules[0], 0.4, 2000) == play(rules[1], 0.4, 2000)
+    assert rules[0].limit() in (0, 2)
 
 
 def test_costs_have_to_begin_with_a_plain_step() -> None:

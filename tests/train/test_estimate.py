@@ -35,6 +35,7 @@ from tests.helpers.models import FAMILIES, make_target
 from tests.helpers.reports import one_result, report, usual
 from tests.helpers.runs import SHORT, metrics, tiny_config, weights
 
+ORDERED = "head.use_ordered_embeddings=true"
 DENSE = ("head.use_ordered_embeddings=false", "head.num_centroids=null")
 
 
@@ -96,13 +97,15 @@ def state_of(target: Target) -> list[Any]:
     + [
         ("gemma4-kv-sharing", ["head.hidden_size=32", "train.max_packed_length=64"]),
         ("gemma4-kv-sharing", ["data.online=true", "train.vocabulary=exact"]),
+        ("gemma4-kv-sharing", ["head.hidden_size=32", ORDERED]),
     ],
 )
 def test_looking_ahead_leaves_no_trace(family: str, settings: list[str], tmp_path: Path) -> None:
     """In the target and in the generators of random numbers; for every family of targets, heads
-    with a table of their own and texts that are not stored."""
+    with a table of their own, with clusters and without, and texts that are not stored."""
     target = make_target(family)
-    config = tiny_config(tmp_path / "run", *SHORT, *settings, *DENSE, "data.max_new_tokens=6")
+    dense = () if ORDERED in settings else DENSE
+    config = tiny_config(tmp_path / "run", *SHORT, *settings, *dense, "data.max_new_tokens=6")
     ahead(config, target)  # what transformers sets up once at a first forward is no trace
     before = state_of(target)
     drawn = generators()

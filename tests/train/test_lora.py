@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from headstart.common.signals import Interrupted
 from headstart.configs.schema import HeadConfig, LoraConfig
+from headstart.heads.kinds import head_kinds
 from headstart.heads.loading import load_target
 from headstart.heads.pairing import other_target
 from headstart.heads.saving import (
@@ -57,6 +58,31 @@ def test_a_heads_adapter_is_what_the_head_was_changed_by(
     adapter = load_file(folder / "adapter" / "adapter_model.safetensors")
     assert {tensor.dtype for tensor in adapter.values()} == {torch.bfloat16}
     assert all(4 in tensor.shape for tensor in adapter.values())
+
+
+@pytest.mark.parametrize("width", [NARROW, FULL])
+@pytest.mark.parametrize("kind", head_kinds())
+def test_an_adapter_of_every_kind_loads_onto_its_head(
+    kind: str, width: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where some of the layers that it names merely pass through, and where the head has no
+    embeddings of its own."""
+    take_every_head(monkeypatch)
+    dense = ["head.num_centroids=null", "head.use_ordered_embeddings=false", "eval=null", *SHORT]
+    shape = [] if width is None else [f"head.hidden_size={width}"]
+    train(tiny_config(tmp_path / "first", f"head.kind={kind}", *shape, *dense))
+    start = tmp_path / "first" / "head"
+    own = [f"head.init_from={start}", "head.lora={r: 4}", "train.learning_rate=0.02", *dense]
+    train(tiny_config(tmp_path / "run", *own))
+    if kind == "parallel":
+        with pytest.raises(ValueError, match=r"would leave 1 of the 3 drafts of .* untrained"):
+            train(tiny_config(tmp_path / "fewer", *own, "train.num_speculative_steps=2"))
+    folder = tmp_path / "run" / "head"
+    whole = load_assistant(folder, torch.float32).state_dict()
+    pair = load_assistant(f"{start}+{folder / 'adapter'}", torch.float32).state_dict()
+    before = load_assistant(start, torch.float32).state_dict()
+    assert all(torch.equal(whole[name], pair[name]) for name in whole)
+    assert any(not torch.equal(whole[name], before[name]) for name in whole)
 
 
 def test_an_adapters_run_goes_on_as_if_never_stopped(
