@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from docs.tables import Results, interval, length, made_of, rows_of
@@ -302,25 +303,44 @@ def kinds_by_draft(found: Results) -> str:
     return rows_of(header, rows)
 
 
-@made_of("eval-kinds")
+@made_of("eval-kinds", "eval-kinds-ordered")
 def kinds_decoded(found: Results) -> str:
     """Decoded by the clean-KV decoder: what a draft costs, and what is left of it."""
-    report = found["eval-kinds"]
+    pairs = [(report, r) for report in found.values() for r in report["results"]]
     rows = []
-    for r in report["results"]:
+    for report, r in pairs:
         if (r["category"], r["looping_texts"]) != ("all", "with"):
             continue
-        run = r["head"].partition("/")[0].partition("-seed")[0]
+        folder = Path(r["head"])
+        ordered = folder.parent.name == "ordered"
+        run = folder.name if ordered else folder.parent.name.partition("-seed")[0]
         cost = report["costs"][r["head"]]["exact"]
         rows.append([
-            KINDS[run], length(r), f"{cost['c']:.3f}", f"{cost['v'][3]:.2f}",
-            interval(r["speedup"], r["speedup_interval"]),
+            KINDS[run] + (", through clusters" if ordered else ""), length(r), f"{cost['c']:.3f}",
+            f"{cost['v'][3]:.2f}", interval(r["speedup"], r["speedup_interval"]),
         ])  # fmt: skip
     header = (
         "head | acceptance length (95%) | a draft, in steps of the target | verifying three "
         "| speedup (95%)"
     )
     return rows_of(header, rows)
+
+
+@made_of("rival-speculators")
+def rival(found: Results) -> str:
+    r = found["rival-speculators"]
+    rows = [
+        [k, interval(r["results"][k]["acceptance_length"], r["results"][k]["interval"])]
+        for k in ("1", "3", "8")
+    ]
+    rates = (r["results"]["8"]["conditional_acceptance_rate"], r["accuracy_over_all_places"])
+    header = "draft tokens K | simulated acceptance length (95%)"
+    table = rows_of(header, rows)
+    names = ("a_k over rounds, as Headstart counts", "over all places, as speculators does")
+    shares = [
+        [name, *(f"{a:.2f}" for a in own[:4])] for name, own in zip(names, rates, strict=True)
+    ]
+    return f"{table}\n\n" + rows_of("share of drafts that are right | 1 | 2 | 3 | 4", shares)
 
 
 @made_of("order-kinds-*")

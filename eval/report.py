@@ -272,10 +272,12 @@ def _check_models(
             kind = kind_of(head.config).name
             if needing == ["transformers"]:
                 raise ValueError(
-                    f"transformers' own decoder cannot run {name}, a {kind} head: give "
+                    f"transformers' own decoder cannot run {name}, a head of the kind {kind}: give "
                     "eval.decoders=exact"
                 )
-            print_once(f"{name} is a {kind} head, which transformers' own decoder cannot run")
+            print_once(
+                f"{name} is a head of the kind {kind}, which transformers' own decoder cannot run"
+            )
     for name, model in draft_models.items():
         size = model.config.get_text_config().vocab_size
         if size != target.config.vocab_size:
