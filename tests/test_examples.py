@@ -25,7 +25,8 @@ ABLATIONS = ROOT / "examples" / "ablations"
 @pytest.mark.parametrize("path", sorted(ABLATIONS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_run_of_every_shipped_sweep_loads(path: Path) -> None:
     sweep = yaml.safe_load(path.read_text(encoding="utf-8"))
-    for overrides in sweep["runs"].values():
+    for run in sweep["runs"].values():
+        overrides = run["overrides"] if isinstance(run, dict) else run
         load_config(sweep["config"], [*sweep["overrides"], *overrides])
 
 

@@ -62,7 +62,7 @@ def result(decoder: str, temperature: float, length: float, **other: Any) -> dic
     )
 
 
-def test_the_prediction_is_of_the_greedy_texts_of_the_exact_decoder() -> None:
+def test_the_prediction_is_of_the_warmest_texts_of_the_exact_decoder() -> None:
     costs = [asdict(BatchCost(4, 2, 0.1, 1.3)), asdict(BatchCost(4, 3, 0.1, 1.4))]
     results = [
         result("exact", 0.0, 2.0), result("exact", 1.0, 1.5), result("transformers", 0.0, 1.9),
@@ -70,8 +70,10 @@ def test_the_prediction_is_of_the_greedy_texts_of_the_exact_decoder() -> None:
         result("exact", 0.0, 1.8, looping_texts="without"),
     ]  # fmt: skip
     [row] = predicted({"head": costs}, results)
-    assert (row["num_assistant_tokens"], row["acceptance_length"]) == (2, 2.0)
-    assert row["speedup"] == pytest.approx(2.0 / (2 * 0.1 + 1.3))
+    assert (row["num_assistant_tokens"], row["acceptance_length"]) == (2, 1.5)
+    assert (row["temperature"], row["speedup"]) == (1.0, pytest.approx(1.5 / (2 * 0.1 + 1.3)))
+    [cold] = predicted({"head": costs}, [r for r in results if not r["temperature"]])
+    assert (cold["temperature"], cold["acceptance_length"]) == (0.0, 2.0)
 
 
 @pytest.mark.parametrize(
