@@ -96,30 +96,30 @@ def simulate_acceptance(
                 ends[b, : len(r)] = following == last
             else:
                 judged[b, : len(r)] &= following != last
-        batch, wanted, judged, ends = to_device((batch, wanted, judged, ends), target.device)
+        batch, wanted, there = to_device((batch, wanted, judged), target.device)
         states = torch.stack(
             head(batch.texts.computed_in(head.dtype), batch.rows, target.embed, position), dim=2
         )  # [B, R, K, width of `draft_table`]
-        matches = _matches(head, target, states, wanted, judged)
+        matches = _matches(head, target, states, wanted, there)
         if head.cluster_of is not None:
-            met = judged.clone()
+            met = there.clone()
             met[..., 1:] &= matches[0][..., :-1].long().cumprod(-1).bool()
             scores = head.assistant.masked_embedding.centroids(states[met])
             clusters = head.cluster_of[batch.teacher_ids[met]]
             recall += RecallCounts.of(scores, clusters, batch.teacher_logprobs[met])
         # As of a decoder: after a right draft that ends the text no token of the target's comes.
-        counted = [judged & ~(ends & found) for found in matches]
+        pairs = [(found, judged & ~(ends & found)) for found in (m.cpu() for m in matches)]
         for b, r in enumerate(rows):
             # Each answer of a conversation, where rows follow one another, is replayed by itself.
             breaks = ((r[1:] - r[:-1]) != 1).nonzero()[:, 0] + 1
             for start, end in pairwise([0, *breaks.tolist(), len(r)]):
-                right, there = (each[0][b, start:end] for each in (matches, counted))
+                right, counted = (each[b, start:end] for each in pairs[0])
                 # What a draft is does not depend on how many come after it.
                 by_length = [
-                    counts + replay_rounds(right[:, :k], there[:, :k])
+                    counts + replay_rounds(right[:, :k], counted[:, :k])
                     for k, counts in enumerate(by_length, start=1)
                 ]
-                dense += replay_rounds(matches[1][b, start:end], counted[1][b, start:end])
+                dense += replay_rounds(*(each[b, start:end] for each in pairs[1]))
     return Simulated(tuple(by_length), dense, recall)
 
 
