@@ -180,7 +180,7 @@ def where_it_pays(rows: Sequence[dict[str, Any]]) -> list[str]:
         name = f"{head}: " if len(heads) > 1 else ""
         if (size := leave_off_from(best)) is not None:
             before = max((tried for tried in best if tried < size), default=1)
-            gap = "" if size - before == 1 else f" (numbers from {before} to there were not tried)"
+            gap = "" if size - before == 1 else f" (between {before} and {size} none was tried)"
             lines.append(
                 f"{name}From {size} texts at once on{gap} leave the head off: with it a server is "
                 f"predicted to be {best[size]:.2f} times as fast as without. {_prediction(own)}"

@@ -182,7 +182,8 @@ def _divergence(content: dict[str, Any]) -> str | None:
 
 
 OF_HEADS = ("exact", "transformers")
-"""Decoders whose drafts are all the head's."""
+"""Decoders whose drafts are all the head's, as many a round as they are told, as in servers; the
+one to look at first comes first."""
 SPAN_COLUMNS = ["span", "tokens", "rounds", "acceptance length", "without looping texts",
                 "a_1 .. a_4", "predicted speedup", "share of the steps saved"]  # fmt: skip
 CONTEXT_COLUMNS = [
@@ -224,6 +225,8 @@ def breakdowns(content: dict[str, Any]) -> list[tuple[str, list[str], Rows]]:
 
 def straight_spans(content: dict[str, Any], of: dict[str, Any]) -> list[dict[str, Any]]:
     """`by_span` of the same variant over the texts that do not loop; empty: all texts loop."""
+    if not of["loops"]:  # then there is one result for both
+        return list(of["by_span"])
     same = ("head", "decoder", "num_assistant_tokens", "temperature", "category")
     for result in content["results"]:
         straight = result["looping_texts"] == "without"

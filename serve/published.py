@@ -8,13 +8,10 @@ from typing import Any
 from huggingface_hub import hf_hub_download
 
 from headstart.eval.compare import ENOUGH, read_report
-from headstart.eval.page import decoder_name
+from headstart.eval.page import OF_HEADS, decoder_name
 from headstart.heads.adapters import split_revision
 from headstart.serve.hub import REFUSALS, is_hub_id
 from headstart.serve.publish import EVALUATION
-
-DECODERS = ("exact", "transformers")
-"""Those that draft as many tokens a round as they are told, as servers do."""
 
 
 @dataclass(frozen=True)
@@ -107,11 +104,11 @@ def choose_published(
         ValueError: it has no such variant, or those of several heads.
     """
     found = [r for r in report["results"]
-             if r["head"] and r["decoder"] in DECODERS and r.get("per_text")]  # fmt: skip
+             if r["head"] and r["decoder"] in OF_HEADS and r.get("per_text")]  # fmt: skip
     if not found:
         raise ValueError(
-            f"the report has no head measured with the decoder {' or '.join(DECODERS)}: measure it "
-            f"with eval.decoders={DECODERS[0]}"
+            f"the report has no head measured with the decoder {' or '.join(OF_HEADS)}: measure it "
+            f"with eval.decoders={OF_HEADS[0]}"
         )
     found = _only(found, "head", head, place)
     temperatures = [result["temperature"] for result in found]
@@ -121,7 +118,7 @@ def choose_published(
         drafts = result["num_assistant_tokens"]
         shorter = k is not None and drafts < k
         off = -drafts if k is None or shorter else drafts
-        return shorter, off, DECODERS.index(result["decoder"])
+        return shorter, off, OF_HEADS.index(result["decoder"])
 
     result = min(found, key=distance)
     columns = report["per_text_columns"]

@@ -5,11 +5,11 @@
 Acceptance is computed as `headstart simulate` computes it, without decoding, so that no
 clock is in what is compared. The same command goes on where it stopped. The file has these keys:
 `config`, the recipe that all runs vary, by name or path; `overrides` of every run; `runs`, name ->
-overrides, or `{overrides: [...], seeds: [0]}` for fewer seeds than the others', the first of which
-the others are compared with; `eval_sets`, name -> an activation store
-of texts that no run trains on, or `{store: DIR, draft_position_offset: -1}`; and, with the
-defaults below, `seeds` and `num_assistant_tokens`, one K or a list. `{kind}` in the path of a store
-stands for the run's `head.kind`, whose heads may read what others do not.
+overrides, or `{overrides: [...], seeds: [0]}` for a run with fewer seeds, the first of which the
+others are compared with; `eval_sets`, name -> an activation store of texts that no run trains on,
+or `{store: DIR, draft_position_offset: -1}`; and, with the defaults below, `seeds` and
+`num_assistant_tokens`, one K or a list. `{kind}` in the path of a store stands for the kind of the
+run's head, which may read what others do not.
 """
 
 import argparse
@@ -178,9 +178,7 @@ def texts_of(runs: list[dict[str, Any]], store: str) -> list[ReplayedText]:
 
 def print_table(results: list[dict[str, Any]]) -> None:
     for store in results[0]["eval_sets"]:
-        table = Table(
-            "run", "acceptance length (95%)", "beside the first run (95%)", title=store
-        )  # fmt: skip
+        table = Table("run", "acceptance length (95%)", "beside the first run (95%)", title=store)
         for result in results:
             one = result["eval_sets"][store]
             (low, high), (least, most) = one["interval"], one["difference_interval"]
