@@ -315,11 +315,10 @@ def kinds_decoded(found: Results) -> str:
         ordered = folder.parent.name == "ordered"
         run = folder.name if ordered else folder.parent.name.partition("-seed")[0]
         cost = report["costs"][r["head"]]["exact"]
-        # Those of the ordered heads were timed beside other work: v is below 1 there.
-        told = ("", "") if ordered else (f"{cost['c']:.3f}", f"{cost['v'][3]:.2f}")
-        name = KINDS[run] + (", through clusters" if ordered else "")
-        speed = interval(r["speedup"], r["speedup_interval"])
-        rows.append([name, length(r), *told, speed])
+        rows.append([
+            KINDS[run] + (", through clusters" if ordered else ""), length(r), f"{cost['c']:.3f}",
+            f"{cost['v'][3]:.2f}", interval(r["speedup"], r["speedup_interval"]),
+        ])  # fmt: skip
     header = (
         "head | acceptance length (95%) | a draft, in steps of the target | verifying three "
         "| speedup (95%)"
