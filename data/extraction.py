@@ -38,6 +38,7 @@ from headstart.data.store import (
     write_index,
     write_shard,
 )
+from headstart.heads.kernels import fast_kernels
 from headstart.heads.target import KEYS_AND_VALUES, Inputs, Target
 
 
@@ -388,11 +389,12 @@ def _teachers(
     log-probabilities [n, k] of the target's best tokens after those at `places` [n], on the CPU."""
     ids = [hidden.new_zeros(0, top_k, dtype=torch.int32)]
     logprobs = [hidden.new_zeros(0, top_k, dtype=torch.float32)]
-    for rows in hidden[places.to(hidden.device)].split(LOGIT_ROWS):
-        # Not in float32: it would cost as much as the best tokens do.
-        best_ids, best = top_logprobs(target.own_logits(rows), top_k)
-        ids.append(best_ids.int())
-        logprobs.append(best)
+    with fast_kernels(target.model, small_batch=False):
+        for rows in hidden[places.to(hidden.device)].split(LOGIT_ROWS):
+            # Not in float32: it would cost as much as the best tokens do.
+            best_ids, best = top_logprobs(target.own_logits(rows), top_k)
+            ids.append(best_ids.int())
+            logprobs.append(best)
     return torch.cat(ids).cpu(), torch.cat(logprobs).cpu()
 
 

@@ -279,15 +279,17 @@ def _padded(rows: list[list[Stored]]) -> Stored:
 
 
 def _zero_padded(rows: list[list[torch.Tensor]]) -> torch.Tensor:
-    longest = max(1, *(sum(map(len, row)) for row in rows))
-    padded = rows[0][0].new_empty(len(rows), longest, *rows[0][0].shape[1:])
-    for places, row in zip(padded, rows, strict=True):
-        start = 0
-        for part in row:
-            places[start : start + len(part)] = part
-            start += len(part)
-        places[start:] = 0
-    return padded
+    """B lists of [T_i, ...], each list one row -> [B, T, ...], zeros after the shorter ones. One
+    operation copies all of it, while which other threads run."""
+    lengths = [sum(len(part) for part in row) for row in rows]
+    longest, shape = max(1, *lengths), rows[0][0].shape[1:]
+    zeros = rows[0][0].new_zeros(longest - min(lengths), *shape)
+    parts = [
+        part
+        for row, length in zip(rows, lengths, strict=True)
+        for part in (*row, zeros[: longest - length])
+    ]
+    return torch.cat(parts).view(len(rows), longest, *shape)
 
 
 def broken_documents(batch: Batch) -> list[str]:

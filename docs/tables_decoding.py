@@ -293,7 +293,7 @@ def draft_costs(found: Results) -> str:
 ASKED = {
     "eval-64": "chat, code and others",
     "breakdown-structured": "under JSON schemas",
-    "breakdown-long": "of 512 to 8,192 tokens",
+    "breakdown-long": "of 512 to 16,384 tokens, quickstart head",
 }
 """Reports with breakdowns -> what was asked there."""
 

@@ -8,9 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import Gemma3TextConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
+from transformers.models.gemma3.modeling_gemma3 import Gemma3MLP, Gemma3RMSNorm
 from transformers.models.gemma4.modeling_gemma4 import Gemma4RMSNorm
 
 from headstart.common.versions import CUTS_ROWS
@@ -22,6 +23,7 @@ from headstart.heads.kernels import (
     fast_kernels,
     grouped_query_attention,
     is_quicker,
+    linear_by_columns,
     linear_weights_first,
 )
 from headstart.heads.target import Target
@@ -73,6 +75,54 @@ def test_a_norm_in_one_piece_is_the_same_bit_for_bit(
         for a, b in zip(found, wanted, strict=True):
             scale = b.float().abs().max().clamp_min(1.0)
             torch.testing.assert_close(a.float() / scale, b.float() / scale, rtol=off, atol=off)
+
+
+class Adapted(nn.Linear):
+    """A linear layer of somebody's own, which may look at all of its rows."""
+
+
+def mlp(of: type[nn.Module] = nn.Linear) -> Any:
+    config = Gemma3TextConfig(hidden_size=40, intermediate_size=56)
+    made = Gemma3MLP(config)
+    made.up_proj = of(40, 56, bias=False)
+    return made
+
+
+@pytest.mark.parametrize("module", [*norms(), mlp()], ids=lambda m: type(m).__name__)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_many_rows_go_by_blocks(
+    module: nn.Module, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not those that gradients are kept for, whose memory is needed anyway."""
+    torch.manual_seed(0)
+    monkeypatch.setattr(kernels, "BLOCK", 4)
+    monkeypatch.setattr(kernels, "MANY", 6 * 40)
+    blocks: list[int] = []
+    stock = torch.cat
+
+    def noted(parts: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        blocks.extend(map(len, parts))
+        return stock(parts, *args, **kwargs)
+
+    module = module.to(dtype)
+    fast, x = kernels._fast_forward(module), torch.randn(2, 5, 40, dtype=dtype)
+    assert fast is not None
+    monkeypatch.setattr(torch, "cat", noted)
+    with torch.no_grad():
+        assert fast(x[:, :3]).shape == (2, 3, 40)
+        assert blocks == []
+        found, wanted = fast(x), module(x)
+    assert blocks == [4, 4, 2]
+    torch.testing.assert_close(
+        found, wanted, atol=1e-6, rtol=1e-5 if dtype is torch.float32 else 0.01
+    )
+    fast(x)
+    assert blocks == [4, 4, 2]
+
+
+def test_an_mlp_with_layers_of_another_make_is_left_alone() -> None:
+    assert kernels._fast_forward(mlp()) is not None
+    assert kernels._fast_forward(mlp(Adapted)) is None
 
 
 @pytest.mark.parametrize("rows", [1, 3, 40])
@@ -190,6 +240,30 @@ def test_the_product_is_that_of_linear(shape: tuple[int, ...], bias: bool) -> No
     assert found.is_contiguous()
 
 
+@pytest.mark.parametrize("shape", [(11,), (2, 7), (16,)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_an_lm_head_goes_by_columns_over_some_rows(
+    shape: tuple[int, ...], bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In float32 alone, where it is quicker; with the same bits whatever a process has timed."""
+    monkeypatch.setattr(kernels, "WIDE", 50)
+    monkeypatch.setattr(kernels, "COLUMNS", 20)
+    monkeypatch.setattr(kernels, "BLOCK", 16)
+    torch.manual_seed(0)
+    layer, x = nn.Linear(17, 50, bias=bias), torch.randn(*shape, 17)
+    fast = kernels._fast_forward(layer, small_batch=False)
+    assert fast is not None
+    with torch.no_grad():
+        found = fast(x)
+        torch.testing.assert_close(found, layer(x))
+        assert torch.equal(found, linear_by_columns(layer.weight, layer.bias, x))
+        assert found.is_contiguous()
+        many = x.repeat(20, *[1] * (x.ndim - 1))
+        assert torch.equal(fast(many), layer(many))
+    assert kernels._fast_forward(layer.bfloat16(), small_batch=False) is None
+    assert kernels._fast_forward(nn.Linear(17, 49), small_batch=False) is None
+
+
 @pytest.mark.usefixtures("quicker")
 def test_linear_layers_take_few_rows_the_other_way_and_are_put_back(tiny: Target) -> None:
     """Not those of other classes, nor one whose forward somebody else replaced, nor where gradients
@@ -290,11 +364,11 @@ def test_a_signal_on_the_way_in_leaves_nothing_behind(
 ) -> None:
     forward, made = kernels._fast_forward, list[nn.Module]()
 
-    def interrupted(module: nn.Module) -> Any:
+    def interrupted(module: nn.Module, small_batch: bool) -> Any:
         made.append(module)
         if len(made) == 9:
             raise KeyboardInterrupt
-        return forward(module)
+        return forward(module, small_batch)
 
     monkeypatch.setattr(kernels, "_fast_forward", interrupted)
     with pytest.raises(KeyboardInterrupt), fast_kernels(tiny.model):
