@@ -84,6 +84,23 @@ def limits_h100() -> str:
     return rows_of("target | what | memory, ms | products, ms | launches, ms | limit", rows)
 
 
+@made_of("bench-loader-31b")
+def limits_writing(found: Results) -> str:
+    """What a store takes while the target generates, beside what a thread writes."""
+    figures = found["bench-loader-31b"]
+    source = published_config("google/gemma-4-31B")
+    assert source is not None
+    batch = load_config("gemma4-31b").data.generation_batch_size
+    moved = 2 * target_step_weights(source) + batch * _cache_bytes(source)
+    made = batch / (moved / BANDWIDTH)
+    needed, written = made * figures["bytes_per_token"], figures["write_bytes_per_second"]
+    header = "tokens a second | bytes a token | MB/s to write | MB/s written | share of the thread"
+    return rows_of(header, [[
+        f"{made:,.0f}", f"{figures['bytes_per_token']:,.0f}", f"{needed / 1e6:.0f}",
+        f"{written / 1e6:,.0f}", f"{needed / written:.0%}",
+    ]])  # fmt: skip
+
+
 def _cache_bytes(source: Any) -> int:
     """Keys and values of a text of `CONTEXT` tokens that a decoding step reads."""
     last = max(source_layers(source).values())

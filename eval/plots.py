@@ -269,6 +269,9 @@ def _lengths(
         x = [edges.index(group["from"]) for group in variant[groups]]
         lengths = [group["acceptance_length"] for group in variant[groups]]
         axes.plot(x, lengths, markersize=5, **look)
+        intervals = [group.get("acceptance_length_interval") for group in variant[groups]]
+        if all(intervals):  # reports of before have none
+            axes.vlines(x, *zip(*intervals, strict=True), color=look["color"], linewidth=1)
     ends = dict(pairwise(bounds))
     names = [f"{edge} to {ends[edge] - 1}" if edge in ends else f"from {edge}" for edge in edges]
     axes.set_xticks(range(len(edges)), names)

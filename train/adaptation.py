@@ -20,8 +20,9 @@ def adapt_defaults(head: str) -> list[tuple[str, Any]]:
     of_head: list[tuple[str, Any]] = [
         ("head.init_from", head),
         ("head.use_ordered_embeddings", start.use_ordered_embeddings),
-        ("train.draft_position_offset", draft_position_offset(start)),
     ]
+    if kind_of(start).has_position:
+        of_head.append(("train.draft_position_offset", draft_position_offset(start)))
     if (most := kind_of(start).most_drafts(start)) is not None:
         of_head.append(("train.num_speculative_steps", most))
         of_head.append(("eval.num_assistant_tokens", [min(most, 4)]))

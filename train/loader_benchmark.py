@@ -1,4 +1,5 @@
-"""How long a training step waits for its batch: `headstart bench loader`.
+"""How long a training step waits for its batch, and how fast a store is written: `headstart bench
+loader`.
 
 The store is made here, of random activations with the shapes of a target, whose weights are not
 read: `--config gemma4-e4b` needs none.
@@ -24,7 +25,9 @@ from headstart.data.store import (
     FORMAT,
     ActivationStore,
     kept_settings,
+    on_cpu,
     shard_path,
+    shard_paths,
     write_index,
     write_shard,
 )
@@ -54,6 +57,7 @@ def run_loader_benchmark(config: Config, out: Path | None) -> None:
     table.add_row("a step without any", f"{STEP * 1000:.0f} ms")
     table.add_row("a batch, by one thread", f"{figures['seconds_per_batch'] * 1000:.1f} ms")
     table.add_row("its activations", f"{figures['bytes_per_batch'] / 2**20:.1f} MiB")
+    table.add_row("shards, by one thread", f"{figures['write_bytes_per_second'] / 1e6:,.0f} MB/s")
     plain_console().print(table)
     write_figures({"benchmark": "loader", "environment": where, **figures}, out)
 
@@ -65,14 +69,17 @@ def bench_loader(config: Config) -> dict[str, Any]:
         `ratios`, of a step that launches small operations for `STEP` seconds: `loader_wait_share`,
         the share of it that it waits for its batch; `loader_share`, that and what the threads slow
         it down; `loader_share_without_threads`, where it makes its batch itself.
-        `seconds_per_batch`, made in the step; `bytes_per_batch` as they go to the device.
+        `seconds_per_batch`, made in the step; `bytes_per_batch` as they go to the device;
+        `bytes_per_token` of the store, and `write_bytes_per_second` of one thread, checksums
+        included.
     """
     threads = torch.get_num_threads()
     with temporary_folder() as work:
         length = (config.data.max_prompt_tokens + config.data.max_new_tokens) // 2
         shapes = run_shapes(config)
         inputs = inputs_of(shapes.head)
-        make_store(shapes.text, config, length, work, inputs)
+        seconds = make_store(shapes.text, config, length, work, inputs)
+        written = sum(path.stat().st_size for path in shard_paths(work))
         store = ActivationStore(work)
         store.read(range(len(store)))  # verified, and in the page cache
         c = config.train
@@ -99,6 +106,8 @@ def bench_loader(config: Config) -> dict[str, Any]:
         },
         "seconds_per_batch": alone,
         "bytes_per_batch": size,
+        "bytes_per_token": written / (SHARDS * DOCUMENTS * length),
+        "write_bytes_per_second": written / seconds,
         "seconds_per_step": STEP,
         "loader_threads": THREADS,
         "tokens_per_batch": c.batch_size * length,
@@ -126,8 +135,8 @@ def _step_seconds(loader: AnchorLoader, threads: int) -> tuple[float, float]:
     return waited / STEPS, (time.perf_counter() - began) / STEPS
 
 
-def make_store(source: Any, config: Config, length: int, folder: Path, inputs: Inputs) -> None:
-    """A store of random activations.
+def make_store(source: Any, config: Config, length: int, folder: Path, inputs: Inputs) -> float:
+    """A store of random activations; returns the seconds that its shards took to write.
 
     Args:
         source: the target's text configuration.
@@ -142,7 +151,7 @@ def make_store(source: Any, config: Config, length: int, folder: Path, inputs: I
         "tokenizer": "none", "dtype": "bfloat16", "storage": config.data.storage,
         "teacher_top_k": top_k, **kept_settings(inputs),
     }  # fmt: skip
-    tokens = DOCUMENTS * length
+    tokens, seconds = DOCUMENTS * length, 0.0
     for number in range(SHARDS):
         states = ["hidden", *(f"layer.{i}" for i in inputs.layers)]
         width = source.hidden_size
@@ -165,5 +174,11 @@ def make_store(source: Any, config: Config, length: int, folder: Path, inputs: I
             for i in range(DOCUMENTS)
         ]
         tensors |= dict(zip(PLAIN, plain, strict=True))
-        write_shard(shard_path(folder, number), tensors, entries, settings)
+        stored = dict[str, torch.Tensor]()  # quantized where the target runs
+        for name, tensor in tensors.items():
+            stored |= on_cpu(name, tensor, config.data.storage)
+        began = time.perf_counter()
+        write_shard(shard_path(folder, number), stored, entries, settings)
+        seconds += time.perf_counter() - began
     write_index(folder, [shard_path(folder, number) for number in range(SHARDS)], settings)
+    return seconds

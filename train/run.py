@@ -36,7 +36,7 @@ from headstart.eval.page import print_report
 from headstart.eval.recorded import prompt_set, set_names, without_paths
 from headstart.eval.report import run_evaluation
 from headstart.eval.statistics import NO_HEAD, OWN_LENGTH
-from headstart.heads.kinds import check_drafts, inputs_of
+from headstart.heads.kinds import check_drafts, inputs_of, kind_of
 from headstart.heads.live import MEMORY
 from headstart.heads.loading import load_served, open_target, open_whole
 from headstart.heads.pairing import head_config
@@ -141,6 +141,11 @@ def _train(
     check_prompts(config.data, held_out)
     target = open_target(config.target, accelerator.device)
     head = head_config(target.config, config.head, config.train.num_speculative_steps)
+    if config.train.draft_position_offset != "mixed" and not kind_of(head).has_position:
+        raise ValueError(
+            f"train.draft_position_offset={config.train.draft_position_offset}: drafts of the kind "
+            f"{kind_of(head).name} stand at no position, leave it out"
+        )
     if config.eval is not None and not set(config.eval.decoders) <= {*OWN_LENGTH, *NO_HEAD}:
         check_drafts(head, config.eval.num_assistant_tokens, "eval.num_assistant_tokens")
     planned = plan_documents(target, config.data, seed, held_out, inputs_of(head))

@@ -9,8 +9,11 @@ import torch
 from headstart.configs.loader import load_config
 from headstart.configs.schema import DataConfig
 from headstart.data.extraction import extract
+from headstart.data.store import bytes_per_token
 from headstart.heads.target import Target
+from headstart.train import loader_benchmark
 from headstart.train.benchmark import bare_forwards, run_benchmark, stepwise_difference
+from headstart.train.plan import run_shapes
 from tests.helpers.prompts import conversations
 
 CONFIG = DataConfig(teacher_top_k=5)
@@ -55,6 +58,21 @@ def test_a_benchmark_prints_and_writes_its_ratios(
     if name == "extract":
         assert content["stepwise"]["same best token"] == 1.0
         assert content["stepwise"]["hidden relative error"] < 1e-5
+
+
+def test_the_loader_is_timed_over_a_store_of_the_shapes_of_a_target(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(loader_benchmark, "STEPS", 5)
+    config = load_config(None, ["target.name=tiny-gemma4", "data.storage=int8"])
+    loader_benchmark.run_loader_benchmark(config, tmp_path / "out.json")
+    content = json.loads((tmp_path / "out.json").read_text())
+    source = run_shapes(config).text
+    plain = bytes_per_token(source, 2, config.data.teacher_top_k, "int8")
+    assert plain < content["bytes_per_token"] < 1.2 * plain, "the rest are headers"
+    assert content["write_bytes_per_second"] > 0
+    assert all(0 <= share < 1 for share in content["ratios"].values())
+    assert "MB/s" in capsys.readouterr().out
 
 
 def test_the_forward_to_compare_with_runs_every_token_through_the_lm_head(

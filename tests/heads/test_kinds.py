@@ -309,6 +309,22 @@ def test_a_saved_head_describes_itself(kind: str, width: int | None, tmp_path: P
 
 
 @each_kind
+def test_a_position_is_refused_where_drafts_stand_at_none(kind: str, tmp_path: Path) -> None:
+    """Before the target answers anything. An adaptation asks for what the head was trained with."""
+    config = tiny_config(tmp_path, f"head.kind={kind}", "train.draft_position_offset=-1")
+    has_position = head_kinds()[kind].has_position
+    if not has_position:
+        with pytest.raises(ValueError, match="draft_position_offset=-1: drafts of the kind"):
+            train(config)
+        assert not list(tmp_path.glob("**/*.safetensors"))
+    target = make_target("gemma3")
+    head = DraftHead(build_assistant(target, HeadConfig(kind=kind), K))
+    save_assistant(head.assistant, head.table(target.table), tmp_path / "head", K, torch.float32)
+    asked = dict(adapt_defaults(str(tmp_path / "head")))
+    assert ("train.draft_position_offset" in asked) == has_position
+
+
+@each_kind
 @pytest.mark.parametrize("narrow", [False, True])
 def test_a_run_that_was_killed_ends_as_one_that_was_not(
     kind: str, narrow: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
