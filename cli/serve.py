@@ -87,11 +87,12 @@ def _serve_check(args: argparse.Namespace) -> None:
     from headstart.eval.recorded import prompt_set
     from headstart.heads.loading import load_served, load_target_config
     from headstart.serve.engine_check import ServeCheck, print_serve_check, serve_check
-    from headstart.serve.engines import engine_python
+    from headstart.serve.engines import check_served, engine_python
 
     litert = args.engine == "litert"
     settings = read_settings(args, [("target.dtype", "float32")] if litert else [])
     t, chosen = settings.target, settings.eval
+    check_served(args.engine, args.head)
     engine_python(args.engine)  # before the weights are loaded
     if t.quantization is not None:
         raise ValueError("serve-check writes the weights for the engine: no target.quantization")

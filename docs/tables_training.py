@@ -160,6 +160,25 @@ def sweep_prose(found: Results) -> str:
     return rows_of(header, rows)
 
 
+@made_of("sweep-breadth")
+def sweep_breadth(found: Results) -> str:
+    """Each kind of text, by the head that was trained on all kinds and by one that never saw it."""
+    everything, *others = found["sweep-breadth"]["results"]
+    rows = []
+    for run in others:
+        kind = run["run"].removeprefix("without ")
+        whole, without = (one["eval_sets"][kind] for one in (everything, run))
+        gained = whole["acceptance_length"] - 1
+        low, high = (1 + side / gained for side in without["difference_interval"])
+        rows.append([
+            kind, str(whole["texts"]), f"{whole['acceptance_length']:.3f}",
+            f"{without['acceptance_length']:.3f}",
+            f"{1 + without['difference'] / gained:.0%} ({low:.0%} to {high:.0%})",
+        ])  # fmt: skip
+    header = "kind | texts | trained on all kinds | never saw it | accepted drafts that stay (95%)"
+    return rows_of(header, rows)
+
+
 @made_of("sweep-rope")
 def sweep_position(found: Results) -> str:
     told = {"newest": "0, the newest token", "one_earlier": "-1, one earlier", "both": "`mixed`"}

@@ -31,7 +31,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import lru_cache, partial
 from threading import Lock
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -89,14 +89,14 @@ def _fast_forward(
         case "Gemma3MLP" | "Gemma4TextMLP" | "Gemma4UnifiedTextMLP":
             layers = [layer for layer in module.children() if layer is not module.act_fn]
             return partial(_mlp, module) if all(map(_is_plain_on_cpu, layers)) else None
-    if not _is_plain_on_cpu(module):
-        return None
-    quick = quick_rows(module.weight.dtype) if small_batch else frozenset[int]()
-    wide = module.out_features >= WIDE and module.weight.dtype == torch.float32
-    return partial(_linear, quick, wide, module) if quick or wide else None
+    if _is_plain_on_cpu(module):
+        quick = quick_rows(module.weight.dtype) if small_batch else frozenset[int]()
+        wide = module.out_features >= WIDE and module.weight.dtype == torch.float32
+        return partial(_linear, quick, wide, module) if quick or wide else None
+    return None
 
 
-def _is_plain_on_cpu(module: Any) -> bool:
+def _is_plain_on_cpu(module: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether it is a linear layer on a CPU with weights of its own dtype: torchao keeps the layer
     and changes the weight."""
     return (

@@ -20,7 +20,12 @@ from headstart.common.files import cache_dir, check_empty, drop_remote_code
 from headstart.configs.schema import Engine
 from headstart.heads.kinds import kind_of
 from headstart.heads.pairing import DRAFTS, check_shapes
-from headstart.heads.saving import draft_position_offset, load_assistant, save_assistant
+from headstart.heads.saving import (
+    draft_position_offset,
+    load_assistant,
+    load_assistant_config,
+    save_assistant,
+)
 
 ENGINES: tuple[Engine, ...] = get_args(Engine)
 DRAFT_POSITION_OFFSETS: dict[Engine, Literal[0, -1]] = {
@@ -93,6 +98,14 @@ def _not_in_litert(head: Any, target: Any) -> list[str]:
     if getattr(text, "attn_logit_softcapping", None):
         found.append("attn_logit_softcapping of the target is not exported: serve it with vLLM")
     return found
+
+
+def check_served(engine: Engine, path: str | Path) -> None:
+    """Raise `ValueError` where an engine serves no heads of the kind of the one at `path`: nobody
+    should install it for that."""
+    head = load_assistant_config(path)
+    if engine not in kind_of(head).engines:
+        raise ValueError(f"{path}: {incompatibilities(engine, head, None)[0]}")
 
 
 def engine_warnings(engine: Engine, head: Any) -> list[str]:
@@ -291,6 +304,7 @@ def export_for_engine(
         RuntimeError: llama.cpp's converter failed, with what it said.
     """
     check_empty(out)
+    check_served(engine, path)
     if engine == "llama.cpp":
         engine_python(engine)  # before the weights are loaded
     assistant: Any = load_assistant(path, dtype)

@@ -12,10 +12,17 @@ from headstart.cli.main import main
 from headstart.configs.schema import HeadConfig
 from headstart.heads.assistant import assistant_config
 from headstart.heads.loading import load_target
+from headstart.heads.pairing import build_assistant
 from headstart.heads.saving import OFFSET, load_assistant, save_assistant
 from headstart.heads.target import Target
 from headstart.serve import litert
-from headstart.serve.engines import ENGINES, Engine, engine_warnings, incompatibilities
+from headstart.serve.engines import (
+    ENGINES,
+    Engine,
+    engine_warnings,
+    export_for_engine,
+    incompatibilities,
+)
 from headstart.serve.litert import LitertExport, export_for_litert
 from tests.helpers.heads import FULL, NARROW, finished, noisy_head
 from tests.helpers.models import make_target
@@ -53,6 +60,20 @@ def test_a_head_that_no_engine_can_load_is_refused_by_name(engine: Engine) -> No
     config.tie_word_embeddings = False
     found = " ".join(incompatibilities(engine, config, target.model.config))
     assert all(part in found for part in ("no sliding_attention", "num_kv_shared_layers", "tied"))
+
+
+def test_a_kind_that_no_engine_serves_is_refused_before_one_is_installed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target, place = make_target("gemma4"), tmp_path / "head"
+    head = build_assistant(target, HeadConfig(kind="mtp"))
+    save_assistant(head, target.table, place, 3, torch.float32)
+    config, out = target.model.config, tmp_path / "out"
+    with pytest.raises(ValueError, match=r"llama.cpp serves no mtp head"):
+        export_for_engine(place, "llama.cpp", config, target.tokenizer, out, True, torch.float32)
+    asked = ["target.name=tiny-gemma4", f"output_dir={out}"]
+    assert main(["serve-check", str(place), "llama.cpp", *asked]) == 1
+    assert "llama.cpp serves no mtp head" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("width", [NARROW, FULL])
