@@ -326,13 +326,14 @@ def extract_tensors(
     The LM head runs on rows whose next token the assistant wrote alone: the others teach nothing.
     """
     parts: list[dict[str, torch.Tensor]] = [{} for _ in conversations]
-    for batch in in_step(forward_batches(conversations), target.sharded):
-        if batch is None:
-            target.idle()
-            continue
-        ran = _run(target, [conversations[i] for i in batch], top_k, storage, inputs)
-        for i, part in zip(batch, ran, strict=True):
-            parts[i] = part
+    with fast_kernels(target.model, small_batch=False):  # around the LM head too
+        for batch in in_step(forward_batches(conversations), target.sharded):
+            if batch is None:
+                target.idle()
+                continue
+            ran = _run(target, [conversations[i] for i in batch], top_k, storage, inputs)
+            for i, part in zip(batch, ran, strict=True):
+                parts[i] = part
     if not parts:
         return {}
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
@@ -389,12 +390,11 @@ def _teachers(
     log-probabilities [n, k] of the target's best tokens after those at `places` [n], on the CPU."""
     ids = [hidden.new_zeros(0, top_k, dtype=torch.int32)]
     logprobs = [hidden.new_zeros(0, top_k, dtype=torch.float32)]
-    with fast_kernels(target.model, small_batch=False):
-        for rows in hidden[places.to(hidden.device)].split(LOGIT_ROWS):
-            # Not in float32: it would cost as much as the best tokens do.
-            best_ids, best = top_logprobs(target.own_logits(rows), top_k)
-            ids.append(best_ids.int())
-            logprobs.append(best)
+    for rows in hidden[places.to(hidden.device)].split(LOGIT_ROWS):
+        # Not in float32: it would cost as much as the best tokens do.
+        best_ids, best = top_logprobs(target.own_logits(rows), top_k)
+        ids.append(best_ids.int())
+        logprobs.append(best)
     return torch.cat(ids).cpu(), torch.cat(logprobs).cpu()
 
 

@@ -24,15 +24,19 @@ def machine_rates(found: Results) -> str:
 
 
 @made_of(
-    "bench-regenerate", "bench-extract", "bench-train", "bench-train-bf16", "bench-draft",
-    "bench-draft-bf16", "bench-loader",
+    "bench-regenerate", "bench-regenerate-float32", "bench-extract", "bench-extract-float32",
+    "bench-train", "bench-train-bf16", "bench-draft", "bench-draft-bf16", "bench-loader",
 )  # fmt: skip
 def limits_measured(found: Results) -> str:
     told = [
-        ("generation, batches of 64", "matrix products", "products alone / all",
+        ("generation, batches of 64, bfloat16", "matrix products", "products alone / all",
          "bench-regenerate", "regenerate_over_gemm"),
-        ("extraction", "matrix products", "products alone / all",
+        ("generation, batches of 64, float32", "matrix products", "the same",
+         "bench-regenerate-float32", "regenerate_over_gemm"),
+        ("extraction, bfloat16", "matrix products", "products alone / all",
          "bench-extract", "extract_over_gemm"),
+        ("extraction, float32", "matrix products", "the same",
+         "bench-extract-float32", "extract_over_gemm"),
         ("shards of activations", "the target", "share in which it waits for files",
          "bench-extract", "write_share"),
         ("training step, bfloat16", "matrix products", "an anchor / a token of a target forward",

@@ -38,7 +38,6 @@ from headstart.heads.decoder import (
     exact_decoding,
     stock_decoding,
 )
-from headstart.heads.drafting import Drafter
 from headstart.heads.kernels import fast_kernels
 from headstart.heads.kinds import kind_of, runs_in_transformers
 from headstart.heads.target import Target
@@ -271,7 +270,6 @@ def make_variants(
         costs: head -> what `measure_costs` found, of those where it was asked.
     """
     variants = list[DecoderVariant]()
-    drafters: dict[tuple[int, int], Drafter] = {}  # each has a copy of its head's table
     for decoder in decoders:
         ks = [MAX_DRAFT_TOKENS] if decoder in OWN_LENGTH else num_assistant_tokens
         models: Mapping[Any, Any] = heads
@@ -286,32 +284,28 @@ def make_variants(
             elif decoder == "lookup" and costs:
                 cost = Costs(0.0, next(iter(costs.values()))["exact"].v)
             variants += [
-                DecoderVariant(
-                    decoder, name, k, model, _drafting(decoder, cost, model, drafters), cost
-                )
+                DecoderVariant(decoder, name, k, model, _drafting(decoder, cost, model), cost)
                 for k in ks
             ]
     return variants
 
 
 def _drafting(
-    decoder: Decoder,
-    costs: Costs | None,
-    model: PreTrainedModel | None,
-    drafters: dict[tuple[int, int], Drafter],
+    decoder: Decoder, costs: Costs | None, model: PreTrainedModel | None
 ) -> ExactDecoding | None:
     """How the exact decoder drafts; None: the stock one does."""
-    if decoder in ("exact", "unconstrained"):
-        return ExactDecoding(follow_text=decoder == "exact", drafters=drafters)
+    if decoder == "exact":
+        return ExactDecoding()
+    if decoder == "unconstrained":
+        return ExactDecoding(follow_text=False)
     if decoder == "heuristic":
-        return ExactDecoding(Heuristic(START, MAX_DRAFT_TOKENS), drafters=drafters)
+        return ExactDecoding(Heuristic(START, MAX_DRAFT_TOKENS))
     if decoder not in OWN_LENGTH:
         return None
     assert costs is not None
     assert model is not None
     rule = CostRule(costs.c, costs.v, kind_of(model.config).most_drafts(model.config))
-    lookup = Lookup(rule) if decoder == "hybrid" else None
-    return ExactDecoding(rule, lookup, drafters=drafters)
+    return ExactDecoding(rule, Lookup(rule) if decoder == "hybrid" else None)
 
 
 ROUNDING = {"float32": 1e-3, "bfloat16": 0.25}

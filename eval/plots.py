@@ -270,7 +270,7 @@ def _lengths(
         lengths = [group["acceptance_length"] for group in variant[groups]]
         axes.plot(x, lengths, markersize=5, **look)
         intervals = [group.get("acceptance_length_interval") for group in variant[groups]]
-        if all(intervals):  # reports of before have none
+        if intervals and all(intervals):  # reports of before have none
             axes.vlines(x, *zip(*intervals, strict=True), color=look["color"], linewidth=1)
     ends = dict(pairwise(bounds))
     names = [f"{edge} to {ends[edge] - 1}" if edge in ends else f"from {edge}" for edge in edges]

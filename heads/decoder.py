@@ -230,8 +230,6 @@ class ExactDecoding:
     """Whether processors that read the text, such as those of a grammar, act on drafts too, each of
     which then sees those before it. False: on the target's logits alone, as in the stock decoder.
     """
-    drafters: dict[tuple[int, int], Drafter] = field(default_factory=dict)
-    """Of the heads and targets that it has met, which it takes as they were then."""
 
 
 class Lookup:
@@ -421,17 +419,15 @@ def exact_decoding(
     decoding_config = decoding_config or ExactDecoding()
     outer = target.__dict__.get("_get_candidate_generator")  # of an exact_decoding around this one
     stock = target._get_candidate_generator
-    kernels, quick = ExitStack(), set[int]()  # of the heads
+    drafters: dict[int, Drafter] = {}
+    kernels = ExitStack()  # of the heads
 
     def generator(**kwargs: Any) -> CandidateGenerator:
         assistant = kwargs["assistant_model"]
         if assistant is None or not is_head(assistant.config):
             return stock(**kwargs)
-        embed, drafters = target.get_input_embeddings(), decoding_config.drafters
-        if (pair := (id(assistant), id(embed))) not in drafters:
-            drafters[pair] = Drafter(assistant, embed)
-        if id(assistant) not in quick:
-            quick.add(id(assistant))
+        if id(assistant) not in drafters:
+            drafters[id(assistant)] = Drafter(assistant, target.get_input_embeddings())
             kernels.enter_context(fast_kernels(assistant))
         mask = kwargs["model_kwargs"].get("attention_mask")
         padding = 0 if mask is None else int((mask == 0).sum())
@@ -447,7 +443,7 @@ def exact_decoding(
         if type(length) is Constant:
             check_drafts(assistant.config, [length.num_assistant_tokens], "num_assistant_tokens")
         return ExactCandidateGenerator(
-            drafters[pair], decoding_config, length, padding, kwargs["generation_config"],
+            drafters[id(assistant)], decoding_config, length, padding, kwargs["generation_config"],
             kwargs["logits_processor"],
         )  # fmt: skip
 

@@ -2,8 +2,7 @@
 becomes a token.
 
 Of a head with ordered embeddings the logits of some thousand tokens are computed, and not of the
-whole vocabulary, from a copy of its table in which the rows of a cluster lie together. Unless
-somebody asks for confidences, the host waits for the device once a round.
+whole vocabulary. Unless somebody asks for confidences, the host waits for the device once a round.
 
 Letters: D target width, H head width, V vocabulary, C clusters, M tokens looked at.
 """
@@ -43,8 +42,8 @@ class Drafts:
 
 
 class Drafter:
-    """Drafts with one head, as it is now, with a table of its own (`load_assistant`), and the
-    target's input embeddings, which scale."""
+    """Drafts with one head, with a table of its own (`load_assistant`), and the target's input
+    embeddings, which scale."""
 
     def __init__(self, assistant: Any, embed: nn.Module):
         self.assistant, self.embed_tokens = assistant, embed
@@ -57,18 +56,9 @@ class Drafter:
         self.embedder = embedder
         table = assistant.lm_head.weight
         self.quick = quick_rows(table.dtype) if table.device.type == "cpu" else frozenset[int]()
+        self.members = None  # [C, tokens a cluster]
         if embedder is not None:
             self.members = embedder.token_ordering.long().view(embedder.num_centroids, -1)
-            """[C, tokens a cluster]"""
-            with torch.no_grad():
-                rows = table.index_select(0, self.members.flatten())
-            self.rows = rows.view(*self.members.shape, -1)
-            """[C, tokens a cluster, H] the table: a few blocks of it are read in half the time of
-            as many rows here and there."""
-            with torch.inference_mode(False):  # else it could be written to in that mode alone
-                looked_at = embedder.centroid_intermediate_top_k
-                self.read = self.rows.new_empty(looked_at, *self.rows.shape[1:])
-            """Those of them that a draft looks at."""
 
     def new_text(self, padding: int = 0, offset: int = 0) -> DraftState:
         """What drafting along a text begins with, whose prompt has so many tokens of padding at its
@@ -160,12 +150,12 @@ class Drafter:
 
     def _logits(self, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Logits [M] of the tokens [M] looked at for a state [H]; None: the whole vocabulary."""
-        if self.embedder is None:
-            return self._products(self.assistant.lm_head.weight, state), None
-        clusters = self.embedder.centroids(state).topk(len(self.read)).indices
-        torch.index_select(self.rows, 0, clusters, out=self.read)
-        ids = self.members.index_select(0, clusters).flatten()
-        return self._products(self.read.flatten(0, 1), state), ids
+        table = self.assistant.lm_head.weight
+        if self.embedder is None or self.members is None:
+            return self._products(table, state), None
+        best = self.embedder.centroids(state).topk(self.embedder.centroid_intermediate_top_k)
+        ids = self.members[best.indices].flatten()
+        return self._products(table.index_select(0, ids), state), ids
 
     def _products(self, table: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
         """[M, H] @ [H] -> [M], as a linear layer: in bfloat16 on a CPU `@` takes half as long

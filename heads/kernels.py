@@ -45,8 +45,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 def fast_kernels(model: PreTrainedModel, small_batch: bool = True) -> Iterator[None]:
     """Within, a model runs on these kernels, in training too.
 
-    Without `small_batch` linear layers stay as they are: which form is quicker over few rows is
-    tried in each process, and what is stored must have the same bits in all of them.
+    Without `small_batch` linear layers stay as they are over few rows: which form is quicker there
+    is tried in each process, and what is stored must have the same bits in all of them.
 
     The values are those of its own layers up to the rounding of another order of sums; those of the
     norms are the same bit for bit on a CPU. Left alone are layers whose forward somebody replaced,
@@ -88,7 +88,8 @@ def _fast_forward(
             return partial(gemma3_norm, module)
         case "Gemma3MLP" | "Gemma4TextMLP" | "Gemma4UnifiedTextMLP":
             layers = [layer for layer in module.children() if layer is not module.act_fn]
-            return partial(_mlp, module) if all(map(_is_plain_on_cpu, layers)) else None
+            plain = all(_is_plain_on_cpu(layer) and not _is_watched(layer) for layer in layers)
+            return partial(_mlp, module) if plain else None
     if _is_plain_on_cpu(module):
         quick = quick_rows(module.weight.dtype) if small_batch else frozenset[int]()
         wide = module.out_features >= WIDE and module.weight.dtype == torch.float32
@@ -104,6 +105,12 @@ def _is_plain_on_cpu(module: nn.Module) -> TypeGuard[nn.Linear]:
         and type(module.weight) is nn.Parameter
         and module.weight.device.type == "cpu"
     )
+
+
+def _is_watched(module: nn.Module) -> bool:
+    """Whether somebody's own code runs with its forward, and would see blocks of the rows."""
+    hooks = module._forward_hooks or module._forward_pre_hooks
+    return "forward" in module.__dict__ or bool(hooks)
 
 
 def _mlp(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -122,7 +129,7 @@ def _by_blocks(of_rows: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor)
 
 def _linear(quick: frozenset[int], wide: bool, module: nn.Linear, x: torch.Tensor) -> torch.Tensor:
     rows = x.numel() // x.shape[-1]
-    if wide and rows not in quick and rows <= BLOCK and not torch.is_grad_enabled():
+    if wide and FEW.stop <= rows <= SOME and not torch.is_grad_enabled():
         return linear_by_columns(module.weight, module.bias, x)
     return small_batch_linear(quick, module.weight, module.bias, x)
 
@@ -181,6 +188,7 @@ def linear_weights_first(
 
 
 WIDE = 65_536  # columns of what is no other layer than an LM head
+SOME = 512  # rows of it, beyond which all columns at once take no longer
 COLUMNS = 2048  # of it at once: a block of logits stays in the cache until it is turned around
 
 
@@ -220,7 +228,7 @@ def groups_heads(rows: int, groups: int, width: int) -> bool:
 
 
 BLOCK = 512
-"""Rows of a long prefill that are attended from at once, or run through an MLP."""
+"""Rows of a long prefill that are attended from at once, or run through a norm or an MLP."""
 MANY = 2 << 20
 """Values of rows that take no longer all at once."""
 

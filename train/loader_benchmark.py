@@ -7,6 +7,8 @@ read: `--config gemma4-e4b` needs none.
 
 import itertools
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +64,17 @@ def run_loader_benchmark(config: Config, out: Path | None) -> None:
     write_figures({"benchmark": "loader", "environment": where, **figures}, out)
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Within, torch computes in one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def bench_loader(config: Config) -> dict[str, Any]:
     """Time batches of the recipe over a store that the page cache holds.
 
@@ -73,8 +86,7 @@ def bench_loader(config: Config) -> dict[str, Any]:
         `bytes_per_token` of the store, and `write_bytes_per_second` of one thread, checksums
         included.
     """
-    threads = torch.get_num_threads()
-    with temporary_folder() as work:
+    with one_thread(), temporary_folder() as work:  # as in a launch of several processes
         length = (config.data.max_prompt_tokens + config.data.max_new_tokens) // 2
         shapes = run_shapes(config)
         inputs = inputs_of(shapes.head)
@@ -92,12 +104,8 @@ def bench_loader(config: Config) -> dict[str, Any]:
         stored = [batch.texts.hidden, *itertools.chain(*batch.texts.kv.values())]
         stored += (batch.texts.layers or {}).values()
         size = sum(t.nbytes for one in stored for t in (one.values, one.scale) if t is not None)
-        torch.set_num_threads(1)  # as in a launch of several processes
-        try:
-            alone, _ = _step_seconds(loader, 0)
-            waited, whole = _step_seconds(loader, THREADS)
-        finally:
-            torch.set_num_threads(threads)
+        alone, _ = _step_seconds(loader, 0)
+        waited, whole = _step_seconds(loader, THREADS)
     return {
         "ratios": {
             "loader_wait_share": waited / whole,

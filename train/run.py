@@ -36,7 +36,7 @@ from headstart.eval.page import print_report
 from headstart.eval.recorded import prompt_set, set_names, without_paths
 from headstart.eval.report import run_evaluation
 from headstart.eval.statistics import NO_HEAD, OWN_LENGTH
-from headstart.heads.kinds import check_drafts, inputs_of, kind_of
+from headstart.heads.kinds import check_drafts, head_kind, inputs_of, kind_of
 from headstart.heads.live import MEMORY
 from headstart.heads.loading import load_served, open_target, open_whole
 from headstart.heads.pairing import head_config
@@ -126,6 +126,21 @@ def train(config: Config, resume: bool = False, schedule: Schedule | None = None
             _train(config, resume, accelerator, schedule, same_bits)
 
 
+def check_position(config: Config) -> None:
+    """Raise `ValueError` where drafts are to stand at a position, and those of the kind stand at
+    none; or where the head that training starts from does not say where its drafts stood."""
+    asked, kind = config.train.draft_position_offset, head_kind(config.head.kind)
+    if config.head.warm:
+        start = load_assistant_config(config.head.init_from)
+        draft_position_offset(start)
+        kind = kind_of(start)
+    if asked != "mixed" and not kind.has_position:
+        raise ValueError(
+            f"train.draft_position_offset={asked}: drafts of the kind {kind.name} stand at no "
+            "position, leave it out"
+        )
+
+
 def _train(
     config: Config,
     resume: bool,
@@ -135,17 +150,11 @@ def _train(
 ) -> None:
     run, seed = config.output_dir, config.seed
     set_seed(seed)
-    if config.head.warm:  # refused before anything is loaded
-        draft_position_offset(load_assistant_config(config.head.init_from))
+    check_position(config)  # before anything is loaded
     held_out = config.eval.prompts if config.eval else None
     check_prompts(config.data, held_out)
     target = open_target(config.target, accelerator.device)
     head = head_config(target.config, config.head, config.train.num_speculative_steps)
-    if config.train.draft_position_offset != "mixed" and not kind_of(head).has_position:
-        raise ValueError(
-            f"train.draft_position_offset={config.train.draft_position_offset}: drafts of the kind "
-            f"{kind_of(head).name} stand at no position, leave it out"
-        )
     if config.eval is not None and not set(config.eval.decoders) <= {*OWN_LENGTH, *NO_HEAD}:
         check_drafts(head, config.eval.num_assistant_tokens, "eval.num_assistant_tokens")
     planned = plan_documents(target, config.data, seed, held_out, inputs_of(head))

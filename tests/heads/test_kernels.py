@@ -123,6 +123,9 @@ def test_many_rows_go_by_blocks(
 def test_an_mlp_with_layers_of_another_make_is_left_alone() -> None:
     assert kernels._fast_forward(mlp()) is not None
     assert kernels._fast_forward(mlp(Adapted)) is None
+    watched = mlp()
+    watched.down_proj.register_forward_hook(lambda *_: None)
+    assert kernels._fast_forward(watched) is None
 
 
 @pytest.mark.parametrize("rows", [1, 3, 40])
@@ -248,7 +251,7 @@ def test_an_lm_head_goes_by_columns_over_some_rows(
     """In float32 alone, where it is quicker; with the same bits whatever a process has timed."""
     monkeypatch.setattr(kernels, "WIDE", 50)
     monkeypatch.setattr(kernels, "COLUMNS", 20)
-    monkeypatch.setattr(kernels, "BLOCK", 16)
+    monkeypatch.setattr(kernels, "SOME", 16)
     torch.manual_seed(0)
     layer, x = nn.Linear(17, 50, bias=bias), torch.randn(*shape, 17)
     fast = kernels._fast_forward(layer, small_batch=False)
@@ -259,7 +262,8 @@ def test_an_lm_head_goes_by_columns_over_some_rows(
         assert torch.equal(found, linear_by_columns(layer.weight, layer.bias, x))
         assert found.is_contiguous()
         many = x.repeat(20, *[1] * (x.ndim - 1))
-        assert torch.equal(fast(many), layer(many))
+        for rows in (many, many[:0], x.reshape(-1, 17)[:9]):
+            assert torch.equal(fast(rows), layer(rows))
     assert kernels._fast_forward(layer.bfloat16(), small_batch=False) is None
     assert kernels._fast_forward(nn.Linear(17, 49), small_batch=False) is None
 
