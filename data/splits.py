@@ -185,9 +185,11 @@ def hold_out(
     Whole sources, with those that share a cluster with them, are drawn with `seed` and dealt over
     the categories; what has more items than are still wanted stays in training. Where these do not
     come to `count`, the smallest such group that has enough is held out in part, and the rest of it
-    left out, as long as that is not more than `LEFT_OUT` of all. Where all groups are larger, as in
-    a set made from a few templates, the split is by source alone and siblings straddle it: whoever
-    tunes for one template is served on it too, and has no other prompts to be judged on.
+    left out, as long as that is not more than `LEFT_OUT` of all, nor most of a category of `count`
+    or more: a head that never saw a kind of text would be judged on little else. Where no group
+    will do, as in a set made from a few templates, the split is by source alone and siblings
+    straddle it: whoever tunes for one template is served on it too, and has no other prompts to be
+    judged on.
 
     Args:
         items: what to split.
@@ -212,8 +214,10 @@ def hold_out(
     drawn = round_robin(list(by_category.values()))
     # Source -> number of its group; where groups do not do, each source is one.
     alone = {source: number for number, source in enumerate(by_source)}
-    for group_of in (_join(by_source, clusters), alone):
-        chosen = _choose(drawn, candidates, group_of, by_source, count)
+    groupings = (_join(by_source, clusters), alone)
+    spared = [(group_of, _whole_kinds(items, group_of, count)) for group_of in groupings]
+    for group_of, kinds in (*spared, *((group_of, set[int]()) for group_of in groupings)):
+        chosen = _choose(drawn, candidates, group_of, by_source, count, kinds)
         groups = {group_of[source] for source in chosen or ()}
         training = [i for i, item in enumerate(items) if group_of[item.source] not in groups]
         if chosen is not None and training:
@@ -242,14 +246,23 @@ def _join(by_source: dict[str, list[int]], clusters: Sequence[int]) -> dict[str,
     return {source: joined.leader(number) for number, source in enumerate(by_source)}
 
 
+def _whole_kinds(items: Sequence[Sourced], group_of: dict[str, int], count: int) -> set[int]:
+    """The groups that hold most of a category of `count` items or more."""
+    large = {name: n for name, n in Counter(i.category for i in items).items() if n >= count}
+    own = Counter((group_of[item.source], item.category) for item in items)
+    return {group for (group, name), n in own.items() if name in large and 2 * n > large[name]}
+
+
 def _choose(
     drawn: Sequence[str],
     candidates: dict[str, list[int]],
     group_of: dict[str, int],
     by_source: dict[str, list[int]],
     count: int,
+    whole_kinds: Collection[int],
 ) -> list[str] | None:
-    """Sources that come to `count` candidates, as `hold_out` says; None: there are none."""
+    """Sources that come to `count` candidates, as `hold_out` says, none of them a part of the
+    groups `whole_kinds`; None: there are none."""
     groups: dict[int, list[str]] = defaultdict(list)
     for source in drawn:
         groups[group_of[source]].append(source)
@@ -264,6 +277,7 @@ def _choose(
     if not count:
         return chosen
     sizes = Counter(group_of[source] for source, own in by_source.items() for _ in own)
+    larger = [group for group in larger if group not in whole_kinds]
     for group in sorted(larger, key=lambda name: sizes[name]):
         part: list[str] = []
         left = count
