@@ -185,11 +185,11 @@ def hold_out(
     Whole sources, with those that share a cluster with them, are drawn with `seed` and dealt over
     the categories; what has more items than are still wanted stays in training. Where these do not
     come to `count`, the smallest such group that has enough is held out in part, and the rest of it
-    left out, as long as that is not more than `LEFT_OUT` of all, nor most of a category of `count`
-    or more: a head that never saw a kind of text would be judged on little else. Where no group
-    will do, as in a set made from a few templates, the split is by source alone and siblings
-    straddle it: whoever tunes for one template is served on it too, and has no other prompts to be
-    judged on.
+    left out, as long as that is not more than `LEFT_OUT` of all. A group that has most of a
+    category of `count` items or more is not held out while others will do: a head that never saw a
+    kind of text would be judged on little else. Where no group will do, as in a set made from a few
+    templates, the split is by source alone and siblings straddle it: whoever tunes for one template
+    is served on it too, and has no other prompts to be judged on.
 
     Args:
         items: what to split.
@@ -261,11 +261,12 @@ def _choose(
     count: int,
     whole_kinds: Collection[int],
 ) -> list[str] | None:
-    """Sources that come to `count` candidates, as `hold_out` says, none of them a part of the
-    groups `whole_kinds`; None: there are none."""
+    """Sources that come to `count` candidates, as `hold_out` says, none of them of the groups
+    `whole_kinds`; None: there are none."""
     groups: dict[int, list[str]] = defaultdict(list)
     for source in drawn:
-        groups[group_of[source]].append(source)
+        if group_of[source] not in whole_kinds:
+            groups[group_of[source]].append(source)
     chosen, larger = [], []
     for group, sources in groups.items():
         size = sum(len(candidates[source]) for source in sources)
@@ -277,7 +278,6 @@ def _choose(
     if not count:
         return chosen
     sizes = Counter(group_of[source] for source, own in by_source.items() for _ in own)
-    larger = [group for group in larger if group not in whole_kinds]
     for group in sorted(larger, key=lambda name: sizes[name]):
         part: list[str] = []
         left = count

@@ -235,18 +235,18 @@ def test_whole_clusters_are_held_out_then_a_part_of_one_then_siblings_straddle()
 def test_no_kind_of_text_is_held_out_whole_where_there_is_another_split() -> None:
     """As in a store of some of the recipe's conversations: one source wrote all of the sums, and is
     the smallest group that has enough, since the documents of all others are one cluster."""
-    sums = [Item("generated", "math", i) for i in range(150)]
-    others = [Item(f"d{i % 300}", "code" if i % 2 else "docs", 1000) for i in range(1300)]
+    sums = [Item("generated", "math", i, candidate=i < 85) for i in range(150)]
+    others = [Item(f"d{i}", "code" if i % 2 else "docs", 1000) for i in range(1300)]
     items = sums + others
-    clusters = [item.cluster for item in items]
-    split = hold_out(items, clusters, 96, seed=0)
-    kinds = Counter(items[i].category for i in split.training)
-    assert kinds["math"] == 150
+    clusters, among = [i.cluster for i in items], [i.candidate for i in items]
+    split = hold_out(items, clusters, 96, seed=0, among=among)
+    assert Counter(items[i].category for i in split.training)["math"] == 150
     assert {items[i].category for i in split.held_out} == {"code", "docs"}
     assert split.straddling, "and it is told"
-    # Nothing else is large enough: then a kind is.
-    few = sums[:20] + [Item("d", "docs", 1000) for _ in range(500)]
-    split = hold_out(few, [item.cluster for item in few], 10, seed=0)
+    # Nothing else will do: then a kind is.
+    few = sums[:20] + [Item("d", "docs", 1000, candidate=False) for _ in range(500)]
+    among = [i.candidate for i in few]
+    split = hold_out(few, [i.cluster for i in few], 20, seed=0, among=among)
     assert {few[i].category for i in split.held_out} == {"math"}
 
 

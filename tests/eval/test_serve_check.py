@@ -241,6 +241,7 @@ def test_litert_is_compared_with_a_target_in_its_own_dtype(
 
     monkeypatch.setattr("headstart.common.machine.natural_dtype", lambda: "bfloat16")
     monkeypatch.setattr("headstart.serve.engines.engine_python", lambda engine: Path())
+    monkeypatch.setattr("headstart.serve.engines.check_served", lambda engine, head: None)
     monkeypatch.setattr(engine_check, "serve_check", serve_check)
     monkeypatch.setattr(engine_check, "print_serve_check", lambda content: None)
     given = ["serve-check", "head", "litert", "target.name=tiny-gemma3", f"output_dir={tmp_path}"]
