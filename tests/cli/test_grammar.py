@@ -186,6 +186,7 @@ def test_more_texts_at_once_than_there_are_prompts_are_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("headstart.serve.engines.engine_python", lambda engine: tmp_path)
+    monkeypatch.setattr("headstart.serve.engines.check_served", lambda engine, head: None)
     words = ["serve-check", "head", "vllm", "target.name=tiny-gemma4", f"output_dir={tmp_path}"]
     assert main([*words, "eval.concurrency=1,64", "eval.limit=16"]) == 1
     assert "64" in (told := capsys.readouterr().err)
