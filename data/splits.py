@@ -215,9 +215,10 @@ def hold_out(
     # Source -> number of its group; where groups do not do, each source is one.
     alone = {source: number for number, source in enumerate(by_source)}
     groupings = (_join(by_source, clusters), alone)
-    spared = [(group_of, _whole_kinds(items, group_of, count)) for group_of in groupings]
-    for group_of, kinds in (*spared, *((group_of, set[int]()) for group_of in groupings)):
-        chosen = _choose(drawn, candidates, group_of, by_source, count, kinds)
+    ways = [(group_of, _whole_kinds(items, group_of, count)) for group_of in groupings]
+    ways += [(group_of, set()) for group_of in groupings]
+    for group_of, whole_kinds in ways:
+        chosen = _choose(drawn, candidates, group_of, by_source, count, whole_kinds)
         groups = {group_of[source] for source in chosen or ()}
         training = [i for i, item in enumerate(items) if group_of[item.source] not in groups]
         if chosen is not None and training:

@@ -11,14 +11,14 @@ in bfloat16 its kernel packs them for every head all the same (docs/upstream.md)
 A long prefill under a mask goes by blocks of rows, each over the keys that some of its rows see: a
 sliding layer's work then grows with the length of the text, and not with its square. Norms and MLPs
 over many rows go by blocks too on a CPU: what lies between their operations then stays in its cache
-and needs no new memory, which takes a sixth of the time of such an MLP, and half or more of that of
-a norm.
+and needs no new memory.
 
 Linear layers over a few rows, on a CPU: `x @ W.T` over one to nine rows is a shape for which some
 CPU libraries have no kernel of their own. `W @ x.T` is the same product in another order of loops.
 On an EPYC with AVX-512 MKL reads the LM head of Gemma 3 270M in float32 at 12 GB/s for one row; the
-other way, with the row taken twice, at 33 GB/s. Over tens of rows, as a batch that generates has,
-the same LM head takes a fifth to a third less time by blocks of the vocabulary in that other order.
+other way, with the row taken twice, at 33 GB/s. In float32 that other order is the quicker one over
+tens of rows too, as a batch that generates has: there an LM head goes by blocks of its columns, and
+each is turned around while it is in the cache.
 
 Whoever compares decoders puts all of them within: what these kernels gain is no decoder's merit.
 
@@ -129,7 +129,7 @@ def _by_blocks(of_rows: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor)
 
 def _linear(quick: frozenset[int], wide: bool, module: nn.Linear, x: torch.Tensor) -> torch.Tensor:
     rows = x.numel() // x.shape[-1]
-    if wide and FEW.stop <= rows <= SOME and not torch.is_grad_enabled():
+    if wide and rows in SEVERAL and not torch.is_grad_enabled():
         return linear_by_columns(module.weight, module.bias, x)
     return small_batch_linear(quick, module.weight, module.bias, x)
 
@@ -188,7 +188,7 @@ def linear_weights_first(
 
 
 WIDE = 65_536  # columns of what is no other layer than an LM head
-SOME = 512  # rows of it, beyond which all columns at once take no longer
+SEVERAL = range(FEW.stop, 513)  # rows: a batch that generates, a chunk that teaches
 COLUMNS = 2048  # of it at once: a block of logits stays in the cache until it is turned around
 
 

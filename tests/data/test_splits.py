@@ -233,7 +233,7 @@ def test_whole_clusters_are_held_out_then_a_part_of_one_then_siblings_straddle()
 
 
 def test_no_kind_of_text_is_held_out_whole_where_there_is_another_split() -> None:
-    """As in a store of some of the recipe's conversations: one source wrote all of the sums, and is
+    """As in a store of some of the recipe's conversations: one source wrote all of a kind, and is
     the smallest group that has enough, since the documents of all others are one cluster."""
     sums = [Item("generated", "math", i, candidate=i < 85) for i in range(150)]
     others = [Item(f"d{i}", "code" if i % 2 else "docs", 1000) for i in range(1300)]

@@ -251,7 +251,7 @@ def test_an_lm_head_goes_by_columns_over_some_rows(
     """In float32 alone, where it is quicker; with the same bits whatever a process has timed."""
     monkeypatch.setattr(kernels, "WIDE", 50)
     monkeypatch.setattr(kernels, "COLUMNS", 20)
-    monkeypatch.setattr(kernels, "SOME", 16)
+    monkeypatch.setattr(kernels, "SEVERAL", range(10, 17))
     torch.manual_seed(0)
     layer, x = nn.Linear(17, 50, bias=bias), torch.randn(*shape, 17)
     fast = kernels._fast_forward(layer, small_batch=False)
