@@ -7,8 +7,8 @@ Letters: V vocabulary.
 """
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
@@ -250,6 +250,16 @@ class DecoderVariant:
             decoding_config=self.decoding_config, sampling=sampling, seed=seed,
             processors=processors,
         )  # fmt: skip
+
+
+@contextmanager
+def kernels_of(target: Target, variants: Iterable[DecoderVariant]) -> Iterator[None]:
+    """Within, what these kernels prepare of the weights lasts from text to text."""
+    heads = {id(v.assistant): v.assistant for v in variants if v.assistant is not None}
+    with ExitStack() as kernels:
+        for model in (target.model, *heads.values()):
+            kernels.enter_context(fast_kernels(model))
+        yield
 
 
 def make_variants(

@@ -205,10 +205,10 @@ def measure(
     variants = _variants(state, assistant, verified)
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     began = time.perf_counter()
-    for turn in counted(range(WARM_UP + (turns or TURNS)), "Measuring (turns)"):
-        if budget is not None and turn > WARM_UP and time.perf_counter() - began > budget:
-            break
-        with fast_kernels(state.target.model), fast_kernels(assistant):
+    with fast_kernels(state.target.model), fast_kernels(assistant):
+        for turn in counted(range(WARM_UP + (turns or TURNS)), "Measuring (turns)"):
+            if budget is not None and turn > WARM_UP and time.perf_counter() - began > budget:
+                break
             for name in list(variants) if turn % 2 == 0 else reversed(variants):
                 taken = _timed(state.target, variants[name])
                 state.restore()

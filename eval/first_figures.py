@@ -19,7 +19,7 @@ from headstart.common.machine import environment
 from headstart.configs.schema import EvalConfig
 from headstart.data.conversations import stable_hash
 from headstart.data.prompts import Prompt, limit_evenly, load_prompt_set, tell_schemas
-from headstart.eval.decoding import Decoded, decode
+from headstart.eval.decoding import Decoded, decode, kernels_of
 from headstart.eval.draft_cost import (
     COST_CONTEXT,
     MAX_DRAFT_TOKENS,
@@ -101,19 +101,20 @@ def _texts(
     prompts = limit_evenly(loaded, min(PROMPTS, chosen.limit or PROMPTS))
     tell_schemas(prompts, "a first look")
     encoded = [asked.encode(prompt, target.tokenizer) for prompt in prompts]
-    decode(target, encoded[0], WARM_UP_TOKENS, num_assistant_tokens=k)
-    texts, began = list[Text](), time.perf_counter()
-    pairs = list(zip(prompts, encoded, strict=True))
-    for number, (prompt, ids) in enumerate(pairs):
-        if texts and time.perf_counter() - began > BUDGET:
-            break
-        ways: list[int | None] = [None, k] if number % 2 == 0 else [k, None]
-        done = {way: _decode(target, ids, chosen, way) for way in ways}
-        plain, drafted = done[None], done[k]
-        texts.append(Text(
-            prompt.id, 0, prompt.category, len(ids), plain, drafted, None, None, seed=None,
-            spans=spans_of_tokens(target.tokenizer, ids, drafted.tokens, target.eos_ids),
-        ))  # fmt: skip
+    with kernels_of(target, []):
+        decode(target, encoded[0], WARM_UP_TOKENS, num_assistant_tokens=k)
+        texts, began = list[Text](), time.perf_counter()
+        pairs = list(zip(prompts, encoded, strict=True))
+        for number, (prompt, ids) in enumerate(pairs):
+            if texts and time.perf_counter() - began > BUDGET:
+                break
+            ways: list[int | None] = [None, k] if number % 2 == 0 else [k, None]
+            done = {way: _decode(target, ids, chosen, way) for way in ways}
+            plain, drafted = done[None], done[k]
+            texts.append(Text(
+                prompt.id, 0, prompt.category, len(ids), plain, drafted, None, None, seed=None,
+                spans=spans_of_tokens(target.tokenizer, ids, drafted.tokens, target.eos_ids),
+            ))  # fmt: skip
     return texts
 
 

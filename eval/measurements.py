@@ -24,6 +24,7 @@ from headstart.eval.decoding import (
     decode,
     divergence,
     explain_divergence,
+    kernels_of,
 )
 from headstart.eval.spans import spans_of_tokens
 from headstart.eval.statistics import ends_in_loop
@@ -265,22 +266,24 @@ def measure_prompts(
     alone = {} if timed and (not together or has_own_device()) else {"untimed": True}
     if together:
         todo, before = [place for n, place in enumerate(todo) if is_mine(n)], 0
-    if todo and timed:
-        warm = asked.encode(prompts[todo[0]], target.tokenizer)
-        short = min(max_new_tokens, WARM_UP_TOKENS)
-        pairs = [(sampling, v) for sampling, own in variants.items() for v in (None, *own)]
-        for sampling, variant in counted(pairs, "Warming up"):
-            _decode(variant, target, warm, short, sampling, 0)
-    for place in counted(todo, f"Decoding ({dtype})", done=before):
-        prompt, turns = prompts[place], list[dict[str, Any]]()
-        for sampling, own in variants.items():
-            for seed in seeds if sampling.temperature else [None]:
-                measure = partial(
-                    _measure_turn, target, own, sampling, seed, place, max_new_tokens,
-                    partial(_constraint, structured, prompt),
-                )  # fmt: skip
-                turns += _converse(target, prompt, asked, measure)
-        kept.add({"id": prompt.id, "category": prompt.category, **alone, "turns": turns})
+    every = [variant for own in variants.values() for variant in own]
+    with kernels_of(target, every):
+        if todo and timed:
+            warm = asked.encode(prompts[todo[0]], target.tokenizer)
+            short = min(max_new_tokens, WARM_UP_TOKENS)
+            pairs = [(sampling, v) for sampling, own in variants.items() for v in (None, *own)]
+            for sampling, variant in counted(pairs, "Warming up"):
+                _decode(variant, target, warm, short, sampling, 0)
+        for place in counted(todo, f"Decoding ({dtype})", done=before):
+            prompt, turns = prompts[place], list[dict[str, Any]]()
+            for sampling, own in variants.items():
+                for seed in seeds if sampling.temperature else [None]:
+                    measure = partial(
+                        _measure_turn, target, own, sampling, seed, place, max_new_tokens,
+                        partial(_constraint, structured, prompt),
+                    )  # fmt: skip
+                    turns += _converse(target, prompt, asked, measure)
+            kept.add({"id": prompt.id, "category": prompt.category, **alone, "turns": turns})
 
 
 def _converse(

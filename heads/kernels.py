@@ -13,23 +13,18 @@ sliding layer's work then grows with the length of the text, and not with its sq
 over many rows go by blocks too on a CPU: what lies between their operations then stays in its cache
 and needs no new memory.
 
-Linear layers over a few rows, on a CPU: `x @ W.T` over one to nine rows is a shape for which some
-CPU libraries have no kernel of their own. `W @ x.T` is the same product in another order of loops.
-On an EPYC with AVX-512 MKL reads the LM head of Gemma 3 270M in float32 at 12 GB/s for one row; the
-other way, with the row taken twice, at 33 GB/s. In float32 that other order is the quicker one over
-tens of rows too, as a batch that generates has: there an LM head goes by blocks of its columns, and
-each is turned around while it is in the cache.
+Linear layers on a CPU run by the quickest of several forms for their number of rows
+(heads/cpu_linear.py).
 
 Whoever compares decoders puts all of them within: what these kernels gain is no decoder's merit.
 
 Letters: B batch, H query heads, G key heads, R query rows, T rows of keys, D head width.
 """
 
-import timeit
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import lru_cache, partial
+from functools import partial
 from threading import Lock
 from typing import Any, TypeGuard
 
@@ -39,6 +34,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from headstart.heads import cpu_linear
 
 
 @contextmanager
@@ -90,11 +87,7 @@ def _fast_forward(
             layers = [layer for layer in module.children() if layer is not module.act_fn]
             plain = all(_is_plain_on_cpu(layer) and not _is_watched(layer) for layer in layers)
             return partial(_mlp, module) if plain else None
-    if _is_plain_on_cpu(module):
-        quick = quick_rows(module.weight.dtype) if small_batch else frozenset[int]()
-        wide = module.out_features >= WIDE and module.weight.dtype == torch.float32
-        return partial(_linear, quick, wide, module) if quick or wide else None
-    return None
+    return cpu_linear.forward_of(module, small_batch) if _is_plain_on_cpu(module) else None
 
 
 def _is_plain_on_cpu(module: nn.Module) -> TypeGuard[nn.Linear]:
@@ -127,13 +120,6 @@ def _by_blocks(of_rows: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor)
     return torch.cat([of_rows(block) for block in rows.split(BLOCK)]).view_as(x)
 
 
-def _linear(quick: frozenset[int], wide: bool, module: nn.Linear, x: torch.Tensor) -> torch.Tensor:
-    rows = x.numel() // x.shape[-1]
-    if wide and rows in SEVERAL and not torch.is_grad_enabled():
-        return linear_by_columns(module.weight, module.bias, x)
-    return small_batch_linear(quick, module.weight, module.bias, x)
-
-
 def gemma4_norm(module: Any, x: torch.Tensor) -> torch.Tensor:
     """The forward of a `Gemma4RMSNorm` over [..., width]."""
     return _rms_norm(x, module.weight if module.with_scale else None, module.eps)
@@ -155,70 +141,6 @@ def _norm_of_rows(x: torch.Tensor, scale: torch.Tensor | None, eps: float) -> to
         return F.rms_norm(x, x.shape[-1:], scale, eps)
     # torch has no one kernel for two dtypes.
     return F.rms_norm(x.float(), x.shape[-1:], scale.float(), eps).type_as(x)
-
-
-FEW = range(1, 10)  # rows: a token and up to 8 drafts
-TRIAL = (16384, 640)  # of weights: more than a cache holds, as the table of a target is
-TRIAL_TURNS = 5
-WORTH = 0.8  # share of the time that it has to take at most, or the stock order stays
-
-
-def small_batch_linear(
-    quick: frozenset[int], weight: torch.Tensor, bias: torch.Tensor | None, x: torch.Tensor
-) -> torch.Tensor:
-    """`F.linear(x, weight, bias)`, with the weights first where x [..., in] has one of the `quick`
-    numbers of rows and no gradients are kept."""
-    if x.numel() // x.shape[-1] in quick and not torch.is_grad_enabled():
-        return linear_weights_first(weight, bias, x)
-    return F.linear(x, weight, bias)
-
-
-def linear_weights_first(
-    weight: torch.Tensor, bias: torch.Tensor | None, x: torch.Tensor
-) -> torch.Tensor:
-    """`F.linear(x, weight, bias)`, x [..., in] and weight [out, in], by way of `weight @ x.T`.
-    Returns [..., out], contiguous."""
-    rows = x.numel() // x.shape[-1]
-    given = x.reshape(rows, -1)
-    if rows == 1:  # is taken twice: over one column BLAS runs a slower kernel
-        given = given.repeat(2, 1)
-    product = torch.mm(weight, given.T)[:, :rows].T.contiguous()
-    product = product if bias is None else product + bias
-    return product.view(*x.shape[:-1], -1)
-
-
-WIDE = 65_536  # columns of what is no other layer than an LM head
-SEVERAL = range(FEW.stop, 513)  # rows: a batch that generates, a chunk that teaches
-COLUMNS = 2048  # of it at once: a block of logits stays in the cache until it is turned around
-
-
-def linear_by_columns(
-    weight: torch.Tensor, bias: torch.Tensor | None, x: torch.Tensor
-) -> torch.Tensor:
-    """`F.linear(x, weight, bias)`, x [..., in] and weight [out, in], by blocks of `weight @ x.T`.
-    Returns [..., out], contiguous."""
-    given = x.reshape(-1, x.shape[-1]).T.contiguous()
-    product = x.new_empty(given.shape[1], len(weight))
-    for columns, part in zip(product.split(COLUMNS, 1), weight.split(COLUMNS), strict=True):
-        columns.copy_((part @ given).T)
-    product = product if bias is None else product + bias
-    return product.view(*x.shape[:-1], -1)
-
-
-@lru_cache
-def is_quicker(dtype: torch.dtype, rows: int) -> bool:
-    """Whether this machine's CPU is quicker with the weights first; tried once, in a twentieth of a
-    second."""
-    weight, x = torch.ones(TRIAL, dtype=dtype), torch.ones(rows, TRIAL[1], dtype=dtype)
-    sides = (lambda: F.linear(x, weight), lambda: linear_weights_first(weight, None, x))
-    with torch.no_grad():
-        stock, ours = (min(timeit.repeat(side, number=1, repeat=TRIAL_TURNS)) for side in sides)
-    return ours < WORTH * stock
-
-
-def quick_rows(dtype: torch.dtype) -> frozenset[int]:
-    """The numbers of rows for which `is_quicker`; none for what is no floating dtype."""
-    return frozenset(rows for rows in FEW if dtype.is_floating_point and is_quicker(dtype, rows))
 
 
 def groups_heads(rows: int, groups: int, width: int) -> bool:

@@ -26,6 +26,7 @@ from headstart.eval.decoding import Decoded, decode, divergence
 from headstart.heads.admission import check_file
 from headstart.heads.assistant import write_global_keys
 from headstart.heads.decoder import ExactDecoding
+from headstart.heads.kernels import fast_kernels
 from headstart.heads.pairing import check_pair
 from headstart.heads.saving import draft_position_offset, load_assistant, load_assistant_config
 from headstart.heads.target import Gemma3ForAssistedDecoding, Target
@@ -211,13 +212,14 @@ def _by_transformers(
     as_there = ExactDecoding(draft_position_offset=DRAFT_POSITION_OFFSETS[check.engine])
     found: dict[str, list[Answer]] = {"plain": [], "assisted": []}
     counts = zero_counts(k)
-    for prompt in counted(ids, "transformers (texts)"):
-        plain = decode(target, prompt, n)
-        drafted = decode(target, prompt, n, assistant, k, decoding_config)
-        for name, text in (("plain", plain), ("assisted", drafted)):
-            found[name].append(Answer.of(text.tokens, target.eos_ids, n, text.seconds))
-        longer = decode(target, prompt, n + k + 1, assistant, k, as_there)
-        counts += as_engine_counts(longer, len(prompt), n, k, check.engine)
+    with fast_kernels(target.model), fast_kernels(assistant):  # prepared once for all texts
+        for prompt in counted(ids, "transformers (texts)"):
+            plain = decode(target, prompt, n)
+            drafted = decode(target, prompt, n, assistant, k, decoding_config)
+            for name, text in (("plain", plain), ("assisted", drafted)):
+                found[name].append(Answer.of(text.tokens, target.eos_ids, n, text.seconds))
+            longer = decode(target, prompt, n + k + 1, assistant, k, as_there)
+            counts += as_engine_counts(longer, len(prompt), n, k, check.engine)
     return found, counts, measure_batches(target, assistant, check.concurrency, [k])
 
 

@@ -15,6 +15,7 @@ import torch
 
 from headstart.common import machine
 from headstart.common.machine import environment
+from headstart.heads import cpu_linear
 from headstart.heads.target import Target
 from tests.helpers.hub import TOKEN, Hub
 from tests.helpers.models import FAMILIES, make_target
@@ -42,6 +43,13 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     cache = tmp_path_factory.mktemp("cache")
     run(tiny_config(folder, *SHORT, f"eval.prompts={prompts}", f"data.cache_dir={cache}"))
     return folder
+
+
+@pytest.fixture
+def other_forms(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Linear layers over few rows run by another form than torch's, whatever pays here."""
+    last = lambda dtype, rows: cpu_linear.forms_for(dtype, rows)[-1 if rows > 1 else 0]  # noqa: E731
+    monkeypatch.setattr(cpu_linear, "quickest", last)
 
 
 @pytest.fixture

@@ -64,7 +64,7 @@ def test_folder_is_a_flat_package_of_few_files(folder: str) -> None:
     files = sorted((ROOT / folder).rglob("*.py"))
     nested = [str(path) for path in files if path.parent != ROOT / folder]
     assert nested == [], "a nested package would miss the wheel"
-    most = {"heads": 23, "train": 19, "data": 19, "eval": 18}.get(folder, 15)
+    most = {"heads": 24, "train": 19, "data": 19, "eval": 18}.get(folder, 15)
     assert len(files) <= 1 + most  # __init__.py and the rest
 
 

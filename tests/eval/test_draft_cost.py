@@ -127,10 +127,10 @@ def test_every_side_takes_each_turn_once(tiny: Target, monkeypatch: pytest.Monke
     assert len(seconds["verification"]) == MAX_DRAFT_TOKENS
 
 
+@pytest.mark.usefixtures("other_forms")
 def test_all_that_is_measured_runs_on_the_same_kernels(
     tiny: Target, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("headstart.heads.kernels.is_quicker", lambda dtype, rows: True)
     assistant = ordered_head(tiny.config)
     seen: dict[str, bool] = {}
     fused = [

@@ -18,15 +18,9 @@ from headstart.heads.unroll import DraftHead
 from tests.helpers.heads import greedy_document, order_by_target, overfit
 from tests.helpers.models import make_target
 
-pytestmark = [pytest.mark.contract, pytest.mark.usefixtures("linear_weights_first")]
+pytestmark = [pytest.mark.contract, pytest.mark.usefixtures("other_forms")]
 K = 3
 FAMILIES = ["gemma3", "gemma4-kv-sharing", "gemma4-multimodal", "gemma4-unified"]
-
-
-@pytest.fixture
-def linear_weights_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Few rows are multiplied the other way, whatever pays on this machine."""
-    monkeypatch.setattr("headstart.heads.kernels.is_quicker", lambda dtype, rows: True)
 
 
 def generate(target: Target, ids: list[int], new: int, **kwargs: Any) -> list[int]:

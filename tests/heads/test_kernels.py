@@ -19,22 +19,12 @@ from headstart.eval.decoding import decode
 from headstart.heads import kernels
 from headstart.heads.decoder import ExactDecoding, exact_decoding
 from headstart.heads.kernels import (
-    FEW,
     fast_kernels,
     grouped_query_attention,
-    is_quicker,
-    linear_by_columns,
-    linear_weights_first,
 )
 from headstart.heads.target import Target
 from tests.helpers.heads import noisy_head
 from tests.helpers.models import make_target
-
-
-@pytest.fixture
-def quicker(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a machine where the other order pays for every number of rows."""
-    monkeypatch.setattr("headstart.heads.kernels.is_quicker", lambda dtype, rows: True)
 
 
 def replaced(model: nn.Module) -> list[str]:
@@ -232,43 +222,7 @@ def test_a_long_prompt_gives_the_same_text_by_blocks(
         assert torch.equal(target.model.generate(prompt, max_new_tokens=12), plain)
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (1, 2), (1, 5), (5,), (2, 4), (1, 9), (3, 7)])
-@pytest.mark.parametrize("bias", [True, False])
-def test_the_product_is_that_of_linear(shape: tuple[int, ...], bias: bool) -> None:
-    torch.manual_seed(0)
-    weight, x = torch.randn(33, 17), torch.randn(*shape, 17)
-    extra = torch.randn(33) if bias else None
-    found = linear_weights_first(weight, extra, x)
-    torch.testing.assert_close(found, F.linear(x, weight, extra))
-    assert found.is_contiguous()
-
-
-@pytest.mark.parametrize("shape", [(11,), (2, 7), (16,)])
-@pytest.mark.parametrize("bias", [True, False])
-def test_an_lm_head_goes_by_columns_over_some_rows(
-    shape: tuple[int, ...], bias: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """In float32 alone, where it is quicker; with the same bits whatever a process has timed."""
-    monkeypatch.setattr(kernels, "WIDE", 50)
-    monkeypatch.setattr(kernels, "COLUMNS", 20)
-    monkeypatch.setattr(kernels, "SEVERAL", range(10, 17))
-    torch.manual_seed(0)
-    layer, x = nn.Linear(17, 50, bias=bias), torch.randn(*shape, 17)
-    fast = kernels._fast_forward(layer, small_batch=False)
-    assert fast is not None
-    with torch.no_grad():
-        found = fast(x)
-        torch.testing.assert_close(found, layer(x))
-        assert torch.equal(found, linear_by_columns(layer.weight, layer.bias, x))
-        assert found.is_contiguous()
-        many = x.repeat(20, *[1] * (x.ndim - 1))
-        for rows in (many, many[:0], x.reshape(-1, 17)[:9]):
-            assert torch.equal(fast(rows), layer(rows))
-    assert kernels._fast_forward(layer.bfloat16(), small_batch=False) is None
-    assert kernels._fast_forward(nn.Linear(17, 49), small_batch=False) is None
-
-
-@pytest.mark.usefixtures("quicker")
+@pytest.mark.usefixtures("other_forms")
 def test_linear_layers_take_few_rows_the_other_way_and_are_put_back(tiny: Target) -> None:
     """Not those of other classes, nor one whose forward somebody else replaced, nor where gradients
     are kept."""
@@ -300,15 +254,7 @@ def test_linear_layers_take_few_rows_the_other_way_and_are_put_back(tiny: Target
     assert ALL_ATTENTION_FUNCTIONS["sdpa"] is sdpa_attention_forward
 
 
-def test_the_quick_product_is_timed_once_for_each_dtype_and_number_of_rows() -> None:
-    is_quicker.cache_clear()
-    first = [is_quicker(torch.float32, rows) for rows in FEW]
-    assert [is_quicker(torch.float32, rows) for rows in FEW] == first
-    assert is_quicker.cache_info().misses == len(FEW)
-    assert 1 in FEW, "plain decoding takes the quickest too"
-
-
-@pytest.mark.usefixtures("quicker")
+@pytest.mark.usefixtures("other_forms")
 @pytest.mark.parametrize("padded", [False, True])
 def test_a_target_generates_the_same_text_within(padded: bool, target: Target) -> None:
     first = [0, 0, 5, 6, 7, 8] if padded else [3, 4, 5, 6, 7, 8]
@@ -414,7 +360,7 @@ def test_attention_takes_masks_that_are_the_same_for_all_rows(tiny: Target) -> N
             assert (tiny.model(ids, attention_mask=masks).logits - stock).abs().max() < 1e-5
 
 
-@pytest.mark.usefixtures("quicker")
+@pytest.mark.usefixtures("other_forms")
 def test_weights_that_are_exchanged_within_are_used() -> None:
     model = make_target("gemma4").model
     with fast_kernels(model), torch.no_grad():

@@ -61,18 +61,12 @@ from tests.helpers.stock import training_logits
 
 pytestmark = [
     pytest.mark.contract,
-    pytest.mark.usefixtures("linear_weights_first", "kind_of_the_page"),
+    pytest.mark.usefixtures("other_forms", "kind_of_the_page"),
 ]
 PAGE = ROOT / "docs" / "how-to" / "new-head.md"
 KINDS = [*head_kinds(), "hydra"]
 K = 3
 each_kind = pytest.mark.parametrize("kind", KINDS)
-
-
-@pytest.fixture
-def linear_weights_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Few rows are multiplied the other way, whatever pays on this machine."""
-    monkeypatch.setattr("headstart.heads.kernels.is_quicker", lambda dtype, rows: True)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,180 @@
+"""Linear layers on a CPU by the quickest of several forms, which depends on the number of rows.
+
+A step of decoding and the verification of some drafts run every layer over one to nine rows, and
+what they cost is the reading of the weights. CPU libraries are made for more rows. On an EPYC with
+AVX-512, two threads read the LM head of Gemma 3 270M (docs/explanation/clean-kv-decoder.md):
+
+- in float32 over one row at 12 GB/s as `x @ W.T`, and at 48 by blocks of the weights; over five
+  rows at 6 as `x @ W.T` and at 22 as `W @ x.T`;
+- in bfloat16 with the processor's own instructions over one row at 17 GB/s by oneDNN, which packs
+  the weights anew each time, and at 32 by torch's own kernel; over five at 15, and at 35 where the
+  weights are packed once.
+
+Packed weights are a second copy: they are made where they are first used, and last as long as the
+`fast_kernels` around them, within which weights have to stay as they are.
+
+Over tens of rows, as a batch that generates has, `W @ x.T` is quicker in float32 too: there an LM
+head goes by blocks of its columns, and each is turned around while it is in the cache.
+"""
+
+import timeit
+from collections.abc import Callable, Mapping
+from functools import lru_cache, partial
+from math import gcd
+from typing import TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from headstart.common.machine import free_memory
+
+Form: TypeAlias = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""Weights [out, in] and rows x [n, in] on a CPU -> `x @ W.T` [n, out], contiguous."""
+
+FEW = range(1, 10)  # rows: a token and up to 8 drafts
+TRIAL_WIDTH, TRIAL_BYTES = 640, 40 << 20  # of weights: more than a cache holds
+TRIAL_TURNS = 5
+WORTH = 0.8  # share of the time that a form has to take at most, or the stock one stays
+BLOCKS = 16
+
+
+class Packed:
+    """A form by oneDNN over weights that it packs when it is first called, and that have to stay as
+    they are from then on. Where there is no memory for a second copy, torch's own form."""
+
+    def __init__(self) -> None:
+        self.weight: torch.Tensor | None = None
+        self.ready: torch.Tensor | None = None
+
+    def __call__(self, weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        if self.weight is None:
+            self.weight = weight.detach()
+            if 2 * weight.nbytes < (free_memory(weight.device) or 0):
+                self.ready = torch.ops.mkldnn._reorder_linear_weight(self.weight, None)
+        assert self.weight.data_ptr() == weight.data_ptr(), "a form of other weights"
+        if self.ready is None or x.dtype != weight.dtype:
+            return F.linear(x, weight)
+        product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(
+            x, self.ready, None, "none", [], ""
+        )
+        return product
+
+
+def forward_of(module: nn.Linear, small_batch: bool) -> Callable[..., torch.Tensor] | None:
+    """What a linear layer on a CPU is to run in place of its own forward; None: it keeps that.
+    Without `small_batch` it stays as it is over few rows."""
+    forms = small_batch_forms(module.weight) if small_batch else {}
+    wide = module.out_features >= WIDE and module.weight.dtype == torch.float32
+    return partial(_forward, forms, wide, module) if forms or wide else None
+
+
+def _forward(
+    forms: Mapping[int, Form], wide: bool, module: nn.Linear, x: torch.Tensor
+) -> torch.Tensor:
+    rows = x.numel() // x.shape[-1]
+    if wide and rows in SEVERAL and not torch.is_grad_enabled():
+        return linear_by_columns(module.weight, module.bias, x)
+    return small_batch_linear(forms, module.weight, module.bias, x)
+
+
+def small_batch_linear(
+    forms: Mapping[int, Form], weight: torch.Tensor, bias: torch.Tensor | None, x: torch.Tensor
+) -> torch.Tensor:
+    """`F.linear(x, weight, bias)` over x [..., in], by the form of its number of rows where there
+    is one and no gradients are kept."""
+    rows = x.numel() // x.shape[-1]
+    form = forms.get(rows)
+    if form is None or torch.is_grad_enabled():
+        return F.linear(x, weight, bias)
+    product = form(weight, x.reshape(rows, -1))
+    product = product if bias is None else product + bias
+    return product.view(*x.shape[:-1], -1)
+
+
+def small_batch_forms(weight: torch.Tensor) -> dict[int, Form]:
+    """For one weight: number of rows -> the form that is quicker than torch's own on this machine;
+    none off the CPU, or for what is no floating dtype."""
+    if weight.device.type != "cpu" or not weight.dtype.is_floating_point:
+        return {}
+    packed = Packed()
+    found = {rows: quickest(weight.dtype, rows) for rows in FEW}
+    return {
+        rows: packed if isinstance(form, type) else form
+        for rows, form in found.items()
+        if form is not None
+    }
+
+
+@lru_cache
+def quickest(dtype: torch.dtype, rows: int) -> Form | type[Packed] | None:
+    """The form that is quickest on this machine, tried once, in a tenth of a second; None: torch's
+    own."""
+    width = TRIAL_WIDTH
+    weight = torch.ones(TRIAL_BYTES // dtype.itemsize // width, width, dtype=dtype)
+    x = torch.ones(rows, width, dtype=dtype)
+    with torch.no_grad():
+        stock = _seconds(partial(F.linear, x, weight))
+        seconds = {
+            form: _seconds(partial(form() if isinstance(form, type) else form, weight, x))
+            for form in forms_for(dtype, rows)
+        }
+    best = min(seconds, key=lambda form: seconds[form])
+    return best if seconds[best] < WORTH * stock else None
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    """Infinite where this build of torch has no such kernel."""
+    try:
+        call()
+        return min(timeit.repeat(call, number=1, repeat=TRIAL_TURNS))
+    except (AttributeError, NotImplementedError, RuntimeError):
+        return float("inf")
+
+
+def forms_for(dtype: torch.dtype, rows: int) -> tuple[Form | type[Packed], ...]:
+    """What is tried beside torch's own."""
+    if rows == 1:
+        return (by_blocks, without_onednn)
+    # Packed weights are a second copy, which in float32 would hardly pay.
+    return (other_order, Packed) if dtype == torch.bfloat16 else (other_order,)
+
+
+def other_order(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """The same product in another order of loops."""
+    return torch.mm(weight, x.T).T.contiguous()
+
+
+def by_blocks(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """One row, by a batch of products with blocks of the weights."""
+    blocks = weight.unflatten(0, (gcd(len(weight), BLOCKS), -1))
+    return torch.bmm(blocks, x.T.expand(len(blocks), -1, 1)).view(1, -1)
+
+
+def without_onednn(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """By a kernel of torch's own."""
+    # `torch.backends.mkldnn.flags` takes 8 microseconds, as long as a small product.
+    enabled = torch._C._set_mkldnn_enabled
+    enabled(False)
+    try:
+        return F.linear(x, weight)
+    finally:
+        enabled(True)  # not what it was before: another thread may be within this function
+
+
+WIDE = 65_536  # columns of what is no other layer than an LM head
+SEVERAL = range(FEW.stop, 513)  # rows: a batch that generates, a chunk that teaches
+COLUMNS = 2048  # of it at once: a block of logits stays in the cache until it is turned around
+
+
+def linear_by_columns(
+    weight: torch.Tensor, bias: torch.Tensor | None, x: torch.Tensor
+) -> torch.Tensor:
+    """`F.linear(x, weight, bias)`, x [..., in] and weight [out, in], by blocks of `weight @ x.T`.
+    Returns [..., out], contiguous."""
+    given = x.reshape(-1, x.shape[-1]).T.contiguous()
+    product = x.new_empty(given.shape[1], len(weight))
+    for columns, part in zip(product.split(COLUMNS, 1), weight.split(COLUMNS), strict=True):
+        columns.copy_((part @ given).T)
+    product = product if bias is None else product + bias
+    return product.view(*x.shape[:-1], -1)

@@ -1,0 +1,120 @@
+"""Each form of a linear layer gives the product of torch's own, and follows its weights."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from headstart.heads import cpu_linear
+from headstart.heads.cpu_linear import (
+    FEW,
+    Packed,
+    by_blocks,
+    linear_by_columns,
+    other_order,
+    quickest,
+    small_batch_forms,
+    small_batch_linear,
+    without_onednn,
+)
+from headstart.heads.kernels import fast_kernels
+from headstart.heads.target import Target
+
+FORMS = [(form, rows) for form in (by_blocks, without_onednn) for rows in [(1,), (1, 1)]] + [
+    (form, rows) for form in (other_order, Packed) for rows in [(1, 2), (5,), (2, 4), (3, 3)]
+]
+
+
+@pytest.mark.parametrize(("form", "rows"), FORMS)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("out", [33, 32])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_product_is_that_of_linear(
+    form: Any, rows: tuple[int, ...], bias: bool, out: int, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    weight, x = torch.randn(out, 17, dtype=dtype), torch.randn(*rows, 17, dtype=dtype)
+    extra = torch.randn(out, dtype=dtype) if bias else None
+    with torch.no_grad():
+        found = small_batch_linear(
+            dict.fromkeys(FEW, form() if form is Packed else form), weight, extra, x
+        )
+    wanted = F.linear(x.float(), weight.float(), None if extra is None else extra.float())
+    off = 1e-5 if dtype == torch.float32 else 0.02
+    torch.testing.assert_close(found.float(), wanted, atol=off, rtol=off)
+    assert found.dtype == dtype
+    assert found.is_contiguous()
+
+
+def test_gradients_go_by_torchs_own_form() -> None:
+    weight, x = torch.randn(4, 3, requires_grad=True), torch.randn(2, 3)
+    found = small_batch_linear(dict.fromkeys(FEW, Packed()), weight, None, x)
+    assert torch.equal(found, F.linear(x, weight))
+    assert found.requires_grad
+
+
+def test_packed_weights_last_as_long_as_the_context(
+    tiny: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody may change the weights in between, by ways that no tensor counts."""
+    monkeypatch.setattr(cpu_linear, "quickest", lambda dtype, rows: Packed)
+    layer, x = nn.Linear(40, 24, bias=False), torch.randn(3, 40)
+    tiny.model.extra = layer
+    for change in (0.0, 1.0):
+        layer.weight.data += change
+        with fast_kernels(tiny.model), torch.no_grad():
+            found = layer(x)
+            with fast_kernels(tiny.model):  # one text of several
+                assert torch.equal(layer(x), found)
+        torch.testing.assert_close(found, F.linear(x, layer.weight))
+
+
+def test_no_weights_are_packed_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, x = torch.randn(24, 40), torch.randn(3, 40)
+    for free in (None, 2 * weight.nbytes):
+        monkeypatch.setattr(cpu_linear, "free_memory", lambda device, free=free: free)
+        packed = Packed()
+        assert torch.equal(packed(weight, x), F.linear(x, weight))
+        assert packed.ready is None
+
+
+def test_onednn_is_on_again_afterwards() -> None:
+    with pytest.raises(RuntimeError):
+        without_onednn(torch.ones(3, 4), torch.ones(1, 5))
+    assert torch.backends.mkldnn.enabled
+
+
+@pytest.mark.parametrize("shape", [(11,), (2, 7), (16,)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_an_lm_head_goes_by_columns_over_some_rows(
+    shape: tuple[int, ...], bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In float32 alone, where it is quicker; with the same bits whatever a process has timed."""
+    monkeypatch.setattr(cpu_linear, "WIDE", 50)
+    monkeypatch.setattr(cpu_linear, "COLUMNS", 20)
+    monkeypatch.setattr(cpu_linear, "SEVERAL", range(10, 17))
+    torch.manual_seed(0)
+    layer, x = nn.Linear(17, 50, bias=bias), torch.randn(*shape, 17)
+    fast = cpu_linear.forward_of(layer, small_batch=False)
+    assert fast is not None
+    with torch.no_grad():
+        found = fast(x)
+        torch.testing.assert_close(found, layer(x))
+        assert torch.equal(found, linear_by_columns(layer.weight, layer.bias, x))
+        assert found.is_contiguous()
+        many = x.repeat(20, *[1] * (x.ndim - 1))
+        for rows in (many, many[:0], x.reshape(-1, 17)[:9]):
+            assert torch.equal(fast(rows), layer(rows))
+    assert cpu_linear.forward_of(layer.bfloat16(), small_batch=False) is None
+    assert cpu_linear.forward_of(nn.Linear(17, 49), small_batch=False) is None
+
+
+def test_forms_are_timed_once_for_each_dtype_and_number_of_rows() -> None:
+    quickest.cache_clear()
+    first = small_batch_forms(torch.ones(2, 2))
+    assert small_batch_forms(torch.ones(3, 3)) == first
+    assert quickest.cache_info().misses == len(FEW)
+    assert 1 in FEW, "plain decoding takes the quickest too"
+    assert small_batch_forms(torch.ones(2, 2, dtype=torch.int8)) == {}
