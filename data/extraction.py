@@ -82,12 +82,11 @@ class Recorder:
         with self.target.layer_outputs(self.inputs.layers) as self.layers:
             yield
 
-    def note(self, hidden: torch.Tensor, logits: torch.Tensor, tokens: int) -> None:
+    def note(self, hidden: torch.Tensor, tokens: int) -> None:
         """Keep what one forward gave.
 
         Args:
             hidden: [B, T, D] of its tokens.
-            logits: [B, V] after the last of them, as the target emits them.
             tokens: W + S, all that have run of each text.
 
         Raises:
@@ -96,6 +95,9 @@ class Recorder:
         self.hidden.append(hidden)
         for blocks in (self.hidden, *self.layers.values()):
             check_rows(sum(block.shape[1] for block in blocks), tokens)
+
+    def note_teacher(self, logits: torch.Tensor) -> None:
+        """Keep what the target says next: logits [B, V], as it emits them."""
         self.teacher.append(top_logprobs(logits, self.top_k))
 
     def tensors(
@@ -109,7 +111,7 @@ class Recorder:
         The target never ran on the last token of a response: its row holds zeros, and no training
         row reads it.
         """
-        width = self.hidden[0].shape[1]
+        width = sum(block.shape[1] for block in self.hidden) + 1 - len(self.teacher)
         states = {"hidden": torch.cat(self.hidden, dim=1)}  # [B, W + S - 1, D]
         states |= {f"layer.{i}": torch.cat(blocks, dim=1) for i, blocks in self.layers.items()}
         ids = torch.stack([ids for ids, _ in self.teacher], dim=1)  # [B, S, k]

@@ -27,7 +27,7 @@ from headstart.data.conversations import (
     stable_hash,
     write_part,
 )
-from headstart.data.extraction import Recorder, entries_of
+from headstart.data.extraction import BATCH_TOKENS, Recorder, entries_of
 from headstart.data.kv_cache import generation_cache
 from headstart.data.prompts import Prompt, encode_usable, tell_schemas, unique_ids
 from headstart.data.store import (
@@ -381,7 +381,7 @@ def generate_tokens(
     `generate` of transformers would do: it copies the logits to float32, and ids, mask and cache
     anew at every step, a third of the time of a step of Gemma 3 270M.
     """
-    room = mask.shape[1] + max_new_tokens - 1  # as `tokens_that_run`
+    prompts, room = mask.shape[1], mask.shape[1] + max_new_tokens - 1  # as `tokens_that_run`
     cache = recorder.cache if recorder is not None else generation_cache(target.config, room)
     # Layers that share keys need run on the last token alone, but where all rows are recorded.
     skips = recorder is None and skips_prefill(target.config)
@@ -393,10 +393,13 @@ def generate_tokens(
     mask = torch.nn.functional.pad(mask, (0, max_new_tokens - 1), value=1)  # [B, room]
     ongoing = mask.new_ones(len(ids), dtype=torch.bool)
     chosen: list[torch.Tensor] = []
+    ran = prompts - ids.shape[1]
 
     def forwards() -> Iterator[int]:
-        """The tokens that each has behind it, all the while that there is one to be chosen."""
-        for end in range(room - max_new_tokens + 1, room + 1):
+        """The tokens that each text has behind it after each forward: the prompts by blocks, and
+        then one more, all the while that there is one to be chosen."""
+        yield from range(ran + prefill_block(ids), prompts, prefill_block(ids))
+        for end in range(prompts, room + 1):
             yield end
             if not ongoing.any():
                 return
@@ -405,18 +408,33 @@ def generate_tokens(
         if end is None:
             target.idle()
             continue
+        given, ids = ids[:, : end - ran], ids[:, end - ran :]
+        at, positions = positions[:, : end - ran], positions[:, end - ran :]
         outputs = decoder(
-            input_ids=ids, attention_mask=mask[:, :end], position_ids=positions, use_cache=True,
+            input_ids=given, attention_mask=mask[:, :end], position_ids=at, use_cache=True,
             **{CACHE: cache}, **kept,
         )  # fmt: skip
+        ran = end
+        if recorder is not None:
+            recorder.note(outputs.last_hidden_state, end)
+        if end < prompts:
+            continue
         logits = target.own_logits(outputs.last_hidden_state[:, -1].contiguous())
         if recorder is not None:
-            recorder.note(outputs.last_hidden_state, logits, end)
+            recorder.note_teacher(logits)
         token = mixture(logits, len(chosen)).where(ongoing, pad)
         chosen.append(token)
         ongoing &= (token[:, None] != ends).all(-1)
-        ids, positions = token[:, None], positions[:, -1:] + 1
+        ids, positions = token[:, None], at[:, -1:] + 1
     return torch.stack(chosen, dim=1)
+
+
+def prefill_block(ids: torch.Tensor) -> int:
+    """How many tokens of each of the prompts [B, T] run at once: on a CPU so many that what lies
+    between the layers comes from memory that the process has, and not from fresh pages."""
+    if ids.device.type != "cpu":
+        return max(1, ids.shape[1])
+    return max(1, BATCH_TOKENS // len(ids))
 
 
 def cut_after(ids: list[int], stops: list[int]) -> list[int]:

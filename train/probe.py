@@ -91,8 +91,8 @@ class _Clock(Recorder):
         super().__init__(target, top_k, room, inputs)
         self.times = [time.perf_counter()]
 
-    def note(self, hidden: torch.Tensor, logits: torch.Tensor, tokens: int) -> None:
-        super().note(hidden, logits, tokens)
+    def note_teacher(self, logits: torch.Tensor) -> None:
+        super().note_teacher(logits)
         synchronize(self.target.device)
         self.times.append(time.perf_counter())
 

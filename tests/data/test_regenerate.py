@@ -64,6 +64,13 @@ def written(folder: Path) -> list[Conversation]:
     return [c for part in finished_parts(folder) for c in read_part(part)]
 
 
+@pytest.fixture(params=[1, 5, None], ids=lambda n: f"{n or 'all'} at once")
+def prefill_block(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens of each prompt that run at once."""
+    if request.param is not None:
+        monkeypatch.setattr(module, "prefill_block", lambda ids: request.param)
+
+
 def test_a_greedy_response_is_what_the_target_says_one_token_at_a_time(
     tiny: Target, tmp_path: Path
 ) -> None:
@@ -77,6 +84,7 @@ def test_a_greedy_response_is_what_the_target_says_one_token_at_a_time(
             ids.append(token)
 
 
+@pytest.mark.usefixtures("prefill_block")
 def test_answers_are_those_of_generate(target: Target) -> None:
     """Of texts of several lengths, some beyond the sliding window and some that end early."""
     asked = jobs(target, [0.0] * 5, CONFIG)
@@ -321,6 +329,7 @@ def test_what_a_server_needs_is_known_without_weights() -> None:
     assert tokens.fingerprint is None
 
 
+@pytest.mark.usefixtures("prefill_block")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_is_recorded_while_generating_is_what_a_clean_forward_gives(
     family: str, tmp_path: Path
