@@ -36,6 +36,12 @@ class AdaptConfig(Section):
     and forgetting is not measured."""
     general_share: float = Field(default=0.25, ge=0, lt=1)
     """Share of the training conversations that answer general prompts."""
+    conversations: SourceConfig | None = None
+    """Whole conversations to train on beside what the target writes, such as the data that it was
+    tuned on: the target's distribution over their answers is learned. None: none."""
+    answering_share: float = Field(default=0.5, ge=0, lt=1)
+    """Share of the time between both measurements in which the target answers prompts. 0: it
+    answers none, and the conversations are all that is trained on."""
     base: Place | None = None
     """The target that the head was trained for, which tells what was lost. None: the one that the
     head names; where it names none, the target without its adapters."""
@@ -54,6 +60,8 @@ class AdaptConfig(Section):
         named = "general_share" in self.model_fields_set and self.general_share
         if self.general_prompts is None and named:
             raise ValueError("general_share is of general prompts: name them, general_prompts=SET")
+        if self.conversations is None and not self.answering_share:
+            raise ValueError("answering_share=0 leaves no text: name conversations=FILE")
         return self
 
 

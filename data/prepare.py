@@ -473,7 +473,17 @@ def encode_source(path: str, tokens: TargetTokens, config: Config) -> list[Conve
     """
     d = config.data
     source = next((s for s in d.prompts if s.path == path), path)
-    prompts = load_prompts(source, d.max_bad_rows)
+    return encode_answered(load_prompts(source, d.max_bad_rows), path, tokens, d)
+
+
+def encode_answered(
+    prompts: list[Prompt], path: str, tokens: TargetTokens, d: DataConfig
+) -> list[Conversation]:
+    """Prompts with the answers that they come with, `path` what to call them.
+
+    Raises:
+        ValueError: as `encode_source`.
+    """
     check_template(prompts, tokens)
     encoded = encode_usable(
         prompts,

@@ -7,9 +7,8 @@ notes.json when it is done, and the same command goes on where it stopped.
 import json
 import shlex
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +18,13 @@ from accelerate import PartialState
 from headstart.common.console import print_once
 from headstart.common.files import StageCache, expand_home, lock_folder, write_atomically
 from headstart.common.machine import environment
-from headstart.configs.schema import Config, EvalConfig, SourceConfig, TargetConfig
+from headstart.configs.schema import Config, EvalConfig, TargetConfig
 from headstart.configs.settings import Settings
-from headstart.data.contamination import remove_contaminated
-from headstart.data.prepare import deal_sampling
-from headstart.data.prompts import Prompt, deal, limit_evenly, load_prompts
+from headstart.data.conversations import Conversation, read_folder, tokens_when_cut
+from headstart.data.extraction import extract
+from headstart.data.prepare import deal_sampling, encode_answered
+from headstart.data.prompts import Prompt, deal, limit_evenly
 from headstart.data.regenerate import make_jobs, regenerate
-from headstart.data.sources import check_there
-from headstart.data.splits import cluster, hold_out
 from headstart.data.store import ActivationStore
 from headstart.eval.asked import asked_by_run
 from headstart.eval.decoding import decode
@@ -62,7 +60,14 @@ from headstart.train.adapt_report import (
     plot_adaptation,
     speedups,
 )
-from headstart.train.adaptation import HELD_OUT, Adaptation, read_adaptation
+from headstart.train.adaptation import (
+    HELD_OUT,
+    Adaptation,
+    Split,
+    load_kinds,
+    read_adaptation,
+    split_prompts,
+)
 from headstart.train.run import train
 
 DECODING = 0.12  # share of the budget that the decoding in the end may take
@@ -247,7 +252,8 @@ def _decodable(a: Adaptation, prompts: Any, target: Target) -> Path:
 
 
 SCHEMA = 3
-ANSWERING = 0.5  # share of the time between both measurements in which the target answers
+EXTRACTING = 0.25  # share of the time between both measurements that conversations may take
+FORWARDS = 4  # tokens that it runs over, at least, in the time in which the target writes one
 
 
 def adapt(
@@ -282,7 +288,7 @@ def adapt(
         check_before(a)
     with lock_folder(a.out):
         notes = StageCache(a.out / "notes.json", _identity(a, sets, device))
-        prompts = split_prompts(a, loaded)
+        prompts, given = split_prompts(a, loaded)
         write_held_out({kind: own for kind, (_, own) in prompts.items()}, a.out / HELD_OUT)
         stages = evaluate_baseline(a, prompts, notes, device)
         told = advice(compare_stages(stages))
@@ -291,7 +297,7 @@ def adapt(
         if not a.options.measure_only:
             # Each opens the target for itself, so that training never holds a second one.
             notes.run_once("conversations", lambda: _conversations(a, prompts, notes))
-            notes.run_once("answering", lambda: _answer(a, prompts, notes, device))
+            notes.run_once("answering", lambda: _answer(a, prompts, given, notes, device))
             minutes = notes.run_once("minutes", lambda: max(1.0, _left(a, notes) / 60))
             notes.run_once("training", lambda: _train(a.config, minutes))
             if {"adapted", "decoding"} - set(notes.found):
@@ -307,7 +313,9 @@ def _identity(a: Adaptation, sets: dict[str, list[dict[str, Any]]], device: Any)
     tree = a.config.model_dump(mode="json", exclude=own)
     tree["adapt"] = a.options.model_dump(mode="json", exclude={"measure_only"})
     general = tree["adapt"]["general_prompts"]
+    given = tree["adapt"]["conversations"]
     sources = {"domain": tree["data"]["prompts"], "general": [general] if general else []}
+    sources["conversations"] = [given] if given else []
     for kind, own_sets in sets.items():
         for source, recorded in zip(sources[kind], own_sets, strict=True):
             del source["path"]
@@ -317,67 +325,6 @@ def _identity(a: Adaptation, sets: dict[str, list[dict[str, Any]]], device: Any)
     if a.config.target.name.startswith(MEMORY):  # the name stays when it is tuned on
         asked["target.fingerprint"] = open_target(a.config.target, device).fingerprint
     return asked | {f"{name}.{key}": v for name, part in tree.items() for key, v in part.items()}
-
-
-Kinds = dict[str, list[tuple[SourceConfig, list[Prompt]]]]
-"""`domain`, and `general` where there are such prompts -> sources, and the prompts of each."""
-
-
-def load_kinds(a: Adaptation) -> Kinds:
-    """Read the prompts; `ValueError`: a set is missing or malformed."""
-    general, bad = a.options.general_prompts, a.config.data.max_bad_rows
-    sources = {"domain": a.config.data.prompts} | ({"general": [general]} if general else {})
-    for source in (one for own in sources.values() for one in own):  # before the first is read
-        check_there(source.path)
-    return {k: [(one, load_prompts(one, bad)) for one in own] for k, own in sources.items()}
-
-
-def split_prompts(a: Adaptation, kinds: Kinds) -> dict[str, tuple[list[Prompt], list[Prompt]]]:
-    """Kind -> prompts to train on, and held out: no source, no cluster of siblings (as far as there
-    is such a split) and no copy is in both.
-
-    Raises:
-        ValueError: a set is too small to hold out from.
-    """
-    held = a.options.held_out_prompts
-    loaded = {k: [p for _, prompts in own for p in prompts] for k, own in kinds.items()}
-    numbers = iter(cluster([prompt for own in loaded.values() for prompt in own]))
-    clusters = {kind: list(islice(numbers, len(own))) for kind, own in loaded.items()}
-    splits = {}
-    for kind, own in loaded.items():
-        try:
-            splits[kind] = hold_out(
-                own, clusters[kind], held, a.config.seed, "adapt.held_out_prompts"
-            )
-        except ValueError as error:
-            raise ValueError(f"{_paths(kinds[kind])}: {error}") from error
-    # Of one kind, siblings of what is held out of the other.
-    whole = {kind for kind, split in splits.items() if not split.straddling}
-    apart = {kind: {clusters[kind][i] for i in splits[kind].held_out} for kind in whole}
-    parts = {}
-    for kind, own in loaded.items():
-        others = set().union(*(found for name, found in apart.items() if name != kind))
-        split = splits[kind].without([i for i, c in enumerate(clusters[kind]) if c in others])
-        split.tell(f"{kind} prompts")
-        parts[kind] = ([own[i] for i in split.training], [own[i] for i in split.held_out])
-    held_out = [prompt for _, own in parts.values() for prompt in own]
-    found = {}
-    for kind, (training, own) in parts.items():
-        kept, copies = remove_contaminated(training, held_out)
-        print_once(
-            f"{kind}: {len(own)} prompts held out, {len(kept):,} to train on; {copies.describe()}"
-        )
-        if not (kept or a.options.measure_only) and (kind == "domain" or a.options.general_share):
-            raise ValueError(
-                f"{_paths(kinds[kind])}: no prompt is left to train on, since all are copies or "
-                "siblings of those held out: add prompts, or lower adapt.held_out_prompts"
-            )
-        found[kind] = (kept, own)
-    return found
-
-
-def _paths(sources: Sequence[tuple[SourceConfig, list[Prompt]]]) -> str:
-    return ", ".join(source.path for source, _ in sources)
 
 
 def _conversations(a: Adaptation, prompts: Any, notes: StageCache) -> int:
@@ -401,24 +348,56 @@ def _conversations(a: Adaptation, prompts: Any, notes: StageCache) -> int:
             "adapt.budget=15m, or hold out fewer prompts than "
             f"adapt.held_out_prompts={a.options.held_out_prompts}"
         )
-    size = d.generation_batch_size
-    return max(1, round(ANSWERING * left / each / size)) * size
+    share, size = a.options.answering_share, d.generation_batch_size
+    return max(1 if share else 0, round(share * left / each / size)) * size
 
 
-def _answer(a: Adaptation, prompts: Any, notes: StageCache, device: Any) -> int:
-    """Let the tuned target answer the prompts of the mixture; returns how many."""
+def _answer(
+    a: Adaptation, prompts: Split, given: list[Prompt], notes: StageCache, device: Any
+) -> int:
+    """Let the tuned target answer the prompts of the mixture, and run it over the conversations;
+    returns how many of both."""
     d, seed = a.config.data, a.config.seed
     share = a.options.general_share if a.options.general_prompts else 0.0
     sources = [(prompts["domain"][0], 1 - share if a.options.general_prompts else None)]
     if share:
         sources.append((prompts["general"][0], share))
-    dealt = deal(sources, notes.found["conversations"], seed)
+    count = notes.found["conversations"]
+    dealt = deal(sources, count, seed) if count else []
     target = open_target(a.config.target, device)
-    jobs = make_jobs(dealt, deal_sampling(d, target, dealt), target, d)
+    jobs = make_jobs(dealt, deal_sampling(d, target, dealt), target, d) if dealt else []
     inputs = inputs_of(load_assistant_config(a.head))
-    folder = a.out / "answers"
-    regenerate(target, jobs, d, seed, folder, True, description="Answering", inputs=inputs)
-    return len(jobs)
+    answers = a.out / ("written" if given else "answers")
+    if jobs:
+        regenerate(
+            target, jobs, d, seed, answers, extract=not given, description="Answering",
+            inputs=inputs,
+        )  # fmt: skip
+    if not given:
+        return len(jobs)
+    assert a.options.conversations is not None
+    rows = encode_answered(given, a.options.conversations.path, target, d)
+    rows = rows[: _room_for(rows, a, notes)] + (list(read_folder(answers)) if jobs else [])
+    tokens = tokens_when_cut(rows, d.max_tokens)
+    extract(target, rows, tokens, d, a.out / "answers", d.chat_template_kwargs, inputs)
+    return len(rows)
+
+
+def _room_for(given: list[Conversation], a: Adaptation, notes: StageCache) -> int:
+    """How many of the conversations there is time for: a forward over a text takes a small part of
+    the time in which the target writes it."""
+    stores = [ActivationStore(folder) for folder in (a.out / "unadapted").iterdir()]
+    written = sum(entry.trained for store in stores for entry in store.entries)
+    rate = FORWARDS * written / max(notes.found["unadapted"]["answering"], 1.0)
+    room, count = EXTRACTING * _left(a, notes) * rate, 0
+    for conversation in given:
+        room -= len(conversation.ids)
+        if room < 0:
+            break
+        count += 1
+    if count < len(given):
+        print_once(f"There is time for {count:,} of the {len(given):,} conversations")
+    return max(count, 1)
 
 
 def _train(config: Config, minutes: float) -> dict[str, Any]:
@@ -465,11 +444,12 @@ def _write(
         "training": notes.found.get("training"),
     }
     content["verdict"] = outcome(content) if "adapted" in stages else content["advice"]
-    general = [a.options.general_prompts] if a.options.general_prompts else []
-    names = {one.path: set_name(one) for one in (*a.config.data.prompts, *general)}
+    others = (a.options.general_prompts, a.options.conversations)
+    sources = (*a.config.data.prompts, *(one for one in others if one is not None))
+    names = {one.path: set_name(one) for one in sources}
     t = a.config.target
-    others = (t.name, *t.adapters, a.head, str(a.out), a.options.base or "")
-    names |= {place: Path(place).name for place in others if is_private(place)}
+    places = (t.name, *t.adapters, a.head, str(a.out), a.options.base or "")
+    names |= {place: Path(place).name for place in places if is_private(place)}
     content = without_paths(content, names)
     out = a.out
     write_atomically(out / "adapt.json", as_json(content))

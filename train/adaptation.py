@@ -1,12 +1,20 @@
-"""What `headstart adapt` is asked, and what it takes where nobody says."""
+"""What `headstart adapt` is asked, what it takes where nobody says, and its prompts: those to train
+on, and those held out."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from headstart.common.console import print_once
 from headstart.configs.defaults import ADAPT
-from headstart.configs.schema import Config, EvalConfig
+from headstart.configs.schema import Config, EvalConfig, SourceConfig
 from headstart.configs.settings import AdaptConfig, Settings
+from headstart.data.contamination import remove_contaminated
+from headstart.data.prompts import Prompt, load_prompts
+from headstart.data.sources import check_there
+from headstart.data.splits import cluster, hold_out
 from headstart.eval.asked import as_the_head_was
 from headstart.heads.kinds import check_drafts, kind_of
 from headstart.heads.saving import draft_position_offset, load_assistant_config
@@ -82,3 +90,91 @@ def read_adaptation(settings: Settings, head: str) -> Adaptation:
     }
     config = settings.of_run().model_copy(update=update)
     return Adaptation(head, config, settings.adapt, chosen.num_assistant_tokens[0], out)
+
+
+Kinds = dict[str, list[tuple[SourceConfig, list[Prompt]]]]
+"""`domain`, and where there are some `general` and `conversations` -> sources, and the prompts of
+each."""
+
+
+def load_kinds(a: Adaptation) -> Kinds:
+    """Read the prompts; `ValueError`: a set is missing or malformed, or conversations have no
+    answer."""
+    others = {"general": a.options.general_prompts, "conversations": a.options.conversations}
+    sources = {"domain": a.config.data.prompts}
+    sources |= {kind: [source] for kind, source in others.items() if source is not None}
+    bad = a.config.data.max_bad_rows
+    for source in (one for own in sources.values() for one in own):  # before the first is read
+        check_there(source.path)
+    found = {k: [(one, load_prompts(one, bad)) for one in own] for k, own in sources.items()}
+    for source, given in found.get("conversations", []):
+        if without := [p.id for p in given if p.raw or p.question is p.messages]:
+            raise ValueError(
+                f"adapt.conversations={source.path}: {len(without):,} of {len(given):,} have no "
+                f"answer, first {without[0]}: leave those out, or give them as data.prompts, which "
+                "the target answers"
+            )
+    return found
+
+
+Split = dict[str, tuple[list[Prompt], list[Prompt]]]
+"""`domain`, and `general` where there is some -> prompts to train on, and held out."""
+
+
+def split_prompts(a: Adaptation, loaded: Kinds) -> tuple[Split, list[Prompt]]:
+    """The prompts of each kind, and the conversations: no source, no cluster of siblings (as far as
+    there is such a split) and no copy is both trained on and held out.
+
+    Raises:
+        ValueError: a set is too small to hold out from.
+    """
+    held = a.options.held_out_prompts
+    every = {k: [p for _, prompts in own for p in prompts] for k, own in loaded.items()}
+    numbers = iter(cluster([prompt for own in every.values() for prompt in own]))
+    clusters = {kind: list(islice(numbers, len(own))) for kind, own in every.items()}
+    given, kinds = every.pop("conversations", []), every
+    splits = {}
+    for kind, own in kinds.items():
+        try:
+            splits[kind] = hold_out(
+                own, clusters[kind], held, a.config.seed, "adapt.held_out_prompts"
+            )
+        except ValueError as error:
+            raise ValueError(f"{_paths(loaded[kind])}: {error}") from error
+    # Of one kind, siblings of what is held out of the other.
+    whole = {kind for kind, split in splits.items() if not split.straddling}
+    apart = {kind: {clusters[kind][i] for i in splits[kind].held_out} for kind in whole}
+    parts = {}
+    for kind, own in kinds.items():
+        others = set().union(*(found for name, found in apart.items() if name != kind))
+        split = splits[kind].without([i for i, c in enumerate(clusters[kind]) if c in others])
+        split.tell(f"{kind} prompts")
+        parts[kind] = ([own[i] for i in split.training], [own[i] for i in split.held_out])
+    held_out = [prompt for _, own in parts.values() for prompt in own]
+    found = {}
+    for kind, (training, own) in parts.items():
+        kept, copies = remove_contaminated(training, held_out)
+        print_once(
+            f"{kind}: {len(own)} prompts held out, {len(kept):,} to train on; {copies.describe()}"
+        )
+        if not (kept or a.options.measure_only) and (kind == "domain" or a.options.general_share):
+            raise ValueError(
+                f"{_paths(loaded[kind])}: no prompt is left to train on, since all are copies or "
+                "siblings of those held out: add prompts, or lower adapt.held_out_prompts"
+            )
+        found[kind] = (kept, own)
+    if given:
+        held_clusters = set().union(*apart.values())
+        new = zip(given, clusters["conversations"], strict=True)
+        given, copies = remove_contaminated([p for p, c in new if c not in held_clusters], held_out)
+        print_once(f"conversations: {len(given):,} to train on; {copies.describe()}")
+        if not given:
+            raise ValueError(
+                f"{_paths(loaded['conversations'])}: all are copies or siblings of prompts that "
+                "are held out: give others"
+            )
+    return found, given
+
+
+def _paths(sources: Sequence[tuple[SourceConfig, list[Prompt]]]) -> str:
+    return ", ".join(source.path for source, _ in sources)

@@ -20,8 +20,7 @@ from headstart.data.prepare import Prepared, plan_documents
 from headstart.data.prompts import Prompt, load_prompts
 from headstart.data.splits import EVERYWHERE, SIBLINGS, Joined, cluster, hold_out
 from headstart.heads.loading import load_target
-from headstart.train.adapt import load_kinds, split_prompts
-from headstart.train.adaptation import Adaptation
+from headstart.train.adaptation import Adaptation, load_kinds, split_prompts
 from headstart.train.run import train
 from tests.helpers.runs import tiny_config
 
@@ -337,7 +336,7 @@ def test_adapt_leaves_siblings_of_one_kind_out_of_the_other(
         general_prompts=SourceConfig(path=paths["adapt.general_prompts"]), held_out_prompts=2
     )
     a = Adaptation("head", config, options, 4, tmp_path / "out")
-    found = split_prompts(a, load_kinds(a))
+    found, _ = split_prompts(a, load_kinds(a))
     made = {text: n for n, text in texts}
     held = {made[p.text] for _, own in found.values() for p in own}
     assert held.isdisjoint(made[p.text] for training, _ in found.values() for p in training)

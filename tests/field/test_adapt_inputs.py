@@ -7,9 +7,8 @@ from typing import Any
 import pytest
 
 from headstart.configs.loader import load_settings
-from headstart.train.adapt import load_kinds, split_prompts
 from headstart.train.adapt_report import advice, compare_stages, headline, outcome
-from headstart.train.adaptation import Adaptation
+from headstart.train.adaptation import Adaptation, load_kinds, split_prompts
 from tests.helpers.reports import texts
 
 
@@ -22,7 +21,7 @@ def prompt_file(folder: Path, *prompts: str) -> str:
 def split(prompts: str, *overrides: str) -> dict[str, Any]:
     settings = load_settings(None, [f"data.prompts={prompts}", *overrides])
     asked = Adaptation("h", settings.of_run(), settings.adapt, 4, Path("out"))
-    return split_prompts(asked, load_kinds(asked))
+    return split_prompts(asked, load_kinds(asked))[0]
 
 
 @pytest.mark.parametrize("count", [1, 5, 8])
@@ -47,6 +46,20 @@ def test_prompts_that_are_all_the_same_are_refused_before_anything_is_answered(
     path = prompt_file(tmp_path, *["name ten large rivers of the world in order of length"] * 9)
     with pytest.raises(ValueError, match=r"mine\.jsonl: .*adapt\.held_out_prompts"):
         split(path, "adapt.held_out_prompts=2")
+
+
+def test_conversations_without_answers_and_without_use_are_refused(tmp_path: Path) -> None:
+    many = prompt_file(tmp_path, *(f"what is {n} and {n}?" for n in range(30)))
+    with pytest.raises(ValueError, match=r"adapt\.conversations=.*30 of 30 have no answer, first"):
+        split(many, "adapt.held_out_prompts=8", f"adapt.conversations={many}")
+    with pytest.raises(ValueError, match=r"answering_share=0 leaves no text: name conversations"):
+        split(many, "adapt.answering_share=0")
+    held_out = split(many, "adapt.held_out_prompts=8")["domain"][1]
+    given = tmp_path / "given.jsonl"
+    rows = [{"prompt": prompt.text, "response": "as it was asked"} for prompt in held_out]
+    given.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ValueError, match=r"given\.jsonl: all are copies or siblings"):
+        split(many, "adapt.held_out_prompts=8", f"adapt.conversations={given}")
 
 
 Lists = tuple[list[int], list[int], list[int]]

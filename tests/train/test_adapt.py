@@ -9,6 +9,7 @@ import torch
 from headstart.configs.loader import Override, load_settings
 from headstart.configs.settings import Settings, minutes
 from headstart.data.prompts import load_prompts
+from headstart.data.store import ActivationStore
 from headstart.heads.loading import load_served
 from headstart.heads.saving import load_assistant, load_assistant_config, made_for
 from headstart.train import adapt as module
@@ -93,6 +94,47 @@ def test_a_head_follows_its_target_and_goes_on_after_a_stop(
 
     with pytest.raises(ValueError, match=r"was begun with adapt\.held_out_prompts=8, now 9"):
         adapt(*asked(setting, out, "adapt.held_out_prompts=9"), "cpu", [])
+
+
+@pytest.mark.parametrize("answering", [0.0, 0.5])
+def test_conversations_are_trained_on_beside_what_the_target_writes(
+    answering: float, setting: tuple[Path, str], tmp_path: Path
+) -> None:
+    """Their answers as they are, the distribution of the tuned target; and none of those whose
+    prompt is held out."""
+    rows = [
+        {"id": f"own-{n}", "prompt": f"{word} number {n} and {7 * n}", "response": f"{n} {word}s"}
+        for n, word in enumerate(["tree", "stone", "boat", "shoe", "lamp", "cup"] * 4)
+    ]
+    held_out = load_prompts("builtin:text_eval")
+    rows += [
+        {"id": f"copy-{p.id}", "prompt": p.text, "response": "as it was asked"} for p in held_out
+    ]
+    given = tmp_path / "given.jsonl"
+    given.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    few = ["data.num_conversations=null", "adapt.budget=2m"] if not answering else []
+    settings, head = asked(
+        setting, tmp_path / "out", f"adapt.conversations={given}", "adapt.decoded_prompts=0",
+        f"adapt.answering_share={answering}", "adapt.general_prompts=null", *few,
+    )  # fmt: skip
+    content = adapt(settings, head, "cpu", ["headstart", "adapt"])
+    assert content["adapted_acceptance_length"] is not None
+    target = load_served(settings.target)
+    store = ActivationStore(tmp_path / "out" / "answers", target)
+    taken = {entry.id for entry in store.entries}
+    assert {f"own-{n}" for n in range(24)} <= taken
+    held = {p.text for p in load_prompts(tmp_path / "out" / "held_out.jsonl")}
+    copies = {f"copy-{p.id}" for p in held_out if p.text in held}
+    assert copies
+    assert not copies & taken
+    written = [entry for entry in store.entries if not entry.id.startswith(("own", "copy"))]
+    assert bool(written) == bool(answering)
+    document = store.read([next(i for i, e in enumerate(store.entries) if e.id == "own-3")])[0]
+    said = target.activations(document.ids[None]).hidden[0]
+    taught = document.loss_mask.nonzero()[:, 0] - 1
+    best = target.logits(said).log_softmax(-1).topk(16).values[taught]
+    torch.testing.assert_close(document.teacher_logprobs[taught], best, atol=1e-4, rtol=1e-4)
+    assert content["prompt_sets"]["conversations"]
 
 
 def test_adapt_can_stop_when_the_loss_is_measured(
