@@ -161,7 +161,7 @@ def clean_kv_decoding(model: Any, head: Any) -> Iterator[Any]:
     as_target_class(served).eval()
     assistant = assistant_of(head, served.dtype, served.device)
     check_shapes(served.config.get_text_config(), assistant.config, type(served).__name__)
-    with exact_decoding(served):
+    with exact_decoding(served, weights_change=True):
         served.generate = partial(served.generate, assistant_model=assistant)
         yield served
 

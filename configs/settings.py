@@ -35,13 +35,14 @@ class AdaptConfig(Section):
     """Prompts of everything else, to be mixed in, and to see on what the head forgets. None: none,
     and forgetting is not measured."""
     general_share: float = Field(default=0.25, ge=0, lt=1)
-    """Share of the training conversations that answer general prompts."""
+    """Share of what the target writes to train on that answers general prompts."""
     conversations: SourceConfig | None = None
     """Whole conversations to train on beside what the target writes, such as the data that it was
     tuned on: the target's distribution over their answers is learned. None: none."""
     answering_share: float = Field(default=0.5, ge=0, lt=1)
-    """Share of the time between both measurements in which the target answers prompts. 0: it
-    answers none, and the conversations are all that is trained on."""
+    """Share of the time between both measurements in which the target answers prompts, as many as
+    `data.num_conversations` says where that is given. 0: it answers none but those that the
+    training is validated on, and the conversations are all that is trained on."""
     base: Place | None = None
     """The target that the head was trained for, which tells what was lost. None: the one that the
     head names; where it names none, the target without its adapters."""

@@ -154,11 +154,13 @@ def gather_rows(
         table[place.row, place.slot] = values
         return table
 
+    # Where an anchor only fills up, all of its drafts read the first token: they have weight 0.
+    taught = dealt(teacher)
     anchors = Rows(
         at=dealt(at - place.row_start),
         hidden=dealt(torch.searchsorted(read, at) - torch.searchsorted(read, place.row_start)),
         starts=dealt(place.text - place.row_start),
-        tokens=dealt(ids[teacher]),
+        tokens=ids[taught],
         multi_step=_multi_step(place, goes_on, len(packs)),
     )
     in_row = torch.searchsorted(read, teacher) - torch.searchsorted(read, place.row_start)[:, None]
@@ -167,8 +169,8 @@ def gather_rows(
         document_ids=[[d.id for d in row] for row in packed],
         texts=texts,
         rows=anchors,
-        teacher_ids=dealt(teacher_ids[teacher].long()),
-        teacher_logprobs=dealt(teacher_logprobs[teacher]),
+        teacher_ids=teacher_ids[taught].long(),
+        teacher_logprobs=teacher_logprobs[taught],
         weights=weights,
         drafts=_counted(weights, anchors, dealt(in_row), texts.hidden.values.shape[1]),
     )

@@ -23,6 +23,22 @@ def machine_rates(found: Results) -> str:
     ])  # fmt: skip
 
 
+FORMS = {
+    "linear": "`F.linear`", "by_blocks": "by blocks", "without_onednn": "torch's own kernel",
+    "other_order": "`W @ x.T`", "Packed": "packed once",
+}  # fmt: skip
+
+
+@made_of("limits")
+def small_batch(found: Results) -> str:
+    rows = []
+    for dtype, by_rows in found["limits"]["small_batch_bytes_per_second"].items():
+        for count, forms in by_rows.items():
+            cells = [f"{forms[form] / 1e9:.1f}" if form in forms else "" for form in FORMS]
+            rows.append([dtype, count, *cells])
+    return rows_of(" | ".join(["dtype", "rows", *FORMS.values()]), rows)
+
+
 @made_of(
     "bench-regenerate", "bench-regenerate-float32", "bench-extract", "bench-extract-float32",
     "bench-train", "bench-train-bf16", "bench-draft", "bench-draft-bf16", "bench-loader",

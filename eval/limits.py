@@ -19,9 +19,10 @@ import torch.nn.functional as F
 from rich.table import Table
 from torch import nn
 
-from headstart.common.console import plain_console
+from headstart.common.console import plain_console, print_once
 from headstart.common.files import write_figures
 from headstart.common.machine import environment, machine_name, synchronize
+from headstart.heads.cpu_linear import seconds_of_forms
 from headstart.heads.target import Target
 
 TURNS = 3  # of which the quickest counts
@@ -29,6 +30,7 @@ PRODUCT_TURNS = 2  # of all products of a forward, in each order
 SIDE = 2048  # m, k and n of the product whose rate is told
 COPIED = 1 << 28  # bytes: more than any cache holds
 DTYPES = (torch.float32, torch.bfloat16)
+ROWS = (1, 2, 5, 9)  # of a linear layer: a plain step, and verifications of 1, 4 and 8 drafts
 
 
 def gemm_rate(device: torch.device, dtype: torch.dtype) -> float:
@@ -42,6 +44,17 @@ def memory_rate(device: torch.device, dtype: torch.dtype) -> float:
     source = torch.ones(COPIED // dtype.itemsize, device=device, dtype=dtype)
     place = torch.zeros_like(source)
     return 2 * COPIED / quickest(device, lambda: place.copy_(source))
+
+
+def few_rows(dtype: torch.dtype) -> dict[str, dict[str, float]]:
+    """Rows -> form of a linear layer on the CPU -> bytes a second at which it reads its weights."""
+    return {
+        str(rows): {
+            "linear" if form is None else form.__name__: COPIED / seconds
+            for form, seconds in seconds_of_forms(dtype, rows, COPIED).items()
+        }
+        for rows in ROWS
+    }
 
 
 def quickest(device: torch.device, call: Callable[[], object]) -> float:
@@ -134,6 +147,8 @@ def run_limits(device: torch.device, out: Path | None) -> None:
         "gemm_flops_per_second": {n: gemm_rate(device, d) for d, n in names.items()},
         "memory_bytes_per_second": {n: memory_rate(device, d) for d, n in names.items()},
     }
+    if device.type == "cpu":
+        content["small_batch_bytes_per_second"] = {n: few_rows(d) for d, n in names.items()}
     table = Table(
         "dtype", "matrix products", "copies, read and written",
         title=f"limits: {machine_name(content['environment'])}",
@@ -143,4 +158,8 @@ def run_limits(device: torch.device, out: Path | None) -> None:
         moved = content["memory_bytes_per_second"][name] / 1e9
         table.add_row(name, f"{flops:,.0f} GFLOP/s", f"{moved:,.1f} GB/s")
     plain_console().print(table)
+    for name, by_rows in content.get("small_batch_bytes_per_second", {}).items():
+        for rows, forms in by_rows.items():
+            each = ", ".join(f"{form} {rate / 1e9:.1f}" for form, rate in forms.items())
+            print_once(f"{name}, a linear layer over {rows} rows, GB/s of weights: {each}")
     write_figures(content, out)

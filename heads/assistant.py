@@ -17,6 +17,7 @@ width, H head width, V vocabulary.
 
 import json
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias, cast, get_args
 
@@ -292,11 +293,14 @@ class AssistantState:
         self.kv = CleanKV(model.config.text_config.sliding_window, padding)
         self.hidden = torch.empty(0)
         """[1, 1, D] the target's, of the token before the newest."""
-        of_token, of_hidden = model.pre_projection.weight.detach().chunk(2, dim=1)
-        of_state = of_hidden @ model.post_projection.weight.detach()
-        self.of_own_state = torch.cat([of_token, of_state], dim=1)
+        self.forms = small_batch_forms(model.pre_projection.weight)
+
+    @cached_property
+    def of_own_state(self) -> torch.Tensor:
         """[H, D + H] the projection of a token and the head's own last state."""
-        self.forms = small_batch_forms(self.of_own_state)
+        of_token, of_hidden = self.model.pre_projection.weight.detach().chunk(2, dim=1)
+        of_state = of_hidden @ self.model.post_projection.weight.detach()
+        return torch.cat([of_token, of_state], dim=1)
 
     def commit(self, seen: Verified) -> None:
         valid = seen.tokens.shape[1]
@@ -378,10 +382,6 @@ class AssistantKind(HeadKind):
         return states
 
     def draft_state(self, model: Any, embed: Embed, padding: int, offset: int) -> AssistantState:
-        text = model.config.text_config
-        for key in ("enable_moe_block", "hidden_size_per_layer_input"):
-            if getattr(text, key, None):
-                raise ValueError(f"no assistant with {key} in its layers can draft here")
         return AssistantState(model, embed, padding, offset)
 
     def layers(self, model: Any) -> Sequence[nn.Module]:

@@ -2,23 +2,23 @@
 
 A step of decoding and the verification of some drafts run every layer over one to nine rows, and
 what they cost is the reading of the weights. CPU libraries are made for more rows. On an EPYC with
-AVX-512, two threads read the LM head of Gemma 3 270M (docs/explanation/clean-kv-decoder.md):
+AVX-512 two threads read them (`headstart bench limits`; docs/explanation/clean-kv-decoder.md):
 
-- in float32 over one row at 12 GB/s as `x @ W.T`, and at 48 by blocks of the weights; over five
-  rows at 6 as `x @ W.T` and at 22 as `W @ x.T`;
-- in bfloat16 with the processor's own instructions over one row at 17 GB/s by oneDNN, which packs
-  the weights anew each time, and at 32 by torch's own kernel; over five at 15, and at 35 where the
-  weights are packed once.
+- in float32 over one row several times as fast by blocks of the weights as by `x @ W.T`, and over
+  more as `W @ x.T`;
+- in bfloat16, where oneDNN runs the processor's own instructions and packs the weights anew each
+  time, twice as fast over one row by torch's own kernel, and over more where the weights are packed
+  once.
 
 Packed weights are a second copy: they are made where they are first used, and last as long as the
-`fast_kernels` around them, within which weights have to stay as they are.
+`fast_kernels` around them, within which the weights have to stay as they are.
 
 Over tens of rows, as a batch that generates has, `W @ x.T` is quicker in float32 too: there an LM
 head goes by blocks of its columns, and each is turned around while it is in the cache.
 """
 
 import timeit
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import lru_cache, partial
 from math import gcd
 from typing import TypeAlias
@@ -41,19 +41,19 @@ BLOCKS = 16
 
 class Packed:
     """A form by oneDNN over weights that it packs when it is first called, and that have to stay as
-    they are from then on. Where there is no memory for a second copy, torch's own form."""
+    they are from then on. Weights that were exchanged, or changed where a tensor counts it, are no
+    longer used packed."""
 
     def __init__(self) -> None:
-        self.weight: torch.Tensor | None = None
         self.ready: torch.Tensor | None = None
+        self.of: tuple[int, int] | None = None
 
     def __call__(self, weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        if self.weight is None:
-            self.weight = weight.detach()
-            if 2 * weight.nbytes < (free_memory(weight.device) or 0):
-                self.ready = torch.ops.mkldnn._reorder_linear_weight(self.weight, None)
-        assert self.weight.data_ptr() == weight.data_ptr(), "a form of other weights"
-        if self.ready is None or x.dtype != weight.dtype:
+        now = weight.data_ptr(), 0 if weight.is_inference() else weight._version
+        if self.of is None:
+            self.of = now
+            self.ready = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
+        if self.of != now or x.dtype != weight.dtype:
             return F.linear(x, weight)
         product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(
             x, self.ready, None, "none", [], ""
@@ -61,10 +61,12 @@ class Packed:
         return product
 
 
-def forward_of(module: nn.Linear, small_batch: bool) -> Callable[..., torch.Tensor] | None:
+def linear_forward(
+    module: nn.Linear, small_batch: bool, packs: bool = False
+) -> Callable[..., torch.Tensor] | None:
     """What a linear layer on a CPU is to run in place of its own forward; None: it keeps that.
-    Without `small_batch` it stays as it is over few rows."""
-    forms = small_batch_forms(module.weight) if small_batch else {}
+    Without `small_batch` it stays as it is over few rows; `packs` as of `small_batch_forms`."""
+    forms = small_batch_forms(module.weight, packs) if small_batch else {}
     wide = module.out_features >= WIDE and module.weight.dtype == torch.float32
     return partial(_forward, forms, wide, module) if forms or wide else None
 
@@ -92,9 +94,15 @@ def small_batch_linear(
     return product.view(*x.shape[:-1], -1)
 
 
-def small_batch_forms(weight: torch.Tensor) -> dict[int, Form]:
+def has_room_to_pack(weights: Collection[torch.Tensor]) -> bool:
+    """Whether a second copy of all of them on the CPU leaves as much memory free again."""
+    size = sum(weight.nbytes for weight in weights if weight.device.type == "cpu")
+    return 2 * size < (free_memory(torch.device("cpu")) or 0)
+
+
+def small_batch_forms(weight: torch.Tensor, packs: bool = False) -> dict[int, Form]:
     """For one weight: number of rows -> the form that is quicker than torch's own on this machine;
-    none off the CPU, or for what is no floating dtype."""
+    none off the CPU, or for what is no floating dtype. `packs`: also over packed weights."""
     if weight.device.type != "cpu" or not weight.dtype.is_floating_point:
         return {}
     packed = Packed()
@@ -102,7 +110,7 @@ def small_batch_forms(weight: torch.Tensor) -> dict[int, Form]:
     return {
         rows: packed if isinstance(form, type) else form
         for rows, form in found.items()
-        if form is not None
+        if form is not None and (packs or form is not Packed)
     }
 
 
@@ -110,21 +118,29 @@ def small_batch_forms(weight: torch.Tensor) -> dict[int, Form]:
 def quickest(dtype: torch.dtype, rows: int) -> Form | type[Packed] | None:
     """The form that is quickest on this machine, tried once, in a tenth of a second; None: torch's
     own."""
-    width = TRIAL_WIDTH
-    weight = torch.ones(TRIAL_BYTES // dtype.itemsize // width, width, dtype=dtype)
-    x = torch.ones(rows, width, dtype=dtype)
-    with torch.no_grad():
-        stock = _seconds(partial(F.linear, x, weight))
-        seconds = {
-            form: _seconds(partial(form() if isinstance(form, type) else form, weight, x))
-            for form in forms_for(dtype, rows)
-        }
+    seconds = seconds_of_forms(dtype, rows, TRIAL_BYTES)
     best = min(seconds, key=lambda form: seconds[form])
-    return best if seconds[best] < WORTH * stock else None
+    return best if seconds[best] < WORTH * seconds[None] else None
+
+
+@torch.no_grad()
+def seconds_of_forms(
+    dtype: torch.dtype, rows: int, size: int
+) -> dict[Form | type[Packed] | None, float]:
+    """What a product with weights of `size` bytes takes by torch's own form, None, and by others;
+    infinite where this build of torch has no such kernel."""
+    width = TRIAL_WIDTH
+    columns = size // dtype.itemsize // width // 1024 * 1024
+    weight = torch.ones(columns, width, dtype=dtype)
+    x = torch.ones(rows, width, dtype=dtype)
+    found: dict[Form | type[Packed] | None, float] = {None: _seconds(partial(F.linear, x, weight))}
+    for form in forms_for(dtype, rows):
+        made = form() if isinstance(form, type) else form
+        found[form] = _seconds(partial(made, weight, x))
+    return found
 
 
 def _seconds(call: Callable[[], object]) -> float:
-    """Infinite where this build of torch has no such kernel."""
     try:
         call()
         return min(timeit.repeat(call, number=1, repeat=TRIAL_TURNS))
@@ -135,7 +151,8 @@ def _seconds(call: Callable[[], object]) -> float:
 def forms_for(dtype: torch.dtype, rows: int) -> tuple[Form | type[Packed], ...]:
     """What is tried beside torch's own."""
     if rows == 1:
-        return (by_blocks, without_onednn)
+        # Where somebody has switched oneDNN off, torch's own kernel is what runs anyway.
+        return (by_blocks, without_onednn) if torch._C._get_mkldnn_enabled() else (by_blocks,)
     # Packed weights are a second copy, which in float32 would hardly pay.
     return (other_order, Packed) if dtype == torch.bfloat16 else (other_order,)
 
@@ -152,7 +169,7 @@ def by_blocks(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 
 def without_onednn(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """By a kernel of torch's own."""
+    """By a kernel of torch's own. oneDNN is off for the whole process meanwhile."""
     # `torch.backends.mkldnn.flags` takes 8 microseconds, as long as a small product.
     enabled = torch._C._set_mkldnn_enabled
     enabled(False)

@@ -406,7 +406,9 @@ def verified(outputs: Any, tokens: torch.Tensor, layers: Sequence[int] = ()) -> 
 
 @contextmanager
 def exact_decoding(
-    target: PreTrainedModel, decoding_config: ExactDecoding | None = None
+    target: PreTrainedModel,
+    decoding_config: ExactDecoding | None = None,
+    weights_change: bool = False,
 ) -> Iterator[None]:
     """Within, `target.generate(..., assistant_model=head)` drafts as said here.
 
@@ -415,6 +417,7 @@ def exact_decoding(
         decoding_config: what ends a draft, and whether the text is looked up too. None: K drafts of
             the head, as its `generation_config` says; where it does not, `generate` raises
             `ValueError`.
+        weights_change: whether the weights of the target may change within, such as by training it.
     """
     decoding_config = decoding_config or ExactDecoding()
     outer = target.__dict__.get("_get_candidate_generator")  # of an exact_decoding around this one
@@ -449,7 +452,7 @@ def exact_decoding(
 
     target._get_candidate_generator = generator
     try:
-        with fast_kernels(target), kernels:
+        with fast_kernels(target, weights_change=weights_change), kernels:
             yield
     finally:
         del target._get_candidate_generator

@@ -35,15 +35,18 @@ from transformers import PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from headstart.heads import cpu_linear
+from headstart.heads.cpu_linear import has_room_to_pack, linear_forward
 
 
 @contextmanager
-def fast_kernels(model: PreTrainedModel, small_batch: bool = True) -> Iterator[None]:
+def fast_kernels(
+    model: PreTrainedModel, small_batch: bool = True, weights_change: bool = False
+) -> Iterator[None]:
     """Within, a model runs on these kernels, in training too.
 
     Without `small_batch` linear layers stay as they are over few rows: which form is quicker there
-    is tried in each process, and what is stored must have the same bits in all of them.
+    is tried in each process, and what is stored must have the same bits in all of them. Where
+    `weights_change` within, no copies are made of them; else layers over few rows may keep one.
 
     The values are those of its own layers up to the rounding of another order of sums; those of the
     norms are the same bit for bit on a CPU. Left alone are layers whose forward somebody replaced,
@@ -54,9 +57,13 @@ def fast_kernels(model: PreTrainedModel, small_batch: bool = True) -> Iterator[N
     if any(m.training and getattr(m, "gradient_checkpointing", False) for m in model.modules()):
         yield
         return
+    layers = list(_layers(model))
+    packs = small_batch and not weights_change
+    if packs:
+        packs = has_room_to_pack([m.weight for m in layers if _is_plain_on_cpu(m)])
     with ExitStack() as undo:
-        for module in _layers(model):
-            if (forward := _fast_forward(module, small_batch)) is not None:
+        for module in layers:
+            if (forward := _fast_forward(module, small_batch, packs)) is not None:
                 undo.callback(module.__dict__.pop, "forward", None)  # first: a signal may come
                 module.forward = forward
         undo.enter_context(_grouped_heads(model))
@@ -73,7 +80,7 @@ def _layers(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def _fast_forward(
-    module: nn.Module, small_batch: bool = True
+    module: nn.Module, small_batch: bool = True, packs: bool = False
 ) -> Callable[..., torch.Tensor] | None:
     """What the module is to run in place of its own forward; None: it keeps that."""
     if "forward" in module.__dict__:
@@ -87,7 +94,7 @@ def _fast_forward(
             layers = [layer for layer in module.children() if layer is not module.act_fn]
             plain = all(_is_plain_on_cpu(layer) and not _is_watched(layer) for layer in layers)
             return partial(_mlp, module) if plain else None
-    return cpu_linear.forward_of(module, small_batch) if _is_plain_on_cpu(module) else None
+    return linear_forward(module, small_batch, packs) if _is_plain_on_cpu(module) else None
 
 
 def _is_plain_on_cpu(module: nn.Module) -> TypeGuard[nn.Linear]:

@@ -213,6 +213,7 @@ def _by_transformers(
     found: dict[str, list[Answer]] = {"plain": [], "assisted": []}
     counts = zero_counts(k)
     with fast_kernels(target.model), fast_kernels(assistant):  # prepared once for all texts
+        decode(target, ids[0], k + 1, assistant, k, decoding_config)  # a warm-up
         for prompt in counted(ids, "transformers (texts)"):
             plain = decode(target, prompt, n)
             drafted = decode(target, prompt, n, assistant, k, decoding_config)

@@ -5,6 +5,7 @@ notes.json when it is done, and the same command goes on where it stopped.
 """
 
 import json
+import random
 import shlex
 import time
 from collections.abc import Iterator
@@ -37,6 +38,7 @@ from headstart.heads.live import MEMORY
 from headstart.heads.loading import (
     check_target,
     load_target_config,
+    load_target_tokens,
     noted_target,
     open_target,
     served_name,
@@ -63,6 +65,7 @@ from headstart.train.adapt_report import (
 from headstart.train.adaptation import (
     HELD_OUT,
     Adaptation,
+    Kinds,
     Split,
     load_kinds,
     read_adaptation,
@@ -86,8 +89,9 @@ def _base(a: Adaptation) -> TargetConfig | None:
     return None
 
 
-def check_before(a: Adaptation) -> None:
-    """Raise `ValueError` where a target, an adapter or the head will not do, before any answers.
+def check_before(a: Adaptation, loaded: Kinds) -> None:
+    """Raise `ValueError` where a target, an adapter, the head, or conversations that are given,
+    will not do, before any answers.
 
     What only loaded weights of a target show, and those of the Hub, is known when it is opened.
     """
@@ -98,6 +102,8 @@ def check_before(a: Adaptation) -> None:
                 check_target(served)
                 config = load_target_config(served.name, served.revision, served.trust_remote_code)
                 check_shapes(config.get_text_config(), head.config, served.name)
+    for source, prompts in loaded.get("conversations", []):
+        encode_answered(prompts, source.path, load_target_tokens(a.config.target), a.config.data)
 
 
 def evaluate_baseline(
@@ -252,8 +258,8 @@ def _decodable(a: Adaptation, prompts: Any, target: Target) -> Path:
 
 
 SCHEMA = 3
-EXTRACTING = 0.25  # share of the time between both measurements that conversations may take
-FORWARDS = 4  # tokens that it runs over, at least, in the time in which the target writes one
+EXTRACTING = 0.4  # share of the time beside answering that conversations may take
+FORWARDS = 3  # tokens that the target runs over, at least, in the time in which it writes one
 
 
 def adapt(
@@ -285,7 +291,7 @@ def adapt(
     loaded = load_kinds(a)
     sets = {kind: [prompt_set(*pair) for pair in own] for kind, own in loaded.items()}
     if not (a.out / "notes.json").is_file():  # it would have been refused when it began
-        check_before(a)
+        check_before(a, loaded)
     with lock_folder(a.out):
         notes = StageCache(a.out / "notes.json", _identity(a, sets, device))
         prompts, given = split_prompts(a, loaded)
@@ -333,12 +339,10 @@ def _conversations(a: Adaptation, prompts: Any, notes: StageCache) -> int:
     Raises:
         ValueError: measuring leaves less than a minute.
     """
-    d = a.config.data
-    if d.num_conversations is not None:
+    d, share = a.config.data, a.options.answering_share
+    if share and d.num_conversations is not None:
         return d.num_conversations
-    # After a stop in that stage, answering took less time than it would have.
-    answering = max(notes.found["unadapted"]["answering"], notes.seconds["unadapted"] / 2)
-    each = answering / sum(len(own) for _, own in prompts.values())
+    each = _answering_seconds(notes) / sum(len(own) for _, own in prompts.values())
     left = _left(a, notes)
     if left < 60:
         raise ValueError(
@@ -348,8 +352,14 @@ def _conversations(a: Adaptation, prompts: Any, notes: StageCache) -> int:
             "adapt.budget=15m, or hold out fewer prompts than "
             f"adapt.held_out_prompts={a.options.held_out_prompts}"
         )
-    share, size = a.options.answering_share, d.generation_batch_size
-    return max(1 if share else 0, round(share * left / each / size)) * size
+    size = d.generation_batch_size
+    return max(1, round(share * left / each / size)) * size if share else 0
+
+
+def _answering_seconds(notes: StageCache) -> float:
+    """Of the tuned target's answers to what is held out. After a stop in that stage they took less
+    time than they would have."""
+    return float(max(notes.found["unadapted"]["answering"], notes.seconds["unadapted"] / 2))
 
 
 def _answer(
@@ -358,7 +368,7 @@ def _answer(
     """Let the tuned target answer the prompts of the mixture, and run it over the conversations;
     returns how many of both."""
     d, seed = a.config.data, a.config.seed
-    share = a.options.general_share if a.options.general_prompts else 0.0
+    share = _general_share(a, notes)
     sources = [(prompts["domain"][0], 1 - share if a.options.general_prompts else None)]
     if share:
         sources.append((prompts["general"][0], share))
@@ -368,6 +378,10 @@ def _answer(
     jobs = make_jobs(dealt, deal_sampling(d, target, dealt), target, d) if dealt else []
     inputs = inputs_of(load_assistant_config(a.head))
     answers = a.out / ("written" if given else "answers")
+    rows = []
+    if given:  # first of all: some may be refused
+        assert a.options.conversations is not None
+        rows = encode_answered(given, a.options.conversations.path, target, d)
     if jobs:
         regenerate(
             target, jobs, d, seed, answers, extract=not given, description="Answering",
@@ -375,21 +389,21 @@ def _answer(
         )  # fmt: skip
     if not given:
         return len(jobs)
-    assert a.options.conversations is not None
-    rows = encode_answered(given, a.options.conversations.path, target, d)
-    rows = rows[: _room_for(rows, a, notes)] + (list(read_folder(answers)) if jobs else [])
+    written = list(read_folder(answers)) if jobs else []
+    random.Random(seed).shuffle(rows)  # a file may be sorted, and there may be time for a part
+    rows = rows[: _room_for(rows, sum(len(one.ids) for one in written), a, notes)] + written
     tokens = tokens_when_cut(rows, d.max_tokens)
     extract(target, rows, tokens, d, a.out / "answers", d.chat_template_kwargs, inputs)
     return len(rows)
 
 
-def _room_for(given: list[Conversation], a: Adaptation, notes: StageCache) -> int:
-    """How many of the conversations there is time for: a forward over a text takes a small part of
-    the time in which the target writes it."""
+def _room_for(given: list[Conversation], written: int, a: Adaptation, notes: StageCache) -> int:
+    """How many of the conversations there is time to run over, beside `written` tokens that the
+    target has answered with: that takes a part of the time in which it writes."""
     stores = [ActivationStore(folder) for folder in (a.out / "unadapted").iterdir()]
-    written = sum(entry.trained for store in stores for entry in store.entries)
-    rate = FORWARDS * written / max(notes.found["unadapted"]["answering"], 1.0)
-    room, count = EXTRACTING * _left(a, notes) * rate, 0
+    answered = sum(entry.trained for store in stores for entry in store.entries)
+    seconds = EXTRACTING * (1 - a.options.answering_share) * _left(a, notes)
+    room, count = FORWARDS * answered / _answering_seconds(notes) * seconds - written, 0
     for conversation in given:
         room -= len(conversation.ids)
         if room < 0:
@@ -398,6 +412,12 @@ def _room_for(given: list[Conversation], a: Adaptation, notes: StageCache) -> in
     if count < len(given):
         print_once(f"There is time for {count:,} of the {len(given):,} conversations")
     return max(count, 1)
+
+
+def _general_share(a: Adaptation, notes: StageCache) -> float:
+    """Of what the target writes to train on."""
+    writes = notes.found.get("conversations", 1) > 0
+    return a.options.general_share if a.options.general_prompts and writes else 0.0
 
 
 def _train(config: Config, minutes: float) -> dict[str, Any]:
@@ -436,7 +456,7 @@ def _write(
         "head": a.head,
         "num_assistant_tokens": a.num_assistant_tokens,
         "chat_template_kwargs": a.config.data.chat_template_kwargs,
-        "general_share": a.options.general_share if a.options.general_prompts else 0.0,
+        "general_share": _general_share(a, notes),
         **headline(compared),
         **content,
         "acceptance": compared,

@@ -107,14 +107,23 @@ def load_kinds(a: Adaptation) -> Kinds:
     for source in (one for own in sources.values() for one in own):  # before the first is read
         check_there(source.path)
     found = {k: [(one, load_prompts(one, bad)) for one in own] for k, own in sources.items()}
-    for source, given in found.get("conversations", []):
-        if without := [p.id for p in given if p.raw or p.question is p.messages]:
-            raise ValueError(
-                f"adapt.conversations={source.path}: {len(without):,} of {len(given):,} have no "
-                f"answer, first {without[0]}: leave those out, or give them as data.prompts, which "
-                "the target answers"
-            )
+    if "conversations" in found:
+        found["conversations"] = [(one, _answered(one, own)) for one, own in found["conversations"]]
     return found
+
+
+def _answered(source: SourceConfig, loaded: list[Prompt]) -> list[Prompt]:
+    """Those that end with an answer."""
+    kept = [p for p in loaded if not p.raw and p.question is not p.messages]
+    without = len(loaded) - len(kept)
+    if not kept:
+        raise ValueError(
+            f"adapt.conversations={source.path}: none of {without:,} ends with an answer: give "
+            "them as data.prompts, which the target answers"
+        )
+    if without:
+        print_once(f"{source.path}: {without:,} of {len(loaded):,} end with no answer: left out")
+    return kept
 
 
 Split = dict[str, tuple[list[Prompt], list[Prompt]]]
@@ -163,12 +172,20 @@ def split_prompts(a: Adaptation, loaded: Kinds) -> tuple[Split, list[Prompt]]:
                 "siblings of those held out: add prompts, or lower adapt.held_out_prompts"
             )
         found[kind] = (kept, own)
+    wanted = a.config.data.validation_conversations
+    trains_on_given_alone = not (a.options.answering_share or a.options.measure_only)
+    if trains_on_given_alone and len(found["domain"][0]) < wanted:
+        raise ValueError(
+            f"{_paths(loaded['domain'])}: with adapt.answering_share=0 the training is validated "
+            f"on {wanted} of the prompts that are not held out, and there are "
+            f"{len(found['domain'][0])}: lower data.validation_conversations"
+        )
     if given:
         held_clusters = set().union(*apart.values())
         new = zip(given, clusters["conversations"], strict=True)
         given, copies = remove_contaminated([p for p, c in new if c not in held_clusters], held_out)
         print_once(f"conversations: {len(given):,} to train on; {copies.describe()}")
-        if not given:
+        if not (given or a.options.measure_only):
             raise ValueError(
                 f"{_paths(loaded['conversations'])}: all are copies or siblings of prompts that "
                 "are held out: give others"

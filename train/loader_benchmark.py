@@ -134,8 +134,9 @@ def _step_seconds(loader: AnchorLoader, threads: int) -> tuple[float, float]:
     with Prefetch(loader.batch, 0, torch.device("cpu"), threads) as ahead:
         for _ in range(STEPS):
             asked = time.perf_counter()
-            ahead.take()
+            batch = ahead.take()
             waited += time.perf_counter() - asked
+            del batch  # its memory is given back, as in a step: nobody waits for a batch then
             # As the host of a GPU does, which takes turns with the threads at Python's lock.
             for _ in range(count // 20):
                 small.add_(1)

@@ -50,7 +50,7 @@ def test_prompts_that_are_all_the_same_are_refused_before_anything_is_answered(
 
 def test_conversations_without_answers_and_without_use_are_refused(tmp_path: Path) -> None:
     many = prompt_file(tmp_path, *(f"what is {n} and {n}?" for n in range(30)))
-    with pytest.raises(ValueError, match=r"adapt\.conversations=.*30 of 30 have no answer, first"):
+    with pytest.raises(ValueError, match=r"adapt\.conversations=.*none of 30 ends with an answer"):
         split(many, "adapt.held_out_prompts=8", f"adapt.conversations={many}")
     with pytest.raises(ValueError, match=r"answering_share=0 leaves no text: name conversations"):
         split(many, "adapt.answering_share=0")

@@ -12,6 +12,7 @@ from headstart.heads.cpu_linear import (
     FEW,
     Packed,
     by_blocks,
+    forms_for,
     linear_by_columns,
     other_order,
     quickest,
@@ -55,11 +56,23 @@ def test_gradients_go_by_torchs_own_form() -> None:
     assert found.requires_grad
 
 
-def test_packed_weights_last_as_long_as_the_context(
-    tiny: Target, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Somebody may change the weights in between, by ways that no tensor counts."""
+@pytest.fixture
+def packs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every number of rows runs over packed weights, for which there is memory."""
     monkeypatch.setattr(cpu_linear, "quickest", lambda dtype, rows: Packed)
+    monkeypatch.setattr(cpu_linear, "free_memory", lambda device: 1 << 40)
+
+
+def packed_form(layer: nn.Linear) -> Packed:
+    forms: Any = layer.forward
+    found = forms.args[0][3]
+    assert isinstance(found, Packed)
+    return found
+
+
+@pytest.mark.usefixtures("packs")
+def test_packed_weights_last_as_long_as_the_context(tiny: Target) -> None:
+    """Somebody may change the weights in between, by ways that no tensor counts."""
     layer, x = nn.Linear(40, 24, bias=False), torch.randn(3, 40)
     tiny.model.extra = layer
     for change in (0.0, 1.0):
@@ -68,22 +81,48 @@ def test_packed_weights_last_as_long_as_the_context(
             found = layer(x)
             with fast_kernels(tiny.model):  # one text of several
                 assert torch.equal(layer(x), found)
+            assert packed_form(layer).ready is not None
         torch.testing.assert_close(found, F.linear(x, layer.weight))
 
 
-def test_no_weights_are_packed_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
-    weight, x = torch.randn(24, 40), torch.randn(3, 40)
-    for free in (None, 2 * weight.nbytes):
+@pytest.mark.usefixtures("packs")
+def test_weights_that_change_within_are_used_as_they_are(tiny: Target) -> None:
+    layer, x = nn.Linear(40, 24, bias=False), torch.randn(3, 40)
+    tiny.model.extra = layer
+    with fast_kernels(tiny.model), torch.no_grad():
+        layer(x)
+        assert packed_form(layer).ready is not None
+        layer.weight.add_(1.0)  # as an optimizer does it
+        assert torch.equal(layer(x), F.linear(x, layer.weight))
+    with fast_kernels(tiny.model), torch.no_grad():
+        layer(x)
+        layer.weight = nn.Parameter(torch.randn(24, 40))
+        assert torch.equal(layer(x), F.linear(x, layer.weight))
+    with fast_kernels(tiny.model, weights_change=True), torch.no_grad():
+        layer.weight.data += 1.0
+        assert torch.equal(layer(x), F.linear(x, layer.weight))
+        assert "forward" not in layer.__dict__
+
+
+@pytest.mark.usefixtures("packs")
+def test_nothing_is_packed_where_there_is_no_memory_for_all(
+    tiny: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    linear = [m.weight for m in tiny.model.modules() if type(m) is nn.Linear]
+    size = sum(weight.nbytes for weight in linear)
+    for free, packs in ((None, False), (2 * size, False), (2 * size + 1, True)):
         monkeypatch.setattr(cpu_linear, "free_memory", lambda device, free=free: free)
-        packed = Packed()
-        assert torch.equal(packed(weight, x), F.linear(x, weight))
-        assert packed.ready is None
+        with fast_kernels(tiny.model):
+            forms = tiny.model.lm_head.__dict__.get("forward")
+            assert bool(forms is not None and forms.args[0]) == packs
 
 
 def test_onednn_is_on_again_afterwards() -> None:
     with pytest.raises(RuntimeError):
         without_onednn(torch.ones(3, 4), torch.ones(1, 5))
     assert torch.backends.mkldnn.enabled
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert without_onednn not in forms_for(torch.bfloat16, 1)
 
 
 @pytest.mark.parametrize("shape", [(11,), (2, 7), (16,)])
@@ -97,7 +136,7 @@ def test_an_lm_head_goes_by_columns_over_some_rows(
     monkeypatch.setattr(cpu_linear, "SEVERAL", range(10, 17))
     torch.manual_seed(0)
     layer, x = nn.Linear(17, 50, bias=bias), torch.randn(*shape, 17)
-    fast = cpu_linear.forward_of(layer, small_batch=False)
+    fast = cpu_linear.linear_forward(layer, small_batch=False)
     assert fast is not None
     with torch.no_grad():
         found = fast(x)
@@ -107,8 +146,8 @@ def test_an_lm_head_goes_by_columns_over_some_rows(
         many = x.repeat(20, *[1] * (x.ndim - 1))
         for rows in (many, many[:0], x.reshape(-1, 17)[:9]):
             assert torch.equal(fast(rows), layer(rows))
-    assert cpu_linear.forward_of(layer.bfloat16(), small_batch=False) is None
-    assert cpu_linear.forward_of(nn.Linear(17, 49), small_batch=False) is None
+    assert cpu_linear.linear_forward(layer.bfloat16(), small_batch=False) is None
+    assert cpu_linear.linear_forward(nn.Linear(17, 49), small_batch=False) is None
 
 
 def test_forms_are_timed_once_for_each_dtype_and_number_of_rows() -> None:
