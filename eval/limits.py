@@ -22,7 +22,7 @@ from torch import nn
 from headstart.common.console import plain_console, print_once
 from headstart.common.files import write_figures
 from headstart.common.machine import environment, machine_name, synchronize
-from headstart.heads.cpu_linear import seconds_of_forms
+from headstart.heads.cpu_linear import Packed, packs_alike, seconds_of_forms
 from headstart.heads.target import Target
 
 TURNS = 3  # of which the quickest counts
@@ -73,8 +73,8 @@ def products_alone(target: Target, rows: int, lm_head_rows: int) -> float:
     """Seconds of the matrix products of one forward of the target, and of nothing else.
 
     They are those of every linear layer of the decoder with its own weights, over `rows` rows, and
-    of the LM head over `lm_head_rows`; each by the quicker of two orders of loops, `x @ W.T` and
-    `W @ x.T`. Experts of a mixture, which are no linear layers, are left out. The target must not
+    of the LM head over `lm_head_rows`; each by the quickest of `x @ W.T`, `W @ x.T` and, on a CPU,
+    `x @ W.T` over packed weights. Experts of a mixture, which are no linear layers, are left out. The target must not
     be split over processes.
     """
     device, dtype = target.device, target.table.dtype
@@ -88,7 +88,7 @@ def products_alone(target: Target, rows: int, lm_head_rows: int) -> float:
     best = [float("inf")] * len(products)
     # All in a row, as in a forward, so that no layer finds its weights in a cache.
     for _ in range(PRODUCT_TURNS):
-        for order in range(2):
+        for order in range(max(map(len, products))):
             for i, orders in enumerate(products):
                 synchronize(device)
                 began = time.perf_counter()
@@ -99,12 +99,15 @@ def products_alone(target: Target, rows: int, lm_head_rows: int) -> float:
 
 
 def _orders(layer: nn.Linear, x: torch.Tensor) -> list[Callable[[], object]]:
-    """The product of a layer and `x` [m, k], in each order of loops that it can be taken in."""
+    """The product of a layer and `x` [m, k], in each order of loops that it can be taken in, and
+    over packed weights."""
     if type(layer) is not nn.Linear:  # a quantized layer knows its own product alone
         return [partial(layer, x)]
     plain: list[Callable[[], object]] = [partial(F.linear, x, layer.weight)]
     if type(layer.weight) is nn.Parameter:  # torchao keeps the layer and changes the weight
         plain.append(partial(torch.mm, layer.weight, x.T))
+        if x.device.type == "cpu" and packs_alike(x.dtype):
+            plain.append(partial(Packed(), layer.weight, x))
     return plain
 
 

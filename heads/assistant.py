@@ -35,7 +35,7 @@ from transformers import (
 
 from headstart.common.versions import ALL_ROWS
 from headstart.configs.schema import DraftPositionOffset, Engine, HeadConfig
-from headstart.heads.cpu_linear import small_batch_forms, small_batch_linear
+from headstart.heads.cpu_linear import forms_of, linear_by
 from headstart.heads.draft_model import dense_weight
 from headstart.heads.kernels import copied_keys, grouped_query_attention
 from headstart.heads.kinds import DraftMemory, Embed, HeadKind, Rows, Texts, Verified, select
@@ -293,7 +293,7 @@ class AssistantState:
         self.kv = CleanKV(model.config.text_config.sliding_window, padding)
         self.hidden = torch.empty(0)
         """[1, 1, D] the target's, of the token before the newest."""
-        self.forms = small_batch_forms(model.pre_projection.weight)
+        self.forms = forms_of(model.pre_projection.weight)
 
     @cached_property
     def of_own_state(self) -> torch.Tensor:
@@ -328,7 +328,7 @@ class AssistantState:
         if self.state is None:
             state: torch.Tensor = self.model.pre_projection(pair)
         else:
-            state = small_batch_linear(self.forms, self.of_own_state, None, pair)
+            state = linear_by(self.forms, self.of_own_state, None, pair)
         for t, layer in self.layers:
             state = layer_over_one_row(layer, state, self.rotations[t], self.shared[t])
         self.state = self.model.model.norm(state)

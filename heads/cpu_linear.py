@@ -62,25 +62,19 @@ class Packed:
 
 
 def linear_forward(
-    module: nn.Linear, small_batch: bool, packs: bool = False
+    module: nn.Linear, small_batch: bool = True, packs: bool = False
 ) -> Callable[..., torch.Tensor] | None:
     """What a linear layer on a CPU is to run in place of its own forward; None: it keeps that.
-    Without `small_batch` it stays as it is over few rows; `packs` as of `small_batch_forms`."""
-    forms = small_batch_forms(module.weight, packs) if small_batch else {}
-    wide = module.out_features >= WIDE and module.weight.dtype == torch.float32
-    return partial(_forward, forms, wide, module) if forms or wide else None
+    `small_batch` and `packs` as of `forms_of`."""
+    forms = forms_of(module.weight, small_batch, packs)
+    return partial(_forward, forms, module) if forms else None
 
 
-def _forward(
-    forms: Mapping[int, Form], wide: bool, module: nn.Linear, x: torch.Tensor
-) -> torch.Tensor:
-    rows = x.numel() // x.shape[-1]
-    if wide and rows in SEVERAL and not torch.is_grad_enabled():
-        return linear_by_columns(module.weight, module.bias, x)
-    return small_batch_linear(forms, module.weight, module.bias, x)
+def _forward(forms: Mapping[int, Form], module: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    return linear_by(forms, module.weight, module.bias, x)
 
 
-def small_batch_linear(
+def linear_by(
     forms: Mapping[int, Form], weight: torch.Tensor, bias: torch.Tensor | None, x: torch.Tensor
 ) -> torch.Tensor:
     """`F.linear(x, weight, bias)` over x [..., in], by the form of its number of rows where there
@@ -100,18 +94,51 @@ def has_room_to_pack(weights: Collection[torch.Tensor]) -> bool:
     return 2 * size < (free_memory(torch.device("cpu")) or 0)
 
 
-def small_batch_forms(weight: torch.Tensor, packs: bool = False) -> dict[int, Form]:
-    """For one weight: number of rows -> the form that is quicker than torch's own on this machine;
-    none off the CPU, or for what is no floating dtype. `packs`: also over packed weights."""
+def forms_of(
+    weight: torch.Tensor, small_batch: bool = True, packs: bool = False
+) -> dict[int, Form]:
+    """For one weight: number of rows -> the form that is quicker than torch's own; none off the
+    CPU, or for what is no floating dtype.
+
+    Args:
+        weight: [out, in].
+        small_batch: over few rows too, where each process tries which form is the quickest, and
+            bits may differ from those of torch's own.
+        packs: over packed weights too.
+    """
     if weight.device.type != "cpu" or not weight.dtype.is_floating_point:
         return {}
+    packed, found = Packed(), dict[int, Form]()
+    for rows in FEW if small_batch else ():
+        form = quickest(weight.dtype, rows)
+        if form is not None and (packs or form is not Packed):
+            found[rows] = packed if isinstance(form, type) else form
+    if weight.dtype == torch.float32 and len(weight) >= WIDE:
+        found |= dict.fromkeys(SEVERAL, by_columns)
+    elif packs and packs_alike(weight.dtype):
+        found |= dict.fromkeys(SEVERAL, packed)
+    return found
+
+
+@lru_cache
+def packs_alike(dtype: torch.dtype) -> bool:
+    """Whether a batch's product over packed weights has the same bits as torch's own here, and is
+    quicker; tried once. In float32 it is not asked for: it hardly pays."""
+    if Packed not in forms_for(dtype, FEW.stop - 1):
+        return False
+    generator = torch.Generator().manual_seed(0)
+    columns = TRIAL_BYTES // dtype.itemsize // TRIAL_WIDTH
+    weight = torch.randn(columns, TRIAL_WIDTH, generator=generator).to(dtype)
     packed = Packed()
-    found = {rows: quickest(weight.dtype, rows) for rows in FEW}
-    return {
-        rows: packed if isinstance(form, type) else form
-        for rows, form in found.items()
-        if form is not None and (packs or form is not Packed)
-    }
+    with torch.no_grad():
+        for rows in (SEVERAL.start, 64):
+            x = torch.randn(rows, TRIAL_WIDTH, generator=generator).to(dtype)
+            stock = _seconds(partial(F.linear, x, weight))
+            if _seconds(partial(packed, weight, x)) > stock:
+                return False
+            if not torch.equal(packed(weight, x), F.linear(x, weight)):
+                return False
+    return True
 
 
 @lru_cache
@@ -184,14 +211,10 @@ SEVERAL = range(FEW.stop, 513)  # rows: a batch that generates, a chunk that tea
 COLUMNS = 2048  # of it at once: a block of logits stays in the cache until it is turned around
 
 
-def linear_by_columns(
-    weight: torch.Tensor, bias: torch.Tensor | None, x: torch.Tensor
-) -> torch.Tensor:
-    """`F.linear(x, weight, bias)`, x [..., in] and weight [out, in], by blocks of `weight @ x.T`.
-    Returns [..., out], contiguous."""
-    given = x.reshape(-1, x.shape[-1]).T.contiguous()
-    product = x.new_empty(given.shape[1], len(weight))
+def by_columns(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Over tens of rows, by blocks of `weight @ x.T`."""
+    given = x.T.contiguous()
+    product = x.new_empty(len(x), len(weight))
     for columns, part in zip(product.split(COLUMNS, 1), weight.split(COLUMNS), strict=True):
         columns.copy_((part @ given).T)
-    product = product if bias is None else product + bias
-    return product.view(*x.shape[:-1], -1)
+    return product

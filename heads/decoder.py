@@ -452,7 +452,7 @@ def exact_decoding(
 
     target._get_candidate_generator = generator
     try:
-        with fast_kernels(target, weights_change=weights_change), kernels:
+        with fast_kernels(target, packs=not weights_change), kernels:
             yield
     finally:
         del target._get_candidate_generator

@@ -21,7 +21,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from headstart.heads.cpu_linear import small_batch_forms, small_batch_linear
+from headstart.heads.cpu_linear import forms_of, linear_by
 from headstart.heads.kinds import DraftState, kind_of
 
 WARPERS = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper)
@@ -54,7 +54,7 @@ class Drafter:
         """K at most; None: any number."""
         embedder = assistant.masked_embedding if assistant.config.use_ordered_embeddings else None
         self.embedder = embedder
-        self.forms = small_batch_forms(assistant.lm_head.weight)
+        self.forms = forms_of(assistant.lm_head.weight)
         self.members = None  # [C, tokens a cluster]
         if embedder is not None:
             self.members = embedder.token_ordering.long().view(embedder.num_centroids, -1)
@@ -159,7 +159,7 @@ class Drafter:
     def _products(self, table: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
         """[M, H] @ [H] -> [M], as a linear layer: in bfloat16 on a CPU `@` takes half as long
         again."""
-        return small_batch_linear(self.forms, table, None, state[None])[0]
+        return linear_by(self.forms, table, None, state[None])[0]
 
 
 def _drawn(logits: torch.Tensor) -> torch.Tensor:

@@ -40,13 +40,14 @@ from headstart.heads.cpu_linear import has_room_to_pack, linear_forward
 
 @contextmanager
 def fast_kernels(
-    model: PreTrainedModel, small_batch: bool = True, weights_change: bool = False
+    model: PreTrainedModel, small_batch: bool = True, packs: bool = True
 ) -> Iterator[None]:
     """Within, a model runs on these kernels, in training too.
 
     Without `small_batch` linear layers stay as they are over few rows: which form is quicker there
-    is tried in each process, and what is stored must have the same bits in all of them. Where
-    `weights_change` within, no copies are made of them; else layers over few rows may keep one.
+    is tried in each process, and what is stored must have the same bits in all of them. With
+    `packs` linear layers may run over copies of their weights that are made within, where memory
+    allows: the weights then have to stay as they are, and the context should last.
 
     The values are those of its own layers up to the rounding of another order of sums; those of the
     norms are the same bit for bit on a CPU. Left alone are layers whose forward somebody replaced,
@@ -58,9 +59,7 @@ def fast_kernels(
         yield
         return
     layers = list(_layers(model))
-    packs = small_batch and not weights_change
-    if packs:
-        packs = has_room_to_pack([m.weight for m in layers if _is_plain_on_cpu(m)])
+    packs = packs and has_room_to_pack([m.weight for m in layers if _is_plain_on_cpu(m)])
     with ExitStack() as undo:
         for module in layers:
             if (forward := _fast_forward(module, small_batch, packs)) is not None:

@@ -373,12 +373,12 @@ class Target(TargetTokens):
         if isinstance(self.model, Gemma3ForAssistedDecoding):
             # A cache without a config keeps every row of the sliding layers too.
             cache = DynamicCache()
-            with fast_kernels(self.model, small_batch=False):
+            with fast_kernels(self.model, small_batch=False, packs=False):
                 outputs = self.model.model(ids, mask, use_cache=True, **{CACHE: cache})
             shared_kv = self.model.shared_kv_states(cache, ids.shape[1])
         else:
             of_rows = {"use_cache": False, "return_shared_kv_states": True}
-            with fast_kernels(self.model, small_batch=False):
+            with fast_kernels(self.model, small_batch=False, packs=False):
                 outputs = self.model.model(input_ids=ids, attention_mask=mask, **of_rows)
             shared_kv = dict(outputs.shared_kv_states)
         return outputs.last_hidden_state, shared_kv

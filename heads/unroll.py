@@ -52,7 +52,7 @@ class DraftHead(nn.Module):
         """
         kind = kind_of(self.assistant.config)
         check_drafts(self.assistant.config, [rows.tokens.shape[2]], "K")
-        with fast_kernels(self.assistant, small_batch=False):
+        with fast_kernels(self.assistant, small_batch=False, packs=False):
             states = kind.unroll(self.assistant, texts, rows, embed, position)
         if self.projection is None:
             return states

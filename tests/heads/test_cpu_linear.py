@@ -12,12 +12,12 @@ from headstart.heads.cpu_linear import (
     FEW,
     Packed,
     by_blocks,
+    by_columns,
     forms_for,
-    linear_by_columns,
+    forms_of,
+    linear_by,
     other_order,
     quickest,
-    small_batch_forms,
-    small_batch_linear,
     without_onednn,
 )
 from headstart.heads.kernels import fast_kernels
@@ -39,9 +39,7 @@ def test_the_product_is_that_of_linear(
     weight, x = torch.randn(out, 17, dtype=dtype), torch.randn(*rows, 17, dtype=dtype)
     extra = torch.randn(out, dtype=dtype) if bias else None
     with torch.no_grad():
-        found = small_batch_linear(
-            dict.fromkeys(FEW, form() if form is Packed else form), weight, extra, x
-        )
+        found = linear_by(dict.fromkeys(FEW, form() if form is Packed else form), weight, extra, x)
     wanted = F.linear(x.float(), weight.float(), None if extra is None else extra.float())
     off = 1e-5 if dtype == torch.float32 else 0.02
     torch.testing.assert_close(found.float(), wanted, atol=off, rtol=off)
@@ -51,7 +49,7 @@ def test_the_product_is_that_of_linear(
 
 def test_gradients_go_by_torchs_own_form() -> None:
     weight, x = torch.randn(4, 3, requires_grad=True), torch.randn(2, 3)
-    found = small_batch_linear(dict.fromkeys(FEW, Packed()), weight, None, x)
+    found = linear_by(dict.fromkeys(FEW, Packed()), weight, None, x)
     assert torch.equal(found, F.linear(x, weight))
     assert found.requires_grad
 
@@ -63,9 +61,9 @@ def packs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_linear, "free_memory", lambda device: 1 << 40)
 
 
-def packed_form(layer: nn.Linear) -> Packed:
-    forms: Any = layer.forward
-    found = forms.args[0][3]
+def packed_form(layer: nn.Linear, rows: int = 3) -> Packed:
+    forward: Any = layer.forward
+    found = forward.args[0][rows]
     assert isinstance(found, Packed)
     return found
 
@@ -98,7 +96,7 @@ def test_weights_that_change_within_are_used_as_they_are(tiny: Target) -> None:
         layer(x)
         layer.weight = nn.Parameter(torch.randn(24, 40))
         assert torch.equal(layer(x), F.linear(x, layer.weight))
-    with fast_kernels(tiny.model, weights_change=True), torch.no_grad():
+    with fast_kernels(tiny.model, packs=False), torch.no_grad():
         layer.weight.data += 1.0
         assert torch.equal(layer(x), F.linear(x, layer.weight))
         assert "forward" not in layer.__dict__
@@ -141,7 +139,8 @@ def test_an_lm_head_goes_by_columns_over_some_rows(
     with torch.no_grad():
         found = fast(x)
         torch.testing.assert_close(found, layer(x))
-        assert torch.equal(found, linear_by_columns(layer.weight, layer.bias, x))
+        columns = dict.fromkeys(range(99), by_columns)
+        assert torch.equal(found, linear_by(columns, layer.weight, layer.bias, x))
         assert found.is_contiguous()
         many = x.repeat(20, *[1] * (x.ndim - 1))
         for rows in (many, many[:0], x.reshape(-1, 17)[:9]):
@@ -150,10 +149,30 @@ def test_an_lm_head_goes_by_columns_over_some_rows(
     assert cpu_linear.linear_forward(nn.Linear(17, 49), small_batch=False) is None
 
 
+@pytest.mark.usefixtures("packs")
+def test_a_batch_runs_over_packed_weights_where_their_bits_are_the_same(
+    tiny: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is stored has the bits of torch's own form, whether there was memory to pack or not."""
+    model, ids = tiny.model.to(torch.bfloat16), torch.randint(5, 90, (3, 20))
+    here = cpu_linear.packs_alike(torch.bfloat16)
+    with torch.no_grad():
+        stock = model(ids).logits
+        for alike in (False, True):
+            monkeypatch.setattr(cpu_linear, "packs_alike", lambda dtype, alike=alike: alike)
+            with fast_kernels(model, small_batch=False):
+                found = model(ids).logits
+                assert ("forward" in model.lm_head.__dict__) == alike
+                if alike:
+                    assert packed_form(model.lm_head, 60).ready is not None
+            if here or not alike:
+                assert torch.equal(found, stock)
+
+
 def test_forms_are_timed_once_for_each_dtype_and_number_of_rows() -> None:
     quickest.cache_clear()
-    first = small_batch_forms(torch.ones(2, 2))
-    assert small_batch_forms(torch.ones(3, 3)) == first
+    first = forms_of(torch.ones(2, 2))
+    assert forms_of(torch.ones(3, 3)) == first
     assert quickest.cache_info().misses == len(FEW)
     assert 1 in FEW, "plain decoding takes the quickest too"
-    assert small_batch_forms(torch.ones(2, 2, dtype=torch.int8)) == {}
+    assert forms_of(torch.ones(2, 2, dtype=torch.int8)) == {}
