@@ -74,8 +74,8 @@ def products_alone(target: Target, rows: int, lm_head_rows: int) -> float:
 
     They are those of every linear layer of the decoder with its own weights, over `rows` rows, and
     of the LM head over `lm_head_rows`; each by the quickest of `x @ W.T`, `W @ x.T` and, on a CPU,
-    `x @ W.T` over packed weights. Experts of a mixture, which are no linear layers, are left out. The target must not
-    be split over processes.
+    `x @ W.T` over packed weights. Experts of a mixture, which are no linear layers, are left out.
+    The target must not be split over processes.
     """
     device, dtype = target.device, target.table.dtype
     layers = [m for m in target.model.get_decoder().modules() if isinstance(m, nn.Linear)]

@@ -314,11 +314,11 @@ def test_a_signal_on_the_way_in_leaves_nothing_behind(
 ) -> None:
     forward, made = kernels._fast_forward, list[nn.Module]()
 
-    def interrupted(module: nn.Module, small_batch: bool) -> Any:
+    def interrupted(module: nn.Module, *how: bool) -> Any:
         made.append(module)
         if len(made) == 9:
             raise KeyboardInterrupt
-        return forward(module, small_batch)
+        return forward(module, *how)
 
     monkeypatch.setattr(kernels, "_fast_forward", interrupted)
     with pytest.raises(KeyboardInterrupt), fast_kernels(tiny.model):
