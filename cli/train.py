@@ -61,9 +61,8 @@ ADAPT = Command(
     arguments=(ADAPTED,),
     settings=(
         "output_dir", "target.name", "target.adapters", "target.*", "data.prompts", "data.*",
-        "adapt.budget", "adapt.general_prompts", "adapt.general_share", "adapt.conversations",
-        "adapt.answering_share", "adapt.base", "adapt.held_out_prompts", "adapt.decoded_prompts",
-        "adapt.measure_only",
+        "adapt.budget", "adapt.general_prompts", "adapt.conversations", "adapt.base",
+        "adapt.measure_only", "adapt.*",
         "eval.num_assistant_tokens", "head.*", "train.max_steps", "train.learning_rate", "train.*",
         "seed", "wandb.*",
     ),

@@ -252,6 +252,8 @@ def _adapted(name: str, r: dict[str, Any]) -> list[str]:
     cells.append("" if recovered is None else f"{recovered:.0%} ({straight:.0%})")
     change = r["general_change_share"]
     cells.append("" if change is None else f"{change:+.0%}")
+    if r["speedup"] is None:  # nothing was decoded
+        return [*cells, "", ""]
     speeds = r["speedup"]["domain"]
     return [*cells, *(f"{speeds[stage]['speedup']:.2f}" for stage in ("unadapted", "adapted"))]
 

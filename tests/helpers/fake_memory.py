@@ -32,6 +32,7 @@ from transformers import PreTrainedModel
 from headstart.common.machine import environment
 from headstart.configs.loader import load_config
 from headstart.configs.schema import Config
+from headstart.data import regenerate
 from headstart.data.conversations import answered
 from headstart.data.documents import Stored
 from headstart.data.extraction import Recorder, extract_tensors
@@ -198,7 +199,9 @@ def _one_token(target: Target, config: Config, recorder: Recorder, run: int, giv
         stock(self, logits, step)
         raise _Enough
 
-    with patch.object(SamplingMixture, "__call__", once), contextlib.suppress(_Enough):
+    # Its tensors are of the CPU, and what is asked for is a GPU's memory.
+    whole = patch.object(regenerate, "prefill_block", lambda ids: ids.shape[1])
+    with patch.object(SamplingMixture, "__call__", once), whole, contextlib.suppress(_Enough):
         mixture = SamplingMixture(sampled, 0, 1, target.device)
         ids, mask = (torch.ones(count, n, dtype=torch.long) for n in (run, given))
         with torch.no_grad():
