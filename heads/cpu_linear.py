@@ -51,9 +51,9 @@ class Packed:
     def __call__(self, weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         now = weight.data_ptr(), 0 if weight.is_inference() else weight._version
         if self.of is None:
-            self.of = now
             self.ready = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
-        if self.of != now or x.dtype != weight.dtype:
+            self.of = now  # last: another thread may ask meanwhile
+        if self.of != now:
             return F.linear(x, weight)
         product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(
             x, self.ready, None, "none", [], ""
@@ -78,10 +78,10 @@ def linear_by(
     forms: Mapping[int, Form], weight: torch.Tensor, bias: torch.Tensor | None, x: torch.Tensor
 ) -> torch.Tensor:
     """`F.linear(x, weight, bias)` over x [..., in], by the form of its number of rows where there
-    is one and no gradients are kept."""
+    is one, no gradients are kept, and no autocast has to make one dtype of two."""
     rows = x.numel() // x.shape[-1]
     form = forms.get(rows)
-    if form is None or torch.is_grad_enabled():
+    if form is None or torch.is_grad_enabled() or x.dtype != weight.dtype:
         return F.linear(x, weight, bias)
     product = form(weight, x.reshape(rows, -1))
     product = product if bias is None else product + bias
