@@ -10,6 +10,7 @@ takes them where its own settings ask for the same.
 import hashlib
 import json
 import re
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from importlib import resources
@@ -20,14 +21,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from transformers import PreTrainedTokenizerBase
 
-from headstart.common.console import print_once
+from headstart.common.console import one_line, print_once
 from headstart.common.files import atomic_file, write_atomically
 from headstart.configs.loader import load_config
 from headstart.configs.recipes import SHIPPED
 from headstart.configs.schema import Config, DataConfig
 from headstart.configs.section import BUILTIN
+from headstart.data.marks import lost_thought
+from headstart.data.prompts import Prompt, encode_usable
 from headstart.data.store import read_index, refusal
+from headstart.data.templates import check_template, encode_conversation
 from headstart.heads.target import Target
+from headstart.heads.tokens import TargetTokens
 
 FORMAT = 2  # of the folder: raise it when the same settings come to give other conversations
 MANIFEST = "conversations.json"
@@ -77,6 +82,41 @@ def answered(prompt_ids: list[int], response_ids: list[int], **names: Any) -> Co
     """A prompt and the target's answer to it; `names` are the other fields of `Conversation`."""
     span = (len(prompt_ids), len(prompt_ids) + len(response_ids))
     return Conversation(ids=prompt_ids + response_ids, spans=[span], **names)
+
+
+def encode_answered(
+    prompts: list[Prompt], path: str, tokens: TargetTokens, d: DataConfig
+) -> list[Conversation]:
+    """Prompts with the answers that they come with, and the tokens of these; `path` is what to call
+    them.
+
+    Raises:
+        ValueError: more than `data.max_bad_rows` have no answer or do not fit the target's chat
+            template.
+    """
+    check_template(prompts, tokens)
+    encoded = encode_usable(
+        prompts,
+        lambda p: encode_conversation(p, tokens.tokenizer, tokens.eos_ids, d.chat_template_kwargs),
+        d.max_bad_rows,
+    )
+    rows: list[Conversation] = []
+    thoughtless: list[str] = []
+    for prompt, made in zip(prompts, encoded, strict=True):
+        if made is None:
+            continue
+        ids, spans = made
+        rows.append(Conversation(prompt.id, prompt.category, prompt.source, ids, spans))
+        if lost_thought(prompt, ids, tokens.tokenizer):
+            thoughtless.append(prompt.id)
+    if thoughtless:
+        line = (
+            f"{path}: the chat template leaves thoughts out of {len(thoughtless)} of "
+            f"{len(prompts)} conversations, first {thoughtless[0]}: their answers are trained on "
+            "without them (it may keep them with a variable of data.chat_template_kwargs)"
+        )
+        print(one_line(line), file=sys.stderr)
+    return rows
 
 
 def stable_hash(*parts: object) -> str:

@@ -155,12 +155,12 @@ def gather_rows(
         return table
 
     # Where an anchor only fills up, all of its drafts read the first token: they have weight 0.
-    taught = dealt(teacher)
+    places = dealt(teacher)
     anchors = Rows(
         at=dealt(at - place.row_start),
         hidden=dealt(torch.searchsorted(read, at) - torch.searchsorted(read, place.row_start)),
         starts=dealt(place.text - place.row_start),
-        tokens=ids[taught],
+        tokens=ids[places],
         multi_step=_multi_step(place, goes_on, len(packs)),
     )
     in_row = torch.searchsorted(read, teacher) - torch.searchsorted(read, place.row_start)[:, None]
@@ -169,8 +169,8 @@ def gather_rows(
         document_ids=[[d.id for d in row] for row in packed],
         texts=texts,
         rows=anchors,
-        teacher_ids=teacher_ids[taught].long(),
-        teacher_logprobs=teacher_logprobs[taught],
+        teacher_ids=teacher_ids[places].long(),
+        teacher_logprobs=teacher_logprobs[places],
         weights=weights,
         drafts=_counted(weights, anchors, dealt(in_row), texts.hidden.values.shape[1]),
     )

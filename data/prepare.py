@@ -2,13 +2,12 @@
 `headstart regenerate` and `headstart extract`, which do the same to a folder."""
 
 import random
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from headstart.common.console import one_line, print_once
+from headstart.common.console import print_once
 from headstart.configs.schema import Config, DataConfig, SourceConfig
 from headstart.configs.settings import ServerConfig
 from headstart.data.cache_folders import answers_folder, extraction_folder
@@ -23,6 +22,7 @@ from headstart.data.conversations import (
     MANIFEST,
     Conversation,
     answers_name,
+    encode_answered,
     find_answers,
     read_folder,
     read_manifest,
@@ -32,11 +32,9 @@ from headstart.data.conversations import (
 )
 from headstart.data.documents import Chosen, Documents
 from headstart.data.extraction import OnlineActivations, extract
-from headstart.data.marks import lost_thought
 from headstart.data.prompts import (
     Prompt,
     deal,
-    encode_usable,
     load_prompt_set,
     load_prompts,
     schemas_of,
@@ -51,7 +49,7 @@ from headstart.data.regenerate import (
 from headstart.data.sources import check_there
 from headstart.data.splits import LeftOut, cluster, hold_out
 from headstart.data.store import ActivationStore, describe_store
-from headstart.data.templates import check_template, encode_conversation, encode_prompts
+from headstart.data.templates import encode_prompts
 from headstart.heads.kinds import inputs_of
 from headstart.heads.loading import load_target_tokens, open_target
 from headstart.heads.pairing import head_config
@@ -474,36 +472,3 @@ def encode_source(path: str, tokens: TargetTokens, config: Config) -> list[Conve
     d = config.data
     source = next((s for s in d.prompts if s.path == path), path)
     return encode_answered(load_prompts(source, d.max_bad_rows), path, tokens, d)
-
-
-def encode_answered(
-    prompts: list[Prompt], path: str, tokens: TargetTokens, d: DataConfig
-) -> list[Conversation]:
-    """Prompts with the answers that they come with, `path` what to call them.
-
-    Raises:
-        ValueError: as `encode_source`.
-    """
-    check_template(prompts, tokens)
-    encoded = encode_usable(
-        prompts,
-        lambda p: encode_conversation(p, tokens.tokenizer, tokens.eos_ids, d.chat_template_kwargs),
-        d.max_bad_rows,
-    )
-    rows: list[Conversation] = []
-    thoughtless: list[str] = []
-    for prompt, made in zip(prompts, encoded, strict=True):
-        if made is None:
-            continue
-        ids, spans = made
-        rows.append(Conversation(prompt.id, prompt.category, prompt.source, ids, spans))
-        if lost_thought(prompt, ids, tokens.tokenizer):
-            thoughtless.append(prompt.id)
-    if thoughtless:
-        line = (
-            f"{path}: the chat template leaves thoughts out of {len(thoughtless)} of "
-            f"{len(prompts)} conversations, first {thoughtless[0]}: their answers are trained on "
-            "without them (it may keep them with a variable of data.chat_template_kwargs)"
-        )
-        print(one_line(line), file=sys.stderr)
-    return rows

@@ -140,10 +140,11 @@ def decode(
     on_cuda = target.device.type == "cuda"
     if on_cuda:
         torch.cuda.reset_peak_memory_stats(target.device)
-    # On all variants, plain decoding too: what kernels gain is no decoder's merit.
-    own = nullcontext() if assistant is None else fast_kernels(assistant)
-    fast = fast_kernels(target.model)
-    with drafting, fast, own, _watch(target.model) as seen, torch.inference_mode():
+    # On all variants, plain decoding too: what kernels gain is no decoder's merit. To pack weights
+    # takes as long as some steps: for several texts at once (`kernels_of`), not within each.
+    own = nullcontext() if assistant is None else fast_kernels(assistant, packs=False)
+    fast = fast_kernels(target.model, packs=False)
+    with fast, own, drafting, _watch(target.model) as seen, torch.inference_mode():
         synchronize(target.device)
         start = time.perf_counter()
         output = target.model.generate(
@@ -392,7 +393,7 @@ def _last_logits(target: Target, ids: list[int], first: int, rows: int) -> torch
     given = torch.tensor([ids], device=target.device)
     edges = [0, *range(first, len(ids), rows), len(ids)]
     logits = torch.empty(0)
-    with fast_kernels(target.model):
+    with fast_kernels(target.model, packs=False):
         for start, end in pairwise(edges):
             logits = target.model(
                 input_ids=given[:, start:end],

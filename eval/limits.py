@@ -46,7 +46,7 @@ def memory_rate(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * COPIED / quickest(device, lambda: place.copy_(source))
 
 
-def few_rows(dtype: torch.dtype) -> dict[str, dict[str, float]]:
+def small_batch_rates(dtype: torch.dtype) -> dict[str, dict[str, float]]:
     """Rows -> form of a linear layer on the CPU -> bytes a second at which it reads its weights."""
     return {
         str(rows): {
@@ -151,7 +151,9 @@ def run_limits(device: torch.device, out: Path | None) -> None:
         "memory_bytes_per_second": {n: memory_rate(device, d) for d, n in names.items()},
     }
     if device.type == "cpu":
-        content["small_batch_bytes_per_second"] = {n: few_rows(d) for d, n in names.items()}
+        content["small_batch_bytes_per_second"] = {
+            n: small_batch_rates(d) for d, n in names.items()
+        }
     table = Table(
         "dtype", "matrix products", "copies, read and written",
         title=f"limits: {machine_name(content['environment'])}",

@@ -21,9 +21,14 @@ from headstart.common.files import StageCache, expand_home, lock_folder, write_a
 from headstart.common.machine import environment
 from headstart.configs.schema import Config, EvalConfig, TargetConfig
 from headstart.configs.settings import Settings
-from headstart.data.conversations import Conversation, read_folder, tokens_when_cut
+from headstart.data.conversations import (
+    Conversation,
+    encode_answered,
+    read_folder,
+    tokens_when_cut,
+)
 from headstart.data.extraction import extract
-from headstart.data.prepare import deal_sampling, encode_answered
+from headstart.data.prepare import deal_sampling
 from headstart.data.prompts import Prompt, deal, limit_evenly
 from headstart.data.regenerate import make_jobs, regenerate
 from headstart.data.store import ActivationStore

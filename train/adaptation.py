@@ -172,18 +172,12 @@ def split_prompts(a: Adaptation, loaded: Kinds) -> tuple[Split, list[Prompt]]:
                 "siblings of those held out: add prompts, or lower adapt.held_out_prompts"
             )
         found[kind] = (kept, own)
-    wanted = a.config.data.validation_conversations
-    trains_on_given_alone = not (a.options.answering_share or a.options.measure_only)
-    if trains_on_given_alone and len(found["domain"][0]) < wanted:
-        raise ValueError(
-            f"{_paths(loaded['domain'])}: with adapt.answering_share=0 the training is validated "
-            f"on {wanted} of the prompts that are not held out, and there are "
-            f"{len(found['domain'][0])}: lower data.validation_conversations"
-        )
+    _check_validation(a, len(found["domain"][0]), _paths(loaded["domain"]))
     if given:
-        held_clusters = set().union(*apart.values())
-        new = zip(given, clusters["conversations"], strict=True)
-        given, copies = remove_contaminated([p for p, c in new if c not in held_clusters], held_out)
+        siblings = set().union(*apart.values())
+        numbered = zip(given, clusters["conversations"], strict=True)
+        free = [prompt for prompt, number in numbered if number not in siblings]
+        given, copies = remove_contaminated(free, held_out)
         print_once(f"conversations: {len(given):,} to train on; {copies.describe()}")
         if not (given or a.options.measure_only):
             raise ValueError(
@@ -191,6 +185,18 @@ def split_prompts(a: Adaptation, loaded: Kinds) -> tuple[Split, list[Prompt]]:
                 "are held out: give others"
             )
     return found, given
+
+
+def _check_validation(a: Adaptation, left: int, paths: str) -> None:
+    """Raise `ValueError` where conversations are all that is trained on, and too few prompts are
+    left to validate on."""
+    wanted = a.config.data.validation_conversations
+    if not (a.options.answering_share or a.options.measure_only) and left < wanted:
+        raise ValueError(
+            f"{paths}: with adapt.answering_share=0 the training is validated on {wanted} of the "
+            f"prompts that are not held out, and there are {left}: lower "
+            "data.validation_conversations"
+        )
 
 
 def _paths(sources: Sequence[tuple[SourceConfig, list[Prompt]]]) -> str:

@@ -131,9 +131,9 @@ def test_conversations_are_trained_on_beside_what_the_target_writes(
     assert bool(written) == bool(answering)
     document = store.read([next(i for i, e in enumerate(store.entries) if e.id == "own-3")])[0]
     said = target.activations(document.ids[None]).hidden[0]
-    taught = document.loss_mask.nonzero()[:, 0] - 1
-    best = target.logits(said).log_softmax(-1).topk(16).values[taught]
-    torch.testing.assert_close(document.teacher_logprobs[taught], best, atol=1e-4, rtol=1e-4)
+    answer = document.loss_mask.nonzero()[:, 0] - 1
+    best = target.logits(said).log_softmax(-1).topk(16).values[answer]
+    torch.testing.assert_close(document.teacher_logprobs[answer], best, atol=1e-4, rtol=1e-4)
     assert content["prompt_sets"]["conversations"]
 
 
