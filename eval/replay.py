@@ -23,7 +23,7 @@ from headstart.common.machine import environment
 from headstart.common.processes import in_step
 from headstart.configs.schema import DraftPositionOffset
 from headstart.data.background import to_device
-from headstart.data.documents import Documents
+from headstart.data.documents import Document, Documents
 from headstart.data.loader import candidate_rows, gather_rows
 from headstart.data.store import ActivationStore, check_kept
 from headstart.eval.acceptance import AcceptanceCounts, RecallCounts, replay_rounds, zero_counts
@@ -80,47 +80,83 @@ def simulate_acceptance(
     chosen = [i for i in which if stored.entries[i].trained >= 2]
     chunks = (chosen[start : start + DOCUMENTS] for start in range(0, len(chosen), DOCUMENTS))
     for chunk in in_step(chunks, target.sharded):
-        documents = stored.read(chunk or [])
-        if not documents:
+        if not (documents := stored.read(chunk or [])):
             continue
-        rows = [candidate_rows(d) for d in documents]
-        batch = gather_rows(documents, rows, rounds, inputs=head.inputs)
-        wanted = torch.zeros_like(batch.rows.tokens)
-        judged = batch.weights.bool()
-        ends = torch.zeros_like(judged)
-        for b, (document, r) in enumerate(zip(documents, rows, strict=True)):
-            following, last = r[:, None] + torch.arange(2, rounds + 2), len(document.ids) - 1
-            wanted[b, : len(r)] = document.ids[following.clamp_max(last)]
-            # The last token before a text is cut is the target's own: nobody drafts it.
-            if int(document.ids[last]) in target.eos_ids:
-                ends[b, : len(r)] = following == last
-            else:
-                judged[b, : len(r)] &= following != last
-        batch, wanted, there = to_device((batch, wanted, judged), target.device)
-        states = torch.stack(
-            head(batch.texts.computed_in(head.dtype), batch.rows, target.embed, position), dim=2
-        )  # [B, R, K, width of `draft_table`]
-        matches = _matches(head, target, states, wanted, there)
-        if head.cluster_of is not None:
-            met = there.clone()
-            met[..., 1:] &= matches[0][..., :-1].long().cumprod(-1).bool()
-            scores = head.assistant.masked_embedding.centroids(states[met])
-            clusters = head.cluster_of[batch.teacher_ids[met]]
-            recall += RecallCounts.of(scores, clusters, batch.teacher_logprobs[met])
-        # As of a decoder: after a right draft that ends the text no token of the target's comes.
-        pairs = [(found, judged & ~(ends & found)) for found in (m.cpu() for m in matches)]
-        for b, r in enumerate(rows):
-            # Each answer of a conversation, where rows follow one another, is replayed by itself.
-            breaks = ((r[1:] - r[:-1]) != 1).nonzero()[:, 0] + 1
-            for start, end in pairwise([0, *breaks.tolist(), len(r)]):
-                right, counted = (each[b, start:end] for each in pairs[0])
-                # What a draft is does not depend on how many come after it.
-                by_length = [
-                    counts + replay_rounds(right[:, :k], counted[:, :k])
-                    for k, counts in enumerate(by_length, start=1)
-                ]
-                dense += replay_rounds(*(each[b, start:end] for each in pairs[1]))
+        answers, met = judge_drafts(head, target, documents, rounds, position)
+        recall += met
+        for answer in answers:
+            # What a draft is does not depend on how many come after it.
+            by_length = [
+                counts + replay_rounds(answer.right[:, :k], answer.counted[:, :k])
+                for k, counts in enumerate(by_length, start=1)
+            ]
+            dense += replay_rounds(answer.dense_right, answer.dense_counted)
     return Simulated(tuple(by_length), dense, recall)
+
+
+@dataclass(frozen=True)
+class JudgedAnswer:
+    """One answer of a document, and the drafts from each of its rows, one row after another; of a
+    draft that comes after a wrong one in its round nothing is known."""
+
+    document: Document
+    rows: torch.Tensor
+    """[R] positions t; draft k of one is to be token t + 1 + k."""
+    right: torch.Tensor
+    """[R, K] bool: the draft is the text's token."""
+    counted: torch.Tensor
+    """[R, K] bool: a decoder would make it."""
+    dense_right: torch.Tensor
+    """`right` with the LM head over the whole vocabulary."""
+    dense_counted: torch.Tensor
+    """`counted` likewise."""
+
+
+@torch.no_grad()
+def judge_drafts(
+    head: DraftHead,
+    target: Target,
+    documents: Sequence[Document],
+    rounds: int,
+    position: DraftPositionOffset = 0,
+) -> tuple[list[JudgedAnswer], RecallCounts]:
+    """Draft from every row of some greedy documents; arguments as `simulate_acceptance`."""
+    rows = [candidate_rows(d) for d in documents]
+    batch = gather_rows(list(documents), rows, rounds, inputs=head.inputs)
+    wanted = torch.zeros_like(batch.rows.tokens)
+    judged = batch.weights.bool()
+    ends = torch.zeros_like(judged)
+    for b, (document, r) in enumerate(zip(documents, rows, strict=True)):
+        following, last = r[:, None] + torch.arange(2, rounds + 2), len(document.ids) - 1
+        wanted[b, : len(r)] = document.ids[following.clamp_max(last)]
+        # The last token before a text is cut is the target's own: nobody drafts it.
+        if int(document.ids[last]) in target.eos_ids:
+            ends[b, : len(r)] = following == last
+        else:
+            judged[b, : len(r)] &= following != last
+    batch, wanted, there = to_device((batch, wanted, judged), target.device)
+    states = torch.stack(
+        head(batch.texts.computed_in(head.dtype), batch.rows, target.embed, position), dim=2
+    )  # [B, R, K, width of `draft_table`]
+    matches = _matches(head, target, states, wanted, there)
+    recall = RecallCounts()
+    if head.cluster_of is not None:
+        met = there.clone()
+        met[..., 1:] &= matches[0][..., :-1].long().cumprod(-1).bool()
+        scores = head.assistant.masked_embedding.centroids(states[met])
+        clusters = head.cluster_of[batch.teacher_ids[met]]
+        recall = RecallCounts.of(scores, clusters, batch.teacher_logprobs[met])
+    # As of a decoder: after a right draft that ends the text no token of the target's comes.
+    found, dense = (m.cpu() for m in matches)
+    kinds = [found, judged & ~(ends & found), dense, judged & ~(ends & dense)]
+    answers = []
+    for b, (document, r) in enumerate(zip(documents, rows, strict=True)):
+        # Each answer of a conversation, where rows follow one another, is replayed by itself.
+        breaks = ((r[1:] - r[:-1]) != 1).nonzero()[:, 0] + 1
+        for start, end in pairwise([0, *breaks.tolist(), len(r)]):
+            own = [each[b, start:end] for each in kinds]
+            answers.append(JudgedAnswer(document, r[start:end], *own))
+    return answers, recall
 
 
 def _matches(
