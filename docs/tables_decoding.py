@@ -219,16 +219,23 @@ def eval_t1(found: Results) -> str:
     ])  # fmt: skip
 
 
-@made_of("reference-simulated-*")
+@made_of("reference-simulated-*", "earlier-simulated-*")
 def reference_simulated(found: Results) -> str:
-    """The reference head on the development sets: rounds replayed over greedy texts."""
+    """Of each set of prompts and K, beside the reference head before it where that was measured."""
     rows = []
-    for report in found.values():
-        which = {78: "dev_vicuna_78", 160: "dev_external_160"}[report["environment"]["texts"]]
-        for r in report["results"]:
-            if r["category"] == "all":
-                rows.append([f"`{which}`", r["num_assistant_tokens"], r["rounds"], length(r)])
-    return rows_of("prompts | K | rounds | acceptance length, simulated (95%)", rows)
+    for name, report in found.items():
+        if name.startswith("earlier"):
+            continue
+        earlier = found.get(name.replace("reference", "earlier"), {"results": []})
+        before, now = (
+            {r["num_assistant_tokens"]: r for r in one["results"] if r["category"] == "all"}
+            for one in (earlier, report)
+        )
+        for k, r in now.items():
+            was = length(before[k]) if k in before else ""
+            rows.append([f"`{report['environment']['store']}`", k, r["rounds"], length(r), was])
+    header = "prompts | K | rounds | acceptance length, simulated (95%) | the head before it"
+    return rows_of(header, rows)
 
 
 @made_of("eval-300", "eval-long", "estimate-300")
@@ -320,6 +327,20 @@ def by_span(found: Results) -> str:
 def by_context(found: Results) -> str:
     header = " | ".join(page.CONTEXT_COLUMNS)
     return rows_of(header, page.context_rows(_exact(found["breakdown-long"])["by_context"]))
+
+
+@made_of("rejections")
+def rejections(found: Results) -> str:
+    """Of each class of drafts how many were checked, how many accepted, and what it has of all
+    rejections; the largest first."""
+    rows = []
+    for dimension, classes in found["rejections"]["found"].items():
+        total = sum(counts["rejected"] for counts in classes.values())
+        for name, counts in sorted(classes.items(), key=lambda one: -one[1]["rejected"]):
+            accepted = 1 - counts["rejected"] / counts["drafts"]
+            share = counts["rejected"] / max(total, 1)
+            rows.append([dimension, name, counts["drafts"], f"{accepted:.0%}", f"{share:.0%}"])
+    return rows_of("by | class | drafts checked | accepted | of all rejections", rows)
 
 
 @made_of("breakdown-structured")

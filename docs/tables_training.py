@@ -160,6 +160,15 @@ def sweep_prose(found: Results) -> str:
     return rows_of(header, rows)
 
 
+@made_of("sweep-spread")
+def sweep_spread(found: Results) -> str:
+    """The same number of rows a step, of few conversations or of many."""
+    runs = beside_the_first(found["sweep-spread"]["results"])
+    rows = [[run["run"], run["steps"], *cells] for run, cells in runs]
+    header = "conversations of rows a step | steps | acceptance length | beside the first (95%)"
+    return rows_of(header, rows)
+
+
 @made_of("sweep-breadth")
 def sweep_breadth(found: Results) -> str:
     """Each kind of text, by the head that was trained on all kinds and by one that never saw it."""

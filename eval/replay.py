@@ -28,6 +28,7 @@ from headstart.data.loader import candidate_rows, gather_rows
 from headstart.data.store import ActivationStore, check_kept
 from headstart.eval.acceptance import AcceptanceCounts, RecallCounts, replay_rounds, zero_counts
 from headstart.eval.statistics import ends_in_loop, interval, resampled
+from headstart.heads.kernels import best_tokens
 from headstart.heads.kinds import check_drafts, inputs_of, kind_of
 from headstart.heads.pairing import check_pair
 from headstart.heads.target import Target
@@ -194,7 +195,7 @@ def _drafts(
     for start in range(0, len(states), LOGIT_ROWS):
         rows = slice(start, start + LOGIT_ROWS)
         logits = states[rows].to(table.dtype) @ table.T
-        dense[rows] = drafted[rows] = logits.argmax(-1)
+        dense[rows] = drafted[rows] = best_tokens(logits)
         if embedder is None or cluster_of is None:
             continue
         scores = embedder.centroids(states[rows])
@@ -203,7 +204,7 @@ def _drafts(
         # Where the best token is in a chosen cluster it is the draft too; the rest look again.
         missed = ~chosen.gather(1, cluster_of[dense[rows]][:, None])[:, 0]
         hidden = ~chosen[missed][:, cluster_of]
-        drafted[rows][missed] = logits[missed].masked_fill(hidden, -torch.inf).argmax(-1)
+        drafted[rows][missed] = best_tokens(logits[missed].masked_fill(hidden, -torch.inf))
     return drafted, dense
 
 

@@ -25,6 +25,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from math import gcd
 from threading import Lock
 from typing import Any, TypeGuard
 
@@ -149,6 +150,17 @@ def _norm_of_rows(x: torch.Tensor, scale: torch.Tensor | None, eps: float) -> to
     return F.rms_norm(x.float(), x.shape[-1:], scale.float(), eps).type_as(x)
 
 
+def best_tokens(logits: torch.Tensor) -> torch.Tensor:
+    """`logits.argmax(-1)` of [B, V], the first of equals; on a CPU by way of the best of each
+    block: it finds a largest value in a tenth of the time that it takes to find its place."""
+    if logits.device.type != "cpu":
+        return logits.argmax(-1)
+    blocks = logits.unflatten(-1, (-1, gcd(logits.shape[-1], BLOCK)))
+    best = blocks.amax(-1).argmax(-1, keepdim=True)  # [B, 1]
+    inside = blocks.take_along_dim(best[..., None], 1)[:, 0].argmax(-1)
+    return best[:, 0] * blocks.shape[-1] + inside
+
+
 def groups_heads(rows: int, groups: int, width: int) -> bool:
     """Whether so many query rows are attended to by the group: masks [R, T] for each of its heads
     are then smaller than copies of the keys and values [G, T, D]."""
@@ -156,7 +168,8 @@ def groups_heads(rows: int, groups: int, width: int) -> bool:
 
 
 BLOCK = 512
-"""Rows of a long prefill that are attended from at once, or run through a norm or an MLP."""
+"""Rows of a long prefill that are attended from at once, or run through a norm or an MLP; tokens of
+a vocabulary of which the best is found first."""
 MANY = 2 << 20
 """Values of rows that take no longer all at once."""
 

@@ -130,7 +130,7 @@ def test_a_section_given_whole_may_hold_nothing_that_is_not_read(
 
 def test_adapt_reads_its_own_defaults_from_the_first(capsys: pytest.CaptureFixture[str]) -> None:
     """A warm-up that its 20,000 steps allow and the schema's 600 do not."""
-    words = ["adapt", "no/head", "target.name=tiny-gemma4", "data.prompts=x", "output_dir=y"]
+    words = ["adapt", "./no-head", "target.name=tiny-gemma4", "data.prompts=x", "output_dir=y"]
     assert main([*words, "train.warmup_steps=700"]) == 1
     assert "warmup_steps" not in capsys.readouterr().err
 

@@ -35,13 +35,13 @@ from headstart.data.regenerate import (
     BLOCK,
     Job,
     SamplingMixture,
-    _argmax,
     _inverse_cdf,
     answer,
     make_jobs,
     regenerate,
 )
 from headstart.data.store import ActivationStore
+from headstart.heads.kernels import best_tokens
 from headstart.heads.loading import (
     byte_tokenizer,
     gemma4_text_config,
@@ -395,7 +395,7 @@ def test_the_best_token_is_the_first_of_equals(vocabulary: int) -> None:
     torch.manual_seed(0)
     for logits in (torch.randn(50, vocabulary), torch.randint(3, (50, vocabulary)).bfloat16()):
         first = (logits == logits.amax(-1, keepdim=True)).long().cumsum(-1).clamp_max(1).sum(-1)
-        assert torch.equal(_argmax(logits), vocabulary - first)
+        assert torch.equal(best_tokens(logits), vocabulary - first)
 
 
 def test_the_place_among_many_weights_is_that_of_one_running_sum() -> None:

@@ -35,7 +35,7 @@ from tests.helpers.heads import noisy_head, order_by_target
 pytestmark = pytest.mark.contract
 
 TOKENS = 12
-K = 6
+K = 3
 TEXT = 1000  # new tokens a call
 SETTINGS: dict[str, Any] = {"do_sample": True, "temperature": 0.8, "top_k": 6, "eos_token_id": None}
 TOP_P = SETTINGS | {"temperature": 1.0, "top_k": 8, "top_p": 0.8}
