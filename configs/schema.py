@@ -217,6 +217,10 @@ class DataConfig(Section):
     temperatures: list[float | Literal["model"]] = [0.0, 0.7]
     """Sampling temperatures, dealt round robin over conversations. 0 is greedy; `model` is the
     target's own setting: temperature, top-k and top-p of its generation configuration."""
+    completion_only_loss: bool = True
+    """Train on what the target wrote alone. False: on the prompts too, of whose every token the
+    target has a distribution: more rows from the same texts, where the prompts are of the kind that
+    the answers are."""
     filter: FilterConfig = FilterConfig()
     """Which of a store or of conversations that are there are trained on."""
     generation_batch_size: PositiveInt = 64

@@ -48,7 +48,7 @@ def _with_enough(inputs: Inputs, folder: Callable[[Inputs], Path]) -> tuple[Path
     heads that read keys and values too."""
     own, fuller = folder(inputs), folder(KEYS_AND_VALUES)
     finished = [(one / "index.json").is_file() for one in (own, fuller)]
-    if inputs.layers or finished[0] or not finished[1]:
+    if inputs.layers or inputs.prompts or finished[0] or not finished[1]:
         return own, inputs
     return fuller, KEYS_AND_VALUES
 

@@ -4,7 +4,7 @@ Letters: T tokens of a document, D target width, k teacher tokens.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
 import torch
@@ -139,3 +139,18 @@ class Chosen:
     def read(self, which: Sequence[int]) -> list[Document]:
         """The documents with these indices among the chosen ones."""
         return self.documents.read([self.which[i] for i in which])
+
+
+class WithPrompts:
+    """Documents whose prompts are trained on too: every token but the first of each."""
+
+    def __init__(self, documents: Documents):
+        self.documents = documents
+        self.entries: Sequence[Entry] = [
+            replace(entry, trained=entry.length - 1) for entry in documents.entries
+        ]
+
+    def read(self, which: Sequence[int]) -> list[Document]:
+        """The documents with these indices."""
+        found = self.documents.read(which)
+        return [replace(d, loss_mask=torch.arange(len(d.ids)) > 0) for d in found]

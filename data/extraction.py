@@ -122,6 +122,7 @@ class Recorder:
             if self.inputs.kv
         }
         shards: dict[str, list[torch.Tensor]] = {}
+        prompts = self._within_prompts(states["hidden"], prompt_ids, width)
         for b, (prompt, response) in enumerate(zip(prompt_ids, responses, strict=True)):
             length, steps = len(prompt) + len(response), len(response)
             seen = slice(width - len(prompt), width - len(prompt) + length - 1)
@@ -132,6 +133,8 @@ class Recorder:
                 "teacher_ids": _padded(ids[b, :steps].int(), len(prompt) - 1, length),
                 "teacher_logprobs": _padded(logprobs[b, :steps], len(prompt) - 1, length),
             }
+            for name, found in prompts.items():
+                document[name][: len(prompt) - 1] = found[b]
             for layer_type, pair in sources.items():
                 for what, rows in zip(("keys", "values"), pair, strict=True):
                     ours = rows[b, :, seen].transpose(0, 1)
@@ -140,6 +143,28 @@ class Recorder:
                 for stored, there in on_cpu(name, tensor, storage).items():
                     shards.setdefault(stored, []).append(there)
         return {name: torch.cat(parts) for name, parts in shards.items()}
+
+    def _within_prompts(
+        self, hidden: torch.Tensor, prompt_ids: list[list[int]], width: int
+    ) -> dict[str, Sequence[torch.Tensor]]:
+        """What the target says after all tokens of each prompt but the last: tensor of a shard ->
+        its rows [n, k] of each text. None, where nobody reads them.
+
+        Args:
+            hidden: [B, T, D] of all tokens that ran.
+            prompt_ids: of the texts.
+            width: tokens of a prompt with its padding, which is on its left.
+        """
+        if not self.inputs.prompts:
+            return {}
+        counts = [len(ids) - 1 for ids in prompt_ids]
+        first = [b * hidden.shape[1] + width - len(ids) for b, ids in enumerate(prompt_ids)]
+        places = [torch.arange(at, at + n) for at, n in zip(first, counts, strict=True)]
+        with fast_kernels(self.target.model, small_batch=False):  # around the LM head
+            ids, logprobs = _teachers(
+                self.target, hidden.flatten(0, 1), torch.cat(places), self.top_k
+            )
+        return {"teacher_ids": ids.split(counts), "teacher_logprobs": logprobs.split(counts)}
 
 
 def _padded(tensor: torch.Tensor, before: int, length: int) -> torch.Tensor:
@@ -325,7 +350,8 @@ def extract_tensors(
 ) -> dict[str, torch.Tensor]:
     """Tensors of one shard (`data/documents.py`), [N, ...] over the tokens of the conversations.
 
-    The LM head runs on rows whose next token the assistant wrote alone: the others teach nothing.
+    The LM head runs on rows whose next token the assistant wrote alone, unless `inputs` are of
+    prompts too: the others teach nothing.
     """
     parts: list[dict[str, torch.Tensor]] = [{} for _ in conversations]
     with fast_kernels(target.model, small_batch=False):  # around the LM head too
@@ -364,7 +390,7 @@ def _run(
     kept = torch.arange(padded.shape[1]) < torch.tensor(lengths)[:, None]
     ids, mask = padded.to(target.device), kept.long().to(target.device)
     seen = target.activations(ids, mask, inputs.layers)
-    taught = torch.cat([_taught(c) for c in conversations])
+    taught = torch.cat([_taught(c, inputs.prompts) for c in conversations])
     places = kept.flatten().nonzero()[:, 0]
     teachers = _teachers(target, seen.hidden.flatten(0, 1), places[taught], top_k)
     # One copy of each for all conversations: a GPU waits for each.
@@ -408,7 +434,7 @@ def _loss_mask(c: Conversation) -> torch.Tensor:
     return mask
 
 
-def _taught(c: Conversation) -> torch.Tensor:
-    """[T] bool: rows whose next token the assistant wrote."""
-    mask = _loss_mask(c)
+def _taught(c: Conversation, prompts: bool = False) -> torch.Tensor:
+    """[T] bool: rows whose next token the assistant wrote, or anybody."""
+    mask = _loss_mask(c) | prompts
     return torch.cat([mask[1:], mask.new_zeros(1)])

@@ -30,7 +30,7 @@ from headstart.data.conversations import (
     template_variables,
     tokens_when_cut,
 )
-from headstart.data.documents import Chosen, Documents
+from headstart.data.documents import Chosen, Documents, WithPrompts
 from headstart.data.extraction import OnlineActivations, extract
 from headstart.data.prompts import (
     Prompt,
@@ -128,12 +128,16 @@ class PlannedDocuments:
     def prepare(self) -> Prepared:
         """As of `prepare_documents`, and what the split left out."""
         if not self.questions:
-            return _prepare_stored(self.target, self.data, self.seed, self.held_out, self.inputs)
-        assert self.left_out is not None, "there are prompts"
-        training, validation = (
-            _answered(self.target, asked, self.data, self.seed) for asked in self.questions
-        )
-        return Prepared(training, validation, self.left_out)
+            found = _prepare_stored(self.target, self.data, self.seed, self.held_out, self.inputs)
+        else:
+            assert self.left_out is not None, "there are prompts"
+            training, validation = (
+                _answered(self.target, asked, self.data, self.seed) for asked in self.questions
+            )
+            found = Prepared(training, validation, self.left_out)
+        if self.data.completion_only_loss:
+            return found
+        return found._replace(training=WithPrompts(found.training))
 
 
 def plan_documents(
@@ -146,6 +150,7 @@ def plan_documents(
     """Read and deal the prompts of a run; arguments and errors as of `prepare_documents`."""
     shipped = data.shipped and data.store is None
     data = taken_answers(target, data)
+    inputs = inputs._replace(prompts=not data.completion_only_loss)
     planned = PlannedDocuments(target, data, seed, held_out, [], [], inputs=inputs)
     if data.store is not None or data.conversations is not None:
         return replace(planned, sources=[(s, None) for s in data.prompts] if shipped else [])
@@ -323,7 +328,9 @@ def _questions(
     greedy: bool,
     inputs: Inputs,
 ) -> Questions:
-    """Prompts of the training or, to be answered greedily, of the validation."""
+    """Prompts of the training or, to be answered greedily, of the validation, which is of answers
+    alone."""
+    inputs = inputs._replace(prompts=inputs.prompts and not greedy)
     sampling = [Sampling(0.0)] * len(prompts) if greedy else deal_sampling(data, target, prompts)
     jobs = make_jobs(prompts, sampling, target, data)
     folder, inputs = answers_folder(target, jobs, data, seed, inputs)
@@ -431,9 +438,9 @@ def run_regenerate(config: Config, server: ServerConfig, extracting: bool, devic
 
 
 def inputs_read(config: Config, target: Target) -> Inputs:
-    """What the head of a configuration reads of its target."""
+    """What the head of a configuration, and its training, read of its target."""
     head = head_config(target.config, config.head, config.train.num_speculative_steps)
-    return inputs_of(head)
+    return inputs_of(head)._replace(prompts=not config.data.completion_only_loss)
 
 
 def run_extract(config: Config, conversations: str, device: Any) -> None:

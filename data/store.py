@@ -45,9 +45,10 @@ KEPT = "kept"
 def kept_settings(inputs: Inputs) -> dict[str, Any]:
     """What settings say of what is stored for such heads. Nothing, where it is keys and values
     alone: that is what stores hold that do not say."""
-    if inputs.kv and not inputs.layers:
+    if inputs.kv and not inputs.layers and not inputs.prompts:
         return {}
-    return {KEPT: {"kv": inputs.kv, "layers": list(inputs.layers)}}
+    prompts = {"prompts": True} if inputs.prompts else {}
+    return {KEPT: {"kv": inputs.kv, "layers": list(inputs.layers), **prompts}}
 
 
 def check_kept(settings: dict[str, Any], inputs: Inputs, folder: Path) -> None:
@@ -61,6 +62,11 @@ def check_kept(settings: dict[str, Any], inputs: Inputs, folder: Path) -> None:
             f"{folder} was made for heads of other kinds and holds no {', no '.join(missing)}: "
             "name another store, or make one with the head.kind that is trained"
         )
+    if inputs.prompts and not there.get("prompts"):
+        raise ValueError(
+            f"{folder} does not hold what the target says within prompts: extract one with "
+            "data.completion_only_loss=false, or leave that out here"
+        )
 
 
 def describe_kept(settings: dict[str, Any]) -> str:
@@ -68,6 +74,7 @@ def describe_kept(settings: dict[str, Any]) -> str:
     there = settings.get(KEPT, {"kv": True, "layers": []})
     more = ["keys and values"] if there["kv"] else []
     more += [f"outputs of layer {i}" for i in there["layers"]]
+    more += ["teachers within prompts"] if there.get("prompts") else []
     return ", ".join(["hidden states", *more])
 
 

@@ -63,6 +63,8 @@ class Inputs(NamedTuple):
     whole_texts: bool = False
     """Whether it reads them, and last hidden states, at all positions of a text, and not only at
     those that it drafts from."""
+    prompts: bool = False
+    """Whether its training reads what the target says within prompts, and not only of answers."""
 
 
 KEYS_AND_VALUES = Inputs()

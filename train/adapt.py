@@ -382,6 +382,7 @@ def _answer(
     target = open_target(a.config.target, device)
     jobs = make_jobs(dealt, deal_sampling(d, target, dealt), target, d) if dealt else []
     inputs = inputs_of(load_assistant_config(a.head))
+    inputs = inputs._replace(prompts=not d.completion_only_loss)
     answers = a.out / ("written" if given else "answers")
     rows = []
     if given:  # first of all: some may be refused

@@ -40,12 +40,20 @@ def stored(tmp_path: Path) -> Path:
     return tmp_path / "stored"
 
 
-@pytest.mark.parametrize("kind", head_kinds())
-def test_training_reads_prompts_conversations_and_stores_alike(kind: str, tmp_path: Path) -> None:
-    """A store made while generating, one extracted afterwards, and none: the same losses. Stored is
-    what heads of the kind read."""
+@pytest.mark.parametrize(
+    ("kind", "completion_only"), [*((kind, True) for kind in head_kinds()), ("assistant", False)]
+)
+def test_training_reads_prompts_conversations_and_stores_alike(
+    kind: str, completion_only: bool, tmp_path: Path
+) -> None:
+    """A store made while generating, one extracted afterwards, and none: the same losses, with the
+    prompts trained on and without. Stored is what heads of the kind read."""
     stored = tmp_path / "stored"
-    of_kind = [f"head.kind={kind}", "train.num_speculative_steps=4"]  # as the evaluation has
+    of_kind = [
+        f"head.kind={kind}",
+        "train.num_speculative_steps=4",  # as the evaluation has
+        f"data.completion_only_loss={completion_only}",
+    ]
     run_regenerate(small(stored, *of_kind), ServerConfig(), extracting=True, device="cpu")
     run_extract(small(tmp_path / "extracted", *of_kind), str(stored), "cpu")
     (document,) = ActivationStore(tmp_path / "extracted").read([0])
@@ -69,6 +77,35 @@ def test_training_reads_prompts_conversations_and_stores_alike(kind: str, tmp_pa
     assert losses["extracted"] == losses["conversations"]
     assert losses["online"] == pytest.approx(losses["extracted"], abs=1e-5)
     assert losses["recorded"] == pytest.approx(losses["extracted"], abs=1e-3)
+
+
+def test_prompts_are_trained_on_where_asked_and_never_validated_on(tmp_path: Path) -> None:
+    """Of each row what the target itself says there; a store of answers alone is refused."""
+    target = load_target("tiny-gemma4", "float32")
+    few = ["data.num_conversations=6", "data.validation_conversations=2", "data.max_new_tokens=9"]
+    cache = f"data.cache_dir={tmp_path / 'cache'}"
+    config = small(tmp_path / "run", cache, *few, "data.completion_only_loss=false")
+    training, validation = prepare_documents(target, config.data, 0, None)
+    answers, same = prepare_documents(
+        target, config.data.model_copy(update={"completion_only_loss": True}), 0, None
+    )
+    both = zip(training.read(range(6)), answers.read(range(6)), training.entries, strict=True)
+    for document, without, entry in both:
+        assert torch.equal(document.ids, without.ids)
+        assert document.loss_mask.tolist() == [False] + [True] * (len(document.ids) - 1)
+        assert entry.trained == len(document.ids) - 1 > without.loss_mask.sum()
+        said = target.logits(document.hidden[:-1]).log_softmax(-1)
+        expected = said.topk(document.teacher_ids.shape[1]).values
+        assert torch.allclose(document.teacher_logprobs[:-1], expected, atol=1e-4)
+        stored = said.gather(-1, document.teacher_ids[:-1].long())
+        assert torch.allclose(document.teacher_logprobs[:-1], stored, atol=1e-4)
+    for held_out, without in zip(validation.read([0, 1]), same.read([0, 1]), strict=True):
+        assert torch.equal(held_out.loss_mask, without.loss_mask)
+        assert not held_out.loss_mask.all()
+    run_regenerate(small(tmp_path / "stored"), ServerConfig(), extracting=True, device="cpu")
+    whole = [f"data.store={tmp_path / 'stored'}", "data.completion_only_loss=false"]
+    with pytest.raises(ValueError, match="within prompts: extract one with"):
+        prepare_documents(target, small(tmp_path / "run", *whole).data, 0, None)
 
 
 def test_the_online_mode_trains_on_prompts_and_stores_no_activations(tmp_path: Path) -> None:
