@@ -25,7 +25,7 @@ from headstart.common.machine import (
 )
 from headstart.common.processes import join_processes, reduce_in_float32
 from headstart.configs.schema import Config, EvalConfig
-from headstart.data.documents import Documents
+from headstart.data.documents import Documents, WithPrompts
 from headstart.data.loader import usable
 from headstart.data.prepare import PlannedDocuments, plan_documents
 from headstart.data.prompts import check_prompts
@@ -291,6 +291,7 @@ def write_summary(
         if "acceptance_length" in row
     ]
     best = max(validations, key=lambda row: row["acceptance_length"])
+    answers = training.documents if isinstance(training, WithPrompts) else training
     content = {
         "best": best | (ordered or {}),
         "validations": validations,
@@ -298,7 +299,8 @@ def write_summary(
         "parameters_trained": parameters,
         "data": {
             "documents": len(training.entries),
-            "answer_tokens": sum(entry.trained for entry in training.entries),
+            "answer_tokens": sum(entry.trained for entry in answers.entries),
+            "trained_tokens": sum(entry.trained for entry in training.entries),
             "validation_documents": len(validation.entries),
             "validation_answer_tokens": sum(entry.trained for entry in validation.entries),
             **asdict(left_out),
