@@ -36,6 +36,7 @@ pytestmark = pytest.mark.contract
 
 TOKENS = 12
 K = 3
+LONG = 6  # K where drafts cost next to nothing
 TEXT = 1000  # new tokens a call
 SETTINGS: dict[str, Any] = {"do_sample": True, "temperature": 0.8, "top_k": 6, "eos_token_id": None}
 TOP_P = SETTINGS | {"temperature": 1.0, "top_k": 8, "top_p": 0.8}
@@ -65,8 +66,8 @@ class Gemma4Markov(Gemma4ForCausalLM):
         return outputs
 
 
-def chain(kind: str = "assistant") -> tuple[Gemma4Markov, Any]:
-    """The target and a head."""
+def chain(kind: str = "assistant", drafts: int = K) -> tuple[Gemma4Markov, Any]:
+    """The target and a head that drafts so many tokens a round."""
     config = gemma4_text_config(
         vocab_size=TOKENS, hidden_size=16, intermediate_size=16, num_hidden_layers=2,
         layer_types=["sliding_attention", "full_attention"], num_attention_heads=1,
@@ -77,9 +78,9 @@ def chain(kind: str = "assistant") -> tuple[Gemma4Markov, Any]:
     model = Gemma4Markov(config).eval()
     model.table = 3 * torch.randn(TOKENS, TOKENS)
     assistant = build_assistant(
-        Target(model, byte_tokenizer(), "chain"), HeadConfig(kind=kind), K
+        Target(model, byte_tokenizer(), "chain"), HeadConfig(kind=kind), drafts
     ).eval()
-    assistant.generation_config = GenerationConfig(num_assistant_tokens=K)
+    assistant.generation_config = GenerationConfig(num_assistant_tokens=drafts)
     return model, assistant
 
 
@@ -138,12 +139,12 @@ def test_the_exact_decoder_samples_from_the_target(
 ) -> None:
     """Drafts come from a chain of their own, drawn from it or its argmaxes: right most of the time,
     and cheap enough for 100,000 draws. Whatever is drafted, the text may not show it."""
-    model, assistant = chain()
+    model, assistant = chain(drafts=LONG)
     own = model.table + 0.5 * torch.randn(TOKENS, TOKENS)
 
     def draft(self: Drafter, token: torch.Tensor, *args: Any, **options: Any) -> Drafts:
         tokens: list[int] = [int(token)]
-        for _ in range(K):
+        for _ in range(LONG):
             p = own[tokens[-1]].softmax(-1)
             tokens.append(int(torch.multinomial(p, 1) if drawn else p.argmax()))
         return Drafts(tokens[1:], [], own[tokens[:-1]] if drawn else None)
