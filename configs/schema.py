@@ -220,7 +220,7 @@ class DataConfig(Section):
     completion_only_loss: bool = True
     """Train on what the target wrote alone. False: on the prompts too, of whose every token the
     target has a distribution: more rows from the same texts, where the prompts are of the kind that
-    the answers are."""
+    the answers are. Conversations are not cut then: `max_tokens` has to hold them."""
     filter: FilterConfig = FilterConfig()
     """Which of a store or of conversations that are there are trained on."""
     generation_batch_size: PositiveInt = 64

@@ -322,9 +322,22 @@ def cut(conversation: Conversation, max_tokens: int) -> list[Conversation]:
         start = end - max_tokens // 2
 
 
-def trainable(conversations: Iterable[Conversation], max_tokens: int) -> Iterator[Conversation]:
-    """The pieces of conversations that something can be drafted in: two tokens of one answer."""
+def trainable(
+    conversations: Iterable[Conversation], max_tokens: int, with_prompts: bool = False
+) -> Iterator[Conversation]:
+    """The pieces of conversations that something can be drafted in: two tokens of one answer.
+
+    Raises:
+        ValueError: prompts are trained on too, and a conversation is longer than `max_tokens`: the
+            context that its later pieces begin with would be trained on as text of its own.
+    """
     for conversation in conversations:
+        if with_prompts and len(conversation.ids) > max_tokens:
+            raise ValueError(
+                f"the conversation {conversation.id} has {len(conversation.ids)} tokens, and "
+                f"those above data.max_tokens={max_tokens} are cut, which "
+                "data.completion_only_loss=false does not allow: raise the one, or leave out the other"
+            )
         for piece in cut(conversation, max_tokens):
             if any(end - start > 1 for start, end in piece.spans):
                 yield piece

@@ -148,7 +148,7 @@ class Recorder:
         self, hidden: torch.Tensor, prompt_ids: list[list[int]], width: int
     ) -> dict[str, Sequence[torch.Tensor]]:
         """What the target says after all tokens of each prompt but the last: tensor of a shard ->
-        its rows [n, k] of each text. None, where nobody reads them.
+        its rows [n, k] of each text. Empty where nobody reads them.
 
         Args:
             hidden: [B, T, D] of all tokens that ran.
@@ -204,8 +204,8 @@ def extract(
         inputs: of the heads that will be trained on it.
 
     Raises:
-        ValueError: the folder holds something else, a damaged shard, the disk is too small, or
-            there is nothing to train on.
+        ValueError: the folder holds something else, a damaged shard, the disk is too small, there
+            is nothing to train on, or prompts are trained on and a conversation would be cut.
         OSError: the disk is full; finished shards are kept.
     """
     settings = shard_settings(target, config.teacher_top_k, config.storage, inputs)
@@ -214,7 +214,9 @@ def extract(
 
     def mine() -> Iterator[tuple[Path, list[Conversation]]]:
         nonlocal count
-        for count, pieces in enumerate(_chunks(trainable(conversations, config.max_tokens)), 1):
+        for count, pieces in enumerate(
+            _chunks(trainable(conversations, config.max_tokens, inputs.prompts)), 1
+        ):
             path = shard_path(folder, count - 1)
             if is_mine(count - 1):
                 if path.is_file():
@@ -303,7 +305,7 @@ class OnlineActivations:
         inputs: Inputs = KEYS_AND_VALUES,
     ):
         self.target, self.top_k, self.inputs = target, config.teacher_top_k, inputs
-        self.pieces = list(trainable(conversations, config.max_tokens))
+        self.pieces = list(trainable(conversations, config.max_tokens, inputs.prompts))
         self.entries: Sequence[Entry] = [_entry(piece, None) for piece in self.pieces]
 
     def read(self, which: Sequence[int]) -> list[Document]:
@@ -327,7 +329,7 @@ def entries_of(conversations: list[Conversation], tensors: dict[str, torch.Tenso
     entries, start = [], 0
     for c in conversations:
         rows = slice(start, start + len(c.ids))
-        mass = tensors["teacher_logprobs"][rows][_taught(c)].exp().sum(-1)
+        mass = tensors["teacher_logprobs"][rows][_teacher_rows(c)].exp().sum(-1)
         entries.append(_entry(c, float(mass.mean()) if len(mass) else None))
         start += len(c.ids)
     return entries
@@ -390,9 +392,9 @@ def _run(
     kept = torch.arange(padded.shape[1]) < torch.tensor(lengths)[:, None]
     ids, mask = padded.to(target.device), kept.long().to(target.device)
     seen = target.activations(ids, mask, inputs.layers)
-    taught = torch.cat([_taught(c, inputs.prompts) for c in conversations])
+    wanted = torch.cat([_teacher_rows(c, inputs.prompts) for c in conversations])
     places = kept.flatten().nonzero()[:, 0]
-    teachers = _teachers(target, seen.hidden.flatten(0, 1), places[taught], top_k)
+    teachers = _teachers(target, seen.hidden.flatten(0, 1), places[wanted], top_k)
     # One copy of each for all conversations: a GPU waits for each.
     there = places.to(target.device)
     tensors = on_cpu("hidden", seen.hidden.flatten(0, 1)[there], storage)
@@ -404,7 +406,7 @@ def _run(
             tensors |= on_cpu(f"{layer_type}.{what}", of_tokens, storage)
     for name, found in zip(("teacher_ids", "teacher_logprobs"), teachers, strict=True):
         tensors[name] = found.new_zeros(len(places), top_k)
-        tensors[name][taught] = found
+        tensors[name][wanted] = found
     tensors["ids"] = torch.cat(rows).int()
     tensors["loss_mask"] = torch.cat([_loss_mask(c) for c in conversations])
     split = {name: tensor.split(lengths) for name, tensor in tensors.items()}
@@ -434,7 +436,7 @@ def _loss_mask(c: Conversation) -> torch.Tensor:
     return mask
 
 
-def _taught(c: Conversation, prompts: bool = False) -> torch.Tensor:
+def _teacher_rows(c: Conversation, prompts: bool = False) -> torch.Tensor:
     """[T] bool: rows whose next token the assistant wrote, or anybody."""
     mask = _loss_mask(c) | prompts
     return torch.cat([mask[1:], mask.new_zeros(1)])

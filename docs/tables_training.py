@@ -169,6 +169,23 @@ def sweep_spread(found: Results) -> str:
     return rows_of(header, rows)
 
 
+@made_of("paired-e034597")
+def paired(found: Results) -> str:
+    """Heads that an earlier commit and this code made from the same prompts and seed."""
+    rows = []
+    for one in found["paired-e034597"]["results"]:
+        if one["category"] == "all":
+            told, beside = "commit e034597", ""
+            if one["difference"] is not None:
+                told, beside = (
+                    "now",
+                    interval(one["difference"], one["difference_interval"], "+.3f"),
+                )
+            low, high = one["acceptance_length_interval"]
+            rows.append([told, f"{one['acceptance_length']:.3f} ({low:.2f} to {high:.2f})", beside])
+    return rows_of("trained by | simulated acceptance length (95%) | difference (95%)", rows)
+
+
 @made_of("sweep-breadth")
 def sweep_breadth(found: Results) -> str:
     """Each kind of text, by the head that was trained on all kinds and by one that never saw it."""

@@ -121,7 +121,11 @@ def judge_drafts(
     rounds: int,
     position: DraftPositionOffset = 0,
 ) -> tuple[list[JudgedAnswer], RecallCounts]:
-    """Draft from every row of some greedy documents; arguments as `simulate_acceptance`."""
+    """Draft from every row of some greedy documents; arguments as `simulate_acceptance`.
+
+    Returns:
+        Their answers in order, and the recall of the clusters over the drafts that a decoder meets.
+    """
     rows = [candidate_rows(d) for d in documents]
     batch = gather_rows(list(documents), rows, rounds, inputs=head.inputs)
     wanted = torch.zeros_like(batch.rows.tokens)

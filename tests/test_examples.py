@@ -8,14 +8,18 @@ import pytest
 import yaml
 
 from headstart.configs.loader import load_config
-from headstart.configs.schema import DraftPositionOffset
+from headstart.configs.schema import DataConfig, DraftPositionOffset
 from headstart.configs.settings import ServerConfig
+from headstart.data.extraction import OnlineActivations
 from headstart.data.prepare import run_regenerate
 from headstart.data.store import ActivationStore
 from headstart.eval.replay import simulate_acceptance
 from headstart.heads.loading import load_target
 from headstart.heads.saving import load_assistant
+from headstart.heads.target import Target
 from headstart.heads.unroll import DraftHead
+from tests.helpers.heads import noisy_head
+from tests.helpers.prompts import conversations
 from tests.helpers.runs import load_script, tiny_config
 from tests.helpers.tiny_pair import ROOT
 
@@ -85,3 +89,18 @@ def test_an_interrupted_sweep_goes_on_and_judges_heads_as_the_simulated_evaluati
     assert base["difference_interval"] == [0, 0]
     difference = slow["acceptance_length"] - base["acceptance_length"]
     assert slow["difference"] == pytest.approx(difference)
+
+
+def test_rejections_are_of_the_drafts_that_a_simulation_counts(tiny: Target) -> None:
+    script = load_script(ROOT / "examples" / "rejections.py")
+    head = noisy_head(tiny)
+    documents = OnlineActivations(tiny, conversations(5), DataConfig(teacher_top_k=16))
+    counts = simulate_acceptance(head, tiny, documents, script.K, range(5)).acceptance
+    found = script.rejections(head, tiny, documents)
+    by_draft = [found["draft"][str(k)] for k in sorted(map(int, found["draft"]))]
+    assert [one["drafts"] for one in by_draft] == [n for n in counts.reached if n]
+    accepted = [one["drafts"] - one["rejected"] for one in by_draft]
+    assert accepted == list(counts.accepted)[: len(accepted)]
+    for dimension, classes in found.items():
+        drafts = by_draft[0]["drafts"] if dimension == "the round before" else sum(counts.reached)
+        assert sum(one["drafts"] for one in classes.values()) == drafts

@@ -26,6 +26,7 @@ from headstart.heads.kinds import head_kinds
 from headstart.heads.loading import load_target
 from headstart.heads.target import KEYS_AND_VALUES, Inputs
 from headstart.train.run import train
+from tests.helpers.prompts import conversations
 from tests.helpers.runs import metrics, tiny_config, weights
 
 
@@ -102,6 +103,9 @@ def test_prompts_are_trained_on_where_asked_and_never_validated_on(tmp_path: Pat
     for held_out, without in zip(validation.read([0, 1]), same.read([0, 1]), strict=True):
         assert torch.equal(held_out.loss_mask, without.loss_mask)
         assert not held_out.loss_mask.all()
+    rows, long = conversations(2), config.data.model_copy(update={"max_tokens": 13})
+    with pytest.raises(ValueError, match=r"c1 has 15 tokens.*data\.max_tokens=13"):
+        OnlineActivations(target, rows, long, KEYS_AND_VALUES._replace(prompts=True))
     run_regenerate(small(tmp_path / "stored"), ServerConfig(), extracting=True, device="cpu")
     whole = [f"data.store={tmp_path / 'stored'}", "data.completion_only_loss=false"]
     with pytest.raises(ValueError, match="within prompts: extract one with"):

@@ -41,7 +41,6 @@ from headstart.data.regenerate import (
     regenerate,
 )
 from headstart.data.store import ActivationStore
-from headstart.heads.kernels import best_tokens
 from headstart.heads.loading import (
     byte_tokenizer,
     gemma4_text_config,
@@ -388,14 +387,6 @@ def test_the_mixture_draws_from_the_distribution_of_each_row(sampling: Sampling)
     assert not observed[expected == 0].any()
     kept = expected > 0
     assert float(((observed - expected)[kept] ** 2 / expected[kept]).sum()) < 24.3
-
-
-@pytest.mark.parametrize("vocabulary", [7, 96, 3 * BLOCK, 3 * BLOCK + 64])
-def test_the_best_token_is_the_first_of_equals(vocabulary: int) -> None:
-    torch.manual_seed(0)
-    for logits in (torch.randn(50, vocabulary), torch.randint(3, (50, vocabulary)).bfloat16()):
-        first = (logits == logits.amax(-1, keepdim=True)).long().cumsum(-1).clamp_max(1).sum(-1)
-        assert torch.equal(best_tokens(logits), vocabulary - first)
 
 
 def test_the_place_among_many_weights_is_that_of_one_running_sum() -> None:

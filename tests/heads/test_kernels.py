@@ -19,6 +19,7 @@ from headstart.eval.decoding import decode
 from headstart.heads import kernels
 from headstart.heads.decoder import ExactDecoding, exact_decoding
 from headstart.heads.kernels import (
+    best_tokens,
     fast_kernels,
     grouped_query_attention,
 )
@@ -405,3 +406,11 @@ def test_the_lm_head_is_given_rows_without_gaps(target: Target) -> None:
     alone = CUTS_ROWS and getattr(target.config, "num_kv_shared_layers", 0) > 0
     gap = width if alone else 4 * width
     assert seen[1] == (gap, width, 1), "transformers mends it: _rows_without_gaps can go"
+
+
+@pytest.mark.parametrize("vocabulary", [7, 96, 3 * kernels.BLOCK, 3 * kernels.BLOCK + 64])
+def test_the_best_token_is_the_first_of_equals(vocabulary: int) -> None:
+    torch.manual_seed(0)
+    for logits in (torch.randn(50, vocabulary), torch.randint(3, (50, vocabulary)).bfloat16()):
+        first = (logits == logits.amax(-1, keepdim=True)).long().cumsum(-1).clamp_max(1).sum(-1)
+        assert torch.equal(best_tokens(logits), vocabulary - first)
