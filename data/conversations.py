@@ -336,7 +336,7 @@ def trainable(
             raise ValueError(
                 f"the conversation {conversation.id} has {len(conversation.ids)} tokens, and "
                 f"those above data.max_tokens={max_tokens} are cut, which "
-                "data.completion_only_loss=false does not allow: raise the one, or leave out the other"
+                "data.completion_only_loss=false does not allow: raise that, or leave this out"
             )
         for piece in cut(conversation, max_tokens):
             if any(end - start > 1 for start, end in piece.spans):
