@@ -5,8 +5,8 @@
 The share of an evaluation prompt is that of its 5-word shingles (runs of words, case and
 punctuation aside) that the nearest training prompt has too. From 70% on both say the same but for
 names and numbers; from 30% on they are siblings, made from one template or cut from overlapping
-passages. Prompts are counted set by set, each against the training set of its family and against
-both, which the reference recipe trains on; and so are those of a report.
+passages. Prompts are counted set by set, each against the training sets of its family and against
+all, which the reference recipe trains on; and so are those of a report.
 """
 
 import hashlib
@@ -23,7 +23,10 @@ from headstart.data.contamination import WORDS, Shingle, shingles_of
 from headstart.data.prompts import Prompt, load_prompts
 
 SHARES = (0.7, 0.3)
-TRAINING = {"chat": "builtin:chat_train", "text": "builtin:text_train"}
+TRAINING = {
+    "chat": ["builtin:chat_train"],
+    "text": ["builtin:text_train", "builtin:passages_train"],
+}
 EVALUATION = {"chat": "builtin:chat_eval", "text": "builtin:text_eval"}
 
 
@@ -61,7 +64,11 @@ def overlap(report: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: the report has other prompts.
     """
-    trained = {family: load_prompts(name) for family, name in TRAINING.items()}
+    trained = {
+        family: [prompt for name in names for prompt in load_prompts(name)]
+        for family, names in TRAINING.items()
+    }
+    everything = [name for names in TRAINING.values() for name in names]
     both = [prompt for prompts in trained.values() for prompt in prompts]
     sets: list[dict[str, Any]] = []
     shares: dict[str, float] = {}
@@ -69,8 +76,8 @@ def overlap(report: dict[str, Any]) -> dict[str, Any]:
         evaluation = load_prompts(name)
         own, all_of_it = (largest_shares(evaluation, t) for t in (trained[family], both))
         sets += [
-            {"evaluation": name, "training": [TRAINING[family]], **counts(own)},
-            {"evaluation": name, "training": [*TRAINING.values()], **counts(all_of_it)},
+            {"evaluation": name, "training": TRAINING[family], **counts(own)},
+            {"evaluation": name, "training": everything, **counts(all_of_it)},
         ]
         shares |= {p.id: share for p, share in zip(evaluation, all_of_it, strict=True)}
     ids = list(dict.fromkeys(row[0] for row in report["results"][0]["per_text"]))
@@ -79,9 +86,9 @@ def overlap(report: dict[str, Any]) -> dict[str, Any]:
     asked = {name: shares[name] for name in ids}
     return {
         "words": WORDS,
-        "sha256": {name: _sha256(name) for name in (*TRAINING.values(), *EVALUATION.values())},
+        "sha256": {name: _sha256(name) for name in (*everything, *EVALUATION.values())},
         "sets": sets,
-        "report": {"training": [*TRAINING.values()], **counts([*asked.values()]), "shares": asked},
+        "report": {"training": everything, **counts([*asked.values()]), "shares": asked},
     }
 
 

@@ -14,7 +14,7 @@ over many rows go by blocks too on a CPU: what lies between their operations the
 and needs no new memory.
 
 Linear layers on a CPU run by the quickest of several forms for their number of rows
-(heads/cpu_linear.py).
+(heads/cpu_linear.py). Top-p there sorts the tokens that top-k has left, not the vocabulary.
 
 Whoever compares decoders puts all of them within: what these kernels gain is no decoder's merit.
 
@@ -32,7 +32,7 @@ from typing import Any, TypeGuard
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import LogitsProcessorList, PreTrainedModel, TopPLogitsWarper
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -68,6 +68,7 @@ def fast_kernels(
                 module.forward = forward
         undo.enter_context(_grouped_heads(model))
         undo.enter_context(_rows_without_gaps(model.get_output_embeddings()))
+        undo.enter_context(_quick_top_p(model))
         yield
 
 
@@ -159,6 +160,49 @@ def best_tokens(logits: torch.Tensor) -> torch.Tensor:
     best = blocks.amax(-1).argmax(-1, keepdim=True)  # [B, 1]
     inside = blocks.take_along_dim(best[..., None], 1)[:, 0].argmax(-1)
     return best[:, 0] * blocks.shape[-1] + inside
+
+
+FEW = 4096
+"""Tokens left by other processors that are found and sorted in less time than a vocabulary."""
+
+
+class QuickTopP(TopPLogitsWarper):
+    """transformers' top-p. On a CPU it looks at the tokens alone that are not ruled out yet, where
+    they are few: after a top-k of 64 a row of Gemma's takes a quarter of the time."""
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Logits [B, V] -> the same, minus infinity for tokens outside the top-p."""
+        if scores.device.type != "cpu":
+            return super().__call__(input_ids, scores)
+        left = int((scores > -torch.inf).sum(-1).amax())
+        if not 0 < left <= FEW:
+            return super().__call__(input_ids, scores)
+        few, places = scores.topk(left)
+        few = super().__call__(input_ids, few)
+        return scores.scatter(-1, places, few)
+
+
+@contextmanager
+def _quick_top_p(model: nn.Module) -> Iterator[None]:
+    """Within, `generate` of a model makes its top-p a `QuickTopP`."""
+    own = getattr(model, "_get_logits_processor", None)
+    if own is None or "_get_logits_processor" in model.__dict__:
+        yield
+        return
+
+    def processors(*args: Any, **kwargs: Any) -> LogitsProcessorList:
+        return LogitsProcessorList(
+            QuickTopP(one.top_p, one.filter_value, one.min_tokens_to_keep)
+            if type(one) is TopPLogitsWarper
+            else one
+            for one in own(*args, **kwargs)
+        )
+
+    model._get_logits_processor = processors
+    try:
+        yield
+    finally:
+        del model._get_logits_processor
 
 
 def groups_heads(rows: int, groups: int, width: int) -> bool:

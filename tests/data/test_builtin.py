@@ -1,18 +1,20 @@
 """Prompts that come with Headstart, by name."""
 
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 
 from headstart.configs.loader import load_config, load_saved
 from headstart.configs.schema import DataConfig, SourceConfig
+from headstart.data.contamination import remove_contaminated
 from headstart.data.prepare import load_sources
 from headstart.data.prompts import load_prompt_set, load_prompts
 from headstart.data.sources import builtin_name, builtin_sets
 from headstart.eval.recorded import is_local, without_paths
 from headstart.train.run_folder import RunRefused, open_run, what_differs
-from tests.helpers.runs import ROOT
+from tests.helpers.runs import ROOT, load_script
 
 PROMPTS = ROOT / "data" / "prompts"
 
@@ -29,6 +31,20 @@ def test_every_file_of_prompts_is_a_builtin_set_of_the_same_rows() -> None:
     assert builtin_sets() == sorted(f"builtin:{path.stem}" for path in PROMPTS.glob("*.jsonl"))
     for name in ("text_eval", "chat_eval"):
         assert load_prompts(f"builtin:{name}") == load_prompts(PROMPTS / f"{name}.jsonl")
+
+
+def test_later_passages_are_what_the_example_cuts_out_of_the_training_texts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "passages.jsonl"
+    monkeypatch.setattr(sys, "argv", ["later_passages.py", str(out)])
+    load_script(ROOT / "examples" / "later_passages.py").main()
+    assert out.read_bytes() == (PROMPTS / "passages_train.jsonl").read_bytes()
+    training = {prompt.source for prompt in load_prompts("builtin:text_train")}
+    passages = load_prompts(out)
+    assert all(prompt.raw and prompt.source in training for prompt in passages)
+    kept, found = remove_contaminated(passages, load_prompts("builtin:text_eval"))
+    assert (len(kept), found.exact, found.near) == (len(passages), 0, 0)
 
 
 def test_a_pattern_reads_all_builtin_sets_that_it_matches() -> None:

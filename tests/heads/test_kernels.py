@@ -8,7 +8,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import Gemma3TextConfig
+from transformers import (
+    Gemma3TextConfig,
+    GenerationConfig,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gemma3.modeling_gemma3 import Gemma3MLP, Gemma3RMSNorm
@@ -414,3 +419,35 @@ def test_the_best_token_is_the_first_of_equals(vocabulary: int) -> None:
     for logits in (torch.randn(50, vocabulary), torch.randint(3, (50, vocabulary)).bfloat16()):
         first = (logits == logits.amax(-1, keepdim=True)).long().cumsum(-1).clamp_max(1).sum(-1)
         assert torch.equal(best_tokens(logits), vocabulary - first)
+
+
+@pytest.mark.parametrize("top_k", [1, 5, 64, None])
+@pytest.mark.parametrize("top_p", [0.0, 0.3, 0.95, 1.0])
+def test_top_p_keeps_the_tokens_that_transformers_keeps(top_k: int | None, top_p: float) -> None:
+    torch.manual_seed(0)
+    logits = 3 * torch.randn(20, kernels.FEW + 100)
+    logits[0, :200] = logits[0].max() + 1  # more equals than top-k lets through
+    logits[1] = -torch.inf
+    logits[1, 7] = 0.0
+    if top_k is not None:
+        logits = TopKLogitsWarper(top_k)(None, logits)
+    expected = TopPLogitsWarper(top_p)(None, logits)
+    found = kernels.QuickTopP(top_p)(None, logits)
+    # Which of equals goes first, no sort promises.
+    assert torch.equal(found[1:], expected[1:])
+    assert torch.equal(found[0].sort().values, expected[0].sort().values)
+
+
+def test_a_target_samples_the_same_text_within(tiny: Target) -> None:
+    def sampled(**kwargs: Any) -> list[int]:
+        torch.manual_seed(0)
+        ids = torch.tensor([[5, 6, 7]])
+        return tiny.model.generate(ids, do_sample=True, max_new_tokens=16, **kwargs)[0].tolist()
+
+    for shaped in ({"top_k": 20, "top_p": 0.9}, {"top_k": 0, "top_p": 0.9}, {"top_k": 20}):
+        outside = sampled(**shaped)
+        with fast_kernels(tiny.model):
+            made = tiny.model._get_logits_processor(GenerationConfig(do_sample=True, **shaped))
+            assert any(type(one) is kernels.QuickTopP for one in made) == ("top_p" in shaped)
+            assert sampled(**shaped) == outside
+        assert "_get_logits_processor" not in tiny.model.__dict__
