@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 
 from headstart.common.console import print_once
 from headstart.configs.schema import DataConfig
+from headstart.data.conversations import PIECE
 from headstart.data.documents import Chosen
 from headstart.data.extraction import OnlineActivations
 from headstart.data.prompts import Prompt, load_prompt_set
@@ -189,8 +190,8 @@ def without_contaminated(
     data: DataConfig,
     held_out: str | None,
 ) -> Chosen:
-    """The documents whose prompt, of those `asked`, is no copy of an evaluation prompt; prints how
-    many are."""
+    """The documents whose prompt, of those `asked`, is no copy of an evaluation prompt, and that
+    are no later piece of a conversation that has one; prints how many are."""
     if held_out is None:
         print_once(NOT_CHECKED)
         return Chosen(stored, range(len(stored.entries)))
@@ -198,7 +199,19 @@ def without_contaminated(
     kept, found = remove_contaminated(asked, evaluation)
     print_once(f"Conversations against {held_out}: {found.describe()}")
     left = set(map(id, kept))
-    return Chosen(stored, [i for i, prompt in enumerate(asked) if id(prompt) in left])
+    removed = {_whole(prompt.id) for prompt in asked if id(prompt) not in left}
+    which = [
+        i
+        for i, prompt in enumerate(asked)
+        if id(prompt) in left and not (PIECE in prompt.id and _whole(prompt.id) in removed)
+    ]
+    return Chosen(stored, which)
+
+
+def _whole(document: str) -> str:
+    """The id of the conversation of which a document is a piece, or all."""
+    before, mark, start = document.rpartition(PIECE)
+    return before if mark and start.isdecimal() else document
 
 
 def stored_prompts(stored: ActivationStore | OnlineActivations, target: Target) -> list[Prompt]:

@@ -36,6 +36,8 @@ from headstart.heads.tokens import TargetTokens
 
 FORMAT = 2  # of the folder: raise it when the same settings come to give other conversations
 MANIFEST = "conversations.json"
+PIECE = "@"
+"""Between the id of a conversation and where a later piece of it begins."""
 PART = re.compile(r"part-(\d{5,9})\.parquet")
 DIGEST = b"headstart.sha256"  # of the rows, in the metadata of the schema
 SCHEMA = pa.schema(
@@ -187,10 +189,11 @@ def template_variables(data: DataConfig) -> dict[str, Any]:
         found = read_index(folder)
     else:
         return given
-    made: dict[str, Any] = found.get("chat_template_kwargs") or given
+    made: dict[str, Any] = found.get("chat_template_kwargs", {})
     if given not in ({}, made):
         raise ValueError(
-            f"data.chat_template_kwargs={given}, but {folder} was asked with {made}: leave it out"
+            f"data.chat_template_kwargs={given}, but {folder} was asked with {made or 'none'}: "
+            "leave it out"
         )
     return made
 
@@ -314,7 +317,7 @@ def cut(conversation: Conversation, max_tokens: int) -> list[Conversation]:
         kept = [(max(a, trained_from - 1), min(b, end)) for a, b in conversation.spans]
         spans = [(a + shift, b + shift) for a, b in kept if a < b]
         if any(b - a > 1 for a, b in spans):
-            name = f"{conversation.id}@{start}"
+            name = f"{conversation.id}{PIECE}{start}"
             pieces.append(replace(conversation, id=name, ids=lead + ids[start:end], spans=spans))
         if end == len(ids):
             return pieces

@@ -120,6 +120,13 @@ class Entry:
     wrote; None: not known, or there is no such row."""
 
 
+def prompt_tokens(ids: torch.Tensor, loss_mask: torch.Tensor) -> list[int]:
+    """The prompt of a text [T]: the tokens that the target did not write; the text itself where it
+    is trained on from its second token on, as one without any answer is."""
+    given = ids[~loss_mask]
+    return (given if len(given) > 1 else ids).tolist()
+
+
 class Documents(Protocol):
     """Activations of documents, wherever they come from."""
 

@@ -22,7 +22,7 @@ from headstart.common.versions import check_rows
 from headstart.configs.schema import DataConfig
 from headstart.data.background import BackgroundWriter
 from headstart.data.conversations import MANIFEST, Conversation, trainable
-from headstart.data.documents import Document, Entry
+from headstart.data.documents import Document, Entry, prompt_tokens
 from headstart.data.kv_cache import generation_cache
 from headstart.data.store import (
     ActivationStore,
@@ -319,9 +319,9 @@ class OnlineActivations:
         ]
 
     def prompts(self) -> Iterator[list[int]]:
-        """The token ids of each document that the target did not write, in order."""
+        """The token ids of each document's prompt, in order."""
         for piece in self.pieces:
-            yield torch.tensor(piece.ids)[~_loss_mask(piece)].tolist()
+            yield prompt_tokens(torch.tensor(piece.ids), _loss_mask(piece))
 
 
 def entries_of(conversations: list[Conversation], tensors: dict[str, torch.Tensor]) -> list[Entry]:

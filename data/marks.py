@@ -176,6 +176,21 @@ def spoken(text: str) -> str:
     return text if last is None else text[last.end() :].lstrip()
 
 
+def said_to_user(prompt_ids: list[int], ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    """The text of an answer as its user has it, and as a later prompt repeats it: what comes after
+    its last thought, without control tokens. Of a thought that was cut off nothing."""
+    text = tokenizer.decode(ids)
+    closing = left_open(tokenizer.decode(prompt_ids))
+    if closing is not None and closing not in text:
+        return ""
+    said = _OPENING.split(spoken(text))[0]
+    if said == text:
+        return str(tokenizer.decode(ids, skip_special_tokens=True))
+    for mark in tokenizer.all_special_tokens:
+        said = said.replace(mark, "")
+    return said
+
+
 def lost_thought(prompt: Prompt, ids: list[int], tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the tokens that were made of a row lack a thought of the assistant's, which the row
     has in the text of an answer or beside it."""

@@ -30,7 +30,7 @@ from headstart.data.conversations import (
     template_variables,
     tokens_when_cut,
 )
-from headstart.data.documents import Chosen, Documents, WithPrompts
+from headstart.data.documents import Chosen, Documents, Entry, WithPrompts
 from headstart.data.extraction import OnlineActivations, extract
 from headstart.data.prompts import (
     Prompt,
@@ -186,7 +186,8 @@ def _prepare_stored(
     count = data.validation_conversations
     validation: list[Prompt] = []
     if any(greedy):
-        split = hold_out(entries, cluster(asked), count, seed, among=greedy)
+        once = _first_of_each(entries, asked, greedy)
+        split = hold_out(entries, cluster(asked), count, seed, among=once)
         repeated = [asked[i] for i in split.held_out]
     else:
         print_once(
@@ -208,6 +209,18 @@ def _prepare_stored(
         return Prepared(trained_on, Chosen(documents, split.held_out), left_out)
     questions = _questions(target, validation, data, seed, True, inputs)
     return Prepared(trained_on, _answered(target, questions, data, seed), left_out)
+
+
+def _first_of_each(entries: Sequence[Entry], asked: list[Prompt], greedy: list[bool]) -> list[bool]:
+    """Whether each document is the first greedy one of its prompt: asked again, a target answers
+    the same, and whole sources with many copies each come to no number that is asked for."""
+    met, first = set(), []
+    for entry, prompt, may in zip(entries, asked, greedy, strict=True):
+        key = entry.source, entry.id.partition("#")[0], prompt.text
+        first.append(may and key not in met)
+        if may:
+            met.add(key)
+    return first
 
 
 def _open_stored(
@@ -320,6 +333,10 @@ def _without_copies(prompts: list[Prompt], held_out: list[Prompt]) -> list[Promp
     return kept
 
 
+BAD_HELD_OUT = 0.2
+"""Share of held-out prompts that a target may refuse, where it may refuse any."""
+
+
 def _questions(
     target: Target,
     prompts: list[Prompt],
@@ -331,6 +348,8 @@ def _questions(
     """Prompts of the training or, to be answered greedily, of the validation, which is of answers
     alone."""
     inputs = inputs._replace(prompts=inputs.prompts and not greedy)
+    if greedy and data.max_bad_rows:  # of so few one is a large share
+        data = data.model_copy(update={"max_bad_rows": max(data.max_bad_rows, BAD_HELD_OUT)})
     sampling = [Sampling(0.0)] * len(prompts) if greedy else deal_sampling(data, target, prompts)
     jobs = make_jobs(prompts, sampling, target, data)
     folder, inputs = answers_folder(target, jobs, data, seed, inputs)

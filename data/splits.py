@@ -233,8 +233,8 @@ def hold_out(
             )
     raise ValueError(
         f"cannot hold out {count} validation prompts of {sum(among)} from "
-        f"{len(candidates)} sources: whole sources are held out, so add prompts or sources, or "
-        f"lower {key}"
+        f"{len(candidates)} sources: whole sources are held out, so add prompts or sources, lower "
+        f"{key}, or name as the source a column that tells prompts apart (columns: {{source: id}})"
     )
 
 

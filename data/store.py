@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from headstart.common.console import print_once
 from headstart.common.files import atomic_file, content_sha256, plain_name, write_atomically
 from headstart.configs.schema import DataConfig
-from headstart.data.documents import PLAIN, SCALE, Document, Entry
+from headstart.data.documents import PLAIN, SCALE, Document, Entry, prompt_tokens
 from headstart.heads.admission import is_finite, reading
 from headstart.heads.target import KEYS_AND_VALUES, Inputs, Target, source_layers
 
@@ -429,10 +429,10 @@ class ActivationStore:
         return documents
 
     def prompts(self) -> Iterator[list[int]]:
-        """The token ids of each document that the target did not write, in order."""
+        """The token ids of each document's prompt, in order."""
         for row in self.index["shards"]:
             for _, ids, mask in Shard(self.folder / row["file"], self.settings).texts():
-                yield ids[~mask].tolist()
+                yield prompt_tokens(ids, mask)
 
     def _open(self, number: int) -> Shard:
         row = self.index["shards"][number]

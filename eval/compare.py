@@ -13,9 +13,9 @@ from rich.table import Table
 from headstart.common.console import one_line, wide_console
 from headstart.eval.page import READ, decoder_name
 from headstart.eval.recorded import describe_set, recorded_set
-from headstart.eval.statistics import OWN_LENGTH, interval, resampled
+from headstart.eval.statistics import NO_HEAD, OWN_LENGTH, interval, resampled
 
-ENOUGH = 5  # texts, below which prompts drawn with replacement tell nothing of others
+ENOUGH = 5  # prompts, below which those drawn with replacement tell nothing of others
 MEASURES = {
     "acceptance length": lambda t: 1 + t["accepted"] / np.maximum(t["rounds"], 1),
     "speedup": lambda t: (t["plain_seconds"] / t["plain_tokens"]) / (t["seconds"] / t["tokens"]),
@@ -36,14 +36,16 @@ class Change:
     interval: tuple[float, float]
     """95%, of after - before; over the same prompts drawn with replacement."""
     texts: int
+    prompts: int
+    """Of which they are, one or more of each: turns and seeds."""
     paired: bool
     """Whether both reports measured these texts; else each was drawn by itself."""
 
     @property
     def says(self) -> str:
-        """Whether the interval leaves out 0; of fewer than `ENOUGH` texts it says nothing."""
-        if self.texts < ENOUGH:
-            return "too few texts"
+        """Whether the interval leaves out 0; of fewer than `ENOUGH` prompts it says nothing."""
+        if self.prompts < ENOUGH:
+            return "too few prompts"
         low, high = self.interval
         return "significant" if low > 0 or high < 0 else "within chance"
 
@@ -116,7 +118,9 @@ def _pairs(
     before: dict[str, Any], after: dict[str, Any], decoders: tuple[str, str] | None
 ) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
     whole = [[r for r in c["results"] if "per_text" in r] for c in (before, after)]
-    one_head = all(len({r["head"] for r in results} - {None}) <= 1 for results in whole)
+    # Small models and lookup are no heads, though the first have their names there.
+    heads = [{r["head"] for r in results if r["decoder"] not in NO_HEAD} for results in whole]
+    one_head = all(len(names) <= 1 for names in heads)
     for result, other in product(*whole):
         if decoders is None:
             same = ["decoder", "num_assistant_tokens"]
@@ -125,7 +129,8 @@ def _pairs(
             same = [] if own else ["num_assistant_tokens"]
         else:
             continue
-        same += [] if one_head or None in (result["head"], other["head"]) else ["head"]
+        by_name = not one_head or "draft-model" in (result["decoder"], other["decoder"])
+        same += ["head"] if by_name and None not in (result["head"], other["head"]) else []
         alike = _sampling(before, result) == _sampling(after, other)
         if alike and all(result[name] == other[name] for name in same):
             yield result, other
@@ -151,6 +156,7 @@ def _changes(
     variant: str, category: str, before: list[Any], after: list[Any], paired: bool
 ) -> list[Change]:
     sums = _sums(before, 0), _sums(after, 0 if paired else 1)
+    prompts = min(len({row["id"] for row in rows}) for rows in (before, after))
     found = []
     timed = all("seconds" in sums_of for sums_of in sums)
     for measure, of in MEASURES.items():
@@ -159,7 +165,7 @@ def _changes(
         old, new = of(sums[0]), of(sums[1])
         found.append(Change(
             variant, category, measure, float(old[0]), float(new[0]), interval(new - old),
-            texts=len(after), paired=paired,
+            texts=len(after), prompts=prompts, paired=paired,
         ))  # fmt: skip
     return found
 

@@ -7,6 +7,7 @@ Letters: V vocabulary.
 """
 
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -67,6 +68,13 @@ class Decoded:
     peak_memory_bytes: int | None = None
     """Most memory of the GPU in use at once; None elsewhere."""
 
+    def first_tokens(self, prompt_len: int) -> int:
+        """How many tokens the first forward brought: one, and where a generator drafts before the
+        prompt has run, the drafts of it that were accepted."""
+        if len(self.forwards) < 2:
+            return len(self.tokens)
+        return self.forwards[1][0] - prompt_len + 1
+
     def rounds(self, prompt_len: int) -> list[tuple[int, int]]:
         """(proposed, accepted) of each round, that is of each target forward after the prefill.
 
@@ -126,7 +134,7 @@ def decode(
     lookup = None if assistant is not None else num_assistant_tokens
     config = _generation_config(target, max_new_tokens, sampling, lookup)
     ids = torch.tensor([prompt_ids], device=target.device)
-    rounds: list[Round] | None = None
+    rounds: deque[Round] | None = None
     drafting: AbstractContextManager[None] = nullcontext()
     if decoding_config is not None:
         length, rounds = decoding_config.length, decoding_config.rounds

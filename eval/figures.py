@@ -87,7 +87,10 @@ def _speed(texts: Sequence[Text]) -> dict[str, Any]:
         for own in (assisted, plain)
     )
     speedup = (plain_seconds / plain_tokens) / (seconds / tokens)
-    rate, plain_rate = _decode_rate(assisted), _decode_rate(plain)
+    rate, plain_rate = (
+        _decode_rate([(one, t.prompt_len) for one, t in zip(own, texts, strict=True)])
+        for own in (assisted, plain)
+    )
     prefill = sum(t.first_token_seconds for t in assisted)
     drafting = sum(t.drafting_seconds or 0.0 for t in assisted)
     peaks = [t.peak_memory_bytes for t in assisted if t.peak_memory_bytes is not None]
@@ -109,10 +112,11 @@ def _speed(texts: Sequence[Text]) -> dict[str, Any]:
     }
 
 
-def _decode_rate(texts: Sequence[Decoded]) -> float | None:
-    """Tokens a second after the first one; None: there are none."""
-    seconds = sum(text.seconds - text.first_token_seconds for text in texts)
-    tokens = sum(len(text.tokens) - 1 for text in texts)
+def _decode_rate(texts: Sequence[tuple[Decoded, int]]) -> float | None:
+    """Tokens a second after those of the first forward, of texts and the lengths of their prompts;
+    None: there are none."""
+    seconds = sum(text.seconds - text.first_token_seconds for text, _ in texts)
+    tokens = sum(len(text.tokens) - text.first_tokens(prompt_len) for text, prompt_len in texts)
     return tokens / seconds if tokens and seconds > 0 else None
 
 

@@ -15,6 +15,7 @@ from transformers import LogitsProcessor, PreTrainedTokenizerBase
 from headstart.common.console import counted, print_once
 from headstart.common.files import open_own, write_atomically
 from headstart.common.processes import has_own_device, is_mine
+from headstart.data.marks import said_to_user
 from headstart.data.prompts import Prompt
 from headstart.data.templates import encode_prompt
 from headstart.eval.decoding import (
@@ -86,6 +87,10 @@ class Text:
         if self.seed is not None:
             return None
         return divergence(self.plain.tokens, self.assisted.tokens)
+
+
+MACHINE = "machine"
+"""The setting that says where times were taken: those of two machines make no speedup."""
 
 
 class Measurements:
@@ -225,8 +230,10 @@ def _read(path: Path, settings: dict[str, Any]) -> tuple[list[dict[str, Any]], d
             f"{path} is of version {version}, this Headstart writes {VERSION}: name another "
             "folder, or leave out --resume to begin anew"
         )
+    recorded = lines[0].get("settings", {})
     for key, value in settings.items():
-        if (earlier := lines[0].get("settings", {}).get(key)) != value:
+        # Earlier files do not say where they were measured.
+        if (earlier := recorded.get(key, value if key == MACHINE else None)) != value:
             raise ValueError(
                 f"{path} was measured with {key}={earlier}, not {value}: name another folder, or "
                 "leave out --resume to begin anew"
@@ -297,9 +304,8 @@ def _converse(
         if following is not None:
             # The end of its turn, which not every tokenizer counts among its special tokens.
             said = [i for i in turns[-1]["plain"]["tokens"] if i not in target.eos_ids]
-            answer = target.tokenizer.decode(said, skip_special_tokens=True)
             messages += [
-                {"role": "assistant", "content": answer},
+                {"role": "assistant", "content": said_to_user(ids, said, target.tokenizer)},
                 {"role": "user", "content": following},
             ]
     return turns

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from headstart.common.console import print_once
 from headstart.common.files import lock_folder
-from headstart.common.machine import environment
+from headstart.common.machine import environment, machine_name
 from headstart.common.processes import processes_in
 from headstart.common.versions import skips_prefill
 from headstart.configs.schema import Config, EvalConfig
@@ -31,6 +31,7 @@ from headstart.eval.decoding import GREEDY, DecoderVariant, make_variants
 from headstart.eval.draft_cost import Costs, busy_share, longest_draft, measure_costs
 from headstart.eval.figures import noise, summarize, validity
 from headstart.eval.measurements import (
+    MACHINE,
     Asked,
     Measurements,
     Text,
@@ -130,17 +131,20 @@ def run_evaluation(
         "own_sampling": asdict(target.own_sampling) if "model" in chosen.temperatures else None,
         "chat_template_kwargs": asked.chat_template_kwargs or None,  # as if earlier files had it
     }
+    where = environment(target.device)
+    times_of = [machine_name(where), where["torch"], where["transformers"]] if timed else None
+    measured_as = settings | {MACHINE: times_of}
     state, path = PartialState(), out / "measurements.jsonl"
     together = together and state.num_processes > 1
     main = state.is_main_process or not together
     with processes_in(out, OTHER) if together else lock_folder(out, OTHER):
         if main:
-            kept = Measurements(path, settings, resume)
+            kept = Measurements(path, measured_as, resume)
             _find_costs(target, heads, chosen, kept, timed)
         if together:
             state.wait_for_everyone()  # for what the main process has found there
             if not main:
-                kept = Measurements.beside(path, settings, state.process_index)
+                kept = Measurements.beside(path, measured_as, state.process_index)
             state.wait_for_everyone()  # before it adds to it
         variants = _variants(heads, draft_models, chosen, samplings, kept)
         measure_prompts(
@@ -401,7 +405,8 @@ def _examples(
 def _kinds(text: Text) -> list[tuple[int, str]]:
     """The tokens of a text and its rejected drafts, in the order in which they came."""
     decoded = text.assisted
-    kinds = [(decoded.tokens[0], "bonus")]  # the prefill's
+    first = decoded.tokens[: decoded.first_tokens(text.prompt_len)]
+    kinds = [(token, "bonus") for token in first]  # the prefill's
     rounds = decoded.judged_rounds(text.prompt_len)
     for drafts, (judged, accepted) in zip(decoded.drafts, rounds, strict=True):
         kinds += [(token, "accepted") for token in drafts[:accepted]]

@@ -20,11 +20,14 @@ Letters: K draft tokens of a round, k of them drafted so far, V vocabulary, n to
 
 import copy
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from math import prod
+from threading import Lock
 from typing import Any, ClassVar, Literal, Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 from transformers import (
@@ -195,6 +198,7 @@ NOT_ON_DRAFTS = (
     SynthIDTextWatermarkLogitsProcessor,
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
+ROUNDS_KEPT = 1 << 16  # more than a text has; a server that runs for days would fill its memory
 LOOKUP_NGRAM = 3  # tokens that an earlier place has to share with the newest ones, at most
 
 
@@ -222,8 +226,8 @@ class ExactDecoding:
     """When a draft ends. None: after the head's own `generation_config.num_assistant_tokens`."""
     lookup: "Lookup | None" = None
     """Drafts from the text itself, in rounds where they promise more than the head."""
-    rounds: list[Round] = field(default_factory=list)
-    """The rounds since it was emptied last, oldest first."""
+    rounds: deque[Round] = field(default_factory=lambda: deque(maxlen=ROUNDS_KEPT))
+    """The newest rounds since it was emptied last, oldest first."""
     draft_position_offset: Literal[0, -1] = 0
     """Where drafts stand (RoPE): at the newest token, or one before it as in vLLM."""
     follow_text: bool = True
@@ -404,6 +408,12 @@ def verified(outputs: Any, tokens: torch.Tensor, layers: Sequence[int] = ()) -> 
     return Verified(tokens, states[-1], outputs.get("shared_kv_states") or {}, read)
 
 
+_generators = WeakKeyDictionary[PreTrainedModel, list[Callable[..., CandidateGenerator] | None]]()
+"""Of the targets that decode exactly what hands out their candidates: None or somebody else's,
+and then that of each context, which may end in any order."""
+_turn = Lock()
+
+
 @contextmanager
 def exact_decoding(
     target: PreTrainedModel,
@@ -420,8 +430,6 @@ def exact_decoding(
         weights_change: whether the weights of the target may change within, such as by training it.
     """
     decoding_config = decoding_config or ExactDecoding()
-    outer = target.__dict__.get("_get_candidate_generator")  # of an exact_decoding around this one
-    stock = target._get_candidate_generator
     drafters: dict[int, Drafter] = {}
     kernels = ExitStack()  # of the heads
 
@@ -450,14 +458,22 @@ def exact_decoding(
             kwargs["logits_processor"],
         )  # fmt: skip
 
-    target._get_candidate_generator = generator
+    with _turn:
+        stock = target._get_candidate_generator
+        own = _generators.setdefault(target, [target.__dict__.get("_get_candidate_generator")])
+        own.append(generator)
+        target._get_candidate_generator = generator
     try:
         with fast_kernels(target, packs=not weights_change), kernels:
             yield
     finally:
-        del target._get_candidate_generator
-        if outer is not None:
-            target._get_candidate_generator = outer
+        with _turn:
+            own.remove(generator)
+            del target._get_candidate_generator
+            if own[-1] is not None:
+                target._get_candidate_generator = own[-1]
+            if len(own) == 1:
+                del _generators[target]
 
 
 @contextmanager

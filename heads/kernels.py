@@ -186,7 +186,7 @@ class QuickTopP(TopPLogitsWarper):
 def _quick_top_p(model: nn.Module) -> Iterator[None]:
     """Within, `generate` of a model makes its top-p a `QuickTopP`."""
     own = getattr(model, "_get_logits_processor", None)
-    if own is None or "_get_logits_processor" in model.__dict__:
+    if own is None:
         yield
         return
 
@@ -198,11 +198,15 @@ def _quick_top_p(model: nn.Module) -> Iterator[None]:
             for one in own(*args, **kwargs)
         )
 
-    model._get_logits_processor = processors
+    with _turn:
+        ours = "_get_logits_processor" not in model.__dict__
+        if ours:
+            model._get_logits_processor = processors
     try:
         yield
     finally:
-        del model._get_logits_processor
+        if ours:
+            del model._get_logits_processor
 
 
 def groups_heads(rows: int, groups: int, width: int) -> bool:

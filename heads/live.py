@@ -53,7 +53,13 @@ class LiveTarget:
             parameter.data = parameter.data.to(device, dtype)
         for module in model.modules():
             for name, buffer in module._buffers.items():
-                module._buffers[name] = None if buffer is None else buffer.to(device)
+                if buffer is None:
+                    continue
+                if name == "embed_scale":  # made in the dtype, of a number that keeps its places
+                    buffer = buffer.new_tensor(module.scalar_embed_scale, dtype=dtype)
+                elif name not in module._non_persistent_buffers_set and buffer.is_floating_point():
+                    buffer = buffer.to(dtype)
+                module._buffers[name] = buffer.to(device)
         # As the configuration would be after `save_pretrained` and `from_pretrained`.
         model.config.architectures = [type(model).__name__]
         for config in (model.config, model.config.get_text_config()):

@@ -210,7 +210,7 @@ def _write_probe(target: Target, assistant: PreTrainedModel, path: Path, room: i
     rows = min(window + 16, room - 1)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(target.config.vocab_size, (1, rows + 1), generator=generator)
-    seen = target.activations(ids[:, :-1])
+    seen = target.activations(ids[:, :-1].to(target.device))
     drafter = Drafter(assistant, target.model.get_input_embeddings())
     state = drafter.new_text(offset=DRAFT_POSITION_OFFSETS["litert"])
     state.commit(Verified(ids[:, :-1], seen.hidden, seen.shared_kv))

@@ -19,6 +19,7 @@ from accelerate import PartialState
 from headstart.common.console import print_once
 from headstart.common.files import StageCache, expand_home, lock_folder, write_atomically
 from headstart.common.machine import environment
+from headstart.common.signals import Interrupted
 from headstart.configs.schema import Config, EvalConfig, TargetConfig
 from headstart.configs.settings import Settings
 from headstart.data.conversations import (
@@ -226,7 +227,7 @@ def evaluate_adapted(a: Adaptation, prompts: Any, notes: StageCache, device: Any
         dtype = target.table.dtype
         heads = {name: load_assistant(name, dtype, target.device) for name in names.values()}
         report = run_evaluation(
-            target, heads, chosen, a.out / "eval", resume=True, asked=asked_by_run(config.data)
+            target, heads, chosen, a.out / "eval", asked=asked_by_run(config.data)
         )
         return speedups(report, names)
 
@@ -430,7 +431,10 @@ def _train(config: Config, minutes: float) -> dict[str, Any]:
     """Train in the time that is left; what of summary.json the report keeps."""
     limit = config.train.max_minutes or minutes
     timed = config.train.model_copy(update={"max_minutes": limit})
-    train(config.model_copy(update={"train": timed}), resume=True)
+    try:
+        train(config.model_copy(update={"train": timed}), resume=True)
+    except Interrupted:
+        raise Interrupted("stopped in the training, saved; the same command goes on") from None
     summary = json.loads((config.output_dir / "summary.json").read_text(encoding="utf-8"))
     return {key: summary[key] for key in ("best", "validations", "parameters_trained", "data")}
 

@@ -9,15 +9,18 @@ from typing import Any
 
 from headstart.common.console import print_once
 from headstart.configs.defaults import ADAPT
-from headstart.configs.schema import Config, EvalConfig, SourceConfig
+from headstart.configs.schema import Config, DataConfig, EvalConfig, SourceConfig
 from headstart.configs.settings import AdaptConfig, Settings
 from headstart.data.contamination import remove_contaminated
-from headstart.data.prompts import Prompt, load_prompts
+from headstart.data.prompts import Prompt, encode_usable, load_prompts
 from headstart.data.sources import check_there
 from headstart.data.splits import cluster, hold_out
+from headstart.data.templates import encode_prompt
 from headstart.eval.asked import as_the_head_was
 from headstart.heads.kinds import check_drafts, kind_of
+from headstart.heads.loading import load_target_tokens
 from headstart.heads.saving import draft_position_offset, load_assistant_config
+from headstart.heads.tokens import TargetTokens
 
 HELD_OUT = "held_out.jsonl"  # in the report's folder: the prompts that are measured on
 
@@ -98,18 +101,33 @@ each."""
 
 
 def load_kinds(a: Adaptation) -> Kinds:
-    """Read the prompts; `ValueError`: a set is missing or malformed, or conversations have no
-    answer."""
+    """Read the prompts; `ValueError`: a set is missing or malformed, or of prompts that the tuned
+    target cannot be asked, or conversations have no answer."""
     others = {"general": a.options.general_prompts, "conversations": a.options.conversations}
     sources = {"domain": a.config.data.prompts}
     sources |= {kind: [source] for kind, source in others.items() if source is not None}
     bad = a.config.data.max_bad_rows
     for source in (one for own in sources.values() for one in own):  # before the first is read
         check_there(source.path)
-    found = {k: [(one, load_prompts(one, bad)) for one in own] for k, own in sources.items()}
+    tokens = load_target_tokens(a.config.target)
+    found = {}
+    for kind, own in sources.items():
+        read = [(one, load_prompts(one, bad)) for one in own]
+        if kind != "conversations":  # which are encoded with their answers
+            read = [(one, _usable(prompts, tokens, a.config.data)) for one, prompts in read]
+        found[kind] = read
     if "conversations" in found:
         found["conversations"] = [(one, _answered(one, own)) for one, own in found["conversations"]]
     return found
+
+
+def _usable(prompts: list[Prompt], tokens: TargetTokens, data: DataConfig) -> list[Prompt]:
+    """Those that the target can be asked: which are held out is drawn from them."""
+    kwargs = data.chat_template_kwargs
+    encoded = encode_usable(
+        prompts, lambda p: encode_prompt(p, tokens.tokenizer, kwargs), data.max_bad_rows
+    )
+    return [p for p, ids in zip(prompts, encoded, strict=True) if ids is not None]
 
 
 def _answered(source: SourceConfig, loaded: list[Prompt]) -> list[Prompt]:

@@ -86,7 +86,7 @@ def plan(config: Config) -> dict[str, str]:
         else "none: a table of its own, frozen"
         if config.head.warm
         else "none: low-rank tie, materialized when saved",
-        **_plan_clusters(head),
+        **_plan_clusters(head, config.head),
         **_plan_memory(config.model_copy(update={"data": answered}), shapes),
         **_plan_data(answered, token),
         "rows a step": f"{rows:,} a process, {drafts:,} drafts in {k} rounds"
@@ -215,8 +215,8 @@ def _by_launch(found: dict[str, int]) -> str:
     return ", ".join(f"{_bytes(count)} {' or '.join(same)}" for count, same in names.items())
 
 
-def _plan_clusters(head: Any) -> dict[str, str]:
-    if not head.use_ordered_embeddings:
+def _plan_clusters(head: Any, asked: HeadConfig) -> dict[str, str]:
+    if not (head.use_ordered_embeddings and asked.use_ordered_embeddings):
         return {"LM head": "dense: every draft reads the whole table"}
     size = head.get_text_config().vocab_size // head.num_centroids
     return {

@@ -24,7 +24,7 @@ from headstart.common.machine import (
     random_numbers_kept,
 )
 from headstart.common.processes import join_processes, reduce_in_float32
-from headstart.configs.schema import Config, EvalConfig
+from headstart.configs.schema import Config, EvalConfig, HeadConfig
 from headstart.data.documents import Documents, WithPrompts
 from headstart.data.loader import usable
 from headstart.data.prepare import PlannedDocuments, plan_documents
@@ -126,19 +126,36 @@ def train(config: Config, resume: bool = False, schedule: Schedule | None = None
             _train(config, resume, accelerator, schedule, same_bits)
 
 
-def check_position(config: Config) -> None:
+def check_start(config: Config) -> None:
     """Raise `ValueError` where drafts are to stand at a position, and those of the kind stand at
-    none; or where the head that training starts from does not say where its drafts stood."""
+    none; or where the head that training starts from does not say where its drafts stood, or would
+    lose the clusters of which the settings speak."""
     asked, kind = config.train.draft_position_offset, head_kind(config.head.kind)
     if config.head.warm:
         start = load_assistant_config(config.head.init_from)
         draft_position_offset(start)
         kind = kind_of(start)
+        _check_clusters(config.head, start.use_ordered_embeddings)
     if asked != "mixed" and not kind.has_position:
         raise ValueError(
             f"train.draft_position_offset={asked}: drafts of the kind {kind.name} stand at no "
             "position, leave it out"
         )
+
+
+def _check_clusters(head: HeadConfig, there: bool) -> None:
+    """Raise `ValueError`, or say so, where a finished head's clusters are not asked for."""
+    if not there or head.use_ordered_embeddings:
+        return
+    if head.on_existing_clusters is not None:
+        raise ValueError(
+            f"head.on_existing_clusters={head.on_existing_clusters} needs "
+            "head.use_ordered_embeddings=true"
+        )
+    print_once(
+        f"{head.init_from} has clusters, and the head of this run will have none: "
+        "head.use_ordered_embeddings=true makes it one with clusters too"
+    )
 
 
 def _train(
@@ -150,7 +167,7 @@ def _train(
 ) -> None:
     run, seed = config.output_dir, config.seed
     set_seed(seed)
-    check_position(config)  # before anything is loaded
+    check_start(config)  # before anything is loaded
     held_out = config.eval.prompts if config.eval else None
     check_prompts(config.data, held_out)
     target = open_target(config.target, accelerator.device)
@@ -244,6 +261,8 @@ def next_commands(config: Config) -> list[str]:
     settings += [] if t.merge_adapters else ["target.merge_adapters=false"]
     settings += [] if t.quantization is None else [f"target.quantization={t.quantization}"]
     settings += [] if t.revision is None else [f"target.revision={t.revision}"]
+    settings += [] if t.chat_template is None else [f"target.chat_template={t.chat_template}"]
+    settings += [] if t.eos_token_ids is None else [f"target.eos_token_ids={t.eos_token_ids}"]
     settings += ["target.trust_remote_code=true"] if t.trust_remote_code else []
     settings += ["eval.prompts=MY.jsonl", f"output_dir={run / 'eval-mine'}"]
     evaluate = shlex.join(["headstart", "eval", str(run / "head"), *settings])
@@ -330,7 +349,7 @@ def _evaluate(config: Config, chosen: EvalConfig, device: torch.device, schedule
         if not PartialState().is_main_process:
             return  # the check is of a few prompts: the main process does it
         log_report(config, content)
-        if config.target.dtype == "float32":
+        if config.target.dtype == "float32" and 0 in chosen.temperatures:
             exact = content
         elif chosen.fp32_check_prompts:
             checked = folder / "exact"
@@ -395,11 +414,21 @@ def _measure_in_float32(
     config: Config, chosen: EvalConfig, out: Path, device: torch.device, needed: int
 ) -> tuple[dict[str, Any] | None, str | None]:
     """What the report of the check holds, or why there is none: the run is good all the same."""
-    limit, longest = chosen.fp32_check_prompts, max(chosen.num_assistant_tokens)
+    # Sampled texts are the target's in distribution, and equal no other.
+    few = chosen.model_copy(
+        update={
+            "limit": chosen.fp32_check_prompts,
+            "num_assistant_tokens": sorted(chosen.num_assistant_tokens)[-1:],
+            "temperatures": [0.0],
+        }
+    )
     skipped = "The check in float32, that every text equals plain decoding's, was skipped: "
     again = ["headstart", "eval", str(config.output_dir / "head")]
     again += ["--config", str(config.output_dir / "config.yaml"), "target.dtype=float32"]
-    again += [f"eval.limit={limit}", f"eval.num_assistant_tokens={longest}", f"output_dir={out}"]
+    again += [f"eval.limit={few.limit}", f"eval.num_assistant_tokens={few.num_assistant_tokens}"]
+    if chosen.temperatures != few.temperatures:
+        again += ["eval.temperatures=0", "eval.seeds=0,1", "eval.top_k=null", "eval.top_p=1"]
+    again += [f"output_dir={out}"]
     elsewhere = f". Where there is as much: {shlex.join(again)}"
     size = f"{needed / 2**30:.2f} GiB"
     gc.collect()
@@ -413,7 +442,6 @@ def _measure_in_float32(
             there = f"{free / 2**30:.2f} GiB are free on {place}"
             return None, f"{skipped}it needs {size}, and {there}{elsewhere}"
     target = config.target.model_copy(update={"dtype": "float32"})
-    few = chosen.model_copy(update={"limit": limit, "num_assistant_tokens": [longest]})
     try:
         own = config.model_copy(update={"target": target})
         return _measure(own, few, out, device, timed=False)[0], None  # nobody decodes so

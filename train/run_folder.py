@@ -212,8 +212,10 @@ def _training_settings(config: Config, processes: int) -> dict[str, Any]:
     for source in tree["data"]["prompts"]:  # a set has one name, wherever a run tells of it
         source["path"] = builtin_name(source["path"])
     seed = tree.pop("seed")
+    # Whose copies are no training prompts, so that another one deals all of them anew.
+    evaluated = config.eval and builtin_name(config.eval.prompts)
     settings = {f"{s}.{key}": v for s, section in tree.items() for key, v in section.items()}
-    settings["seed"] = seed
+    settings |= {"seed": seed, "eval.prompts": evaluated}
     a_step = processes
     for key in _SHARES:
         a_step *= settings.pop(key)

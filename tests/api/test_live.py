@@ -217,6 +217,7 @@ def test_a_model_in_memory_is_the_target_that_its_files_would_be(kind: str, tmp_
     with in_memory(model, tokenizer) as live:
         adapters = list(live.adapters)
         target = load_target(live.name, "float32", adapters=adapters, merge_adapters=False)
+        other = load_target(live.name, "bfloat16", adapters=adapters, merge_adapters=False)
     assert torch.equal(target.model(input_ids=IDS).logits, wanted)
     if adapters:
         model.save_pretrained(tmp_path / "lora")
@@ -228,6 +229,13 @@ def test_a_model_in_memory_is_the_target_that_its_files_would_be(kind: str, tmp_
         folder.save_pretrained(tmp_path / "model")
     loaded = load_target(str(tmp_path / "model"), "float32", adapters=folders, merge_adapters=False)
     assert target.fingerprint == loaded.fingerprint
+    folder = str(tmp_path / "model")
+    loaded = load_target(folder, "bfloat16", adapters=folders, merge_adapters=False)
+    assert other.fingerprint == loaded.fingerprint
+    pairs = zip(other.model.named_buffers(), loaded.model.named_buffers(), strict=True)
+    for (name, ours), (same, theirs) in pairs:
+        assert name == same
+        assert torch.equal(ours.to(theirs.dtype), theirs), name
 
 
 def test_a_head_follows_a_model_that_was_tuned_in_memory(tmp_path: Path) -> None:

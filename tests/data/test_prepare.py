@@ -310,6 +310,43 @@ def test_copies_of_evaluation_prompts_are_not_trained_on_from_stored_work_either
     assert document.id == training.entries[1].id
 
 
+def test_texts_without_a_prompt_and_later_pieces_are_compared_too(tmp_path: Path) -> None:
+    """A corpus has no prompts: its texts are compared themselves. What follows in a conversation
+    whose prompt is a copy leaves with it."""
+    question = "how many legs does a spider have"
+    rows = [
+        {"id": "corpus", "text": f"{question} and why"},
+        {"id": "other", "text": "nothing of the kind"},
+        {"id": "long", "prompt": question, "response": "many " * 40},
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "eval.jsonl").write_text(json.dumps({"prompt": question}) + "\n")
+    config = small(tmp_path / "store", "data.max_tokens=64")
+    run_extract(config, str(tmp_path / "rows.jsonl"), "cpu")
+    target = load_target("tiny-gemma4", "float32")
+    store = ActivationStore(tmp_path / "store", target)
+    assert sum(entry.id.startswith("long") for entry in store.entries) > 2
+    asked = stored_prompts(store, target)
+    kept = without_contaminated(store, asked, target, DataConfig(), str(tmp_path / "eval.jsonl"))
+    assert [entry.id for entry in kept.entries] == ["other"]
+
+
+def test_prompts_that_were_asked_many_times_are_held_out_once_each(tmp_path: Path) -> None:
+    rows = [{"id": f"p{n}", "prompt": f"{n} " * 3} for n in range(12)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    many = [f"data.prompts={tmp_path / 'rows.jsonl'}", "data.num_conversations=96"]
+    config = small(tmp_path / "store", *many, "data.max_new_tokens=4")
+    run_regenerate(config, ServerConfig(), extracting=True, device="cpu")
+    target = load_target("tiny-gemma4", "float32")
+    for count in (3, 5, 7):
+        of_store = [f"data.store={tmp_path / 'store'}", f"data.validation_conversations={count}"]
+        data = small(tmp_path / "run", *of_store).data
+        training, validation = prepare_documents(target, data, 0, None)
+        held_out = [entry.source for entry in validation.entries]
+        assert len(set(held_out)) == len(held_out) == count
+        assert not set(held_out) & {entry.source for entry in training.entries}
+
+
 def test_whole_conversations_of_any_source_are_extracted_with_their_masks(tmp_path: Path) -> None:
     rows = [
         {"prompt": "one two", "response": " three", "id": "a"},

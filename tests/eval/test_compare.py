@@ -81,7 +81,11 @@ def test_a_few_texts_say_nothing_however_far_they_are_apart() -> None:
         found = by_name(report(texts(count, 0.2, 0.01)), report(texts(count, 0.1, 0.01, seed=5)))
         change = found["all", "speedup"]
         assert change.interval[0] > 0
-        assert change.says == "too few texts"
+        assert change.says == "too few prompts"
+    seeds = [row | {"turn": turn} for turn in range(8) for row in texts(1, 0.2, 0.01, seed=turn)]
+    faster = [row | {"seconds": row["seconds"] / 2} for row in seeds]
+    change = by_name(report(seeds), report(faster))["all", "speedup"]
+    assert (change.texts, change.says) == (8, "too few prompts")
 
 
 def test_only_texts_that_both_have_are_compared() -> None:

@@ -13,7 +13,9 @@ from headstart.configs.schema import DataConfig
 from headstart.data.conversations import answered
 from headstart.data.extraction import OnlineActivations
 from headstart.eval.decoding import decode
+from headstart.eval.measurements import Text
 from headstart.eval.replay import simulate_acceptance
+from headstart.eval.report import _kinds
 from headstart.heads.decoder import ExactDecoding
 from headstart.heads.kinds import Texts, all_rows
 from headstart.heads.ordered import with_clusters
@@ -51,6 +53,23 @@ def test_a_head_of_any_depth_is_decoded(family: str, layers: int, tmp_path: Path
     found = decode(target, prompt, 24, assistant, 3, ExactDecoding())
     assert found.tokens == decode(target, prompt, 24).tokens
     assert any(found.drafts)
+
+
+def test_the_first_forward_of_a_lookup_brings_what_it_accepted() -> None:
+    """It drafts before the prompt has run: those tokens come in the time of the prefill, and an
+    example shows each token of the text once."""
+    target = make_target("gemma3")
+    looping, length = [5, 6, 7, *decode(target, [5, 6, 7], 80).tokens], 0
+    for end in range(60, 80, 2):  # a prompt that repeats itself, and the target goes on so
+        ids = looping[:end]
+        found = decode(target, ids, 12, num_assistant_tokens=3)
+        first = found.first_tokens(len(ids))
+        assert first + sum(1 + a for _, a in found.rounds(len(ids))) == len(found.tokens)
+        text = Text("a", 0, "c", len(ids), found, found, None, None, None, [])
+        kept = [token for token, kind in _kinds(text) if kind != "rejected"]
+        assert kept == found.tokens
+        length = max(length, first)
+    assert length > 1, "no draft was accepted in a prefill: this test is empty"
 
 
 @pytest.mark.parametrize("family", FAMILIES)

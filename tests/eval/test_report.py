@@ -345,6 +345,14 @@ def test_a_killed_evaluation_goes_on_with_what_is_missing(
     other = chosen.model_copy(update={"max_new_tokens": 12})
     with pytest.raises(ValueError, match="with max_new_tokens=10, not 12"):
         run_evaluation(tiny, heads, other, out, resume=True)
+    of = json.loads(lines[0])
+    of["settings"]["machine"][0] = "NVIDIA Z1"
+    file.write_text("\n".join([json.dumps(of), *lines[1:]]))
+    with pytest.raises(ValueError, match=r"with machine=.*NVIDIA Z1"):
+        run_evaluation(tiny, heads, chosen, out, resume=True)
+    del of["settings"]["machine"]  # as earlier versions wrote it
+    file.write_text("\n".join([json.dumps(of), *lines[1:]]) + "\n")
+    run_evaluation(tiny, heads, chosen, out, resume=True)
     file.write_text("\n".join([lines[0], lines[1][:40], *lines[2:]]))
     with pytest.raises(ValueError, match="line 2 is damaged"):
         run_evaluation(tiny, heads, chosen, out, resume=True)

@@ -207,6 +207,11 @@ def test_a_store_that_was_asked_otherwise_is_evaluated_as_it_was_asked(
     other = {"store": tmp_path / "store", "chat_template_kwargs": {"enable_thinking": 3}}
     with pytest.raises(ValueError, match="leave it out"):
         prepare.template_variables(config.data.model_copy(update=other))
+    plain = config_of(folder, tmp_path / "plain")
+    run_regenerate(plain, ServerConfig(), extracting=False, device="cpu")
+    asked = {"conversations": tmp_path / "plain", "chat_template_kwargs": THINKING}
+    with pytest.raises(ValueError, match="was asked with none: leave it out"):
+        prepare.template_variables(plain.data.model_copy(update=asked))
 
 
 def test_an_engine_is_asked_as_the_heads_run_asked(

@@ -8,6 +8,7 @@ import pytest
 from transformers import AddedToken, PreTrainedTokenizerBase
 
 from headstart.configs.schema import DataConfig, EvalConfig, SourceConfig
+from headstart.data.marks import said_to_user
 from headstart.data.prepare import prepare_documents
 from headstart.data.prompts import Prompt
 from headstart.data.regenerate import make_jobs
@@ -147,3 +148,24 @@ def test_training_names_such_an_evaluation_prompt_before_it_answers_any(tmp_path
     with pytest.raises(ValueError, match=r"eval-0 .*'<end_of_turn>'"):
         prepare_documents(target, data, 0, str(tmp_path / "eval.jsonl"))
     assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize(
+    ("written", "had"),
+    [
+        ("<|channel>thought\nThe user asks. Four?<channel|>Four.<turn|>", "Four."),
+        ("<|channel>thought\na<channel|>One. <|channel>b<channel|>Two.<turn|>", "Two."),
+        ("<|channel>thought\nThe user asks something that", ""),
+        ("Four.<turn|>", "Four."),
+    ],
+)
+def test_a_later_turn_repeats_what_the_user_had_of_an_answer(written: str, had: str) -> None:
+    """Without its thought, which the template would take for a part of the answer: its marks are
+    control tokens, and gone from the text."""
+    tokenizer = chat_tokenizer(GEMMA4)
+    asked = tokenizer.encode("<|turn>user\nWhat is 2 + 2?<turn|>\n<|turn>model\n")
+    ids = tokenizer.encode(written, add_special_tokens=False)
+    assert said_to_user(asked, ids, tokenizer) == had
+    open_thought = [*asked, *tokenizer.encode("<|channel>thought\n", add_special_tokens=False)]
+    cut = tokenizer.encode("The user asks", add_special_tokens=False)
+    assert said_to_user(open_thought, cut, tokenizer) == ""

@@ -58,6 +58,25 @@ def test_settings_of_generate_hold(tiny: Target, settings: dict[str, Any]) -> No
         assert generate(tiny, ids, 30, assistant_model=assistant, **settings) == plain
 
 
+def test_contexts_that_overlap_decode_exactly_each_and_leave_nothing(tiny: Target) -> None:
+    """As those of a server's threads: the one that began first may end first."""
+    assistant, ids = half_trained_head(tiny), greedy_document(tiny)[0]
+    first, second = ExactDecoding(), ExactDecoding()
+    contexts = [exact_decoding(tiny.model, how) for how in (first, second)]
+    for context in contexts:
+        context.__enter__()
+    contexts[0].__exit__(None, None, None)
+    plain = generate(tiny, ids, 20)
+    assert generate(tiny, ids, 20, assistant_model=assistant) == plain
+    assert second.rounds
+    assert not first.rounds
+    contexts[1].__exit__(None, None, None)
+    assert not {"_get_candidate_generator", "_get_logits_processor"} & tiny.model.__dict__.keys()
+    with exact_decoding(tiny.model, first), exact_decoding(tiny.model, second):
+        pass
+    assert "_get_candidate_generator" not in tiny.model.__dict__
+
+
 def test_tokens_stream_as_they_come(tiny: Target) -> None:
     class Collect:
         def __init__(self) -> None:

@@ -52,6 +52,19 @@ def test_a_check_that_does_not_fit_is_skipped_with_a_line(
     assert all(result["equal_to_plain"] for result in report["results"])
 
 
+def test_texts_of_a_sampled_evaluation_are_checked_greedily(tmp_path: Path) -> None:
+    """None of its own is equal to anything; and with decoders that choose K there is none to take
+    the longest of."""
+    assert main([
+        "train", "--config", str(ROOT / "configs" / "tiny.yaml"), *SHORT, "target.dtype=float32",
+        "eval.fp32_check_prompts=1", "eval.decoders=[hybrid]", "eval.num_assistant_tokens=[]",
+        "eval.temperatures=[1.0]", f"output_dir={tmp_path}", f"data.cache_dir={tmp_path / 'cache'}",
+    ]) == 0  # fmt: skip
+    report = json.loads((tmp_path / "eval" / "exact" / "report.json").read_text())
+    assert {result["temperature"] for result in report["results"]} == {0.0}
+    assert json.loads((tmp_path / "summary.json").read_text())["fp32_check"].startswith("every")
+
+
 def test_a_check_that_runs_out_of_memory_is_skipped_with_a_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -145,6 +145,9 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(
         ValueError, match=r"was written with train.max_steps=20, now 21: give it back"
     ):
         train(tiny_config(tmp_path / "cut", *overrides, "train.max_steps=21"), resume=True)
+    for other in ("eval.prompts=builtin:chat_eval", "eval=null"):  # other training prompts
+        with pytest.raises(ValueError, match=r"was written with eval\.prompts=builtin:text_eval"):
+            train(tiny_config(tmp_path / "cut", *overrides, other), resume=True)
     with (tmp_path / "cut" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 9, "loss": 1.0}\n{"step": 10, "lo')  # what a kill leaves behind
     train(tiny_config(tmp_path / "cut", *overrides, "eval.limit=3"), resume=True)

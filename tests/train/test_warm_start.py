@@ -13,7 +13,8 @@ from headstart.heads.pairing import warm_assistant
 from headstart.heads.saving import draft_position_offset, load_assistant
 from headstart.heads.target import Target
 from headstart.heads.unroll import DraftHead
-from headstart.train.run import train
+from headstart.train.plan import plan
+from headstart.train.run import check_start, train
 from tests.helpers.heads import FULL, NARROW, finished, greedy_document
 from tests.helpers.models import make_target
 from tests.helpers.runs import metrics, take_every_head, tiny_config
@@ -98,3 +99,18 @@ def test_a_head_that_does_not_say_where_its_drafts_stood_is_refused_before_any_a
     monkeypatch.setattr("headstart.train.run.open_target", None)
     with pytest.raises(ValueError, match="headstart_draft_position_offset"):
         train(tiny_config(tmp_path / "run", f"head.init_from={folder}", "head.num_centroids=null"))
+
+
+def test_clusters_that_a_run_would_drop_are_spoken_of_or_refused(
+    tiny: Target, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before a target is loaded, and by the plan."""
+    start = finished(tiny, tmp_path / "start", NARROW)
+    dense = [f"head.init_from={start}", "head.num_centroids=null"]
+    dense.append("head.use_ordered_embeddings=false")
+    config = tiny_config(tmp_path / "run", *dense)
+    check_start(config)
+    assert "has clusters, and the head of this run will have none" in capsys.readouterr().out
+    assert plan(config)["LM head"].startswith("dense")
+    with pytest.raises(ValueError, match=r"on_existing_clusters=keep needs"):
+        check_start(tiny_config(tmp_path / "run", *dense, "head.on_existing_clusters=keep"))
