@@ -13,9 +13,8 @@ from rich.table import Table
 from headstart.common.console import one_line, wide_console
 from headstart.eval.page import READ, decoder_name
 from headstart.eval.recorded import describe_set, recorded_set
-from headstart.eval.statistics import NO_HEAD, OWN_LENGTH, interval, resampled
+from headstart.eval.statistics import ENOUGH, NO_HEAD, OWN_LENGTH, interval, resampled
 
-ENOUGH = 5  # prompts, below which those drawn with replacement tell nothing of others
 MEASURES = {
     "acceptance length": lambda t: 1 + t["accepted"] / np.maximum(t["rounds"], 1),
     "speedup": lambda t: (t["plain_seconds"] / t["plain_tokens"]) / (t["seconds"] / t["tokens"]),

@@ -80,6 +80,9 @@ OWN_LENGTH = ("heuristic", "cost", "hybrid")  # decoders that choose K themselve
 NO_HEAD = ("lookup", "draft-model")
 
 
+ENOUGH = 5  # prompts, below which those drawn with replacement tell nothing of others
+
+
 def merit(result: dict[str, Any]) -> float:
     """By which results are ranked: their speedup, or where none was measured their acceptance
     length."""
@@ -162,7 +165,9 @@ def _advice(results: list[dict[str, Any]]) -> str:
         f"{best['speedup']:.2f} times as fast as plain decoding "
         f"(95% interval {low:.2f} to {high:.2f}, {best['prompts']} prompts{_seeds(best)})"
     )
-    if low > 1:
+    if best["prompts"] < ENOUGH:
+        text = f"Too few prompts to say what to use: the quickest with drafts, {name}, is {gain}."
+    elif low > 1:
         text = f"Use {name}: {gain}."
     elif high < 1:
         text = f"Decode plainly: the quickest with drafts, {name}, is {gain}."

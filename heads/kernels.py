@@ -183,7 +183,7 @@ class QuickTopP(TopPLogitsWarper):
 
 
 @contextmanager
-def _quick_top_p(model: nn.Module) -> Iterator[None]:
+def _quick_top_p(model: Any) -> Iterator[None]:
     """Within, `generate` of a model makes its top-p a `QuickTopP`."""
     own = getattr(model, "_get_logits_processor", None)
     if own is None:

@@ -56,6 +56,7 @@ EXACT = {
 
 def test_speeds_of_a_device_that_waits_for_python_are_called_host_bound() -> None:
     assert "host-bound: in a plain step the device worked 23%" in verdict([EXACT], 0.23)
+    assert not verdict([EXACT | {"prompts": 4}]).startswith("Use"), "chance has no part in so few"
     assert verdict([EXACT], 0.9) == verdict([EXACT], None) == verdict([EXACT])
 
 

@@ -168,7 +168,7 @@ def test_the_stock_decoder_ignores_what_ends_a_draft(tiny: Target) -> None:
     how = ExactDecoding(Heuristic(K))
     with exact_decoding(tiny.model, how):
         generate(tiny, ids, 30, assistant_model=assistant)
-    assert {len(r.drafts.tokens) for r in how.rounds[:-1]} != {K}
+    assert {len(r.drafts.tokens) for r in list(how.rounds)[:-1]} != {K}
 
 
 def test_rounds_are_those_of_a_decoder_that_recomputes_everything(tiny: Target) -> None:

@@ -421,6 +421,9 @@ def test_the_best_token_is_the_first_of_equals(vocabulary: int) -> None:
         assert torch.equal(best_tokens(logits), vocabulary - first)
 
 
+IDS = torch.zeros(20, 1, dtype=torch.long)  # which top-k and top-p do not read
+
+
 @pytest.mark.parametrize("top_k", [1, 5, 64, None])
 @pytest.mark.parametrize("top_p", [0.0, 0.3, 0.95, 1.0])
 def test_top_p_keeps_the_tokens_that_transformers_keeps(top_k: int | None, top_p: float) -> None:
@@ -430,9 +433,9 @@ def test_top_p_keeps_the_tokens_that_transformers_keeps(top_k: int | None, top_p
     logits[1] = -torch.inf
     logits[1, 7] = 0.0
     if top_k is not None:
-        logits = TopKLogitsWarper(top_k)(None, logits)
-    expected = TopPLogitsWarper(top_p)(None, logits)
-    found = kernels.QuickTopP(top_p)(None, logits)
+        logits = TopKLogitsWarper(top_k)(IDS, logits)
+    expected = TopPLogitsWarper(top_p)(IDS, logits)
+    found = kernels.QuickTopP(top_p)(IDS, logits)
     # Which of equals goes first, no sort promises.
     assert torch.equal(found[1:], expected[1:])
     assert torch.equal(found[0].sort().values, expected[0].sort().values)
