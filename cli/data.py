@@ -28,6 +28,7 @@ REGENERATE = Command(
         "server.url", "server.model", "server.api_key_env", "server.concurrency", "eval.prompts",
         "seed",
     ),
+    unnamed=(("eval.prompts", "null"),),
     required=("output_dir",),
 )  # fmt: skip
 
@@ -69,6 +70,7 @@ EXTRACT = Command(
         "data.teacher_top_k", "data.max_tokens", "data.prompts", "data.num_conversations",
         "data.max_new_tokens", "data.*", "head.kind", "eval.prompts", "seed",
     ),
+    unnamed=(("eval.prompts", "null"),),
     required=("output_dir",),
 )  # fmt: skip
 

@@ -136,4 +136,5 @@ CHECK = Command(
         "target.name", "target.adapters", "target.*", "data.prompts", "data.chat_template_kwargs",
         "data.*", "eval.prompts",
     ),
+    unnamed=(("data.prompts", "null"), ("eval.prompts", "null")),
 )  # fmt: skip

@@ -154,7 +154,8 @@ class SourceConfig(Section):
     path: Place
     """A local file (JSONL, Parquet, Arrow, CSV or plain text), a folder or glob of such files, the
     id of a Hugging Face dataset, or `builtin:NAME` of prompts that come with Headstart:
-    `chat_train`, `chat_eval`, `text_train`, `text_eval`, or a pattern such as `*_eval`."""
+    `chat_train`, `chat_eval`, `text_train`, `passages_train`, `text_eval`, `structured`, or a
+    pattern such as `*_eval`."""
     name: str | None = None
     """Configuration of a Hub dataset that has several."""
     split: str = "train"

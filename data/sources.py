@@ -170,7 +170,10 @@ def _files(path: Path) -> list[Path]:
         files = sorted(file for file in path.rglob("*") if file.is_file() and _kind(file))
         files = _without_stray(path, files)
         # README.md and LICENSE.txt stand beside many a data set, and are no prompts.
-        files = [file for file in files if _kind(file) != "text"] or files
+        beside = [file for file in files if _kind(file) != "text"]
+        if texts := len(files) - len(beside) if beside else 0:
+            print_once(f"{path}: {texts} text files beside others passed over: a glob names them")
+        files = beside or files
     else:
         matches = sorted(map(Path, glob.glob(str(path), recursive=True)))
         files = [file for file in matches if file.is_file() and _kind(file)]
