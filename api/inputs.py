@@ -98,6 +98,11 @@ class Work:
                 f"target.{given[0]} is of a target in files, and the model is in memory: leave it "
                 "out"
             )
+        if not self.kept and tree.get("output_dir") is not None:
+            raise ValueError(
+                f"config has output_dir={tree['output_dir']}, and what is not kept is of the time "
+                "being: give it as the argument output_dir, or leave it out"
+            )
         overrides = [*own, ("output_dir", str(self.out)), *self.overrides, *more]
         return load_settings(path, overrides, [*defaults, *self.defaults])
 

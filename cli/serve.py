@@ -98,6 +98,8 @@ def _serve_check(args: argparse.Namespace) -> None:
         raise ValueError("serve-check writes the weights for the engine: no target.quantization")
     if litert and t.dtype != "float32":
         raise ValueError("LiteRT-LM computes in float32 on a CPU: leave target.dtype out")
+    if chosen is None:
+        raise ValueError("serve-check asks prompts, and eval is null: give eval.prompts=SET")
     if len(chosen.num_assistant_tokens) != 1:
         raise ValueError("serve-check drafts with one K: eval.num_assistant_tokens=4")
     dtype: Any = settings.export.dtype or "float32"

@@ -109,9 +109,13 @@ def stop_signals() -> Iterator[list[float]]:
     """A list that fills when the process is asked to stop.
 
     A second signal that comes later than `IMPATIENCE` stops at once, nothing saved. One that
-    comes sooner is the same request: launchers pass on what the terminal sent to all.
+    comes sooner is the same request: launchers pass on what the terminal sent to all. Signals reach
+    the main thread alone: in another one the list stays empty.
     """
     received: list[float] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
 
     def note(number: int, frame: FrameType | None) -> None:
         now = time.monotonic()

@@ -3,6 +3,7 @@ one.
 """
 
 import difflib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -231,6 +232,8 @@ def _keys(parents: list[str], section: type[BaseModel]) -> list[str]:
     return list(section.model_fields)
 
 
+OTHER_BASES = re.compile(r"[-+]?(\d[\d_]*(:[0-5]?\d)+(\.\d*)?|0\d+)")
+"""Numbers of YAML 1.1 that say something else to anybody."""
 MOST = 100_000  # values of a file, each counted wherever it is referred to
 NULLS = ("", "~", "null", "Null", "NULL", "None")  # None: as the settings' descriptions call it
 
@@ -272,7 +275,8 @@ class _Loader(yaml.SafeLoader):
 
     def construct_word(self, node: yaml.ScalarNode) -> Any:
         kind = node.tag.rpartition(":")[2]
-        if kind == "timestamp":
+        # YAML 1.1 reads 1:30:00 as a number of seconds and 010 as eight.
+        if kind == "timestamp" or OTHER_BASES.fullmatch(node.value):
             return node.value
         try:
             value = getattr(self, f"construct_yaml_{kind}")(node)

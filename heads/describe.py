@@ -28,10 +28,11 @@ from transformers.utils import cached_file
 
 from headstart.common.console import plain_console
 from headstart.configs.schema import HeadConfig
+from headstart.heads.adapters import split_revision
 from headstart.heads.admission import reading
 from headstart.heads.kinds import head_kinds, kind_of
 from headstart.heads.pairing import check_shapes
-from headstart.heads.saving import load_assistant_config
+from headstart.heads.saving import load_assistant_config, split_pair
 from headstart.heads.target import SUPPORTED
 
 WEIGHTS = "model.safetensors"
@@ -93,7 +94,9 @@ def describe(path: str | Path, target_config: Any | None = None) -> dict[str, An
             parts.setdefault(t.part, Counter())[t.dtype] += t.bytes
         num_assistant_tokens = None
         with suppress(OSError):  # there need not be a generation_config.json
-            num_assistant_tokens = GenerationConfig.from_pretrained(path).num_assistant_tokens
+            name, revision = split_revision(split_pair(path)[0])
+            settings = GenerationConfig.from_pretrained(name, revision=revision)
+            num_assistant_tokens = settings.num_assistant_tokens
         figures: dict[str, Any] = {
             "architecture": config.architectures[0],
             "kind": kind_of(config).name,
@@ -146,7 +149,8 @@ def _cost(config: Any, tensors: list[_Tensor], target_config: Any | None) -> dic
 def _header(path: str | Path) -> tuple[Path, list[_Tensor]]:
     """The file of weights and what its header lists."""
     with reading(f"no readable {WEIGHTS} at {path}"):
-        file, tensors = Path(cached_file(path, WEIGHTS)), []
+        name, revision = split_revision(split_pair(path)[0])
+        file, tensors = Path(cached_file(name, WEIGHTS, revision=revision)), []
         with safe_open(file, framework="pt") as weights:
             for name in weights.keys():  # noqa: SIM118
                 entry = weights.get_slice(name)

@@ -171,6 +171,8 @@ def engine_python(engine: Engine) -> Path:
     """
     if not (engine_folder(engine) / READY).is_file():
         raise ValueError(f"{engine} is not installed: headstart install {engine}")
+    if _is_outdated(engine):
+        raise ValueError(f"another {engine} is installed: headstart install {engine} renews it")
     return engine_folder(engine) / "bin" / "python"
 
 
@@ -189,8 +191,9 @@ def install_engine(engine: Engine) -> Path:
         RuntimeError: Python or pip failed, with the end of what it said.
     """
     folder = engine_folder(engine)
-    if (folder / READY).is_file():
+    if (folder / READY).is_file() and not _is_outdated(engine):
         return folder
+    (folder / READY).unlink(missing_ok=True)
     # A virtual environment knows its own place: it is made there, and counts once it is whole.
     made = run_python(sys.executable, "-m", "venv", "--clear", str(folder.absolute()))
     if made.returncode:
@@ -206,8 +209,14 @@ def install_engine(engine: Engine) -> Path:
         if run_python(python, "-c", f"import {library}").returncode:
             uninstall = ("uninstall", "--quiet", "--yes", library)
             run_python(python, "-m", "pip", *uninstall).check_returncode()
-    (folder / READY).touch()
+    (folder / READY).write_text("\n".join(REQUIREMENTS[engine]), encoding="utf-8")
     return folder
+
+
+def _is_outdated(engine: Engine) -> bool:
+    """Whether an environment is of other requirements than today's; earlier ones do not say."""
+    said = (engine_folder(engine) / READY).read_text(encoding="utf-8")
+    return said not in ("", "\n".join(REQUIREMENTS[engine]))
 
 
 def _pip(folder: Path, requirements: list[str]) -> str:

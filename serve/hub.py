@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
@@ -103,8 +103,16 @@ def _is_of_the_network(error: BaseException) -> bool:
     return type(error).__module__.startswith(("httpx", "httpcore"))
 
 
+OURS = re.compile(
+    r"(adapter_)?(config\.json|model(-\d+-of-\d+)?\.safetensors)|model\.safetensors\.index\.json|"
+    r"evaluation/(report\.(json|md|html)|adapt\.(md|png))"
+)
+"""What an earlier publication may have left in a repository that is of another head."""
+
+
 def upload(folder: Path, repo_id: str, options: PublishConfig) -> str:
-    """Upload a folder in one commit; returns where it is. Large files that an earlier try has
+    """Upload a folder in one commit, which takes out what is left there of a head in another form;
+    returns where it is. Large files that an earlier try has
     brought there are not sent again.
 
     Args:
@@ -128,10 +136,17 @@ def upload(folder: Path, repo_id: str, options: PublishConfig) -> str:
             )
         if options.branch is not None:
             api.create_branch(repo_id, branch=options.branch, exist_ok=True)
+        there = api.model_info(repo_id, revision=options.branch).siblings or []
+        added = {path.relative_to(folder).as_posix(): path for path in files}
+        # An adapter beside a whole head, or figures beside those of another, would be read too.
+        old = [one.rfilename for one in there if OURS.fullmatch(one.rfilename)]
         # Not `upload_folder`, which makes several commits where hf_xet is installed.
         commit = api.create_commit(
             repo_id,
-            [CommitOperationAdd(str(path.relative_to(folder)), path) for path in files],
+            [
+                *(CommitOperationAdd(name, path) for name, path in added.items()),
+                *(CommitOperationDelete(name) for name in old if name not in added),
+            ],
             commit_message="Publish a draft head",
             revision=options.branch,
             create_pr=options.create_pr,

@@ -1,5 +1,6 @@
 """A head as the folder of a repository of the Hub, checked against its report."""
 
+import copy
 import json
 import re
 import shutil
@@ -45,6 +46,7 @@ SETTINGS, EVALUATION = "training_config.yaml", "evaluation"
 # What an earlier publication may have left in its folder and in `evaluation/` there.
 WRITTEN = ("*.json", "*.safetensors", "*.jinja", "*.model", "README.md", "NOTICE", SETTINGS)
 TOLD = ("report.*", "adapt.md", "*.png")
+COMMANDS = re.compile(r"^```sh\n.*?^```\n+", re.DOTALL | re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -126,9 +128,7 @@ def build_folder(what: Publication, out: Path) -> list[Path]:
     evaluated = _evaluated(report, run.head)
     target_config, tokenizer = _load_target(what, config.target, report["environment"])
     names = _public_names(what, config, served, report, evaluated)
-    report = without_paths(
-        report if what.options.include_texts else report | {"examples": []}, names
-    )
+    report = without_paths(report if what.options.include_texts else _without_texts(report), names)
     config = Config.model_validate(without_paths(config.model_dump(mode="json"), names))
     # Whoever trains by these settings decides for himself whose code may run.
     distrustful = config.target.model_copy(update={"trust_remote_code": False})
@@ -183,7 +183,9 @@ def _write(run: _Run, p: Published, tokenizer: Any, names: dict[str, str], work:
     evaluation.mkdir()
     write_report(p.report, evaluation)
     if (told := run.folder / "adapt.md").exists():
-        text = without_paths(_own(told).read_text(encoding="utf-8"), names)
+        # Its command line has paths in words of many forms.
+        text = COMMANDS.sub("", _own(told).read_text(encoding="utf-8"))
+        text = without_paths(text, names)
         (evaluation / told.name).write_text(text, encoding="utf-8")
     for picture in run.pictures:
         shutil.copyfile(_own(picture), evaluation / picture.name)
@@ -191,6 +193,16 @@ def _write(run: _Run, p: Published, tokenizer: Any, names: dict[str, str], work:
     if (wanted := notice(p.license, p.served.name)) is not None:
         (work / "NOTICE").write_text(wanted, encoding="utf-8")
     drop_remote_code(work)
+
+
+def _without_texts(report: dict[str, Any]) -> dict[str, Any]:
+    """A report without what its target wrote: the examples, and the values that a JSON schema's
+    complaint repeats."""
+    report = copy.deepcopy(report) | {"examples": []}
+    for result in report["results"]:
+        for text in (result.get("structured") or {}).get("invalid", []):
+            text["why"] = "not told"
+    return report
 
 
 def _check_ours(out: Path) -> None:

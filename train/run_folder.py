@@ -415,8 +415,11 @@ def _facts(view: RunView) -> dict[str, str]:
     saved = checkpoints(view.folder / "checkpoints")
     facts["checkpoints"] = ", ".join(path.name for path in saved) or "none"
     if view.status["state"] not in ("running", "finished"):
-        config = shlex.quote(str(view.folder / "config.yaml"))
-        facts["to go on"] = f"headstart train --config {config} --resume"
+        # The folder may have moved, or be looked at from another one.
+        config, out = str(view.folder / "config.yaml"), f"output_dir={view.folder}"
+        command = shlex.join(["headstart", "train", "--config", config, out, "--resume"])
+        adapted = (view.folder.parent / "notes.json").is_file()
+        facts["to go on"] = "give the same headstart adapt command again" if adapted else command
     return facts
 
 

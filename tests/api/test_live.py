@@ -327,6 +327,10 @@ WRONG: dict[str, tuple[Any, Any, Any, Any, str]] = {
         plain(), byte_tokenizer(), Dataset.from_list([{"a": "b"}]), QUICK, "no recognized column",
     ),
     "no configuration": (plain(), byte_tokenizer(), ROWS, {"seed": 1}, "give headstart.configs"),
+    "folder of the configuration": (
+        plain(), byte_tokenizer(), ROWS, QUICK.model_copy(update={"output_dir": Path("runs/x")}),
+        "give it as the argument output_dir",
+    ),
     "two targets": (plain(), byte_tokenizer(), ROWS, OTHER, "target.name is of a target in files"),
 }  # fmt: skip
 

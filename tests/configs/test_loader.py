@@ -33,6 +33,10 @@ def test_overrides_win_over_the_file_and_are_typed() -> None:
     config = load_config(CONFIGS / "tiny.yaml", ["train.max_steps=7", "train.warmup_steps=2"])
     assert (config.train.max_steps, config.train.warmup_steps) == (7, 2)
     assert load_config(CONFIGS / "tiny.yaml", ["eval=null"]).eval is None
+    assert (
+        load_config(CONFIGS / "tiny.yaml", ["data.num_conversations=0100"]).data.num_conversations
+        == 100
+    )
 
 
 @pytest.mark.parametrize(
@@ -44,6 +48,7 @@ def test_overrides_win_over_the_file_and_are_typed() -> None:
         ),
         ("trian.steps=1", "no key trian; the nearest valid key is train"),
         ("train.max_steps=many", "train.max_steps: Input should be a valid integer"),
+        ("train.max_minutes=1:30:00", "train.max_minutes: Input should be a valid number"),
         ("train.warmup_steps=600", "warmup_steps=600 must be below max_steps=60"),
         ("data.temperatures=[-1]", "data: temperatures needs"),
         ("train.max_steps", "not of the form section.key=value"),

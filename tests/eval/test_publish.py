@@ -302,3 +302,14 @@ def test_an_adapter_of_a_head_is_published_as_a_peft_adapter(
     plan = ("--plan", f"output_dir={tmp_path / 'whole'}")
     assert publish(folder, *plan, "publish.merge_adapter=true") == 0
     assert (tmp_path / "whole" / "model.safetensors").is_file()
+    # The other form in the same repository leaves nothing of the first, which would be read too.
+    upload(out, "org/both", PublishConfig())
+    hub.repositories["org/both"].revisions["main"]["notes.md"] = b"mine"
+    upload(tmp_path / "whole", "org/both", PublishConfig())
+    whole = {path.relative_to(tmp_path / "whole").as_posix()
+             for path in (tmp_path / "whole").rglob("*") if path.is_file()}  # fmt: skip
+    assert "adapter_model.safetensors" not in whole
+    kept = set(hub.repositories["org/both"].files("main"))
+    assert whole < kept
+    assert "notes.md" in kept
+    assert not {"adapter_config.json", "adapter_model.safetensors"} & kept

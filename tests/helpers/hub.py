@@ -83,6 +83,8 @@ class Hub:
             value = line["value"]
             if line["key"] == "file":
                 files[value["path"]] = base64.b64decode(value["content"])
+            if line["key"] == "deletedFile":
+                del files[value["path"]]
             if line["key"] == "lfsFile":
                 files[value["path"]] = self.large[value["oid"]]
 

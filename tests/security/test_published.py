@@ -64,6 +64,17 @@ def test_a_link_to_a_secret_in_the_folder_of_a_head_does_not_publish_it(
         assert not out.exists()
 
 
+def test_the_command_of_an_adaptation_stays_at_home(folder: Path, tmp_path: Path) -> None:
+    (folder / "adapt.md").write_text(
+        "# Adaptation\n\n```sh\nheadstart adapt h --config /mnt/" + SECRET + "/a.yaml "
+        "'data.prompts=[{path: ~/" + SECRET + "/q.jsonl}]'\n```\n\nThe end.\n"
+    )
+    assert publish(folder, tmp_path / "out") == 0
+    assert held(tmp_path / "out", SECRET) == []
+    told = (tmp_path / "out" / "evaluation" / "adapt.md").read_text()
+    assert told == "# Adaptation\n\nThe end.\n"
+
+
 @pytest.mark.parametrize("name", ["adapt.md", "progress.png"])
 def test_a_link_in_place_of_what_a_run_tells_is_refused(
     name: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

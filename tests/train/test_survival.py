@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +20,7 @@ import pytest
 import torch
 
 from headstart.common.children import HOST
-from headstart.common.signals import Interrupted
+from headstart.common.signals import Interrupted, stop_signals
 from headstart.configs.schema import Config
 from headstart.train import loop
 from headstart.train import run as run_module
@@ -176,6 +177,19 @@ FILES += ["config.yaml", "state.json"]
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("how", ["flipped", "missing", "cut short"])
+def test_a_thread_that_gets_no_signals_trains_too() -> None:
+    received: list[list[float]] = []
+
+    def enter() -> None:
+        with stop_signals() as stop:
+            received.append(stop)
+
+    thread = threading.Thread(target=enter)
+    thread.start()
+    thread.join()
+    assert received == [[]]
+
+
 def test_a_damaged_checkpoint_is_refused_by_name_and_the_one_before_it_offered(
     name: str, how: str, damaged: Path
 ) -> None:
