@@ -175,8 +175,6 @@ FILES = ["head.safetensors", "optimizer.safetensors", "average.safetensors"]
 FILES += ["config.yaml", "state.json"]
 
 
-@pytest.mark.parametrize("name", FILES)
-@pytest.mark.parametrize("how", ["flipped", "missing", "cut short"])
 def test_a_thread_that_gets_no_signals_trains_too() -> None:
     received: list[list[float]] = []
 
@@ -190,6 +188,8 @@ def test_a_thread_that_gets_no_signals_trains_too() -> None:
     assert received == [[]]
 
 
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("how", ["flipped", "missing", "cut short"])
 def test_a_damaged_checkpoint_is_refused_by_name_and_the_one_before_it_offered(
     name: str, how: str, damaged: Path
 ) -> None:
