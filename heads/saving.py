@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
+from transformers.utils import cached_file
 
 from headstart.common.files import atomic_folder, drop_remote_code
 from headstart.configs.schema import DraftPositionOffset, LoraConfig
@@ -38,6 +39,7 @@ OFFSET_BEFORE = "headstart_rope_position"  # in heads of earlier versions, which
 BEFORE: dict[str, DraftPositionOffset] = {"newest": 0, "one_earlier": -1, "both": "mixed"}
 OF_OTHERS: DraftPositionOffset = 0  # where transformers and Google's heads put drafts
 VARIABLES = "headstart_chat_template_kwargs"  # there too: of the texts that it was trained on
+NOTES = "headstart_config.json"  # beside an adapter: what config.json says of the head with it
 
 
 def save_assistant(
@@ -117,6 +119,7 @@ def load_assistant(
     model = load_whole(cls, head, name, revision=revision, dtype=first)
     if adapter is not None:
         model = add_adapters(model, [adapter], merge=True)
+        _take_notes(model.config, adapter)
     check_weights(model, str(path))
     check_alive(model, str(path))
     return model.to(device, dtype).eval()
@@ -196,7 +199,7 @@ def load_assistant_config(path: str | Path) -> Any:
         ValueError: there is no head at `path`, the folder holds another kind of model, or its
             config.json says what cannot be.
     """
-    path, _ = split_pair(path)
+    path, adapter = split_pair(path)
     name, revision = split_revision(path)
     if (Path(name) / "head" / "config.json").is_file():
         raise ValueError(f"{name} is a run folder: its head is {Path(name) / 'head'}")
@@ -211,7 +214,31 @@ def load_assistant_config(path: str | Path) -> Any:
         )
     with reading(path, "cannot be a head"):
         check_values(config.get_text_config(), path)
+    if adapter is not None:
+        _take_notes(config, adapter)
     return config
+
+
+def _take_notes(config: Any, adapter: str) -> None:
+    """Put what is noted of a head with its adapter in place of what is noted of it without: beside
+    the adapter, or in the head that was saved around it. Of others' adapters nothing is known."""
+    name, revision = split_revision(adapter)
+    around = Path(name).parent / "config.json"
+    if Path(name).is_dir():
+        path = Path(name) / NOTES
+        file = path if path.is_file() or Path(name).name != ADAPTER else around
+        found = str(file) if file.is_file() else None
+    else:
+        found = cached_file(
+            name, NOTES, revision=revision, _raise_exceptions_for_missing_entries=False
+        )
+    with reading(f"what is noted of {adapter} cannot be read"):
+        content = {} if found is None else json.loads(Path(found).read_text(encoding="utf-8"))
+    for key in (MADE_FOR, OFFSET, OFFSET_BEFORE, VARIABLES):
+        if hasattr(config, key):
+            delattr(config, key)
+        if key in content:
+            setattr(config, key, content[key])
 
 
 ADAPTER = "adapter"  # its name within the model, and of its folder beside the head
@@ -274,10 +301,15 @@ def scalings_of(assistant: nn.Module) -> dict[str, float]:
 
 
 def write_adapter(
-    head: Path, adapter: dict[str, torch.Tensor], lora: LoraConfig, base: str
+    head: Path,
+    adapter: dict[str, torch.Tensor],
+    lora: LoraConfig,
+    base: str,
+    notes: Mapping[str, Any],
 ) -> None:
     """Write the folder `adapter` beside the folder of a head: what `without_lora` gives as the
-    adapter, which peft loads onto the head at `base`, a folder or a Hub id."""
+    adapter, which peft loads onto the head at `base`, a folder or a Hub id, and the notes of the
+    head with it."""
     config = _peft_config(lora)
     # Those that have some: of what merely passes through, peft could make no adapter.
     changed = {name.removeprefix(PREFIX).rpartition(".lora_")[0] for name in adapter}
@@ -286,5 +318,7 @@ def write_adapter(
     folder = head / ADAPTER
     folder.mkdir()
     config.save_pretrained(folder)
+    text = json.dumps(notes, indent=2, sort_keys=True) + "\n"
+    (folder / NOTES).write_text(text, encoding="utf-8")
     tensors = {name: tensor.contiguous().cpu() for name, tensor in adapter.items()}
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})

@@ -104,7 +104,7 @@ def _is_of_the_network(error: BaseException) -> bool:
 
 
 OURS = re.compile(
-    r"(adapter_)?(config\.json|model(-\d+-of-\d+)?\.safetensors)|model\.safetensors\.index\.json|"
+    r"headstart_config\.json|(adapter_)?(config\.json|model(-\d+-of-\d+)?\.safetensors)|model\.safetensors\.index\.json|"
     r"evaluation/(report\.(json|md|html)|adapt\.(md|png))"
 )
 """What an earlier publication may have left in a repository that is of another head."""

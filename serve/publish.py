@@ -41,7 +41,7 @@ HEAD_FILES = re.compile(
     r"config\.json|generation_config\.json|model(-\d+-of-\d+)?\.safetensors|"
     r"model\.safetensors\.index\.json"
 )
-ADAPTER_FILES = re.compile(r"adapter_config\.json|adapter_model\.safetensors")
+ADAPTER_FILES = re.compile(r"(adapter|headstart)_config\.json|adapter_model\.safetensors")
 SETTINGS, EVALUATION = "training_config.yaml", "evaluation"
 # What an earlier publication may have left in its folder and in `evaluation/` there.
 WRITTEN = ("*.json", "*.safetensors", "*.jinja", "*.model", "README.md", "NOTICE", SETTINGS)

@@ -63,14 +63,14 @@ def export_head(head: DraftHead, target: Target, config: Config, trained: bool =
     """
     h, dtype, assistant = config.head, target.table.dtype, head.assistant
     weights = {name: full_tensor(tensor) for name, tensor in assistant.state_dict().items()}
-    beside = None
-    if h.lora is not None:
-        weights, adapter = without_lora(weights, scalings_of(assistant), dtype)
-        beside = partial(write_adapter, adapter=adapter, lora=h.lora, base=h.init_from)
     notes = kept_notes(assistant.config, target.identity)
     if trained:
         variables = template_variables(config.data)
         notes |= trained_notes(assistant.config, config.train.draft_position_offset, variables)
+    beside = None
+    if h.lora is not None:
+        weights, adapter = without_lora(weights, scalings_of(assistant), dtype)
+        beside = partial(write_adapter, adapter=adapter, lora=h.lora, base=h.init_from, notes=notes)
     with full_weights(head):
         if PartialState().is_main_process:
             save_assistant(

@@ -1,6 +1,7 @@
 """What of a head is trained: an adapter, some parts; and when its training ends."""
 
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,34 @@ def test_an_adapter_of_every_kind_loads_onto_its_head(
     before = load_assistant(start, torch.float32).state_dict()
     assert all(torch.equal(whole[name], pair[name]) for name in whole)
     assert any(not torch.equal(whole[name], before[name]) for name in whole)
+
+
+def notes_of(config: Any) -> dict[str, Any]:
+    return {key: v for key, v in config.to_dict().items() if key.startswith("headstart_")}
+
+
+def test_a_head_with_an_adapter_is_known_by_the_adapters_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Target, place of its drafts and template variables: not those that the head had before."""
+    take_every_head(monkeypatch)
+    start = finished(load_target("tiny-gemma4", "float32"), tmp_path / "start", FULL)
+    settings = [f"head.init_from={start}", "head.lora={}", *SHORT, "head.num_centroids=null"]
+    settings += ["head.use_ordered_embeddings=false", "train.draft_position_offset=-1"]
+    train(tiny_config(tmp_path / "run", *settings))
+    folder = tmp_path / "run" / "head"
+    wanted, alone = (notes_of(load_assistant_config(path)) for path in (folder, start))
+    assert wanted["headstart_draft_position_offset"] == -1
+    assert wanted != alone
+    shutil.copytree(folder / "adapter", tmp_path / "elsewhere")
+    for adapter in (folder / "adapter", tmp_path / "elsewhere"):
+        pair = f"{start}+{adapter}"
+        assert notes_of(load_assistant_config(pair)) == wanted
+        assert notes_of(load_assistant(pair, torch.float32).config) == wanted
+        (adapter / "headstart_config.json").unlink()
+    # Of an earlier version: the head around it says it, and alone it is anybody's.
+    assert notes_of(load_assistant_config(f"{start}+{folder / 'adapter'}")) == wanted
+    assert not notes_of(load_assistant_config(f"{start}+{tmp_path / 'elsewhere'}"))
 
 
 def test_an_adapters_run_goes_on_as_if_never_stopped(
