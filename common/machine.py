@@ -62,6 +62,13 @@ def _processor() -> str:
     return named[1].strip() if named else platform.processor() or platform.machine()
 
 
+def release_memory(device: torch.device) -> None:
+    """Give back what nothing refers to any more, cycles of references included."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 def peak_memory(device: torch.device, call: Callable[[], object]) -> int | None:
     """Bytes that `call` held at most, beyond what was held before it.
 

@@ -19,11 +19,10 @@ from headstart.common.machine import environment
 from headstart.configs.schema import EvalConfig
 from headstart.data.conversations import stable_hash
 from headstart.data.prompts import Prompt, limit_evenly, load_prompt_set, tell_schemas
-from headstart.eval.decoding import Decoded, decode, kernels_of
+from headstart.eval.decoding import decode, kernels_of
 from headstart.eval.draft_cost import (
     COST_CONTEXT,
     MAX_DRAFT_TOKENS,
-    Costs,
     longest_draft,
     measure_costs,
 )
@@ -74,6 +73,7 @@ def first_figures(
     ks = chosen.num_assistant_tokens or [MAX_DRAFT_TOKENS]  # decoders may choose K themselves
     looked_up = summarize(_texts(target, loaded, chosen, max(ks), asked), max(ks), None)
     costs = measure_costs(target, assistant, longest_draft(chosen), BUDGET)
+    measured = {name: costs[name] for name in DECODERS if name in costs}
     kept = (
         "acceptance_length", "acceptance_length_interval", "speedup", "speedup_interval", "texts",
         "loops", "new_tokens",
@@ -87,8 +87,10 @@ def first_figures(
             "time_to_first_token": looked_up["baseline_time_to_first_token"],
         },
         "lookup": {"num_assistant_tokens": max(ks)} | {key: looked_up[key] for key in kept},
-        "break_even": {name: _break_even(costs[name], ks) for name in DECODERS if name in costs},
-        "draft_step": {name: costs[name].c for name in DECODERS if name in costs},
+        "break_even": {  # K*c + v(K), by K
+            name: {str(k): own.of_round(k) for k in ks} for name, own in measured.items()
+        },
+        "draft_step": {name: own.c for name, own in measured.items()},
     }
     write_atomically(out / NAME, json.dumps(content, indent=2) + "\n")
     return _read(out / NAME)
@@ -109,22 +111,14 @@ def _texts(
             if texts and time.perf_counter() - began > BUDGET:
                 break
             ways: list[int | None] = [None, k] if number % 2 == 0 else [k, None]
-            done = {way: _decode(target, ids, chosen, way) for way in ways}
+            new = chosen.max_new_tokens
+            done = {way: decode(target, ids, new, num_assistant_tokens=way) for way in ways}
             plain, drafted = done[None], done[k]
             texts.append(Text(
                 prompt.id, 0, prompt.category, len(ids), plain, drafted, None, None, seed=None,
                 spans=spans_of_tokens(target.tokenizer, ids, drafted.tokens, target.eos_ids),
             ))  # fmt: skip
     return texts
-
-
-def _decode(target: Target, ids: list[int], chosen: EvalConfig, k: int | None) -> Decoded:
-    return decode(target, ids, chosen.max_new_tokens, num_assistant_tokens=k)
-
-
-def _break_even(costs: Costs, ks: list[int]) -> dict[str, float]:
-    """K*c + v(K), by K."""
-    return {str(k): costs.of_round(k) for k in ks}
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -6,13 +6,14 @@ a file is banned there: `make check` holds both.
 
 import ast
 import os
-import runpy
 import subprocess
 import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
+
+from tests.helpers.import_graph import import_graph
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("common", "configs", "heads", "data", "eval", "train", "serve", "api", "cli")
@@ -80,6 +81,5 @@ def test_modules_of_tests_share_through_helpers_alone(path: Path) -> None:
 
 
 def test_no_two_modules_need_each_other() -> None:
-    """Imports within functions count too; docs/import_graph.py draws the same graph."""
-    graph = runpy.run_path(str(ROOT / "docs" / "import_graph.py"))["import_graph"]()
-    TopologicalSorter(graph).prepare()
+    """Imports within functions count too."""
+    TopologicalSorter(import_graph()).prepare()

@@ -4,7 +4,6 @@ import math
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM
 
@@ -43,12 +42,12 @@ LAUNCHES = {
 """Ways to run whose memory a plan says."""
 
 
-def print_plan(config: Config, console: Console | None = None) -> None:
+def print_plan(config: Config) -> None:
     """Print `plan(config)` as a table."""
     table = Table(title=f"Plan of {config.output_dir}", show_header=False)
     for name, value in plan(config).items():
         table.add_row(name, value)
-    (console or plain_console()).print(table)
+    plain_console().print(table)
 
 
 def plan(config: Config) -> dict[str, str]:
@@ -116,11 +115,6 @@ def _plan_steps(c: TrainConfig, d: DataConfig, each: int, rows: int) -> str:
     return f"{math.ceil(c.num_epochs * d.num_conversations / each):,}: {passes}"
 
 
-def _head_config(source: Any, h: HeadConfig, drafts: int) -> Any:
-    """From the shapes of the target, or of the head that it starts from."""
-    return head_config(source, published_head(h.init_from) or h, drafts)
-
-
 def _plan_step(
     c: Any, source: Any, trained: int, rows: int, drafts: int, run: int
 ) -> dict[str, str]:
@@ -153,7 +147,8 @@ def run_shapes(config: Config) -> RunShapes:
     published = published_config(t.name)
     whole = published or load_target_config(t.name, t.revision, t.trust_remote_code)
     text = whole.get_text_config()
-    head = _head_config(text, config.head, config.train.num_speculative_steps)
+    start = published_head(config.head.init_from) or config.head
+    head = head_config(text, start, config.train.num_speculative_steps)
     return RunShapes(text, target_size(whole), head, head_size(head, text, config.head))
 
 

@@ -1,6 +1,5 @@
 """The story of a run: target, data, head, training, ordered embeddings, evaluation."""
 
-import gc
 import json
 import shlex
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from headstart.common.machine import (
     free_memory,
     is_out_of_memory,
     random_numbers_kept,
+    release_memory,
 )
 from headstart.common.processes import join_processes, reduce_in_float32
 from headstart.configs.schema import Config, EvalConfig, HeadConfig
@@ -51,6 +51,7 @@ from headstart.train.estimate import (
     estimate_run,
 )
 from headstart.train.loop import train_head
+from headstart.train.memory import cached_rows, kv_bytes
 from headstart.train.ordering import order_best
 from headstart.train.run_folder import (
     drop_metrics_after,
@@ -246,9 +247,7 @@ def look_ahead(config: Config, planned: PlannedDocuments, schedule: Schedule) ->
                 figures = first_figures(target, served, config.eval, asked, config.output_dir)
             print_first_figures(figures)
     del assistant
-    if target.device.type == "cuda":
-        gc.collect()
-        torch.cuda.empty_cache()
+    release_memory(target.device)
 
 
 def next_commands(config: Config) -> list[str]:
@@ -376,9 +375,7 @@ def _measure(
     the launch `together`: what the report holds, and the bytes that the same takes in float32."""
     # The target of before would leave no room for this one on a GPU. Cycles of references hold it,
     # such as those of FSDP2's communication context, which go with a collection alone.
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+    release_memory(device)
     target = (open_whole if together else load_served)(config.target, device)
     head = config.output_dir / "head"
     assistant = load_assistant(head, getattr(torch, config.target.dtype), device)
@@ -401,13 +398,8 @@ def float32_bytes(target: Target, assistant: PreTrainedModel, tokens: int) -> in
         for model in (target.model, assistant)
         for p in model.parameters()
     )
-    config = target.config
-    own = config.num_hidden_layers - getattr(config, "num_kv_shared_layers", 0)
-    values = 0
-    for layer_type, layer in zip(config.layer_types, config.per_layer_config[:own], strict=False):
-        rows = tokens if layer_type == "full_attention" else min(tokens, config.sliding_window)
-        values += 2 * layer.num_key_value_heads * layer.head_dim * rows
-    return weights + 4 * values
+    rows = cached_rows(target.config, tokens)
+    return weights + sum(kv_bytes(target.config, i, 4) * n for i, n in enumerate(rows))
 
 
 def _measure_in_float32(
@@ -431,9 +423,7 @@ def _measure_in_float32(
     again += [f"output_dir={out}"]
     elsewhere = f". Where there is as much: {shlex.join(again)}"
     size = f"{needed / 2**30:.2f} GiB"
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+    release_memory(device)
     # The weights of a GGUF file are computed in the memory of the CPU on their way to a GPU.
     on_cpu = [torch.device("cpu")] if config.target.name.endswith(".gguf") else []
     for place in dict.fromkeys([device, *on_cpu]):

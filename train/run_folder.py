@@ -389,9 +389,9 @@ def _name(folder: Path, root: Path) -> str:
     return str(folder.relative_to(root)) if folder != root else str(root)
 
 
-def print_run(folder: Path, console: Console | None = None) -> None:
+def print_run(folder: Path) -> None:
     """Print all that a run folder says, and draw its picture into it."""
-    view, console = read_run(folder), console or plain_console()
+    view, console = read_run(folder), plain_console()
     table = Table(title=str(folder), show_header=False)
     for name, value in _facts(view).items():
         table.add_row(name, value)

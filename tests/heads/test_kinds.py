@@ -6,7 +6,6 @@ import importlib.util
 import json
 import os
 import re
-import runpy
 import signal
 import sys
 from collections.abc import Iterator
@@ -55,6 +54,7 @@ from headstart.train.plan import plan
 from headstart.train.run import run, train
 from tests.helpers.checkpoints import make_adapter
 from tests.helpers.heads import greedy_document, order_by_target, overfit
+from tests.helpers.import_graph import import_graph
 from tests.helpers.models import FAMILIES, make_target
 from tests.helpers.runs import ROOT, SHORT, metrics, publish, tiny_config, weights
 from tests.helpers.stock import training_logits
@@ -89,7 +89,7 @@ def kind_of_the_page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]
 def test_what_trains_and_evaluates_knows_no_kind() -> None:
     """Each costs its own file alone; that of the page is no part of the package."""
     files = {f"heads/{name}" for name in kinds.BUILT_IN}
-    graph = runpy.run_path(str(ROOT / "docs" / "import_graph.py"))["import_graph"]()
+    graph = import_graph()
     assert files <= graph.keys()
     common = ("train/", "eval/", "cli/", "data/")
     assert [name for name in graph if name.startswith(common) and files & set(graph[name])] == []
