@@ -133,7 +133,7 @@ def evaluate_head(
         more: list[Override] = []
         if data is not None:
             more.append(("eval.prompts", work.prompts(data, "eval_prompts.jsonl")))
-        settings = work.settings(config, more)
+        settings = work.settings(config, more, makes_head=False)
         name = path if isinstance(head, str | Path) else "head"
         report = evaluate_heads({name: path}, settings.of_run(), work.device)
         _tell_kept(work)
@@ -204,7 +204,7 @@ def publish_head(
     if model is None:
         return _publish(Publication(folder, repo_id, chosen), output_dir, plan)
     with work_on(model, tokenizer, None) as work:
-        t = work.settings(None).target
+        t = work.settings(None, makes_head=False).target
         what = Publication(folder, repo_id, chosen, t.name, tuple(t.adapters))
         return _publish(what, output_dir, plan)
 

@@ -66,6 +66,7 @@ class Work:
         config: Config | str | Path | None,
         more: Sequence[Override] = (),
         defaults: Sequence[tuple[str, Any]] = (),
+        makes_head: bool = True,
     ) -> Settings:
         """The settings of a call.
 
@@ -73,10 +74,11 @@ class Work:
             config: built in code, or the name or file of a recipe; None: the defaults.
             more: what the call itself says.
             defaults: where neither says anything.
+            makes_head: whether hours of work would go with a folder of the time being.
 
         Raises:
-            ValueError: it is something else, a combination cannot work, or it names a target
-                beside the model in memory.
+            ValueError: it is something else, a combination cannot work, it names a target beside
+                the model in memory, or a folder in which the head would not be kept.
         """
         own: list[Override] = []
         chosen: dict[str, Any] = {}
@@ -98,7 +100,7 @@ class Work:
                 f"target.{given[0]} is of a target in files, and the model is in memory: leave it "
                 "out"
             )
-        if not self.kept and tree.get("output_dir") is not None:
+        if makes_head and not self.kept and tree.get("output_dir") is not None:
             raise ValueError(
                 f"config has output_dir={tree['output_dir']}, and what is not kept is of the time "
                 "being: give it as the argument output_dir, or leave it out"

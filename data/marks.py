@@ -179,11 +179,15 @@ def spoken(text: str) -> str:
 def said_to_user(prompt_ids: list[int], ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
     """The text of an answer as its user has it, and as a later prompt repeats it: what comes after
     its last thought, without control tokens. Of a thought that was cut off nothing."""
-    text = tokenizer.decode(ids)
-    closing = left_open(tokenizer.decode(prompt_ids))
-    if closing is not None and closing not in text:
+    asked, text = tokenizer.decode(prompt_ids), tokenizer.decode(ids)
+    *_, turn = [None, *TURNS.finditer(asked)]
+    if turn and (closing := left_open(asked[turn.end() :])) and closing not in text:
         return ""
-    said = _OPENING.split(spoken(text))[0]
+    said = spoken(text)
+    # Others stand where an answer speaks of them.
+    opened = _OPENING.search(said)
+    if opened and (opened.start() == 0 or opened[0] in tokenizer.all_special_tokens):
+        said = said[: opened.start()]
     if said == text:
         return str(tokenizer.decode(ids, skip_special_tokens=True))
     for mark in tokenizer.all_special_tokens:

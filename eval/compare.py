@@ -128,7 +128,7 @@ def _pairs(
             same = [] if own else ["num_assistant_tokens"]
         else:
             continue
-        by_name = not one_head or "draft-model" in (result["decoder"], other["decoder"])
+        by_name = not one_head or result["decoder"] == other["decoder"] == "draft-model"
         same += ["head"] if by_name and None not in (result["head"], other["head"]) else []
         alike = _sampling(before, result) == _sampling(after, other)
         if alike and all(result[name] == other[name] for name in same):

@@ -188,7 +188,9 @@ def _move_aside(path: Path) -> None:
     numbers = (f".{number}" for number in count(1))
     aside = next(p for n in numbers if not os.path.lexists(p := path.with_suffix(n + path.suffix)))
     path.rename(aside)
-    print_once(f"{path} held measurements: they are {aside} now (--resume goes on with them)")
+    print_once(
+        f"{path} held measurements: they are {aside} now (`headstart eval --resume` goes on)"
+    )
 
 
 def _take_in(path: Path) -> None:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from headstart.common.console import print_once
 from headstart.common.files import lock_folder
 from headstart.common.machine import environment, machine_name
-from headstart.common.processes import processes_in
+from headstart.common.processes import processes_in, told_by_main
 from headstart.common.versions import skips_prefill
 from headstart.configs.schema import Config, EvalConfig
 from headstart.data.prompts import (
@@ -131,11 +131,12 @@ def run_evaluation(
         "own_sampling": asdict(target.own_sampling) if "model" in chosen.temperatures else None,
         "chat_template_kwargs": asked.chat_template_kwargs or None,  # as if earlier files had it
     }
-    where = environment(target.device)
-    times_of = [machine_name(where), where["torch"], where["transformers"]] if timed else None
-    measured_as = settings | {MACHINE: times_of}
     state, path = PartialState(), out / "measurements.jsonl"
     together = together and state.num_processes > 1
+    where = environment(target.device)
+    machine = [machine_name(where), where["torch"], where["transformers"]] if timed else None
+    # Processes of a launch may be of unlike machines, each of which times prompts of its own.
+    measured_as = settings | {MACHINE: told_by_main(lambda: machine) if together else machine}
     main = state.is_main_process or not together
     with processes_in(out, OTHER) if together else lock_folder(out, OTHER):
         if main:

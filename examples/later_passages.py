@@ -4,7 +4,7 @@
 
 Each prompt of builtin:text_train stands in its file with the 1,400 characters that follow it. Two
 passages of about 400 characters of these are prompts of their own here: each begins where a line or
-a sentence does and ends with a word. Licenses and sources are those of the prompt.
+a sentence does, and ends with a word or a character before the end of the 1,400. Licenses and sources are those of the prompt.
 """
 
 import argparse
@@ -27,7 +27,8 @@ def passage(text: str, start: int) -> str:
     """The passage of `text` that begins at the first line or sentence from `start` on."""
     found = BEGINNING.search(text, start, start + LENGTH // 2)
     begin = found.end() if found else text.index(" ", start) + 1
-    return text[begin : text.find(" ", begin + LENGTH)].rstrip()
+    end = text.find(" ", begin + LENGTH)  # -1: there is none, and the text ends before it does
+    return text[begin:end].rstrip()
 
 
 def passages(row: dict[str, Any]) -> list[dict[str, Any]]:

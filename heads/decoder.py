@@ -469,9 +469,10 @@ def exact_decoding(
     finally:
         with _turn:
             own.remove(generator)
-            del target._get_candidate_generator
-            if own[-1] is not None:
+            if own[-1] is not None:  # at once: a thread may be about to ask for it
                 target._get_candidate_generator = own[-1]
+            else:
+                del target._get_candidate_generator
             if len(own) == 1:
                 del _generators[target]
 

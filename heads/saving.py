@@ -224,16 +224,18 @@ def _take_notes(config: Any, adapter: str) -> None:
     the adapter, or in the head that was saved around it. Of others' adapters nothing is known."""
     name, revision = split_revision(adapter)
     around = Path(name).parent / "config.json"
-    if Path(name).is_dir():
-        path = Path(name) / NOTES
-        file = path if path.is_file() or Path(name).name != ADAPTER else around
-        found = str(file) if file.is_file() else None
-    else:
-        found = cached_file(
-            name, NOTES, revision=revision, _raise_exceptions_for_missing_entries=False
-        )
-    with reading(f"what is noted of {adapter} cannot be read"):
+    with reading(f"what is noted of the head with {adapter} cannot be read"):
+        if Path(name).is_dir():
+            path = Path(name) / NOTES
+            file = path if path.is_file() or Path(name).name != ADAPTER else around
+            found = str(file) if file.is_file() else None
+        else:
+            found = cached_file(
+                name, NOTES, revision=revision, _raise_exceptions_for_missing_entries=False
+            )
         content = {} if found is None else json.loads(Path(found).read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError(f"{found} holds no notes")
     for key in (MADE_FOR, OFFSET, OFFSET_BEFORE, VARIABLES):
         if hasattr(config, key):
             delattr(config, key)

@@ -104,8 +104,9 @@ def _is_of_the_network(error: BaseException) -> bool:
 
 
 OURS = re.compile(
-    r"headstart_config\.json|(adapter_)?(config\.json|model(-\d+-of-\d+)?\.safetensors)|model\.safetensors\.index\.json|"
-    r"evaluation/(report\.(json|md|html)|adapt\.(md|png))"
+    r"(adapter_|headstart_|generation_)?config\.json"
+    r"|(adapter_)?model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json"
+    r"|evaluation/(report\.(json|md|html)|adapt\.(md|png)|progress\.png)"
 )
 """What an earlier publication may have left in a repository that is of another head."""
 
@@ -139,7 +140,9 @@ def upload(folder: Path, repo_id: str, options: PublishConfig) -> str:
         there = api.model_info(repo_id, revision=options.branch).siblings or []
         added = {path.relative_to(folder).as_posix(): path for path in files}
         # An adapter beside a whole head, or figures beside those of another, would be read too.
-        old = [one.rfilename for one in there if OURS.fullmatch(one.rfilename)]
+        names = {one.rfilename for one in there}
+        ours = {"training_config.yaml", "evaluation/report.json"} <= names
+        old = sorted(filter(OURS.fullmatch, names)) if ours else []
         # Not `upload_folder`, which makes several commits where hf_xet is installed.
         commit = api.create_commit(
             repo_id,

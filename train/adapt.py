@@ -77,7 +77,7 @@ from headstart.train.adaptation import (
     read_adaptation,
     split_prompts,
 )
-from headstart.train.run import train
+from headstart.train.run import check_start, train
 
 DECODING = 0.12  # share of the budget that the decoding in the end may take
 
@@ -102,6 +102,7 @@ def check_before(a: Adaptation, loaded: Kinds) -> None:
     What only loaded weights of a target show, and those of the Hub, is known when it is opened.
     """
     head = load_assistant(a.head, torch.float32)
+    check_start(a.config)
     for stage, served in (("reference", _base(a)), ("unadapted", a.config.target)):
         if served is not None:
             with _telling(stage):

@@ -84,10 +84,13 @@ def read_adaptation(settings: Settings, head: str) -> Adaptation:
     check_drafts(start, tokens, "eval.num_assistant_tokens")
     limited = kind_of(start).most_drafts(start) is not None
     judged = {"num_assistant_tokens": tokens} if limited else {}
-    out, data = settings.output_dir, as_the_head_was(d, head)
+    out, data, h = settings.output_dir, as_the_head_was(d, head), settings.head
+    if not h.use_ordered_embeddings:  # no clusters, which are otherwise kept
+        h = h.model_copy(update={"on_existing_clusters": None})
     # Training keeps no copy of what is held out.
     update = {
         "output_dir": out / "run",
+        "head": h,
         "data": data.model_copy(update={"store": out / "answers"}),
         "eval": EvalConfig.model_validate({"prompts": str(out / HELD_OUT)} | judged),
     }

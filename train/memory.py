@@ -149,7 +149,7 @@ def forward_bytes(
 def cached_rows(text: Any, rows: int, slack: int = 0) -> list[int]:
     """For how many of the rows of a text the cache of each layer has room: of sliding layers the
     window and `slack` rows alone."""
-    most = int(text.sliding_window) + slack
+    most = (text.sliding_window or 0) + slack  # None: no layer slides
     return [min(rows, most) if t == "sliding_attention" else rows for t in text.layer_types]
 
 

@@ -47,7 +47,8 @@ def test_a_share_is_the_most_words_in_a_row_that_one_training_prompt_has_too(
     shares = written["report"]["shares"]
     few = sorted(shares, key=lambda name: (-shares[name], name))[:: len(shares) // 6]
     asked = {p.id: p for name in ("chat", "text") for p in load_prompts(f"builtin:{name}_eval")}
-    trained = [text(p) for name in ("chat", "text") for p in load_prompts(f"builtin:{name}_train")]
+    names = ("chat", "text", "passages")
+    trained = [text(p) for name in names for p in load_prompts(f"builtin:{name}_train")]
     assert {share >= 0.7 for share in map(shares.get, few)} == {True, False}
     for name in few:
         words = text(asked[name]).split()

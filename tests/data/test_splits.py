@@ -251,7 +251,8 @@ def test_no_kind_of_text_is_held_out_whole_where_there_is_another_split() -> Non
 
 def test_the_reference_recipe_holds_out_no_siblings_of_training_prompts() -> None:
     """Hundreds were, while the split was by source alone."""
-    prompts = [p for name in ("chat", "text") for p in load_prompts(f"builtin:{name}_train")]
+    names = ("chat", "text", "passages")
+    prompts = [p for name in names for p in load_prompts(f"builtin:{name}_train")]
     numbers = cluster(prompts)
     split = hold_out(prompts, numbers, 96, seed=0)
     assert not split.straddling + split.left_out

@@ -19,7 +19,9 @@ def prompt_file(folder: Path, *prompts: str) -> str:
 
 
 def split(prompts: str, *overrides: str) -> dict[str, Any]:
-    settings = load_settings(None, [f"data.prompts={prompts}", *overrides])
+    settings = load_settings(
+        None, ["target.name=tiny-gemma4", f"data.prompts={prompts}", *overrides]
+    )
     asked = Adaptation("h", settings.of_run(), settings.adapt, 4, Path("out"))
     return split_prompts(asked, load_kinds(asked))[0]
 

@@ -169,3 +169,6 @@ def test_a_later_turn_repeats_what_the_user_had_of_an_answer(written: str, had: 
     open_thought = [*asked, *tokenizer.encode("<|channel>thought\n", add_special_tokens=False)]
     cut = tokenizer.encode("The user asks", add_special_tokens=False)
     assert said_to_user(open_thought, cut, tokenizer) == ""
+    quoting = tokenizer.encode("<|turn>user\nWhat does <think> do?<turn|>\n<|turn>model\n")
+    answer = tokenizer.encode("It opens a thought: <think>.", add_special_tokens=False)
+    assert said_to_user(quoting, answer, tokenizer) == "It opens a thought: <think>."
