@@ -4,7 +4,8 @@
 
 Each prompt of builtin:text_train stands in its file with the 1,400 characters that follow it. Two
 passages of about 400 characters of these are prompts of their own here: each begins where a line or
-a sentence does, and ends with a word or a character before the end of the 1,400. Licenses and sources are those of the prompt.
+a sentence does, and ends with a word or a character before the end of the 1,400. Licenses and
+sources are those of the prompt.
 """
 
 import argparse
