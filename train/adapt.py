@@ -321,7 +321,8 @@ def adapt(
 
 
 def _identity(a: Adaptation, sets: dict[str, list[dict[str, Any]]], device: Any) -> dict[str, Any]:
-    """What has to be the same for an adaptation to go on; its folder, and its prompts, may move."""
+    """What has to be the same for an adaptation to go on; its prompts may move, and its folder
+    until the training has a checkpoint, which names it."""
     own: Any = {"output_dir": True, "data": {"store", "cache_dir"}, "eval": True, "wandb": True}
     tree = a.config.model_dump(mode="json", exclude=own)
     tree["adapt"] = a.options.model_dump(mode="json", exclude={"measure_only"})
