@@ -189,7 +189,7 @@ def template_variables(data: DataConfig) -> dict[str, Any]:
         found = read_index(folder)
     else:
         return given
-    made: dict[str, Any] = found.get("chat_template_kwargs", {})
+    made: dict[str, Any] = found.get("chat_template_kwargs") or {}
     if given not in ({}, made):
         raise ValueError(
             f"data.chat_template_kwargs={given}, but {folder} was asked with {made or 'none'}: "

@@ -78,8 +78,6 @@ SAME = 0.95
 """v(K) below which a verification is quicker than a plain step by more than noise."""
 OWN_LENGTH = ("heuristic", "cost", "hybrid")  # decoders that choose K themselves
 NO_HEAD = ("lookup", "draft-model")
-
-
 ENOUGH = 5  # prompts, below which those drawn with replacement tell nothing of others
 
 

@@ -6,7 +6,7 @@ The share of an evaluation prompt is that of its 5-word shingles (runs of words,
 punctuation aside) that the nearest training prompt has too. From 70% on both say the same but for
 names and numbers; from 30% on they are siblings, made from one template or cut from overlapping
 passages. Prompts are counted set by set, each against the training sets of its family and against
-all, which the reference recipe trains on; and so are those of a report.
+all of them, on which the reference recipe trains; and so are those of a report.
 """
 
 import hashlib
@@ -69,12 +69,12 @@ def overlap(report: dict[str, Any]) -> dict[str, Any]:
         for family, names in TRAINING.items()
     }
     everything = [name for names in TRAINING.values() for name in names]
-    both = [prompt for prompts in trained.values() for prompt in prompts]
+    every = [prompt for prompts in trained.values() for prompt in prompts]
     sets: list[dict[str, Any]] = []
     shares: dict[str, float] = {}
     for family, name in EVALUATION.items():
         evaluation = load_prompts(name)
-        own, all_of_it = (largest_shares(evaluation, t) for t in (trained[family], both))
+        own, all_of_it = (largest_shares(evaluation, t) for t in (trained[family], every))
         sets += [
             {"evaluation": name, "training": TRAINING[family], **counts(own)},
             {"evaluation": name, "training": everything, **counts(all_of_it)},

@@ -1,7 +1,7 @@
 """The Hub: the license that binds a head, public names of what it was made of, the upload."""
 
 import re
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
@@ -103,18 +103,28 @@ def _is_of_the_network(error: BaseException) -> bool:
     return type(error).__module__.startswith(("httpx", "httpcore"))
 
 
-OURS = re.compile(
-    r"(adapter_|headstart_|generation_)?config\.json"
-    r"|(adapter_)?model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json"
-    r"|evaluation/(report\.(json|md|html)|adapt\.(md|png)|progress\.png)"
+# What readers of heads and of adapters want, and all that is taken of their folders.
+HEAD_FILES = re.compile(
+    r"config\.json|generation_config\.json|model(-\d+-of-\d+)?\.safetensors|"
+    r"model\.safetensors\.index\.json"
 )
-"""What an earlier publication may have left in a repository that is of another head."""
+ADAPTER_FILES = re.compile(r"(adapter|headstart)_config\.json|adapter_model\.safetensors")
+SETTINGS, EVALUATION = "training_config.yaml", "evaluation"
+TOLD = ("report.*", "adapt.md", "*.png")  # in EVALUATION
+
+
+def _is_of_a_head(name: str) -> bool:
+    """Whether a file of a repository is read as a head, or tells of one."""
+    folder, _, file = name.rpartition("/")
+    if folder == EVALUATION:
+        return any(map(PurePosixPath(file).match, TOLD))
+    return bool(HEAD_FILES.fullmatch(name) or ADAPTER_FILES.fullmatch(name))
 
 
 def upload(folder: Path, repo_id: str, options: PublishConfig) -> str:
-    """Upload a folder in one commit, which takes out what is left there of a head in another form;
-    returns where it is. Large files that an earlier try has
-    brought there are not sent again.
+    """Upload a folder in one commit, which takes out what an earlier publication left there of the
+    head in another form; returns where it is. Large files that an earlier try has brought there are
+    not sent again.
 
     Args:
         folder: all of it.
@@ -141,8 +151,8 @@ def upload(folder: Path, repo_id: str, options: PublishConfig) -> str:
         added = {path.relative_to(folder).as_posix(): path for path in files}
         # An adapter beside a whole head, or figures beside those of another, would be read too.
         names = {one.rfilename for one in there}
-        ours = {"training_config.yaml", "evaluation/report.json"} <= names
-        old = sorted(filter(OURS.fullmatch, names)) if ours else []
+        ours = {SETTINGS, f"{EVALUATION}/report.json"} <= names
+        old = sorted(filter(_is_of_a_head, names)) if ours else []
         # Not `upload_folder`, which makes several commits where hf_xet is installed.
         commit = api.create_commit(
             repo_id,

@@ -33,19 +33,21 @@ from headstart.heads.loading import load_served, load_target_config, load_target
 from headstart.heads.saving import ADAPTER, MADE_FOR, load_assistant, load_assistant_config
 from headstart.heads.target import model_fingerprint
 from headstart.serve.card import Published, model_card
-from headstart.serve.hub import check_hub_id, is_hub_id, license_of, notice
+from headstart.serve.hub import (
+    ADAPTER_FILES,
+    EVALUATION,
+    HEAD_FILES,
+    SETTINGS,
+    TOLD,
+    check_hub_id,
+    is_hub_id,
+    license_of,
+    notice,
+)
 
 DEMO = {"gemma3-270m": "google/gemma-3-270m"}  # built-in name -> what it is on the Hub
-# What readers of heads and of adapters want, and all that is taken of their folders.
-HEAD_FILES = re.compile(
-    r"config\.json|generation_config\.json|model(-\d+-of-\d+)?\.safetensors|"
-    r"model\.safetensors\.index\.json"
-)
-ADAPTER_FILES = re.compile(r"(adapter|headstart)_config\.json|adapter_model\.safetensors")
-SETTINGS, EVALUATION = "training_config.yaml", "evaluation"
-# What an earlier publication may have left in its folder and in `evaluation/` there.
+# What an earlier publication may have left in its folder; in `evaluation/` there it is `TOLD`.
 WRITTEN = ("*.json", "*.safetensors", "*.jinja", "*.model", "README.md", "NOTICE", SETTINGS)
-TOLD = ("report.*", "adapt.md", "*.png")
 COMMANDS = re.compile(r"^```sh\n.*?^```\n+", re.DOTALL | re.MULTILINE)
 
 

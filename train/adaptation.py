@@ -109,18 +109,17 @@ def load_kinds(a: Adaptation) -> Kinds:
     others = {"general": a.options.general_prompts, "conversations": a.options.conversations}
     sources = {"domain": a.config.data.prompts}
     sources |= {kind: [source] for kind, source in others.items() if source is not None}
-    bad = a.config.data.max_bad_rows
     for source in (one for own in sources.values() for one in own):  # before the first is read
         check_there(source.path)
-    tokens = load_target_tokens(a.config.target)
-    found = {}
+    data, tokens = a.config.data, load_target_tokens(a.config.target)
+    found: Kinds = {}
     for kind, own in sources.items():
-        read = [(one, load_prompts(one, bad)) for one in own]
-        if kind != "conversations":  # which are encoded with their answers
-            read = [(one, _usable(prompts, tokens, a.config.data)) for one, prompts in read]
-        found[kind] = read
-    if "conversations" in found:
-        found["conversations"] = [(one, _answered(one, own)) for one, own in found["conversations"]]
+        read = [(one, load_prompts(one, data.max_bad_rows)) for one in own]
+        found[kind] = [
+            # Conversations are encoded later, with their answers.
+            (one, _answered(one, rows) if kind == "conversations" else _usable(rows, tokens, data))
+            for one, rows in read
+        ]
     return found
 
 
