@@ -104,26 +104,41 @@ def is_local(name: str) -> bool:
     return "/" in name and not on_the_hub and Path(name).parent != IN_CHECKOUT
 
 
-def without_paths(value: Any, names: dict[str, str]) -> Any:
+NAMES = frozenset([
+    "name", "target", "head", "heads", "adapters", "init_from", "path", "prompts", "draft_models",
+    "conversations", "store", "cache_dir", "output_dir", "chat_template",
+])  # fmt: skip
+"""Fields of reports and settings whose values are names of models, prompt sets or folders."""
+BY_NAME = frozenset(["costs", "head_fingerprints"])
+"""Fields of reports that hold something for each head."""
+
+
+def without_paths(value: Any, names: dict[str, str], field: str = "") -> Any:
     """JSON without the paths of this machine, in its keys too.
 
     Args:
         value: of a report, of settings, or a text.
-        names: path -> what others know it by. Of another one that stands alone its last part is
-            left; within texts the working folder is left out and the home folder is `~`.
+        names: path -> what others know it by. One without a folder, such as `model`, may be a word
+            of the settings too, and is a path where a name stands alone. Of another path that
+            stands alone its last part is left; within texts the working folder is left out and the
+            home folder is `~`.
+        field: in which the value stands.
     """
     match value:
         case dict():
-            return {without_paths(k, names): without_paths(v, names) for k, v in value.items()}
+            keyed = "name" if field in BY_NAME else ""
+            return {
+                without_paths(k, names, keyed): without_paths(v, names, k) for k, v in value.items()
+            }
         case list():
-            return [without_paths(item, names) for item in value]
+            return [without_paths(item, names, field) for item in value]
         case str():
-            return _without_paths(value, names)
+            return _without_paths(value, names, field in NAMES)
     return value
 
 
-def _without_paths(text: str, names: dict[str, str]) -> str:
-    if text in names:
+def _without_paths(text: str, names: dict[str, str], is_name: bool) -> str:
+    if text in names and (is_name or "/" in text):
         return names[text]
     for path in sorted((name for name in names if "/" in name), key=len, reverse=True):
         text = text.replace(path, names[path])

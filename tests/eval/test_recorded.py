@@ -3,16 +3,18 @@
 import gzip
 import hashlib
 import json
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from headstart.cli.main import main
-from headstart.configs.schema import SourceConfig
+from headstart.configs.loader import load_config
+from headstart.configs.schema import Config, SourceConfig
 from headstart.data.prompts import load_prompts
 from headstart.eval.compare import differences
-from headstart.eval.recorded import prompt_set, recorded_set, set_name
+from headstart.eval.recorded import prompt_set, recorded_set, set_name, without_paths
 from tests.helpers.reports import one_result, report
 from tests.helpers.runs import ROOT, SHORT
 
@@ -157,3 +159,39 @@ def test_compare_says_when_other_prompts_were_measured() -> None:
     (line,) = told({"prompts": "/home/me/a.jsonl"}, of("b.jsonl", "1"))
     assert "/home/me" not in line
     assert recorded_set({"prompts": "data/prompts/text_eval.jsonl"})["name"] == "builtin:text_eval"
+
+
+def test_a_folder_that_is_called_like_a_setting_takes_nothing_elses_name() -> None:
+    """Whatever word of the settings the target's folder has for a name."""
+    config = load_config("quickstart")
+
+    def words(value: Any) -> Iterator[str]:
+        if isinstance(value, dict):
+            yield from value
+        below = value.values() if isinstance(value, dict) else value
+        if isinstance(below, str):
+            yield below
+        elif isinstance(below, Iterable):
+            for one in below:
+                yield from words(one)
+
+    dumped = config.model_dump(mode="json")
+    for word in {*words(dumped), "model", "float8"}:
+        dumped["target"]["name"] = word
+        public = without_paths(dumped, {word: "ORG/mine"})
+        assert public.keys() == dumped.keys()
+        assert public["target"] == {**dumped["target"], "name": "ORG/mine"}
+        assert public["train"] == dumped["train"]
+        assert public["data"]["storage"] == dumped["data"]["storage"]
+        assert Config.model_validate(public).target.name == "ORG/mine"
+
+
+def test_what_a_report_holds_for_each_head_goes_by_the_name_that_others_know() -> None:
+    costs = {"head": {"exact": {"c": 0.1, "v": [1.0, 1.1]}}}
+    row = {"head": "head", "decoder": "exact", "acceptance_length": 2.0}
+    report = {"costs": costs, "results": [row], "environment": {"heads": ["head"]}}
+    assert without_paths(report, {"head": "ORG/mine"}) == {
+        "costs": {"ORG/mine": costs["head"]},
+        "results": [{**row, "head": "ORG/mine"}],
+        "environment": {"heads": ["ORG/mine"]},
+    }
