@@ -424,21 +424,47 @@ def test_the_best_token_is_the_first_of_equals(vocabulary: int) -> None:
 IDS = torch.zeros(20, 1, dtype=torch.long)  # which top-k and top-p do not read
 
 
-@pytest.mark.parametrize("top_k", [1, 5, 64, None])
-@pytest.mark.parametrize("top_p", [0.0, 0.3, 0.95, 1.0])
-def test_top_p_keeps_the_tokens_that_transformers_keeps(top_k: int | None, top_p: float) -> None:
+def rows_of_logits(vocabulary: int) -> torch.Tensor:
+    """[6, V] in bfloat16's steps, so that many are equal."""
     torch.manual_seed(0)
-    logits = 3 * torch.randn(20, kernels.FEW + 100)
-    logits[0, :200] = logits[0].max() + 1  # more equals than top-k lets through
+    logits = (3 * torch.randn(6, vocabulary)).bfloat16().float()
+    logits[0, : 2 * kernels.BLOCK] = logits[0].max() + 1  # more equals than top-k asks for
     logits[1] = -torch.inf
     logits[1, 7] = 0.0
+    logits[2, vocabulary // 2 :] = -torch.inf
+    logits[3] = 1.0
+    return logits
+
+
+VOCABULARIES = [kernels.BLOCK, (kernels.FEW + 4) * kernels.BLOCK, 3 * kernels.BLOCK + 1]
+
+
+@pytest.mark.parametrize("vocabulary", VOCABULARIES)
+@pytest.mark.parametrize("top_k", [1, 5, 64, 1000])
+def test_top_k_keeps_the_tokens_that_transformers_keeps(top_k: int, vocabulary: int) -> None:
+    if top_k > vocabulary:
+        top_k = vocabulary
+    logits = rows_of_logits(vocabulary)
+    expected = TopKLogitsWarper(top_k, -7.0)(IDS, logits)
+    assert torch.equal(kernels.QuickTopK(top_k, -7.0)(IDS, logits), expected)
+
+
+@pytest.mark.parametrize("vocabulary", VOCABULARIES)
+@pytest.mark.parametrize("top_k", [1, 5, 64, None])
+@pytest.mark.parametrize("top_p", [0.0, 0.3, 0.95, 1.0])
+def test_top_p_keeps_the_tokens_that_transformers_keeps(
+    top_k: int | None, top_p: float, vocabulary: int
+) -> None:
+    logits = rows_of_logits(vocabulary)
     if top_k is not None:
         logits = TopKLogitsWarper(top_k)(IDS, logits)
     expected = TopPLogitsWarper(top_p)(IDS, logits)
     found = kernels.QuickTopP(top_p)(IDS, logits)
     # Which of equals goes first, no sort promises.
-    assert torch.equal(found[1:], expected[1:])
-    assert torch.equal(found[0].sort().values, expected[0].sort().values)
+    assert torch.equal(found.sort().values, expected.sort().values)
+    differ = found != expected
+    least = expected.masked_fill(expected == -torch.inf, torch.inf).amin(-1, keepdim=True)
+    assert torch.equal(logits[differ], least.expand_as(logits)[differ])
 
 
 def test_a_target_samples_the_same_text_within(tiny: Target) -> None:
@@ -452,5 +478,6 @@ def test_a_target_samples_the_same_text_within(tiny: Target) -> None:
         with fast_kernels(tiny.model):
             made = tiny.model._get_logits_processor(GenerationConfig(do_sample=True, **shaped))
             assert any(type(one) is kernels.QuickTopP for one in made) == ("top_p" in shaped)
+            assert any(type(one) is kernels.QuickTopK for one in made) == (shaped["top_k"] > 0)
             assert sampled(**shaped) == outside
         assert "_get_logits_processor" not in tiny.model.__dict__
