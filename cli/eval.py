@@ -112,12 +112,13 @@ def _check(args: argparse.Namespace) -> None:
     from headstart.eval.check import check_inputs, print_findings
 
     settings = read_settings(args)
-    prompts = [source.path for source in settings.data.prompts]
-    named = prompts if settings.given(["data.prompts"]) else []
-    if settings.eval is not None and settings.given(["eval.prompts"]):
-        named = [*named, settings.eval.prompts]
+    data = settings.data
+    if not settings.given(["data.prompts"]):
+        data = data.model_copy(update={"prompts": []})
+    asked = settings.eval is not None and settings.given(["eval.prompts"])
+    evaluated = settings.eval.prompts if settings.eval is not None and asked else None
     with redirect_stdout(sys.stderr):  # the table is the output, how far it is is not
-        found = check_inputs(settings.target, settings.data, args.head, named, default_device())
+        found = check_inputs(settings.target, data, args.head, evaluated, default_device())
     print_findings(found)
 
 

@@ -55,11 +55,8 @@ def _order(args: argparse.Namespace) -> None:
 
     settings = read_settings(args)
     h, target = settings.head, open_target(settings.target, default_device())
-    top_k = None
-    if settings.given(["head.centroid_intermediate_top_k"]):
-        top_k = h.centroid_intermediate_top_k
     rebuild = h.on_existing_clusters == "rebuild"
-    order = Order(rebuild, h.num_centroids, top_k, h.centroid_steps)
+    order = Order(rebuild, h.num_centroids, h.centroid_intermediate_top_k, h.centroid_steps)
     print_order(reorder(args.head, target, settings.of_run(), order, settings.output_dir))
     print(f"Written: {settings.output_dir}")
 

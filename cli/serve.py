@@ -191,13 +191,12 @@ PUBLISH = Command(
 
 
 def _watch(args: argparse.Namespace) -> int:
-    from headstart.common.files import write_figures
     from headstart.serve.watch import watch
 
     settings = read_settings(args)
     server = settings.server.model_copy(update={"url": args.url})  # a file may name another
-    content = watch(server, args.head, settings.watch)
-    write_figures(content, None if args.json is None else Path(args.json))
+    out = None if args.json is None else Path(args.json)
+    content = watch(server, args.head, settings.watch, out)
     return STALE if content["stale"] else 0
 
 

@@ -223,9 +223,10 @@ _kept: list[list[str]] = []  # of the calls of `kept_lines` that are under way
 
 
 def _is_main_process() -> bool:
-    from accelerate import PartialState  # loads torch, for which `--help` should not wait
+    # Loads torch, for which `--help` should not wait.
+    from headstart.common.processes import join_processes
 
-    return bool(PartialState().is_main_process)
+    return bool(join_processes().is_main_process)
 
 
 def print_once(line: str) -> None:

@@ -106,11 +106,17 @@ class HeadConfig(Section):
     thousand rows of the table in place of all."""
     num_centroids: PositiveInt | None = None
     """Clusters, equal in size. None: 128 tokens in each, as in Google's heads for E2B and E4B."""
-    centroid_intermediate_top_k: PositiveInt = 32
-    """Clusters whose tokens a draft is chosen from."""
+    centroid_intermediate_top_k: PositiveInt | None = None
+    """Clusters whose tokens a draft is chosen from. None: as many as the finished head in
+    `init_from` reads, or 32."""
     centroid_steps: NonNegativeInt = 500
     """Steps, of 256 drafts each, in which the centroids learn when the head is trained. 0: new
     clusters keep the means of their tokens, earlier ones the centroids that they had."""
+
+    @property
+    def clusters_read(self) -> int:
+        """By a draft of a head that gets its first clusters."""
+        return self.centroid_intermediate_top_k or 32
 
     @property
     def warm(self) -> bool:
@@ -140,9 +146,9 @@ class HeadConfig(Section):
             )
         if self.num_centroids is not None and not self.use_ordered_embeddings:
             raise ValueError("num_centroids needs use_ordered_embeddings=true")
-        if self.num_centroids is not None and self.num_centroids < self.centroid_intermediate_top_k:
+        if self.num_centroids is not None and self.num_centroids < self.clusters_read:
             raise ValueError(
-                f"centroid_intermediate_top_k={self.centroid_intermediate_top_k} is above "
+                f"centroid_intermediate_top_k={self.clusters_read} is above "
                 f"num_centroids={self.num_centroids}"
             )
         return self
@@ -418,8 +424,10 @@ class EvalConfig(Section):
         numbers = [t for t in self.temperatures if t != "model"]
         if not self.temperatures or min(numbers, default=0) < 0:
             raise ValueError("temperatures needs one value or more: 0 (greedy), above, or model")
-        if not self.seeds:
-            raise ValueError("seeds needs one value or more")
+        chooses = set(self.decoders) <= {"heuristic", "cost", "hybrid"}  # K by themselves
+        for name in ("seeds", "decoders", *(() if chooses else ("num_assistant_tokens",))):
+            if not getattr(self, name):
+                raise ValueError(f"{name} needs one value or more")
         several = ("temperatures", "decoders", "num_assistant_tokens", "draft_models", "seeds")
         for name in (*several, "concurrency"):
             if len(set(getattr(self, name))) < len(getattr(self, name)):

@@ -29,7 +29,7 @@ from headstart.configs.schema import Config, DataConfig
 from headstart.configs.section import BUILTIN
 from headstart.data.marks import lost_thought
 from headstart.data.prompts import Prompt, encode_usable
-from headstart.data.store import read_index, refusal
+from headstart.data.store import KEPT, read_index, refusal
 from headstart.data.templates import check_template, encode_conversation
 from headstart.heads.target import Target
 from headstart.heads.tokens import TargetTokens
@@ -140,15 +140,21 @@ def claim_folder(folder: Path, settings: dict[str, Any], parts: int) -> None:
         names = {"target", "revision"} if settings["fingerprint"] else set()
         # `target` and `prompts` have what these come to.
         names |= {"config", "chat_template_kwargs"}
-        for key in [key for key in settings if key not in names]:
-            if there.get(key) != settings[key]:
+        kept = {KEPT} & there.keys()  # which settings have where it is not the usual
+        for key in [key for key in [*settings, *(kept - settings.keys())] if key not in names]:
+            if there.get(key) != settings.get(key):
                 raise ValueError(
                     f"{folder} holds conversations made with {key}={there.get(key)}, now "
-                    f"{settings[key]}: give it back, or name another folder"
+                    f"{settings.get(key)}: give it back, or name another folder"
                 )
         return
     if (folder / "index.json").is_file() or any(folder.glob("*-*.safetensors")):
         raise ValueError(f"{folder} holds an activation store: name another folder")
+    if folder.is_dir() and any(PART.fullmatch(one.name) for one in folder.iterdir()):
+        raise ValueError(
+            f"{folder} holds conversations, and {MANIFEST} does not say which: delete the folder, "
+            "or name another one"
+        )
     write_atomically(path, json.dumps(settings, indent=2) + "\n")
 
 
@@ -171,7 +177,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         if type(manifest["parts"]) is not int or manifest["parts"] < 0:
             raise TypeError(f"parts is {manifest['parts']!r}")
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({error}): regenerate the folder") from error
+        raise ValueError(
+            f"{path} is damaged ({error}): delete the folder, and regenerate it"
+        ) from error
     return manifest
 
 

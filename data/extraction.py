@@ -113,7 +113,9 @@ class Recorder:
         """
         width = sum(block.shape[1] for block in self.hidden) + 1 - len(self.teacher)
         states = {"hidden": torch.cat(self.hidden, dim=1)}  # [B, W + S - 1, D]
-        states |= {f"layer.{i}": torch.cat(blocks, dim=1) for i, blocks in self.layers.items()}
+        # Behind them are those of idle forwards, while other processes' texts went on.
+        for i, blocks in self.layers.items():
+            states[f"layer.{i}"] = torch.cat(blocks[: len(self.hidden)], dim=1)
         ids = torch.stack([ids for ids, _ in self.teacher], dim=1)  # [B, S, k]
         logprobs = torch.stack([logprobs for _, logprobs in self.teacher], dim=1)
         sources = {

@@ -42,6 +42,7 @@ from headstart.data.prompts import (
 from headstart.data.regenerate import (
     Job,
     batches_of,
+    check_lengths,
     is_done,
     make_jobs,
     regenerate,
@@ -352,6 +353,8 @@ def _questions(
         data = data.model_copy(update={"max_bad_rows": max(data.max_bad_rows, BAD_HELD_OUT)})
     sampling = [Sampling(0.0)] * len(prompts) if greedy else deal_sampling(data, target, prompts)
     jobs = make_jobs(prompts, sampling, target, data)
+    if not data.online:  # of both before either is answered
+        check_lengths(jobs, data)
     folder, inputs = answers_folder(target, jobs, data, seed, inputs)
     return Questions(jobs, folder, inputs, greedy)
 
@@ -409,7 +412,8 @@ def stream_folder(folder: Path, target: Target) -> Iterator[Conversation]:
     own, written = str(target.table.dtype).removeprefix("torch."), None
     if manifest["fingerprint"] is not None:
         written = target.dtype_of(manifest["fingerprint"])
-    elif manifest["target"] == target.name:  # a server wrote it, which shows no weights
+    elif (manifest["target"], manifest["revision"]) == (target.name, target.revision):
+        # A server wrote it, which shows no weights.
         written = own
     if written is None:
         print_once(f"{name} was written by {manifest['target']}, which is not this {target.name}")

@@ -231,6 +231,17 @@ def _first_above(sums: torch.Tensor, sought: torch.Tensor) -> torch.Tensor:
 _IDLE = Job("idle", Prompt("idle", "", "", [], raw=True), [0], Sampling(0.0))
 
 
+def check_lengths(jobs: list[Job], config: DataConfig) -> None:
+    """Raise `ValueError` where activations could be longer than may be stored."""
+    longest = max((len(job.prompt_ids) for job in jobs), default=0) + config.max_new_tokens
+    if longest > config.max_tokens:
+        raise ValueError(
+            f"activations of {longest} tokens are longer than data.max_tokens={config.max_tokens}: "
+            "raise it, or give what `headstart regenerate` writes to `headstart extract`, which "
+            "cuts them"
+        )
+
+
 def regenerate(
     target: Target,
     jobs: list[Job],
@@ -260,13 +271,8 @@ def regenerate(
         ValueError: the folder was begun with other settings, or its disk is too small.
         OSError: the disk is full; finished parts are kept.
     """
-    longest = max(len(job.prompt_ids) for job in jobs) + config.max_new_tokens
-    if extract and longest > config.max_tokens:
-        raise ValueError(
-            f"activations of {longest} tokens are longer than data.max_tokens={config.max_tokens}: "
-            "raise it, or give what `headstart regenerate` writes to `headstart extract`, which "
-            "cuts them"
-        )
+    if extract:
+        check_lengths(jobs, config)
     batches = batches_of(jobs, config)
     settings = shard_settings(target, config.teacher_top_k, config.storage, inputs)
     with processes_in(folder), progress_bar() as bar:

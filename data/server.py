@@ -213,6 +213,7 @@ class AnswerServer:
         """Answers so far that came as text alone."""
         self._extras = WITH_IDS
         self._slots = asyncio.Semaphore(server.concurrency)
+        self._gone: RuntimeError | None = None
         self._tokenize = f"{address}/tokenize"
         with _without_openai_settings():
             self._client = AsyncOpenAI(
@@ -264,8 +265,14 @@ class AnswerServer:
             RuntimeError: the server stayed away for five minutes, or broke the answer off.
         """
         async with self._slots:
-            with self._explained():
-                body = await self._complete(prompt_ids, sampling, seed, max_new_tokens)
+            if self._gone is not None:  # each request has patience of its own
+                raise self._gone
+            try:
+                with self._explained():
+                    body = await self._complete(prompt_ids, sampling, seed, max_new_tokens)
+            except RuntimeError as error:
+                self._gone = error
+                raise
         ids, retokenized = read_answer(body, self.tokenizer, self.eos_ids, max_new_tokens)
         self.retokenized += retokenized
         return ids

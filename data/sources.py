@@ -77,10 +77,12 @@ def read_rows(source: SourceConfig) -> Iterator[tuple[Place, Row]]:
     Hugging Face dataset. Code of a dataset is never run.
 
     Raises:
-        ValueError: a source that is missing, of an unknown kind, or that cannot be loaded.
+        ValueError: a source that is missing, of an unknown kind, or that cannot be loaded; or a
+            setting of Hub datasets for what is none.
     """
     check_there(source.path)
     path = Path(source.path)
+    _check_settings(source, path)
     if source.path.startswith(BUILTIN):
         yield from _builtin_rows(source.path)
     elif _is_saved(path):
@@ -90,6 +92,23 @@ def read_rows(source: SourceConfig) -> Iterator[tuple[Place, Row]]:
             yield from _file_rows(file)
     else:
         yield from _hub_rows(source)
+
+
+def _check_settings(source: SourceConfig, path: Path) -> None:
+    """Raise `ValueError` where a source on disk has settings that choose a part of a dataset of the
+    Hub: all of its rows would be read."""
+    if not (source.path.startswith(BUILTIN) or path.exists() or glob.has_magic(source.path)):
+        return
+    asked = source.model_dump(
+        include={"name", "split", "revision", "streaming"}, exclude_defaults=True
+    )
+    if _is_saved(path) and (path / "dataset_dict.json").is_file():
+        asked.pop("split", None)
+    for setting, value in asked.items():
+        raise ValueError(
+            f"{source.path} is here on disk, and {setting}={value} is of Hub datasets: leave it "
+            "out, and name the files that are to be read"
+        )
 
 
 def check_there(path: str) -> None:

@@ -10,9 +10,20 @@ from typing import Any, Literal
 from rich.table import Column, Table
 
 from headstart.common.console import kept_lines, plain_console, print_once
-from headstart.configs.schema import DataConfig, TargetConfig
-from headstart.data.prompts import SETS, Prompt, load_prompt_set, load_prompts, schemas_of
-from headstart.data.templates import check_template, encode_conversation, encode_prompt
+from headstart.configs.schema import DataConfig, SourceConfig, TargetConfig
+from headstart.data.prompts import (
+    Prompt,
+    encode_usable,
+    load_prompt_set,
+    load_prompts,
+    schemas_of,
+)
+from headstart.data.templates import (
+    check_template,
+    encode_conversation,
+    encode_prompt,
+    encode_prompts,
+)
 from headstart.heads.kinds import kind_of
 from headstart.heads.loading import load_served
 from headstart.heads.pairing import check_pair, other_target
@@ -37,12 +48,22 @@ class Finding:
 
 
 def check_inputs(
-    t: TargetConfig, data: DataConfig, heads: Sequence[str], prompt_sets: Sequence[str], device: Any
+    t: TargetConfig, data: DataConfig, heads: Sequence[str], evaluated: str | None, device: Any
 ) -> list[Finding]:
     """Admit a target with its adapters, heads and prompts, as a run does; nothing is trained.
 
-    `data` says how prompts are read and asked; those in its own `prompts` as it says there.
+    Args:
+        t: the target.
+        data: with the prompts to train on, if any, and how prompts are asked.
+        heads: folders or Hub ids.
+        evaluated: the prompts of an evaluation; None: there are none.
+        device: where the target is loaded.
     """
+    loads: dict[str, Callable[[Target], str]] = {}
+    for source in data.prompts:
+        loads[source.path] = partial(_to_train_on, source, data)
+    if evaluated is not None:
+        loads[evaluated] = partial(_to_evaluate, evaluated, data)
     found: list[Finding] = []
     target = _admit(found, Finding("target", t.name), partial(load_served, t, device), _described)
     if target is None and t.adapters:  # which of them is it?
@@ -57,14 +78,14 @@ def check_inputs(
         why = ["the target, or an adapter, was refused"]
         judged = {(finding.kind, finding.name) for finding in found}
         rest = [("adapter", name) for name in t.adapters if ("adapter", name) not in judged]
-        rest += [("head", name) for name in heads] + [("prompts", name) for name in prompt_sets]
+        rest += [("head", name) for name in heads] + [("prompts", name) for name in loads]
         return found + [Finding(kind, name, "not checked", why) for kind, name in rest]
     found += [Finding("adapter", adapter) for adapter in t.adapters]
     found.append(Finding("tokenizer", target.name, lines=[_reading(target)]))
     for name in heads:
         _admit(found, Finding("head", name), partial(_head, name, target), str)
-    for name in prompt_sets:
-        _admit(found, Finding("prompts", name), partial(_prompts, name, target, data), str)
+    for name, load in loads.items():
+        _admit(found, Finding("prompts", name), partial(load, target), str)
     return found
 
 
@@ -114,37 +135,40 @@ def _head(name: str, target: Target) -> str:
     return f"{weights:,} weights, {kind_of(head.config).describe(head.config)}, {lm_head}"
 
 
-def _prompts(name: str, target: Target, data: DataConfig) -> str:
-    """How many prompts there are and how many have answers; `ValueError` where the target's
-    template refuses one."""
-    if name.partition("=")[0] in SETS:
-        prompts = load_prompt_set(name)
-    else:  # as training does: bad rows are counted, and a few are skipped
-        with redirect_stderr(StringIO()) as counted:
-            source = next((source for source in data.prompts if source.path == name), name)
-            prompts = load_prompts(source, data.max_bad_rows)
-        for line in counted.getvalue().splitlines():
-            print_once(line)
+def _to_evaluate(name: str, data: DataConfig, target: Target) -> str:
+    """How many prompts there are; `ValueError` where an evaluation refuses one."""
+    prompts = load_prompt_set(name)
+    _check_forms(prompts, target)
+    encode_prompts(prompts, target.tokenizer, data.chat_template_kwargs)
+    return f"prompts: {len(prompts):,}"
+
+
+def _to_train_on(source: SourceConfig, data: DataConfig, target: Target) -> str:
+    """How many prompts there are and how many have answers; `ValueError` where more of them than
+    `data.max_bad_rows` cannot be read, or the target's template refuses them."""
+
+    def answered(prompt: Prompt) -> bool:
+        encode_prompt(prompt, target.tokenizer, data.chat_template_kwargs)
+        if prompt.messages[-1]["role"] != "assistant":
+            return False
+        variables = data.chat_template_kwargs
+        encode_conversation(prompt, target.tokenizer, target.eos_ids, variables)
+        return True
+
+    with redirect_stderr(StringIO()) as counted:
+        prompts = load_prompts(source, data.max_bad_rows)
+        _check_forms(prompts, target)
+        usable = [
+            one for one in encode_usable(prompts, answered, data.max_bad_rows) if one is not None
+        ]
+    for line in counted.getvalue().splitlines():
+        print_once(line)
+    return f"prompts: {len(usable):,}, of them with an answer: {sum(usable):,}"
+
+
+def _check_forms(prompts: Sequence[Prompt], target: Target) -> None:
     check_template(prompts, target)
     structured_output(target, schemas_of(prompts))
-    answers, refused = 0, []
-    for prompt in prompts:
-        try:
-            answers += _encoded(prompt, target, data.chat_template_kwargs)
-        except ValueError as error:
-            refused.append(f"{prompt.id}: {error}")
-    if refused:
-        raise ValueError(f"{len(refused)} of {len(prompts)} are refused, first {refused[0]}")
-    return f"prompts: {len(prompts):,}, of them with an answer: {answers:,}"
-
-
-def _encoded(prompt: Prompt, target: Target, variables: dict[str, Any]) -> bool:
-    """Whether a prompt has an answer; both are encoded, as for training and for evaluation."""
-    encode_prompt(prompt, target.tokenizer, variables)
-    answered = prompt.messages[-1]["role"] == "assistant"
-    if answered:
-        encode_conversation(prompt, target.tokenizer, target.eos_ids, variables)
-    return answered
 
 
 def print_findings(found: Sequence[Finding]) -> None:

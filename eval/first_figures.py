@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from headstart.common.console import one_line, plain_console
 from headstart.common.files import write_atomically
-from headstart.common.machine import environment
+from headstart.common.machine import environment, machine_name
 from headstart.configs.schema import EvalConfig
 from headstart.data.conversations import stable_hash
 from headstart.data.prompts import Prompt, limit_evenly, load_prompt_set, tell_schemas
@@ -57,7 +57,9 @@ def first_figures(
         ValueError: the prompts cannot be read.
     """
     loaded = load_prompt_set(chosen.prompts)
+    where = environment(target.device)
     settings = {
+        "machine": [machine_name(where), where["torch"], where["transformers"]],
         "target_fingerprint": target.fingerprint,
         "head": stable_hash(assistant.config.to_json_string()),
         "dtype": str(target.table.dtype).removeprefix("torch."),
@@ -80,7 +82,7 @@ def first_figures(
     )  # fmt: skip
     content = {
         "settings": settings,
-        "environment": environment(target.device) | {"target": target.name},
+        "environment": where | {"target": target.name},
         "plain": {
             "tokens_per_second": looked_up["baseline_tokens_per_second"],
             "decode_tokens_per_second": looked_up["baseline_decode_tokens_per_second"],

@@ -91,6 +91,8 @@ class Text:
 
 MACHINE = "machine"
 """The setting that says where times were taken: those of two machines make no speedup."""
+NOT_SAID = (MACHINE, "encoded_sha256", "eos_token_ids", "draft_model_fingerprints")
+"""Settings that earlier files do not have."""
 
 
 class Measurements:
@@ -234,8 +236,7 @@ def _read(path: Path, settings: dict[str, Any]) -> tuple[list[dict[str, Any]], d
         )
     recorded = lines[0].get("settings", {})
     for key, value in settings.items():
-        # Earlier files do not say where they were measured.
-        if (earlier := recorded.get(key, value if key == MACHINE else None)) != value:
+        if (earlier := recorded.get(key, value if key in NOT_SAID else None)) != value:
             raise ValueError(
                 f"{path} was measured with {key}={earlier}, not {value}: name another folder, or "
                 "leave out --resume to begin anew"

@@ -89,6 +89,7 @@ def by_head(content: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
 def report_warnings(content: dict[str, Any]) -> list[str]:
     """What it takes to read the tables, a sentence or two each."""
     lines = [content["verdict"], *where_it_pays(content.get("concurrency", []))]
+    lines += [f"{name}: {warning}" for name, warning in content.get("warnings", {}).items()]
     lines += _sampled(content)
     if (noise := content["noise"]) is not None:
         low, high = noise["speedup_interval"]
@@ -307,7 +308,8 @@ def markdown(content: dict[str, Any]) -> str:
         lines += [*(markdown_row(cells(result)) for result in found), ""]
     for heading, columns, rows in breakdowns(content):
         aligned = ["---", *["---:"] * (len(columns) - 1)]
-        lines += [f"## {heading}", "", markdown_row(columns), f"| {' | '.join(aligned)} |"]
+        lines += [f"## {in_markdown(heading)}", ""]
+        lines += [markdown_row(columns), f"| {' | '.join(aligned)} |"]
         lines += [*(markdown_row(row) for row in rows), ""]
     return "\n".join([*lines, "report.json has every figure; report.html shows them.", ""])
 

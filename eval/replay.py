@@ -255,14 +255,14 @@ def replay_texts(
         lengths: draft lengths K, all replayed at once.
         doing: label of the progress bar.
         positions: name -> where drafts stand there; None: as in transformers.
-        greedy: leave out the texts that were sampled.
+        greedy: leave out the texts that were sampled, or that the target did not write.
     """
     found = {name: {k: list[ReplayedText]() for k in lengths} for name in stores}
     texts = [
         (name, i, entry)
         for name, store in stores.items()
         for i, entry in enumerate(store.entries)
-        if not (greedy and entry.temperature)
+        if not greedy or entry.temperature == 0  # None: it wrote no such text
     ]
     for name, i, entry in counted(texts, f"{doing} (texts)"):
         at: DraftPositionOffset = 0 if positions is None else positions[name]

@@ -17,6 +17,7 @@ from headstart.common.machine import environment, machine_name
 from headstart.common.processes import processes_in, told_by_main
 from headstart.common.versions import skips_prefill
 from headstart.configs.schema import Config, EvalConfig
+from headstart.data.conversations import stable_hash
 from headstart.data.prompts import (
     Prompt,
     check_prompt_set,
@@ -118,7 +119,7 @@ def run_evaluation(
     prompts = limit_evenly(loaded, chosen.limit)
     check_template(prompts, target)
     # One that cannot be used is named before all work.
-    encode_prompts(prompts, target.tokenizer, asked.chat_template_kwargs)
+    encoded = encode_prompts(prompts, target.tokenizer, asked.chat_template_kwargs)
     structured = structured_output(target, schemas_of(prompts))
     settings = {
         "target": target.name,
@@ -130,6 +131,12 @@ def run_evaluation(
         **chosen.model_dump(mode="json", exclude={"prompts", "fp32_check_prompts"}),
         "own_sampling": asdict(target.own_sampling) if "model" in chosen.temperatures else None,
         "chat_template_kwargs": asked.chat_template_kwargs or None,  # as if earlier files had it
+        "encoded_sha256": stable_hash(encoded),
+        "eos_token_ids": list(target.eos_ids),
+        "draft_model_fingerprints": {
+            n: model_fingerprint(m, m.config) for n, m in draft_models.items()
+        }
+        or None,
     }
     state, path = PartialState(), out / "measurements.jsonl"
     together = together and state.num_processes > 1

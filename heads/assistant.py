@@ -93,7 +93,7 @@ def assistant_config(source: Any, head: HeadConfig) -> Any:
     }
     own: dict[str, Any] = {"backbone_hidden_size": source.hidden_size}
     if head.use_ordered_embeddings:
-        top_k = head.centroid_intermediate_top_k
+        top_k = head.clusters_read
         own["use_ordered_embeddings"] = True
         own["num_centroids"] = cluster_count(source.vocab_size, head.num_centroids, top_k)
         own["centroid_intermediate_top_k"] = top_k

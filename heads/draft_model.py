@@ -76,7 +76,7 @@ def shapes(source: Any, head: HeadConfig, drafts: int, attention: bool = False) 
         "rms_norm_eps": source.rms_norm_eps,
     }
     if head.use_ordered_embeddings:
-        top_k = head.centroid_intermediate_top_k
+        top_k = head.clusters_read
         found |= {"use_ordered_embeddings": True, "centroid_intermediate_top_k": top_k}
         found["num_centroids"] = cluster_count(source.vocab_size, head.num_centroids, top_k)
     return found

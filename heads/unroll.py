@@ -69,12 +69,16 @@ class DraftHead(nn.Module):
         return next(kind_of(self.assistant.config).layers(self.assistant)[0].parameters()).dtype
 
     @torch.no_grad()
-    def table(self, target_table: torch.Tensor) -> torch.Tensor:
+    def table(
+        self, target_table: torch.Tensor, projection: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """[V, H] the LM head to save: the target's table, its product with the projection, or the
-        table of its own that a narrow head was loaded with."""
+        table of its own that a narrow head was loaded with. `projection`: all of it, in float32,
+        where each process holds a part of its own."""
         if self.projection is None:
             return self.draft_table(target_table)
-        return target_table.float() @ self.projection
+        whole = self.projection if projection is None else projection
+        return target_table.float() @ whole
 
     def draft_table(self, target_table: torch.Tensor) -> torch.Tensor:
         """[V, width of the states] whose product with the states is the draft's logits: the

@@ -44,11 +44,11 @@ from headstart.serve.hub import (
     license_of,
     notice,
 )
+from headstart.train.adapt_report import adaptation_markdown
 
 DEMO = {"gemma3-270m": "google/gemma-3-270m"}  # built-in name -> what it is on the Hub
 # What an earlier publication may have left in its folder; in `evaluation/` there it is `TOLD`.
 WRITTEN = ("*.json", "*.safetensors", "*.jinja", "*.model", "README.md", "NOTICE", SETTINGS)
-COMMANDS = re.compile(r"^```sh\n.*?^```\n+", re.DOTALL | re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -131,6 +131,8 @@ def build_folder(what: Publication, out: Path) -> list[Path]:
     target_config, tokenizer = _load_target(what, config.target, report["environment"])
     names = _public_names(what, config, served, report, evaluated)
     report = without_paths(report if what.options.include_texts else _without_texts(report), names)
+    report["environment"]["target"] = served_name(served)  # where it lay then, it may not lie now
+    report["warnings"] = {}  # of other heads: this one has none
     config = Config.model_validate(without_paths(config.model_dump(mode="json"), names))
     # Whoever trains by these settings decides for himself whose code may run.
     distrustful = config.target.model_copy(update={"trust_remote_code": False})
@@ -184,17 +186,28 @@ def _write(run: _Run, p: Published, tokenizer: Any, names: dict[str, str], work:
     evaluation = work / EVALUATION
     evaluation.mkdir()
     write_report(p.report, evaluation)
-    if (told := run.folder / "adapt.md").exists():
-        # Its command line has paths in words of many forms.
-        text = COMMANDS.sub("", _own(told).read_text(encoding="utf-8"))
-        text = without_paths(text, names)
-        (evaluation / told.name).write_text(text, encoding="utf-8")
+    if (told := run.folder / "adapt.json").exists():
+        content = json.loads(_own(told).read_text(encoding="utf-8"))
+        text = adaptation_markdown(_public_adaptation(content, names, p.served))
+        (evaluation / "adapt.md").write_text(text, encoding="utf-8")
     for picture in run.pictures:
         shutil.copyfile(_own(picture), evaluation / picture.name)
     (work / "README.md").write_text(model_card(p), encoding="utf-8")
     if (wanted := notice(p.license, p.served.name)) is not None:
         (work / "NOTICE").write_text(wanted, encoding="utf-8")
     drop_remote_code(work)
+
+
+def _public_adaptation(
+    content: dict[str, Any], names: dict[str, str], served: TargetConfig
+) -> dict[str, Any]:
+    """An adapt.json by the names that others know, without its command line, which has paths in
+    words of many forms."""
+    content = without_paths(content, names) | {"commands": []}
+    content["target"]["name"] = served_name(served)
+    if is_local(content["head"]):
+        content["head"] = Path(content["head"]).name
+    return content
 
 
 def _without_texts(report: dict[str, Any]) -> dict[str, Any]:

@@ -62,7 +62,9 @@ def published_report(head: str) -> dict[str, Any]:
         # Beside the head; as published; the run's, `adapt` included, whose run lies within.
         places = [there, there / EVALUATION, there / "eval"]
         if there.name == "head":
-            places += [there.parent / "eval", there.parent.parent / "eval"]
+            places += [there.parent / "eval"]
+        if there.absolute().parts[-2:] == ("run", "head"):
+            places += [there.parent.parent / "eval"]
         for place in places:
             if (place / "report.json").is_file():
                 return read_report(place / "report.json")

@@ -3,11 +3,13 @@ report that its head was published with, and whether the head is stale (`headsta
 
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from rich.table import Column, Table
 
 from headstart.common.console import one_line, plain_console, print_once, progress_bar
+from headstart.common.files import write_figures
 from headstart.common.signals import Ended
 from headstart.configs.settings import ServerConfig, WatchConfig
 from headstart.serve.metrics import MetricsPage, Reading, rounds_between
@@ -211,13 +213,16 @@ def _figures(seen: Rounds) -> dict[str, Any] | None:
     }
 
 
-def watch(server: ServerConfig, head: str | None, chosen: WatchConfig) -> dict[str, Any]:
+def watch(
+    server: ServerConfig, head: str | None, chosen: WatchConfig, out: Path | None = None
+) -> dict[str, Any]:
     """Read a server's metrics until the head is stale, the limits are reached or somebody stops it.
 
     Args:
         server: with its address.
         head: whose report it is held to, as `published_report` takes it; None: none.
         chosen: how often, how long, and when to call it stale.
+        out: JSON file for all figures, however the watch ends; None: no file.
 
     Returns:
         All figures; `stale` tells whether the head is, None where no report was named.
@@ -246,6 +251,7 @@ def watch(server: ServerConfig, head: str | None, chosen: WatchConfig) -> dict[s
         **watched.content(),
     }  # fmt: skip
     print_watch(content)
+    write_figures(content, out)
     if isinstance(ended, Ended):
         raise ended
     return content

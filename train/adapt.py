@@ -57,7 +57,7 @@ from headstart.heads.saving import (
 )
 from headstart.heads.target import Target
 from headstart.heads.tokens import Sampling
-from headstart.heads.unroll import DraftHead
+from headstart.heads.unroll import DraftHead, served_position
 from headstart.train.adapt_report import (
     TextsOfKinds,
     adaptation_markdown,
@@ -192,7 +192,8 @@ def _replayed(
     assistant = load_assistant(head, target.table.dtype, target.device)
     check_pair(target, assistant)
     k = a.num_assistant_tokens
-    found = replay_texts(DraftHead(assistant), target, stores, [k], doing)
+    positions = dict.fromkeys(stores, served_position(a.config.train.draft_position_offset))
+    found = replay_texts(DraftHead(assistant), target, stores, [k], doing, positions)
     return {kind: [text.row() for text in texts[k]] for kind, texts in found.items()}
 
 

@@ -238,7 +238,9 @@ def adaptation_markdown(content: dict[str, Any]) -> str:
             lines.append(markdown_row([f"{kind}, {one['unadapted']['prompts']} prompts", *cells]))
         lines.append("")
     took = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in content["seconds"].items())
-    lines += [f"Time: {took}.", "", "```sh", *content["commands"], "```", ""]
+    lines += [f"Time: {took}.", ""]
+    if content["commands"]:
+        lines += ["```sh", *content["commands"], "```", ""]
     return "\n".join(lines)
 
 

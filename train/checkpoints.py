@@ -6,7 +6,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +105,8 @@ class RunState:
     optimizer: torch.optim.Optimizer
     average: Average
     progress: Progress
+    origin: dict[str, str] = field(default_factory=dict)
+    """What a run goes on from only where it is the same, by name: SHA-256."""
 
     def tensors(self) -> dict[str, dict[str, torch.Tensor]]:
         """Whole tensors by file; all processes must call it.
@@ -151,6 +153,7 @@ def save_checkpoint(state: RunState, config: Config, target: Target) -> None:
         content: dict[str, Any] = {
             **asdict(state.progress),
             "target": target.fingerprint,
+            "origin": state.origin,
             "processes": processes.num_processes,
             "files": {name: file_sha256(work / name) for name in [*files, "config.yaml"]},
         }
@@ -161,11 +164,16 @@ def save_checkpoint(state: RunState, config: Config, target: Target) -> None:
 
 def checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints, oldest first; links and other names are none of ours."""
-    return sorted(
+    found = (
         path
         for path in folder.glob("step-*")
         if STEP.fullmatch(path.name) and path.is_dir() and not path.is_symlink()
     )
+    return sorted(found, key=_step)
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 def check_checkpoint(path: Path) -> dict[str, Any]:
@@ -179,7 +187,7 @@ def check_checkpoint(path: Path) -> dict[str, Any]:
     try:
         return _read_state(path)
     except ValueError as error:
-        earlier = [other for other in checkpoints(path.parent) if other < path]
+        earlier = [other for other in checkpoints(path.parent) if _step(other) < _step(path)]
         raise ValueError(f"{error}: {_way_out(path, earlier)}") from error
 
 
@@ -234,7 +242,8 @@ def load_checkpoint(state: RunState, path: Path, target: Target) -> None:
         target: that the head is trained for.
 
     Raises:
-        ValueError: the checkpoint is damaged, of a head with other parameters or of another target.
+        ValueError: the checkpoint is damaged, of a head with other parameters, of another target or
+            of other texts.
     """
     saved = check_checkpoint(path)
     if saved["target"] != target.fingerprint:
@@ -242,6 +251,12 @@ def load_checkpoint(state: RunState, path: Path, target: Target) -> None:
             f"{path} was trained for a target with fingerprint {saved['target'][:12]}, "
             f"{target.name} now has {target.fingerprint[:12]}: name another folder, output_dir=PATH"
         )
+    for name, sha256 in saved.get("origin", {}).items():  # earlier ones do not say
+        if state.origin.get(name) != sha256:
+            raise ValueError(
+                f"{path} was trained with other {name}, which have changed since: put them back, "
+                "or name another folder, output_dir=PATH"
+            )
     weights = load_file(path / "head.safetensors")
     parameters = state.head.trainable()
     shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}

@@ -106,6 +106,8 @@ def train_head(
                 continue
 
             stop, unread = stop + note(result, validates), None
+            # The state of the head in head/: a run that goes on elsewhere finds it no more.
+            saves = saves or (validates and progress.evals_since_best == 0)
             progress.seconds += _seconds_since(clock, accelerator)
             clock = time.monotonic()
             ended = validates and progress.ended(c)  # not before the head has been judged

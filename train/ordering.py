@@ -9,7 +9,7 @@ of the head's table.
 
 import json
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ from headstart.heads.saving import (
 from headstart.heads.target import Target
 from headstart.heads.unroll import DraftHead, served_position
 from headstart.train.run_folder import summary_text
+from headstart.train.start import clusters_wanted
 from headstart.train.step import draft_batch, learning_rate
 
 DRAFTS = 1 << 17  # of the training text at most, that clusters and centroids are made from
@@ -214,7 +215,7 @@ def order_best(
     PartialState().wait_for_everyone()  # the main process may still be writing the head
     folder, h = config.output_dir / "head", config.head
     if not (folder / RECORD).is_file():
-        order = Order(True, h.num_centroids, h.centroid_intermediate_top_k, h.centroid_steps)
+        order = Order(True, h.num_centroids, h.clusters_read, h.centroid_steps)
         assistant = load_assistant(str(folder), torch.float32, target.device)
         if h.warm:
             assistant, order = _with_earlier_clusters(assistant, h, order)
@@ -345,13 +346,14 @@ def _with_earlier_clusters(assistant: Any, h: HeadConfig, order: Order) -> tuple
     if not config.use_ordered_embeddings:
         return assistant, order
     how = h.on_existing_clusters or ("keep" if h.lora else "refine")
+    clusters, read = clusters_wanted(h, config.get_text_config().vocab_size)
     if how == "rebuild" or h.num_centroids is not None:
-        return assistant, replace(order, num_centroids=h.num_centroids or config.num_centroids)
+        return assistant, Order(True, clusters, read, order.steps)
     earlier = load_assistant(h.init_from, torch.float32, assistant.device)
-    assistant = with_clusters(assistant, config.num_centroids, config.centroid_intermediate_top_k)
+    assistant = with_clusters(assistant, clusters, read)
     assistant.masked_embedding.load_state_dict(earlier.masked_embedding.state_dict())
     steps = 0 if how == "keep" else order.steps
-    return assistant, Order(False, None, None, steps)
+    return assistant, Order(False, None, read, steps)
 
 
 def _save(assistant: Any, target: Target, config: Config, found: dict[str, Any], out: Path) -> None:

@@ -188,7 +188,9 @@ def _train(
     if accelerator.is_main_process:
         write_config(config)
     with schedule.phase(TRAINING):
-        state, likely = start_run(config, target, training, validation, accelerator, resume)
+        state, likely = start_run(
+            config, target, training, validation, prompt_sets, accelerator, resume
+        )
         if accelerator.is_main_process:
             drop_metrics_after(run, state.progress.step)
         start_trackers(accelerator, config)

@@ -33,7 +33,12 @@ from headstart.configs.loader import dump_config, read_saved
 from headstart.configs.schema import Config
 from headstart.data.sources import builtin_name
 from headstart.eval.acceptance import RecallCounts
-from headstart.train.checkpoints import check_checkpoint, checkpoint_config, checkpoints
+from headstart.train.checkpoints import (
+    check_checkpoint,
+    checkpoint_config,
+    checkpoint_progress,
+    checkpoints,
+)
 
 CONFIG = "config.yaml"
 STATUS = "status.json"
@@ -216,6 +221,7 @@ def _training_settings(config: Config, processes: int) -> dict[str, Any]:
     evaluated = config.eval and builtin_name(config.eval.prompts)
     settings = {f"{s}.{key}": v for s, section in tree.items() for key, v in section.items()}
     settings |= {"seed": seed, "eval.prompts": evaluated}
+    settings["head.centroid_intermediate_top_k"] = config.head.clusters_read  # once 32, now null
     a_step = processes
     for key in _SHARES:
         a_step *= settings.pop(key)
@@ -296,6 +302,9 @@ class RunView:
     metrics: list[dict[str, Any]]
     summarized: dict[str, Any] | None = None
     """`best` of summary.json, once training has ended."""
+    started: dict[str, Any] | None = None
+    """The validation of a finished head before it was trained on, as the newest checkpoint has it;
+    None: there is no checkpoint, or the run began with no such head."""
 
     @property
     def step(self) -> int:
@@ -309,6 +318,8 @@ class RunView:
         if self.summarized is not None:
             return self.summarized
         validated = [row for row in self.metrics if "acceptance_length" in row]
+        if self.started is not None:
+            validated = [self.started, *validated]
         return max(validated, key=lambda row: row["acceptance_length"], default=None)
 
     @property
@@ -327,7 +338,18 @@ def read_run(folder: Path) -> RunView:
     status = read_status(folder)
     trained = status["state"] == "finished" or status["doing"] == "evaluating"
     best = _summarized_best(folder) if trained else None
-    return RunView(folder, status, read_steps(folder), read_metrics(folder), best)
+    steps, metrics = read_steps(folder), read_metrics(folder)
+    return RunView(folder, status, steps, metrics, best, _started(folder))
+
+
+def _started(folder: Path) -> dict[str, Any] | None:
+    if not (saved := checkpoints(folder / "checkpoints")):
+        return None
+    try:
+        start = checkpoint_progress(saved[-1]).start
+    except (OSError, ValueError, LookupError, TypeError):  # --resume says what is damaged
+        return None
+    return {"step": 0, "acceptance_length": start} if start else None
 
 
 def _summarized_best(folder: Path) -> dict[str, Any] | None:

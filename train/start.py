@@ -3,19 +3,23 @@
 Letters: D target width, H head width, V vocabulary, N tokens.
 """
 
+import hashlib
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 
 from headstart.common.console import phase, print_once
+from headstart.common.processes import full_tensor
 from headstart.configs.schema import Config, HeadConfig, TrainConfig
+from headstart.data.conversations import stable_hash
 from headstart.data.documents import Documents
 from headstart.heads.kinds import kind_of
 from headstart.heads.ordered import TeacherSamples, cluster_count, token_usage, with_clusters
 from headstart.heads.pairing import build_assistant, set_table, warm_assistant
-from headstart.heads.saving import add_lora
+from headstart.heads.saving import add_lora, load_assistant_config
 from headstart.heads.target import Target
 from headstart.heads.unroll import DraftHead
 from headstart.train.checkpoints import (
@@ -107,6 +111,7 @@ def start_run(
     target: Target,
     training: Documents,
     validation: Documents,
+    prompt_sets: Sequence[Mapping[str, Any]],
     accelerator: Accelerator,
     resume: bool,
 ) -> tuple[RunState, torch.Tensor]:
@@ -116,6 +121,7 @@ def start_run(
         config: the whole run.
         target: frozen.
         training, validation: read for what a head starts from.
+        prompt_sets: that their texts answer, as far as that is known.
         accelerator: of the launch; it wraps head and optimizer.
         resume: go on from the newest checkpoint where there is one.
 
@@ -132,6 +138,7 @@ def start_run(
         head = build_head(target, config, samples, validation, resumed=bool(saved))
         likely = likely_tokens(target, samples, c)
     optimizer = make_optimizer(head, c)
+    head.assistant.train()  # of one that was loaded no layer would be checkpointed
     if c.activation_checkpointing:
         head.assistant.gradient_checkpointing_enable({"use_reentrant": False})
     if c.compile:
@@ -139,11 +146,38 @@ def start_run(
             layer.compile(dynamic=True)
     model, optimizer = accelerator.prepare(head, optimizer)
     average = Average(head.trainable(), c.ema_decay)
-    state = RunState(head, model, optimizer, average, Progress())
+    origin = {
+        "texts": texts_sha256(training, validation, prompt_sets),
+        "weights that are not trained": frozen_sha256(head),
+    }
+    state = RunState(head, model, optimizer, average, Progress(), origin)
     if saved:
         load_checkpoint(state, saved[-1], target)
         print_once(f"Resuming {run} after step {state.progress.step}")
     return state, likely
+
+
+def texts_sha256(
+    training: Documents, validation: Documents, prompt_sets: Sequence[Mapping[str, Any]]
+) -> str:
+    """Of which texts are trained on and held out, by their prompts: what the target answers may
+    differ in rounding from machine to machine."""
+    told: list[Any] = [[one["sha256"] for one in prompt_sets]]
+    for documents in (training, validation):
+        told.append([[e.id, e.source, e.length - e.trained] for e in documents.entries])
+    return stable_hash(told)
+
+
+def frozen_sha256(head: DraftHead) -> str:
+    """Of the weights that a checkpoint does not hold, such as those under an adapter; all processes
+    must call it."""
+    digest = hashlib.sha256()
+    for name, parameter in head.named_parameters():
+        if not parameter.requires_grad:
+            weights = full_tensor(parameter.detach()).cpu().contiguous()
+            digest.update(name.encode())
+            digest.update(weights.view(torch.uint8).numpy().data if weights.numel() else b"")
+    return digest.hexdigest()
 
 
 FUSED = ("cpu", "cuda", "mps", "xpu")  # devices on which torch has AdamW as one kernel
@@ -185,19 +219,34 @@ def build_head(
             add_lora(head.assistant, h.lora)
         return train_only(head, h.trainable_modules)
     if h.use_ordered_embeddings:
-        cluster_count(len(target.table), h.num_centroids, h.centroid_intermediate_top_k)
+        cluster_count(len(target.table), h.num_centroids, h.clusters_read)
     dense = h.model_copy(update={"use_ordered_embeddings": False, "num_centroids": None})
     assistant = build_assistant(target, dense, config.train.num_speculative_steps)
     width = assistant.config.get_text_config().hidden_size
     projection: torch.Tensor | None = None
     if width < target.config.hidden_size:
-        if resumed:
+        if resumed and not h.trainable_modules:  # else the checkpoint may not have it
             projection = torch.zeros(target.config.hidden_size, width)
         else:
             projection, down = _start_tie(target, samples, validation, width)
             with torch.no_grad():
                 kind_of(assistant.config).init_narrow(assistant, down)
     return train_only(DraftHead(assistant, projection).to(target.device), h.trainable_modules)
+
+
+def clusters_wanted(h: HeadConfig, vocab_size: int) -> tuple[int, int]:
+    """Clusters of a head that goes on from a finished one, and how many of them a draft reads:
+    where the settings say nothing those of that head, where it has any.
+
+    Raises:
+        ValueError: a draft would read more than there are, or they do not divide the vocabulary.
+    """
+    there = load_assistant_config(h.init_from)
+    clusters, read = h.num_centroids, h.clusters_read
+    if there.use_ordered_embeddings:
+        clusters = clusters or there.num_centroids
+        read = h.centroid_intermediate_top_k or there.centroid_intermediate_top_k
+    return cluster_count(vocab_size, clusters, read), read
 
 
 def untrained_assistant(target: Target, h: HeadConfig, drafts: int) -> Any:
@@ -215,9 +264,7 @@ def untrained_assistant(target: Target, h: HeadConfig, drafts: int) -> Any:
     else:
         assistant = warm_assistant(target, h.init_from)
         if h.use_ordered_embeddings:
-            top_k = h.centroid_intermediate_top_k
-            clusters = cluster_count(len(target.table), h.num_centroids, top_k)
-            assistant = with_clusters(assistant, clusters, top_k)
+            assistant = with_clusters(assistant, *clusters_wanted(h, len(target.table)))
     if assistant.masked_embedding is not None:
         ordering = assistant.masked_embedding.token_ordering
         ordering.copy_(torch.arange(len(ordering)))

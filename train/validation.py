@@ -71,11 +71,13 @@ def export_head(head: DraftHead, target: Target, config: Config, trained: bool =
     if h.lora is not None:
         weights, adapter = without_lora(weights, scalings_of(assistant), dtype)
         beside = partial(write_adapter, adapter=adapter, lora=h.lora, base=h.init_from, notes=notes)
+    # Within `full_weights` it is in the dtype that FSDP2 computes in.
+    projection = None if head.projection is None else full_tensor(head.projection.detach())
     with full_weights(head):
         if PartialState().is_main_process:
             save_assistant(
                 assistant,
-                head.table(target.table),
+                head.table(target.table, projection),
                 config.output_dir / "head",
                 config.train.num_speculative_steps,
                 dtype,

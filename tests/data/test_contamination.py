@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,14 @@ def test_case_form_and_punctuation_hide_no_duplicate(ours: str, theirs: str) -> 
     left, found = remove_contaminated([prompt(ours)], [prompt(theirs, "e")])
     assert left == []
     assert (found.exact, found.near, found.pairs) == (1, 0, [("t", "e", 1.0)])
+
+
+@pytest.mark.parametrize("ours", [QUESTION, QUESTION.replace("sells pencils", "offers pencils")])
+def test_later_turns_of_an_evaluation_are_compared_too(ours: str) -> None:
+    asked = replace(prompt("Tell me about Mira.", "e"), later_turns=[QUESTION])
+    left, found = remove_contaminated([prompt(ours)], [asked])
+    assert left == []
+    assert found.exact + found.near == 1
 
 
 @pytest.mark.parametrize(

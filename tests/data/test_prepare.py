@@ -1,6 +1,7 @@
 """The ways to a run's activations: prompts, conversations, a store, or none stored at all."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,9 @@ import torch
 
 from headstart.configs.schema import Config, DataConfig, FilterConfig
 from headstart.configs.settings import ServerConfig
+from headstart.data import prepare
 from headstart.data.contamination import stored_prompts, without_contaminated
-from headstart.data.conversations import answered, finished_parts, read_part
+from headstart.data.conversations import MANIFEST, answered, finished_parts, read_part
 from headstart.data.extraction import OnlineActivations
 from headstart.data.prepare import (
     inputs_read,
@@ -237,6 +239,31 @@ def test_text_of_another_model_is_not_walked_as_the_targets_own(
     assert {row.temperature for row in own} == {0.0, 1.0}
     assert {row.temperature for row in stream_folder(stored, tuned)} == {None}
     assert "which is not this tiny-gemma4" in capsys.readouterr().out
+
+
+def test_a_servers_answers_at_another_revision_are_another_models(
+    stored: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(stored, tmp_path / "served"))
+    made = json.loads((folder / MANIFEST).read_text())
+    target = load_target("tiny-gemma4", "float32")
+    for revision, temperatures in ((None, {0.0, 1.0}), ("commit", {None})):
+        told = made | {"fingerprint": None, "revision": revision}
+        (folder / MANIFEST).write_text(json.dumps(told))
+        assert {row.temperature for row in stream_folder(folder, target)} == temperatures
+
+
+def test_prompts_that_are_too_long_are_told_before_any_is_answered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Held-out ones too, which are answered last."""
+    answered: list[object] = []
+    monkeypatch.setattr(prepare, "regenerate", lambda *args, **kwargs: answered.append(args))
+    lengths = {"data.max_prompt_tokens": 24, "data.max_new_tokens": 40, "data.max_tokens": 60}
+    settings = [f"{name}={value}" for name, value in lengths.items()]
+    with pytest.raises(ValueError, match=r"longer than data.max_tokens=60"):
+        train(small(tmp_path / "run", *settings))
+    assert not answered
 
 
 def test_a_store_of_another_target_is_named(stored: Path, tmp_path: Path) -> None:

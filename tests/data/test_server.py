@@ -240,6 +240,16 @@ def test_a_server_that_stays_away_is_given_up_with_the_work_kept(
     assert len(fake.asked) == 3
 
 
+def test_one_request_in_vain_ends_the_wait_of_all_others(
+    fake: Fake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "MAX_RETRIES", 1)
+    fake.reply = lambda _: (200, VLLM) if len(fake.asked) == 1 else refuse(500, "gone")
+    with pytest.raises(RuntimeError, match="gave no answer in 2 attempts"):
+        answers(fake.url, count=40)
+    assert len(fake.asked) <= 1 + 2 * 2, "two at once, two attempts each"
+
+
 @pytest.mark.parametrize("status", [400, 404, 422])
 def test_a_wrong_request_is_explained_in_one_line_and_not_repeated(fake: Fake, status: int) -> None:
     fake.reply = lambda _: (200, VLLM) if len(fake.asked) == 1 else refuse(status, "too\nlong")

@@ -166,6 +166,29 @@ def test_a_source_that_is_not_there_says_what_was_looked_for(
         rows_of("a.xlsx")
 
 
+@pytest.mark.parametrize(
+    "part", [{"split": "test"}, {"name": "main"}, {"revision": "v1"}, {"streaming": True}]
+)
+def test_a_part_of_what_is_on_disk_is_not_taken_for_the_whole(
+    part: dict[str, Any], tmp_path: Path
+) -> None:
+    (tmp_path / "folder").mkdir()
+    for split in ("train", "test"):
+        (tmp_path / "folder" / f"{split}.jsonl").write_text('{"prompt": "x"}\n')
+    rows = datasets.Dataset.from_list([{"prompt": "x"}])
+    rows.save_to_disk(str(tmp_path / "saved"))
+    datasets.DatasetDict({"train": rows, "test": rows}).save_to_disk(str(tmp_path / "both"))
+    for path in ("folder", "folder/*.jsonl", "folder/test.jsonl", "saved", "both"):
+        source = SourceConfig(path=str(tmp_path / path), **part)
+        if path == "both" and "split" in part:
+            assert len(list(read_rows(source))) == 1
+            continue
+        with pytest.raises(ValueError, match=rf"{next(iter(part))}=.* is of Hub datasets"):
+            list(read_rows(source))
+    with pytest.raises(ValueError, match="is of Hub datasets"):
+        list(read_rows(SourceConfig(path="builtin:text_eval", **part)))
+
+
 @pytest.mark.parametrize("name", ["a.parquet", "a.arrow", "a.jsonl.gz", "a.json", "a.csv"])
 def test_a_file_that_cannot_be_read_at_all_is_named(name: str, tmp_path: Path) -> None:
     content = b'["prompt\n"open'

@@ -49,6 +49,20 @@ def test_the_estimate_is_what_exact_decoding_does(
     assert all(sum(r["accepted"]) > 0 for r in real), "a head never accepted makes this test empty"
 
 
+def test_texts_that_the_target_did_not_write_are_none_of_its_greedy_texts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"prompt": f"Count {i}", "response": "one two three four five"} for i in range(4)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    half_trained_head(load_target("tiny-gemma4", "float32")).save_pretrained(tmp_path / "head")
+    asked = ["target.name=tiny-gemma4", "target.dtype=float32"]
+    store = tmp_path / "store"
+    assert main(["extract", str(tmp_path / "rows.jsonl"), *asked, f"output_dir={store}"]) == 0
+    argv = ["simulate", str(store), str(tmp_path / "head"), *asked, "eval.num_assistant_tokens=2"]
+    assert main([*argv, f"output_dir={tmp_path / 'out'}"]) == 1
+    assert "no greedy text" in capsys.readouterr().err
+
+
 def test_a_store_of_another_target_or_without_greedy_text_is_refused(
     store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

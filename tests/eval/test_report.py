@@ -187,6 +187,10 @@ def test_decoders_that_cannot_be_compared_are_refused(tiny: Target, tmp_path: Pa
         settings(tmp_path, 1, decoders=["draft-model"])
     with pytest.raises(ValueError, match="decoders names one twice"):
         settings(tmp_path, 1, decoders=["exact", "exact"])
+    for nothing in ("decoders", "num_assistant_tokens", "seeds"):
+        with pytest.raises(ValueError, match=f"{nothing} needs one value or more"):
+            settings(tmp_path, 1, **{nothing: []})
+    settings(tmp_path, 1, decoders=["cost", "hybrid"], num_assistant_tokens=[])
     for sampled in ({"top_k": 5}, {"seeds": [5]}, {"temperatures": ["model"], "top_p": 0.5}):
         with pytest.raises(ValueError, match="give a temperature above 0 too"):
             settings(tmp_path, 1, **sampled)

@@ -155,8 +155,9 @@ def test_another_k_than_the_reports_is_compared_where_both_have_drafts(
         assert len(content["lately"]["cumulative_acceptance_rate"]) == shared
 
 
-def test_ctrl_c_ends_with_a_summary(
-    tmp_path: Path, figures: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_watch_that_is_ended_leaves_a_summary_and_its_figures(
+    number: signal.Signals, tmp_path: Path, figures: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     good, _ = measured_rates()
     report = write_report(Traffic(good, 1), tmp_path / "report")
@@ -164,14 +165,15 @@ def test_ctrl_c_ends_with_a_summary(
 
     def metrics() -> str:
         if next(readings) == 3:
-            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+            signal.pthread_kill(threading.main_thread().ident or 0, number)
         return server.metrics()
 
     # A background process has the signal ignored.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with metrics_server(metrics) as url:
-            assert watch(url, report, figures, "watch.seconds=60") == 0
+            code = watch(url, report, figures, "watch.seconds=60")
+            assert code == (0 if number == signal.SIGINT else 128 + number)
     finally:
         signal.signal(signal.SIGINT, before)
     assert next(readings) < 1000, "the time ended it"
@@ -384,8 +386,12 @@ def test_the_report_is_found_from_its_run_and_from_its_head(report: Path) -> Non
     published = run.parent / "published"
     write_report(Traffic([0.5, 0.5], 0), published / "evaluation")
     assert published_report(str(published))["results"]
+    # Of an adaptation, whose run lies within; another run's neighbor is none.
+    (run / "run" / "head").mkdir(parents=True)
+    assert published_report(str(run / "run" / "head"))["results"]
+    (run / "other" / "head").mkdir(parents=True)
     (run.parent / "empty").mkdir()
-    for wrong in (run.parent / "empty", "no-such-thing"):
+    for wrong in (run.parent / "empty", "no-such-thing", run / "other" / "head"):
         with pytest.raises(ValueError, match=r"no report\.json|is no file"):
             published_report(str(wrong))
 

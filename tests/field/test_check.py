@@ -2,12 +2,13 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from headstart.cli.main import main
-from headstart.configs.schema import DataConfig, TargetConfig
+from headstart.configs.schema import DataConfig, SourceConfig, TargetConfig
 from headstart.eval.check import check_inputs
 from headstart.heads.loading import load_target, tiny_target
 from tests.helpers.chat_templates import GEMMA3, chat_tokenizer
@@ -20,9 +21,9 @@ def results(
     target: str, *adapters: str, heads: tuple[str, ...] = (), prompts: tuple[str, ...] = ()
 ) -> dict[str, tuple[str, str]]:
     t = TargetConfig(name=target, dtype="float32", adapters=list(adapters))
+    data = DataConfig(prompts=[SourceConfig(path=path) for path in prompts])
     return {
-        f.kind: (f.result, " ".join(f.lines))
-        for f in check_inputs(t, DataConfig(), heads, prompts, "cpu")
+        f.kind: (f.result, " ".join(f.lines)) for f in check_inputs(t, data, heads, None, "cpu")
     }
 
 
@@ -81,7 +82,8 @@ def test_the_adapter_at_fault_is_told_from_its_target(tmp_path: Path) -> None:
     zero, _ = adapter(tmp_path / "zero", family("gemma3"))
     rewrite(zero, lambda w: {k: v * 0 if "lora_B" in k else v for k, v in w.items()})
     t = TargetConfig(name="tiny-gemma3", dtype="float32", adapters=[good, zero])
-    found = [(f.kind, f.name, f.result) for f in check_inputs(t, DataConfig(), [], [], "cpu")]
+    data = DataConfig(prompts=[])
+    found = [(f.kind, f.name, f.result) for f in check_inputs(t, data, [], None, "cpu")]
     assert found == [
         ("target", "tiny-gemma3", "good"), ("adapter", good, "good"), ("adapter", zero, "refused"),
     ]  # fmt: skip
@@ -94,6 +96,19 @@ def test_prompts_that_cannot_be_used_are_refused_with_their_number(tmp_path: Pat
     assert result == "refused"
     assert lines.startswith("2 of 3")
     assert "<eos>" in lines
+
+
+@pytest.mark.parametrize("bad", [{"other": 1}, {"prompt": "a<eos>b"}])
+def test_a_bad_row_in_200_is_skipped_by_a_training_and_refused_by_an_evaluation(
+    bad: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [*({"prompt": f"fine {i}"} for i in range(200)), bad]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code, table, _ = checked(capsys, "target.name=tiny-gemma3", f"data.prompts={path}")
+    assert (code, "noted" in table, "prompts: 200" in table) == (0, True, True)
+    code, table, _ = checked(capsys, "target.name=tiny-gemma3", f"eval.prompts={path}")
+    assert (code, "refused" in table) == (1, True)
 
 
 def checked(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:

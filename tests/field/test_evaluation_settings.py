@@ -116,6 +116,21 @@ def test_eval_of_a_runs_head_asks_as_the_run(
     assert "asked as in the run of" in capsys.readouterr().out
 
 
+def test_an_evaluation_does_not_go_on_with_other_questions(
+    folder: Path, thinking: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nor with other ends of texts."""
+    head = thinking / "head"
+    assert evaluated(folder, tmp_path, head) == 0
+    assert evaluated(folder, tmp_path, head, "--resume") == 0
+    assert evaluated(folder, tmp_path, head, "--resume", "target.eos_token_ids=[1, 40]") == 1
+    assert "eos_token_ids" in capsys.readouterr().err
+    template = tmp_path / "other.jinja"
+    template.write_text("{{ bos_token }}{% for m in messages %}{{ m.content }}: {% endfor %}")
+    assert evaluated(folder, tmp_path, head, "--resume", f"target.chat_template={template}") == 1
+    assert "encoded_sha256" in capsys.readouterr().err
+
+
 def test_heads_of_runs_that_asked_differently_are_evaluated_one_by_one(
     folder: Path, thinking: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -14,7 +14,7 @@ from headstart.configs.loader import load_config
 from headstart.configs.schema import TargetConfig
 from headstart.heads.loading import noted_target
 from headstart.serve.publish import public_config
-from tests.helpers.runs import PUBLISH, write_tuned_run
+from tests.helpers.runs import PUBLISH, ROOT, write_tuned_run
 
 CLIENT = "acme-merger"  # a folder whose name is nobody's business
 
@@ -64,18 +64,34 @@ def test_a_link_to_a_secret_in_the_folder_of_a_head_does_not_publish_it(
         assert not out.exists()
 
 
-def test_the_command_of_an_adaptation_stays_at_home(folder: Path, tmp_path: Path) -> None:
-    (folder / "adapt.md").write_text(
-        "# Adaptation\n\n```sh\nheadstart adapt h --config /mnt/" + SECRET + "/a.yaml "
-        "'data.prompts=[{path: ~/" + SECRET + "/q.jsonl}]'\n```\n\nThe end.\n"
-    )
+def test_the_paths_of_an_adaptation_stay_at_home(folder: Path, tmp_path: Path) -> None:
+    """Those of its command, its target and its first head, escaped in Markdown or not."""
+    content = json.loads((ROOT / "docs" / "results" / "adapt-code-given.json").read_text())
+    content["commands"] = [
+        f"headstart adapt h --config /mnt/{SECRET}/a.yaml 'data.prompts=[{{path: ~/{SECRET}}}]'"
+    ]
+    content["head"] = f"clients/_{SECRET}/head"
+    content["target"]["name"] = f"clients/{SECRET}/model + /mnt/{SECRET}/lora"
+    (folder / "adapt.json").write_text(json.dumps(content))
     assert publish(folder, tmp_path / "out") == 0
     assert held(tmp_path / "out", SECRET) == []
     told = (tmp_path / "out" / "evaluation" / "adapt.md").read_text()
-    assert told == "# Adaptation\n\nThe end.\n"
+    assert "Head: head." in told
+    assert "```" not in told
 
 
-@pytest.mark.parametrize("name", ["adapt.md", "progress.png"])
+def test_names_that_a_report_alone_has_stay_at_home(folder: Path, tmp_path: Path) -> None:
+    """Of a target that lay elsewhere when it was measured again, and of other heads' targets."""
+    path = folder / "eval" / "report.json"
+    report = json.loads(path.read_text())
+    report["environment"]["target"] = f"clients/{SECRET}/model + /mnt/{SECRET}/lora"
+    report["warnings"] = {"old": f"this head was trained for clients/{SECRET}/base, not for this"}
+    path.write_text(json.dumps(report))
+    assert publish(folder, tmp_path / "out") == 0
+    assert held(tmp_path / "out", SECRET) == []
+
+
+@pytest.mark.parametrize("name", ["adapt.json", "progress.png"])
 def test_a_link_in_place_of_what_a_run_tells_is_refused(
     name: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

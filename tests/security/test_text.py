@@ -16,9 +16,10 @@ from headstart.common.console import in_markdown, phase, plain_console, print_on
 from headstart.data.inspection import inspect_path
 from headstart.data.prompts import Prompt, encode_usable
 from headstart.eval.check import Finding, print_findings
-from headstart.eval.page import markdown, print_report
+from headstart.eval.page import markdown, page, print_report
 from headstart.train.adapt_report import adaptation_markdown
 from tests.helpers.reports import one_result, report
+from tests.helpers.runs import ROOT
 
 ESCAPES = (
     "\x1b[2J\x1b]8;;http://a.example\x07\x9b31m\r\u202e\u2066",
@@ -126,6 +127,19 @@ def test_a_name_in_report_md_makes_no_row_heading_picture_or_element() -> None:
     for row in re.findall(r"^\|.*", text, re.MULTILINE):
         assert len(re.findall(r"(?<!\\)\|", row)) == 12
     assert not re.search(r"(?<!\\)[<`]|(?<!\\)\]\(", text)
+
+
+def test_no_part_of_a_whole_report_md_is_made_of_a_name() -> None:
+    """Its breakdowns and warnings too."""
+    path = ROOT / "docs" / "results" / "eval-64.json"
+    name = json.dumps(MARKDOWN)[1:-1]
+    content = json.loads(path.read_text().replace("runs/gemma3-270m/head", name))
+    assert content["concurrency"]
+    content["warnings"] = {MARKDOWN: f"trained for {MARKDOWN}"}
+    text = markdown(content)
+    assert not re.search(r"(?<!\\)[<`]|(?<!\\)\]\(|^# x", text, re.MULTILINE)
+    assert "trained for" in text
+    assert "trained for" in page(content)
 
 
 def test_a_plain_name_in_report_md_stays_as_it_was() -> None:

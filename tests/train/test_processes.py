@@ -127,11 +127,12 @@ def test_a_split_head_over_a_split_target_trains_the_same_head(alone: Path, tmp_
 
 
 def test_a_whole_run_in_bfloat16_of_a_split_head_over_a_split_target(tmp_path: Path) -> None:
-    """It answers, trains, validates, saves, orders, exports, evaluates and checks in float32; from
-    the checkpoint in its midst it goes on to the same head."""
+    """A narrow one, whose table is a product. It answers, trains, validates, saves, orders,
+    exports, evaluates and checks in float32; from the checkpoint in its midst it goes on to the
+    same head."""
     settings = [
         "--config", "configs/tiny.yaml", *STEPS, "target.dtype=bfloat16", "target.sharded=true",
-        "train.mixed_precision=bf16", "train.batch_size=2", "eval.limit=3",
+        "train.mixed_precision=bf16", "train.batch_size=2", "eval.limit=3", "head.hidden_size=32",
         "eval.max_new_tokens=12", "eval.num_assistant_tokens=2", f"output_dir={tmp_path / 'run'}",
         f"data.cache_dir={tmp_path / 'cache'}",
     ]  # fmt: skip

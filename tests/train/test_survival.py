@@ -234,6 +234,36 @@ def test_a_checkpoint_of_another_configuration_is_refused_by_name(damaged: Path)
     assert len(checkpoints(damaged / "checkpoints")) == 1
 
 
+def test_a_run_does_not_go_on_over_other_texts(tmp_path: Path) -> None:
+    """What was trained on would be held out, and the best head judged by what it never was."""
+    prompts = tmp_path / "prompts.jsonl"
+
+    def write(first: int) -> None:
+        rows = [json.dumps({"prompt": f"number {i}"}) for i in range(first, first + 40)]
+        prompts.write_text("\n".join(rows))
+
+    def settings() -> Config:
+        return config_of(tmp_path / "run", f"data.prompts={prompts}", "train.save_total_limit=9")
+
+    write(0)
+    train(settings())
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-000024")
+    write(1)
+    with pytest.raises(ValueError, match="with other texts, which have changed since"):
+        train(settings(), resume=True)
+    write(0)
+    train(settings(), resume=True)
+    assert len(metrics(tmp_path / "run")) == 24
+
+
+def test_checkpoints_are_in_the_order_of_their_steps(tmp_path: Path) -> None:
+    for step in (999_900, 1_000_000, 150):
+        (tmp_path / f"step-{step:06d}").mkdir()
+    assert [path.name for path in checkpoints(tmp_path)] == [
+        "step-000150", "step-999900", "step-1000000",
+    ]  # fmt: skip
+
+
 def test_a_half_written_checkpoint_is_never_picked_up(damaged: Path) -> None:
     folder = damaged / "checkpoints"
     half = folder / f"step-000009.{HOST}.4194399.0123abcd.part"

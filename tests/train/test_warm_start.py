@@ -2,19 +2,22 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from transformers import modeling_utils
 
 from headstart.configs.schema import HeadConfig
 from headstart.data.loader import Batch, candidate_rows, gather_rows
 from headstart.heads.loading import load_target
 from headstart.heads.pairing import warm_assistant
-from headstart.heads.saving import draft_position_offset, load_assistant
+from headstart.heads.saving import draft_position_offset, load_assistant, load_assistant_config
 from headstart.heads.target import Target
 from headstart.heads.unroll import DraftHead
 from headstart.train.plan import plan
 from headstart.train.run import check_start, train
+from headstart.train.start import untrained_assistant
 from tests.helpers.heads import FULL, NARROW, finished, greedy_document
 from tests.helpers.models import make_target
 from tests.helpers.runs import metrics, take_every_head, tiny_config
@@ -74,6 +77,56 @@ def test_a_run_goes_on_from_it_and_keeps_its_clusters_and_table(
         ours, theirs = after.masked_embedding, before.masked_embedding
         assert torch.equal(ours.token_ordering, theirs.token_ordering)
         assert not torch.equal(ours.centroids.weight, theirs.centroids.weight), "they learn on"
+
+
+@pytest.mark.parametrize("asked", [None, 3])
+@pytest.mark.parametrize("how", ["keep", "refine", "rebuild"])
+def test_a_draft_reads_as_many_clusters_as_before_or_as_are_asked_for(
+    how: str, asked: int | None, tmp_path: Path
+) -> None:
+    target = load_target("tiny-gemma4", "float32")
+    start = finished(target, tmp_path / "start", NARROW)
+    before = load_assistant_config(start)
+    read = "null" if asked is None else asked
+    config = tiny_config(
+        tmp_path / "run", f"head.init_from={start}", "train.max_steps=2", "train.eval_steps=2",
+        "train.warmup_steps=1", "head.num_centroids=null", f"head.on_existing_clusters={how}",
+        f"head.centroid_intermediate_top_k={read}", "head.centroid_steps=2", "eval=null",
+    )  # fmt: skip
+    shape = untrained_assistant(target, config.head, 2).config
+    train(config)
+    after = load_assistant_config(tmp_path / "run" / "head")
+    wanted = (before.num_centroids, asked or before.centroid_intermediate_top_k)
+    assert (after.num_centroids, after.centroid_intermediate_top_k) == wanted
+    assert (shape.num_centroids, shape.centroid_intermediate_top_k) == wanted
+
+
+def test_layers_of_a_finished_head_are_checkpointed_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = finished(load_target("tiny-gemma4", "float32"), tmp_path / "start", FULL)
+    ran: list[bool] = []
+    real = modeling_utils.checkpoint
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        ran.append(True)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(modeling_utils, "checkpoint", counted)
+    train(
+        tiny_config(
+            tmp_path / "run",
+            f"head.init_from={start}",
+            "train.max_steps=2",
+            "train.eval_steps=2",
+            "train.warmup_steps=1",
+            "head.num_centroids=null",
+            "head.use_ordered_embeddings=false",
+            "train.activation_checkpointing=true",
+            "eval=null",
+        )
+    )
+    assert ran
 
 
 def test_a_head_of_another_target_is_refused(tmp_path: Path) -> None:
