@@ -355,7 +355,7 @@ class TrainConfig(Section):
     eval_steps: PositiveInt = 125
     """Steps between validations; each may make a new best head."""
     save_steps: PositiveInt = 150
-    """Steps between checkpoints."""
+    """Steps between checkpoints; a validation that finds a better head makes one too."""
     save_total_limit: PositiveInt = 2
     """Newest checkpoints kept. The best head stays beside them, in the run's `head/`."""
 

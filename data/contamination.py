@@ -80,12 +80,6 @@ def remove_contaminated(
         The prompts kept, in order, and what was removed.
     """
     exact = {_key(prompt): prompt.id for prompt in held_out}
-    exact |= {
-        key: prompt.id
-        for prompt in held_out
-        for turn in prompt.later_turns
-        if (key := "".join(_words(turn)))
-    }
     index = _Index(held_out if near else [])
     found = [index.look_up(prompt) if near else frozenset[Shingle]() for prompt in prompts]
     # Equal prompts count once: copies make no template.
@@ -116,7 +110,9 @@ class _Index:
         self.common: set[Shingle] = set()
         self.telling: list[int] = []
         for prompt in held_out:
-            for turn in [*turn_words(prompt), *map(_words, prompt.later_turns)]:
+            # Turns of a few words are anybody's.
+            later = [turn for turn in map(_words, prompt.later_turns) if len(turn) >= 2 * WORDS]
+            for turn in [*turn_words(prompt), *later]:
                 if shingles := _shingles(turn):
                     for shingle in shingles:
                         self.entries[shingle].append(len(self.ids))

@@ -415,7 +415,8 @@ def load_prompt_set(name: str) -> list[Prompt]:
     if key not in SETS:
         return load_prompts(name)
     chosen = SETS[key]
-    source = SourceConfig(**chosen.source | ({"path": path} if given else {}))
+    # Which part of it the set is on the Hub, its published file does not ask.
+    source = SourceConfig(path=path) if given else SourceConfig(**chosen.source)
     try:
         return load_prompts(source, adapt=lambda row: chosen.adapt({"category": key} | row))
     except ValueError as error:

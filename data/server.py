@@ -213,7 +213,8 @@ class AnswerServer:
         """Answers so far that came as text alone."""
         self._extras = WITH_IDS
         self._slots = asyncio.Semaphore(server.concurrency)
-        self._gone: RuntimeError | None = None
+        self._answered = 0  # prompts
+        self._gone: RuntimeError | None = None  # why no more are asked
         self._tokenize = f"{address}/tokenize"
         with _without_openai_settings():
             self._client = AsyncOpenAI(
@@ -267,12 +268,15 @@ class AnswerServer:
         async with self._slots:
             if self._gone is not None:  # each request has patience of its own
                 raise self._gone
+            answered = self._answered
             try:
                 with self._explained():
                     body = await self._complete(prompt_ids, sampling, seed, max_new_tokens)
             except RuntimeError as error:
-                self._gone = error
+                if self._answered == answered:  # nor was any other prompt, all that time
+                    self._gone = error
                 raise
+            self._answered += 1
         ids, retokenized = read_answer(body, self.tokenizer, self.eos_ids, max_new_tokens)
         self.retokenized += retokenized
         return ids
@@ -439,7 +443,8 @@ def regenerate_by_server(
         async with server:
             if missing:
                 await server.check()
-            # What is under way is finished and kept, whatever becomes of one request.
+            # What is under way is finished and kept, whatever becomes of one request, as long as
+            # the server answers.
             ends = await asyncio.gather(*map(write, missing), return_exceptions=True)
         for error in filter(None, ends):
             raise error

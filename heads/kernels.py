@@ -175,16 +175,19 @@ FEW = 128
 def _at_least(row: torch.Tensor, least: torch.Tensor | float) -> torch.Tensor | None:
     """The places of logits [V] that are not below `least`, in order; None: they lie in more than
     `FEW` blocks."""
-    blocks = row.view(-1, BLOCK)
+    blocks = _blocks(row)
     within = (~(blocks.amax(-1) < least)).nonzero()[:, 0]
     if len(within) > FEW:
         return None
     block, place = (~(blocks[within] < least)).nonzero().unbind(1)
-    return within[block] * BLOCK + place
+    places = within[block] * BLOCK + place
+    return places[places < len(row)]
 
 
-def _in_blocks_on_cpu(scores: torch.Tensor) -> bool:
-    return scores.device.type == "cpu" and scores.shape[-1] % BLOCK == 0
+def _blocks(row: torch.Tensor) -> torch.Tensor:
+    """Logits [V] as [blocks, BLOCK], the last one filled up with minus infinity."""
+    missing = -len(row) % BLOCK
+    return (F.pad(row, (0, missing), value=-torch.inf) if missing else row).view(-1, BLOCK)
 
 
 class QuickTopK(TopKLogitsWarper):
@@ -193,12 +196,12 @@ class QuickTopK(TopKLogitsWarper):
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Logits [B, V] -> the same, minus infinity for tokens outside the top-k."""
-        rows = [self._of_row(row) for row in scores] if _in_blocks_on_cpu(scores) else [None]
+        rows = [self._of_row(row) for row in scores] if scores.device.type == "cpu" else [None]
         kept = [row for row in rows if row is not None]
         return torch.stack(kept) if len(kept) == len(rows) else super().__call__(input_ids, scores)
 
     def _of_row(self, row: torch.Tensor) -> torch.Tensor | None:
-        blocks, k = row.view(-1, BLOCK), self.top_k
+        blocks, k = _blocks(row), self.top_k
         if k > min(len(blocks), FEW):
             return None
         # Of k blocks none of which has a best below that of another block.
@@ -215,7 +218,7 @@ class QuickTopP(TopPLogitsWarper):
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Logits [B, V] -> the same, minus infinity for tokens outside the top-p."""
-        if not _in_blocks_on_cpu(scores):
+        if scores.device.type != "cpu":
             return super().__call__(input_ids, scores)
         least = torch.finfo(scores.dtype).min
         places = [_at_least(row, least) for row in scores]

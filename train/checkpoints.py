@@ -4,7 +4,7 @@ average of the weights that they hold."""
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -21,6 +21,7 @@ from headstart.common.processes import full_tensor, placed_like
 from headstart.configs.loader import load_saved, save_config
 from headstart.configs.schema import Config, TrainConfig
 from headstart.heads.admission import reading
+from headstart.heads.kinds import kind_of
 from headstart.heads.target import Target
 from headstart.heads.unroll import DraftHead
 
@@ -107,11 +108,21 @@ class RunState:
     progress: Progress
     origin: dict[str, str] = field(default_factory=dict)
     """What a run goes on from only where it is the same, by name: SHA-256."""
+    begun_here: bool = True
+    """Whether the head began with this run: what of it is not trained is in no other place."""
+
+    def saved(self) -> dict[str, torch.nn.Parameter]:
+        """Name -> parameter that a checkpoint holds: those that are trained, and of a head that
+        began here all but the target's table."""
+        if not self.begun_here:
+            return self.head.trainable()
+        tables = tuple(kind_of(self.head.assistant.config).tables)
+        return {n: p for n, p in self.head.named_parameters() if not n.endswith(tables)}
 
     def tensors(self) -> dict[str, dict[str, torch.Tensor]]:
         """Whole tensors by file; all processes must call it.
 
-        Of the head what is trained, not the target's table; the optimizer's moments and the
+        Of the head what `saved` says; the optimizer's moments and the
         average by parameter name.
         """
         moments = {
@@ -119,7 +130,7 @@ class RunState:
             for name, parameter in self.head.trainable().items()
             for key, value in self.optimizer.state[parameter].items()
         }
-        weights = {n: full_tensor(tensor.detach()) for n, tensor in self.head.trainable().items()}
+        weights = {n: full_tensor(tensor.detach()) for n, tensor in self.saved().items()}
         files = {"head": weights, "optimizer": moments}
         if self.average.values:
             files["average"] = {n: full_tensor(value) for n, value in self.average.values.items()}
@@ -232,6 +243,18 @@ def checkpoint_config(path: Path) -> Config:
     return load_saved(path / "config.yaml")
 
 
+def other_origin(path: Path, saved: Mapping[str, Any], origin: Mapping[str, str]) -> str:
+    """Why a run does not go on from a checkpoint of this state; empty: it may. Checkpoints of
+    before say nothing of it."""
+    for name, sha256 in origin.items():
+        if saved.get("origin", {}).get(name, sha256) != sha256:
+            return (
+                f"{path} was trained with other {name}, which have changed since: put them back, "
+                "or name another folder, output_dir=PATH"
+            )
+    return ""
+
+
 @torch.no_grad()
 def load_checkpoint(state: RunState, path: Path, target: Target) -> None:
     """Fill the state of a run from a checkpoint.
@@ -251,14 +274,10 @@ def load_checkpoint(state: RunState, path: Path, target: Target) -> None:
             f"{path} was trained for a target with fingerprint {saved['target'][:12]}, "
             f"{target.name} now has {target.fingerprint[:12]}: name another folder, output_dir=PATH"
         )
-    for name, sha256 in saved.get("origin", {}).items():  # earlier ones do not say
-        if state.origin.get(name) != sha256:
-            raise ValueError(
-                f"{path} was trained with other {name}, which have changed since: put them back, "
-                "or name another folder, output_dir=PATH"
-            )
+    if why := other_origin(path, saved, state.origin):
+        raise ValueError(why)
     weights = load_file(path / "head.safetensors")
-    parameters = state.head.trainable()
+    parameters = state.saved()
     shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
     found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     if shapes != found:

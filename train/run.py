@@ -33,7 +33,7 @@ from headstart.data.splits import LeftOut
 from headstart.eval.asked import asked_by_run
 from headstart.eval.first_figures import first_figures, print_first_figures
 from headstart.eval.page import print_report
-from headstart.eval.recorded import prompt_set, set_names, without_paths
+from headstart.eval.recorded import prompt_set, prompts_sha256, set_names, without_paths
 from headstart.eval.report import run_evaluation
 from headstart.eval.statistics import NO_HEAD, OWN_LENGTH
 from headstart.heads.kinds import check_drafts, head_kind, inputs_of, kind_of
@@ -54,6 +54,7 @@ from headstart.train.loop import train_head
 from headstart.train.memory import cached_rows, kv_bytes
 from headstart.train.ordering import order_best
 from headstart.train.run_folder import (
+    check_origin,
     drop_metrics_after,
     open_run,
     plot_run,
@@ -62,7 +63,7 @@ from headstart.train.run_folder import (
     summary_text,
     write_config,
 )
-from headstart.train.start import count_steps, start_run, untrained_assistant
+from headstart.train.start import clusters_wanted, count_steps, start_run, untrained_assistant
 from headstart.train.tracking import (
     check_wandb_settings,
     finish_trackers,
@@ -137,6 +138,8 @@ def check_start(config: Config) -> None:
         draft_position_offset(start)
         kind = kind_of(start)
         _check_clusters(config.head, start.use_ordered_embeddings)
+        if config.head.use_ordered_embeddings:
+            clusters_wanted(config.head, start.get_text_config().vocab_size)
     if asked != "mixed" and not kind.has_position:
         raise ValueError(
             f"train.draft_position_offset={asked}: drafts of the kind {kind.name} stand at no "
@@ -177,6 +180,10 @@ def _train(
         check_drafts(head, config.eval.num_assistant_tokens, "eval.num_assistant_tokens")
     planned = plan_documents(target, config.data, seed, held_out, inputs_of(head))
     prompt_sets = [prompt_set(*pair) for pair in planned.sources]
+    read = [one for _, own in planned.sources if own is not None for one in own]
+    prompts = prompts_sha256(read) if read else ""
+    if resume:
+        check_origin(run, {"prompts": prompts})  # before they are answered
     if schedule is not None:
         look_ahead(config, planned, schedule)
     schedule = schedule or Schedule()
@@ -189,7 +196,7 @@ def _train(
         write_config(config)
     with schedule.phase(TRAINING):
         state, likely = start_run(
-            config, target, training, validation, prompt_sets, accelerator, resume
+            config, target, training, validation, prompts, accelerator, resume
         )
         if accelerator.is_main_process:
             drop_metrics_after(run, state.progress.step)

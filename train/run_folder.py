@@ -6,7 +6,7 @@ import json
 import os
 import platform
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -38,6 +38,7 @@ from headstart.train.checkpoints import (
     checkpoint_config,
     checkpoint_progress,
     checkpoints,
+    other_origin,
 )
 
 CONFIG = "config.yaml"
@@ -196,6 +197,15 @@ def _check_ours(run: Path) -> None:
         raise RunRefused(
             f"{odd[0]} is of no run and would be lost: name another folder, output_dir=PATH"
         )
+
+
+def check_origin(run: Path, origin: Mapping[str, str]) -> None:
+    """Raise `RunRefused` where the newest checkpoint of a run was written with others than those of
+    the `origin` (`RunState.origin`)."""
+    if not (saved := checkpoints(run / "checkpoints")):
+        return
+    if why := other_origin(saved[-1], check_checkpoint(saved[-1]), origin):
+        raise RunRefused(why)
 
 
 def what_differs(earlier: Config, its_processes: int, now: Config, processes: int) -> str:

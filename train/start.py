@@ -5,7 +5,6 @@ Letters: D target width, H head width, V vocabulary, N tokens.
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -111,7 +110,7 @@ def start_run(
     target: Target,
     training: Documents,
     validation: Documents,
-    prompt_sets: Sequence[Mapping[str, Any]],
+    prompts_sha256: str,
     accelerator: Accelerator,
     resume: bool,
 ) -> tuple[RunState, torch.Tensor]:
@@ -121,7 +120,7 @@ def start_run(
         config: the whole run.
         target: frozen.
         training, validation: read for what a head starts from.
-        prompt_sets: that their texts answer, as far as that is known.
+        prompts_sha256: of the prompts that the target answers; empty: texts were there.
         accelerator: of the launch; it wraps head and optimizer.
         resume: go on from the newest checkpoint where there is one.
 
@@ -147,25 +146,23 @@ def start_run(
     model, optimizer = accelerator.prepare(head, optimizer)
     average = Average(head.trainable(), c.ema_decay)
     origin = {
-        "texts": texts_sha256(training, validation, prompt_sets),
-        "weights that are not trained": frozen_sha256(head),
+        "prompts": prompts_sha256,
+        "texts": texts_sha256(training, validation),
     }
-    state = RunState(head, model, optimizer, average, Progress(), origin)
+    if config.head.warm:
+        origin["weights that are not trained"] = frozen_sha256(head)
+    state = RunState(head, model, optimizer, average, Progress(), origin, not config.head.warm)
     if saved:
         load_checkpoint(state, saved[-1], target)
         print_once(f"Resuming {run} after step {state.progress.step}")
     return state, likely
 
 
-def texts_sha256(
-    training: Documents, validation: Documents, prompt_sets: Sequence[Mapping[str, Any]]
-) -> str:
+def texts_sha256(training: Documents, validation: Documents) -> str:
     """Of which texts are trained on and held out, by their prompts: what the target answers may
     differ in rounding from machine to machine."""
-    told: list[Any] = [[one["sha256"] for one in prompt_sets]]
-    for documents in (training, validation):
-        told.append([[e.id, e.source, e.length - e.trained] for e in documents.entries])
-    return stable_hash(told)
+    both = (training.entries, validation.entries)
+    return stable_hash([[[e.id, e.source, e.length - e.trained] for e in own] for own in both])
 
 
 def frozen_sha256(head: DraftHead) -> str:
@@ -225,7 +222,7 @@ def build_head(
     width = assistant.config.get_text_config().hidden_size
     projection: torch.Tensor | None = None
     if width < target.config.hidden_size:
-        if resumed and not h.trainable_modules:  # else the checkpoint may not have it
+        if resumed:
             projection = torch.zeros(target.config.hidden_size, width)
         else:
             projection, down = _start_tie(target, samples, validation, width)
@@ -243,8 +240,8 @@ def clusters_wanted(h: HeadConfig, vocab_size: int) -> tuple[int, int]:
     """
     there = load_assistant_config(h.init_from)
     clusters, read = h.num_centroids, h.clusters_read
-    if there.use_ordered_embeddings:
-        clusters = clusters or there.num_centroids
+    if there.use_ordered_embeddings and clusters is None:
+        clusters = there.num_centroids
         read = h.centroid_intermediate_top_k or there.centroid_intermediate_top_k
     return cluster_count(vocab_size, clusters, read), read
 

@@ -42,7 +42,13 @@ def test_later_turns_of_an_evaluation_are_compared_too(ours: str) -> None:
     asked = replace(prompt("Tell me about Mira.", "e"), later_turns=[QUESTION])
     left, found = remove_contaminated([prompt(ours)], [asked])
     assert left == []
-    assert found.exact + found.near == 1
+    assert (found.exact, found.near) == (0, 1)
+
+
+def test_a_later_turn_of_a_few_words_removes_nothing() -> None:
+    said = ["Thanks!", "Can you explain that in more detail?"]
+    asked = replace(prompt("Tell me about Mira.", "e"), later_turns=said)
+    assert kept([prompt(turn, turn) for turn in said], asked) == said
 
 
 @pytest.mark.parametrize(

@@ -250,6 +250,16 @@ def test_one_request_in_vain_ends_the_wait_of_all_others(
     assert len(fake.asked) <= 1 + 2 * 2, "two at once, two attempts each"
 
 
+def test_one_request_in_vain_among_others_leaves_those_alone(
+    fake: Fake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "MAX_RETRIES", 1)
+    fake.reply = lambda asked: refuse(500, "this one") if asked["seed"] == 7 else (200, VLLM)
+    with pytest.raises(RuntimeError, match="this one"):
+        answers(fake.url, count=40)
+    assert {asked["seed"] for asked in fake.asked[1:]} >= {*range(8)}
+
+
 @pytest.mark.parametrize("status", [400, 404, 422])
 def test_a_wrong_request_is_explained_in_one_line_and_not_repeated(fake: Fake, status: int) -> None:
     fake.reply = lambda _: (200, VLLM) if len(fake.asked) == 1 else refuse(status, "too\nlong")

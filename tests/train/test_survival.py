@@ -18,16 +18,19 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from headstart.common.children import HOST
 from headstart.common.signals import Interrupted, stop_signals
 from headstart.configs.schema import Config
+from headstart.configs.settings import ServerConfig
+from headstart.data.prepare import run_regenerate
 from headstart.train import loop
 from headstart.train import run as run_module
 from headstart.train import step as step_module
 from headstart.train.checkpoints import checkpoints
 from headstart.train.run import train
-from headstart.train.run_folder import read_status
+from headstart.train.run_folder import RunRefused, read_status
 from headstart.train.step import Diverged
 from tests.helpers.runs import fill, metrics, tiny_config
 
@@ -148,7 +151,7 @@ def test_a_request_to_stop_saves_the_step_in_hand(
 
 @pytest.fixture(scope="module")
 def cut(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of 8 steps with checkpoints of steps 4 and 8, to be gone on with."""
+    """A run of 8 steps with checkpoints of steps 6 and 8, to be gone on with."""
     folder = tmp_path_factory.mktemp("cut") / "run"
     with pytest.MonkeyPatch.context() as patch:
         rate = step_module.learning_rate
@@ -193,7 +196,7 @@ def test_a_thread_that_gets_no_signals_trains_too() -> None:
 def test_a_damaged_checkpoint_is_refused_by_name_and_the_one_before_it_offered(
     name: str, how: str, damaged: Path
 ) -> None:
-    last, before = (damaged / "checkpoints" / f"step-00000{n}" for n in (8, 4))
+    last, before = (damaged / "checkpoints" / f"step-00000{n}" for n in (8, 6))
     whole = (last / name).read_bytes()
     places = [len(whole) * n // 7 for n in range(7)] if how == "flipped" else [len(whole) // 2]
     for place in places:
@@ -249,11 +252,45 @@ def test_a_run_does_not_go_on_over_other_texts(tmp_path: Path) -> None:
     train(settings())
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-000024")
     write(1)
-    with pytest.raises(ValueError, match="with other texts, which have changed since"):
+    before = read_status(tmp_path / "run")
+    with pytest.raises(RunRefused, match="with other prompts, which have changed since"):
         train(settings(), resume=True)
+    assert read_status(tmp_path / "run") == before
     write(0)
     train(settings(), resume=True)
     assert len(metrics(tmp_path / "run")) == 24
+
+
+def test_a_store_of_other_documents_is_not_gone_on_with(tmp_path: Path) -> None:
+    stores = []
+    for name, prompts in (("a", "text_train"), ("b", "text_eval")):
+        stores.append(tmp_path / name)
+        config = config_of(
+            tmp_path / "x", f"data.prompts=builtin:{prompts}", f"output_dir={stores[-1]}"
+        )
+        run_regenerate(config, ServerConfig(), extracting=True, device="cpu")
+    settings = [f"data.store={tmp_path / 'store'}", "train.save_total_limit=9"]
+    shutil.copytree(stores[0], tmp_path / "store")
+    train(config_of(tmp_path / "run", *settings))
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-000024")
+    shutil.rmtree(tmp_path / "store")
+    shutil.copytree(stores[1], tmp_path / "store")
+    with pytest.raises(ValueError, match="with other texts, which have changed since"):
+        train(config_of(tmp_path / "run", *settings), resume=True)
+
+
+def test_what_is_not_trained_of_a_new_head_is_what_it_was(tmp_path: Path) -> None:
+    """The projection of a narrow head, and its first layers."""
+    settings = ["head.hidden_size=24", "head.trainable_modules=[mlp]", "train.save_total_limit=9"]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    train(config_of(whole, *settings))
+    shutil.copytree(whole, cut)
+    shutil.rmtree(cut / "checkpoints" / "step-000024")
+    train(config_of(cut, *settings), resume=True)
+    saved = [load_file(run / "checkpoints/step-000024/head.safetensors") for run in (whole, cut)]
+    assert saved[0].keys() == saved[1].keys()
+    assert all(torch.equal(saved[0][name], saved[1][name]) for name in saved[0])
+    assert saved[0]["projection"].abs().max() > 0
 
 
 def test_checkpoints_are_in_the_order_of_their_steps(tmp_path: Path) -> None:
@@ -269,7 +306,7 @@ def test_a_half_written_checkpoint_is_never_picked_up(damaged: Path) -> None:
     half = folder / f"step-000009.{HOST}.4194399.0123abcd.part"
     shutil.copytree(folder / "step-000008", half)
     (half / "state.json").unlink()
-    assert [path.name for path in checkpoints(folder)] == ["step-000004", "step-000008"]
+    assert [path.name for path in checkpoints(folder)] == ["step-000006", "step-000008"]
     train(config_of(damaged), resume=True)
     assert not half.exists()
 
