@@ -223,10 +223,11 @@ _kept: list[list[str]] = []  # of the calls of `kept_lines` that are under way
 
 
 def _is_main_process() -> bool:
-    # Loads torch, for which `--help` should not wait.
-    from headstart.common.processes import join_processes
+    from accelerate import PartialState  # loads torch, for which `--help` should not wait
 
-    return bool(join_processes().is_main_process)
+    if not PartialState._shared_state:  # they have not joined: to ask it would settle how they do
+        return os.environ.get("RANK", "0") == "0"
+    return bool(PartialState().is_main_process)
 
 
 def print_once(line: str) -> None:

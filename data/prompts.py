@@ -415,8 +415,11 @@ def load_prompt_set(name: str) -> list[Prompt]:
     if key not in SETS:
         return load_prompts(name)
     chosen = SETS[key]
-    # Which part of it the set is on the Hub, its published file does not ask.
-    source = SourceConfig(path=path) if given else SourceConfig(**chosen.source)
+    settings = chosen.source
+    if given:  # the published file is no part of what is on the Hub
+        of_the_hub = ("name", "split", "revision", "streaming")
+        settings = {k: v for k, v in settings.items() if k not in of_the_hub} | {"path": path}
+    source = SourceConfig(**settings)
     try:
         return load_prompts(source, adapt=lambda row: chosen.adapt({"category": key} | row))
     except ValueError as error:

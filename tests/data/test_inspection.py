@@ -360,7 +360,7 @@ def test_lengths_are_given_by_nearest_rank(tmp_path: Path) -> None:
 
 def test_parts_that_no_manifest_accounts_for_are_not_taken_in(tmp_path: Path) -> None:
     """Of other settings, perhaps, or another target."""
-    folder = make_folder(tmp_path / "made", [said("a", "b")])
+    folder = make_folder(tmp_path, [said("a", "b")])
     (folder / MANIFEST).unlink()
     with pytest.raises(ValueError, match=r"conversations\.json does not say which: delete"):
         claim_folder(folder, {**MADE, "conversations": 1}, 1)
@@ -371,8 +371,8 @@ def test_a_folder_of_another_kind_of_head_is_not_gone_on_with(
     first: dict[str, Any] | None, tmp_path: Path
 ) -> None:
     told = [{} if kept is None else {"kept": kept} for kept in (first, {"kv": True, "layers": [1]})]
-    make_folder(tmp_path / "made", [said("a", "b")], **told[0])
-    claim_folder(tmp_path / "made", {**MADE, "conversations": 1, **told[0]}, 1)
+    make_folder(tmp_path, [said("a", "b")], **told[0])
+    claim_folder(tmp_path, {**MADE, "conversations": 1, **told[0]}, 1)
     for other in (told[1], {} if told[0] else {"kept": {"kv": False, "layers": []}}):
         with pytest.raises(ValueError, match="made with kept="):
-            claim_folder(tmp_path / "made", {**MADE, "conversations": 1, **other}, 1)
+            claim_folder(tmp_path, {**MADE, "conversations": 1, **other}, 1)

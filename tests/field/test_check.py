@@ -21,7 +21,8 @@ def results(
     target: str, *adapters: str, heads: tuple[str, ...] = (), prompts: tuple[str, ...] = ()
 ) -> dict[str, tuple[str, str]]:
     t = TargetConfig(name=target, dtype="float32", adapters=list(adapters))
-    data = DataConfig(prompts=[SourceConfig(path=path) for path in prompts])
+    sources = [SourceConfig(path=path) for path in prompts]
+    data = DataConfig().model_copy(update={"prompts": sources})
     return {
         f.kind: (f.result, " ".join(f.lines)) for f in check_inputs(t, data, heads, None, "cpu")
     }
@@ -82,7 +83,7 @@ def test_the_adapter_at_fault_is_told_from_its_target(tmp_path: Path) -> None:
     zero, _ = adapter(tmp_path / "zero", family("gemma3"))
     rewrite(zero, lambda w: {k: v * 0 if "lora_B" in k else v for k, v in w.items()})
     t = TargetConfig(name="tiny-gemma3", dtype="float32", adapters=[good, zero])
-    data = DataConfig(prompts=[])
+    data = DataConfig().model_copy(update={"prompts": []})
     found = [(f.kind, f.name, f.result) for f in check_inputs(t, data, [], None, "cpu")]
     assert found == [
         ("target", "tiny-gemma3", "good"), ("adapter", good, "good"), ("adapter", zero, "refused"),
@@ -151,7 +152,7 @@ def test_settings_of_a_run_are_those_of_the_check(
     assert checked(capsys, named, alone)[0] == 1, "without the run's settings"
     code, table, _ = checked(capsys, named, *run, "data.chat_template_kwargs={off: true}")
     assert code == 1
-    assert "1 of 1 are refused" in table
+    assert "1 of 1 rows cannot be used" in table
 
 
 def test_a_setting_comes_before_those_of_a_file(

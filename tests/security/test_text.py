@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from accelerate import PartialState
 from rich.progress import Progress
 
 from headstart.cli.main import main
@@ -200,3 +201,15 @@ def test_a_target_named_as_markup_makes_nothing_of_a_model_card(
     assert "img" in prose
     assert not re.search(r"(?<!\\)<|!\[|(?<!\\)\]\((?!evaluation|training)", prose)
     assert not re.search(r"^# x", text, re.MULTILINE)
+
+
+def test_a_line_before_the_processes_join_settles_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Asked then, each of them would take itself for the only one."""
+    monkeypatch.setattr(PartialState, "_shared_state", {})
+    for rank, printed in (("0", "x\n"), ("1", "")):
+        monkeypatch.setenv("RANK", rank)
+        print_once("x")
+        assert capsys.readouterr().out == printed
+    assert not PartialState._shared_state

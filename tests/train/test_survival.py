@@ -263,11 +263,12 @@ def test_a_run_does_not_go_on_over_other_texts(tmp_path: Path) -> None:
 
 def test_a_store_of_other_documents_is_not_gone_on_with(tmp_path: Path) -> None:
     stores = []
-    for name, prompts in (("a", "text_train"), ("b", "text_eval")):
+    for name in ("a", "b"):
+        rows = [json.dumps({"prompt": f"{name} {i}"}) for i in range(40)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows))
         stores.append(tmp_path / name)
-        config = config_of(
-            tmp_path / "x", f"data.prompts=builtin:{prompts}", f"output_dir={stores[-1]}"
-        )
+        own = (f"data.prompts={tmp_path / name}.jsonl", f"output_dir={stores[-1]}")
+        config = config_of(tmp_path / "x", *own)
         run_regenerate(config, ServerConfig(), extracting=True, device="cpu")
     settings = [f"data.store={tmp_path / 'store'}", "train.save_total_limit=9"]
     shutil.copytree(stores[0], tmp_path / "store")
