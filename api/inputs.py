@@ -12,8 +12,9 @@ import torch
 from transformers import PreTrainedModel
 
 from headstart.common.children import temporary_folder
+from headstart.common.console import print_once
 from headstart.common.files import atomic_folder, expand_home, write_atomically
-from headstart.common.machine import random_numbers_kept
+from headstart.common.machine import natural_dtype, random_numbers_kept
 from headstart.common.processes import join_processes, launch_kept
 from headstart.configs.loader import Override, load_settings, read_yaml
 from headstart.configs.recipes import find_config
@@ -21,7 +22,7 @@ from headstart.configs.schema import Config, SourceConfig
 from headstart.configs.settings import Settings
 from headstart.data.sources import without_nulls
 from headstart.heads.kinds import is_head
-from headstart.heads.live import aliased, in_memory
+from headstart.heads.live import aliased, in_memory, moved
 from headstart.heads.saving import load_assistant
 from headstart.heads.target import model_fingerprint
 
@@ -163,8 +164,17 @@ def work_on(model: Any, tokenizer: Any, output_dir: str | Path | None) -> Iterat
                     ("target.name", live.name), ("target.adapters", list(live.adapters)),
                     ("target.merge_adapters", False),
                 ]  # fmt: skip
-                dtype = ("target.dtype", str(live.model.dtype).removeprefix("torch."))
+                dtype = ("target.dtype", _dtype_of(live.model))
                 yield Work(out, passing, kept, state.device, found, [cache, dtype], in_memory=True)
+
+
+def _dtype_of(model: PreTrainedModel) -> str:
+    """In which a model in memory is run: its own, or what is quick here."""
+    own, known = str(model.dtype).removeprefix("torch."), ("bfloat16", "float32")
+    if own in known:
+        return own
+    print_once(f"The model is in {own}, which is not computed in here: taken as {natural_dtype()}")
+    return natural_dtype()
 
 
 @contextmanager
@@ -205,7 +215,7 @@ def assistant_of(head: Any, dtype: torch.dtype, device: torch.device) -> PreTrai
     """
     if isinstance(head, str | Path):
         return load_assistant(head, dtype, device)
-    return aliased(_loaded(head)).to(device, dtype).eval()
+    return moved(aliased(_loaded(head)), device, dtype).eval()
 
 
 def _loaded(head: Any) -> PreTrainedModel:

@@ -34,14 +34,22 @@ REGENERATE = Command(
 
 
 def _extract(args: argparse.Namespace) -> None:
+    from headstart.data.conversations import taken_answers
     from headstart.data.prepare import run_extract, run_regenerate
+    from headstart.heads.loading import open_target
 
     settings = read_settings(args)
-    conversations = args.conversations or settings.data.conversations
     if settings.data.chooses:
         raise ValueError(
             "extract stores everything: data.filter chooses in training, headstart train"
         )
+    conversations = args.conversations
+    if conversations is None:
+        if settings.data.shipped:  # a recipe's: of its prompts, and of one target
+            target = open_target(settings.target, default_device())
+            taken = taken_answers(target, settings.data)
+            settings = settings.model_copy(update={"data": taken})
+        conversations = settings.data.conversations
     if conversations is None:
         run_regenerate(settings.of_run(), settings.server, True, default_device())
     else:

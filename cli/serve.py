@@ -10,6 +10,9 @@ INSTALLABLE = ("vllm", "llama.cpp", "mlx", "litert")
 HEAD = Argument("HEAD", "folder or Hub id of a draft head, or HEAD+ADAPTER")
 
 
+OF_LITERT = ("export.num_assistant_tokens", "export.cache_length", "target.eos_token_ids")
+
+
 def _export(args: argparse.Namespace) -> None:
     import torch
 
@@ -23,12 +26,12 @@ def _export(args: argparse.Namespace) -> None:
     config = load_target_config(t.name, t.revision, t.trust_remote_code)
     if args.engine == "litert":
         chosen = litert_export(export, t)
-        whole = t.model_copy(update={"dtype": "float32"})
+        whole = t.model_copy(update={"dtype": "float32", "merge_adapters": True})
         engine_warnings = export_for_litert(
             args.head, config, lambda: load_served(whole), out, chosen
         )
     else:
-        given = settings.given(["export.num_assistant_tokens", "export.cache_length"])
+        given = settings.given([*OF_LITERT])
         if given or export.dtype == "int8":
             named = given[0] if given else "export.dtype=int8"
             raise ValueError(f"{named} is of litert's file: leave it out for {args.engine}")
@@ -58,7 +61,8 @@ EXPORT = Command(
     arguments=(HEAD, Argument("ENGINE", "what serves it", choices=("transformers", *INSTALLABLE))),
     settings=(
         "output_dir", "target.name", "target.revision", "target.trust_remote_code",
-        "target.adapters", "target.chat_template", "export.*",
+        "target.adapters", "target.chat_template", "target.eos_token_ids", "export.dense",
+        "export.dtype", "export.num_assistant_tokens", "export.cache_length",
     ),
     required=("output_dir", "target.name"),
 )  # fmt: skip
@@ -91,13 +95,14 @@ def _serve_check(args: argparse.Namespace) -> None:
 
     litert = args.engine == "litert"
     settings = read_settings(args, [("target.dtype", "float32")] if litert else [])
-    t, chosen = settings.target, settings.eval
+    # The engine gets weights that all adapters are in.
+    t, chosen = settings.target.model_copy(update={"merge_adapters": True}), settings.eval
     check_served(args.engine, args.head)
     engine_python(args.engine)  # before the weights are loaded
     if t.quantization is not None:
         raise ValueError("serve-check writes the weights for the engine: no target.quantization")
     if litert and t.dtype != "float32":
-        raise ValueError("LiteRT-LM computes in float32 on a CPU: leave target.dtype out")
+        raise ValueError("LiteRT-LM computes in float32 on a CPU: give target.dtype=float32")
     if chosen is None:
         raise ValueError("serve-check asks prompts, and eval is null: give eval.prompts=SET")
     if len(chosen.num_assistant_tokens) != 1:
@@ -156,7 +161,8 @@ def _publish(args: argparse.Namespace) -> None:
         raise ValueError("--plan writes the folder and uploads nothing: name it, output_dir=DIR")
     target = settings.target.name if "target.name" in given else None
     adapters = tuple(settings.target.adapters) or None
-    what = Publication(Path(args.run), args.repo_id, settings.publish, target, adapters)
+    template = settings.target.chat_template
+    what = Publication(Path(args.run), args.repo_id, settings.publish, target, adapters, template)
     with temporary_folder() as temporary:
         out = settings.output_dir if "output_dir" in given else temporary / "folder"
         print_folder(build_folder(what, out), out, what.run)
@@ -183,7 +189,7 @@ PUBLISH = Command(
         "output_dir", "publish.private", "publish.report", "publish.base_models",
         "publish.base_head", "publish.merge_adapter", "publish.license", "publish.languages",
         "publish.include_texts", "publish.branch", "publish.create_pr", "target.name",
-        "target.adapters",
+        "target.adapters", "target.chat_template",
     ),
     unnamed=(("output_dir", "null"), ("target.name", "as the run names it")),
     flags=("--plan",),

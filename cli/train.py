@@ -74,6 +74,10 @@ ADAPT = Command(
 def _bench(args: argparse.Namespace) -> None:
     from headstart.train.benchmark import run_benchmark
 
+    for setting in args.settings:  # of a recipe some may be left over
+        key = setting.partition("=")[0]
+        if key in UNREAD.get(args.what, ()) or key.partition(".")[0] in UNREAD.get(args.what, ()):
+            raise ValueError(f"bench {args.what} does not read {key}: leave it out")
     settings = read_settings(args)
     out = None if args.json is None else Path(args.json)
     if args.what != "draft" and args.head is not None:
@@ -103,6 +107,11 @@ def _bench(args: argparse.Namespace) -> None:
     run_draft_benchmark(target, assistant, args.head, settings.bench.context, out)
 
 
+UNREAD = {
+    "draft": ("bench.prompts", "data", "head", "train", "seed"),
+    "limits": ("target", "bench", "data", "head", "train", "seed"),
+}
+"""Sections and settings that a benchmark does not read."""
 BENCHMARKS = ("extract", "regenerate", "loader", "train", "draft", "limits")
 BENCH = Command(
     "bench",

@@ -180,6 +180,23 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+PIECES, PIECE = 1024, 4096
+
+
+def weights_sha256(folder: Path) -> str:
+    """SHA-256 of the safetensors files of a folder, by their names, their sizes and many small
+    pieces: of any size in a moment, and another one after weights were tuned."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size} ".encode())
+        with path.open("rb") as file:
+            for place in range(0, size, max(PIECE, size // PIECES)):
+                file.seek(place)
+                digest.update(file.read(PIECE))
+    return digest.hexdigest()
+
+
 def content_sha256(content: dict[str, Any]) -> str:
     """SHA-256 of what can be written as JSON, in hex; of its own entry `sha256` apart."""
     rest = {key: value for key, value in content.items() if key != "sha256"}

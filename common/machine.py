@@ -25,20 +25,26 @@ def natural_dtype() -> str:
         # Torch's own default counts GPUs that emulate it (Turing, Volta).
         native = torch.cuda.is_bf16_supported(including_emulation=False)
         return "bfloat16" if native else "float32"
+    return "bfloat16" if _has_bfloat16() else "float32"
+
+
+def _has_bfloat16() -> bool:
     # An older torch does not say; float32 is never many times slower than the other.
     able = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return "bfloat16" if any(able.get(name) for name in BFLOAT16_INSTRUCTIONS) else "float32"
+    return any(able.get(name) for name in BFLOAT16_INSTRUCTIONS)
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Versions, processor, threads, accelerator and whether its attention may be cuDNN's, for a
-    report."""
+    """Versions, processor, its vector instructions (processors of one name may differ there),
+    threads, accelerator and whether its attention may be cuDNN's, for a report."""
+    vectors = torch.backends.cpu.get_cpu_capability()
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "platform": f"{platform.system()} {platform.machine()}",
         "processor": _processor(),
+        "instructions": f"{vectors}, bfloat16" if _has_bfloat16() else vectors,
         "cpu_count": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "accelerator": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
@@ -53,7 +59,9 @@ def machine_name(where: Mapping[str, Any]) -> str:
     if where["accelerator"]:
         return str(where["accelerator"])
     threads = where["threads"]
-    return f"{threads} thread{'' if threads == 1 else 's'} of {where['processor']}"
+    name = f"{threads} thread{'' if threads == 1 else 's'} of {where['processor']}"
+    # Reports of before do not say.
+    return f"{name} ({where['instructions']})" if where.get("instructions") else name
 
 
 def _processor() -> str:

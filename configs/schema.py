@@ -36,7 +36,7 @@ class TargetConfig(Section):
     """How it will be served, so that the head learns from what it then says: `torchao-int8` (the
     weights of the layers as int8, anywhere), `bnb-int8` or `bnb-nf4` (bitsandbytes, with adapters
     beside it)."""
-    chat_template: Path | None = None
+    chat_template: Folder | None = None
     """File of a chat template (Jinja) in place of the tokenizer's. None: its own, where it has
     one; chat turns are otherwise joined by newlines."""
     eos_token_ids: list[NonNegativeInt] | None = None

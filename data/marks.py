@@ -126,7 +126,7 @@ def without_beginning(text: str, bos: str) -> str:
     return text[start:]
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=4)  # each holds a tokenizer
 def _control_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
     added = tokenizer.added_tokens_decoder.items()
     return {i: token.content for i, token in added if token.special and token.content.strip()}

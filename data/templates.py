@@ -382,7 +382,7 @@ def _as_rendered(
     return (tokenizer.bos_token if text != prompt.text else found.beginning) + text, found
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=4)  # each holds a tokenizer
 def _format_of_rendered(
     tokenizer: PreTrainedTokenizerBase, template: str, kwargs_json: str
 ) -> RenderedFormat | None:

@@ -210,7 +210,9 @@ class CleanKV:
             end = ends[layer_type]
             if layer_type == "full_attention":
                 rows = [tensor[:, :, self.padding : end] for tensor in pair]
-            elif (kept := min(self.rows, self.sliding_rows)) <= valid or not self.shared:
+            elif (
+                kept := min(self.rows, self.sliding_rows)
+            ) <= valid or layer_type not in self.shared:
                 rows = [tensor[:, :, max(0, end - kept) : end] for tensor in pair]
             else:
                 older = [tensor[:, :, valid - kept :] for tensor in self.shared[layer_type]]

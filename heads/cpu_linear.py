@@ -1,11 +1,11 @@
 """Linear layers on a CPU by the quickest of several forms, which depends on the number of rows.
 
 A step of decoding and the verification of some drafts run every layer over one to nine rows, and
-what they cost is the reading of the weights. CPU libraries are made for more rows. On an EPYC with
-AVX-512 two threads read them (`headstart bench limits`; docs/explanation/clean-kv-decoder.md):
+what they cost is the reading of the weights. CPU libraries are made for more rows. Two threads of
+an EPYC read them (`headstart bench limits`; docs/explanation/clean-kv-decoder.md):
 
 - in float32 over one row several times as fast by blocks of the weights as by `x @ W.T`, and over
-  more as `W @ x.T`;
+  more as `W @ x.T`; twice as fast again over several rows where oneDNN packs the weights once;
 - in bfloat16, where oneDNN runs the processor's own instructions and packs the weights anew each
   time, twice as fast over one row by torch's own kernel, and over more where the weights are packed
   once.
@@ -110,8 +110,8 @@ def forms_of(
         return {}
     packed, found = Packed(), dict[int, Form]()
     for rows in FEW if small_batch else ():
-        form = quickest(weight.dtype, rows)
-        if form is not None and (packs or form is not Packed):
+        form = quickest(weight.dtype, rows, packs)
+        if form is not None:
             found[rows] = packed if isinstance(form, type) else form
     if weight.dtype == torch.float32 and len(weight) >= WIDE:
         found |= dict.fromkeys(SEVERAL, by_columns)
@@ -123,9 +123,7 @@ def forms_of(
 @lru_cache
 def packs_alike(dtype: torch.dtype) -> bool:
     """Whether a batch's product over packed weights has the same bits as torch's own here, and is
-    quicker; tried once. In float32 it is not asked for: it hardly pays."""
-    if Packed not in forms_for(dtype, FEW.stop - 1):
-        return False
+    quicker; tried once."""
     generator = torch.Generator().manual_seed(0)
     columns = TRIAL_BYTES // dtype.itemsize // TRIAL_WIDTH
     weight = torch.randn(columns, TRIAL_WIDTH, generator=generator).to(dtype)
@@ -141,13 +139,18 @@ def packs_alike(dtype: torch.dtype) -> bool:
     return True
 
 
-@lru_cache
-def quickest(dtype: torch.dtype, rows: int) -> Form | type[Packed] | None:
-    """The form that is quickest on this machine, tried once, in a tenth of a second; None: torch's
-    own."""
-    seconds = seconds_of_forms(dtype, rows, TRIAL_BYTES)
+def quickest(dtype: torch.dtype, rows: int, packs: bool) -> Form | type[Packed] | None:
+    """The form that is quickest on this machine, `packs`: over packed weights perhaps; None:
+    torch's own."""
+    seconds = {f: s for f, s in _trial(dtype, rows).items() if packs or f is not Packed}
     best = min(seconds, key=lambda form: seconds[form])
     return best if seconds[best] < WORTH * seconds[None] else None
+
+
+@lru_cache
+def _trial(dtype: torch.dtype, rows: int) -> dict[Form | type[Packed] | None, float]:
+    """What each form takes here, in a tenth of a second, once in a process."""
+    return seconds_of_forms(dtype, rows, TRIAL_BYTES)
 
 
 @torch.no_grad()
@@ -161,7 +164,7 @@ def seconds_of_forms(
     weight = torch.ones(columns, width, dtype=dtype)
     x = torch.ones(rows, width, dtype=dtype)
     found: dict[Form | type[Packed] | None, float] = {None: _seconds(partial(F.linear, x, weight))}
-    for form in forms_for(dtype, rows):
+    for form in forms_for(rows):
         made = form() if isinstance(form, type) else form
         found[form] = _seconds(partial(made, weight, x))
     return found
@@ -175,13 +178,13 @@ def _seconds(call: Callable[[], object]) -> float:
         return float("inf")
 
 
-def forms_for(dtype: torch.dtype, rows: int) -> tuple[Form | type[Packed], ...]:
+def forms_for(rows: int) -> tuple[Form | type[Packed], ...]:
     """What is tried beside torch's own."""
-    if rows == 1:
-        # Where somebody has switched oneDNN off, torch's own kernel is what runs anyway.
-        return (by_blocks, without_onednn) if torch._C._get_mkldnn_enabled() else (by_blocks,)
-    # Packed weights are a second copy, which in float32 would hardly pay.
-    return (other_order, Packed) if dtype == torch.bfloat16 else (other_order,)
+    if rows > 1:
+        return other_order, Packed
+    # Where somebody has switched oneDNN off, torch's own kernel is what runs anyway.
+    on = torch._C._get_mkldnn_enabled()
+    return (by_blocks, without_onednn, Packed) if on else (by_blocks, Packed)
 
 
 def other_order(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

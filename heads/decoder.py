@@ -23,6 +23,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from math import prod
 from threading import Lock
@@ -46,6 +47,8 @@ from transformers.generation.candidate_generator import (
 from headstart.heads.drafting import WARPERS, Drafter, Drafts
 from headstart.heads.kernels import fast_kernels
 from headstart.heads.kinds import Verified, check_drafts, inputs_of, is_head
+from headstart.heads.saving import draft_position_offset
+from headstart.heads.unroll import served_position
 
 BINS = 8  # of confidence, each with an acceptance rate of its own
 OPTIMISTIC_PRIOR = 0.8  # acceptance rate of a place not tried yet: high, so that it is tried
@@ -228,8 +231,9 @@ class ExactDecoding:
     """Drafts from the text itself, in rounds where they promise more than the head."""
     rounds: deque[Round] = field(default_factory=lambda: deque(maxlen=ROUNDS_KEPT))
     """The newest rounds since it was emptied last, oldest first."""
-    draft_position_offset: Literal[0, -1] = 0
-    """Where drafts stand (RoPE): at the newest token, or one before it as in vLLM."""
+    draft_position_offset: Literal[0, -1] | None = None
+    """Where drafts stand (RoPE): at the newest token, or one before it as in vLLM. None: where they
+    stood in the head's training."""
     follow_text: bool = True
     """Whether processors that read the text, such as those of a grammar, act on drafts too, each of
     which then sees those before it. False: on the target's logits alone, as in the stock decoder.
@@ -309,7 +313,10 @@ class ExactCandidateGenerator(CandidateGenerator):
     ):
         self.drafter, self.decoding_config, self.length = drafter, decoding_config, length
         self.model_kwargs_overrides = for_drafts(drafter.assistant)
-        self.state = drafter.new_text(padding, decoding_config.draft_position_offset)
+        offset = decoding_config.draft_position_offset
+        if offset is None:
+            offset = served_position(draft_position_offset(drafter.assistant.config))
+        self.state = drafter.new_text(padding, offset)
         self.max_length = generation_config.max_length
         ends = generation_config._eos_token_tensor
         self.stops_after = frozenset([] if ends is None else ends.flatten().tolist())
@@ -412,6 +419,8 @@ _generators = WeakKeyDictionary[PreTrainedModel, list[Callable[..., CandidateGen
 """Of the targets that decode exactly what hands out their candidates: None or somebody else's,
 and then that of each context, which may end in any order."""
 _turn = Lock()
+_entered: ContextVar[tuple[Callable[..., CandidateGenerator], ...]] = ContextVar("own", default=())
+"""Those of the contexts that this thread is in; another thread's are of its own settings."""
 
 
 @contextmanager
@@ -434,6 +443,9 @@ def exact_decoding(
     kernels = ExitStack()  # of the heads
 
     def generator(**kwargs: Any) -> CandidateGenerator:
+        mine = [one for one in _entered.get() if one in own]
+        if mine and mine[-1] is not generator:
+            return mine[-1](**kwargs)
         assistant = kwargs["assistant_model"]
         if assistant is None or not is_head(assistant.config):
             return stock(**kwargs)
@@ -463,10 +475,12 @@ def exact_decoding(
         own = _generators.setdefault(target, [target.__dict__.get("_get_candidate_generator")])
         own.append(generator)
         target._get_candidate_generator = generator
+    _entered.set((*_entered.get(), generator))
     try:
         with fast_kernels(target, packs=not weights_change), kernels:
             yield
     finally:
+        _entered.set(tuple(one for one in _entered.get() if one is not generator))
         with _turn:
             own.remove(generator)
             if own[-1] is not None:  # at once: a thread may be about to ask for it

@@ -45,7 +45,7 @@ from headstart.heads.admission import (
     reading,
 )
 from headstart.heads.gemma3_270m import GEMMA3_SAMPLING, gemma3_270m_dir
-from headstart.heads.live import live_target
+from headstart.heads.live import live_target, moved
 from headstart.heads.target import (
     SUPPORTED,
     Gemma3ForAssistedDecoding,
@@ -128,7 +128,7 @@ def _load(t: TargetConfig, device: torch.device | str) -> Target:
     if t.name in TINY_TARGETS:
         if bits:
             raise ValueError(f"{t.quantization} is of weights in files; {t.name} has none to read")
-        model: PreTrainedModel = tiny_target(t.name).to(device, dtype)
+        model: PreTrainedModel = moved(tiny_target(t.name), device, dtype)
     elif (live := live_target(t.name)) is not None:
         if bits:
             raise ValueError(

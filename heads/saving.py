@@ -32,6 +32,7 @@ from headstart.heads.admission import (
     reading,
 )
 from headstart.heads.kinds import head_kinds, is_head, kind_of
+from headstart.heads.live import moved
 
 MADE_FOR = "headstart_target"  # in config.json, where other readers leave it alone
 OFFSET = "headstart_draft_position_offset"  # there too: `TrainConfig.draft_position_offset`
@@ -122,7 +123,7 @@ def load_assistant(
         _take_notes(model.config, adapter)
     check_weights(model, str(path))
     check_alive(model, str(path))
-    return model.to(device, dtype).eval()
+    return moved(model, device, dtype).eval()
 
 
 def made_for(config: Any) -> dict[str, Any] | None:

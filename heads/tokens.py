@@ -290,7 +290,7 @@ class TurnFormat:
     """All of these and the other control tokens around turns, longest first."""
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=4)  # each holds a tokenizer
 def turn_format(
     tokenizer: PreTrainedTokenizerBase,
     template: str,
@@ -337,7 +337,7 @@ def turn_format(
     )
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=4)  # each holds a tokenizer
 def known_turns(
     tokenizer: PreTrainedTokenizerBase, template: str, kwargs_json: str, with_tools: bool
 ) -> TurnFormat | None:
@@ -348,7 +348,7 @@ def known_turns(
         return None
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=4)  # each holds a tokenizer
 def plain_borders(
     tokenizer: PreTrainedTokenizerBase, template: str, kwargs_json: str
 ) -> tuple[str, ...]:

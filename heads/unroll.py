@@ -4,7 +4,7 @@ Letters: B rows of texts, T positions, R rows drafted from in each, S of them in
 first, K rounds, D target width, H head width, V vocabulary.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -16,7 +16,7 @@ from headstart.heads.ordered import token_clusters
 from headstart.heads.target import Inputs
 
 
-def served_position(position: DraftPositionOffset) -> DraftPositionOffset:
+def served_position(position: DraftPositionOffset) -> Literal[0, -1]:
     """Where a decoder puts the drafts of a head trained so; "mixed": where transformers does."""
     return -1 if position == -1 else 0
 

@@ -5,6 +5,7 @@ The engine (`serve/engine_server.py`) is asked one prompt after another, with a 
 and again with several at once where it works on several together.
 """
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 from rich.table import Column, Table
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from headstart.common.children import temporary_folder
 from headstart.common.console import counted, plain_console, print_once
@@ -74,7 +76,7 @@ class ServeCheck:
             check_file(self.target_gguf)
         if self.concurrency and self.engine != "vllm":
             raise ValueError(
-                f"{self.engine} is run one text at a time here: leave eval.concurrency out, or "
+                f"{self.engine} is run one text at a time here: give eval.concurrency=1, or "
                 "check with vllm"
             )
 
@@ -179,7 +181,7 @@ def _written(
         how = LitertExport(k, context, check.dtype)
         export_for_litert(head, config, lambda: target, bundle, how, by_ids=True)
         return head, bundle / BUNDLE, bundle / BUNDLE
-    target.model.save_pretrained(model)
+    served_model(target, check.engine).save_pretrained(model)
     target.tokenizer.save_pretrained(model)
     drop_remote_code(model)
     # Ours is a class of the same weights, whose name no engine knows.
@@ -192,6 +194,29 @@ def _written(
         return head, model, head
     convert_to_gguf(model, gguf, GGUF_TYPES[dtype])
     return head, gguf, head / GGUF
+
+
+def served_model(target: Target, engine: Engine) -> PreTrainedModel:
+    """A target as an engine reads it. A multimodal one has let go of what reads images and sounds:
+    mlx-vlm, which reads no other Gemma 4, gets that from its checkpoint again, and the others the
+    text model alone."""
+    model, decoder = target.model, target.model.get_decoder()
+    if decoder is model.base_model:
+        return model
+    if engine == "mlx":
+        assert target.settings is not None
+        name, revision = (target.settings[key] for key in ("name", "revision"))
+        cls: Any = type(model)
+        whole = cls.from_pretrained(name, revision=revision, dtype=target.table.dtype)
+        whole.get_decoder().load_state_dict(decoder.state_dict())
+    else:
+        text = copy.deepcopy(target.config)
+        text.tie_word_embeddings = True  # of a multimodal target the whole configuration says it
+        with torch.device("meta"):
+            whole = AutoModelForCausalLM.from_config(text)
+        whole.model, whole.lm_head = decoder, model.get_output_embeddings()
+    whole.generation_config = model.generation_config
+    return whole
 
 
 def _engine_dtype(check: ServeCheck, dtype: str) -> str:

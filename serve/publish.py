@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,7 @@ from headstart.train.adapt_report import adaptation_markdown
 DEMO = {"gemma3-270m": "google/gemma-3-270m"}  # built-in name -> what it is on the Hub
 # What an earlier publication may have left in its folder; in `evaluation/` there it is `TOLD`.
 WRITTEN = ("*.json", "*.safetensors", "*.jinja", "*.model", "README.md", "NOTICE", SETTINGS)
+TEMPLATES = "additional_chat_templates"  # folder of a tokenizer that has several
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,8 @@ class Publication:
     """Where the target lies now; None: where the run has it."""
     adapters: tuple[str, ...] | None = None
     """Where its adapters lie now; None: where the run has them."""
+    chat_template: Path | None = None
+    """A file that may be published as its chat template; None: no file but the tokenizer's own."""
 
 
 class _Run:
@@ -230,6 +234,8 @@ def _check_ours(out: Path) -> None:
     for path in [*out.iterdir(), *(out / EVALUATION).iterdir()]:
         names = WRITTEN if path.parent == out else TOLD
         known = path.is_file() and any(map(path.match, names))
+        if path == out / TEMPLATES:
+            known = path.is_dir() and all(one.match("*.jinja") for one in path.iterdir())
         if path.is_symlink() or not (known or path == out / EVALUATION):
             raise ValueError(
                 f"{out} holds {path.relative_to(out)}, which is not of an earlier publication and "
@@ -301,6 +307,15 @@ def _load_target(
     Raises:
         ValueError: it is not there, or another target than the one that was evaluated.
     """
+    named = t.chat_template
+    if what.chat_template is not None:
+        t = t.model_copy(update={"chat_template": what.chat_template})
+    elif named is not None and not named.resolve().is_relative_to(Path(t.name).resolve()):
+        # Somebody else may have written the run's settings, and named any file of the user's.
+        raise ValueError(
+            f"the run's settings name {named} as the chat template, and it would be published: say "
+            f"that it may be, target.chat_template={named}"
+        )
     if what.target is not None or what.adapters is not None:
         moved: dict[str, Any] = {}
         if what.adapters is not None:
@@ -367,7 +382,11 @@ def _public_names(
     places += filter(is_local, named)
     if what.options.base_models:  # which say what the target is to others
         places += [n for n in (t.name, *t.adapters) if "/" in n or n.startswith(MEMORY)]
-    names = {place: Path(place).name for place in places}
+    names: dict[str, str] = {}
+    for place in dict.fromkeys(places):  # the heads of several runs are all called head
+        name, known = Path(place).name, names.values()
+        more = (f"{name}-{number}" for number in count(2))
+        names[place] = name if name not in known else next(n for n in more if n not in known)
     if t.name in names or Path(t.name).exists():
         names[t.name] = served.name
     if names.keys() & {t.name, *t.adapters}:

@@ -7,6 +7,7 @@ import random
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub.constants
 import numpy as np
@@ -19,6 +20,7 @@ from headstart.heads import cpu_linear
 from headstart.heads.target import Target
 from tests.helpers.hub import TOKEN, Hub
 from tests.helpers.models import FAMILIES, make_target
+from tests.helpers.packing import packs_here
 
 
 @pytest.fixture(params=FAMILIES)
@@ -48,8 +50,11 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def other_forms(monkeypatch: pytest.MonkeyPatch) -> None:
     """Linear layers over few rows run by another form than torch's, whatever pays here."""
-    last = lambda dtype, rows: cpu_linear.forms_for(dtype, rows)[-1 if rows > 1 else 0]  # noqa: E731
-    monkeypatch.setattr(cpu_linear, "quickest", last)
+
+    def other(dtype: torch.dtype, rows: int, packs: bool) -> Any:
+        return cpu_linear.forms_for(rows)[-1 if packs and packs_here(dtype) else 0]
+
+    monkeypatch.setattr(cpu_linear, "quickest", other)
 
 
 @pytest.fixture

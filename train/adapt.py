@@ -17,7 +17,13 @@ import torch
 from accelerate import PartialState
 
 from headstart.common.console import print_once
-from headstart.common.files import StageCache, expand_home, lock_folder, write_atomically
+from headstart.common.files import (
+    StageCache,
+    expand_home,
+    lock_folder,
+    weights_sha256,
+    write_atomically,
+)
 from headstart.common.machine import environment
 from headstart.common.signals import Interrupted
 from headstart.configs.schema import Config, EvalConfig, TargetConfig
@@ -54,6 +60,7 @@ from headstart.heads.saving import (
     load_assistant,
     load_assistant_config,
     made_for,
+    split_pair,
 )
 from headstart.heads.target import Target
 from headstart.heads.tokens import Sampling
@@ -337,8 +344,12 @@ def _identity(a: Adaptation, sets: dict[str, list[dict[str, Any]]], device: Any)
             source |= {"prompt_set": recorded}
     asked = {"adaptation": SCHEMA, "head": a.head, "seed": tree.pop("seed")}
     asked["eval.num_assistant_tokens"] = a.num_assistant_tokens
-    if a.config.target.name.startswith(MEMORY):  # the name stays when it is tuned on
+    # Names stay where weights are tuned on.
+    if a.config.target.name.startswith(MEMORY):
         asked["target.fingerprint"] = open_target(a.config.target, device).fingerprint
+    for name in (a.config.target.name, *a.config.target.adapters, *split_pair(a.head)):
+        if name is not None and (folder := Path(name)).is_dir():
+            asked[f"the weights in {name}"] = weights_sha256(folder)
     return asked | {f"{name}.{key}": v for name, part in tree.items() for key, v in part.items()}
 
 

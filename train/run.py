@@ -37,7 +37,7 @@ from headstart.eval.recorded import prompt_set, prompts_sha256, set_names, witho
 from headstart.eval.report import run_evaluation
 from headstart.eval.statistics import NO_HEAD, OWN_LENGTH
 from headstart.heads.kinds import check_drafts, head_kind, inputs_of, kind_of
-from headstart.heads.live import MEMORY
+from headstart.heads.live import MEMORY, moved
 from headstart.heads.loading import load_served, open_target, open_whole
 from headstart.heads.pairing import head_config
 from headstart.heads.saving import draft_position_offset, load_assistant, load_assistant_config
@@ -251,7 +251,7 @@ def look_ahead(config: Config, planned: PlannedDocuments, schedule: Schedule) ->
         schedule.write()
         schedule.print()
         if config.eval is not None and schedule.seconds >= SHORT:
-            served = assistant.to(target.table.dtype).eval()
+            served = moved(assistant, target.device, target.table.dtype).eval()
             with phase("Measuring first figures"), hidden_progress(), kept_lines():
                 figures = first_figures(target, served, config.eval, asked, config.output_dir)
             print_first_figures(figures)

@@ -28,6 +28,7 @@ from headstart.api import (
     publish_head,
     train_head,
 )
+from headstart.common.machine import natural_dtype
 from headstart.common.processes import launch_kept
 from headstart.configs.schema import (
     Config,
@@ -352,3 +353,14 @@ def test_a_head_of_another_kind_or_target_is_refused(tmp_path: Path) -> None:
         evaluate_head(plain(), byte_tokenizer(), head, FEW, QUICK)
     with pytest.raises(ValueError, match="is no draft head: give a folder"):
         evaluate_head(plain(), byte_tokenizer(), plain(), FEW, QUICK)
+
+
+def test_a_model_in_float16_is_taken_in_a_dtype_that_is_run(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """As on GPUs without bfloat16."""
+    model = plain().half()
+    head = train_head(model, byte_tokenizer(), ROWS, QUICK)
+    assert "The model is in float16" in capsys.readouterr().out
+    assert {p.dtype for p in model.parameters()} == {torch.float16}
+    assert head.assistant.dtype == getattr(torch, natural_dtype())

@@ -120,6 +120,29 @@ def test_a_setting_that_a_command_does_not_read_is_refused(
     assert f"{command.name} does not read {odd}" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["bench", "limits", "target.name=tiny-gemma3"],
+        ["bench", "draft", "head", "head.hidden_size=32"],
+        ["bench", "draft", "head", "train={batch_size: 2}"],
+        ["export", "head", "llama.cpp", "export.target_gguf=t.gguf", "target.name=t"],
+        ["export", "head", "vllm", "target.eos_token_ids=[1]", "target.name=tiny-gemma3"],
+    ],
+    ids=" ".join,
+)
+def test_what_one_of_several_does_not_read_is_refused(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = [] if words[0] == "bench" else [f"output_dir={tmp_path / 'out'}"]
+    with pytest.raises(SystemExit) as end:
+        raise SystemExit(main([*words, *out]))
+    assert end.value.code
+    said = capsys.readouterr().err
+    assert words[2 if words[1] == "limits" else 3].partition("=")[0] in said
+    assert "leave it out" in said or "does not read" in said
+
+
 def test_a_section_given_whole_may_hold_nothing_that_is_not_read(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from headstart.cli.main import main
 from headstart.configs.loader import load_config
 from headstart.configs.recipes import SHIPPED
 from headstart.configs.schema import Config, DataConfig, FilterConfig
@@ -229,3 +230,18 @@ def test_the_folder_of_the_answers_holds_nothing_else() -> None:
 def test_a_card_names_the_prompts_that_shipped_answers_are_to(mine: Config) -> None:
     assert _prompts(mine) == [source.path for source in mine.data.prompts] != []
     assert _prompts(_with(mine, conversations=Path("conversations"))) == []
+
+
+def test_extract_answers_other_prompts_than_those_of_the_recipe_itself(
+    mine: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As training does: the settings of a recipe name its conversations, and its prompts."""
+    (tmp_path / "own.jsonl").write_text('{"prompt": "of my own"}\n' * 2)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(json.dumps(mine.model_dump(mode="json")))
+    command = ["extract", "--config", str(path), "eval=null"]
+    for name, more, said in (
+        ("theirs", [], False), ("own", [f"data.prompts=[{tmp_path / 'own.jsonl'}]"], True)
+    ):  # fmt: skip
+        assert main([*command, f"output_dir={tmp_path / name}", *more]) == 0
+        assert ("answers data.prompts itself" in capsys.readouterr().out) == said

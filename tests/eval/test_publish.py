@@ -313,3 +313,24 @@ def test_an_adapter_of_a_head_is_published_as_a_peft_adapter(
     assert whole < kept
     assert "notes.md" in kept
     assert not {"adapter_config.json", "adapter_model.safetensors"} & kept
+
+
+def test_heads_that_one_report_compares_keep_their_figures_apart(
+    finished_run: Path, tmp_path: Path
+) -> None:
+    """The heads of runs are all called head."""
+    mine = copy_of(finished_run, tmp_path / "a")
+    others = [str(copy_of(finished_run, tmp_path / name) / "head") for name in "bc"]
+    path = mine / "eval" / "report.json"
+    report = json.loads(path.read_text())
+    own = report["environment"]["heads"][0]
+    report["environment"]["heads"] += others
+    for other in others:
+        report["environment"]["head_fingerprints"][other] = other
+        report["costs"][other] = report["costs"][own]
+    path.write_text(json.dumps(report))
+    assert publish(mine, "--plan", f"output_dir={tmp_path / 'out'}") == 0
+    told = json.loads((tmp_path / "out" / "evaluation" / "report.json").read_text())
+    assert len(set(told["environment"]["heads"])) == 3
+    assert set(told["costs"]) == set(told["environment"]["heads"])
+    assert len(told["environment"]["head_fingerprints"]) == 3

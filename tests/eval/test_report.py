@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from headstart.cli.main import main
-from headstart.common.machine import machine_name
+from headstart.common.machine import environment, machine_name
 from headstart.configs.schema import Decoder, EvalConfig
 from headstart.data.prompts import load_prompts
 from headstart.data.templates import encode_prompt
@@ -135,6 +135,9 @@ def test_a_report_names_its_machine_by_what_ran_it() -> None:
     assert machine_name(where) == "1 thread of P"
     assert machine_name(where | {"threads": 2}) == "2 threads of P"
     assert machine_name(where | {"accelerator": "A"}) == "A"
+    here = environment(torch.device("cpu"))
+    other = here | {"instructions": "others"}
+    assert machine_name(other) != machine_name(here), "processors of one name are not one machine"
 
 
 def test_heads_small_models_and_decoders_are_compared_in_one_run(

@@ -7,13 +7,16 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from headstart.cli.main import main
 from headstart.eval.acceptance import AcceptanceCounts
 from headstart.eval.decoding import Decoded
+from headstart.heads.loading import byte_tokenizer, load_target
 from headstart.heads.target import Target
 from headstart.serve import engine_check, engine_server
-from headstart.serve.engine_check import ServeCheck, _compared, as_engine_counts
+from headstart.serve.engine_check import ServeCheck, _compared, as_engine_counts, served_model
 from headstart.serve.engine_server import (
     Answer,
     Asked,
@@ -23,6 +26,7 @@ from headstart.serve.engine_server import (
     counts_of_metrics,
 )
 from headstart.serve.engines import Engine
+from tests.helpers.tiny_pair import write_multimodal
 
 # Lines of vLLM 0.32's /metrics.
 METRICS = """\
@@ -250,3 +254,22 @@ def test_litert_is_compared_with_a_target_in_its_own_dtype(
     assert main([*given, "target.dtype=bfloat16"]) == 1
     assert "leave target.dtype out" in capsys.readouterr().err
     assert len(checked) == 1
+
+
+def test_an_engine_gets_all_weights_of_a_multimodal_target(tmp_path: Path) -> None:
+    """Whose towers are let go of when it is loaded: mlx-vlm reads them, the others text alone."""
+    load_target("tiny-gemma4", "float32").model.save_pretrained(tmp_path / "text")
+    byte_tokenizer().save_pretrained(tmp_path / "text")
+    given = write_multimodal(tmp_path / "text", tmp_path / "given")
+    target = load_target(str(given), "float32")
+    served_model(target, "mlx").save_pretrained(tmp_path / "mlx")
+    served, whole = (load_file(f / "model.safetensors") for f in (tmp_path / "mlx", given))
+    assert served.keys() == whole.keys()
+    assert all(torch.equal(served[name], tensor) for name, tensor in whole.items())
+    for engine in ("vllm", "llama.cpp"):
+        served_model(target, engine).save_pretrained(tmp_path / engine)
+        text = AutoModelForCausalLM.from_pretrained(tmp_path / engine)
+        assert type(text).__name__ == "Gemma4ForCausalLM"
+        ids = torch.tensor([[2, 70, 71, 72]])
+        with torch.no_grad():
+            torch.testing.assert_close(text(ids).logits, target.model(ids).logits)

@@ -212,3 +212,8 @@ def test_a_base_whose_folder_has_a_plus_is_that_folder(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
     note = {"name": f"{tmp_path}/target + v2", "revision": None}
     assert noted_target(note).name == f"{tmp_path}/target + v2"
+
+
+def test_a_chat_template_may_lie_in_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    assert setting("target.chat_template=~/t.jinja") == Path("/home/me/t.jinja")

@@ -1,6 +1,8 @@
 """The exact decoder: clean KV in every round, the target's own text, `generate`'s arguments."""
 
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from threading import Barrier
 from typing import Any
 
 import pytest
@@ -8,11 +10,13 @@ import torch
 from transformers import GenerationConfig
 
 from headstart.heads.decoder import (
+    Constant,
     ExactDecoding,
     Heuristic,
     exact_decoding,
 )
 from headstart.heads.ordered import with_clusters
+from headstart.heads.saving import OFFSET
 from headstart.heads.target import Target
 from headstart.heads.unroll import DraftHead
 from tests.helpers.heads import greedy_document, order_by_target, overfit
@@ -75,6 +79,63 @@ def test_contexts_that_overlap_decode_exactly_each_and_leave_nothing(tiny: Targe
     with exact_decoding(tiny.model, first), exact_decoding(tiny.model, second):
         pass
     assert "_get_candidate_generator" not in tiny.model.__dict__
+
+
+def test_each_thread_drafts_by_the_contexts_that_it_is_in(tiny: Target) -> None:
+    """Another's may be of other settings; a thread without its own takes the newest."""
+    assistant, ids = half_trained_head(tiny), greedy_document(tiny)[0]
+    settings = [ExactDecoding(Constant(k)) for k in (1, K)]
+    entered = Barrier(3, timeout=60)
+
+    def decode(how: ExactDecoding) -> None:
+        with exact_decoding(tiny.model, how):
+            entered.wait()
+            entered.wait()  # the thread without a context has decoded
+            generate(tiny, ids, 20, assistant_model=assistant)
+            entered.wait()
+
+    with ThreadPoolExecutor(2) as threads:
+        running = [threads.submit(decode, how) for how in settings]
+        entered.wait()
+        generate(tiny, ids, 20, assistant_model=assistant)
+        assert bool(settings[0].rounds) != bool(settings[1].rounds)
+        for how in settings:
+            how.rounds.clear()
+        entered.wait()
+        entered.wait()
+        for one in running:
+            one.result()
+    drafted = [max(len(r.drafts.tokens) for r in how.rounds) for how in settings]
+    assert drafted == [1, K]
+
+
+@pytest.mark.parametrize("offset", [0, -1, "mixed"])
+def test_drafts_stand_where_they_stood_in_training_unless_told_otherwise(
+    tiny: Target, offset: Any
+) -> None:
+    assistant, ids = half_trained_head(tiny), greedy_document(tiny)[0]
+    setattr(assistant.config, OFFSET, offset)
+    places = []
+    for how in (ExactDecoding(), ExactDecoding(draft_position_offset=-1 if offset == -1 else 0)):
+        with exact_decoding(tiny.model, how):
+            generate(tiny, ids, 20, assistant_model=assistant)
+        places.append([r.drafts.tokens for r in how.rounds])
+    assert places[0] == places[1]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_cache_of_a_turn_before_may_be_brought_along_within_the_window(family: str) -> None:
+    target = make_target(family)
+    assistant, ids = half_trained_head(target), greedy_document(target)[0][:2]
+    first = target.model.generate(
+        torch.tensor([ids]), return_dict_in_generate=True, do_sample=False, max_new_tokens=1
+    )
+    text = [*first.sequences[0].tolist(), 9]
+    plain = generate(target, text, 3)
+    assert len(text) + 3 < target.config.sliding_window
+    with exact_decoding(target.model):
+        cache = first.past_key_values
+        assert generate(target, text, 3, assistant_model=assistant, past_key_values=cache) == plain
 
 
 def test_tokens_stream_as_they_come(tiny: Target) -> None:

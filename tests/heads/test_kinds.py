@@ -404,3 +404,18 @@ def test_a_run_of_each_kind_is_planned_evaluated_published_and_adapted(
     asked = load_settings(None, settings, adapt_defaults(str(head)))
     adapt(asked, str(head), "cpu", ["headstart", "adapt"])
     assert kind_of(load_assistant_config(out / "run" / "head")).name == kind
+
+
+@each_kind
+def test_a_head_in_bfloat16_keeps_what_no_file_holds(
+    kind: str, tiny: Target, tmp_path: Path
+) -> None:
+    """Rounded frequencies of RoPE turn the queries of drafts away from the keys."""
+    head = build_assistant(tiny, HeadConfig(kind=kind), K)
+    save_assistant(head, tiny.table, tmp_path / "head", K, torch.float32)
+    ours = dict(load_assistant(tmp_path / "head", torch.bfloat16).named_buffers())
+    made = dict(type(head).from_pretrained(tmp_path / "head", dtype=torch.bfloat16).named_buffers())
+    assert ours.keys() == made.keys()
+    for name, buffer in made.items():
+        assert ours[name].dtype == buffer.dtype, name
+        assert torch.equal(ours[name], buffer), name

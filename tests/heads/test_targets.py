@@ -186,3 +186,16 @@ def test_a_gguf_file_is_opened_once_while_it_is_converted(tmp_path: Path) -> Non
         assert gguf.GGUFReader(path) is gguf.GGUFReader(path)
     assert gguf.GGUFReader is opened
     assert gguf.GGUFReader(path) is not gguf.GGUFReader(path)
+
+
+@pytest.mark.parametrize("name", ["tiny-gemma3", "tiny-gemma4"])
+def test_a_tiny_target_in_bfloat16_is_as_one_loaded_from_files(name: str, tmp_path: Path) -> None:
+    load_target(name, "float32").model.save_pretrained(tmp_path)
+    here = load_target(name, "bfloat16").model
+    made = type(here).from_pretrained(tmp_path, dtype=torch.bfloat16)
+    tensors = dict(made.named_parameters()) | dict(made.named_buffers())
+    ours = dict(here.named_parameters()) | dict(here.named_buffers())
+    assert ours.keys() == tensors.keys()
+    for key, tensor in tensors.items():
+        assert ours[key].dtype == tensor.dtype, key
+        assert torch.equal(ours[key], tensor), key

@@ -214,3 +214,39 @@ def test_a_published_head_notes_the_target_that_others_load() -> None:
     known = {"headstart_target": note | {"config": config | {"name": "org/a", "adapters": []}}}
     assert public_config(known, names, served)["headstart_target"]["config"]["name"] == "org/a"
     assert public_config({"path": "/home/me/x"}, names, served) == {"path": "x"}
+
+
+def test_a_file_that_a_runs_settings_call_a_chat_template_is_not_published_unasked(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Somebody else may have written them."""
+    (tmp_path / "id_rsa").write_text(SECRET)
+    path = folder / "config.yaml"
+    settings = yaml.safe_load(path.read_text())
+    settings["target"]["chat_template"] = str(tmp_path / "id_rsa")
+    path.write_text(yaml.safe_dump(settings))
+    assert publish(folder, tmp_path / "out") == 1
+    assert f"target.chat_template={tmp_path / 'id_rsa'}" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "mine.jinja").write_text("{{ messages[0].content }}")
+    wanted = f"target.chat_template={tmp_path / 'mine.jinja'}"
+    command = ["publish", str(folder), *PUBLISH, "--plan", f"output_dir={tmp_path / 'out'}"]
+    assert main([*command, wanted]) == 0
+    assert held(tmp_path / "out", SECRET) == []
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == "{{ messages[0].content }}"
+
+
+def test_templates_of_a_tokenizer_are_of_an_earlier_publication_and_no_other_files(
+    work: Path, folder: Path, tmp_path: Path
+) -> None:
+    target = Path(shutil.copytree(work / CLIENT / "model", tmp_path / "model"))
+    for name in ("chat_template.jinja", "additional_chat_templates/tool_use.jinja"):
+        (target / name).parent.mkdir(exist_ok=True)
+        (target / name).write_text("{{ messages[0].content }}")
+    out = tmp_path / "out"
+    where = [f"target.name={target}", f"target.adapters={work / CLIENT / 'lora'}"]
+    command = ["publish", str(folder), *PUBLISH, "--plan", f"output_dir={out}", *where]
+    assert [main(command), main(command)] == [0, 0]
+    assert (out / "additional_chat_templates" / "tool_use.jinja").is_file()
+    (out / "additional_chat_templates" / "notes.txt").write_text("mine")
+    assert main(command) == 1

@@ -187,7 +187,7 @@ def test_a_target_named_as_markup_makes_nothing_of_a_model_card(
     run = Path(shutil.copytree(finished_run, tmp_path / "run"))
     path = run / "eval" / "report.json"
     content = json.loads(path.read_text())
-    for name in ("target", "prompts", "processor"):
+    for name in ("target", "prompts", "processor", "instructions"):
         content["environment"][name] = MARKDOWN
     content["environment"]["accelerator"] = None
     path.write_text(json.dumps(content))

@@ -1,10 +1,12 @@
 """`headstart adapt` on a tiny Gemma 4 with KV-shared layers, an adapter and a clustered head."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from headstart.configs.loader import Override, load_settings
 from headstart.configs.settings import Settings, minutes
@@ -228,3 +230,18 @@ def test_times_are_read() -> None:
     for odd in ("", "soon", "15 m"):
         with pytest.raises(ValueError, match="is no time"):
             minutes(odd)
+
+
+def test_a_target_that_was_tuned_on_gets_no_verdict_of_before(
+    setting: tuple[Path, str], tmp_path: Path
+) -> None:
+    """Into the same folder, whose name is all that the settings say of it."""
+    adapter = Path(shutil.copytree(setting[1], tmp_path / "lora"))
+    settings, head = asked((setting[0], str(adapter)), tmp_path / "out", "adapt.measure_only=true")
+    adapt(settings, head, "cpu", [])
+    adapt(settings, head, "cpu", [])
+    path = adapter / "adapter_model.safetensors"
+    tuned = {name: tensor * 2 for name, tensor in load_file(path).items()}
+    save_file(tuned, path)
+    with pytest.raises(ValueError, match=rf"was begun with the weights in {adapter}="):
+        adapt(settings, head, "cpu", [])
