@@ -189,16 +189,16 @@ def quickstart(found: Results) -> str:
     return decoder_table(found["quickstart"])
 
 
-@made_of("quickstart-vicuna-78", "quickstart-external-160")
+@made_of("quickstart-simulated-*")
 def development(found: Results) -> str:
-    """Of each development set: all of it, its categories, and what does not loop."""
-    rows = []
-    for name, report in zip(("dev_vicuna_78", "dev_external_160"), found.values(), strict=True):
-        for r in report["results"]:
-            if r["category"] == "all" or r["looping_texts"] == "with":
-                group = "no loops" if r["looping_texts"] == "without" else r["category"]
-                rows.append([f"`{name}`", group, r["prompts"], length(r), speedup(r)])
-    return rows_of("prompts | which | number | acceptance length (95%) | speedup (95%)", rows)
+    """Of each set of prompts and K."""
+    header = "prompts | K | rounds | acceptance length, simulated (95%)"
+    return rows_of(header, [
+        [f"`{report['environment']['store']}`", k, r["rounds"], length(r)]
+        for report in found.values()
+        for r in report["results"]
+        if r["category"] == "all" and (k := r["num_assistant_tokens"]) in (4, 6)
+    ])  # fmt: skip
 
 
 @made_of("quickstart-phases", "quickstart-first-figures")

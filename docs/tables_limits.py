@@ -9,15 +9,18 @@ from headstart.heads.describe import published_config, target_step_weights
 from headstart.heads.target import source_layers
 from headstart.train.memory import kv_bytes
 
+MACHINES = {"limits": "with bfloat16", "limits-avx2": "without"}
+"""Results -> what its processor has instructions for."""
 
-@made_of("limits")
+
+@made_of(*MACHINES)
 def machine_rates(found: Results) -> str:
-    rates = found["limits"]
-    return rows_of("dtype | matrix products | copies, read and written", [
-        [name, f"{flops / 1e9:,.0f} GFLOP/s", f"{moved / 1e9:.1f} GB/s"]
-        for (name, flops), moved in zip(
-            rates["gemm_flops_per_second"].items(),
-            rates["memory_bytes_per_second"].values(),
+    return rows_of("processor | dtype | matrix products | copies, read and written", [
+        [machine, dtype, f"{flops / 1e9:,.0f} GFLOP/s", f"{moved / 1e9:.1f} GB/s"]
+        for name, machine in MACHINES.items()
+        for (dtype, flops), moved in zip(
+            found[name]["gemm_flops_per_second"].items(),
+            found[name]["memory_bytes_per_second"].values(),
             strict=True,
         )
     ])  # fmt: skip
@@ -29,14 +32,15 @@ FORMS = {
 }  # fmt: skip
 
 
-@made_of("limits")
+@made_of(*MACHINES)
 def small_batch(found: Results) -> str:
     rows = []
-    for dtype, by_rows in found["limits"]["small_batch_bytes_per_second"].items():
-        for count, forms in by_rows.items():
-            cells = [f"{forms[form] / 1e9:.1f}" if form in forms else "" for form in FORMS]
-            rows.append([dtype, count, *cells])
-    return rows_of(" | ".join(["dtype", "rows", *FORMS.values()]), rows)
+    for name, machine in MACHINES.items():
+        for dtype, by_rows in found[name]["small_batch_bytes_per_second"].items():
+            for count, forms in by_rows.items():
+                cells = [f"{forms[form] / 1e9:.1f}" if form in forms else "" for form in FORMS]
+                rows.append([machine, dtype, count, *cells])
+    return rows_of(" | ".join(["processor", "dtype", "rows", *FORMS.values()]), rows)
 
 
 @made_of(

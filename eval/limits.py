@@ -47,11 +47,13 @@ def memory_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def small_batch_rates(dtype: torch.dtype) -> dict[str, dict[str, float]]:
-    """Rows -> form of a linear layer on the CPU -> bytes a second at which it reads its weights."""
+    """Rows -> form of a linear layer that this CPU has -> bytes a second at which it reads its
+    weights."""
     return {
         str(rows): {
             "linear" if form is None else form.__name__: COPIED / seconds
             for form, seconds in seconds_of_forms(dtype, rows, COPIED).items()
+            if seconds < float("inf")  # else none for this processor
         }
         for rows in ROWS
     }

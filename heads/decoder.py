@@ -44,6 +44,7 @@ from transformers.generation.candidate_generator import (
     PromptLookupCandidateGenerator,
 )
 
+from headstart.common.versions import CACHE
 from headstart.heads.drafting import WARPERS, Drafter, Drafts
 from headstart.heads.kernels import fast_kernels
 from headstart.heads.kinds import Verified, check_drafts, inputs_of, is_head
@@ -449,6 +450,12 @@ def exact_decoding(
         assistant = kwargs["assistant_model"]
         if assistant is None or not is_head(assistant.config):
             return stock(**kwargs)
+        cache = kwargs["model_kwargs"].get(CACHE)
+        if cache is not None and cache.get_seq_length():  # before the prefill
+            raise ValueError(
+                "a cache of an earlier turn was given, from which transformers' assisted decoding "
+                f"goes wrong: leave {CACHE} out, and give each turn its whole text"
+            )
         if id(assistant) not in drafters:
             drafters[id(assistant)] = Drafter(assistant, target.get_input_embeddings())
             kernels.enter_context(fast_kernels(assistant))

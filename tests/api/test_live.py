@@ -363,4 +363,4 @@ def test_a_model_in_float16_is_taken_in_a_dtype_that_is_run(
     head = train_head(model, byte_tokenizer(), ROWS, QUICK)
     assert "The model is in float16" in capsys.readouterr().out
     assert {p.dtype for p in model.parameters()} == {torch.float16}
-    assert head.assistant.dtype == getattr(torch, natural_dtype())
+    assert head.model.dtype == getattr(torch, natural_dtype())

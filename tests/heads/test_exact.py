@@ -1,7 +1,7 @@
 """The exact decoder: clean KV in every round, the target's own text, `generate`'s arguments."""
 
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from functools import partial
 from threading import Barrier
 from typing import Any
 
@@ -9,15 +9,17 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
+from headstart.common.versions import CACHE
 from headstart.heads.decoder import (
     Constant,
     ExactDecoding,
     Heuristic,
     exact_decoding,
 )
+from headstart.heads.loading import byte_tokenizer, gemma3_config, random_model
 from headstart.heads.ordered import with_clusters
 from headstart.heads.saving import OFFSET
-from headstart.heads.target import Target
+from headstart.heads.target import Gemma3ForAssistedDecoding, Target
 from headstart.heads.unroll import DraftHead
 from tests.helpers.heads import greedy_document, order_by_target, overfit
 from tests.helpers.models import make_target
@@ -123,21 +125,6 @@ def test_drafts_stand_where_they_stood_in_training_unless_told_otherwise(
     assert places[0] == places[1]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_cache_of_a_turn_before_may_be_brought_along_within_the_window(family: str) -> None:
-    target = make_target(family)
-    assistant, ids = half_trained_head(target), greedy_document(target)[0][:2]
-    first = target.model.generate(
-        torch.tensor([ids]), return_dict_in_generate=True, do_sample=False, max_new_tokens=1
-    )
-    text = [*first.sequences[0].tolist(), 9]
-    plain = generate(target, text, 3)
-    assert len(text) + 3 < target.config.sliding_window
-    with exact_decoding(target.model):
-        cache = first.past_key_values
-        assert generate(target, text, 3, assistant_model=assistant, past_key_values=cache) == plain
-
-
 def test_tokens_stream_as_they_come(tiny: Target) -> None:
     class Collect:
         def __init__(self) -> None:
@@ -175,22 +162,28 @@ def test_padding_at_the_left_changes_no_round(family: str) -> None:
     assert any(accepted for _, accepted in rounds[0])
 
 
-@pytest.mark.parametrize("decoder", [nullcontext, exact_decoding], ids=["stock", "exact"])
-def test_assisted_decoding_from_the_cache_of_a_turn_before_is_wrong_past_the_window(
-    tiny: Target, decoder: Any
+@pytest.mark.parametrize("window", [8, 64])
+def test_assisted_decoding_from_the_cache_of_a_turn_before_is_wrong_and_refused_here(
+    window: int,
 ) -> None:
-    """Of the loop, whoever drafts. When this fails transformers has mended it: update
-    docs/upstream.md."""
-    assistant, ids = half_trained_head(tiny), greedy_document(tiny)[0]
+    """Of the loop, whoever drafts, within the sliding window too. When this fails transformers has
+    mended it: update docs/upstream.md."""
+    config = gemma3_config(sliding_window=window)
+    build = partial(Gemma3ForAssistedDecoding, config)
+    target = Target(random_model(build), byte_tokenizer(), "turns")
+    assistant, ids = half_trained_head(target), greedy_document(target)[0]
     prompt, settings = torch.tensor([ids]), {"do_sample": False, "max_new_tokens": 14}
-    right = []
-    for second in ({}, {"assistant_model": assistant}):
-        first = tiny.model.generate(prompt, return_dict_in_generate=True, **settings)
+
+    def again(**second: Any) -> bool:
+        first = target.model.generate(prompt, return_dict_in_generate=True, **settings)
         text = [*first.sequences[0].tolist(), 9, 8, 7]
-        with decoder(tiny.model) if decoder is exact_decoding else decoder():
-            found = generate(tiny, text, 14, past_key_values=first.past_key_values, **second)
-        right.append(found == generate(tiny, text, 14))
-    assert right == [True, False]
+        found = generate(target, text, 14, **{CACHE: first[CACHE]}, **second)
+        return found == generate(target, text, 14)
+
+    assert again()
+    assert not again(assistant_model=assistant)
+    with exact_decoding(target.model), pytest.raises(ValueError, match="its whole text"):
+        again(assistant_model=assistant)
 
 
 def test_the_stock_generator_is_back_afterwards(tiny: Target) -> None:
