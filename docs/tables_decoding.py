@@ -238,6 +238,24 @@ def reference_simulated(found: Results) -> str:
     return rows_of(header, rows)
 
 
+@made_of("quickstart-simulated-text-80", "rounded-*")
+def rounded(found: Results) -> str:
+    """Of a head with its frequencies as they are, and rounded to bfloat16."""
+    pairs = {
+        "`builtin:text_eval`": ("quickstart-simulated-text-80", "rounded-text-80"),
+        "16 of 1,800 tokens": ("rounded-none-long", "rounded-long"),
+    }
+    at_four = {
+        name: next(
+            r for r in report["results"]
+            if (r["category"], r["num_assistant_tokens"]) == ("all", 4)
+        )
+        for name, report in found.items()
+    }  # fmt: skip
+    rows = [[what, *(length(at_four[name]) for name in pair)] for what, pair in pairs.items()]
+    return rows_of("prompts | acceptance length, simulated (95%) | frequencies rounded", rows)
+
+
 @made_of("eval-300", "eval-long", "estimate-300")
 def stale_keys(found: Results) -> str:
     """The stock decoder beside the one with clean keys and values, within and past the window."""
