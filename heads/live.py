@@ -63,17 +63,17 @@ def moved(model: M, device: torch.device | str, dtype: torch.dtype) -> M:
     stands up to a third of a radian beside its place at the 150th position, and anywhere at the
     thousandth.
     """
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(device, dtype)
-    for module in model.modules():
-        for name, buffer in module._buffers.items():
-            if buffer is None:
-                continue
-            if name == "embed_scale":  # made in the dtype, of a number that keeps its places
-                buffer = buffer.new_tensor(module.scalar_embed_scale, dtype=dtype)
-            elif name not in module._non_persistent_buffers_set and buffer.is_floating_point():
-                buffer = buffer.to(dtype)
-            module._buffers[name] = buffer.to(device)
+    kept = [
+        (module, name, buffer)
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None and name in module._non_persistent_buffers_set
+    ]
+    model.to(device, dtype)
+    for module, name, buffer in kept:
+        if name == "embed_scale":  # made in the dtype, of a number that keeps its places
+            buffer = buffer.new_tensor(module.scalar_embed_scale, dtype=dtype)
+        module._buffers[name] = buffer.to(device)
     return model
 
 

@@ -252,7 +252,7 @@ def test_litert_is_compared_with_a_target_in_its_own_dtype(
     assert main(given) == 0
     assert checked[0].table.dtype is torch.float32
     assert main([*given, "target.dtype=bfloat16"]) == 1
-    assert "leave target.dtype out" in capsys.readouterr().err
+    assert "target.dtype=float32" in capsys.readouterr().err
     assert len(checked) == 1
 
 

@@ -118,7 +118,7 @@ def test_the_likeness_of_rounds_of_a_text_is_found() -> None:
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-@pytest.mark.parametrize("name", ["eval-64-newest", "eval-k", "eval-300", "quickstart-vicuna-78"])
+@pytest.mark.parametrize("name", ["eval-64-newest", "eval-k", "eval-300", "quickstart"])
 def test_texts_that_were_really_decoded_are_as_alike_as_the_test_takes_them(
     name: str, seed: int
 ) -> None:
