@@ -49,6 +49,7 @@ def _extract(args: argparse.Namespace) -> None:
             target = open_target(settings.target, default_device())
             taken = taken_answers(target, settings.data)
             settings = settings.model_copy(update={"data": taken})
+            del target  # before it is opened again
         conversations = settings.data.conversations
     if conversations is None:
         run_regenerate(settings.of_run(), settings.server, True, default_device())

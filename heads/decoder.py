@@ -27,6 +27,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from math import prod
 from threading import Lock
+from types import MethodType
 from typing import Any, ClassVar, Literal, Protocol
 from weakref import WeakKeyDictionary
 
@@ -449,6 +450,7 @@ def exact_decoding(
             return mine[-1](**kwargs)
         assistant = kwargs["assistant_model"]
         if assistant is None or not is_head(assistant.config):
+            stock = own[0] or MethodType(type(target)._get_candidate_generator, target)
             return stock(**kwargs)
         cache = kwargs["model_kwargs"].get(CACHE)
         if cache is not None and cache.get_seq_length():  # before the prefill
@@ -478,7 +480,6 @@ def exact_decoding(
         )  # fmt: skip
 
     with _turn:
-        stock = target._get_candidate_generator
         own = _generators.setdefault(target, [target.__dict__.get("_get_candidate_generator")])
         own.append(generator)
         target._get_candidate_generator = generator

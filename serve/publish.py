@@ -310,7 +310,9 @@ def _load_target(
     named = t.chat_template
     if what.chat_template is not None:
         t = t.model_copy(update={"chat_template": what.chat_template})
-    elif named is not None and not named.resolve().is_relative_to(Path(t.name).resolve()):
+    elif named is not None and not named.resolve().is_relative_to(
+        Path(what.target or t.name).resolve()
+    ):
         # Somebody else may have written the run's settings, and named any file of the user's.
         raise ValueError(
             f"the run's settings name {named} as the chat template, and it would be published: say "

@@ -279,6 +279,8 @@ def next_commands(config: Config) -> list[str]:
         publish = f"headstart publish {shlex.quote(str(run))} ORG/NAME"
         if Path(t.name).exists():  # a card names the target as others find it
             publish += " publish.base_models=ORG/TARGET"
+        if t.chat_template is not None:
+            publish += " " + shlex.quote(f"target.chat_template={t.chat_template}")
         lines.append(f"Or put it on the Hub: {publish}")
     return lines
 

@@ -125,6 +125,13 @@ def test_drafts_stand_where_they_stood_in_training_unless_told_otherwise(
     assert places[0] == places[1]
 
 
+def test_a_lookup_within_contexts_of_two_settings_is_transformers_own(tiny: Target) -> None:
+    ids = greedy_document(tiny)[0]
+    plain = generate(tiny, ids, 12)
+    with exact_decoding(tiny.model), exact_decoding(tiny.model):
+        assert generate(tiny, ids, 12, prompt_lookup_num_tokens=3) == plain
+
+
 def test_tokens_stream_as_they_come(tiny: Target) -> None:
     class Collect:
         def __init__(self) -> None:
