@@ -7,6 +7,7 @@ on the disk but in an `output_dir`.
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from transformers import PreTrainedModel
 from headstart.api.inputs import TrainedHead, Work, assistant_of, head_path, work_on
 from headstart.common.children import temporary_folder
 from headstart.common.console import print_once
+from headstart.common.files import expand_home
 from headstart.configs.loader import Override
 from headstart.configs.schema import Config
 from headstart.configs.settings import PublishConfig, Settings
@@ -175,6 +177,7 @@ def publish_head(
     *,
     output_dir: str | Path | None = None,
     plan: bool = False,
+    chat_template: str | Path | None = None,
 ) -> str | None:
     """Put a head, its report and a model card on the Hugging Face Hub, as `headstart publish` does;
     returns the address.
@@ -187,6 +190,7 @@ def publish_head(
             where others find it: `base_models` has to say.
         output_dir: where the folder of the repository is written. None: nowhere.
         plan: upload nothing; the folder is to be looked at.
+        chat_template: the file that the run had in `target.chat_template`, which may be published.
 
     Raises:
         ValueError: the run was not kept, or as of `build_folder` and `upload`.
@@ -201,12 +205,15 @@ def publish_head(
     if plan and output_dir is None:
         raise ValueError("plan writes the folder and uploads nothing: name it, output_dir=DIR")
     chosen = PublishConfig() if options is None else options
+    what = Publication(
+        folder, repo_id, chosen,
+        chat_template=None if chat_template is None else Path(expand_home(str(chat_template))),
+    )  # fmt: skip
     if model is None:
-        return _publish(Publication(folder, repo_id, chosen), output_dir, plan)
+        return _publish(what, output_dir, plan)
     with work_on(model, tokenizer, None) as work:
         t = work.settings(None, makes_head=False).target
-        what = Publication(folder, repo_id, chosen, t.name, tuple(t.adapters))
-        return _publish(what, output_dir, plan)
+        return _publish(replace(what, target=t.name, adapters=tuple(t.adapters)), output_dir, plan)
 
 
 def _publish(what: Publication, output_dir: str | Path | None, plan: bool) -> str | None:

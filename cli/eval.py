@@ -115,8 +115,7 @@ def _check(args: argparse.Namespace) -> None:
     data = settings.data
     if not settings.given(["data.prompts"]):
         data = data.model_copy(update={"prompts": []})
-    asked = settings.eval is not None and settings.given(["eval.prompts"])
-    evaluated = settings.eval.prompts if settings.eval is not None and asked else None
+    evaluated = settings.eval.prompts if settings.given(["eval.prompts"]) else None
     with redirect_stdout(sys.stderr):  # the table is the output, how far it is is not
         found = check_inputs(settings.target, data, args.head, evaluated, default_device())
     print_findings(found)

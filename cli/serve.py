@@ -10,7 +10,7 @@ INSTALLABLE = ("vllm", "llama.cpp", "mlx", "litert")
 HEAD = Argument("HEAD", "folder or Hub id of a draft head, or HEAD+ADAPTER")
 
 
-OF_LITERT = ("export.num_assistant_tokens", "export.cache_length", "target.eos_token_ids")
+OF_LITERT = ("export.num_assistant_tokens", "export.cache_length")
 
 
 def _export(args: argparse.Namespace) -> None:
@@ -31,7 +31,9 @@ def _export(args: argparse.Namespace) -> None:
             args.head, config, lambda: load_served(whole), out, chosen
         )
     else:
-        given = settings.given([*OF_LITERT])
+        given = settings.given(OF_LITERT)
+        # A recipe may have it, for training.
+        given += [s for s in args.settings if s.startswith("target.eos_token_ids=")]
         if given or export.dtype == "int8":
             named = given[0] if given else "export.dtype=int8"
             raise ValueError(f"{named} is of litert's file: leave it out for {args.engine}")

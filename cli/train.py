@@ -74,9 +74,10 @@ ADAPT = Command(
 def _bench(args: argparse.Namespace) -> None:
     from headstart.train.benchmark import run_benchmark
 
+    unread = UNREAD.get(args.what, ())
     for setting in args.settings:  # of a recipe some may be left over
         key = setting.partition("=")[0]
-        if key in UNREAD.get(args.what, ()) or key.partition(".")[0] in UNREAD.get(args.what, ()):
+        if {key, key.partition(".")[0]} & {*unread}:
             raise ValueError(f"bench {args.what} does not read {key}: leave it out")
     settings = read_settings(args)
     out = None if args.json is None else Path(args.json)

@@ -183,16 +183,17 @@ def file_sha256(path: Path) -> str:
 PIECES, PIECE = 1024, 4096
 
 
-def weights_sha256(folder: Path) -> str:
-    """SHA-256 of the safetensors files of a folder, by their names, their sizes and many small
-    pieces: of any size in a moment, and another one after weights were tuned."""
+def weights_sha256(place: Path) -> str:
+    """SHA-256 of a file of weights, or of those of a folder, by their names, their sizes and many
+    small pieces: of any size in a moment, and another one after weights were tuned."""
     digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
+    inside = (path for kind in ("*.safetensors", "*.bin") for path in place.glob(kind))
+    for path in sorted(inside) if place.is_dir() else [place]:
         size = path.stat().st_size
         digest.update(f"{path.name} {size} ".encode())
         with path.open("rb") as file:
-            for place in range(0, size, max(PIECE, size // PIECES)):
-                file.seek(place)
+            for start in range(0, size, max(PIECE, size // PIECES)):
+                file.seek(start)
                 digest.update(file.read(PIECE))
     return digest.hexdigest()
 

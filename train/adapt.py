@@ -348,8 +348,8 @@ def _identity(a: Adaptation, sets: dict[str, list[dict[str, Any]]], device: Any)
     if a.config.target.name.startswith(MEMORY):
         asked["target.fingerprint"] = open_target(a.config.target, device).fingerprint
     for name in (a.config.target.name, *a.config.target.adapters, *split_pair(a.head)):
-        if name is not None and (folder := Path(name)).is_dir():
-            asked[f"the weights in {name}"] = weights_sha256(folder)
+        if name is not None and Path(name).exists():
+            asked[f"the weights in {name}"] = weights_sha256(Path(name))
     return asked | {f"{name}.{key}": v for name, part in tree.items() for key, v in part.items()}
 
 

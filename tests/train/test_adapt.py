@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from headstart.common.files import weights_sha256
 from headstart.configs.loader import Override, load_settings
 from headstart.configs.settings import Settings, minutes
 from headstart.data.prompts import load_prompts
@@ -245,3 +246,17 @@ def test_a_target_that_was_tuned_on_gets_no_verdict_of_before(
     save_file(tuned, path)
     with pytest.raises(ValueError, match=rf"was begun with the weights in {adapter}="):
         adapt(settings, head, "cpu", [])
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "tuned.gguf"])
+def test_weights_are_told_apart_in_files_of_every_kind(name: str, tmp_path: Path) -> None:
+    """A byte in a thousand stands for what tuning changes everywhere."""
+    place = tmp_path / name
+    asked = place if name.endswith(".gguf") else tmp_path
+    place.write_bytes(bytes(range(256)) * 40_000)
+    before = weights_sha256(asked)
+    assert weights_sha256(asked) == before
+    changed = bytearray(place.read_bytes())
+    changed[::1000] = bytes(len(changed[::1000]))
+    place.write_bytes(changed)
+    assert weights_sha256(asked) != before
