@@ -8,8 +8,6 @@ from headstart.cli.arguments import STALE, Argument, Command, default_device, re
 
 INSTALLABLE = ("vllm", "llama.cpp", "mlx", "litert")
 HEAD = Argument("HEAD", "folder or Hub id of a draft head, or HEAD+ADAPTER")
-
-
 OF_LITERT = ("export.num_assistant_tokens", "export.cache_length")
 
 
@@ -19,16 +17,17 @@ def _export(args: argparse.Namespace) -> None:
     from headstart.common.console import print_once
     from headstart.heads.loading import load_served, load_target_config, load_target_tokens
     from headstart.serve.engines import export_for_engine
-    from headstart.serve.litert import export_for_litert, litert_export
+    from headstart.serve.litert import export_for_litert
 
     settings = read_settings(args)
     t, export, out = settings.target, settings.export, settings.output_dir
     config = load_target_config(t.name, t.revision, t.trust_remote_code)
     if args.engine == "litert":
-        chosen = litert_export(export, t)
+        if t.quantization is not None:
+            raise ValueError("the target is written from its weights: no target.quantization")
         whole = t.model_copy(update={"dtype": "float32", "merge_adapters": True})
         engine_warnings = export_for_litert(
-            args.head, config, lambda: load_served(whole), out, chosen
+            args.head, config, lambda: load_served(whole), out, export
         )
     else:
         given = settings.given(OF_LITERT)

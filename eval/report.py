@@ -121,22 +121,9 @@ def run_evaluation(
     # One that cannot be used is named before all work.
     encoded = encode_prompts(prompts, target.tokenizer, asked.chat_template_kwargs)
     structured = structured_output(target, schemas_of(prompts))
-    settings = {
-        "target": target.name,
-        "target_fingerprint": target.fingerprint,
-        "heads": list(heads),
-        "head_fingerprints": {n: model_fingerprint(h, h.config) for n, h in heads.items()},
-        "dtype": target.identity["dtype"],
+    settings = _settings(target, heads, draft_models, chosen, asked) | {
         "prompt_set": prompt_set(chosen.prompts, loaded),
-        **chosen.model_dump(mode="json", exclude={"prompts", "fp32_check_prompts"}),
-        "own_sampling": asdict(target.own_sampling) if "model" in chosen.temperatures else None,
-        "chat_template_kwargs": asked.chat_template_kwargs or None,  # as if earlier files had it
         "encoded_sha256": stable_hash(encoded),
-        "eos_token_ids": list(target.eos_ids),
-        "draft_model_fingerprints": {
-            n: model_fingerprint(m, m.config) for n, m in draft_models.items()
-        }
-        or None,
     }
     state, path = PartialState(), out / "measurements.jsonl"
     together = together and state.num_processes > 1
@@ -206,6 +193,29 @@ def evaluate_heads(
         target, assistants, chosen, config.output_dir,
         resume=resume, draft_models=models, asked=asked, together=together,
     )  # fmt: skip
+
+
+def _settings(
+    target: Target,
+    heads: Mapping[str, PreTrainedModel],
+    draft_models: Mapping[str, PreTrainedModel],
+    chosen: EvalConfig,
+    asked: Asked,
+) -> dict[str, Any]:
+    """What an evaluation is of, its prompts apart; one that goes on has to be of the same."""
+    models = {n: model_fingerprint(m, m.config) for n, m in draft_models.items()}
+    return {
+        "target": target.name,
+        "target_fingerprint": target.fingerprint,
+        "heads": list(heads),
+        "head_fingerprints": {n: model_fingerprint(h, h.config) for n, h in heads.items()},
+        "dtype": target.identity["dtype"],
+        **chosen.model_dump(mode="json", exclude={"prompts", "fp32_check_prompts"}),
+        "own_sampling": asdict(target.own_sampling) if "model" in chosen.temperatures else None,
+        "chat_template_kwargs": asked.chat_template_kwargs or None,  # as if earlier files had it
+        "eos_token_ids": list(target.eos_ids),
+        "draft_model_fingerprints": models or None,
+    }
 
 
 def _content(

@@ -36,7 +36,7 @@ from transformers import (
 from headstart.common.versions import ALL_ROWS
 from headstart.configs.schema import DraftPositionOffset, Engine, HeadConfig
 from headstart.heads.cpu_linear import forms_of, linear_by
-from headstart.heads.draft_model import dense_weight
+from headstart.heads.draft_model import dense_weight, head_width, query_heads
 from headstart.heads.kernels import copied_keys, grouped_query_attention
 from headstart.heads.kinds import DraftMemory, Embed, HeadKind, Rows, Texts, Verified, select
 from headstart.heads.ordered import cluster_count
@@ -59,20 +59,9 @@ def assistant_config(source: Any, head: HeadConfig) -> Any:
         ValueError: the query heads are no multiple of the target's KV heads, the head is wider
             than its target (no tie can then reach its table), or its clusters cannot be equal.
     """
-    width = head.hidden_size or source.hidden_size
-    if width > source.hidden_size:
-        raise ValueError(
-            f"head.hidden_size={width} is above the target's {source.hidden_size}: the head is "
-            "tied to the target's table, so it can be as wide or narrower, not wider"
-        )
+    width = head_width(source, head)
     kv = {t: source.per_layer_config[i] for t, i in source_layers(source).items()}
-    heads = head.num_attention_heads or source.num_attention_heads
-    for layer_type, shape in kv.items():
-        if heads % shape.num_key_value_heads:
-            raise ValueError(
-                f"head.num_attention_heads={heads} is no multiple of the target's "
-                f"{shape.num_key_value_heads} KV heads in its {layer_type} layers"
-            )
+    heads = query_heads(source, head, kv)
     depth = head.num_hidden_layers or DEPTH
     sliding, full = kv["sliding_attention"], kv["full_attention"]
     text: dict[str, Any] = {key: getattr(source, key) for key in OF_TARGET} | {

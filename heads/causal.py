@@ -34,7 +34,13 @@ from transformers import AutoConfig, AutoModel
 
 from headstart.common.versions import CACHE
 from headstart.configs.schema import DraftPositionOffset, HeadConfig
-from headstart.heads.draft_model import DraftConfig, DraftModel, dense_weight, shapes
+from headstart.heads.draft_model import (
+    DraftConfig,
+    DraftModel,
+    dense_weight,
+    query_heads,
+    shapes,
+)
 from headstart.heads.kernels import copied_keys
 from headstart.heads.kinds import (
     DraftMemory,
@@ -79,12 +85,7 @@ def layer_config(source: Any, head: HeadConfig, width: int) -> dict[str, Any]:
             "one layer, leave it out; head.intermediate_size makes it larger"
         )
     own = source.per_layer_config[source_layers(source)[FULL]]
-    heads = head.num_attention_heads or source.num_attention_heads
-    if heads % own.num_key_value_heads:
-        raise ValueError(
-            f"head.num_attention_heads={heads} is no multiple of the target's "
-            f"{own.num_key_value_heads} KV heads in its {FULL} layers"
-        )
+    heads = query_heads(source, head, {FULL: own})
     mlp = source.intermediate_size if width == source.hidden_size else 4 * width
     found = {key: getattr(source, key) for key in OF_TARGET if hasattr(source, key)} | {
         "model_type": source.model_type,

@@ -13,8 +13,11 @@ an EPYC read them (`headstart bench limits`; docs/explanation/clean-kv-decoder.m
 Packed weights are a second copy: they are made where they are first used, and last as long as the
 `fast_kernels` around them, within which the weights have to stay as they are.
 
-Over tens of rows, as a batch that generates has, `W @ x.T` is quicker in float32 too: there an LM
-head goes by blocks of its columns, and each is turned around while it is in the cache.
+Over tens of rows, as a batch that generates has, what is stored must have the same bits in all
+processes of a machine, so that no trial decides. In float32 oneDNN's products are the quickest on a
+processor without AVX-512, and have the same bits over packed weights and others. With AVX-512
+`W @ x.T` is quicker than `x @ W.T`: an LM head goes by blocks of its columns, and each is turned
+around while it is in the cache.
 """
 
 import timeit
@@ -55,10 +58,8 @@ class Packed:
             self.of = now  # last: another thread may ask meanwhile
         if self.of != now:
             return F.linear(x, weight)
-        product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(
-            x, self.ready, None, "none", [], ""
-        )
-        return product
+        assert self.ready is not None
+        return by_onednn(self.ready, x)
 
 
 def linear_forward(
@@ -113,15 +114,28 @@ def forms_of(
         form = quickest(weight.dtype, rows, packs)
         if form is not None:
             found[rows] = packed if isinstance(form, type) else form
-    if weight.dtype == torch.float32 and len(weight) >= WIDE:
-        found |= dict.fromkeys(SEVERAL, by_columns)
-    elif packs and packs_alike(weight.dtype):
+    if packs and packs_batches(weight.dtype):
         found |= dict.fromkeys(SEVERAL, packed)
+    elif weight.dtype == torch.float32 and onednn_leads():
+        found |= dict.fromkeys(SEVERAL, by_onednn)
+    elif weight.dtype == torch.float32 and len(weight) >= WIDE:
+        found |= dict.fromkeys(SEVERAL, by_columns)
     return found
 
 
+def packs_batches(dtype: torch.dtype) -> bool:
+    """Whether a batch's product runs over packed weights here where there is memory for them."""
+    return onednn_leads() if dtype == torch.float32 else _packs_alike(dtype)
+
+
+def onednn_leads() -> bool:
+    """Whether oneDNN's products of a batch in float32 are the quickest: by the processor, since
+    their bits are its own."""
+    return torch._C._get_mkldnn_enabled() and torch.backends.cpu.get_cpu_capability() == "AVX2"
+
+
 @lru_cache
-def packs_alike(dtype: torch.dtype) -> bool:
+def _packs_alike(dtype: torch.dtype) -> bool:
     """Whether a batch's product over packed weights has the same bits as torch's own here, and is
     quicker; tried once."""
     generator = torch.Generator().manual_seed(0)
@@ -207,6 +221,12 @@ def without_onednn(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, weight)
     finally:
         enabled(True)  # not what it was before: another thread may be within this function
+
+
+def by_onednn(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """By oneDNN, over packed weights or others."""
+    product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+    return product
 
 
 WIDE = 65_536  # columns of what is no other layer than an LM head

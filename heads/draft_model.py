@@ -4,6 +4,7 @@ format of transformers' assistants, and a configuration by which the Auto classe
 Letters: D target width, H head width, V vocabulary.
 """
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, cast
 
 import torch
@@ -48,6 +49,43 @@ class DraftConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False  # with the target's table, not with one within
 
 
+def head_width(source: Any, head: HeadConfig) -> int:
+    """H: what is asked, or the width of the target's text configuration.
+
+    Raises:
+        ValueError: the head is wider than its target: no tie can then reach its table.
+    """
+    width = head.hidden_size or source.hidden_size
+    if width > source.hidden_size:
+        raise ValueError(
+            f"head.hidden_size={width} is above the target's {source.hidden_size}: the head is "
+            "tied to the target's table, so it can be as wide or narrower, not wider"
+        )
+    return int(width)
+
+
+def query_heads(source: Any, head: HeadConfig, layers: Mapping[str, Any]) -> int:
+    """The number of query heads: what is asked, or the target's.
+
+    Args:
+        source: the target's text configuration.
+        head: what is asked.
+        layers: layer type -> the shapes of the target's layer whose keys and values are like those
+            of the head.
+
+    Raises:
+        ValueError: it is no multiple of the KV heads.
+    """
+    heads = head.num_attention_heads or source.num_attention_heads
+    for layer_type, shape in layers.items():
+        if heads % shape.num_key_value_heads:
+            raise ValueError(
+                f"head.num_attention_heads={heads} is no multiple of the target's "
+                f"{shape.num_key_value_heads} KV heads in its {layer_type} layers"
+            )
+    return int(heads)
+
+
 def shapes(source: Any, head: HeadConfig, drafts: int, attention: bool = False) -> dict[str, Any]:
     """Arguments of a `DraftConfig`: what is asked, and the rest from the target's text
     configuration; `attention`: whether the kind has any.
@@ -56,12 +94,7 @@ def shapes(source: Any, head: HeadConfig, drafts: int, attention: bool = False) 
         ValueError: the head is wider than its target, its clusters cannot be equal, or query heads
             are asked of a head without attention.
     """
-    width = head.hidden_size or source.hidden_size
-    if width > source.hidden_size:
-        raise ValueError(
-            f"head.hidden_size={width} is above the target's {source.hidden_size}: the head is "
-            "tied to the target's table, so it can be as wide or narrower, not wider"
-        )
+    width = head_width(source, head)
     if head.num_attention_heads is not None and not attention:
         raise ValueError(
             f"head.num_attention_heads: a {head.kind} head has no attention, leave it out"

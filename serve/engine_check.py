@@ -19,6 +19,7 @@ from headstart.common.children import temporary_folder
 from headstart.common.console import counted, plain_console, print_once
 from headstart.common.files import drop_remote_code, write_figures
 from headstart.common.machine import environment
+from headstart.configs.settings import ExportConfig
 from headstart.data.prompts import Prompt, tell_schemas
 from headstart.data.templates import encode_prompts
 from headstart.eval.acceptance import AcceptanceCounts, zero_counts
@@ -44,7 +45,7 @@ from headstart.serve.engines import (
     gguf_metadata,
     unlike_gguf,
 )
-from headstart.serve.litert import BUNDLE, LitertExport, export_for_litert, logged_rate
+from headstart.serve.litert import BUNDLE, export_for_litert, logged_rate
 
 SCHEMA = 1
 SPARE = 16  # tokens of the context beside K drafts beyond the end of the longest text
@@ -178,7 +179,7 @@ def _written(
         return head, given, head / GGUF
     if check.engine == "litert":
         k, bundle = check.num_assistant_tokens, folder / "litert"
-        how = LitertExport(k, context, check.dtype)
+        how = ExportConfig(num_assistant_tokens=k, cache_length=context, dtype=check.dtype)
         export_for_litert(head, config, lambda: target, bundle, how, by_ids=True)
         return head, bundle / BUNDLE, bundle / BUNDLE
     served_model(target, check.engine).save_pretrained(model)

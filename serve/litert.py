@@ -11,9 +11,8 @@ import json
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -25,7 +24,6 @@ from transformers import PreTrainedModel
 from headstart.common.children import run_python
 from headstart.common.console import phase, print_once
 from headstart.common.files import atomic_folder, check_empty
-from headstart.configs.schema import TargetConfig
 from headstart.configs.settings import ExportConfig
 from headstart.heads.assistant import write_global_keys
 from headstart.heads.drafting import Drafter
@@ -48,40 +46,12 @@ SHORTEST = 2  # tokens of a text beside K drafts: one of a prompt and the newest
 PREFILL = (32, 128)  # tokens that calls of the prefill take
 
 
-@dataclass(frozen=True)
-class LitertExport:
-    """How the file is made."""
-
-    num_assistant_tokens: int | None = None
-    """K. None: as the head says, or 4."""
-    cache_length: int = 4096
-    """Rows of keys and values: tokens of a prompt and its answer together."""
-    dtype: Literal["float32", "int8"] = "float32"
-    """Of weights; int8: those of linear layers and of tables, a scale a row."""
-    dense: bool = False
-    """Leave ordered embeddings out: drafts read the whole table."""
-
-
-def litert_export(export: ExportConfig, target: TargetConfig) -> LitertExport:
-    """How the file is made, of settings.
-
-    Raises:
-        ValueError: they ask for what there is not.
-    """
-    if target.quantization is not None:
-        raise ValueError("the target is written from its weights: no target.quantization")
-    if export.dtype == "bfloat16":
-        raise ValueError("LiteRT-LM runs no bfloat16 on a CPU: export.dtype=float32, or int8")
-    dtype = export.dtype or "float32"
-    return LitertExport(export.num_assistant_tokens, export.cache_length, dtype, export.dense)
-
-
 def export_for_litert(
     path: str | Path,
     config: Any,
     load: Callable[[], Target],
     out: Path,
-    export: LitertExport,
+    export: ExportConfig,
     by_ids: bool = False,
 ) -> list[str]:
     """Write `model.litertlm` with a target and its head into a folder, which appears whole or not
@@ -92,7 +62,7 @@ def export_for_litert(
         config: the configuration of its target, whole.
         load: loads the target in float32; called when nothing speaks against it.
         out: folder, new or empty.
-        export: how.
+        export: how; of it `target_gguf` is another engine's.
         by_ids: pack a tokenizer in place of the target's whose text is the numbers of tokens
             (`serve-check` sends and reads these).
 
@@ -106,6 +76,8 @@ def export_for_litert(
         RuntimeError: the conversion failed, with the end of what it said.
     """
     check_empty(out)
+    if export.dtype == "bfloat16":
+        raise ValueError("LiteRT-LM runs no bfloat16 on a CPU: export.dtype=float32, or int8")
     head = load_assistant_config(path)
     text = config.get_text_config()
     check_shapes(text, head, "the target")
@@ -144,7 +116,7 @@ def export_for_litert(
 
 
 def _write_parts(
-    assistant: Any, k: int, target: Target, folder: Path, export: LitertExport, by_ids: bool
+    assistant: Any, k: int, target: Target, folder: Path, export: ExportConfig, by_ids: bool
 ) -> None:
     """Write what the converter reads: `target`, `head`, `tokenizer.json` and `export.json`."""
     _write_text_model(target, folder / "target")
@@ -171,7 +143,7 @@ def _write_parts(
         "num_assistant_tokens": k,
         "cache_length": export.cache_length,
         "prefill_lengths": PREFILL,
-        "dtype": export.dtype,
+        "dtype": export.dtype or "float32",
         "source_layers": source_layers(target.config),
         "stop_ids": list(target.eos_ids),
         "bos_token_id": None if by_ids else _first_token(target),

@@ -15,12 +15,13 @@ from safetensors.torch import load_file, save_file
 
 from headstart.cli.main import main
 from headstart.common.children import run_python
+from headstart.configs.settings import ExportConfig
 from headstart.heads.assistant import CleanKV
 from headstart.heads.drafting import Drafter
 from headstart.heads.saving import load_assistant
 from headstart.heads.target import Activations, Target
 from headstart.serve.engines import engine_python, install_engine
-from headstart.serve.litert import BUNDLE, PREFILL, LitertExport, export_for_litert
+from headstart.serve.litert import BUNDLE, PREFILL, export_for_litert
 from tests.helpers.heads import FULL, NARROW, finished
 from tests.helpers.models import make_target
 from tests.helpers.tiny_pair import ROOT
@@ -28,6 +29,7 @@ from tests.helpers.tiny_pair import ROOT
 pytestmark = pytest.mark.engines
 
 K, LENGTH = 3, 64
+SIZES = ExportConfig(num_assistant_tokens=K, cache_length=LENGTH)
 ROWS = LENGTH + max(PREFILL)  # of the cache
 HELPER = str(ROOT / "tests" / "helpers" / "litert_file.py")
 
@@ -91,7 +93,7 @@ def test_the_exported_drafter_is_the_head_past_the_sliding_window_too(
     install_engine("litert")
     target = make_target(family)
     path, out = finished(target, tmp_path / "start", width), tmp_path / "out"
-    export_for_litert(path, target.model.config, lambda: target, out, LitertExport(K, LENGTH))
+    export_for_litert(path, target.model.config, lambda: target, out, SIZES)
     assert [file.name for file in out.iterdir()] == [BUNDLE]
 
     drafts: dict[str, Draft] = {}
@@ -128,7 +130,7 @@ def test_the_engine_reads_text_as_the_targets_tokenizer_does(tmp_path: Path) -> 
     install_engine("litert")
     target = make_target("gemma3")
     path, out = finished(target, tmp_path / "start", FULL), tmp_path / "out"
-    export_for_litert(path, target.model.config, lambda: target, out, LitertExport(K, LENGTH))
+    export_for_litert(path, target.model.config, lambda: target, out, SIZES)
     texts = ["The capital of France", "def f(x):\n  return x", "Übergrößenträger 東京 🙂"]
     told = json.loads(run_helper("tokens", out / BUNDLE, json.dumps(texts)).splitlines()[-1])
     ours = [target.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]

@@ -10,6 +10,7 @@ import torch
 
 from headstart.cli.main import main
 from headstart.configs.schema import HeadConfig
+from headstart.configs.settings import ExportConfig
 from headstart.heads.assistant import assistant_config
 from headstart.heads.loading import load_target
 from headstart.heads.pairing import build_assistant
@@ -23,7 +24,7 @@ from headstart.serve.engines import (
     export_for_engine,
     incompatibilities,
 )
-from headstart.serve.litert import LitertExport, export_for_litert
+from headstart.serve.litert import export_for_litert
 from tests.helpers.heads import FULL, NARROW, finished, noisy_head
 from tests.helpers.models import make_target
 
@@ -173,7 +174,7 @@ def test_a_cache_that_holds_no_verification_is_refused_before_the_target_is_load
     def load() -> Target:
         raise AssertionError("the target is loaded")
 
-    export = LitertExport(drafts, cache_length)
+    export = ExportConfig(num_assistant_tokens=drafts, cache_length=cache_length)
     with pytest.raises(ValueError, match=named):
         export_for_litert(path, target.model.config, load, tmp_path / "out", export)
     assert not (tmp_path / "out").exists()
