@@ -55,8 +55,9 @@ def _order(args: argparse.Namespace) -> None:
 
     settings = read_settings(args)
     h, target = settings.head, open_target(settings.target, default_device())
-    rebuild = h.on_existing_clusters == "rebuild"
-    order = Order(rebuild, h.num_centroids, h.centroid_intermediate_top_k, h.centroid_steps)
+    rebuild, keep = (h.on_existing_clusters == how for how in ("rebuild", "keep"))
+    steps = 0 if keep else h.centroid_steps
+    order = Order(rebuild, h.num_centroids, h.centroid_intermediate_top_k, steps)
     print_order(reorder(args.head, target, settings.of_run(), order, settings.output_dir))
     print(f"Written: {settings.output_dir}")
 

@@ -8,6 +8,7 @@ the weights beside them.
 """
 
 import copy
+import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -206,6 +207,8 @@ def check_model(model: Any) -> None:
             "the adapters of the model are switched off: switch them on, or give get_base_model() "
             "after unload()"
         )
+    if isinstance(model, PeftModel):
+        _check_scales(model)
     _check_weights(base)
     if any(m._forward_hooks or m._forward_pre_hooks for m in model.modules()):
         print_once(
@@ -215,6 +218,22 @@ def check_model(model: Any) -> None:
 
 def _stock(wanted: type[PreTrainedModel]) -> type[PreTrainedModel]:
     return Gemma3ForCausalLM if wanted is Gemma3ForAssistedDecoding else wanted
+
+
+def _check_scales(model: Any) -> None:
+    """Raise `ValueError` where an active LoRA adapter has another factor than its configuration
+    says, as within peft's `rescale_adapter_scale`: it would be saved without it."""
+    from peft.tuners.lora import LoraLayer
+
+    for layer in (module for module in model.modules() if isinstance(module, LoraLayer)):
+        for adapter in layer.scaling.keys() & set(model.active_adapters):
+            root = 0.5 if model.peft_config[adapter].use_rslora else 1
+            own = layer.lora_alpha[adapter] / layer.r[adapter] ** root
+            if not math.isclose(layer.scaling[adapter], own):
+                raise ValueError(
+                    f"the adapter {adapter} of the model is scaled for the time being, by other "
+                    "than its lora_alpha: leave the context that scales it, or set lora_alpha"
+                )
 
 
 def _check_weights(base: PreTrainedModel) -> None:

@@ -450,6 +450,7 @@ def model_fingerprint(model: nn.Module, config: Any, dtype: torch.dtype | None =
     if dtype is not None and content.get("dtype") is not None:
         content["dtype"] = str(dtype).removeprefix("torch.")
     digest = hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode())
+    digest.update(_adapter_scales(model))
     for name, tensor in sorted(model.state_dict().items()):
         if dtype is not None and type(tensor) is torch.Tensor and tensor.is_floating_point():
             tensor = tensor.to(dtype)  # quantized ones, of a class of their own, stay
@@ -459,13 +460,23 @@ def model_fingerprint(model: nn.Module, config: Any, dtype: torch.dtype | None =
     return digest.hexdigest()
 
 
+def _adapter_scales(model: nn.Module) -> bytes:
+    """The factors of adapters beside the weights, which stand in no tensor; empty without any."""
+    scales = {
+        name: {adapter: float(factor) for adapter, factor in module.scaling.items()}
+        for name, module in model.named_modules()
+        if isinstance(vars(module).get("scaling"), dict)  # of peft; attention's is a number
+    }
+    return json.dumps(scales, sort_keys=True).encode() if scales else b""
+
+
 SAMPLED = 256  # numbers of each weight, about
 
 
 def weights_sample(model: nn.Module) -> str:
     """SHA-256 over some numbers of each weight: other weights differ in it, as good as always, and
     it costs no pass over all of them, as the fingerprint does."""
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(_adapter_scales(model))
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         for plain in plain_tensors(tensor):

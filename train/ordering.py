@@ -303,20 +303,20 @@ def order_head(
     found: dict[str, Any] = {"rebuilt": order.rebuild, "steps": order.steps}
     if assistant.config.use_ordered_embeddings:
         found["before"] = judged(assistant)
-    if not order.rebuild and not order.steps:
-        return assistant, found | {"after": judged(assistant)}
+    clusters, top_k = _shape(assistant.config, order)
+    if not order.rebuild:
+        assistant.config.centroid_intermediate_top_k = top_k
+        assistant.masked_embedding.centroid_intermediate_top_k = top_k
+        if not order.steps:
+            return assistant, found | {"after": judged(assistant)}
     wanted = drafts_needed(order.steps)
     drafted = drafts_of(DraftHead(assistant), target, training, config, wanted)
     table = assistant.lm_head.weight
     usage = token_usage(lambda states: states @ table.T, drafted)
-    clusters, top_k = _shape(assistant.config, order)
     if order.rebuild:
         assistant = with_clusters(assistant, clusters, top_k)
         with phase(f"Ordering {len(target.table):,} tokens in {clusters:,} clusters"):
             set_order(assistant.masked_embedding, drafted.hidden, usage, table)
-    else:
-        assistant.config.centroid_intermediate_top_k = top_k
-        assistant.masked_embedding.centroid_intermediate_top_k = top_k
     learn_centroids(DraftHead(assistant), drafted, usage, table, order.steps, config.seed)
     return assistant, found | {"after": judged(assistant)}
 

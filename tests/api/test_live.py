@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from datasets import Dataset, DatasetDict
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import (
     Gemma3ForCausalLM,
@@ -38,7 +39,7 @@ from headstart.configs.schema import (
     TrainConfig,
 )
 from headstart.configs.settings import AdaptConfig, PublishConfig, Settings
-from headstart.heads.live import in_memory
+from headstart.heads.live import check_model, in_memory
 from headstart.heads.loading import (
     byte_tokenizer,
     gemma3_config,
@@ -305,6 +306,15 @@ def merged() -> Any:
     return model
 
 
+def scaled() -> Any:
+    """As within peft's `rescale_adapter_scale`."""
+    model = tuned()
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer):
+            layer.scale_layer(0.5)
+    return model
+
+
 OTHER = Config(target=TargetConfig(name="tiny-gemma4"))
 WRONG: dict[str, tuple[Any, Any, Any, Any, str]] = {
     "no model": (7, None, ROWS, QUICK, "a int is no target: give"),
@@ -315,6 +325,7 @@ WRONG: dict[str, tuple[Any, Any, Any, Any, str]] = {
     ),
     "inside of a PeftModel": (tuned().get_base_model(), None, ROWS, QUICK, "give the PeftModel"),
     "merged for a while": (merged(), byte_tokenizer(), ROWS, QUICK, "call unmerge_adapter"),
+    "scaled for a while": (scaled(), byte_tokenizer(), ROWS, QUICK, "leave the context"),
     "one side of the table": (
         tuned(target_modules=["lm_head"]), byte_tokenizer(), ROWS, QUICK, "Tune without lm_head",
     ),
@@ -343,6 +354,12 @@ def test_what_is_no_input_is_refused_in_one_line(case: str, places: list[Path]) 
         train_head(model, tokenizer, data, config)
     assert "\n" not in str(error.value)
     assert not [path for place in places for path in place.rglob("*")]
+
+
+def test_factors_that_the_configuration_of_an_adapter_gives_are_no_scaling() -> None:
+    patterns = {"alpha_pattern": {"up_proj": 3}, "rank_pattern": {"q_proj": 1}}
+    for lora in ({}, {"use_rslora": True}, patterns):
+        check_model(tuned(**lora))
 
 
 def test_a_head_of_another_kind_or_target_is_refused(tmp_path: Path) -> None:

@@ -97,6 +97,25 @@ def test_each_way_to_serve_has_a_fingerprint_and_a_name(tmp_path: Path) -> None:
         assert load_target_tokens(way).settings == target.settings
 
 
+def test_adapters_that_differ_in_their_factor_alone_make_other_targets(tmp_path: Path) -> None:
+    """Beside the weights it stands in no tensor: answers and activations of the one would be taken
+    for those of the other."""
+    adapter = make_adapter(tmp_path / "one")
+    config = Path(adapter) / "adapter_config.json"
+    settings = json.loads(config.read_text())
+    prints = set()
+    for changed in ({}, {"lora_alpha": 32}, {"use_rslora": True}):
+        config.write_text(json.dumps(settings | changed))
+        for merges in (True, False):
+            way = TargetConfig(
+                name="tiny-gemma4", dtype="float32", adapters=[adapter], merge_adapters=merges
+            )
+            target = load_served(way)
+            prints.add(target.fingerprint)
+            assert target.fingerprint == load_served(way).fingerprint
+    assert len(prints) == 6
+
+
 def test_a_name_tells_adapters_and_quantization() -> None:
     kept: dict[str, Any] = {"adapters": ["a/b@main", "c"], "merge_adapters": False}
     name = served_name(TargetConfig(name="ORG/my (v2)", quantization="bnb-nf4", **kept))

@@ -50,6 +50,14 @@ def test_refined_centroids_keep_more_and_nothing_else_changes(tmp_path: Path) ->
     for name, tensor in before.state_dict().items():
         same = torch.equal(tensor, after.state_dict()[name])
         assert same == (name != "masked_embedding.centroids.weight"), name
+    for kept in ("head.on_existing_clusters=keep", "head.centroid_steps=0"):
+        third, fewer = tmp_path / kept, "head.centroid_intermediate_top_k=1"
+        assert order(second, third, tmp_path / "cache", kept, fewer) == 0
+        read = load_assistant(third, torch.float32)
+        assert read.config.centroid_intermediate_top_k == 1
+        assert all(torch.equal(t, after.state_dict()[n]) for n, t in read.state_dict().items())
+        found = json.loads((third / "order.json").read_text())
+        assert found["after"]["acceptance_length"] != found["before"]["acceptance_length"]
 
 
 def test_a_run_killed_while_it_orders_keeps_its_dense_head_and_ends_as_one_that_was_not(
