@@ -115,7 +115,7 @@ def test_conversations_are_trained_on_beside_what_the_target_writes(
     ]
     given = tmp_path / "given.jsonl"
     given.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    few = ["data.num_conversations=null", "adapt.budget=2m"] if not answering else []
+    few = ["data.num_conversations=null", "adapt.budget=30m"] if not answering else []
     settings, head = asked(
         setting, tmp_path / "out", f"adapt.conversations={given}", "adapt.decoded_prompts=0",
         f"adapt.answering_share={answering}", "adapt.general_prompts=null", *few,
