@@ -203,14 +203,10 @@ def check_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def _read_state(path: Path) -> dict[str, Any]:
-    try:
+    with reading(str(path / STATE), "is missing or damaged"):
         state: dict[str, Any] = json.loads((path / STATE).read_text(encoding="utf-8"))
-        intact = content_sha256(state) == state["sha256"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path / STATE} is missing or damaged ({error})") from error
-    if not intact:
-        raise ValueError(f"{path / STATE} is damaged: its SHA-256 does not match")
-    with reading(str(path / STATE), "is damaged"):
+        if content_sha256(state) != state["sha256"]:
+            raise ValueError(f"{path / STATE} is damaged: its SHA-256 does not match")
         for name, expected in state["files"].items():
             plain_name(name, path / STATE)
             if not (path / name).is_file():
