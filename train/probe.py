@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from headstart.common.machine import synchronize
+from headstart.common.machine import synchronize, timed
 from headstart.configs.schema import Config, DataConfig
 from headstart.data.background import to_device
 from headstart.data.conversations import Conversation, answered, trainable
@@ -50,11 +50,7 @@ def seconds_of(target: Target, call: Callable[[], object], times: int = 2) -> fl
     """Seconds of the quickest of some calls; of fewer where one takes long."""
     best = math.inf
     for _ in range(times):
-        synchronize(target.device)
-        began = time.perf_counter()
-        call()
-        synchronize(target.device)
-        best = min(best, time.perf_counter() - began)
+        best = min(best, timed(target.device, call))
         if best > ENOUGH:
             break
     return best
