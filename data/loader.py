@@ -13,10 +13,11 @@ teacher tokens.
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
+from headstart.configs.schema import Config
 from headstart.data.documents import Document, Documents, Stored
 from headstart.heads.kinds import Rows, Texts, select
 from headstart.heads.target import KEYS_AND_VALUES, Inputs
@@ -383,6 +384,23 @@ class AnchorLoader:
         generator = torch.Generator().manual_seed(self.seed * 7_919 + epoch)
         order = torch.randperm(len(self.usable), generator=generator).tolist()
         return [self.usable[i] for i in order]
+
+
+def run_loader(
+    documents: Documents, config: Config, inputs: Inputs, **changes: int | None
+) -> AnchorLoader:
+    """The batches that a run of this configuration trains on in one process, for a head that reads
+    `inputs`; `changes` are arguments of `AnchorLoader` that are to be otherwise."""
+    c = config.train
+    settings: dict[str, Any] = {
+        "batch_size": c.batch_size,
+        "max_anchors": c.max_anchors,
+        "num_speculative_steps": c.num_speculative_steps,
+        "seed": config.seed,
+        "max_packed_length": c.max_packed_length,
+        "multi_step_anchors": c.multi_step_anchors,
+    }
+    return AnchorLoader(documents, inputs=inputs, **settings | changes)
 
 
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:

@@ -21,7 +21,7 @@ from headstart.common.files import check_empty
 from headstart.configs.schema import Config, HeadConfig
 from headstart.data.background import to_device
 from headstart.data.documents import Documents
-from headstart.data.loader import AnchorLoader
+from headstart.data.loader import run_loader
 from headstart.data.prepare import prepare_documents
 from headstart.eval.acceptance import RecallCounts
 from headstart.eval.asked import as_the_head_was
@@ -82,17 +82,9 @@ def drafts_of(
     Returns:
         `hidden` [N, H] of the head; `ids`, `logprobs` [N, k] of the target.
     """
-    c = config.train
-    # Not `c.batch_size`: the same drafts however the run was dealt over processes.
-    loader = AnchorLoader(
-        training,
-        DOCUMENTS,
-        c.max_anchors,
-        c.num_speculative_steps,
-        config.seed,
-        multi_step_anchors=c.multi_step_anchors,
-        inputs=head.inputs,
-    )
+    # Not the run's batch size: the same drafts however the run was dealt over processes.
+    loader = run_loader(training, config, head.inputs, batch_size=DOCUMENTS, max_packed_length=None)
+    position = config.train.draft_position_offset
     batches = 2 * -(-len(training.entries) // DOCUMENTS)  # anchors are drawn anew each time
     parts: list[tuple[torch.Tensor, ...]] = []
     count = 0
@@ -100,7 +92,7 @@ def drafts_of(
         task = bar.add_task("Drafting (drafts)", total=wanted, status="")
         for number in range(batches):
             batch = to_device(loader.batch(number), target.device)
-            drafts = draft_batch(head, target, batch, torch.float32, c.draft_position_offset)
+            drafts = draft_batch(head, target, batch, torch.float32, position)
             teacher = drafts.teacher
             parts.append((drafts.states, teacher.ids.long(), teacher.logprobs))
             count += len(drafts.states)

@@ -21,7 +21,7 @@ from headstart.data.background import to_device
 from headstart.data.conversations import Conversation, answered, trainable
 from headstart.data.documents import Document, Entry
 from headstart.data.extraction import OnlineActivations, Recorder
-from headstart.data.loader import AnchorLoader, Batch
+from headstart.data.loader import Batch, run_loader
 from headstart.data.prepare import PlannedDocuments, Questions, stream_folder
 from headstart.data.regenerate import Job, answer, tokens_that_run
 from headstart.data.store import ActivationStore
@@ -219,12 +219,7 @@ def probe_training(config: Config, planned: PlannedDocuments, held: Held) -> Tra
 
 
 def _batch(config: Config, held: Held, head: DraftHead) -> Batch:
-    c = config.train
-    return AnchorLoader(
-        held, c.batch_size, c.max_anchors, c.num_speculative_steps, config.seed,
-        max_packed_length=c.max_packed_length, multi_step_anchors=c.multi_step_anchors,
-        inputs=head.inputs,
-    ).batch(0)  # fmt: skip
+    return run_loader(held, config, head.inputs).batch(0)
 
 
 def _replay_seconds(head: DraftHead, config: Config, target: Target, held: Held) -> float:
