@@ -27,7 +27,7 @@ from headstart.data.documents import Document, Documents
 from headstart.data.loader import candidate_rows, gather_rows
 from headstart.data.store import ActivationStore, check_kept
 from headstart.eval.acceptance import AcceptanceCounts, RecallCounts, replay_rounds, zero_counts
-from headstart.eval.statistics import ends_in_loop, interval, resampled
+from headstart.eval.statistics import ends_in_loop, interval, resampled, with_interval
 from headstart.heads.kernels import best_tokens
 from headstart.heads.kinds import check_drafts, inputs_of, kind_of
 from headstart.heads.pairing import check_pair
@@ -421,7 +421,6 @@ def print_estimate(content: dict[str, Any]) -> None:
         low, high = r["acceptance_length_interval"]
         cells += [f"{r['acceptance_length']:.3f} ({low:.2f} to {high:.2f})", rates]
         if r["difference"] is not None:
-            low, high = r["difference_interval"]
-            cells.append(f"{r['difference']:+.3f} ({low:+.3f} to {high:+.3f})")
+            cells.append(with_interval(r["difference"], r["difference_interval"], "+.3f"))
         table.add_row(*cells)
     wide_console().print(table)
