@@ -25,7 +25,7 @@ from headstart.data.loader import run_loader
 from headstart.data.prepare import prepare_documents
 from headstart.eval.acceptance import RecallCounts
 from headstart.eval.asked import as_the_head_was
-from headstart.eval.replay import Simulated, simulate_acceptance
+from headstart.eval.replay import simulate_acceptance
 from headstart.heads.kinds import check_drafts, inputs_of
 from headstart.heads.ordered import (
     TeacherSamples,
@@ -151,12 +151,10 @@ def learn_centroids(
             optimizer.zero_grad()
             of_teacher = cluster_of[drafted.ids[drawn]]
             recall = RecallCounts.of(scores.detach(), of_teacher, drafted.logprobs[drawn])
-            bar.update(task, advance=1, status=f"loss {float(loss.detach()):.3f} {_told(recall)}")
+            shares = "/".join(f"{share:.2f}" for share in recall.describe()["argmax"].values())
+            status = f"loss {float(loss.detach()):.3f} recall {shares}"
+            bar.update(task, advance=1, status=status)
     centroids.requires_grad_(False)
-
-
-def _told(recall: RecallCounts) -> str:
-    return "recall " + "/".join(f"{share:.2f}" for share in recall.describe()["argmax"].values())
 
 
 @torch.no_grad()
@@ -286,11 +284,14 @@ def order_head(
         everything, k = range(len(validation.entries)), config.train.num_speculative_steps
         position = served_position(config.train.draft_position_offset)
         with phase("Replaying held-out texts"):
-            return describe_simulated(
-                simulate_acceptance(
-                    DraftHead(assistant), target, validation, k, everything, position
-                )
+            found = simulate_acceptance(
+                DraftHead(assistant), target, validation, k, everything, position
             )
+        return {
+            "acceptance_length": found.acceptance.acceptance_length,
+            "dense_acceptance_length": found.dense.acceptance_length,
+            "recall": found.recall.describe(),
+        }
 
     found: dict[str, Any] = {"rebuilt": order.rebuild, "steps": order.steps}
     if assistant.config.use_ordered_embeddings:
@@ -311,15 +312,6 @@ def order_head(
         assistant.masked_embedding.centroid_intermediate_top_k = top_k
     learn_centroids(DraftHead(assistant), drafted, usage, table, order.steps, config.seed)
     return assistant, found | {"after": judged(assistant)}
-
-
-def describe_simulated(found: Simulated) -> dict[str, Any]:
-    """Acceptance lengths and recall, divided."""
-    return {
-        "acceptance_length": found.acceptance.acceptance_length,
-        "dense_acceptance_length": found.dense.acceptance_length,
-        "recall": found.recall.describe(),
-    }
 
 
 def _shape(config: Any, order: Order) -> tuple[int, int]:
