@@ -332,19 +332,14 @@ class Verified:
         self._known = set[bytes]()
         self._read = 0  # bytes of the file
 
-    def has(self, file: Path, sha256: str) -> bool:
-        """Whether the file was verified to be of this checksum, as it is."""
-        note = _note(file, sha256)
-        if note not in self._known:
-            self._read_on()
-        return note in self._known
-
     def verify(self, file: Path, sha256: str, verify: Callable[[], None]) -> None:
         """Have a file verified to be of this checksum, if it was not, and note it; not where
         somebody changed the file meanwhile."""
-        if self.has(file, sha256):
-            return
         note = _note(file, sha256)
+        if note not in self._known:
+            self._read_on()
+        if note in self._known:
+            return
         verify()
         if _note(file, sha256) != note:
             return

@@ -18,7 +18,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from headstart.common.files import atomic_folder, content_sha256, file_sha256, plain_name
 from headstart.common.processes import full_tensor, placed_like
-from headstart.configs.loader import load_saved, save_config
+from headstart.configs.loader import save_config
 from headstart.configs.schema import Config, TrainConfig
 from headstart.heads.admission import reading
 from headstart.heads.kinds import kind_of
@@ -232,11 +232,6 @@ def _way_out(path: Path, earlier: list[Path]) -> str:
 def checkpoint_progress(path: Path) -> Progress:
     """How far the run was, of a checkpoint that was checked."""
     return _progress(json.loads((path / STATE).read_text(encoding="utf-8")))
-
-
-def checkpoint_config(path: Path) -> Config:
-    """The configuration that a checkpoint was written by."""
-    return load_saved(path / "config.yaml")
 
 
 def other_origin(path: Path, saved: Mapping[str, Any], origin: Mapping[str, str]) -> str:

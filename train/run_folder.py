@@ -29,14 +29,13 @@ from headstart.common.files import (
     refuse_link,
     write_atomically,
 )
-from headstart.configs.loader import dump_config, read_saved
+from headstart.configs.loader import dump_config, load_saved, read_saved
 from headstart.configs.schema import Config
 from headstart.data.sources import builtin_name
 from headstart.eval.acceptance import RecallCounts
 from headstart.heads.admission import reading
 from headstart.train.checkpoints import (
     check_checkpoint,
-    checkpoint_config,
     checkpoint_progress,
     checkpoints,
     other_origin,
@@ -162,7 +161,7 @@ def open_run(config: Config, resume: bool, processes: int) -> None:
                 "output_dir=PATH"
             )
         state = check_checkpoint(saved[-1])
-        earlier = checkpoint_config(saved[-1])
+        earlier = load_saved(saved[-1] / "config.yaml")
         if change := what_differs(earlier, state["processes"], config, processes):
             raise RunRefused(
                 f"{saved[-1]} was written with {change}: give it back, or name another folder, "
