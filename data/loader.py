@@ -10,9 +10,10 @@ of them (padded) whose hidden states are read, N drafts that count, P positions 
 teacher tokens.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from itertools import accumulate
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -37,7 +38,7 @@ class StoredTexts(NamedTuple):
     starts: torch.Tensor | None = None
     """[B, T] position at which the text of each position begins, where the head reads whole texts
     and a row holds several."""
-    layers: dict[int, Stored] | None = None
+    layers: Mapping[int, Stored] = MappingProxyType({})
     """Number of a decoder layer that the head reads -> its outputs, as `hidden` has positions."""
 
     def computed_in(self, dtype: torch.dtype) -> Texts:
@@ -46,7 +47,7 @@ class StoredTexts(NamedTuple):
             t: (k.rows().to(dtype).transpose(1, 2), v.rows().to(dtype).transpose(1, 2))
             for t, (k, v) in self.kv.items()
         }
-        layers = {i: stored.rows() for i, stored in (self.layers or {}).items()}
+        layers = {i: stored.rows() for i, stored in self.layers.items()}
         return Texts(self.hidden.rows(), kv, self.ids, self.starts, layers)
 
 
@@ -298,7 +299,7 @@ def _zero_padded(rows: list[list[torch.Tensor]]) -> torch.Tensor:
 def broken_documents(batch: Batch) -> list[str]:
     """Ids of the documents in rows of the batch whose activations are not all finite."""
     whole = torch.ones(len(batch.weights), dtype=torch.bool, device=batch.weights.device)
-    stored = [batch.texts.hidden, *(batch.texts.layers or {}).values()]
+    stored = [batch.texts.hidden, *batch.texts.layers.values()]
     stored += [one for pair in batch.texts.kv.values() for one in pair]
     for tensor in (batch.teacher_logprobs, *(one.rows() for one in stored)):
         whole &= tensor.flatten(1).isfinite().all(1)

@@ -172,7 +172,8 @@ def where_it_pays(rows: Sequence[dict[str, Any]]) -> list[str]:
     heads = list(dict.fromkeys(row["head"] for row in rows))
     for head in heads:
         own = [row for row in rows if row["head"] == head]
-        best = {n: max(r["speedup"] for r in own if r["texts"] == n) for n in _sizes(own)}
+        sizes = sorted({row["texts"] for row in own})
+        best = {n: max(r["speedup"] for r in own if r["texts"] == n) for n in sizes}
         name = f"{head}: " if len(heads) > 1 else ""
         if (size := leave_off_from(best)) is not None:
             before = max((tried for tried in best if tried < size), default=1)
@@ -221,7 +222,3 @@ def table_of(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
          f"{r['speedup']:.2f}"]
         for r in rows
     ]  # fmt: skip
-
-
-def _sizes(rows: Sequence[dict[str, Any]]) -> list[int]:
-    return sorted({row["texts"] for row in rows})

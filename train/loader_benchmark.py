@@ -97,7 +97,7 @@ def bench_loader(config: Config) -> dict[str, Any]:
         loader = run_loader(store, config, inputs)
         batch = loader.batch(0)
         stored = [batch.texts.hidden, *itertools.chain(*batch.texts.kv.values())]
-        stored += (batch.texts.layers or {}).values()
+        stored += batch.texts.layers.values()
         size = sum(t.nbytes for one in stored for t in (one.values, one.scale) if t is not None)
         alone, _ = _step_seconds(loader, 0)
         waited, whole = _step_seconds(loader, THREADS)
