@@ -361,8 +361,6 @@ def run_draft_benchmark(
         ValueError: the head does not fit the target.
     """
     check_pair(target, assistant)
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
     state = prepare(target, context, inputs_of(assistant.config).layers)
     seconds = measure(state, assistant)
     what = {

@@ -133,8 +133,6 @@ def seconds_of(target: Target, counted: Counter[tuple[int, int]]) -> float:
 def run_limits(device: torch.device, out: Path | None) -> None:
     """Measure the machine's rates, print them, and write them to `out`."""
     names = {dtype: str(dtype).removeprefix("torch.") for dtype in DTYPES}
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
     content: dict[str, Any] = {
         "benchmark": "limits",
         "environment": environment(device),

@@ -60,8 +60,6 @@ def run_benchmark(name: str, config: Config, prompts: int, device: str, out: Pat
     Raises:
         ValueError: bad prompts or target.
     """
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
     data = config.data
     source = data.prompts[0]
     if name != "train":  # which takes the longest of all
