@@ -83,6 +83,10 @@ def _bench(args: argparse.Namespace) -> None:
     out = None if args.json is None else Path(args.json)
     if args.what != "draft" and args.head is not None:
         raise ValueError(f"bench {args.what} takes no head, and {args.head} was given")
+    if args.what == "draft" and args.head is None:
+        raise ValueError("bench draft needs the folder or Hub id of a head")
+    if out is not None:  # before minutes of work, since it may not be possible
+        out.parent.mkdir(parents=True, exist_ok=True)
     if args.what == "loader":
         from headstart.train.loader_benchmark import run_loader_benchmark
 
@@ -101,8 +105,6 @@ def _bench(args: argparse.Namespace) -> None:
     from headstart.heads.loading import load_served
     from headstart.heads.saving import load_assistant
 
-    if args.head is None:
-        raise ValueError("bench draft needs the folder or Hub id of a head")
     target = load_served(settings.target, default_device())
     assistant = load_assistant(args.head, target.table.dtype, target.device)
     run_draft_benchmark(target, assistant, args.head, settings.bench.context, out)

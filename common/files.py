@@ -284,8 +284,9 @@ def cache_dir() -> Path:
 
 
 def write_figures(content: dict[str, Any], out: Path | None) -> None:
-    """Write the figures of a benchmark as JSON, where `out` names a file."""
+    """Write the figures of a benchmark as JSON, where `out` names a file; its folder is made."""
     if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(out, json.dumps(content, indent=2) + "\n")
         print_once(f"Written: {out}")
 

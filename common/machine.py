@@ -5,6 +5,7 @@ import os
 import platform
 import random
 import re
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -218,6 +219,15 @@ def synchronize(device: torch.device) -> None:
     """Wait for what an accelerator has under way, so that a clock says what it took."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
+
+
+def timed(device: torch.device, call: Callable[[], object]) -> float:
+    """Seconds that a call takes, with what it has the device do."""
+    synchronize(device)
+    began = time.perf_counter()
+    call()
+    synchronize(device)
+    return time.perf_counter() - began
 
 
 class Readback:

@@ -34,11 +34,12 @@ def known_keys(model: type[BaseModel] = Settings, prefix: str = "") -> list[str]
     return found
 
 
-def section_at(key: str) -> type[BaseModel]:
-    """The section of a dotted key; of an empty one that of all settings."""
-    section: type[BaseModel] = Settings
+def section_at(key: str, model: type[BaseModel] = Settings) -> type[BaseModel]:
+    """The section of a dotted key within `model`; of an empty key that itself."""
+    section = model
     for name in filter(None, key.split(".")):
-        section = section_in(section.model_fields[name].annotation) or section
+        if not name.isdigit():  # an item of a list: its section is known already
+            section = section_in(section.model_fields[name].annotation) or section
     return section
 
 

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, TypeAlias, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from headstart.configs.keys import is_class, known_keys, section_in
+from headstart.configs.keys import is_class, known_keys, section_at, section_in
 from headstart.configs.recipes import find_config
 from headstart.configs.renamed import refuse_renamed, with_new_names
 from headstart.configs.schema import Config
@@ -149,7 +149,7 @@ def save_config(config: Config, path: Path) -> None:
 
 def dump_config(config: Config) -> str:
     """The resolved configuration as YAML text; equal texts are equal configurations."""
-    return dump_yaml(config.model_dump(mode="json"))
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
 def _apply(tree: dict[str, Any], override: Override) -> None:
@@ -203,7 +203,7 @@ def explain(problem: dict[str, Any], model: type[BaseModel]) -> str:
             message += f", not {problem['input']!r}"
         return f"{key}: {message}" if key else message
     *parents, leaf = location
-    valid = _keys(parents, model)
+    valid = list(section_at(".".join(parents), model).model_fields)
     everywhere, meant_by = known_keys(model), MEANT.get(leaf, leaf)
     if not parents and (same := [k for k in everywhere if k.endswith(f".{leaf}")]):
         return f"no key {leaf}: it is {' or '.join(same)}"
@@ -223,13 +223,6 @@ MEANT = {
     "output": "output_dir",
 }
 """What others call settings of ours."""
-
-
-def _keys(parents: list[str], section: type[BaseModel]) -> list[str]:
-    for parent in parents:
-        if not parent.isdigit():  # an item of a list: its section is known already
-            section = section_in(section.model_fields[parent].annotation) or section
-    return list(section.model_fields)
 
 
 OTHER_BASES = re.compile(r"[-+]?(\d[\d_]*(:[0-5]?\d)+(\.\d*)?|0\d+)")
@@ -313,11 +306,6 @@ def load_yaml(text: str) -> Any:
         return yaml.load(text, _Loader)
     except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(str(error)) from error
-
-
-def dump_yaml(content: dict[str, Any]) -> str:
-    """YAML text that any reader takes for the same content."""
-    return yaml.safe_dump(content, sort_keys=False)
 
 
 def meant(value: Any, annotation: Any) -> Any:

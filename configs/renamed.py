@@ -4,7 +4,6 @@ A user is told the new name. What a run of an earlier version has saved is a rec
 under the names of today: a published head brings its `training_config.yaml` for ever.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 RENAMED = {
@@ -44,8 +43,8 @@ GONE = {"train.trap": None, "head.tie_start": "data"}
 
 def refuse_renamed(tree: dict[str, Any]) -> None:
     """Raise `ValueError` where a tree of settings has keys of before, with the new name of each."""
-    found = [f"{old} is called {new} now{_values(old)}" for old, new, _ in _earlier(tree)]
-    if found:
+    earlier = [(old, new) for old, new in RENAMED.items() if _find(tree, old)]
+    if found := [f"{old} is called {new} now{_values(old)}" for old, new in earlier]:
         raise ValueError("; ".join(found))
 
 
@@ -56,8 +55,9 @@ def _values(old: str) -> str:
 
 def with_new_names(tree: dict[str, Any]) -> dict[str, Any]:
     """A record of an earlier version under the names of today; it changes in place."""
-    for old, new, value in list(_earlier(tree)):
-        _pop(tree, old)
+    earlier = [(old, new, found) for old, new in RENAMED.items() if (found := _find(tree, old))]
+    for old, new, (section, name) in earlier:
+        value = section.pop(name)
         *parents, leaf = new.split(".")
         node = tree
         for parent in parents:
@@ -65,35 +65,17 @@ def with_new_names(tree: dict[str, Any]) -> dict[str, Any]:
         known = VALUES.get(old, {})
         node[leaf] = known.get(value, value) if isinstance(value, str) else value
     for key, neutral in GONE.items():
-        if _has(tree, key) and _get(tree, key) == neutral:
-            _pop(tree, key)
+        if (found := _find(tree, key)) and found[0][found[1]] == neutral:
+            del found[0][found[1]]
     if tree.get("run") == {}:
         del tree["run"]
     return tree
 
 
-def _earlier(tree: dict[str, Any]) -> Iterator[tuple[str, str, Any]]:
-    """Old name, new name and value of each key of before."""
-    for old, new in RENAMED.items():
-        if _has(tree, old):
-            yield old, new, _get(tree, old)
-
-
-def _section(tree: dict[str, Any], key: str) -> Any:
+def _find(tree: dict[str, Any], key: str) -> tuple[dict[str, Any], str] | None:
+    """The section that has a dotted key, and the key's name in it; None: it is not there."""
+    *parents, leaf = key.split(".")
     node: Any = tree
-    for parent in key.split(".")[:-1]:
+    for parent in parents:
         node = node.get(parent) if isinstance(node, dict) else None
-    return node
-
-
-def _has(tree: dict[str, Any], key: str) -> bool:
-    section = _section(tree, key)
-    return isinstance(section, dict) and key.rpartition(".")[2] in section
-
-
-def _get(tree: dict[str, Any], key: str) -> Any:
-    return _section(tree, key)[key.rpartition(".")[2]]
-
-
-def _pop(tree: dict[str, Any], key: str) -> None:
-    del _section(tree, key)[key.rpartition(".")[2]]
+    return (node, leaf) if isinstance(node, dict) and leaf in node else None

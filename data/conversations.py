@@ -31,6 +31,7 @@ from headstart.data.marks import lost_thought
 from headstart.data.prompts import Prompt, encode_usable
 from headstart.data.store import KEPT, read_index, refusal
 from headstart.data.templates import check_template, encode_conversation
+from headstart.heads.admission import reading
 from headstart.heads.target import Target
 from headstart.heads.tokens import TargetTokens
 
@@ -167,19 +168,15 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     if not path.is_file():
         raise ValueError(f"{folder} holds no conversations of `headstart regenerate`")
-    try:
+    with reading(str(path), "is damaged; delete the folder, and regenerate it"):
         manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         if manifest["format"] != FORMAT:
             raise ValueError(
-                f"{folder} is of format {manifest['format']}, this version reads {FORMAT}: "
+                f"{path} is of format {manifest['format']}, this version reads {FORMAT}: "
                 "regenerate it"
             )
         if type(manifest["parts"]) is not int or manifest["parts"] < 0:
             raise TypeError(f"parts is {manifest['parts']!r}")
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path} is damaged ({error}): delete the folder, and regenerate it"
-        ) from error
     return manifest
 
 

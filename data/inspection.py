@@ -4,7 +4,6 @@ import heapq
 import json
 import random
 import re
-import sys
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -17,7 +16,7 @@ import numpy as np
 import torch
 from rich.table import Table
 
-from headstart.common.console import counted, plain_console, visible
+from headstart.common.console import counted, visible, wide_console
 from headstart.configs.schema import DataConfig, SourceConfig, TargetConfig
 from headstart.data.conversations import (
     MANIFEST,
@@ -121,9 +120,7 @@ def print_summary(summary: Summary) -> None:
         print(_marked(f"  {name:13} {fact}"))
     if not summary.lengths["all"]:
         return
-    # Outside a terminal rich assumes 80 columns and would fold every cell.
-    console = plain_console(None if sys.stdout.isatty() else 132)
-    console.print(_counts(summary), _lengths(summary), sep="")
+    wide_console().print(_counts(summary), _lengths(summary), sep="")
     for c in summary.examples:
         heading = f"{c.id}: {c.category}, {len(c.ids):,} {summary.unit}"
         heading += f", {c.trained:,} trained" if c.trained else ""

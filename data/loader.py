@@ -10,13 +10,15 @@ of them (padded) whose hidden states are read, N drafts that count, P positions 
 teacher tokens.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from itertools import accumulate
-from typing import NamedTuple
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
 
+from headstart.configs.schema import Config
 from headstart.data.documents import Document, Documents, Stored
 from headstart.heads.kinds import Rows, Texts, select
 from headstart.heads.target import KEYS_AND_VALUES, Inputs
@@ -36,7 +38,7 @@ class StoredTexts(NamedTuple):
     starts: torch.Tensor | None = None
     """[B, T] position at which the text of each position begins, where the head reads whole texts
     and a row holds several."""
-    layers: dict[int, Stored] | None = None
+    layers: Mapping[int, Stored] = MappingProxyType({})
     """Number of a decoder layer that the head reads -> its outputs, as `hidden` has positions."""
 
     def computed_in(self, dtype: torch.dtype) -> Texts:
@@ -45,7 +47,7 @@ class StoredTexts(NamedTuple):
             t: (k.rows().to(dtype).transpose(1, 2), v.rows().to(dtype).transpose(1, 2))
             for t, (k, v) in self.kv.items()
         }
-        layers = {i: stored.rows() for i, stored in (self.layers or {}).items()}
+        layers = {i: stored.rows() for i, stored in self.layers.items()}
         return Texts(self.hidden.rows(), kv, self.ids, self.starts, layers)
 
 
@@ -297,7 +299,7 @@ def _zero_padded(rows: list[list[torch.Tensor]]) -> torch.Tensor:
 def broken_documents(batch: Batch) -> list[str]:
     """Ids of the documents in rows of the batch whose activations are not all finite."""
     whole = torch.ones(len(batch.weights), dtype=torch.bool, device=batch.weights.device)
-    stored = [batch.texts.hidden, *(batch.texts.layers or {}).values()]
+    stored = [batch.texts.hidden, *batch.texts.layers.values()]
     stored += [one for pair in batch.texts.kv.values() for one in pair]
     for tensor in (batch.teacher_logprobs, *(one.rows() for one in stored)):
         whole &= tensor.flatten(1).isfinite().all(1)
@@ -383,6 +385,23 @@ class AnchorLoader:
         generator = torch.Generator().manual_seed(self.seed * 7_919 + epoch)
         order = torch.randperm(len(self.usable), generator=generator).tolist()
         return [self.usable[i] for i in order]
+
+
+def run_loader(
+    documents: Documents, config: Config, inputs: Inputs, **changes: int | None
+) -> AnchorLoader:
+    """The batches that a run of this configuration trains on in one process, for a head that reads
+    `inputs`; `changes` are arguments of `AnchorLoader` that are to be otherwise."""
+    c = config.train
+    settings: dict[str, Any] = {
+        "batch_size": c.batch_size,
+        "max_anchors": c.max_anchors,
+        "num_speculative_steps": c.num_speculative_steps,
+        "seed": config.seed,
+        "max_packed_length": c.max_packed_length,
+        "multi_step_anchors": c.multi_step_anchors,
+    }
+    return AnchorLoader(documents, inputs=inputs, **settings | changes)
 
 
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:

@@ -332,19 +332,14 @@ class Verified:
         self._known = set[bytes]()
         self._read = 0  # bytes of the file
 
-    def has(self, file: Path, sha256: str) -> bool:
-        """Whether the file was verified to be of this checksum, as it is."""
-        note = _note(file, sha256)
-        if note not in self._known:
-            self._read_on()
-        return note in self._known
-
     def verify(self, file: Path, sha256: str, verify: Callable[[], None]) -> None:
         """Have a file verified to be of this checksum, if it was not, and note it; not where
         somebody changed the file meanwhile."""
-        if self.has(file, sha256):
-            return
         note = _note(file, sha256)
+        if note not in self._known:
+            self._read_on()
+        if note in self._known:
+            return
         verify()
         if _note(file, sha256) != note:
             return
@@ -458,20 +453,14 @@ def read_index(folder: Path) -> dict[str, Any]:
         if not shard_paths(folder):
             state = "holds no activation store: make one with `headstart extract`"
         raise ValueError(f"{folder} {state}")
-    try:
+    with reading(str(path), "is damaged; delete it and run the command that made it again"):
         index: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        made_of, intact = index["format"], content_sha256(index) == index["sha256"]
-        if made_of == FORMAT and not intact:
+        if index["format"] != FORMAT:
+            raise ValueError(
+                f"{path} is of format {index['format']}, this version reads {FORMAT}: extract again"
+            )
+        if content_sha256(index) != index["sha256"]:
             raise ValueError("its SHA-256 does not match")
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{path} is damaged ({error}): delete it and run the command that made it again"
-        ) from error
-    if made_of != FORMAT:
-        raise ValueError(
-            f"{path} is of format {made_of}, this version reads {FORMAT}: extract again"
-        )
-    with reading(str(path), "is damaged"):
         for row in index["shards"]:
             plain_name(row["file"], path)
     return index

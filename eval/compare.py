@@ -13,7 +13,15 @@ from rich.table import Table
 from headstart.common.console import one_line, wide_console
 from headstart.eval.page import READ, decoder_name
 from headstart.eval.recorded import describe_set, recorded_set
-from headstart.eval.statistics import ENOUGH, NO_HEAD, OWN_LENGTH, interval, resampled
+from headstart.eval.statistics import (
+    ENOUGH,
+    NO_HEAD,
+    OWN_LENGTH,
+    interval,
+    resampled,
+    with_interval,
+)
+from headstart.heads.admission import reading
 
 MEASURES = {
     "acceptance length": lambda t: 1 + t["accepted"] / np.maximum(t["rounds"], 1),
@@ -62,12 +70,10 @@ def read_report(path: Path) -> dict[str, Any]:
         raise ValueError(
             f"no report at {path}: `headstart eval output_dir=DIR` writes DIR/report.json"
         )
-    try:
+    with reading(str(path), "is damaged"):
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # no UTF-8 text, or no JSON
-        raise ValueError(f"{path} is damaged: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is damaged: it holds no report")
+        if not isinstance(content, dict):
+            raise TypeError("it holds no report")
     if content.get("schema") not in READ:
         raise ValueError(
             f"{path} has schema {content.get('schema')}, this version reads "
@@ -200,8 +206,7 @@ def print_changes(
     for name in ("variant", "category", "texts", "measure", "before", "after", "change (95%)", ""):
         table.add_column(name, justify="right" if name in ("before", "after", "texts") else "left")
     for c in changes:
-        low, high = c.interval
-        change = f"{c.after - c.before:+.3f} ({low:+.3f} to {high:+.3f})"
+        change = with_interval(c.after - c.before, c.interval, "+.3f")
         figures = str(c.texts), c.measure, f"{c.before:.3f}", f"{c.after:.3f}"
         table.add_row(c.variant, c.category, *figures, change, c.says)
     console.print(table)

@@ -12,7 +12,6 @@ Letters: B texts, T tokens of context, K draft tokens, D target width, H head wi
 M tokens that a draft looks at.
 """
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +20,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from headstart.common.machine import synchronize
+from headstart.common.machine import timed
 from headstart.eval.draft_cost import COST_CONTEXT, FOR_DRAFTS, forward, random_ids
 from headstart.heads.decoder import verified
 from headstart.heads.kernels import fast_kernels
@@ -132,12 +131,9 @@ def _quickest(
     with fast_kernels(target.model), fast_kernels(assistant):
         for turn in range(WARM_UP + TURNS):
             for name, variant in variants.items():
-                synchronize(target.device)
-                start = time.perf_counter()
-                variant()
-                synchronize(target.device)
+                seconds = timed(target.device, variant)
                 if turn >= WARM_UP:
-                    found[name].append(time.perf_counter() - start)
+                    found[name].append(seconds)
     return {name: min(times) for name, times in found.items()}
 
 
@@ -176,7 +172,8 @@ def where_it_pays(rows: Sequence[dict[str, Any]]) -> list[str]:
     heads = list(dict.fromkeys(row["head"] for row in rows))
     for head in heads:
         own = [row for row in rows if row["head"] == head]
-        best = {n: max(r["speedup"] for r in own if r["texts"] == n) for n in _sizes(own)}
+        sizes = sorted({row["texts"] for row in own})
+        best = {n: max(r["speedup"] for r in own if r["texts"] == n) for n in sizes}
         name = f"{head}: " if len(heads) > 1 else ""
         if (size := leave_off_from(best)) is not None:
             before = max((tried for tried in best if tried < size), default=1)
@@ -225,7 +222,3 @@ def table_of(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
          f"{r['speedup']:.2f}"]
         for r in rows
     ]  # fmt: skip
-
-
-def _sizes(rows: Sequence[dict[str, Any]]) -> list[int]:
-    return sorted({row["texts"] for row in rows})

@@ -27,7 +27,7 @@ from transformers.generation.candidate_generator import (
 
 from headstart.common.console import counted, plain_console
 from headstart.common.files import write_figures
-from headstart.common.machine import busy_seconds, environment, machine_name, synchronize
+from headstart.common.machine import busy_seconds, environment, machine_name, timed
 from headstart.common.versions import CACHE
 from headstart.configs.schema import EvalConfig
 from headstart.eval.statistics import OWN_LENGTH, slow_baseline
@@ -210,7 +210,7 @@ def measure(
             if budget is not None and turn > WARM_UP and time.perf_counter() - began > budget:
                 break
             for name in list(variants) if turn % 2 == 0 else reversed(variants):
-                taken = _timed(state.target, variants[name])
+                taken = timed(state.target.device, variants[name])
                 state.restore()
                 if turn >= WARM_UP:
                     seconds[name].append(taken)
@@ -253,15 +253,6 @@ def _variants(
 def drafts_timed(assistant: PreTrainedModel) -> int:
     """Drafts of the rounds that are timed: `DRAFTS`, or as many as the head can make."""
     return min(DRAFTS, kind_of(assistant.config).most_drafts(assistant.config) or DRAFTS)
-
-
-def _timed(target: Target, call: Callable[[], object]) -> float:
-    """Seconds of a call."""
-    synchronize(target.device)
-    start = time.perf_counter()
-    call()
-    synchronize(target.device)
-    return time.perf_counter() - start
 
 
 def cost_ratios(seconds: dict[str, Any]) -> dict[str, Any]:
@@ -351,7 +342,7 @@ def busy_share(target: Target) -> float | None:
         busy = busy_seconds(target.device, step)
         if busy is None:
             return None
-        return min(busy / min(_timed(target, step) for _ in range(COST_TURNS)), 1.0)
+        return min(busy / min(timed(target.device, step) for _ in range(COST_TURNS)), 1.0)
 
 
 def run_draft_benchmark(
@@ -370,8 +361,6 @@ def run_draft_benchmark(
         ValueError: the head does not fit the target.
     """
     check_pair(target, assistant)
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
     state = prepare(target, context, inputs_of(assistant.config).layers)
     seconds = measure(state, assistant)
     what = {
@@ -434,5 +423,5 @@ def in_turns(target: Target, *variants: Callable[[int], None]) -> list[float]:
     for turn in range(BENCH_TURNS):
         order = range(len(variants))
         for variant in order if turn % 2 == 0 else reversed(order):
-            seconds[variant].append(_timed(target, partial(variants[variant], turn)))
+            seconds[variant].append(timed(target.device, partial(variants[variant], turn)))
     return [min(turns) for turns in seconds]

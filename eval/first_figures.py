@@ -30,6 +30,7 @@ from headstart.eval.figures import summarize
 from headstart.eval.measurements import Asked, Text
 from headstart.eval.recorded import prompt_set
 from headstart.eval.spans import spans_of_tokens
+from headstart.eval.statistics import with_interval
 from headstart.heads.target import Target
 
 PROMPTS = 4  # of the evaluation
@@ -140,12 +141,11 @@ def print_first_figures(content: dict[str, Any], console: Console | None = None)
     for name in ("", "K", "acceptance length", "speedup (95%)"):
         table.add_column(name, justify="right" if name else "left", no_wrap=True)
     table.add_row("plain decoding", "", "", f"{plain['tokens_per_second']:.1f} tokens per second")
-    low, high = lookup["speedup_interval"]
     table.add_row(
         f"prompt lookup, {lookup['texts']} texts",
         str(lookup["num_assistant_tokens"]),
         f"{lookup['acceptance_length']:.2f}",
-        f"{lookup['speedup']:.2f} ({low:.2f} to {high:.2f})",
+        with_interval(lookup["speedup"], lookup["speedup_interval"]),
     )
     for name, found in content["break_even"].items():
         for k, length in found.items():

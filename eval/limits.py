@@ -5,8 +5,6 @@ A share of these is a figure that another machine can be compared by, where toke
 Letters: m rows, k columns in, n columns out.
 """
 
-import time
-import timeit
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,7 +19,7 @@ from torch import nn
 
 from headstart.common.console import plain_console, print_once
 from headstart.common.files import write_figures
-from headstart.common.machine import environment, machine_name, synchronize
+from headstart.common.machine import environment, machine_name, timed
 from headstart.heads.cpu_linear import Packed, packs_batches, seconds_of_forms
 from headstart.heads.target import Target
 
@@ -61,13 +59,8 @@ def small_batch_rates(dtype: torch.dtype) -> dict[str, dict[str, float]]:
 
 def quickest(device: torch.device, call: Callable[[], object]) -> float:
     """Seconds of the quickest of `TURNS` calls, after one more."""
-
-    def whole() -> None:
-        call()
-        synchronize(device)
-
-    whole()
-    return min(timeit.repeat(whole, number=1, repeat=TURNS))
+    call()
+    return min(timed(device, call) for _ in range(TURNS))
 
 
 @torch.no_grad()
@@ -92,11 +85,7 @@ def products_alone(target: Target, rows: int, lm_head_rows: int) -> float:
     for _ in range(PRODUCT_TURNS):
         for order in range(max(map(len, products))):
             for i, orders in enumerate(products):
-                synchronize(device)
-                began = time.perf_counter()
-                orders[order % len(orders)]()
-                synchronize(device)
-                best[i] = min(best[i], time.perf_counter() - began)
+                best[i] = min(best[i], timed(device, orders[order % len(orders)]))
     return sum(best)
 
 
@@ -144,8 +133,6 @@ def seconds_of(target: Target, counted: Counter[tuple[int, int]]) -> float:
 def run_limits(device: torch.device, out: Path | None) -> None:
     """Measure the machine's rates, print them, and write them to `out`."""
     names = {dtype: str(dtype).removeprefix("torch.") for dtype in DTYPES}
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
     content: dict[str, Any] = {
         "benchmark": "limits",
         "environment": environment(device),

@@ -20,7 +20,7 @@ from headstart.eval.concurrency import COLUMNS as SEVERAL_COLUMNS
 from headstart.eval.concurrency import table_of, where_it_pays
 from headstart.eval.plots import INK, STYLE, figures, group_name
 from headstart.eval.recorded import describe_set, recorded_set
-from headstart.eval.statistics import merit, sampling_name
+from headstart.eval.statistics import merit, sampling_name, with_interval
 
 COLUMNS = [
     "decoder", "K", "category", "texts", "acceptance length (95%)", "a_1 .. a_4", "speedup (95%)",
@@ -34,7 +34,6 @@ TEMPLATE = Path(__file__).with_name("report.html.jinja")
 
 def cells(result: dict[str, Any]) -> list[str]:
     """One result as a row of `COLUMNS`."""
-    shortest, longest = result["acceptance_length_interval"]
     of_rounds = result["decode_speedup"], result["predicted_decode_speedup"]
     equal = {None: "", True: "yes"}.get(result["equal_to_plain"])
     return [
@@ -42,7 +41,7 @@ def cells(result: dict[str, Any]) -> list[str]:
         str(result["num_assistant_tokens"]),
         group_name(result),
         str(result["texts"]),
-        f"{result['acceptance_length']:.2f} ({shortest:.2f} to {longest:.2f})",
+        with_interval(result["acceptance_length"], result["acceptance_length_interval"]),
         ", ".join(f"{a:.2f}" for a in result["conditional_acceptance_rate"][:4]),
         "" if result["speedup"] is None else _speedup(result),
         *("" if speedup is None else f"{speedup:.2f}" for speedup in of_rounds),
@@ -52,8 +51,7 @@ def cells(result: dict[str, Any]) -> list[str]:
 
 
 def _speedup(result: dict[str, Any]) -> str:
-    low, high = result["speedup_interval"]
-    return f"{result['speedup']:.2f} ({low:.2f} to {high:.2f})"
+    return with_interval(result["speedup"], result["speedup_interval"])
 
 
 def decoder_name(result: dict[str, Any]) -> str:
@@ -281,11 +279,8 @@ def context_rows(groups: list[dict[str, Any]]) -> Rows:
 
 
 def _context_length(group: dict[str, Any]) -> str:
-    length = f"{group['acceptance_length']:.2f}"
-    if "acceptance_length_interval" not in group:  # reports of before
-        return length
-    low, high = group["acceptance_length_interval"]
-    return f"{length} ({low:.2f} to {high:.2f})"
+    length, ends = group["acceptance_length"], group.get("acceptance_length_interval")
+    return f"{length:.2f}" if ends is None else with_interval(length, ends)  # reports of before
 
 
 def structured_row(result: dict[str, Any]) -> list[str]:

@@ -73,8 +73,10 @@ def figures(content: dict[str, Any], temperature: float | None = None) -> dict[s
             "categories": categories(results) if timed else None,
             "accepted": accepted(whole),
             "time": time(whole) if timed else None,
-            "positions": positions(whole),
-            "contexts": contexts(whole),
+            "positions": _lengths(whole, "by_position", POSITIONS, "new tokens before the round"),
+            "contexts": _lengths(
+                whole, "by_context", CONTEXTS, "tokens of prompt and text before the round"
+            ),
             "spans": spans(whole),
         }
     return {name: figure for name, figure in drawn.items() if figure is not None}
@@ -245,20 +247,11 @@ def time(whole: Sequence[Result]) -> Figure:
     return figure
 
 
-def positions(whole: Sequence[Result]) -> Figure | None:
-    """Acceptance length of the rounds that begin after so many new tokens."""
-    return _lengths(whole, "by_position", POSITIONS, "new tokens before the round")
-
-
-def contexts(whole: Sequence[Result]) -> Figure | None:
-    """The same after so many tokens of prompt and text."""
-    return _lengths(whole, "by_context", CONTEXTS, "tokens of prompt and text before the round")
-
-
 def _lengths(
     whole: Sequence[Result], groups: str, bounds: Sequence[int], what: str
 ) -> Figure | None:
-    """Acceptance length over `groups` of the results, which begin at some of `bounds`."""
+    """Acceptance length of the rounds of each of the results' `groups`, which begin at some of
+    `bounds`: after so many tokens, `what` says of which."""
     variants = [r for r in _best(whole) if groups in r]  # reports of before lack some
     edges = sorted({group["from"] for r in variants for group in r[groups]})
     if len(edges) < 2:

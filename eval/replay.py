@@ -27,7 +27,7 @@ from headstart.data.documents import Document, Documents
 from headstart.data.loader import candidate_rows, gather_rows
 from headstart.data.store import ActivationStore, check_kept
 from headstart.eval.acceptance import AcceptanceCounts, RecallCounts, replay_rounds, zero_counts
-from headstart.eval.statistics import ends_in_loop, interval, resampled
+from headstart.eval.statistics import ends_in_loop, interval, resampled, with_interval
 from headstart.heads.kernels import best_tokens
 from headstart.heads.kinds import check_drafts, inputs_of, kind_of
 from headstart.heads.pairing import check_pair
@@ -242,7 +242,7 @@ def replay_texts(
     stores: Mapping[str, ActivationStore],
     lengths: Sequence[int],
     doing: str,
-    positions: Mapping[str, DraftPositionOffset] | None = None,
+    positions: Mapping[str, DraftPositionOffset],
     greedy: bool = False,
 ) -> dict[str, dict[int, list[ReplayedText]]]:
     """Replay rounds over every text of some stores; returns, by the name of a store and K, the
@@ -254,7 +254,7 @@ def replay_texts(
         stores: name -> texts.
         lengths: draft lengths K, all replayed at once.
         doing: label of the progress bar.
-        positions: name -> where drafts stand there; None: as in transformers.
+        positions: name -> where drafts stand there.
         greedy: leave out the texts that were sampled, or that the target did not write.
     """
     found = {name: {k: list[ReplayedText]() for k in lengths} for name in stores}
@@ -265,8 +265,9 @@ def replay_texts(
         if not greedy or entry.temperature == 0  # None: it wrote no such text
     ]
     for name, i, entry in counted(texts, f"{doing} (texts)"):
-        at: DraftPositionOffset = 0 if positions is None else positions[name]
-        simulated = simulate_acceptance(head, target, stores[name], max(lengths), [i], at)
+        simulated = simulate_acceptance(
+            head, target, stores[name], max(lengths), [i], positions[name]
+        )
         if simulated.acceptance.rounds:
             [text] = stores[name].read([i])
             loops = ends_in_loop(text.ids[text.loss_mask].tolist())
@@ -421,7 +422,6 @@ def print_estimate(content: dict[str, Any]) -> None:
         low, high = r["acceptance_length_interval"]
         cells += [f"{r['acceptance_length']:.3f} ({low:.2f} to {high:.2f})", rates]
         if r["difference"] is not None:
-            low, high = r["difference_interval"]
-            cells.append(f"{r['difference']:+.3f} ({low:+.3f} to {high:+.3f})")
+            cells.append(with_interval(r["difference"], r["difference_interval"], "+.3f"))
         table.add_row(*cells)
     wide_console().print(table)

@@ -44,6 +44,12 @@ def interval(values: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
+def with_interval(value: float, ends: Sequence[float], form: str = ".2f") -> str:
+    """A figure and its interval in words: `1.80 (1.68 to 1.95)`."""
+    low, high = ends
+    return f"{value:{form}} ({low:{form}} to {high:{form}})"
+
+
 def ends_in_loop(tokens: list[int]) -> bool:
     """Whether the second half of a text repeats what stands before it, with a period of up to a
     quarter of its length."""
@@ -177,9 +183,8 @@ def _advice(results: list[dict[str, Any]]) -> str:
     text += f" {best['loops']} of the texts end in loops, which flatters every draft"
     if straight:
         rival = max(straight, key=lambda r: r["speedup"])
-        low, high = rival["speedup_interval"]
-        text += f"; without them the quickest is {_name(rival, several)}, {rival['speedup']:.2f} "
-        text += f"({low:.2f} to {high:.2f})"
+        text += f"; without them the quickest is {_name(rival, several)}, "
+        text += with_interval(rival["speedup"], rival["speedup_interval"])
     return text + "."
 
 

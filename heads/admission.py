@@ -78,7 +78,8 @@ def reading(name: str, what: str = "") -> Iterator[None]:
     except FAULTS as error:
         if isinstance(error, ValueError) and name in str(error):
             raise
-        reason = " ".join(str(error).split())[:400] or type(error).__name__
+        reason = f"no {error}" if isinstance(error, KeyError) else str(error)
+        reason = " ".join(reason.split())[:400] or type(error).__name__
         raise ValueError(f"{name} {what}".rstrip() + f": {reason}") from error
 
 

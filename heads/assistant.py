@@ -16,7 +16,6 @@ width, H head width, V vocabulary.
 """
 
 import json
-from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias, cast, get_args
@@ -374,9 +373,6 @@ class AssistantKind(HeadKind):
 
     def draft_state(self, model: Any, embed: Embed, padding: int, offset: int) -> AssistantState:
         return AssistantState(model, embed, padding, offset)
-
-    def layers(self, model: Any) -> Sequence[nn.Module]:
-        return cast(Sequence[nn.Module], model.model.layers)
 
     def describe(self, config: Any) -> str:
         text = config.text_config

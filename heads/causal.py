@@ -22,10 +22,9 @@ head width.
 """
 
 from abc import abstractmethod
-from collections.abc import Sequence
 from dataclasses import field
 from inspect import signature
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias
 
 import torch
 from huggingface_hub.dataclasses import strict
@@ -313,9 +312,6 @@ class CausalKind(HeadKind):
 
     def draft_state(self, model: Any, embed: Embed, padding: int, offset: int) -> CausalState:
         return CausalState(model, self, embed, padding)
-
-    def layers(self, model: Any) -> Sequence[nn.Module]:
-        return cast(Sequence[nn.Module], model.model.layers)
 
     def describe(self, config: Any) -> str:
         layer = config.layer_config

@@ -100,7 +100,8 @@ def _fast_forward(
         case "Gemma3MLP" | "Gemma4TextMLP" | "Gemma4UnifiedTextMLP":
             layers = [layer for layer in module.children() if layer is not module.act_fn]
             plain = all(_is_plain_on_cpu(layer) and not _is_watched(layer) for layer in layers)
-            return partial(_mlp, module) if plain else None
+            # The forward of its class, many rows by blocks.
+            return partial(_by_blocks, partial(type(module).forward, module)) if plain else None
     return linear_forward(module, small_batch, packs) if _is_plain_on_cpu(module) else None
 
 
@@ -118,11 +119,6 @@ def _is_watched(module: nn.Module) -> bool:
     """Whether somebody's own code runs with its forward, and would see blocks of the rows."""
     hooks = module._forward_hooks or module._forward_pre_hooks
     return "forward" in module.__dict__ or bool(hooks)
-
-
-def _mlp(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """The forward of an MLP on a CPU over [..., width]."""
-    return _by_blocks(partial(type(module).forward, module), x)
 
 
 def _by_blocks(of_rows: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:

@@ -202,10 +202,11 @@ class HeadKind(ABC):
                 a kind that `has_position`.
         """
 
-    @abstractmethod
     def layers(self, model: Any) -> Sequence[nn.Module]:
         """Of a model, what may be compiled each by itself; the first has a weight in the dtype
-        that the head computes in."""
+        that the head computes in. By default the layers of a decoder within it."""
+        layers: Sequence[nn.Module] = model.model.layers
+        return layers
 
     @abstractmethod
     def describe(self, config: Any) -> str:

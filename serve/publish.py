@@ -28,6 +28,7 @@ from headstart.eval.compare import read_report
 from headstart.eval.page import write_report
 from headstart.eval.recorded import is_local, without_paths
 from headstart.heads.adapters import split_revision
+from headstart.heads.admission import reading
 from headstart.heads.kinds import kind_of
 from headstart.heads.live import MEMORY
 from headstart.heads.loading import load_served, load_target_config, load_target_tokens, served_name
@@ -97,10 +98,8 @@ class _Run:
         self.config = load_saved(self.training / "config.yaml")
         if not summary.is_file():
             raise ValueError(f"{folder} holds no finished run: {summary} is missing")
-        try:
+        with reading(str(summary), "is damaged"):
             self.summary: dict[str, Any] = json.loads(summary.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{summary} is damaged: {error}") from error
 
 
 def build_folder(what: Publication, out: Path) -> list[Path]:

@@ -13,7 +13,7 @@ from headstart.common.files import atomic_file
 from headstart.eval.plots import STYLE
 from headstart.eval.recorded import describe_set
 from headstart.eval.replay import ReplayedText, describe_replayed, length_draws
-from headstart.eval.statistics import interval, resampled
+from headstart.eval.statistics import interval, resampled, with_interval
 
 TextsOfKinds = dict[str, list[ReplayedText]]  # kind (`domain`, `general`) -> texts
 STAGES = {
@@ -215,10 +215,10 @@ def adaptation_markdown(content: dict[str, Any]) -> str:
         "| prompts | " + " | ".join(stages) + " |", "| --- |" + " --- |" * len(stages),
     ]  # fmt: skip
     for kind, found in content["acceptance"].items():
-        cells = []
-        for stage in stages:
-            low, high = found[stage]["acceptance_length_interval"]
-            cells.append(f"{_length(found[stage])} ({low:.2f} to {high:.2f})")
+        cells = [
+            with_interval(its["acceptance_length"], its["acceptance_length_interval"])
+            for its in (found[stage] for stage in stages)
+        ]
         lines.append(markdown_row([kind, *cells]))
         for category in found["unadapted"]["categories"]:
             lengths = [
@@ -231,8 +231,7 @@ def adaptation_markdown(content: dict[str, Any]) -> str:
         lines += ["| speedup over plain decoding | unadapted | adapted |", "| --- | --- | --- |"]
         for kind, one in content["speedup"].items():
             cells = [
-                f"{one[s]['speedup']:.2f} ({one[s]['interval'][0]:.2f} to "
-                f"{one[s]['interval'][1]:.2f})"
+                with_interval(one[s]["speedup"], one[s]["interval"])
                 for s in ("unadapted", "adapted")
             ]
             lines.append(markdown_row([f"{kind}, {one['unadapted']['prompts']} prompts", *cells]))

@@ -23,7 +23,7 @@ from headstart.configs.schema import Config, TrainConfig
 from headstart.data.background import to_device
 from headstart.data.conversations import Conversation, answered, read_folder
 from headstart.data.extraction import OnlineActivations, extract, forward_batches
-from headstart.data.loader import AnchorLoader, Batch, candidate_rows
+from headstart.data.loader import Batch, candidate_rows, run_loader
 from headstart.data.prepare import deal_sampling, inputs_read
 from headstart.data.prompts import Prompt, load_prompts
 from headstart.data.regenerate import Job, make_jobs, regenerate
@@ -60,8 +60,6 @@ def run_benchmark(name: str, config: Config, prompts: int, device: str, out: Pat
     Raises:
         ValueError: bad prompts or target.
     """
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
     data = config.data
     source = data.prompts[0]
     if name != "train":  # which takes the longest of all
@@ -293,16 +291,8 @@ def bench_train(
     documents = OnlineActivations(target, texts, config.data, inputs)
     samples = sample_teacher_rows(documents, target.device)
     head = build_head(target, config, samples, documents, resumed=False)
-    batch = AnchorLoader(
-        documents,
-        prompts,
-        c.max_anchors,
-        c.num_speculative_steps,
-        config.seed,
-        multi_step_anchors=c.multi_step_anchors,
-        inputs=inputs,
-    ).batch(0)
-    batch = to_device(batch, target.device)
+    loader = run_loader(documents, config, inputs, batch_size=prompts, max_packed_length=None)
+    batch = to_device(loader.batch(0), target.device)
     likely = likely_tokens(target, samples, c)
     settings = {"head": config.head.model_dump()}
     settings |= c.model_dump(

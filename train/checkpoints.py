@@ -18,7 +18,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from headstart.common.files import atomic_folder, content_sha256, file_sha256, plain_name
 from headstart.common.processes import full_tensor, placed_like
-from headstart.configs.loader import load_saved, save_config
+from headstart.configs.loader import save_config
 from headstart.configs.schema import Config, TrainConfig
 from headstart.heads.admission import reading
 from headstart.heads.kinds import kind_of
@@ -203,14 +203,10 @@ def check_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def _read_state(path: Path) -> dict[str, Any]:
-    try:
+    with reading(str(path / STATE), "is missing or damaged"):
         state: dict[str, Any] = json.loads((path / STATE).read_text(encoding="utf-8"))
-        intact = content_sha256(state) == state["sha256"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path / STATE} is missing or damaged ({error})") from error
-    if not intact:
-        raise ValueError(f"{path / STATE} is damaged: its SHA-256 does not match")
-    with reading(str(path / STATE), "is damaged"):
+        if content_sha256(state) != state["sha256"]:
+            raise ValueError(f"{path / STATE} is damaged: its SHA-256 does not match")
         for name, expected in state["files"].items():
             plain_name(name, path / STATE)
             if not (path / name).is_file():
@@ -236,11 +232,6 @@ def _way_out(path: Path, earlier: list[Path]) -> str:
 def checkpoint_progress(path: Path) -> Progress:
     """How far the run was, of a checkpoint that was checked."""
     return _progress(json.loads((path / STATE).read_text(encoding="utf-8")))
-
-
-def checkpoint_config(path: Path) -> Config:
-    """The configuration that a checkpoint was written by."""
-    return load_saved(path / "config.yaml")
 
 
 def other_origin(path: Path, saved: Mapping[str, Any], origin: Mapping[str, str]) -> str:

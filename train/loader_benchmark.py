@@ -22,7 +22,7 @@ from headstart.common.machine import environment, machine_name
 from headstart.configs.schema import Config
 from headstart.data.background import THREADS, Prefetch
 from headstart.data.documents import PLAIN, Entry
-from headstart.data.loader import AnchorLoader
+from headstart.data.loader import AnchorLoader, run_loader
 from headstart.data.store import (
     FORMAT,
     ActivationStore,
@@ -94,15 +94,10 @@ def bench_loader(config: Config) -> dict[str, Any]:
         written = sum(path.stat().st_size for path in shard_paths(work))
         store = ActivationStore(work)
         store.read(range(len(store)))  # verified, and in the page cache
-        c = config.train
-        loader = AnchorLoader(
-            store, c.batch_size, c.max_anchors, c.num_speculative_steps, config.seed,
-            max_packed_length=c.max_packed_length, multi_step_anchors=c.multi_step_anchors,
-            inputs=inputs,
-        )  # fmt: skip
+        loader = run_loader(store, config, inputs)
         batch = loader.batch(0)
         stored = [batch.texts.hidden, *itertools.chain(*batch.texts.kv.values())]
-        stored += (batch.texts.layers or {}).values()
+        stored += batch.texts.layers.values()
         size = sum(t.nbytes for one in stored for t in (one.values, one.scale) if t is not None)
         alone, _ = _step_seconds(loader, 0)
         waited, whole = _step_seconds(loader, THREADS)
@@ -118,7 +113,7 @@ def bench_loader(config: Config) -> dict[str, Any]:
         "write_bytes_per_second": written / seconds,
         "seconds_per_step": STEP,
         "loader_threads": THREADS,
-        "tokens_per_batch": c.batch_size * length,
+        "tokens_per_batch": config.train.batch_size * length,
         "storage": config.data.storage,
     }
 

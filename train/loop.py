@@ -12,7 +12,7 @@ from headstart.common.signals import Interrupted, stop_signals
 from headstart.configs.schema import Config
 from headstart.data.background import THREADS, Prefetch
 from headstart.data.documents import Documents
-from headstart.data.loader import AnchorLoader
+from headstart.data.loader import run_loader
 from headstart.heads.target import Target
 from headstart.train.checkpoints import RunState, save_checkpoint
 from headstart.train.run_folder import append_metrics
@@ -46,17 +46,12 @@ def train_head(
         OSError: the disk is full, say; earlier checkpoints are kept.
     """
     c, run, progress = config.train, config.output_dir, state.progress
-    loader = AnchorLoader(
+    loader = run_loader(
         training,
-        batch_size=c.batch_size,
-        max_anchors=c.max_anchors,
-        num_speculative_steps=c.num_speculative_steps,
-        seed=config.seed,
-        max_packed_length=c.max_packed_length,
+        config,
+        state.head.inputs,
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
-        multi_step_anchors=c.multi_step_anchors,
-        inputs=state.head.inputs,
     )
     keep = partial(keep_if_better, state, target, validation, config, accelerator)
     if config.head.warm and not progress.step:  # what finds nothing better ends with what it had

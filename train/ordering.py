@@ -21,11 +21,11 @@ from headstart.common.files import check_empty
 from headstart.configs.schema import Config, HeadConfig
 from headstart.data.background import to_device
 from headstart.data.documents import Documents
-from headstart.data.loader import AnchorLoader
+from headstart.data.loader import run_loader
 from headstart.data.prepare import prepare_documents
 from headstart.eval.acceptance import RecallCounts
 from headstart.eval.asked import as_the_head_was
-from headstart.eval.replay import Simulated, simulate_acceptance
+from headstart.eval.replay import simulate_acceptance
 from headstart.heads.kinds import check_drafts, inputs_of
 from headstart.heads.ordered import (
     TeacherSamples,
@@ -82,17 +82,9 @@ def drafts_of(
     Returns:
         `hidden` [N, H] of the head; `ids`, `logprobs` [N, k] of the target.
     """
-    c = config.train
-    # Not `c.batch_size`: the same drafts however the run was dealt over processes.
-    loader = AnchorLoader(
-        training,
-        DOCUMENTS,
-        c.max_anchors,
-        c.num_speculative_steps,
-        config.seed,
-        multi_step_anchors=c.multi_step_anchors,
-        inputs=head.inputs,
-    )
+    # Not the run's batch size: the same drafts however the run was dealt over processes.
+    loader = run_loader(training, config, head.inputs, batch_size=DOCUMENTS, max_packed_length=None)
+    position = config.train.draft_position_offset
     batches = 2 * -(-len(training.entries) // DOCUMENTS)  # anchors are drawn anew each time
     parts: list[tuple[torch.Tensor, ...]] = []
     count = 0
@@ -100,7 +92,7 @@ def drafts_of(
         task = bar.add_task("Drafting (drafts)", total=wanted, status="")
         for number in range(batches):
             batch = to_device(loader.batch(number), target.device)
-            drafts = draft_batch(head, target, batch, torch.float32, c.draft_position_offset)
+            drafts = draft_batch(head, target, batch, torch.float32, position)
             teacher = drafts.teacher
             parts.append((drafts.states, teacher.ids.long(), teacher.logprobs))
             count += len(drafts.states)
@@ -159,12 +151,10 @@ def learn_centroids(
             optimizer.zero_grad()
             of_teacher = cluster_of[drafted.ids[drawn]]
             recall = RecallCounts.of(scores.detach(), of_teacher, drafted.logprobs[drawn])
-            bar.update(task, advance=1, status=f"loss {float(loss.detach()):.3f} {_told(recall)}")
+            shares = "/".join(f"{share:.2f}" for share in recall.describe()["argmax"].values())
+            status = f"loss {float(loss.detach()):.3f} recall {shares}"
+            bar.update(task, advance=1, status=status)
     centroids.requires_grad_(False)
-
-
-def _told(recall: RecallCounts) -> str:
-    return "recall " + "/".join(f"{share:.2f}" for share in recall.describe()["argmax"].values())
 
 
 @torch.no_grad()
@@ -294,11 +284,14 @@ def order_head(
         everything, k = range(len(validation.entries)), config.train.num_speculative_steps
         position = served_position(config.train.draft_position_offset)
         with phase("Replaying held-out texts"):
-            return describe_simulated(
-                simulate_acceptance(
-                    DraftHead(assistant), target, validation, k, everything, position
-                )
+            found = simulate_acceptance(
+                DraftHead(assistant), target, validation, k, everything, position
             )
+        return {
+            "acceptance_length": found.acceptance.acceptance_length,
+            "dense_acceptance_length": found.dense.acceptance_length,
+            "recall": found.recall.describe(),
+        }
 
     found: dict[str, Any] = {"rebuilt": order.rebuild, "steps": order.steps}
     if assistant.config.use_ordered_embeddings:
@@ -319,15 +312,6 @@ def order_head(
             set_order(assistant.masked_embedding, drafted.hidden, usage, table)
     learn_centroids(DraftHead(assistant), drafted, usage, table, order.steps, config.seed)
     return assistant, found | {"after": judged(assistant)}
-
-
-def describe_simulated(found: Simulated) -> dict[str, Any]:
-    """Acceptance lengths and recall, divided."""
-    return {
-        "acceptance_length": found.acceptance.acceptance_length,
-        "dense_acceptance_length": found.dense.acceptance_length,
-        "recall": found.recall.describe(),
-    }
 
 
 def _shape(config: Any, order: Order) -> tuple[int, int]:

@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 
-from headstart.common.machine import synchronize
+from headstart.common.machine import synchronize, timed
 from headstart.configs.schema import Config, DataConfig
 from headstart.data.background import to_device
 from headstart.data.conversations import Conversation, answered, trainable
 from headstart.data.documents import Document, Entry
 from headstart.data.extraction import OnlineActivations, Recorder
-from headstart.data.loader import AnchorLoader, Batch
+from headstart.data.loader import Batch, run_loader
 from headstart.data.prepare import PlannedDocuments, Questions, stream_folder
 from headstart.data.regenerate import Job, answer, tokens_that_run
 from headstart.data.store import ActivationStore
@@ -50,11 +50,7 @@ def seconds_of(target: Target, call: Callable[[], object], times: int = 2) -> fl
     """Seconds of the quickest of some calls; of fewer where one takes long."""
     best = math.inf
     for _ in range(times):
-        synchronize(target.device)
-        began = time.perf_counter()
-        call()
-        synchronize(target.device)
-        best = min(best, time.perf_counter() - began)
+        best = min(best, timed(target.device, call))
         if best > ENOUGH:
             break
     return best
@@ -223,12 +219,7 @@ def probe_training(config: Config, planned: PlannedDocuments, held: Held) -> Tra
 
 
 def _batch(config: Config, held: Held, head: DraftHead) -> Batch:
-    c = config.train
-    return AnchorLoader(
-        held, c.batch_size, c.max_anchors, c.num_speculative_steps, config.seed,
-        max_packed_length=c.max_packed_length, multi_step_anchors=c.multi_step_anchors,
-        inputs=head.inputs,
-    ).batch(0)  # fmt: skip
+    return run_loader(held, config, head.inputs).batch(0)
 
 
 def _replay_seconds(head: DraftHead, config: Config, target: Target, held: Held) -> float:

@@ -29,13 +29,13 @@ from headstart.common.files import (
     refuse_link,
     write_atomically,
 )
-from headstart.configs.loader import dump_config, read_saved
+from headstart.configs.loader import dump_config, load_saved, read_saved
 from headstart.configs.schema import Config
 from headstart.data.sources import builtin_name
 from headstart.eval.acceptance import RecallCounts
+from headstart.heads.admission import reading
 from headstart.train.checkpoints import (
     check_checkpoint,
-    checkpoint_config,
     checkpoint_progress,
     checkpoints,
     other_origin,
@@ -105,19 +105,13 @@ def read_status(run: Path) -> dict[str, Any]:
     path = run / STATUS
     if not path.is_file():
         raise ValueError(f"{run} holds no run: there is no {path}")
-    try:
+    with reading(str(path), "is damaged"):
         status: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         if not all(isinstance(status[key], str) for key in ("state", "doing", "started")):
             raise TypeError("state, doing and started are to be texts")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged ({_reason(error)})") from error
     if status["state"] == "running" and not is_locked(run):
         status |= {"state": "killed", "why": "its process is gone and noted no end"}
     return status
-
-
-def _reason(error: Exception) -> str:
-    return f"no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
 
 
 def read_steps(run: Path) -> int:
@@ -167,7 +161,7 @@ def open_run(config: Config, resume: bool, processes: int) -> None:
                 "output_dir=PATH"
             )
         state = check_checkpoint(saved[-1])
-        earlier = checkpoint_config(saved[-1])
+        earlier = load_saved(saved[-1] / "config.yaml")
         if change := what_differs(earlier, state["processes"], config, processes):
             raise RunRefused(
                 f"{saved[-1]} was written with {change}: give it back, or name another folder, "
@@ -261,15 +255,11 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     del torn  # empty after a whole line; the rest of one that a kill cut, or that is being written
     rows: list[dict[str, Any]] = []
     for number, line in enumerate(lines, start=1):
-        try:
+        with reading(f"{path}, line {number}", "is damaged; delete the line"):
             row = json.loads(line)
             needed = [row[key] for key in ("step", "loss")]
             if not all(isinstance(value, int | float) for value in [*needed, *row.values()]):
                 raise TypeError("not all of it are numbers")
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise ValueError(
-                f"{path}, line {number} is damaged ({_reason(error)}): delete the line"
-            ) from error
         rows.append(row)
     return rows
 
@@ -366,11 +356,9 @@ def _summarized_best(folder: Path) -> dict[str, Any] | None:
     path = folder / "summary.json"
     if not path.is_file():
         return None
-    try:
+    with reading(str(path), "is damaged"):
         best: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["best"]
         summary_text(best | {"step": int(best["step"])})
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged ({_reason(error)})") from error
     return best
 
 
@@ -460,14 +448,12 @@ def _phases(folder: Path) -> dict[str, str]:
     path, facts = folder / PHASES, {}
     if not path.is_file():
         return {}
-    try:
+    with reading(str(path), "is damaged; delete it"):
         for row in json.loads(path.read_text(encoding="utf-8")):
             should, took = (row[key] for key in ("seconds", "took"))
             ended = "" if took is None else f"took {duration(float(took))}, "
             told = "it is not known how long" if should is None else duration(float(should))
             facts[f"phase {row['name']}"] = f"{ended}should take {told}"
-    except (OSError, ValueError, LookupError, TypeError, OverflowError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged ({_reason(error)}): delete it") from error
     return facts
 
 

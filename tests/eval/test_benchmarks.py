@@ -65,8 +65,9 @@ def test_the_loader_is_timed_over_a_store_of_the_shapes_of_a_target(
 ) -> None:
     monkeypatch.setattr(loader_benchmark, "STEPS", 5)
     config = load_config(None, ["target.name=tiny-gemma4", "data.storage=int8"])
-    loader_benchmark.run_loader_benchmark(config, tmp_path / "out.json")
-    content = json.loads((tmp_path / "out.json").read_text())
+    out = tmp_path / "a new folder" / "out.json"
+    loader_benchmark.run_loader_benchmark(config, out)
+    content = json.loads(out.read_text())
     source = run_shapes(config).text
     plain = bytes_per_token(source, 2, config.data.teacher_top_k, "int8")
     assert plain < content["bytes_per_token"] < 1.2 * plain, "the rest are headers"

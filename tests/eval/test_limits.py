@@ -43,8 +43,9 @@ def test_what_a_generation_ran_is_counted(target: Target) -> None:
 def test_bench_limits_writes_what_it_measured(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["bench", "limits", "--json", str(tmp_path / "limits.json")]) == 0
-    content = json.loads((tmp_path / "limits.json").read_text())
+    out = tmp_path / "a new folder" / "limits.json"
+    assert main(["bench", "limits", "--json", str(out)]) == 0
+    content = json.loads(out.read_text())
     for rates in ("gemm_flops_per_second", "memory_bytes_per_second"):
         assert content[rates].keys() == {"float32", "bfloat16"}
         assert all(1e8 < rate < 1e17 for rate in content[rates].values())

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from headstart.configs.loader import load_config
+from headstart.configs.loader import load_config, load_saved
 from headstart.configs.schema import HeadConfig, SourceConfig, TargetConfig
 from headstart.data.conversations import (
     FORMAT,
@@ -42,7 +42,6 @@ from headstart.heads.loading import (
 from headstart.heads.pairing import build_assistant
 from headstart.heads.saving import load_assistant, save_assistant
 from headstart.train import tracking
-from headstart.train.checkpoints import checkpoint_config
 from tests.helpers.checkpoints import adapter, configure, family, saved_target
 from tests.helpers.models import make_target
 from tests.helpers.runs import tiny_config
@@ -303,7 +302,7 @@ def laughing(path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("read", [load_config, lambda path: checkpoint_config(path.parent)])
+@pytest.mark.parametrize("read", [load_config, load_saved])
 def test_references_of_a_run_file_that_grow_without_end(
     tmp_path: Path, read: Callable[[Path], Any]
 ) -> None:

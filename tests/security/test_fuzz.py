@@ -23,6 +23,7 @@ from rich.console import Console
 from headstart.cli.eval import COMPARE
 from headstart.common.children import temporary_folder
 from headstart.common.files import content_sha256
+from headstart.configs.loader import load_saved
 from headstart.configs.schema import TargetConfig
 from headstart.data.conversations import MANIFEST, read_manifest
 from headstart.data.extraction import extract
@@ -31,7 +32,7 @@ from headstart.heads.adapters import fit_adapter
 from headstart.heads.admission import check_files
 from headstart.heads.describe import describe
 from headstart.heads.loading import load_target_config, load_target_tokens
-from headstart.train.checkpoints import check_checkpoint, checkpoint_config, checkpoints
+from headstart.train.checkpoints import check_checkpoint, checkpoints
 from headstart.train.run import train
 from headstart.train.run_folder import print_runs, read_run
 from tests.helpers.checkpoints import saved_target
@@ -213,7 +214,7 @@ def test_checkpoints_of_runs(name: str, change: Change, run: Path) -> None:
 
     def read() -> None:
         check_checkpoint(folder)
-        checkpoint_config(folder)
+        load_saved(folder / "config.yaml")
 
     attempt(folder / name, change, read, folder)
 

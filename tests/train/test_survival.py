@@ -24,8 +24,8 @@ from headstart.common.children import HOST
 from headstart.common.signals import Interrupted, stop_signals
 from headstart.configs.schema import Config
 from headstart.configs.settings import ServerConfig
+from headstart.data.loader import AnchorLoader
 from headstart.data.prepare import run_regenerate
-from headstart.train import loop
 from headstart.train import run as run_module
 from headstart.train import step as step_module
 from headstart.train.checkpoints import checkpoints
@@ -317,7 +317,7 @@ def test_a_nan_in_one_batch_stops_the_run_and_names_its_documents(
 ) -> None:
     before = json.loads((damaged / "checkpoints/step-000008/state.json").read_text())
     batches: dict[int, list[str]] = {}
-    draw = loop.AnchorLoader.batch
+    draw = AnchorLoader.batch
 
     def noted(self: Any, number: int) -> Any:
         batch = draw(self, number)
@@ -326,7 +326,7 @@ def test_a_nan_in_one_batch_stops_the_run_and_names_its_documents(
             batch.texts.hidden.values[1] = torch.nan
         return batch
 
-    monkeypatch.setattr(loop.AnchorLoader, "batch", noted)
+    monkeypatch.setattr(AnchorLoader, "batch", noted)
     with pytest.raises(Diverged) as stop:
         train(config_of(damaged), resume=True)
     words = str(stop.value)
