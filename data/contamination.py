@@ -201,12 +201,12 @@ def without_contaminated(
     kept, found = remove_contaminated(asked, evaluation)
     print_once(f"Conversations against {held_out}: {found.describe()}")
     left = set(map(id, kept))
-    removed = {_whole(prompt.id) for prompt in asked if id(prompt) not in left}
-    which = [
-        i
-        for i, prompt in enumerate(asked)
-        if id(prompt) in left and not (PIECE in prompt.id and _whole(prompt.id) in removed)
-    ]
+    whole = [(entry.source, _whole(entry.id)) for entry in stored.entries]
+    removed = {one for one, prompt in zip(whole, asked, strict=True) if id(prompt) not in left}
+    own = [i for i, prompt in enumerate(asked) if id(prompt) in left]
+    which = [i for i in own if not (PIECE in asked[i].id and whole[i] in removed)]
+    if later := len(own) - len(which):
+        print_once(f"and {later} later pieces of these conversations")
     return Chosen(stored, which)
 
 

@@ -58,6 +58,11 @@ from headstart.heads.structured import check_structured
 from headstart.heads.target import KEYS_AND_VALUES, Inputs, Target
 from headstart.heads.tokens import Sampling, TargetTokens
 
+AS_THEY_ARE = (
+    "taken as they are: how many there are, their lengths and temperatures are theirs, whatever "
+    "data.* says of text that is to be written; data.filter chooses among them in training"
+)
+
 
 def prepare_documents(
     target: Target,
@@ -236,6 +241,7 @@ def _open_stored(
         )
         return store
     assert data.conversations is not None, "the caller knows one of the two"
+    print_once(f"{answers_name(data.conversations)}: {AS_THEY_ARE}")
     if data.online:
         written = list(stream_folder(data.conversations, target))
         return OnlineActivations(target, written, data, inputs)
@@ -362,16 +368,11 @@ def _questions(
 def _answered(target: Target, asked: Questions, data: DataConfig, seed: int) -> Documents:
     """The target's answers."""
     extracted = not data.online
+    doing = "  held out" if asked.greedy else "Generating"
     regenerate(
-        target,
-        asked.jobs,
-        data,
-        seed,
-        asked.folder,
-        extracted,
-        description="  held out" if asked.greedy else "Generating",
+        target, asked.jobs, data, seed, asked.folder, extracted, description=doing,
         inputs=asked.inputs,
-    )
+    )  # fmt: skip
     if extracted:
         return ActivationStore(asked.folder, target)
     written = list(stream_folder(asked.folder, target))
@@ -479,6 +480,7 @@ def run_extract(config: Config, conversations: str, device: Any) -> None:
     folder = find_answers(conversations)
     if not (written := (folder / MANIFEST).is_file()):
         check_there(conversations)
+    print_once(f"{answers_name(folder) if written else conversations}: {AS_THEY_ARE}")
     target = open_target(config.target, device)
     inputs = inputs_read(config, target)
     if written:

@@ -340,8 +340,11 @@ def run_estimate(
             does.
 
     Raises:
-        ValueError: a head or the store does not fit the target, or no text of it is greedy.
+        ValueError: no head is named, a head or the store does not fit the target, or no text of it
+            is greedy.
     """
+    if not heads:
+        raise ValueError("simulate replays heads: name the folder or Hub id of one or more")
     stored = ActivationStore(store, target)
     for head in heads.values():
         check_pair(target, head)

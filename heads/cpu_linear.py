@@ -131,7 +131,8 @@ def packs_batches(dtype: torch.dtype) -> bool:
 def onednn_leads() -> bool:
     """Whether oneDNN's products of a batch in float32 are the quickest: by the processor, since
     their bits are its own."""
-    return torch._C._get_mkldnn_enabled() and torch.backends.cpu.get_cpu_capability() == "AVX2"
+    there = torch.backends.mkldnn.is_available() and torch._C._get_mkldnn_enabled()
+    return there and torch.backends.cpu.get_cpu_capability() == "AVX2"
 
 
 @lru_cache

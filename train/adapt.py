@@ -180,15 +180,9 @@ def _answers(
         jobs = make_jobs(own, [Sampling(0.0)] * len(own), target, config.data)
         name = f"Answering ({kind}, held out)"
         regenerate(
-            target,
-            jobs,
-            config.data,
-            config.seed,
-            folder / kind,
-            extract=True,
-            description=name,
+            target, jobs, config.data, config.seed, folder / kind, extract=True, description=name,
             inputs=inputs,
-        )
+        )  # fmt: skip
         stores[kind] = ActivationStore(folder / kind, target)
     return stores
 

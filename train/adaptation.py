@@ -85,7 +85,7 @@ def read_adaptation(settings: Settings, head: str) -> Adaptation:
     limited = kind_of(start).most_drafts(start) is not None
     judged = {"num_assistant_tokens": tokens} if limited else {}
     out, data, h = settings.output_dir, as_the_head_was(d, head), settings.head
-    if not h.use_ordered_embeddings:  # no clusters, which are otherwise kept
+    if not h.use_ordered_embeddings and h.on_existing_clusters == "keep":  # adapt's default
         h = h.model_copy(update={"on_existing_clusters": None})
     # Training keeps no copy of what is held out.
     update = {

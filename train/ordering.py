@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
-from headstart.common.console import phase, progress_bar
+from headstart.common.console import phase, print_once, progress_bar
 from headstart.common.files import check_empty
 from headstart.configs.schema import Config, HeadConfig
 from headstart.data.background import to_device
@@ -337,6 +337,8 @@ def _with_earlier_clusters(assistant: Any, h: HeadConfig, order: Order) -> tuple
     assistant = with_clusters(assistant, clusters, read)
     assistant.masked_embedding.load_state_dict(earlier.masked_embedding.state_dict())
     steps = 0 if how == "keep" else order.steps
+    if how == "keep":
+        print_once("The clusters stay as they are (head.on_existing_clusters=keep)")
     return assistant, Order(False, None, read, steps)
 
 

@@ -149,13 +149,15 @@ def check_start(config: Config) -> None:
 
 def _check_clusters(head: HeadConfig, there: bool) -> None:
     """Raise `ValueError`, or say so, where a finished head's clusters are not asked for."""
-    if not there or head.use_ordered_embeddings:
+    if head.use_ordered_embeddings:
         return
     if head.on_existing_clusters is not None:
         raise ValueError(
             f"head.on_existing_clusters={head.on_existing_clusters} needs "
             "head.use_ordered_embeddings=true"
         )
+    if not there:
+        return
     print_once(
         f"{head.init_from} has clusters, and the head of this run will have none: "
         "head.use_ordered_embeddings=true makes it one with clusters too"

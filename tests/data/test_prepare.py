@@ -345,6 +345,9 @@ def test_texts_without_a_prompt_and_later_pieces_are_compared_too(tmp_path: Path
         {"id": "corpus", "text": f"{question} and why"},
         {"id": "other", "text": "nothing of the kind"},
         {"id": "long", "prompt": question, "response": "many " * 40},
+        # Not a piece: its own id has the mark of one.
+        {"id": "thread@1", "prompt": question, "response": "eight"},
+        {"id": "thread@2", "prompt": "name a planet of the sun", "response": "Mars"},
     ]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "eval.jsonl").write_text(json.dumps({"prompt": question}) + "\n")
@@ -355,7 +358,7 @@ def test_texts_without_a_prompt_and_later_pieces_are_compared_too(tmp_path: Path
     assert sum(entry.id.startswith("long") for entry in store.entries) > 2
     asked = stored_prompts(store, target)
     kept = without_contaminated(store, asked, target, DataConfig(), str(tmp_path / "eval.jsonl"))
-    assert [entry.id for entry in kept.entries] == ["other"]
+    assert [entry.id for entry in kept.entries] == ["other", "thread@2"]
 
 
 def test_prompts_that_were_asked_many_times_are_held_out_once_each(tmp_path: Path) -> None:

@@ -34,6 +34,8 @@ def test_the_estimate_is_what_exact_decoding_does(
     """Round for round: the same counts, in every category."""
     monkeypatch.setattr("headstart.eval.draft_cost.COST_TURNS", 2)
     target = load_target("tiny-gemma4", "float32")
+    with pytest.raises(ValueError, match="one or more"):
+        run_estimate(target, {}, store, [2], tmp_path / "none")
     heads: dict[str, PreTrainedModel] = {"h": half_trained_head(target)}
     estimated = run_estimate(target, heads, store, [2, 3], tmp_path / "estimate")
     assert json.loads((tmp_path / "estimate" / "estimate.json").read_text()) == estimated

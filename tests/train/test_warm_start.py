@@ -167,3 +167,6 @@ def test_clusters_that_a_run_would_drop_are_spoken_of_or_refused(
     assert plan(config)["LM head"].startswith("dense")
     with pytest.raises(ValueError, match=r"on_existing_clusters=keep needs"):
         check_start(tiny_config(tmp_path / "run", *dense, "head.on_existing_clusters=keep"))
+    dense[0] = f"head.init_from={finished(tiny, tmp_path / 'full', FULL)}"  # which has none
+    with pytest.raises(ValueError, match=r"on_existing_clusters=rebuild needs"):
+        check_start(tiny_config(tmp_path / "run", *dense, "head.on_existing_clusters=rebuild"))
