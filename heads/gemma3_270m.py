@@ -8,6 +8,7 @@ from contextlib import contextmanager, redirect_stderr
 from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
+from threading import RLock
 from typing import Any
 
 import numpy as np
@@ -63,12 +64,16 @@ def check_sha256(path: Path, expected: str) -> None:
         raise ValueError(f"{path.name} has SHA-256 {found}, expected {expected}")
 
 
+_turn = RLock()  # the reader is exchanged for the whole process
+
+
 @contextmanager
-def _header_read_once() -> Iterator[None]:
+def header_read_once() -> Iterator[None]:
     """Within, one GGUF file is opened once: transformers opens it for the configuration, for the
     weights and for the tokenizer, and each time reads a vocabulary of 262,144 strings in Python.
     """
     gguf: Any = import_module("gguf")
+    _turn.acquire()
     opened = gguf.GGUFReader
 
     class Reader(opened):  # type: ignore[misc, valid-type]
@@ -81,11 +86,12 @@ def _header_read_once() -> Iterator[None]:
         yield
     finally:
         gguf.GGUFReader = opened
+        _turn.release()
 
 
 def _convert(path: Path, out: Path) -> None:
     check_sha256(path, GGUF_SHA256)
-    with _header_read_once(), redirect_stderr(io.StringIO()):  # transformers draws a bar there
+    with header_read_once(), redirect_stderr(io.StringIO()):  # transformers draws a bar there
         model = AutoModelForCausalLM.from_pretrained(
             path.parent, gguf_file=path.name, dtype=torch.bfloat16,
             quantization_config=GgufConfig(dequantize=True),

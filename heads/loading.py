@@ -4,6 +4,7 @@ served."""
 import copy
 import difflib
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -44,7 +45,7 @@ from headstart.heads.admission import (
     load_whole,
     reading,
 )
-from headstart.heads.gemma3_270m import GEMMA3_SAMPLING, gemma3_270m_dir
+from headstart.heads.gemma3_270m import GEMMA3_SAMPLING, gemma3_270m_dir, header_read_once
 from headstart.heads.live import live_target, moved
 from headstart.heads.target import (
     SUPPORTED,
@@ -121,6 +122,18 @@ def load_target(
 
 
 def _load(t: TargetConfig, device: torch.device | str) -> Target:
+    with _gguf_read_once(t.name):
+        return _loaded(t, device)
+
+
+def _gguf_read_once(name: str) -> AbstractContextManager[None]:
+    """Within, the header of a target's GGUF file is read once, which takes half a minute."""
+    # Without the package transformers says how to get it.
+    there = name.endswith(".gguf") and find_spec("gguf") is not None
+    return header_read_once() if there else nullcontext()
+
+
+def _loaded(t: TargetConfig, device: torch.device | str) -> Target:
     check_transformers()
     config, tokenizer, name, commit = _described(t)
     dtype = getattr(torch, machine.natural_dtype() if t.dtype == "auto" else t.dtype)
@@ -264,7 +277,8 @@ def check_target(t: TargetConfig) -> None:
 
 def load_target_tokens(t: TargetConfig) -> TargetTokens:
     """The tokenizer of a supported target and how its texts end, or `ValueError`."""
-    config, tokenizer, name, commit = _described(t)
+    with _gguf_read_once(t.name):
+        config, tokenizer, name, commit = _described(t)
     settings = GenerationConfig()
     if (live := live_target(t.name)) is not None:
         settings = live.model.generation_config

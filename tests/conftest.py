@@ -138,11 +138,14 @@ class MachineDtype:
         self.item = item  # before its fixtures, those of its module too
 
 
+LONG = ("test_real.py", "test_lossless.py", "test_kinds.py", "test_structured.py")
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The file on real weights first: it is the longest, and would keep one process at the end
-    while the others have nothing left to do. All else stays in its random order."""
-    items.sort(key=lambda item: "real" not in item.keywords)
+    """The longest files first: one of them would keep a process at the end while the others have
+    nothing left to do. All else stays in its random order."""
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
 
 
 def pytest_configure(config: pytest.Config) -> None:

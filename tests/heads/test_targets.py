@@ -9,7 +9,7 @@ from transformers import Gemma2Config, Gemma3nTextConfig, Gemma4ForCausalLM, Pre
 from headstart.common import processes, versions
 from headstart.common.versions import check_transformers
 from headstart.configs.schema import TargetConfig
-from headstart.heads.gemma3_270m import _header_read_once, check_sha256
+from headstart.heads.gemma3_270m import check_sha256, header_read_once
 from headstart.heads.loading import (
     byte_tokenizer,
     gemma3_config,
@@ -182,7 +182,7 @@ def test_a_gguf_file_is_opened_once_while_it_is_converted(tmp_path: Path) -> Non
     writer.write_tensors_to_file()
     writer.close()
     opened = gguf.GGUFReader
-    with _header_read_once():
+    with header_read_once():
         assert gguf.GGUFReader(path) is gguf.GGUFReader(path)
     assert gguf.GGUFReader is opened
     assert gguf.GGUFReader(path) is not gguf.GGUFReader(path)
