@@ -13,7 +13,7 @@ an EPYC read them (`headstart bench limits`; docs/explanation/clean-kv-decoder.m
 Packed weights are a second copy: they are made where they are first used, and last as long as the
 `fast_kernels` around them, within which the weights have to stay as they are.
 
-Over tens of rows, as a batch that generates has, what is stored must have the same bits in all
+Over more rows, as a batch that generates has, what is stored must have the same bits in all
 processes of a machine, so that no trial decides. In float32 oneDNN's products are the quickest on a
 processor without AVX-512, and have the same bits over packed weights and others. With AVX-512
 `W @ x.T` is quicker than `x @ W.T`: an LM head goes by blocks of its columns, and each is turned
@@ -114,12 +114,13 @@ def forms_of(
         form = quickest(weight.dtype, rows, packs)
         if form is not None:
             found[rows] = packed if isinstance(form, type) else form
-    if packs and packs_batches(weight.dtype):
-        found |= dict.fromkeys(SEVERAL, packed)
-    elif weight.dtype == torch.float32 and onednn_leads():
-        found |= dict.fromkeys(SEVERAL, by_onednn)
-    elif weight.dtype == torch.float32 and len(weight) >= WIDE:
+    wide = len(weight) >= WIDE
+    if weight.dtype == torch.float32 and onednn_leads():
+        found |= dict.fromkeys(SEVERAL if wide else TENS, packed if packs else by_onednn)
+    elif weight.dtype == torch.float32 and wide:
         found |= dict.fromkeys(SEVERAL, by_columns)
+    elif packs and packs_batches(weight.dtype):
+        found |= dict.fromkeys(SEVERAL, packed)
     return found
 
 
@@ -232,6 +233,7 @@ def by_onednn(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 WIDE = 65_536  # columns of what is no other layer than an LM head
 SEVERAL = range(FEW.stop, 513)  # rows: a batch that generates, a chunk that teaches
+TENS = range(FEW.stop, 257)  # of them: over more, torch's own products are as quick for most layers
 COLUMNS = 2048  # of it at once: a block of logits stays in the cache until it is turned around
 
 

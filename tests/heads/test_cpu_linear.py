@@ -11,6 +11,7 @@ from headstart.heads import cpu_linear
 from headstart.heads.cpu_linear import (
     FEW,
     SEVERAL,
+    TENS,
     Packed,
     by_columns,
     forms_for,
@@ -158,18 +159,21 @@ def test_an_lm_head_goes_by_columns_over_some_rows(
     assert cpu_linear.linear_forward(nn.Linear(17, 49), small_batch=False) is None
 
 
+@pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize("out", [7, 32, 70])
 @pytest.mark.parametrize("width", [3, 17, 640, 5000])
 def test_a_batch_has_the_same_bits_over_packed_weights_and_others(
-    out: int, width: int, monkeypatch: pytest.MonkeyPatch
+    out: int, width: int, wide: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In float32 by oneDNN: a process with memory to pack stores what one without it does."""
     monkeypatch.setattr(cpu_linear, "onednn_leads", lambda: True)
+    monkeypatch.setattr(cpu_linear, "WIDE", out if wide else out + 1)
+    several = SEVERAL if wide else TENS
     weight = torch.randn(out, width)
     forms = [forms_of(weight, small_batch=False, packs=packs) for packs in (False, True)]
-    assert all(found.keys() == set(SEVERAL) for found in forms)
+    assert all(found.keys() == set(several) for found in forms)
     with torch.no_grad():
-        for rows in (SEVERAL.start, 64, 129, SEVERAL.stop - 1):
+        for rows in (several.start, 64, 129, several.stop - 1):
             x = torch.randn(rows, width)
             plain, packed = (linear_by(found, weight, None, x) for found in forms)
             assert torch.equal(plain, packed)
