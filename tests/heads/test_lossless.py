@@ -82,7 +82,7 @@ def chain(kind: str = "assistant", drafts: int = K) -> tuple[Gemma4Markov, Any]:
     model = Gemma4Markov(config).eval()
     model.table = 3 * torch.randn(TOKENS, TOKENS)
     assistant = build_assistant(
-        Target(model, byte_tokenizer(), "chain"), HeadConfig(kind=kind, num_hidden_layers=1), drafts
+        Target(model, byte_tokenizer(), "chain"), HeadConfig(kind=kind), drafts
     ).eval()
     assistant.generation_config = GenerationConfig(num_assistant_tokens=drafts)
     return model, assistant
