@@ -20,7 +20,7 @@ from torch import nn
 from headstart.common.console import plain_console, print_once
 from headstart.common.files import write_figures
 from headstart.common.machine import environment, machine_name, timed
-from headstart.heads.cpu_linear import Packed, packs_batches, seconds_of_forms
+from headstart.heads.cpu_linear import Packed, packs_alike, seconds_of_forms
 from headstart.heads.target import Target
 
 TURNS = 3  # of which the quickest counts
@@ -97,7 +97,7 @@ def _orders(layer: nn.Linear, x: torch.Tensor) -> list[Callable[[], object]]:
     plain: list[Callable[[], object]] = [partial(F.linear, x, layer.weight)]
     if type(layer.weight) is nn.Parameter:  # torchao keeps the layer and changes the weight
         plain.append(partial(torch.mm, layer.weight, x.T))
-        if x.device.type == "cpu" and packs_batches(x.dtype):
+        if x.device.type == "cpu" and packs_alike(x.dtype):
             plain.append(partial(Packed(), layer.weight, x))
     return plain
 

@@ -13,11 +13,8 @@ an EPYC read them (`headstart bench limits`; docs/explanation/clean-kv-decoder.m
 Packed weights are a second copy: they are made where they are first used, and last as long as the
 `fast_kernels` around them, within which the weights have to stay as they are.
 
-Over more rows, as a batch that generates has, what is stored must have the same bits in all
-processes of a machine, so that no trial decides. In float32 oneDNN's products are the quickest on a
-processor without AVX-512, and have the same bits over packed weights and others. With AVX-512
-`W @ x.T` is quicker than `x @ W.T`: an LM head goes by blocks of its columns, and each is turned
-around while it is in the cache.
+Over tens of rows, as a batch that generates has, `W @ x.T` is quicker in float32 too: there an LM
+head goes by blocks of its columns, and each is turned around while it is in the cache.
 """
 
 import timeit
@@ -58,8 +55,10 @@ class Packed:
             self.of = now  # last: another thread may ask meanwhile
         if self.of != now:
             return F.linear(x, weight)
-        assert self.ready is not None
-        return by_onednn(self.ready, x)
+        product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(
+            x, self.ready, None, "none", [], ""
+        )
+        return product
 
 
 def linear_forward(
@@ -114,30 +113,15 @@ def forms_of(
         form = quickest(weight.dtype, rows, packs)
         if form is not None:
             found[rows] = packed if isinstance(form, type) else form
-    wide = len(weight) >= WIDE
-    if weight.dtype == torch.float32 and onednn_leads():
-        found |= dict.fromkeys(SEVERAL if wide else TENS, packed if packs else by_onednn)
-    elif weight.dtype == torch.float32 and wide:
+    if weight.dtype == torch.float32 and len(weight) >= WIDE:
         found |= dict.fromkeys(SEVERAL, by_columns)
-    elif packs and packs_batches(weight.dtype):
+    elif packs and packs_alike(weight.dtype):
         found |= dict.fromkeys(SEVERAL, packed)
     return found
 
 
-def packs_batches(dtype: torch.dtype) -> bool:
-    """Whether a batch's product runs over packed weights here where there is memory for them."""
-    return onednn_leads() if dtype == torch.float32 else _packs_alike(dtype)
-
-
-def onednn_leads() -> bool:
-    """Whether oneDNN's products of a batch in float32 are the quickest: by the processor, since
-    their bits are its own."""
-    there = torch.backends.mkldnn.is_available() and torch._C._get_mkldnn_enabled()
-    return there and torch.backends.cpu.get_cpu_capability() == "AVX2"
-
-
 @lru_cache
-def _packs_alike(dtype: torch.dtype) -> bool:
+def packs_alike(dtype: torch.dtype) -> bool:
     """Whether a batch's product over packed weights has the same bits as torch's own here, and is
     quicker; tried once."""
     generator = torch.Generator().manual_seed(0)
@@ -225,15 +209,8 @@ def without_onednn(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         enabled(True)  # not what it was before: another thread may be within this function
 
 
-def by_onednn(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """By oneDNN, over packed weights or others."""
-    product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
-    return product
-
-
 WIDE = 65_536  # columns of what is no other layer than an LM head
 SEVERAL = range(FEW.stop, 513)  # rows: a batch that generates, a chunk that teaches
-TENS = range(FEW.stop, 257)  # of them: over more, torch's own products are as quick for most layers
 COLUMNS = 2048  # of it at once: a block of logits stays in the cache until it is turned around
 
 

@@ -10,8 +10,6 @@ from torch import nn
 from headstart.heads import cpu_linear
 from headstart.heads.cpu_linear import (
     FEW,
-    SEVERAL,
-    TENS,
     Packed,
     by_columns,
     forms_for,
@@ -65,16 +63,10 @@ def packs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_linear, "free_memory", lambda device: 1 << 40)
 
 
-def packs_rows(layer: nn.Linear, rows: int = 3) -> bool:
-    """Whether so many rows run over packed weights."""
-    forward: Any = layer.__dict__.get("forward")
-    return forward is not None and isinstance(forward.args[0].get(rows), Packed)
-
-
 def packed_form(layer: nn.Linear, rows: int = 3) -> Packed:
-    assert packs_rows(layer, rows)
     forward: Any = layer.forward
-    found: Packed = forward.args[0][rows]
+    found = forward.args[0][rows]
+    assert isinstance(found, Packed)
     return found
 
 
@@ -109,7 +101,7 @@ def test_weights_that_change_within_are_used_as_they_are(tiny: Target) -> None:
     with fast_kernels(tiny.model, packs=False), torch.no_grad():
         layer.weight.data += 1.0
         assert torch.equal(layer(x), F.linear(x, layer.weight))
-        assert not packs_rows(layer)
+        assert "forward" not in layer.__dict__
 
 
 @pytest.mark.usefixtures("packs")
@@ -121,7 +113,8 @@ def test_nothing_is_packed_where_there_is_no_memory_for_all(
     for free, packs in ((None, False), (2 * size, False), (2 * size + 1, True)):
         monkeypatch.setattr(cpu_linear, "free_memory", lambda device, free=free: free)
         with fast_kernels(tiny.model):
-            assert packs_rows(tiny.model.lm_head) == packs
+            forms = tiny.model.lm_head.__dict__.get("forward")
+            assert bool(forms is not None and forms.args[0]) == packs
 
 
 def test_onednn_is_on_again_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,7 +131,6 @@ def test_an_lm_head_goes_by_columns_over_some_rows(
     shape: tuple[int, ...], bias: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In float32 alone, where it is quicker; with the same bits whatever a process has timed."""
-    monkeypatch.setattr(cpu_linear, "onednn_leads", lambda: False)
     monkeypatch.setattr(cpu_linear, "WIDE", 50)
     monkeypatch.setattr(cpu_linear, "COLUMNS", 20)
     monkeypatch.setattr(cpu_linear, "SEVERAL", range(10, 17))
@@ -159,38 +151,17 @@ def test_an_lm_head_goes_by_columns_over_some_rows(
     assert cpu_linear.linear_forward(nn.Linear(17, 49), small_batch=False) is None
 
 
-@pytest.mark.parametrize("wide", [False, True])
-@pytest.mark.parametrize("out", [7, 32, 70])
-@pytest.mark.parametrize("width", [3, 17, 640, 5000])
-def test_a_batch_has_the_same_bits_over_packed_weights_and_others(
-    out: int, width: int, wide: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """In float32 by oneDNN: a process with memory to pack stores what one without it does."""
-    monkeypatch.setattr(cpu_linear, "onednn_leads", lambda: True)
-    monkeypatch.setattr(cpu_linear, "WIDE", out if wide else out + 1)
-    several = SEVERAL if wide else TENS
-    weight = torch.randn(out, width)
-    forms = [forms_of(weight, small_batch=False, packs=packs) for packs in (False, True)]
-    assert all(found.keys() == set(several) for found in forms)
-    with torch.no_grad():
-        for rows in (several.start, 64, 129, several.stop - 1):
-            x = torch.randn(rows, width)
-            plain, packed = (linear_by(found, weight, None, x) for found in forms)
-            assert torch.equal(plain, packed)
-            torch.testing.assert_close(plain, F.linear(x, weight), atol=1e-3, rtol=1e-4)
-
-
 @pytest.mark.usefixtures("packs")
 def test_a_batch_runs_over_packed_weights_where_their_bits_are_the_same(
     tiny: Target, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is stored has the bits of torch's own form, whether there was memory to pack or not."""
     model, ids = tiny.model.to(torch.bfloat16), torch.randint(5, 90, (3, 20))
-    here = cpu_linear.packs_batches(torch.bfloat16)
+    here = cpu_linear.packs_alike(torch.bfloat16)
     with torch.no_grad():
         stock = model(ids).logits
         for alike in (False, True):
-            monkeypatch.setattr(cpu_linear, "packs_batches", lambda dtype, alike=alike: alike)
+            monkeypatch.setattr(cpu_linear, "packs_alike", lambda dtype, alike=alike: alike)
             with fast_kernels(model, small_batch=False):
                 assert ("forward" in model.lm_head.__dict__) == alike
                 if alike and not packs_here(torch.bfloat16):
