@@ -206,7 +206,7 @@ def without_contaminated(
     own = [i for i, prompt in enumerate(asked) if id(prompt) in left]
     which = [i for i in own if not (PIECE in asked[i].id and whole[i] in removed)]
     if later := len(own) - len(which):
-        print_once(f"and {later} later pieces of these conversations")
+        print_once(f"Contamination: {later} later pieces of the same conversations removed too")
     return Chosen(stored, which)
 
 

@@ -59,8 +59,8 @@ from headstart.heads.target import KEYS_AND_VALUES, Inputs, Target
 from headstart.heads.tokens import Sampling, TargetTokens
 
 AS_THEY_ARE = (
-    "taken as they are: how many there are, their lengths and temperatures are theirs, whatever "
-    "data.* says of text that is to be written; data.filter chooses among them in training"
+    "data.num_conversations, data.max_new_tokens and data.temperatures do not apply to "
+    "conversations that are there; in training data.filter chooses among them"
 )
 
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager, redirect_stderr
 from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
-from threading import RLock
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -64,7 +64,7 @@ def check_sha256(path: Path, expected: str) -> None:
         raise ValueError(f"{path.name} has SHA-256 {found}, expected {expected}")
 
 
-_turn = RLock()  # the reader is exchanged for the whole process
+_turn = Lock()  # the reader is exchanged for the whole process
 
 
 @contextmanager
@@ -73,20 +73,19 @@ def header_read_once() -> Iterator[None]:
     weights and for the tokenizer, and each time reads a vocabulary of 262,144 strings in Python.
     """
     gguf: Any = import_module("gguf")
-    _turn.acquire()
-    opened = gguf.GGUFReader
+    with _turn:
+        opened = gguf.GGUFReader
 
-    class Reader(opened):  # type: ignore[misc, valid-type]
-        def __setattr__(self, name: str, value: Any) -> None:
-            # The same bytes without the cost of numpy's memmap, whose every slice is a new memmap.
-            super().__setattr__(name, np.asarray(value) if name == "data" else value)
+        class Reader(opened):  # type: ignore[misc, valid-type]
+            def __setattr__(self, name: str, value: Any) -> None:
+                # The same bytes without the cost of numpy's memmap, whose every slice is a new one.
+                super().__setattr__(name, np.asarray(value) if name == "data" else value)
 
-    gguf.GGUFReader = lru_cache(maxsize=1)(Reader)
-    try:
-        yield
-    finally:
-        gguf.GGUFReader = opened
-        _turn.release()
+        gguf.GGUFReader = lru_cache(maxsize=1)(Reader)
+        try:
+            yield
+        finally:
+            gguf.GGUFReader = opened
 
 
 def _convert(path: Path, out: Path) -> None:

@@ -225,9 +225,11 @@ def _check_scales(model: Any) -> None:
     says, as within peft's `rescale_adapter_scale`: it would be saved without it."""
     from peft.tuners.lora import LoraLayer
 
+    # AdaLoRA's layers are LoRA's too, and scale by a rule of their own.
+    known = {n: c for n, c in model.peft_config.items() if c.peft_type == "LORA"}
     for layer in (module for module in model.modules() if isinstance(module, LoraLayer)):
-        for adapter in layer.scaling.keys() & set(model.active_adapters):
-            root = 0.5 if model.peft_config[adapter].use_rslora else 1
+        for adapter in layer.scaling.keys() & known.keys() & set(model.active_adapters):
+            root = 0.5 if known[adapter].use_rslora else 1
             own = layer.lora_alpha[adapter] / layer.r[adapter] ** root
             if not math.isclose(layer.scaling[adapter], own):
                 raise ValueError(

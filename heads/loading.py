@@ -127,7 +127,7 @@ def _load(t: TargetConfig, device: torch.device | str) -> Target:
 
 
 def _gguf_read_once(name: str) -> AbstractContextManager[None]:
-    """Within, the header of a target's GGUF file is read once, which takes half a minute."""
+    """Within, the header of a target's GGUF file is read once; other targets have none."""
     # Without the package transformers says how to get it.
     there = name.endswith(".gguf") and find_spec("gguf") is not None
     return header_read_once() if there else nullcontext()

@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from datasets import Dataset, DatasetDict
-from peft import LoraConfig, get_peft_model
+from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import (
@@ -357,6 +357,8 @@ def test_what_is_no_input_is_refused_in_one_line(case: str, places: list[Path]) 
 
 
 def test_factors_that_the_configuration_of_an_adapter_gives_are_no_scaling() -> None:
+    adaptive = AdaLoraConfig(target_modules=["q_proj"], init_r=4, lora_alpha=16, total_step=9)
+    check_model(get_peft_model(plain(), adaptive))
     patterns = {"alpha_pattern": {"up_proj": 3}, "rank_pattern": {"q_proj": 1}}
     for lora in ({}, {"use_rslora": True}, patterns):
         check_model(tuned(**lora))
