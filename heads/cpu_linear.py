@@ -17,8 +17,8 @@ Over tens of rows, as a batch that generates has, `W @ x.T` is quicker in float3
 head goes by blocks of its columns, and each is turned around while it is in the cache.
 """
 
-import timeit
-from collections.abc import Callable, Collection, Mapping
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import lru_cache, partial
 from math import gcd
 from typing import TypeAlias
@@ -33,8 +33,10 @@ Form: TypeAlias = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """Weights [out, in] and rows x [n, in] on a CPU -> `x @ W.T` [n, out], contiguous."""
 
 FEW = range(1, 10)  # rows: a token and up to 8 drafts
-TRIAL_WIDTH, TRIAL_BYTES = 640, 40 << 20  # of weights: more than a cache holds
-TRIAL_TURNS = 5
+TRIAL_COLUMNS, TRIAL_WIDTH = 2048, 640  # of a layer: what a call costs counts too
+TRIAL_BYTES = 64 << 20  # of layers that take turns: several times what a cache holds
+TRIAL_TURNS = 3
+ALIKE_BYTES = 40 << 20  # of the layer whose bits are compared
 WORTH = 0.8  # share of the time that a form has to take at most, or the stock one stays
 BLOCKS = 16
 
@@ -125,14 +127,14 @@ def packs_alike(dtype: torch.dtype) -> bool:
     """Whether a batch's product over packed weights has the same bits as torch's own here, and is
     quicker; tried once."""
     generator = torch.Generator().manual_seed(0)
-    columns = TRIAL_BYTES // dtype.itemsize // TRIAL_WIDTH
+    columns = ALIKE_BYTES // dtype.itemsize // TRIAL_WIDTH
     weight = torch.randn(columns, TRIAL_WIDTH, generator=generator).to(dtype)
     packed = Packed()
     with torch.no_grad():
         for rows in (SEVERAL.start, 64):
             x = torch.randn(rows, TRIAL_WIDTH, generator=generator).to(dtype)
-            stock = _seconds(partial(F.linear, x, weight))
-            if _seconds(partial(packed, weight, x)) > stock:
+            stock, ours = _seconds([[partial(F.linear, x, weight)], [partial(packed, weight, x)]])
+            if ours > stock:
                 return False
             if not torch.equal(packed(weight, x), F.linear(x, weight)):
                 return False
@@ -149,7 +151,7 @@ def quickest(dtype: torch.dtype, rows: int, packs: bool) -> Form | type[Packed] 
 
 @lru_cache
 def _trial(dtype: torch.dtype, rows: int) -> dict[Form | type[Packed] | None, float]:
-    """What each form takes here, in a tenth of a second, once in a process."""
+    """What each form takes here, tried once in a process."""
     return seconds_of_forms(dtype, rows, TRIAL_BYTES)
 
 
@@ -157,25 +159,41 @@ def _trial(dtype: torch.dtype, rows: int) -> dict[Form | type[Packed] | None, fl
 def seconds_of_forms(
     dtype: torch.dtype, rows: int, size: int
 ) -> dict[Form | type[Packed] | None, float]:
-    """What a product with weights of `size` bytes takes by torch's own form, None, and by others;
-    infinite where this build of torch has no such kernel."""
-    width = TRIAL_WIDTH
-    columns = size // dtype.itemsize // width // 1024 * 1024
-    weight = torch.ones(columns, width, dtype=dtype)
-    x = torch.ones(rows, width, dtype=dtype)
-    found: dict[Form | type[Packed] | None, float] = {None: _seconds(partial(F.linear, x, weight))}
-    for form in forms_for(rows):
-        made = form() if isinstance(form, type) else form
-        found[form] = _seconds(partial(made, weight, x))
+    """What the products with layers of `size` bytes in all take by torch's own form, None, and by
+    others; infinite where this build of torch has no such kernel."""
+    weights = list(
+        torch.ones(size // dtype.itemsize // TRIAL_WIDTH, TRIAL_WIDTH, dtype=dtype).split(
+            TRIAL_COLUMNS
+        )
+    )
+    x = torch.ones(rows, TRIAL_WIDTH, dtype=dtype)
+    forms = (None, *forms_for(rows))
+    products = [[_product(form, weight, x) for weight in weights] for form in forms]
+    return dict(zip(forms, _seconds(products), strict=True))
+
+
+def _product(
+    form: Form | type[Packed] | None, weight: torch.Tensor, x: torch.Tensor
+) -> Callable[[], torch.Tensor]:
+    if form is None:
+        return partial(F.linear, x, weight)
+    return partial(form() if isinstance(form, type) else form, weight, x)
+
+
+def _seconds(variants: Sequence[Sequence[Callable[[], object]]]) -> list[float]:
+    """The least that the calls of each variant take one after another. The variants take turns:
+    what disturbs the machine for a while meets them all."""
+    found = [float("inf")] * len(variants)
+    for _ in range(1 + TRIAL_TURNS):  # packed weights are made in the first one
+        for i, calls in enumerate(variants):
+            start = time.perf_counter()
+            try:
+                for call in calls:
+                    call()
+            except (AttributeError, RuntimeError):  # no such kernel, or none for this processor
+                continue
+            found[i] = min(found[i], time.perf_counter() - start)
     return found
-
-
-def _seconds(call: Callable[[], object]) -> float:
-    try:
-        call()
-        return min(timeit.repeat(call, number=1, repeat=TRIAL_TURNS))
-    except (AttributeError, RuntimeError):  # no such kernel, or none for this processor
-        return float("inf")
 
 
 def forms_for(rows: int) -> tuple[Form | type[Packed], ...]:

@@ -1,5 +1,6 @@
 """Each form of a linear layer gives the product of torch's own, and follows its weights."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -195,3 +196,20 @@ def test_without_packed_weights_the_next_quickest_form_runs(
     assert quickest(dtype, rows, packs=False) in others
     seconds |= dict.fromkeys(others, 8.0)  # not worth other bits
     assert quickest(dtype, rows, packs=False) is None
+
+
+def test_what_disturbs_the_machine_for_a_while_does_not_choose_the_form(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = 0.0
+
+    def taking(seconds: float) -> Callable[[], None]:
+        def call() -> None:
+            nonlocal now
+            now += seconds * (10 if now < 90 else 1)
+
+        return call
+
+    monkeypatch.setattr(cpu_linear.time, "perf_counter", lambda: now)
+    # Of a form whose turns all came at first, each would take 20.
+    assert cpu_linear._seconds([[taking(2)], [taking(1), taking(2)]]) == [2, 3]
