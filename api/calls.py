@@ -16,7 +16,6 @@ import torch
 from transformers import PreTrainedModel
 
 from headstart.api.inputs import TrainedHead, Work, assistant_of, head_path, work_on
-from headstart.common.children import temporary_folder
 from headstart.common.console import print_once
 from headstart.common.files import expand_home
 from headstart.configs.loader import Override
@@ -27,8 +26,7 @@ from headstart.heads.decoder import exact_decoding
 from headstart.heads.live import aliased, as_target_class, check_model
 from headstart.heads.pairing import check_shapes
 from headstart.heads.saving import load_assistant
-from headstart.serve.hub import upload
-from headstart.serve.publish import Publication, build_folder, print_folder
+from headstart.serve.publish import Publication, publish
 from headstart.train.adapt import adapt
 from headstart.train.adaptation import adapt_defaults
 from headstart.train.run import run
@@ -202,25 +200,17 @@ def publish_head(
             "the run of this head was not kept, and what is published is read from there: train "
             "with output_dir=DIR"
         )
-    if plan and output_dir is None:
-        raise ValueError("plan writes the folder and uploads nothing: name it, output_dir=DIR")
     chosen = PublishConfig() if options is None else options
     what = Publication(
         folder, repo_id, chosen,
         chat_template=None if chat_template is None else Path(expand_home(str(chat_template))),
     )  # fmt: skip
+    out = None if output_dir is None else Path(output_dir)
     if model is None:
-        return _publish(what, output_dir, plan)
+        return publish(what, out, plan)
     with work_on(model, tokenizer, None) as work:
         t = work.settings(None, makes_head=False).target
-        return _publish(replace(what, target=t.name, adapters=tuple(t.adapters)), output_dir, plan)
-
-
-def _publish(what: Publication, output_dir: str | Path | None, plan: bool) -> str | None:
-    with temporary_folder() as passing:
-        out = passing / "folder" if output_dir is None else Path(output_dir)
-        print_folder(build_folder(what, out), out, what.run)
-        return None if plan else upload(out, what.repo_id, what.options)
+        return publish(replace(what, target=t.name, adapters=tuple(t.adapters)), out, plan)
 
 
 def _check_prompts(settings: Settings) -> None:

@@ -152,25 +152,17 @@ SERVE_CHECK = Command(
 
 
 def _publish(args: argparse.Namespace) -> None:
-    from headstart.common.children import temporary_folder
-    from headstart.serve.hub import upload
-    from headstart.serve.publish import Publication, build_folder, print_folder
+    from headstart.serve.publish import Publication, publish
 
     settings = read_settings(args)
     given = settings.given(["output_dir", "target.name"])
-    if args.plan and "output_dir" not in given:
-        raise ValueError("--plan writes the folder and uploads nothing: name it, output_dir=DIR")
     target = settings.target.name if "target.name" in given else None
     adapters = tuple(settings.target.adapters) or None
     template = settings.target.chat_template
     what = Publication(Path(args.run), args.repo_id, settings.publish, target, adapters, template)
-    with temporary_folder() as temporary:
-        out = settings.output_dir if "output_dir" in given else temporary / "folder"
-        print_folder(build_folder(what, out), out, what.run)
-        if args.plan:
-            print("Nothing was uploaded: the same command without --plan does that")
-        else:
-            upload(out, args.repo_id, settings.publish)
+    publish(what, settings.output_dir if "output_dir" in given else None, args.plan)
+    if args.plan:
+        print("Nothing was uploaded: the same command without --plan does that")
 
 
 PUBLISH = Command(

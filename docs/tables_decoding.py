@@ -191,14 +191,21 @@ def quickstart(found: Results) -> str:
 
 @made_of("quickstart-simulated-*")
 def development(found: Results) -> str:
-    """Of each set of prompts and K."""
-    header = "prompts | K | rounds | acceptance length, simulated (95%)"
-    return rows_of(header, [
-        [f"`{report['environment']['store']}`", k, r["rounds"], length(r)]
-        for report in found.values()
-        for r in report["results"]
-        if r["category"] == "all" and (k := r["num_assistant_tokens"]) in (4, 6)
-    ])  # fmt: skip
+    """Of each set of prompts and K, the head before it and the quickstart's."""
+    rows = []
+    for report in found.values():
+        of_all = [r for r in report["results"] if r["category"] == "all"]
+        before, now = (
+            {r["num_assistant_tokens"]: r for r in of_all if r["head"] == head}
+            for head in dict.fromkeys(r["head"] for r in of_all)
+        )
+        for k, r in now.items():
+            beside = interval(r["difference"], r["difference_interval"], "+.3f")
+            rows.append([
+                f"`{report['environment']['store']}`", k, length(before[k]), length(r), beside
+            ])  # fmt: skip
+    header = "prompts | K | the head before it | acceptance length, simulated (95%) | difference"
+    return rows_of(header, rows)
 
 
 @made_of("quickstart-phases", "quickstart-first-figures")
@@ -238,11 +245,11 @@ def reference_simulated(found: Results) -> str:
     return rows_of(header, rows)
 
 
-@made_of("quickstart-simulated-text-80", "rounded-*")
+@made_of("rounded-*")
 def rounded(found: Results) -> str:
     """Of a head with its frequencies as they are, and rounded to bfloat16."""
     pairs = {
-        "`builtin:text_eval`": ("quickstart-simulated-text-80", "rounded-text-80"),
+        "`builtin:text_eval`": ("rounded-none-text-80", "rounded-text-80"),
         "16 of 1,800 tokens": ("rounded-none-long", "rounded-long"),
     }
     at_four = {

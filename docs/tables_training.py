@@ -169,6 +169,31 @@ def sweep_spread(found: Results) -> str:
     return rows_of(header, rows)
 
 
+QUICKSTART = {
+    "base": "720 steps",
+    "steps-1080": "1,080 steps",
+    "reached": "a draft counts only where all before it are the text's",
+    "lr-2e-3": "twice the learning rate",
+}
+
+
+@made_of("sweep-quickstart")
+def sweep_quickstart(found: Results) -> str:
+    """Changes to the quickstart, each judged at K = 4 on text of its kind and of others."""
+    runs = {run["run"]: run for run in found["sweep-quickstart"]["results"]}
+    at_four = [
+        runs[name]
+        | {"eval_sets": {k: v for k, v in runs[name]["eval_sets"].items() if k.endswith("K = 4")}}
+        for name in QUICKSTART
+    ]
+    rows = [[QUICKSTART[run["run"]], *cells] for run, cells in beside_the_first(at_four)]
+    header = " | ".join(
+        f"{name} | beside the first (95%)"
+        for name in ("`builtin:text_eval`", "`dev_vicuna_78`", "`dev_external_160`")
+    )
+    return rows_of(f"run | {header}", rows)
+
+
 @made_of("paired-e034597")
 def paired(found: Results) -> str:
     """Heads that an earlier commit and this code made from the same prompts and seed."""

@@ -13,6 +13,7 @@ import torch
 from huggingface_hub import ModelCard
 from transformers import PreTrainedTokenizerBase
 
+from headstart.common.children import temporary_folder
 from headstart.common.console import print_once
 from headstart.common.files import (
     atomic_folder,
@@ -45,6 +46,7 @@ from headstart.serve.hub import (
     is_hub_id,
     license_of,
     notice,
+    upload,
 )
 from headstart.train.adapt_report import adaptation_markdown
 
@@ -449,7 +451,27 @@ def _check(work: Path, base_head: str | None, evaluated: _Evaluated) -> None:
         raise ValueError("the model card holds no figures: nothing was published")
 
 
-def print_folder(files: list[Path], out: Path, run: Path) -> None:
+def publish(what: Publication, out: Path | None, plan: bool) -> str | None:
+    """Build the folder of a repository and upload it; returns its address.
+
+    Args:
+        what: the run, and where it goes.
+        out: where the folder is written. None: nowhere.
+        plan: upload nothing; the folder is to be looked at.
+
+    Raises:
+        ValueError: a plan that is written nowhere, or as of `build_folder` and `upload`.
+        RuntimeError: the Hub refuses, or cannot be reached.
+    """
+    if plan and out is None:
+        raise ValueError("a plan writes the folder and uploads nothing: name it, output_dir=DIR")
+    with temporary_folder() as passing:
+        out = out or passing / "folder"
+        _print_folder(build_folder(what, out), out, what.run)
+        return None if plan else upload(out, what.repo_id, what.options)
+
+
+def _print_folder(files: list[Path], out: Path, run: Path) -> None:
     """Every file with its size, and what lies in the run folder and was left out."""
     for path in files:
         print(f"{path.stat().st_size:>13,}  {path.relative_to(out)}")
