@@ -33,7 +33,6 @@ Form: TypeAlias = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """Weights [out, in] and rows x [n, in] on a CPU -> `x @ W.T` [n, out], contiguous."""
 
 FEW = range(1, 10)  # rows: a token and up to 8 drafts
-QUICK_ROWS = 5  # oneDNN takes less time over five rows than over two to four, in both dtypes
 TRIAL_COLUMNS, TRIAL_WIDTH = 2048, 640  # of a layer: what a call costs counts too
 TRIAL_BYTES = 64 << 20  # of layers that take turns: several times what a cache holds
 TRIAL_TURNS = 3
@@ -58,13 +57,14 @@ class Packed:
             self.of = now  # last: another thread may ask meanwhile
         if self.of != now:
             return F.linear(x, weight)
-        rows = len(x)
-        if 1 < rows < QUICK_ROWS:
-            x = F.pad(x, (0, 0, 0, QUICK_ROWS - rows))
         product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(
             x, self.ready, None, "none", [], ""
         )
-        return product[:rows]
+        return product
+
+
+Choice: TypeAlias = Form | type[Packed] | int | None
+"""A form, packed weights, those over so many rows, or torch's own form."""
 
 
 def linear_forward(
@@ -118,7 +118,7 @@ def forms_of(
     for rows in FEW if small_batch else ():
         form = quickest(weight.dtype, rows, packs)
         if form is not None:
-            found[rows] = packed if isinstance(form, type) else form
+            found[rows] = made(form, packed)
     if weight.dtype == torch.float32 and len(weight) >= WIDE:
         found |= dict.fromkeys(SEVERAL, by_columns)
     elif packs and packs_alike(weight.dtype):
@@ -145,24 +145,38 @@ def packs_alike(dtype: torch.dtype) -> bool:
     return True
 
 
-def quickest(dtype: torch.dtype, rows: int, packs: bool) -> Form | type[Packed] | None:
+def quickest(dtype: torch.dtype, rows: int, packs: bool) -> Choice:
     """The form that is quickest on this machine, `packs`: over packed weights perhaps; None:
     torch's own."""
-    seconds = {f: s for f, s in _trial(dtype, rows).items() if packs or f is not Packed}
+    seconds = {f: s for f, s in _trial(dtype, rows).items() if packs or not is_packed(f)}
     best = min(seconds, key=lambda form: seconds[form])
     return best if seconds[best] < WORTH * seconds[None] else None
 
 
+def is_packed(choice: Choice) -> bool:
+    return choice is Packed or isinstance(choice, int)
+
+
+def made(choice: Form | type[Packed] | int, packed: Packed) -> Form:
+    """The form that was chosen, over these packed weights if over any."""
+    if isinstance(choice, int):
+        return partial(filled_up, packed, choice)
+    return packed if isinstance(choice, type) else choice
+
+
+def filled_up(form: Form, rows: int, weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """The product of x [n, in] by a form over `rows` rows, those beyond n zeros."""
+    return form(weight, F.pad(x, (0, 0, 0, rows - len(x))))[: len(x)]
+
+
 @lru_cache
-def _trial(dtype: torch.dtype, rows: int) -> dict[Form | type[Packed] | None, float]:
+def _trial(dtype: torch.dtype, rows: int) -> dict[Choice, float]:
     """What each form takes here, tried once in a process."""
     return seconds_of_forms(dtype, rows, TRIAL_BYTES)
 
 
 @torch.no_grad()
-def seconds_of_forms(
-    dtype: torch.dtype, rows: int, size: int
-) -> dict[Form | type[Packed] | None, float]:
+def seconds_of_forms(dtype: torch.dtype, rows: int, size: int) -> dict[Choice, float]:
     """What the products with layers of `size` bytes in all take by torch's own form, None, and by
     others; infinite where this build of torch has no such kernel."""
     weights = list(
@@ -176,12 +190,10 @@ def seconds_of_forms(
     return dict(zip(forms, _seconds(products), strict=True))
 
 
-def _product(
-    form: Form | type[Packed] | None, weight: torch.Tensor, x: torch.Tensor
-) -> Callable[[], torch.Tensor]:
+def _product(form: Choice, weight: torch.Tensor, x: torch.Tensor) -> Callable[[], torch.Tensor]:
     if form is None:
         return partial(F.linear, x, weight)
-    return partial(form() if isinstance(form, type) else form, weight, x)
+    return partial(made(form, Packed()), weight, x)
 
 
 def _seconds(variants: Sequence[Sequence[Callable[[], object]]]) -> list[float]:
@@ -200,10 +212,11 @@ def _seconds(variants: Sequence[Sequence[Callable[[], object]]]) -> list[float]:
     return found
 
 
-def forms_for(rows: int) -> tuple[Form | type[Packed], ...]:
-    """What is tried beside torch's own."""
+def forms_for(rows: int) -> tuple[Form | type[Packed] | int, ...]:
+    """What is tried beside torch's own; a number: packed weights over so many rows, which oneDNN
+    may have a quicker kernel for than for fewer."""
     if rows > 1:
-        return other_order, Packed
+        return (other_order, *(n for n in (3, 5) if n > rows), Packed)
     # Where somebody has switched oneDNN off, torch's own kernel is what runs anyway.
     on = torch._C._get_mkldnn_enabled()
     return (by_blocks, without_onednn, Packed) if on else (by_blocks, Packed)

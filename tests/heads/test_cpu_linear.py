@@ -1,5 +1,6 @@
 """Each form of a linear layer gives the product of torch's own, and follows its weights."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,9 @@ from headstart.heads.cpu_linear import (
     by_columns,
     forms_for,
     forms_of,
+    is_packed,
     linear_by,
+    made,
     quickest,
     without_onednn,
 )
@@ -24,7 +27,9 @@ from headstart.heads.target import Target
 from tests.helpers.packing import packs_here
 
 FORMS = [(form, rows) for form in forms_for(1) for rows in [(1,), (1, 1)]] + [
-    (form, rows) for form in forms_for(2) for rows in [(1, 2), (5,), (2, 4), (3, 3)]
+    (form, rows)
+    for rows in [(1, 2), (1, 3), (2, 2), (5,), (2, 4), (3, 3)]
+    for form in forms_for(math.prod(rows))
 ]
 
 
@@ -35,13 +40,13 @@ FORMS = [(form, rows) for form in forms_for(1) for rows in [(1,), (1, 1)]] + [
 def test_the_product_is_that_of_linear(
     form: Any, rows: tuple[int, ...], bias: bool, out: int, dtype: torch.dtype
 ) -> None:
-    if form is Packed and not packs_here(dtype):
+    if is_packed(form) and not packs_here(dtype):
         pytest.skip("oneDNN packs no such weights on this processor")
     torch.manual_seed(0)
     weight, x = torch.randn(out, 17, dtype=dtype), torch.randn(*rows, 17, dtype=dtype)
     extra = torch.randn(out, dtype=dtype) if bias else None
     with torch.no_grad():
-        found = linear_by(dict.fromkeys(FEW, form() if form is Packed else form), weight, extra, x)
+        found = linear_by(dict.fromkeys(FEW, made(form, Packed())), weight, extra, x)
     wanted = F.linear(x.float(), weight.float(), None if extra is None else extra.float())
     off = 1e-5 if dtype == torch.float32 else 0.02
     torch.testing.assert_close(found.float(), wanted, atol=off, rtol=off)
@@ -189,7 +194,7 @@ def test_forms_are_timed_once_for_each_dtype_and_number_of_rows() -> None:
 def test_without_packed_weights_the_next_quickest_form_runs(
     rows: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    others = [form for form in forms_for(rows) if form is not Packed]
+    others = [form for form in forms_for(rows) if not is_packed(form)]
     seconds: dict[Any, float] = {None: 9.0, **dict.fromkeys(others, 5.0), Packed: 1.0}
     monkeypatch.setattr(cpu_linear, "_trial", lambda dtype, rows: seconds)
     assert quickest(dtype, rows, packs=True) is Packed
