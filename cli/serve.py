@@ -97,7 +97,12 @@ def _serve_check(args: argparse.Namespace) -> None:
     litert = args.engine == "litert"
     settings = read_settings(args, [("target.dtype", "float32")] if litert else [])
     # The engine gets weights that all adapters are in.
-    t, chosen = settings.target.model_copy(update={"merge_adapters": True}), settings.eval
+    if settings.target.sharded or not settings.target.merge_adapters:
+        raise ValueError(
+            "serve-check compares whole models with all adapters merged: leave "
+            "target.merge_adapters=false and target.sharded=true out"
+        )
+    t, chosen = settings.target, settings.eval
     check_served(args.engine, args.head)
     engine_python(args.engine)  # before the weights are loaded
     if t.quantization is not None:

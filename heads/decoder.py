@@ -196,13 +196,9 @@ class CostRule:
         return self.of_confidence[min(BINS - 1, int(confidence * BINS))]
 
 
-# These count their calls, or run the target: they act on the target's logits alone. All others are
-# functions of text and logits, as verification needs them too, and act on drafts. Any distribution
-# may be drawn from.
-NOT_ON_DRAFTS = (
-    SynthIDTextWatermarkLogitsProcessor,
-    UnbatchedClassifierFreeGuidanceLogitsProcessor,
-)
+# It counts its calls: it acts on the target's logits alone. All others are functions of text and
+# logits, as verification needs them too, and act on drafts. Any distribution may be drawn from.
+NOT_ON_DRAFTS = (SynthIDTextWatermarkLogitsProcessor,)
 ROUNDS_KEPT = 1 << 16  # more than a text has; a server that runs for days would fill its memory
 LOOKUP_NGRAM = 3  # tokens that an earlier place has to share with the newest ones, at most
 
@@ -458,6 +454,7 @@ def exact_decoding(
                 "a cache of an earlier turn was given, from which transformers' assisted decoding "
                 f"goes wrong: leave {CACHE} out, and give each turn its whole text"
             )
+        _check_call(kwargs["generation_config"], kwargs["logits_processor"])
         if id(assistant) not in drafters:
             drafters[id(assistant)] = Drafter(assistant, target.get_input_embeddings())
             kernels.enter_context(fast_kernels(assistant))
@@ -497,6 +494,21 @@ def exact_decoding(
                 del target._get_candidate_generator
             if len(own) == 1:
                 del _generators[target]
+
+
+def _check_call(config: GenerationConfig, processors: LogitsProcessorList) -> None:
+    """Raise `ValueError` for settings of a call with which assisted decoding writes other text than
+    plain decoding (docs/upstream.md)."""
+    if config.stop_strings:
+        raise ValueError(
+            "assisted decoding goes on past stop_strings within accepted drafts: leave them out, "
+            "and cut the text where one stands"
+        )
+    if any(isinstance(one, UnbatchedClassifierFreeGuidanceLogitsProcessor) for one in processors):
+        raise ValueError(
+            "guidance_scale runs the target along with the text, rejected drafts in it: leave it "
+            "out, or decode plainly"
+        )
 
 
 @contextmanager

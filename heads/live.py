@@ -28,8 +28,14 @@ from headstart.heads.target import SUPPORTED, Gemma3ForAssistedDecoding, check_s
 MEMORY = "memory:"
 """Begins the names of targets and adapters that are in memory: no file of that name is looked
 for."""
-REPLACED = ("forward", "_original_forward", "_old_forward", "_hf_hook")
-"""Attributes by which accelerate and others put a forward of theirs in place of a module's own."""
+REPLACED = (
+    "forward", "_original_forward", "_old_forward", "_hf_hook",
+    "_output_capturing_hooks_installed",
+)  # fmt: skip
+"""Attributes by which accelerate and others put a forward of theirs in place of a module's own, and
+by which transformers knows that its hooks are there, which a copy without hooks has to forget."""
+CAPTURING = "transformers.utils.output_capturing"
+"""The module of the hooks that transformers itself leaves in a model that has handed out states."""
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 M = TypeVar("M", bound=nn.Module)
 
@@ -210,7 +216,12 @@ def check_model(model: Any) -> None:
     if isinstance(model, PeftModel):
         _check_scales(model)
     _check_weights(base)
-    if any(m._forward_hooks or m._forward_pre_hooks for m in model.modules()):
+    hooks = (
+        h
+        for m in model.modules()
+        for h in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())
+    )
+    if any(getattr(hook, "__module__", None) != CAPTURING for hook in hooks):
         print_once(
             "Hooks of the model in memory are left out: it is taken as it would be saved and loaded"
         )

@@ -383,3 +383,18 @@ def test_a_model_in_float16_is_taken_in_a_dtype_that_is_run(
     assert "The model is in float16" in capsys.readouterr().out
     assert {p.dtype for p in model.parameters()} == {torch.float16}
     assert head.model.dtype == getattr(torch, natural_dtype())
+
+
+def test_a_model_that_has_handed_out_hidden_states_is_taken_like_any_other(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """transformers leaves hooks in it, and a mark that they are there."""
+    model, tokenizer = plain(), byte_tokenizer()
+    head = train_head(model, tokenizer, ROWS, QUICK).model
+    ids = torch.tensor([[5, 6, 7]])
+    model(ids, output_hidden_states=True)
+    capsys.readouterr()
+    with clean_kv_decoding(model, head) as served:
+        found = served.generate(ids, assistant_model=head, max_new_tokens=8, do_sample=False)
+    assert torch.equal(found, model.generate(ids, max_new_tokens=8, do_sample=False))
+    assert "Hooks" not in capsys.readouterr().out

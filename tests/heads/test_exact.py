@@ -203,6 +203,16 @@ def test_the_stock_generator_is_back_afterwards(tiny: Target) -> None:
     assert tiny.model._get_candidate_generator == own
 
 
+@pytest.mark.parametrize("setting", [{"stop_strings": ["e"]}, {"guidance_scale": 1.7}], ids=str)
+def test_what_assisted_decoding_would_write_otherwise_is_refused(
+    tiny: Target, setting: dict[str, Any]
+) -> None:
+    assistant, given = half_trained_head(tiny), setting | {"tokenizer": tiny.tokenizer}
+    with exact_decoding(tiny.model), pytest.raises(ValueError, match=next(iter(setting))):
+        generate(tiny, [5, 6, 7], 4, assistant_model=assistant, **given)
+    assert generate(tiny, [5, 6, 7], 4, **given), "plain decoding takes it"
+
+
 def test_a_head_that_says_no_length_is_refused(tiny: Target) -> None:
     assistant = half_trained_head(tiny)
     assistant.generation_config.num_assistant_tokens = None

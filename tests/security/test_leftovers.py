@@ -15,8 +15,9 @@ from headstart.common.children import temporary_folder
 
 # A command that serves, with an engine that starts a process of its own and heeds no SIGTERM.
 SERVING = """
-import argparse, sys
+import argparse, signal, sys
 from pathlib import Path
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored by all that are started
 from headstart.cli import main as cli
 from headstart.cli.arguments import Command
 from headstart.serve import engine_server
