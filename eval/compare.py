@@ -101,7 +101,8 @@ def compare(
     for result, other in _pairs(before, after, decoders):
         names = [f"{decoder_name(r)} K={r['num_assistant_tokens']}" for r in (result, other)]
         variant = " -> ".join(dict.fromkeys(names))
-        tables = [_table(before, result), _table(after, other)]
+        same_set = _same_prompts(before, after)
+        tables = [_table(before, result, same_set), _table(after, other, same_set)]
         if shared := tables[0].keys() & tables[1].keys():
             tables = [{key: table[key] for key in sorted(shared)} for table in tables]
         categories = sorted({row["category"] for table in tables for row in table.values()})
@@ -150,11 +151,24 @@ def _sampling(content: dict[str, Any], result: dict[str, Any]) -> tuple[Any, ...
     return result["temperature"], where["top_k"], where["top_p"]
 
 
-def _table(content: dict[str, Any], result: dict[str, Any]) -> dict[tuple[str, int, int], Any]:
-    """(prompt id, turn, seed) -> its row of `per_text` by column."""
+def _same_prompts(before: dict[str, Any], after: dict[str, Any]) -> bool:
+    """Whether both reports are of one prompt set, by what they say of it."""
+    sets = [recorded_set(content["environment"]) for content in (before, after)]
+    known = all(one["sha256"] for one in sets)  # else their names have to do
+    return len({one["sha256" if known else "name"] for one in sets}) == 1
+
+
+def _table(
+    content: dict[str, Any], result: dict[str, Any], same_set: bool
+) -> dict[tuple[Any, ...], Any]:
+    """(prompt id, turn, seed) -> its row of `per_text` by column. Sets that are not the same may
+    call other prompts alike, such as by their numbers: there its tokens belong to the name."""
     rows = [dict(zip(content["per_text_columns"], row, strict=True)) for row in result["per_text"]]
     # Greedy rows have no seed; reports of before sampled with one, and have no column of seeds.
-    return {(row["id"], row["turn"], row.get("seed") or 0): row for row in rows}
+    return {
+        (row["id"], row["turn"], row.get("seed") or 0, same_set or row.get("prompt_tokens")): row
+        for row in rows
+    }
 
 
 def _changes(
@@ -188,9 +202,8 @@ def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     """What else is not the same in the two reports: prompts, settings, machine, versions."""
     pair = before["environment"], after["environment"]
     sets = [recorded_set(env) for env in pair]
-    known = all(one["sha256"] for one in sets)  # else their names have to do
     lines = []
-    if len({one["sha256" if known else "name"] for one in sets}) > 1:
+    if not _same_prompts(before, after):
         lines.append(f"prompts: {describe_set(sets[0])} -> {describe_set(sets[1])}")
     keys = [k for k in pair[0] if k in pair[1] and not k.startswith(("peak", "prompts", "prompt_"))]
     return lines + [f"{k}: {pair[0][k]} -> {pair[1][k]}" for k in keys if pair[0][k] != pair[1][k]]

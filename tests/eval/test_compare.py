@@ -96,6 +96,18 @@ def test_only_texts_that_both_have_are_compared() -> None:
     assert found["all", "acceptance length"].interval == (0, 0)
 
 
+def test_prompts_of_another_set_are_not_taken_for_those_of_their_name() -> None:
+    """Rows without ids are called by the file's name and their number."""
+    first = report(texts(40, 0.2, 0.0))
+    other: dict[str, Any] = {"prompt_set": {"name": "mine.jsonl", "sha256": "cd" * 32}}
+    longer = [row | {"prompt_tokens": 12} for row in texts(200, 0.1, 0.0)]
+    found = by_name(first, report(longer, **other))["all", "acceptance length"]
+    assert not found.paired
+    grown = by_name(first, report(texts(50, 0.1, 0.0), **other))["all", "acceptance length"]
+    assert grown.paired, "most prompts of a set that has grown are the same"
+    assert grown.texts == 40
+
+
 def test_two_decoders_of_a_report_are_compared_text_by_text(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
