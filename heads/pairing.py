@@ -129,19 +129,17 @@ def other_target(target: Target, assistant: PreTrainedModel) -> str | None:
     """A warning, naming both, where a head was made for another target than this one; None: it
     was not, or does not say.
 
-    What it notes of its target is compared (weights of another dtype have another fingerprint: the
-    names then), and its table, where it is as wide as the target's and so should be the same.
+    What it notes of its target is compared, and its table, where it is as wide as the target's and
+    so should be the same.
     """
     made, mine = made_for(assistant.config), target.identity
-    if made is not None:
-        key = "fingerprint" if made["dtype"] == mine["dtype"] else "name"
-        if made[key] != mine[key]:
-            return (
-                f"this head was trained for {made['name']} (fingerprint "
-                f"{str(made['fingerprint'])[:12]}, {made['dtype']}), not for {mine['name']} "
-                f"({str(mine['fingerprint'])[:12]}, {mine['dtype']}): expect fewer accepted "
-                "drafts; `headstart adapt` trains it on"
-            )
+    if made is not None and not _is_of(target, made):
+        return (
+            f"this head was trained for {made['name']} (fingerprint "
+            f"{str(made['fingerprint'])[:12]}, {made['dtype']}), not for {mine['name']} "
+            f"({str(mine['fingerprint'])[:12]}, {mine['dtype']}): expect fewer accepted "
+            "drafts; `headstart adapt` trains it on"
+        )
     if other := _other_rows(target.table, assistant.get_output_embeddings().weight):
         return (
             f"this head is as wide as {target.name}, and {other:,} rows of its table differ from "
@@ -150,6 +148,17 @@ def other_target(target: Target, assistant: PreTrainedModel) -> str | None:
             "target's own"
         )
     return None
+
+
+def _is_of(target: Target, made: dict[str, Any]) -> bool:
+    """Whether what a head notes of its target is of this one, in this dtype or another. Where the
+    weights cannot tell (a head of float32 weights, which these may be rounded from, or layers that
+    are split over processes), the names have to."""
+    mine = target.identity
+    if target.dtype_of(made["fingerprint"]) is not None:
+        return True
+    unknown = made["dtype"] != mine["dtype"] and (made["dtype"] == "float32" or target.sharded)
+    return unknown and made["name"] == mine["name"]
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """Heads that belong to another target, or to none: refused, or taken with a line."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,8 @@ import pytest
 import torch
 
 from headstart.heads.pairing import check_pair, other_target
-from headstart.heads.saving import load_assistant
+from headstart.heads.saving import MADE_FOR, load_assistant
+from headstart.heads.target import Target
 from tests.helpers.checkpoints import rewrite, saved_head, text_part
 from tests.helpers.models import make_target
 
@@ -74,6 +76,22 @@ def test_a_head_as_wide_as_the_target_with_another_table_is_told(
 
     head = load_assistant(rewrite(folder, other_rows), torch.float32)
     assert "table" in str(other_target(target, head))
+
+
+def test_a_head_knows_its_target_in_another_dtype_by_the_weights(tmp_path: Path) -> None:
+    """Under whatever name; and other weights under its name are others."""
+    made = make_target("gemma4", torch.bfloat16)
+    made.name, made.config.dtype = "runs/merged", torch.bfloat16
+    head = load_assistant(saved_head(tmp_path / "head", made, hidden_size=32), torch.float32)
+    setattr(head.config, MADE_FOR, made.identity)
+    wide = copy.deepcopy(made.model).float()
+    wide.config.dtype = torch.float32
+    assert other_target(Target(wide, made.tokenizer, "elsewhere/merged"), head) is None
+    tuned = copy.deepcopy(wide)
+    with torch.no_grad():
+        tuned.get_decoder().layers[0].mlp.up_proj.weight[0] += 1
+    found = other_target(Target(tuned, made.tokenizer, made.name), head)
+    assert "trained for runs/merged" in str(found)
 
 
 def test_a_narrower_head_has_a_table_of_its_own(tmp_path: Path) -> None:
